@@ -1,0 +1,100 @@
+"""`megakd <verb>`: everything beside training itself. Each verb imports what it needs when it is called, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megakd.runtime.signals import EXIT_USER_ERROR
+
+app = typer.Typer(
+    help="Distil CLIP-style teachers into small students.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+bench = typer.Typer(help="Side-by-side benchmarks against the field's own tools.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@app.command()
+def shapes(
+    out: Annotated[Path, typer.Argument(help="folder to write; an equal set that is there already is kept")],
+    train: Annotated[int, typer.Option(help="clean image-text pairs to train on, and as many noisy ones")] = 20000,
+    test: Annotated[int, typer.Option(help="pairs for retrieval and hard negatives")] = 2000,
+    seed: Annotated[int, typer.Option(help="another seed is another world of the same kind")] = 0,
+    caption_noise: Annotated[
+        float, typer.Option(help="fraction of wrong captions in train_noisy/, as on the web; 0 leaves that split out")
+    ] = 0.5,
+    image_size: Annotated[int, typer.Option(help="pixels a side")] = 32,
+) -> None:
+    """Write the procedural image-text set as tar shards."""
+    from megakd.data.shapes import write_world
+
+    world = write_world(out, train=train, test=test, seed=seed, caption_noise=caption_noise, image_size=image_size)
+    done = f"written in {world.seconds:.1f} s" if world.written else "there already"
+    training = f"{world.train} clean and {world.train_noisy} noisy training pairs"
+    print(f"{out}: {training}, {world.test} test pairs, {world.zeroshot} zero-shot images, {done}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run folder; its recipe says on which sets")],
+    checkpoint: Annotated[Path | None, typer.Option(help="a checkpoint's folder; default: the newest valid one of the run")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting, e.g. evaluation.retrieval.mine=my/*.tar")
+    ] = None,
+) -> None:
+    """Score a run's student on the recipe's evaluation sets and write RUN/evaluation.json. Starts under torchrun as well."""
+    from megakd import scoring
+
+    scoring.evaluate_run(run, checkpoint, overrides or [])
+
+
+@app.command()
+def smoke(
+    seeds: Annotated[int, typer.Option(min=1, help="repeat the two students with so many seeds")] = 1,
+    out: Annotated[Path, typer.Option(help="folder for the runs")] = Path("runs/smoke"),
+    data: Annotated[Path, typer.Option(help="folder of the shapes world; written when it is not there")] = Path("data/shapes"),
+) -> None:
+    """The main job on this machine: train a tiny teacher, distil it, train the same student without it, compare."""
+    from megakd import smoke as job
+
+    sys.exit(job.run(seeds, out, data))
+
+
+@bench.command()
+def step(
+    rounds: Annotated[int, typer.Option(min=1, help="how often the two alternate")] = 5,
+    batch: Annotated[int, typer.Option(min=2, help="pairs a step")] = 32,
+    steps: Annotated[int, typer.Option(min=2, help="timed steps a round")] = 6,
+) -> None:
+    """Training images/s against open_clip's own distillation loop, on the same shards and models."""
+    from megakd.benchmarks import step as benchmark
+
+    benchmark.run(rounds, batch, steps)
+
+
+@bench.command()
+def loader(
+    rounds: Annotated[int, typer.Option(min=1, help="how often the two alternate")] = 5,
+    workers: Annotated[int, typer.Option(min=1, help="decoding processes of each")] = 2,
+) -> None:
+    """Samples/s of the training loader against open_clip's webdataset loader, on the same shards."""
+    from megakd.benchmarks import loader as benchmark
+
+    benchmark.run(rounds, workers)
+
+
+def main() -> int:
+    """Run a verb; a user's mistake is one message and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Samples that cannot be used: why, how many, when that is too many, and a log that says so without flooding."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Reason = Literal[
+    "missing_image",
+    "missing_caption",
+    "empty_caption",
+    "corrupt_image",
+    "too_large",
+    "bad_text",
+    "truncated_tar",
+    "read_error",
+]
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+log = logging.getLogger("megakd.data")
+
+
+class BadSample(Exception):
+    """One sample cannot be used. `where` is 'shard: key', filled in by the shards."""
+
+    def __init__(self, reason: Reason, detail: str, where: str = "") -> None:
+        super().__init__(reason, detail, where)
+        self.reason, self.detail, self.where = reason, detail, where
+
+    def __str__(self) -> str:
+        return f"{self.where} ({self.detail})" if self.where else self.detail
+
+
+@dataclass
+class BadCounter:
+    """Bad samples by reason among `seen` samples tried, with one example a reason."""
+
+    seen: int = 0
+    counts: dict[Reason, int] = field(default_factory=dict)
+    examples: dict[Reason, str] = field(default_factory=dict)
+
+    def add(self, reason: Reason, example: str, count: int = 1) -> None:
+        """Counts bad samples; whoever tries a sample, good or bad, adds it to `seen`."""
+        if count:
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            self.examples.setdefault(reason, example)
+
+    def merge(self, other: BadCounter) -> None:
+        self.seen += other.seen
+        for reason, count in other.counts.items():
+            self.add(reason, other.examples.get(reason, ""), count)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def fraction(self) -> float:
+        return self.total / self.seen if self.seen else 0.0
+
+    @property
+    def example(self) -> str | None:
+        """'reason: shard: key (detail)' of the most frequent reason that has one."""
+        known = [reason for reason in self.counts if self.examples.get(reason)]
+        if not known:
+            return None
+        reason = max(known, key=lambda name: self.counts[name])
+        return f"{reason}: {self.examples[reason]}"
+
+    def to_list(self) -> list[int]:
+        """[seen, one count for each of REASONS]: plain integers of fixed length and order, to be summed over ranks."""
+        return [self.seen, *(self.counts.get(reason, 0) for reason in REASONS)]
+
+    @classmethod
+    def from_list(cls, values: Sequence[int], examples: dict[Reason, str]) -> BadCounter:
+        """The inverse of `to_list`, with the examples that this rank knows."""
+        assert len(values) == 1 + len(REASONS), f"{len(values)} values for {len(REASONS)} reasons"
+        counts = {reason: int(count) for reason, count in zip(REASONS, values[1:], strict=True) if count}
+        return cls(int(values[0]), counts, dict(examples))
+
+    def check(self, max_bad_fraction: float, at_least: int) -> None:
+        """Raises ValueError when more than `max_bad_fraction` of the samples are bad and at least `at_least` were seen."""
+        if self.seen < at_least or self.fraction <= max_bad_fraction:
+            return
+        raise ValueError(
+            f"{self.total} of {self.seen} samples are unusable ({self.fraction:.2%}), more than data.max_bad_fraction = "
+            f"{max_bad_fraction}: {self.by_reason()}. Example: {self.example or 'on another rank'}. "
+            f"Repair the shards, or raise data.max_bad_fraction"
+        )
+
+    def by_reason(self) -> str:
+        ordered = sorted(self.counts.items(), key=lambda item: -item[1])
+        return ", ".join(f"{reason} {count}" for reason, count in ordered)
+
+
+class BadLog:
+    """Writes the first few bad samples of each reason, then at most one line a reason in `seconds`, with the count since."""
+
+    def __init__(self, first: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._first, self._seconds, self._clock = first, seconds, clock
+        self._lines: dict[Reason, int] = {}
+        self._unwritten: dict[Reason, int] = {}
+        self._last: dict[Reason, float] = {}
+
+    def report(self, bad: BadCounter) -> None:
+        for reason, count in bad.counts.items():
+            unwritten = self._unwritten.get(reason, 0) + count
+            now, lines = self._clock(), self._lines.get(reason, 0)
+            if lines >= self._first and now - self._last[reason] < self._seconds:
+                self._unwritten[reason] = unwritten
+                continue
+            more = f" and {unwritten - 1} more" if unwritten > 1 else ""
+            log.warning("bad sample, %s: %s%s", reason, bad.examples.get(reason, ""), more)
+            self._unwritten[reason], self._lines[reason], self._last[reason] = 0, lines + 1, now

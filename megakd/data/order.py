@@ -1,0 +1,104 @@
+"""The order of the samples: a pure function from one integer, the position, to a sample's index.
+
+The position counts samples consumed since the start of training, over all ranks and epochs. Nothing else has to be stored to
+resume, and neither ranks nor workers enter the function: any number of them sees the same global batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data.draws import permutation, raw
+
+
+@dataclass(frozen=True)
+class Order:
+    """position -> sample index, a permutation in each epoch.
+
+    1. The samples are cut into blocks of `block` consecutive ones, so that reads stay near each other on disk.
+    2. The blocks are permuted, seeded by (seed, epoch).
+    3. Groups of `window` blocks are mixed sample by sample, seeded by (seed, epoch, group).
+
+    An epoch has samples // batch * batch positions; which samples are left over differs from epoch to epoch.
+    Memory: one integer a block, and a few groups of block * window integers.
+    Raises ValueError when there are fewer samples than one global batch.
+    """
+
+    samples: int
+    batch: int
+    seed: int
+    block: int
+    window: int
+
+    def __post_init__(self) -> None:
+        if self.samples < self.batch:
+            raise ValueError(
+                f"optim.batch = {self.batch} but the data has {self.samples} samples: one global batch needs at least as many; "
+                f"lower optim.batch or add shards to data.train"
+            )
+
+    @property
+    def epoch_length(self) -> int:
+        return self.samples // self.batch * self.batch
+
+    def __call__(self, position: int) -> int:
+        return int(self.indices(position, 1)[0])
+
+    def indices(self, start: int, count: int) -> NDArray[np.int64]:
+        """Sample indices of the positions start .. start + count - 1: (count,) int64. May cross groups and epochs."""
+        if start < 0:
+            raise ValueError(f"position = {start}: positions start at 0")
+        parts: list[NDArray[np.int64]] = []
+        while count > 0:
+            epoch, place = divmod(start, self.epoch_length)
+            group, first = _group_of(self, epoch, place)
+            samples = _group(self, epoch, group)
+            take = min(count, len(samples) - (place - first), self.epoch_length - place)
+            parts.append(samples[place - first : place - first + take])
+            start, count = start + take, count - take
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def replacement(self, position: int, attempt: int) -> int:
+        """The sample that stands in when the one at `position` cannot be used: another of the same epoch.
+
+        Pseudo-random in (seed, position, attempt), so that every number of ranks and workers replaces alike.
+        """
+        epoch_start = position // self.epoch_length * self.epoch_length
+        draw = int(raw(self.seed, "replacement", (position, attempt), 1)[0])
+        return self(epoch_start + draw % self.epoch_length)
+
+
+# Two epochs: the current one and, at its end, the next. Module-level caches, since an Order travels to the workers by pickle.
+@lru_cache(maxsize=2)
+def _blocks(order: Order, epoch: int) -> tuple[NDArray[np.int64], int]:
+    """The permuted blocks, (blocks,), and the place of the last block of the data, the only one that may be short."""
+    blocks = permutation(order.seed, "blocks", (epoch, 0), -(-order.samples // order.block))
+    return blocks, int(np.argmax(blocks))
+
+
+def _group_of(order: Order, epoch: int, place: int) -> tuple[int, int]:
+    """(group, its first place): all groups before the short block are full, those behind it are shifted by its deficit."""
+    blocks, short = _blocks(order, epoch)
+    full = order.block * order.window
+    deficit = len(blocks) * order.block - order.samples
+    short_group = short // order.window
+    if place < (short_group + 1) * full - deficit:
+        group = min(place // full, short_group)
+        return group, group * full
+    group = (place + deficit) // full
+    return group, group * full - deficit
+
+
+@lru_cache(maxsize=4)
+def _group(order: Order, epoch: int, group: int) -> NDArray[np.int64]:
+    """The mixed samples of one group: (block * window,) int64, less where the short or the last blocks are."""
+    blocks = _blocks(order, epoch)[0][group * order.window : (group + 1) * order.window]
+    samples = (blocks[:, None] * order.block + np.arange(order.block)).ravel()
+    samples = samples[samples < order.samples]
+    mixed = samples[permutation(order.seed, "window", (epoch, group), len(samples))]
+    mixed.flags.writeable = False  # shared by all callers through the cache
+    return mixed

@@ -1,0 +1,214 @@
+"""Bytes of shards, local or remote: stat, ranged reads with bounded retries, whole copies in a cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import random
+import re
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+
+T = TypeVar("T")
+
+# Five attempts wait 0.1 + 0.2 + 0.4 + 0.8 s between them at most: long enough for a throttled bucket, short enough that a
+# dead one ends the run within minutes. Local reads do not wait at all.
+ATTEMPTS = 5
+FIRST_DELAY = 0.1
+# Below the usual limit of 1024 open files, which torch's shared tensors need as well.
+_OPEN_FILES = 256
+_STAT_THREADS = 32
+# Errors that another attempt cannot change.
+_PERMANENT = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+    ImportError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What tells a shard from its successor of the same name: size in bytes and a 63-bit stamp of its mtime or etag."""
+
+    size: int
+    stamp: int
+
+
+def is_remote(name: str) -> bool:
+    return "://" in name and not name.startswith(("file://", "local://"))
+
+
+def local_path(name: str) -> str:
+    return os.path.expanduser(re.sub(r"^(file|local)://", "", name))
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """(fsspec filesystem, path in it). fsspec keeps one instance a process, and makes a new one after a fork."""
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url}: {error}") from error
+    return fs, path
+
+
+def retry(call: Callable[[], T], what: str) -> T:
+    """call(), tried up to ATTEMPTS times with exponential backoff; the last failure is raised as OSError naming `what`."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except _PERMANENT:
+            raise
+        except Exception as error:
+            # fsspec's backends raise their libraries' own types (aiohttp, botocore, google): no narrower class holds them
+            if attempt + 1 == ATTEMPTS:
+                raise OSError(f"{what}: failed {ATTEMPTS} times, last with {type(error).__name__}: {error}") from error
+            time.sleep(FIRST_DELAY * 2**attempt * random.uniform(0.5, 1.0))  # jitter: ranks must not knock all at once
+    raise AssertionError("unreachable")
+
+
+def stat(name: str) -> Stat | None:
+    """Size and stamp, or None where there is no such file."""
+    if not is_remote(name):
+        try:
+            status = os.stat(local_path(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return Stat(status.st_size, status.st_mtime_ns)
+    fs, path = filesystem(name)
+    try:
+        info = retry(lambda: fs.info(path), name)
+    except FileNotFoundError:
+        return None
+    if info.get("size") is None:
+        raise ValueError(f"{name}: the server does not tell its size, so ranges of it cannot be read; download it first")
+    keys = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
+    stamp = next((str(info[key]) for key in keys if info.get(key)), "")
+    return Stat(int(info["size"]), int.from_bytes(hashlib.sha256(stamp.encode()).digest()[:8], "little") >> 1 if stamp else 0)
+
+
+def stat_all(names: list[str]) -> list[Stat | None]:
+    """stat() of each; remote ones many at a time, since ten thousand round trips one after the other take minutes."""
+    if not any(is_remote(name) for name in names):
+        return [stat(name) for name in names]
+    with ThreadPoolExecutor(min(_STAT_THREADS, len(names))) as pool:
+        return list(pool.map(stat, names))
+
+
+def file_label(name: str, more: str = "") -> str:
+    """A file name for what is kept about `name` in a folder shared by many shards: unique by digest, readable by base name."""
+    digest = hashlib.sha256(f"{name}\0{more}".encode()).hexdigest()[:16]
+    return f"{digest}-{re.sub(r'[^A-Za-z0-9._-]', '_', name.split('?')[0].rsplit('/', 1)[-1])[-80:]}"
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write to; it takes target's place on success and is removed on failure."""
+    handle, name = tempfile.mkstemp(prefix=f".{target.name[:80]}.", dir=target.parent)
+    os.close(handle)
+    try:
+        yield Path(name)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp gives 0600, but indexes are shared with other users of the data
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def mirror(url: str, known: Stat, folder: str) -> str:
+    """The path of a whole local copy of a remote shard, downloaded once by whichever process comes first.
+
+    A changed shard has another stamp and so another name. Raises OSError when the download fails or is incomplete.
+    """
+    shards = Path(local_path(folder)) / "shards"
+    shards.mkdir(parents=True, exist_ok=True)
+    target = shards / file_label(url, f"{known.size}-{known.stamp}")
+    if target.exists():
+        return str(target)
+    with open(f"{target}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            fs, path = filesystem(url)
+            with atomic_file(target) as partial:
+
+                def download() -> None:
+                    fs.get_file(path, str(partial))
+                    if partial.stat().st_size != known.size:
+                        raise OSError(f"{partial.stat().st_size} bytes arrived of {known.size}")
+
+                retry(download, url)
+    return str(target)
+
+
+class Reader:
+    """Ranged reads: os.pread on a few files kept open, or fsspec. Usable after a fork and after pickling."""
+
+    def __init__(self, cache: str | None) -> None:
+        self._cache = cache
+        self._files: OrderedDict[str, int] = OrderedDict()
+        self._pid = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_cache": self._cache, "_files": OrderedDict(), "_pid": -1}
+
+    def __del__(self) -> None:
+        if self._pid == os.getpid():
+            self.close()
+
+    def close(self) -> None:
+        for handle in self._files.values():
+            os.close(handle)
+        self._files.clear()
+
+    def is_slow(self, name: str) -> bool:
+        """Every read is a round trip over a network: worth asking for many at a time."""
+        return is_remote(name) and self._cache is None
+
+    def read(self, name: str, known: Stat, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset`, fewer at the file's end. Raises FileNotFoundError, or OSError after the last retry."""
+        if self.is_slow(name):
+            fs, path = filesystem(name)
+            data: bytes = retry(lambda: fs.cat_file(path, start=offset, end=offset + size), name)
+            return data
+        path = mirror(name, known, self._cache) if is_remote(name) and self._cache else local_path(name)
+        try:
+            return os.pread(self._open(path), size, offset)
+        except FileNotFoundError:
+            raise
+        except OSError:  # a stale NFS handle is cured by opening the file anew, at once
+            self._drop(path)
+            return os.pread(self._open(path), size, offset)
+
+    def _open(self, path: str) -> int:
+        if self._pid != os.getpid():  # descriptors of the parent stay the parent's: it may close them at any time
+            self._files, self._pid = OrderedDict(), os.getpid()
+        if path in self._files:
+            self._files.move_to_end(path)
+            return self._files[path]
+        while len(self._files) >= _OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[path]
+
+    def _drop(self, path: str) -> None:
+        handle = self._files.pop(path, None)
+        if handle is not None:
+            with contextlib.suppress(OSError):
+                os.close(handle)

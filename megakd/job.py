@@ -1,0 +1,238 @@
+"""One run from a recipe to a finished folder: check everything cheap, build, resume, fit, evaluate, export.
+
+The order matters: whatever can be wrong with settings, data or checkpoints is found before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megakd import export, recipe_files
+from megakd.data.loader import train_batches
+from megakd.data.order import Order
+from megakd.data.shards import ShardSet
+from megakd.data.views import TowerView
+from megakd.evaluation import report
+from megakd.evaluation.encoder import Encoder
+from megakd.evaluation.suite import Sets, Suite, open_sets
+from megakd.models import towers
+from megakd.models.student import Student, decay_groups
+from megakd.models.teacher import ReplicatedTeacher, build_teacher
+from megakd.recipe import Recipe
+from megakd.runtime import checkpoint, collectives, ds_config, runlog
+from megakd.runtime.checkpoint import Progress
+from megakd.runtime.engine import Engine, State
+from megakd.runtime.launch import World
+from megakd.runtime.runlog import RunLog
+from megakd.runtime.signals import EXIT_SAVED, StopRequest
+from megakd.tasks.distill import Distill
+from megakd.trainer import Trainer
+
+EVALUATION, MODEL = "evaluation.json", "model"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run as the command line asks for it."""
+
+    recipe: Recipe
+    recipe_name: str
+    ds_config: str | None
+    out: Path
+    resume: str = "auto"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request whose settings, data and models' configurations were found to be sound. Nothing expensive has happened."""
+
+    request: Request
+    config: dict[str, Any]
+    config_name: str
+    task: Distill
+    shards: ShardSet
+    order: Order
+    student: towers.Description
+    teacher: towers.Description | None
+    sets: Sets
+
+
+def prepare(request: Request, world: World, teacher_comes_first: bool = False) -> Plan:
+    """Check everything that needs no model. Raises ValueError with key, value, file and remedy.
+
+    teacher_comes_first: the teacher's folder is about to be trained by another recipe, so it need not be there yet.
+    """
+    recipe = request.recipe
+    raw, config_name = ds_config.read(request.ds_config, cuda=world.device.type == "cuda")
+    config = ds_config.resolve(raw, recipe, world.size, config_name=config_name, recipe_name=request.recipe_name)
+    runlog.check_resume(request.out, request.resume, recipe)
+    task = Distill(recipe, dist.group.WORLD if world.size > 1 else None)
+    student = towers.describe(recipe.student, "student")
+    use_teacher = task.needs_teacher and not teacher_comes_first
+    teacher = towers.describe(recipe.teacher, "teacher") if recipe.teacher is not None and use_teacher else None
+    shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
+    order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
+    return Plan(request, config, config_name, task, shards, order, student, teacher, open_sets(recipe, world))
+
+
+def teacher_request(request: Request) -> Request | None:
+    """The run that must come first: that of `teacher.recipe`, when its folder is not there yet."""
+    teacher = request.recipe.teacher
+    if teacher is None or teacher.recipe is None or not Distill.uses_teacher(request.recipe):
+        return None
+    folder = Path((teacher.model or "").removeprefix("local-dir:"))
+    if (folder / towers.CONFIG_FILE).is_file():
+        return None
+    recipe, name = recipe_files.load(teacher.recipe)
+    return Request(recipe, name, request.ds_config, folder.parent)
+
+
+class Run:
+    """A plan in execution. Implements the trainer's hooks: what happens at checkpoints and evaluations."""
+
+    def __init__(self, plan: Plan, world: World, stop: StopRequest) -> None:
+        self.plan, self.world, self._stop = plan, world, stop
+        self.recipe, self.folder = plan.request.recipe, plan.request.out
+        self.log = RunLog(self.folder, main=world.is_main)
+
+    def execute(self) -> int:
+        """Train to the end and return the process's exit code: 0, or EXIT_SAVED after a signal."""
+        progress, state = self._starting_point()
+        self.log.open(self.recipe, self.plan.config, self.world.size)
+        self._build(state)
+        del state
+        try:
+            finished = progress.step >= self.recipe.optim.steps or self._fit(progress)
+        finally:
+            self.log.close()
+        if not finished:
+            self.log.say(f"stopped by a signal after saving; the same command goes on from there (exit code {EXIT_SAVED})")
+            return EXIT_SAVED
+        self._finish()
+        return 0
+
+    def _finish(self) -> None:
+        weights = self._engine.export(moments=False, everywhere=True).weights
+        self._score(weights, self.recipe.optim.steps)
+        if self.world.is_main:
+            export.write_model(self.folder / MODEL, weights, self._student_towers)
+            self.log.say(f"done: {self.folder}")
+        collectives.barrier(self.world)
+
+    def _starting_point(self) -> tuple[Progress, State | None]:
+        """Where to go on. Rank 0 looks and clears the way, then all ranks read the same checkpoint."""
+        path = collectives.share(self._choose_checkpoint() if self.world.is_main else None, self.world)
+        if path is None:
+            return Progress(0, 0, self.recipe.seed, self.plan.shards.signature), None
+        assert isinstance(path, Path)
+        progress, state = checkpoint.load(path)
+        if progress.data != self.plan.shards.signature:
+            raise ValueError(
+                f"data.train = {self.recipe.data.train!r}: the shards have changed since {path} was written, so its position in them means "
+                f"nothing; put the same shards back, or start over with --resume none or another --out"
+            )
+        self.log.say(f"resuming from {path}: step {progress.step} of {self.recipe.optim.steps}")
+        self.log.keep_until(progress.step)
+        return progress, state
+
+    def _choose_checkpoint(self) -> Path | None:
+        resume = self.plan.request.resume
+        if resume == "none":
+            earlier = [entry for entry in self.folder.glob("*") if entry.name != "previous"]
+            if aside := runlog.set_aside(self.folder, earlier):
+                self.log.say(f"--resume none: the earlier run in {self.folder} was moved to {aside}")
+            return None
+        path = checkpoint.latest_valid(self.folder, self.log.say) if resume == "auto" else Path(resume)
+        # What is newer than the chosen one is damaged or given up; left in place, it would be taken for this run's future.
+        newer = [entry for entry in checkpoint.available(self.folder) if path is None or entry.name > path.name]
+        if aside := runlog.set_aside(self.folder, newer):
+            self.log.say(f"{len(newer)} checkpoints newer than the one to resume from were moved to {aside}")
+        return path
+
+    def _build(self, state: State | None) -> None:
+        recipe, device = self.recipe, self.world.device
+        self._teacher = self._build_teacher()
+        torch.manual_seed(recipe.seed)
+        self._student_towers = towers.build(self.plan.student, torch.device("cpu"))
+        width = self._teacher.width if self._teacher else None
+        # Evaluation works on a plain replica: a ZeRO-3 student has its weights only inside the engine's forward.
+        self._replica = copy.deepcopy(self._student_towers.clip) if self.plan.sets else None
+        if recipe.student.activation_checkpointing:
+            self._student_towers.clip.set_grad_checkpointing(True)  # type: ignore[operator]
+        student = Student(self._student_towers.clip, self.plan.task.heads(self.plan.student.width, width), recipe.student.max_scale)
+        if state is not None:
+            checkpoint.check_fits(
+                checkpoint.folder_of(self.folder), state.weights, {k: tuple(v.shape) for k, v in student.state_dict().items()}
+            )
+        groups = decay_groups(student, recipe.optim.weight_decay)
+        self._engine = Engine(student.to(device), groups, recipe.optim, self.plan.config, self.world, state)
+
+    def _build_teacher(self) -> ReplicatedTeacher | None:
+        if self.plan.teacher is None:
+            if self.recipe.teacher is not None:
+                self.log.say("the teacher is not loaded: no objective with a positive weight uses it")
+            return None
+        return build_teacher(self.plan.teacher, self.world.device)
+
+    def _fit(self, progress: Progress) -> bool:
+        preprocess = {"student": self._student_towers.preprocess}
+        if self._teacher is not None:
+            preprocess["teacher"] = self._teacher.towers.preprocess
+        tokenize = {"student": self.plan.student.tokenize}
+        if self.plan.teacher is not None:
+            tokenize["teacher"] = self.plan.teacher.tokenize
+        views = {name: TowerView(cfg, tokenize[name]) for name, cfg in preprocess.items()}
+        trainer = Trainer(self.recipe, self.world, self._engine, self.plan.task, self._teacher, preprocess, self.log, self._stop)
+        batches = train_batches(
+            self.plan.shards,
+            self.plan.order,
+            self.recipe.views,
+            views,
+            rank=self.world.rank,
+            world=self.world.size,
+            start_position=progress.position,
+            workers=self.recipe.data.workers,
+            pin_memory=self.world.device.type == "cuda",
+        )
+        with batches:
+            return trainer.fit(batches, progress, self)
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint; every rank learns whether it is there before it goes on."""
+        state = self._engine.export(moments=True, everywhere=False)
+        failure: object = None
+        if self.world.is_main:
+            try:
+                checkpoint.save(self.folder, progress, state, self.recipe.checkpoint.keep)
+            except checkpoint.CheckpointError as error:
+                failure = str(error)
+        failure = collectives.share(failure, self.world)
+        if failure:
+            raise checkpoint.CheckpointError(str(failure))
+
+    def evaluate(self, step: int) -> None:
+        """Score the current weights on the recipe's sets, into metrics.jsonl and evaluation.json."""
+        if self._replica is not None:
+            self._score(self._engine.export(moments=False, everywhere=True).weights, step)
+
+    def _score(self, weights: dict[str, Tensor], step: int) -> None:
+        if self._replica is None:
+            return
+        export.load_clip(self._replica, weights)
+        clip = self._replica.to(self.world.device).eval()
+        encoder = Encoder(
+            clip, self._student_towers.preprocess, self.plan.student.tokenize, self.world.device, self.recipe.evaluation.batch
+        )
+        results = {"step": step, **Suite(self.plan.sets, encoder, self.world, self.recipe.data.workers).run()}
+        self._replica.to("cpu")
+        if self.world.is_main:
+            runlog.write_json(self.folder / EVALUATION, results)
+            self.log.event(step, "evaluation", results)
+            self.log.say(report.lines(results))

@@ -1,0 +1,101 @@
+"""What DeepSpeed's engine holds: the student's towers and the objectives' heads, as one module with one forward.
+
+The heads are inside, so that they are synchronised, clipped and checkpointed like every other trained parameter; the forward is
+one call, because ZeRO-3 gathers parameters in hooks of `forward` alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megakd.models.embeddings import Embeddings
+
+# Legend: B local batch, D embedding width.
+
+SCALARS = ("logit_scale", "logit_bias")
+
+
+class Student(nn.Module):
+    """Towers and heads. `heads` maps an objective's name to a module that projects (B, D_student) to (B, D_teacher)."""
+
+    def __init__(self, clip: nn.Module, heads: dict[str, nn.Module], max_scale: float) -> None:
+        super().__init__()
+        self.clip = clip
+        for name in SCALARS:
+            scalar = getattr(clip, name, None)
+            if scalar is not None:
+                # DeepSpeed 0.19.8 broadcasts parameters as bytes, which torch refuses for those without a dimension.
+                setattr(clip, name, nn.Parameter(scalar.detach().reshape(1)))
+        self.heads = nn.ModuleDict(heads)
+        self.max_log_scale = math.log(max_scale)
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """Named outputs, a flat dict of tensors so that gradients can be cached per output; `embeddings` gives them their contract."""
+        image_BD = self.clip.encode_image(pixels)  # type: ignore[operator]
+        text_BD = self.clip.encode_text(tokens)  # type: ignore[operator]
+        outputs: dict[str, Tensor] = {"image": normalised(image_BD), "text": normalised(text_BD), "scale": self._scale()}
+        bias = getattr(self.clip, "logit_bias", None)
+        if bias is not None:
+            outputs["bias"] = bias.reshape(())
+        for name, head in self.heads.items():
+            outputs[f"{name}.image"] = normalised(head.image(image_BD))  # type: ignore[operator]
+            outputs[f"{name}.text"] = normalised(head.text(text_BD))  # type: ignore[operator]
+        return outputs
+
+    def _scale(self) -> Tensor:
+        # Clamped in value, not in gradient: a hard clamp would have no gradient above the bound and so never come back.
+        log_scale = self.clip.logit_scale.reshape(())  # type: ignore[operator, union-attr]
+        excess = (log_scale - self.max_log_scale).clamp(min=0).detach()
+        return (log_scale - excess).exp()  # type: ignore[no-any-return]
+
+
+class Head(nn.Module):
+    """One projection for each modality, from the student's width to the teacher's."""
+
+    def __init__(self, kind: str, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.image = _projection(kind, student_width, teacher_width)
+        self.text = _projection(kind, student_width, teacher_width)
+
+
+def _projection(kind: str, width_in: int, width_out: int) -> nn.Module:
+    if kind == "linear":
+        return nn.Linear(width_in, width_out, bias=False)
+    return nn.Sequential(nn.Linear(width_in, width_out), nn.GELU(), nn.Linear(width_out, width_out))
+
+
+def normalised(embedding_BD: Tensor) -> Tensor:
+    """Unit rows, the norm taken in float32: a bf16 norm is off by up to 0.4 %, which a logit scale of 100 makes visible."""
+    return F.normalize(embedding_BD.float(), dim=-1).to(embedding_BD.dtype)
+
+
+def embeddings(outputs: dict[str, Tensor]) -> Embeddings:
+    """The outputs of `Student.forward` as the objectives see them."""
+    names = sorted({key.split(".")[0] for key in outputs if "." in key})
+    projected = {name: (outputs[f"{name}.image"], outputs[f"{name}.text"]) for name in names}
+    return Embeddings(outputs["image"], outputs["text"], outputs["scale"], outputs.get("bias"), projected)
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """AdamW parameter groups: weight decay on matrices, none on norms, biases and scales (all of them below two dimensions)."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def encode_images(clip: nn.Module, pixels: Tensor) -> Tensor:
+    """(B, D) unit rows, without gradient: for teachers and for evaluation."""
+    with torch.no_grad():
+        return normalised(clip.encode_image(pixels))  # type: ignore[operator]
+
+
+def encode_texts(clip: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return normalised(clip.encode_text(tokens))  # type: ignore[operator]

@@ -1,0 +1,58 @@
+"""One interface for teachers, whatever runs behind it: here a frozen replica on every rank, bf16 on a GPU and fp32 on a CPU.
+
+A teacher that is sharded, quantised or read from a store implements the same two attributes and one method.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megakd.models import towers
+from megakd.models.embeddings import Embeddings
+from megakd.models.student import encode_images, encode_texts
+
+
+class Teacher(Protocol):
+    """What the trainer and the objectives need of a teacher."""
+
+    @property
+    def width(self) -> int:
+        """Width D of its embeddings."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the pixels that `embed` takes."""
+        ...
+
+    def embed(self, pixels: Tensor, tokens: Tensor) -> Embeddings:
+        """Unit embeddings of a batch, without gradient. Every rank calls it equally often: a sharded teacher communicates in it."""
+        ...
+
+
+class ReplicatedTeacher:
+    """The whole teacher on every rank, frozen and in evaluation mode."""
+
+    def __init__(self, built: towers.Towers) -> None:
+        self.towers = built
+        self._clip = built.clip.eval().requires_grad_(False)
+        self._scale = self._clip.logit_scale.detach().float().exp().reshape(())  # type: ignore[operator, union-attr]
+        bias = getattr(self._clip, "logit_bias", None)
+        self._bias = None if bias is None else bias.detach().float().reshape(())
+        self.dtype = next(self._clip.parameters()).dtype
+
+    @property
+    def width(self) -> int:
+        return self.towers.description.width
+
+    def embed(self, pixels: Tensor, tokens: Tensor) -> Embeddings:
+        return Embeddings(encode_images(self._clip, pixels), encode_texts(self._clip, tokens), self._scale, self._bias)
+
+
+def build_teacher(description: towers.Description, device: torch.device) -> ReplicatedTeacher:
+    """The teacher of a recipe with its weights loaded. Raises ValueError as `towers.build` does."""
+    precision: towers.Precision = "bf16" if device.type == "cuda" else "fp32"
+    return ReplicatedTeacher(towers.build(description, device, precision))

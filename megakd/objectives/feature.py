@@ -1,0 +1,35 @@
+"""Feature KD: the projected student embedding learns to point where the teacher's does."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megakd.models.embeddings import Embeddings
+from megakd.models.student import Head
+from megakd.recipe import Recipe
+
+
+class Feature:
+    """Mean over the batch and the two modalities of |projected student - teacher|^2, both of unit length: 2 - 2 cosine.
+
+    The square is summed over the width, not averaged: a mean over D would divide the loss's weight by D (CLIP-KD compensates
+    with a weight of 2000 at one width). Source: FD of CLIP-KD (arXiv 2307.12732), in that form.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._kind = recipe.feature.head
+
+    def head(self, student_width: int, teacher_width: int) -> nn.Module | None:
+        return Head(self._kind, student_width, teacher_width)
+
+    def __call__(self, student: Embeddings, teacher: Embeddings | None, group: ProcessGroup | None) -> Tensor:
+        assert teacher is not None
+        image_BD, text_BD = student.projected["feature"]
+        return (_square_distance(image_BD, teacher.image) + _square_distance(text_BD, teacher.text)) / 2
+
+
+def _square_distance(a_BD: Tensor, b_BD: Tensor) -> Tensor:
+    return (a_BD.float() - b_BD.float()).square().sum(dim=-1).mean()

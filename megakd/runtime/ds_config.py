@@ -1,0 +1,144 @@
+"""The DeepSpeed JSON: how a run is carried out. `resolve` fills its "auto" values from the recipe and refuses contradictions.
+
+One owner per quantity: batch, learning rate, schedule, weight decay and clipping are the recipe's; ZeRO stage, offload, precision,
+micro-batch, buckets and monitors are the JSON's. A key that both have is "auto" (or absent) in the JSON, or says the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from megakd.recipe import Recipe
+
+BUILT_IN = "(built-in default)"
+
+
+def read(path: str | None, *, cuda: bool) -> tuple[dict[str, Any], str]:
+    """The JSON at `path`, or the built-in default: ZeRO-1 in bf16 on a GPU, no ZeRO in fp32 on a CPU. Returns it with its name."""
+    if path is None:
+        default = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}} if cuda else {}
+        return default, BUILT_IN
+    if not Path(path).is_file():
+        raise ValueError(f"--ds_config {path}: no such file; the repository's are in ds_configs/")
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--ds_config {path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"--ds_config {path}: a DeepSpeed configuration is an object, this is a {type(config).__name__}")
+    return config, path
+
+
+def resolve(config: dict[str, Any], recipe: Recipe, ranks: int, *, config_name: str, recipe_name: str) -> dict[str, Any]:
+    """A copy of `config` that DeepSpeed takes, with every shared key filled from the recipe.
+
+    Raises ValueError that names the key, both values and both files where a literal disagrees, and where the global batch does
+    not divide over `ranks` and micro-batches.
+    """
+    merge = _Merge(copy.deepcopy(config), config_name, recipe_name)
+    merge.refuse()
+    optim = recipe.optim
+    merge.fill("train_batch_size", "optim.batch", optim.batch)
+    micro = merge.micro_batch(optim.batch, ranks)
+    merge.fill("train_micro_batch_size_per_gpu", "optim.batch / ranks", micro)
+    merge.fill("gradient_accumulation_steps", "optim.batch / (micro-batch * ranks)", optim.batch // (micro * ranks))
+    merge.fill("gradient_clipping", "optim.clip", optim.clip)
+    merge.check_optimizer(recipe)
+    merge.precision()
+    # DeepSpeed prints "[Rank 0] step=..." every 10 steps unless told otherwise; the run's own log says more.
+    merge.config.setdefault("steps_per_print", 10**9)
+    return merge.config
+
+
+class _Merge:
+    def __init__(self, config: dict[str, Any], config_name: str, recipe_name: str) -> None:
+        self.config, self.config_name, self.recipe_name = config, config_name, recipe_name
+
+    def fill(self, key: str, owner: str, value: Any, inside: dict[str, Any] | None = None, shown: str | None = None) -> None:
+        """Set `key` to the recipe's value; a literal that says something else is an error."""
+        section = self.config if inside is None else inside
+        literal = section.get(key, "auto")
+        if literal != "auto" and not _same(literal, value):
+            raise ValueError(
+                f"{shown or key} = {literal!r} in {self.config_name} disagrees with {owner} = {value!r} in {self.recipe_name}: "
+                f'write "auto" in the JSON, or change the recipe'
+            )
+        section[key] = value
+
+    def refuse(self) -> None:
+        if "scheduler" in self.config:
+            raise ValueError(
+                f"scheduler in {self.config_name}: the schedule is the recipe's (optim.schedule, optim.warmup); remove this section"
+            )
+        if self.config.get("fp16", {}).get("enabled", False):
+            raise ValueError(f"fp16.enabled in {self.config_name}: only bf16 and fp32 are supported; enable bf16 instead")
+
+    def micro_batch(self, batch: int, ranks: int) -> int:
+        """Pairs of one rank in one forward: the JSON's literal, or the whole share of a rank."""
+        if batch % ranks:
+            lower, upper = batch // ranks * ranks, -(-batch // ranks) * ranks
+            raise ValueError(
+                f"optim.batch = {batch} in {self.recipe_name} does not divide over {ranks} ranks: "
+                f"use {lower or upper} or {upper}, or another number of ranks"
+            )
+        local = batch // ranks
+        micro = self.config.get("train_micro_batch_size_per_gpu", "auto")
+        steps = self.config.get("gradient_accumulation_steps", "auto")
+        if micro == "auto" and steps != "auto":
+            micro = local // steps if isinstance(steps, int) and steps > 0 and local % steps == 0 else None
+        elif micro == "auto":
+            micro = local
+        if not isinstance(micro, int) or micro < 1 or local % micro:
+            key = "train_micro_batch_size_per_gpu" if steps == "auto" else "gradient_accumulation_steps"
+            raise ValueError(
+                f"{key} = {self.config.get(key)!r} in {self.config_name} does not divide a rank's share of the batch: "
+                f"optim.batch = {batch} in {self.recipe_name} over {ranks} ranks is {local} each"
+            )
+        return micro
+
+    def check_optimizer(self, recipe: Recipe) -> None:
+        """The optimizer is the recipe's AdamW; a section in the JSON may only repeat it. The engine builds it, so it leaves the JSON."""
+        section = self.config.pop("optimizer", None)
+        if section is None:
+            return
+        kind = section.get("type", "AdamW")
+        if str(kind).lower() != "adamw":
+            raise ValueError(
+                f"optimizer.type = {kind!r} in {self.config_name}: megakd trains with AdamW; remove the section or write AdamW"
+            )
+        owned = {
+            "lr": recipe.optim.lr,
+            "betas": list(recipe.optim.betas),
+            "eps": recipe.optim.eps,
+            "weight_decay": recipe.optim.weight_decay,
+        }
+        params = section.get("params", {})
+        for key, value in params.items():
+            if key not in owned:
+                raise ValueError(f"optimizer.params.{key} = {value!r} in {self.config_name}: unknown; the recipe owns {', '.join(owned)}")
+            self.fill(key, f"optim.{key}", owned[key], params, f"optimizer.params.{key}")
+
+    def precision(self) -> None:
+        stage = self.config.get("zero_optimization", {}).get("stage", 0)
+        if stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_optimization.stage = {stage!r} in {self.config_name}: give 0, 1, 2 or 3")
+        if is_bf16(self.config) and stage == 0:
+            raise ValueError(
+                f"bf16 without ZeRO in {self.config_name}: DeepSpeed would keep no fp32 master weights; "
+                f"set zero_optimization.stage to 1, 2 or 3"
+            )
+
+
+def is_bf16(config: dict[str, Any]) -> bool:
+    return bool(config.get("bf16", {}).get("enabled", False))
+
+
+def _same(literal: Any, value: Any) -> bool:
+    if isinstance(literal, (int, float)) and isinstance(value, (int, float)) and not isinstance(literal, bool):
+        return float(literal) == float(value)
+    if isinstance(literal, (list, tuple)) and isinstance(value, (list, tuple)):
+        return len(literal) == len(value) and all(_same(a, b) for a, b in zip(literal, value, strict=True))
+    return bool(literal == value)

@@ -1,0 +1,214 @@
+"""DeepSpeed behind one small class; the only importer of deepspeed.
+
+What the rest of the program sees: `forward`, `backward`, `update`, and `export`/the constructor's `start` for the full, unsharded
+fp32 weights and optimizer moments, whatever the ZeRO stage. Checkpoints made of those fit any stage and any number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+import deepspeed  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+from megakd.recipe import Optim  # noqa: E402
+from megakd.runtime.ds_config import is_bf16  # noqa: E402
+from megakd.runtime.launch import World  # noqa: E402
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything the optimizer moves, unsharded and in fp32 on the CPU: weights by parameter name, moments by `MOMENT/name`."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    updates: int
+
+
+class Engine:
+    """The student in DeepSpeed's hands.
+
+    `groups` are AdamW parameter groups of `module`. `config` comes from `ds_config.resolve`. `start` continues from an exported state.
+    """
+
+    def __init__(
+        self, module: nn.Module, groups: list[dict[str, object]], optim: Optim, config: dict[str, Any], world: World, start: State | None
+    ) -> None:
+        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        if start is not None:
+            _load_weights(module, start.weights)
+        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+        optimizer = _adamw(groups, optim, config)
+        self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        # Without ZeRO, DeepSpeed clips and does not tell the norm; `update` does both.
+        self._clip = float(config["gradient_clipping"]) if self.stage == 0 else 0.0
+        handed_over = {**config, "gradient_clipping": 0.0} if self.stage == 0 else config
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=handed_over)
+        # DeepSpeed sets its logger's level anew in initialize().
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.dtype = torch.bfloat16 if is_bf16(config) else torch.float32
+        self.micro_batch = int(config["train_micro_batch_size_per_gpu"])
+        self.accumulation = int(config["gradient_accumulation_steps"])
+        self._norm = math.nan
+        self.updates = 0 if start is None else start.updates
+        self._make_moments()
+        if start is not None:
+            self._restore(start)
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module  # type: ignore[no-any-return]
+
+    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+        return self._engine(*inputs)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, whose mean over ranks and sum over accumulation steps is the global batch's."""
+        self._engine.backward(loss * self.accumulation)
+
+    def accumulated(self) -> None:
+        """Close one accumulation step that is not the last: DeepSpeed counts them in `step`."""
+        self._engine.step()
+
+    def update(self, lr: float) -> None:
+        """Clip, move the weights with this learning rate, and clear the gradients."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            self._norm = float(nn.utils.clip_grad_norm_(self._trained(), self._clip or math.inf))
+        self._engine.step()
+        if self.stage > 0:
+            self._norm = float(self._engine.get_global_grad_norm())
+        self.updates += 1
+
+    @property
+    def gradient_norm(self) -> float:
+        """Global gradient norm of the last update, before clipping; NaN before the first."""
+        return self._norm
+
+    def monitor(self, values: dict[str, float], samples: int) -> None:
+        """Hand named values to the monitors of the JSON (TensorBoard, W&B, CSV, Comet)."""
+        if self._engine.monitor.enabled:
+            self._engine.monitor.write_events([(f"Train/{name}", value, samples) for name, value in values.items()])
+
+    def export(self, *, moments: bool, everywhere: bool) -> State:
+        """Full fp32 state on the CPU: of rank 0, or `everywhere`; elsewhere an empty one. A collective: every rank calls it."""
+        kept = State({}, {}, self.updates)
+        keep = everywhere or self._engine.global_rank == 0
+        for parameter in self._trained():
+            name = self._names[id(parameter)]
+            for key in (None, *(MOMENTS if moments else ())):
+                full = self._full(parameter, key)
+                if keep:
+                    destination, label = (kept.weights, name) if key is None else (kept.moments, f"{key}/{name}")
+                    destination[label] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
+        if keep:
+            kept.weights.update({name: buffer.detach().cpu().clone() for name, buffer in persistent_buffers(self.module).items()})
+        return kept
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def _base_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self._optimizer, "optimizer", self._optimizer)  # type: ignore[no-any-return]
+
+    def _full(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        if self.stage == 0:
+            full = parameter if key is None else self._base_optimizer().state[parameter][key]
+        else:
+            full = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
+            full = full.reshape(getattr(parameter, "ds_shape", parameter.shape))
+        return full  # type: ignore[no-any-return]
+
+    def _restore(self, start: State) -> None:
+        for parameter in self._trained():
+            name = self._names[id(parameter)]
+            self._set(parameter, start.weights[name], None)
+            for key in MOMENTS:
+                self._set(parameter, start.moments[f"{key}/{name}"], key)
+
+    def _make_moments(self) -> None:
+        """Make AdamW's moments now instead of in its first step: a resumed run has them to fill.
+
+        It also cures DeepSpeed 0.19.8, which links the moments to the parameters when the first of several groups has moved, and
+        so never finds those of the others.
+        """
+        base = self._base_optimizer()
+        if self.stage == 3:
+            flat = self._optimizer.fp32_partitioned_groups_flat
+        else:
+            flat = [parameter for group in base.param_groups for parameter in group["params"]]
+        for parameter in flat:
+            step: Any = self.updates
+            if isinstance(base, torch.optim.AdamW):
+                step = torch.tensor(float(self.updates), device=parameter.device)
+            base.state[parameter] = {"step": step, **{key: torch.zeros_like(parameter.data, dtype=torch.float32) for key in MOMENTS}}
+        link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        value = value.to(parameter.device)
+        if self.stage == 0:
+            if key is not None:
+                self._base_optimizer().state[parameter][key].copy_(value)
+        elif self.stage == 3:
+            # DeepSpeed 0.19's full-tensor setter slices beyond the end where ranks do not divide the size; the local one is exact.
+            piece = _own_slice(value, safe_get_local_fp32_param(parameter).numel(), self._engine.global_rank)
+            if key is None:
+                safe_set_local_fp32_param(parameter, piece)
+            else:
+                safe_set_local_optimizer_state(parameter, piece, key)
+        elif key is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _own_slice(value: Tensor, numel: int, rank: int) -> Tensor:
+    flat = value.flatten()[rank * numel : (rank + 1) * numel]
+    return torch.cat([flat, flat.new_zeros(numel - flat.numel())])
+
+
+def _adamw(groups: list[dict[str, object]], optim: Optim, config: dict[str, Any]) -> torch.optim.Optimizer:
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    if offload != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use, so only where it is needed
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def _load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Strictly: the constructor's caller has compared the names and shapes before, with messages for users."""
+    targets = dict(module.named_parameters()) | persistent_buffers(module)
+    with torch.no_grad():
+        for name, value in weights.items():
+            targets[name].copy_(value)
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to the model's state, such as batch norm's running statistics."""
+    stored = module.state_dict()
+    return {name: buffer for name, buffer in module.named_buffers() if name in stored}

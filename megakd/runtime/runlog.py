@@ -1,0 +1,181 @@
+"""A run is a folder: run.json, metrics.jsonl, checkpoints/, evaluation.json. This module writes the first two, and the console.
+
+run.json    the resolved recipe and DeepSpeed configuration, command line, versions, commit: what it takes to replay the run
+metrics.jsonl    a row each `log.every` steps and one for each event; a resumed run drops the rows past its checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megakd.recipe import Recipe
+from megakd.recipe_files import differences
+
+RUN, METRICS = "run.json", "metrics.jsonl"
+PACKAGES = ("megakd", "torch", "deepspeed", "open_clip_torch", "transformers", "triton")
+
+
+class RunLog:
+    """Writer of a run folder and of the console. Only the main rank writes; on others every method does nothing."""
+
+    def __init__(self, run: Path, *, main: bool) -> None:
+        self.run, self._main = run, main
+        self.console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """A line for people: on the console, not in the metrics."""
+        if self._main:
+            self.console.print(text, markup=False)
+
+    def open(self, recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> None:
+        """Write run.json. A folder of another recipe has been refused before, see `check_same_recipe`."""
+        if not self._main:
+            return
+        content = {
+            "recipe": recipe.model_dump(mode="json"),
+            "ds_config": ds_config,
+            "argv": sys.argv,
+            "ranks": ranks,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+            "commit": commit(),
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        }
+        write_json(self.run / RUN, content)
+
+    def keep_until(self, step: int) -> None:
+        """Drop the metrics past `step`: the resumed run writes them again."""
+        path = self.run / METRICS
+        if not self._main or not path.exists():
+            return
+        rows = [row for row in read_metrics(self.run) if row["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        partial.replace(path)
+
+    def row(self, row: dict[str, Any], total_steps: int) -> None:
+        """One row of metrics.jsonl, and its line or progress bar on the console."""
+        if not self._main:
+            return
+        with (self.run / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.console.is_terminal:
+            self._bar(row, total_steps)
+        else:
+            self.console.print(_line(row, total_steps), markup=False)
+
+    def event(self, step: int, name: str, content: Any) -> None:
+        """A row that is no step: an evaluation, bad samples, a checkpoint."""
+        if self._main:
+            with (self.run / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "event": name, "content": content}) + "\n")
+
+    def _bar(self, row: dict[str, Any], total_steps: int) -> None:
+        if self._progress is None:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self._progress = Progress(*columns, console=self.console)
+            self._progress.start()
+            self._progress.add_task("", total=total_steps)
+        self._progress.update(self._progress.task_ids[0], completed=row["step"], description=_summary(row))
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def check_resume(run: Path, resume: str, recipe: Recipe) -> None:
+    """Raise ValueError when `--resume` names no checkpoint, or when `run` is the folder of another recipe."""
+    if resume not in ("auto", "none") and not Path(resume).is_dir():
+        raise ValueError(f"--resume {resume}: give auto, none, or the folder of a checkpoint (RUN/checkpoints/step_00000500)")
+    path = run / RUN
+    if resume == "none" or not path.exists():
+        return
+    changed = differences(Recipe.model_validate(json.loads(path.read_text(encoding="utf-8"))["recipe"]), recipe)
+    if changed:
+        raise ValueError(
+            f"--out {run}: this folder belongs to a run of another recipe:\n  " + "\n  ".join(changed[:12]) + "\n"
+            "choose another --out, or give the recipe that run was started with (RUN/run.json is one), "
+            "or --resume none to set that run aside"
+        )
+
+
+def set_aside(run: Path, entries: list[Path]) -> Path | None:
+    """Move entries of a run's folder to RUN/previous/N, so that nothing is lost; None when there are none."""
+    if not entries:
+        return None
+    number = len(list((run / "previous").glob("*"))) + 1
+    target = run / "previous" / str(number)
+    target.mkdir(parents=True)
+    for entry in entries:
+        entry.rename(target / entry.name)
+    return target
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All complete rows; a last line cut by a crash is left out."""
+    rows = []
+    for line in (run / METRICS).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def commit() -> str | None:
+    """Commit of the source tree this package runs from, with '+' for uncommitted changes; None outside a checkout."""
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    if found.returncode:
+        return None
+    changed = subprocess.run(["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in GB: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _summary(row: dict[str, Any]) -> str:
+    parts = " ".join(f"{name} {value:.4f}" for name, value in row["losses"].items())
+    return f"loss {row['loss']:.4f} ({parts}) | {row['images_per_second']:.0f} images/s | lr {row['lr']:.2e}"
+
+
+def _line(row: dict[str, Any], total_steps: int) -> str:
+    seconds = " ".join(f"{name} {value:.2f}" for name, value in row["seconds"].items())
+    extra = f"scale {row['scale']:.2f} | norm {row['gradient_norm']:.3f} | {row['memory_gb']:.2f} GB | seconds: {seconds}"
+    return f"step {row['step']}/{total_steps} | {_summary(row)} | {extra}"

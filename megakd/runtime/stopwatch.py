@@ -1,0 +1,47 @@
+"""Seconds spent in named parts of a step: host time on a CPU, event pairs on a GPU, which cost no synchronisation until read."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Stopwatch:
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the work issued inside as `name`."""
+        if not self._cuda:
+            start = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - start
+            return
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        yield
+        after.record()
+        self._events.append((name, before, after))
+
+    @contextmanager
+    def host(self, name: str) -> Iterator[None]:
+        """Count host time, whatever the device: for waiting on data."""
+        start = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """Seconds by name since the last reading; waits for the device when there are events."""
+        for name, before, after in self._events:
+            after.synchronize()
+            self._seconds[name] += before.elapsed_time(after) / 1000
+        self._events.clear()
+        seconds, self._seconds = dict(self._seconds), defaultdict(float)
+        return seconds

@@ -1,0 +1,41 @@
+"""`megakd evaluate RUN`: score a run's weights without the run's engine, teacher or training data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megakd import export, recipe_files
+from megakd.evaluation import report
+from megakd.evaluation.encoder import Encoder
+from megakd.evaluation.suite import Suite, open_sets
+from megakd.job import EVALUATION
+from megakd.models import towers
+from megakd.runtime import checkpoint, collectives, launch, runlog
+
+
+def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
+    """Write RUN/evaluation.json and print it. Raises ValueError when the run, a checkpoint or an evaluation set is missing."""
+    if not (run / runlog.RUN).is_file():
+        raise ValueError(f"{run}: no run folder (it has no {runlog.RUN}); give the --out of a training run, such as runs/smoke")
+    recipe, _ = recipe_files.load(str(run / runlog.RUN), overrides)
+    world = launch.start()
+    try:
+        path = collectives.share((chosen or checkpoint.latest_valid(run, print)) if world.is_main else None, world)
+        if not isinstance(path, Path):
+            raise ValueError(f"{run}: no checkpoint in it yet; train further, or give --checkpoint")
+        sets = open_sets(recipe, world)
+        if not sets:
+            raise ValueError(f"{run}: its recipe names no evaluation set; add one with --set evaluation.retrieval.NAME=SHARDS")
+        progress, weights = checkpoint.load_weights(path)
+        description = towers.describe(recipe.student.model_copy(update={"pretrained": None}), "student")
+        built = towers.build(description, torch.device("cpu"), load_weights=False)
+        export.load_clip(built.clip, weights)
+        encoder = Encoder(built.clip.to(world.device).eval(), built.preprocess, description.tokenize, world.device, recipe.evaluation.batch)
+        results = {"step": progress.step, **Suite(sets, encoder, world, recipe.data.workers).run()}
+        if world.is_main:
+            runlog.write_json(run / EVALUATION, results)
+            print(f"{path}\n{report.lines(results)}\nwritten to {run / EVALUATION}")
+    finally:
+        launch.stop()

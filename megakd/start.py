@@ -1,0 +1,129 @@
+"""From a command line to a finished run: flags, launcher, the teacher's recipe where it has to come first, exit codes.
+
+The flags are few and a test holds them: what is learned belongs to the recipe, how it runs to the DeepSpeed JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+
+from megakd import recipe_files
+from megakd.runtime import launch
+from megakd.runtime.launch import World
+from megakd.runtime.signals import EXIT_NOT_FINITE, EXIT_USER_ERROR, StopRequest
+
+DEFAULT_RECIPE = "smoke"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The training program's flags."""
+    flags = argparse.ArgumentParser(
+        prog="megakd/train.py", description="Distil a CLIP-style teacher into a student, or train one without a teacher."
+    )
+    flags.add_argument(
+        "--recipe", help=f"name of a shipped recipe ({', '.join(recipe_files.shipped())}) or a .toml file; default: {DEFAULT_RECIPE}"
+    )
+    flags.add_argument(
+        "--ds_config", metavar="JSON", help="DeepSpeed configuration; default: ZeRO-1 in bf16 on a GPU, fp32 without ZeRO on a CPU"
+    )
+    flags.add_argument("--out", type=Path, metavar="FOLDER", help="run folder; default: runs/NAME with the recipe's name")
+    flags.add_argument(
+        "--resume", default="auto", help="auto (the newest valid checkpoint in the run folder, the default), none, or a checkpoint's folder"
+    )
+    flags.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override one setting of the recipe, e.g. optim.lr=3e-4",
+    )
+    flags.add_argument("--dry_run", action="store_true", help="check everything, show what would run, and exit")
+    flags.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; ranks are read from the environment")
+    return flags
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run the command and return its exit code: 0, 2 for a mistake of the user's, 85 after a signal, 86 for a loss that is not finite."""
+    flags = parser().parse_args(arguments)
+    _quiet_libraries()
+    world = None
+    try:
+        world = launch.start()
+        return _run(flags, world)
+    except KeyboardInterrupt:
+        _complain(world, "interrupted; what was trained since the last checkpoint is lost, the same command goes on from that checkpoint")
+        return 130
+    except ArithmeticError as error:
+        _complain(
+            world, f"{error}\nNo weight has moved in this step. Lower optim.lr or look at the data, then resume from the last checkpoint."
+        )
+        return EXIT_NOT_FINITE
+    except ValueError as error:
+        if os.environ.get("MEGAKD_TRACEBACK"):
+            traceback.print_exc()
+        _complain(world, f"error: {error}")
+        return EXIT_USER_ERROR
+    finally:
+        launch.stop()
+
+
+def _run(flags: argparse.Namespace, world: World) -> int:
+    name = flags.recipe or DEFAULT_RECIPE
+    recipe, origin = recipe_files.load(name, flags.overrides)
+    if flags.recipe is None and world.is_main:
+        print(f"no --recipe given: running the shipped recipe '{name}' ({origin})", flush=True)
+    # Heavy imports come after the recipe was read, so that a typo is answered at once.
+    from megakd import job, preview
+
+    request = job.Request(recipe, origin, flags.ds_config, flags.out or Path("runs") / recipe.name, flags.resume)
+    first = job.teacher_request(request)
+    plan = job.prepare(request, world, teacher_comes_first=first is not None)
+    if flags.dry_run:
+        text = preview.show(plan, world)
+        if world.is_main:
+            print(
+                text
+                + (f"\nthe teacher would be trained first, by {first.recipe_name} into {first.out}" if first else "")
+                + "\ndry run: all of this is sound"
+            )
+        return 0
+    stop = StopRequest()
+    if first is not None:
+        if world.is_main:
+            print(f"the teacher is not there yet: training it first with {first.recipe_name} into {first.out}", flush=True)
+        code = job.Run(job.prepare(first, world), world, stop).execute()
+        if code:
+            return code
+        plan = job.prepare(request, world)
+    return job.Run(plan, world, stop).execute()
+
+
+def _quiet_libraries() -> None:
+    """Leave the console to the run: libraries speak from warnings up, and torch's deprecations inside DeepSpeed are not the user's."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    # open_clip speaks through the root logger, of random weights for example, which the recipe asked for.
+    logging.getLogger().addFilter(lambda record: record.name != "root" or record.levelno >= logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.|deepspeed\.|open_clip\.")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+
+
+def _complain(world: World | None, text: str) -> None:
+    """On the main rank at once; on the others later, when the launcher has ended them in case it was everyone's error."""
+    if world is not None and not world.is_main:
+        time.sleep(3)
+        text = f"[rank {world.rank}] {text}"
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,20 @@
+"""Entry point for every launcher: `deepspeed megakd/train.py`, `torchrun`, `srun python`, or a plain `python`.
+
+Nothing imports this file. It takes its own folder, where a launcher starts, off sys.path before any other import: a module in
+megakd/ would otherwise hide a library's of the same name.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+from megakd.start import run_command  # noqa: E402
+
+
+def main() -> int:
+    return run_command(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""What the public losses promise besides numbers: errors, which gradients flow, memory, repeatability."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from similarity_cases import Batch, batch, measure
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megakd_kernels import contrastive, contrastive_reference, similarity_kd
+
+STUDENT, TEACHER = batch(37, 48, 50, seed=1), batch(37, 64, 80, seed=2)
+EVERY_BACKEND = pytest.mark.parametrize("options", [{"backend": "eager"}, {"backend": "chunked", "chunk": 10}], ids=lambda o: o["backend"])
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "options", "message"),
+    [
+        (STUDENT, TEACHER, {"backend": "trition"}, "unknown backend 'trition'; known: auto, chunked, eager"),
+        (STUDENT, TEACHER, {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        (STUDENT, TEACHER, {"temperature": float("nan")}, "temperature must be positive"),
+        (STUDENT, TEACHER, {"chunk": 0}, "chunk must be at least 1"),
+        (STUDENT, TEACHER, {"chunk": 8, "backend": "eager"}, "takes no chunk"),
+        (STUDENT, batch(36, 64, 80), {}, r"same pairs, got student.image \(37, 48\).*teacher.image \(36, 64\)"),
+        (STUDENT._replace(text=STUDENT.text[1:]), None, {}, r"student.image \(37, 48\), student.text \(36, 48\)"),
+        (STUDENT._replace(image=STUDENT.image[0]), None, {}, r"student.image \(48,\)"),
+        (STUDENT, TEACHER._replace(text=TEACHER.text[:, 1:]), {}, r"teacher.image \(37, 64\), teacher.text \(37, 63\)"),
+        (batch(0, 48, 1), None, {}, "batch is empty"),
+        (STUDENT._replace(scale=torch.ones(2)), None, {}, r"student.scale must hold one number, got shape \(2,\)"),
+        (STUDENT._replace(text=STUDENT.text.long()), None, {}, "floating point: student.text is torch.int64"),
+    ],
+)
+def test_faulty_requests_name_what_is_wrong(student, teacher, options, message):
+    with pytest.raises(ValueError, match=message):
+        similarity_kd(student, teacher, **options)
+
+
+@EVERY_BACKEND
+def test_contrastive_is_the_hard_part_and_needs_no_teacher(options):
+    assert torch.allclose(contrastive(STUDENT, **options).double(), contrastive_reference(STUDENT), rtol=1e-6)
+    loss = similarity_kd(STUDENT, None, hard=True, temperature=3.0, **options)
+    assert loss.kd == 0
+    assert torch.equal(loss.hard, contrastive(STUDENT, **options))
+
+
+@EVERY_BACKEND
+def test_losses_are_float32_scalars_and_parts_not_asked_for_are_zero(options):
+    leaves = Batch(*(tensor.bfloat16() for tensor in STUDENT)).leaves()
+    loss = similarity_kd(leaves, TEACHER, **options)
+    assert loss.kd.dtype == loss.hard.dtype == torch.float32
+    assert loss.kd.shape == loss.hard.shape == ()
+    assert loss.kd.requires_grad
+    assert loss.hard == 0
+    assert not loss.hard.requires_grad
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)])
+def test_a_gradient_does_not_depend_on_which_others_are_wanted(options, wanted):
+    whole, some = STUDENT.leaves(), STUDENT.leaves()
+    for leaf, want in zip(some, wanted, strict=True):
+        leaf.requires_grad_(bool(want))
+    for leaves in (whole, some):
+        loss = similarity_kd(leaves, TEACHER, temperature=2.0, hard=True, **options)
+        (loss.kd + loss.hard).backward()
+    for leaf, want, gradient in zip(some, wanted, whole.gradients(), strict=True):
+        assert torch.equal(leaf.grad, gradient) if want else leaf.grad is None
+
+
+@EVERY_BACKEND
+@pytest.mark.parametrize("part", ["kd", "hard"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_each_part_can_be_differentiated_alone(options, part, temperature):
+    together, alone = STUDENT.leaves(), STUDENT.leaves()
+    getattr(similarity_kd(together, TEACHER, temperature=temperature, hard=True, **options), part).backward()
+    teacher = TEACHER if part == "kd" else None
+    getattr(similarity_kd(alone, teacher, temperature=temperature, hard=part == "hard", **options), part).backward()
+    for ours, expected in zip(together.gradients(), alone.gradients(), strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-7)
+
+
+@EVERY_BACKEND
+def test_the_teacher_gets_no_gradient(options):
+    student, teacher = STUDENT.leaves(), TEACHER.leaves()
+    similarity_kd(student, teacher, **options).kd.backward()
+    assert teacher.gradients() == [None, None, None]
+    frozen_scale = STUDENT.leaves()._replace(scale=torch.tensor([50.0]))
+    similarity_kd(frozen_scale, teacher, **options).kd.backward()
+    assert torch.equal(frozen_scale.image.grad, student.image.grad)
+
+
+@EVERY_BACKEND
+def test_a_scale_of_one_element_keeps_its_shape(options):
+    scale = torch.tensor([50.0], requires_grad=True)
+    contrastive(STUDENT._replace(scale=scale), **options).backward()
+    assert scale.grad.shape == (1,)
+
+
+@EVERY_BACKEND
+def test_autocast_changes_nothing(options):
+    plain = measure(STUDENT, TEACHER, hard=True, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        leaves = STUDENT.leaves()
+        loss = similarity_kd(leaves, TEACHER, hard=True, **options)
+    (2.5 * loss.kd + 1.25 * loss.hard).backward()
+    assert torch.equal(loss.kd.detach().double(), plain.kd)
+    assert torch.equal(leaves.image.grad.double(), plain.image)
+
+
+@EVERY_BACKEND
+def test_two_runs_give_the_same_bits(options):
+    first, second = (measure(STUDENT, TEACHER, temperature=2.0, hard=True, **options) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_a_second_derivative_is_refused_where_it_would_be_wrong():
+    leaves = STUDENT.leaves()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(contrastive(leaves, backend="chunked", chunk=10), leaves.image, create_graph=True)
+    (gradient,) = torch.autograd.grad(contrastive(leaves, backend="eager"), leaves.image, create_graph=True)
+    assert gradient.requires_grad
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the most elements that any tensor had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_chunked_backend_never_holds_more_than_a_panel(dtype, temperature):
+    pairs, width, chunk = 600, 24, 32
+    student, teacher = batch(pairs, width, 50, dtype, seed=1), batch(pairs, width, 80, dtype, seed=2)
+    with _Largest() as largest:
+        measure(student, teacher, temperature=temperature, hard=True, backend="chunked", chunk=chunk)
+    assert largest.elements == chunk * pairs
+    with _Largest() as largest:
+        measure(student, teacher, temperature=temperature, hard=True, backend="eager")
+    assert largest.elements == pairs * pairs  # the recorder does see a whole matrix where there is one
+
+
+def test_auto_is_eager_for_small_batches_and_chunked_for_large_ones(monkeypatch):
+    monkeypatch.setattr("megakd_kernels.similarity.EAGER_UP_TO", {"cpu": 37})
+    larger = (batch(38, 48, 50, seed=1), batch(38, 64, 80, seed=2))
+    small = (STUDENT, TEACHER)
+    for pairs, options, expected in [(small, {}, "eager"), (larger, {}, "chunked"), (small, {"chunk": 10}, "chunked")]:
+        chosen = measure(*pairs, temperature=2.0, hard=True, **options)
+        named = measure(*pairs, temperature=2.0, hard=True, backend=expected, **options)
+        assert all(torch.equal(one, other) for one, other in zip(chosen, named, strict=True))
+
+
+def test_the_default_chunk_keeps_a_panel_within_its_bytes():
+    from megakd_kernels.panels import PANEL_BYTES, chunk_rows
+
+    cpu = torch.device("cpu")
+    assert chunk_rows(100, 100, torch.float32, cpu) == 100
+    assert chunk_rows(10**5, 10**5, torch.float32, cpu) * 10**5 * 4 <= PANEL_BYTES["cpu"]
+    assert chunk_rows(10**9, 10**9, torch.float32, cpu) == 1
