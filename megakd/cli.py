@@ -26,12 +26,12 @@ def shapes(
     caption_noise: Annotated[
         float, typer.Option(help="fraction of wrong captions in train_noisy/, as on the web; 0 leaves that split out")
     ] = 0.5,
-    image_size: Annotated[int, typer.Option(help="pixels a side")] = 32,
+    image_size: Annotated[int | None, typer.Option(help="pixels a side; default: 36, twelve for each of 3 x 3 cells")] = None,
 ) -> None:
     """Write the procedural image-text set as tar shards."""
-    from megakd.data.shapes import write_world
+    from megakd.data.shapes import IMAGE_SIZE, write_world
 
-    world = write_world(out, train=train, test=test, seed=seed, caption_noise=caption_noise, image_size=image_size)
+    world = write_world(out, train=train, test=test, seed=seed, caption_noise=caption_noise, image_size=image_size or IMAGE_SIZE)
     done = f"written in {world.seconds:.1f} s" if world.written else "there already"
     training = f"{world.train} clean and {world.train_noisy} noisy training pairs"
     print(f"{out}: {training}, {world.test} test pairs, {world.zeroshot} zero-shot images, {done}")
@@ -67,23 +67,29 @@ def smoke(
 def step(
     rounds: Annotated[int, typer.Option(min=1, help="how often the two alternate")] = 5,
     batch: Annotated[int, typer.Option(min=2, help="pairs a step")] = 32,
-    steps: Annotated[int, typer.Option(min=2, help="timed steps a round")] = 6,
+    steps: Annotated[int, typer.Option(min=1, help="timed steps a round")] = 6,
+    workers: Annotated[int, typer.Option(min=1, help="decoding processes of each")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="OpenMP threads of each")] = 1,
+    json: Annotated[Path | None, typer.Option(help="write the result to this file as well")] = None,
 ) -> None:
     """Training images/s against open_clip's own distillation loop, on the same shards and models."""
     from megakd.benchmarks import step as benchmark
 
-    benchmark.run(rounds, batch, steps)
+    benchmark.run(rounds, batch, steps, workers, threads, json)
 
 
 @bench.command()
 def loader(
     rounds: Annotated[int, typer.Option(min=1, help="how often the two alternate")] = 5,
     workers: Annotated[int, typer.Option(min=1, help="decoding processes of each")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 64,
+    batches: Annotated[int, typer.Option(min=1, help="timed batches a round, rounded up to whole turns of the workers")] = 32,
+    json: Annotated[Path | None, typer.Option(help="write the result to this file as well")] = None,
 ) -> None:
     """Samples/s of the training loader against open_clip's webdataset loader, on the same shards."""
     from megakd.benchmarks import loader as benchmark
 
-    benchmark.run(rounds, workers)
+    benchmark.run(rounds, workers, batch, batches, json)
 
 
 def main() -> int:

@@ -73,7 +73,7 @@ def test_shards_look_like_img2dataset_wrote_them(world: Path) -> None:
 
 def test_pictures_open_at_the_asked_size_and_keep_their_colours(world: Path) -> None:
     image = Image.open(io.BytesIO(split(world, "test")[0]["jpg"]))
-    assert (image.size, image.mode) == ((32, 32), "RGB")
+    assert (image.size, image.mode) == ((36, 36), "RGB")
     for number, (shape, colour) in enumerate((shape, colour) for shape in SHAPES for colour in COLOURS):
         for size in ("small", "large"):
             cell = number % len(CELLS)

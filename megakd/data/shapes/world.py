@@ -50,6 +50,9 @@ from megakd.data.shapes.shards import (
 from megakd.data.shapes.vocabulary import CONTEXT_LENGTH, vocabulary, write_tokenizer
 
 FORMAT_VERSION = 1
+# Twelve pixels a cell: a tower with 12-pixel patches sees one cell in each. At 32 pixels, where 8-pixel patches cut through cells,
+# the smoke teacher reached a zero-shot top-1 of .25 in 900 steps; at 36 with 12-pixel patches .77 in 600.
+IMAGE_SIZE = 36
 MAX_SHARDS = 10**5  # five digits in a shard's name and in a sample's key
 TEMPLATES = ("a {c}", "a small {c}", "a large {c}")
 # A second process costs about a second to start and a scene about a third of a millisecond.
@@ -126,7 +129,7 @@ def write_world(
     test: int,
     seed: int = 0,
     caption_noise: float = 0.0,
-    image_size: int = 32,
+    image_size: int = IMAGE_SIZE,
     shard_size: int = 1000,
     zeroshot_per_class: int = 30,
     processes: int | None = None,
