@@ -106,6 +106,7 @@ class Run:
         """Train to the end and return the process's exit code: 0, or EXIT_SAVED after a signal."""
         progress, state = self._starting_point()
         self.log.open(self.recipe, self.plan.config, self.world.size)
+        self.log.say(self._outline())
         self._build(state)
         del state
         try:
@@ -117,6 +118,19 @@ class Run:
             return EXIT_SAVED
         self._finish()
         return 0
+
+    def _outline(self) -> str:
+        """What is about to start, before the wait for models and DeepSpeed."""
+        config, recipe = self.plan.config, self.recipe
+        micro, rounds = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
+        how = f"{self.world.size} x {self.world.device.type}, ZeRO {config.get('zero_optimization', {}).get('stage', 0)}"
+        how += f", {'bf16' if ds_config.is_bf16(config) else 'fp32'}, batch {recipe.optim.batch} = {self.world.size} ranks x {rounds} x {micro}"
+        teacher = recipe.teacher.model or "own architecture" if recipe.teacher and self.plan.teacher else "none"
+        objectives = ", ".join(f"{weight:g} {name}" for name, weight in self.plan.task.weights.items())
+        return (
+            f"{recipe.name} in {self.folder}: {recipe.optim.steps} steps, {how}\n"
+            f"data: {len(self.plan.shards)} pairs; teacher: {teacher}; objectives: {objectives}"
+        )
 
     def _finish(self) -> None:
         weights = self._engine.export(moments=False, everywhere=True).weights

@@ -14,6 +14,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 # A list in TOML becomes a fixed-length tuple; strict mode alone would refuse the list.
 FloatPair = Annotated[tuple[float, float], Field(strict=False)]
 
@@ -71,7 +72,7 @@ class Model(Section):
 
 class Student(Model):
     activation_checkpointing: bool = Field(False, description="recompute the blocks in the backward: less memory, about a third more time")
-    max_scale: Annotated[float, Field(gt=0)] = Field(100.0, description="upper bound of the learned logit scale")
+    max_scale: PositiveFloat = Field(100.0, description="upper bound of the learned logit scale")
 
 
 class Teacher(Model):
@@ -106,8 +107,8 @@ class Objectives(Section):
 class Similarity(Section):
     """Similarity-matrix KD: KL divergence of the two towers' softmaxes over rows and columns."""
 
-    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="divides both towers' logits")
-    student_scale: Annotated[float, Field(gt=0)] | None = Field(None, description="fixed logit scale; default: the learned one")
+    temperature: PositiveFloat = Field(1.0, description="divides both towers' logits")
+    student_scale: PositiveFloat | None = Field(None, description="fixed logit scale; default: the learned one")
 
 
 class Feature(Section):
@@ -119,12 +120,12 @@ class Feature(Section):
 class Optim(Section):
     steps: Positive
     batch: Positive = Field(description="global batch: pairs in one optimiser step, over all ranks")
-    lr: Annotated[float, Field(gt=0)]
+    lr: PositiveFloat
     warmup: NonNegative = Field(0, description="steps of linear warm-up")
     schedule: Literal["cosine", "constant"] = "cosine"
     final_lr: Fraction = Field(0.0, description="learning rate at the end of the cosine, as a fraction of lr")
     betas: FloatPair = (0.9, 0.98)
-    eps: Annotated[float, Field(gt=0)] = 1e-6
+    eps: PositiveFloat = 1e-6
     weight_decay: Weight = Field(0.2, description="on matrices alone: norms, biases, embeddings' scales have none")
     clip: Weight = Field(1.0, description="largest global gradient norm; 0 does not clip")
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -55,23 +57,29 @@ def run(seeds: int, out: Path, data: Path) -> int:
 
 def _train(recipe: str, folder: Path, overrides: list[str], data: Path) -> int:
     """One run through the deepspeed launcher, one rank a GPU or a CPU core (at most two), and its exit code."""
-    launcher = [str(Path(sys.executable).with_name("deepspeed"))]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--master_port", str(_free_port())]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     if not torch.cuda.is_available():
         # Two ranks of one thread: several OpenMP threads wait for each other by spinning, which a busy machine punishes tenfold.
         launcher += ["--num_accelerators", str(min(2, len(os.sched_getaffinity(0))))]
         environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     overrides = [*overrides, *_moved(recipe, data)]
-    command = [*launcher, str(Path(__file__).with_name("train.py")), "--recipe", recipe, "--out", str(folder)]
-    print(f"\n$ deepspeed megakd/train.py --recipe {recipe} --out {folder} " + " ".join(f"--set {item}" for item in overrides), flush=True)
-    command += [part for item in overrides for part in ("--set", item)]
-    process = subprocess.Popen(command, env=environment)
+    arguments = ["--recipe", recipe, "--out", str(folder), *(part for item in overrides for part in ("--set", item))]
+    print("\n$ deepspeed megakd/train.py " + shlex.join(arguments), flush=True)
+    process = subprocess.Popen([*launcher, str(Path(__file__).with_name("train.py")), *arguments], env=environment)
     try:
         return process.wait()
     except KeyboardInterrupt:
         process.send_signal(signal.SIGTERM)
         process.wait()
         raise
+
+
+def _free_port() -> int:
+    """DeepSpeed's default is 29500, which a second run on the machine would find taken."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _moved(recipe: str, data: Path) -> list[str]:
@@ -123,7 +131,8 @@ COLUMNS = {
 
 
 def _show(rows: list[dict[str, Any]], seeds: int, seconds: float) -> None:
-    title = f"{TEST_PAIRS} test pairs; {CAPTION_NOISE:.0%} of the students' captions are wrong; {seeds} seed{'s' * (seeds > 1)}; {seconds:.0f} s"
+    repeated = f"{seeds} seeds" if seeds > 1 else "1 seed"
+    title = f"{TEST_PAIRS} test pairs; {CAPTION_NOISE:.0%} of the students' captions are wrong; {repeated}; {seconds:.0f} s"
     table = Table(title=title, caption="images/s: training throughput, teacher's forward included")
     table.add_column("model")
     for heading in (*COLUMNS.values(), "parameters", "images/s"):

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 
+import megakd
+import megakd_kernels
 from megakd import recipe_files
 from megakd.runtime import launch
 from megakd.runtime.launch import World
-from megakd.runtime.signals import EXIT_NOT_FINITE, EXIT_USER_ERROR, StopRequest
+from megakd.runtime.signals import EXIT_NOT_FINITE, EXIT_USER_ERROR, LossNotFinite, StopRequest
 
 DEFAULT_RECIPE = "smoke"
 
@@ -63,14 +65,12 @@ def run_command(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         _complain(world, "interrupted; what was trained since the last checkpoint is lost, the same command goes on from that checkpoint")
         return 130
-    except ArithmeticError as error:
-        _complain(
-            world, f"{error}\nNo weight has moved in this step. Lower optim.lr or look at the data, then resume from the last checkpoint."
-        )
+    except LossNotFinite as error:
+        _complain(world, f"{error}\nThe last checkpoint is from before that. Lower optim.lr or look at the data, then start again.")
         return EXIT_NOT_FINITE
     except ValueError as error:
-        if os.environ.get("MEGAKD_TRACEBACK"):
-            traceback.print_exc()
+        if not _is_ours(error):
+            raise
         _complain(world, f"error: {error}")
         return EXIT_USER_ERROR
     finally:
@@ -106,6 +106,12 @@ def _run(flags: argparse.Namespace, world: World) -> int:
             return code
         plan = job.prepare(request, world)
     return job.Run(plan, world, stop).execute()
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Raised by megakd itself, whose ValueErrors are written for users; a library's deserves its traceback."""
+    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+    return any(Path(innermost).is_relative_to(Path(package.__file__ or "").parent) for package in (megakd, megakd_kernels))
 
 
 def _quiet_libraries() -> None:

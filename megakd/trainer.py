@@ -30,13 +30,9 @@ from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine
 from megakd.runtime.launch import World
 from megakd.runtime.runlog import RunLog, memory_gb
-from megakd.runtime.signals import StopRequest
+from megakd.runtime.signals import LossNotFinite, StopRequest
 from megakd.runtime.stopwatch import Stopwatch
 from megakd.tasks.distill import Distill
-
-
-class LossNotFinite(ArithmeticError):
-    """The loss was NaN or infinite on some rank; no rank has moved its weights in that step."""
 
 
 class Hooks(Protocol):
@@ -97,10 +93,11 @@ class Trainer:
             step, images = step + 1, images + recipe.optim.batch
             last = step == recipe.optim.steps
             if step % recipe.log.every == 0 or last or agreed.stop:
-                elapsed = time.perf_counter() - since
-                self._write_row(step, agreed, images / elapsed, elapsed)
-                since, images = time.perf_counter(), 0
+                now = time.perf_counter()
+                self._write_row(step, agreed, images / (now - since), now - since)
+                since, images = now, 0  # what writing takes counts in the next row
             if agreed.stop or last or step % recipe.checkpoint.every == 0:
+                self._refuse_to_save_ruins(step)
                 hooks.save(replace(start, step=step, position=batch.next_position))
             if agreed.stop and not last:
                 return False
@@ -108,6 +105,11 @@ class Trainer:
                 hooks.evaluate(step)
                 since, images = time.perf_counter(), 0
         return True
+
+    def _refuse_to_save_ruins(self, step: int) -> None:
+        """A finite loss may have a gradient that is not, which shows in the loss one step later: too late for this checkpoint."""
+        if not math.isfinite(self.engine.gradient_norm):
+            raise LossNotFinite(f"step {step}: the gradient norm is {self.engine.gradient_norm}; this step was not saved")
 
     def step(self, batch: Batch, step: int) -> Agreed:
         """One update on one global batch. Raises LossNotFinite on every rank, before any weight moves."""

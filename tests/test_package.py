@@ -52,7 +52,8 @@ def test_the_installed_wheel_imports_and_shadows_no_package_called_kernels(archi
     # A package of that name, as the one on the package index that transformers and bitsandbytes import.
     (target / "kernels").mkdir()
     (target / "kernels" / "__init__.py").write_text("CUDAProperties = 'theirs'\n")
-    code = f"import sys; sys.path.insert(0, {str(target)!r}); import megakd, megakd_kernels, kernels, megakd.recipe; print(megakd.__file__, kernels.CUDAProperties)"
+    imports = "import megakd, megakd_kernels, kernels, megakd.recipe; print(megakd.__file__, kernels.CUDAProperties)"
+    code = f"import sys; sys.path.insert(0, {str(target)!r}); {imports}"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert str(target) in found
     assert "theirs" in found

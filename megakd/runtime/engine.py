@@ -69,7 +69,7 @@ class Engine:
         self.dtype = torch.bfloat16 if is_bf16(config) else torch.float32
         self.micro_batch = int(config["train_micro_batch_size_per_gpu"])
         self.accumulation = int(config["gradient_accumulation_steps"])
-        self._norm = math.nan
+        self._norm: Tensor | float = math.nan
         self.updates = 0 if start is None else start.updates
         self._make_moments()
         if start is not None:
@@ -95,16 +95,16 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         if self.stage == 0:
-            self._norm = float(nn.utils.clip_grad_norm_(self._trained(), self._clip or math.inf))
+            self._norm = nn.utils.clip_grad_norm_(self._trained(), self._clip or math.inf)
         self._engine.step()
         if self.stage > 0:
-            self._norm = float(self._engine.get_global_grad_norm())
+            self._norm = self._engine.get_global_grad_norm()
         self.updates += 1
 
     @property
     def gradient_norm(self) -> float:
-        """Global gradient norm of the last update, before clipping; NaN before the first."""
-        return self._norm
+        """Global gradient norm of the last update, before clipping; NaN before the first. Waits for the device."""
+        return float(self._norm)
 
     def monitor(self, values: dict[str, float], samples: int) -> None:
         """Hand named values to the monitors of the JSON (TensorBoard, W&B, CSV, Comet)."""
@@ -146,6 +146,9 @@ class Engine:
             self._set(parameter, start.weights[name], None)
             for key in MOMENTS:
                 self._set(parameter, start.moments[f"{key}/{name}"], key)
+        base: Any = self._base_optimizer()
+        if hasattr(base, "ds_opt_adam"):
+            _replay_bias_correction(base, start.updates)
 
     def _make_moments(self) -> None:
         """Make AdamW's moments now instead of in its first step: a resumed run has them to fill.
@@ -198,6 +201,17 @@ def _adamw(groups: list[dict[str, object]], optim: Optim, config: dict[str, Any]
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)  # type: ignore[no-any-return]
     return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def _replay_bias_correction(optimizer: Any, updates: int) -> None:
+    """DeepSpeedCPUAdam multiplies beta^t up step by step, in C++; a new one would take a power, which rounds differently.
+
+    Some microseconds a step.
+    """
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    nothing = [torch.zeros(1) for _ in range(4)]
+    for step in range(1, updates + 1):
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, *nothing)
 
 
 def _load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -1,4 +1,6 @@
-"""SIGTERM, SIGUSR1 and SIGUSR2 ask for a checkpoint at the next step boundary; the handler only notes it.
+"""How a run ends early: its exit codes, a loss that is not finite, and the signals that ask for a checkpoint.
+
+SIGTERM, SIGUSR1 and SIGUSR2 ask for a checkpoint at the next step boundary; the handler only notes it.
 
 SLURM sends TERM at preemption and whatever `--signal` names before a time limit; NCCL may take USR1 for itself, hence both.
 """
@@ -11,6 +13,11 @@ from types import FrameType
 EXIT_SAVED = 85  # stopped by a signal after saving: start the same command again to go on
 EXIT_USER_ERROR = 2  # a mistake in the recipe, the data or the command, said in one message
 EXIT_NOT_FINITE = 86  # the loss became NaN or infinite; the last checkpoint is from before that
+
+
+class LossNotFinite(ArithmeticError):
+    """The loss, or its gradient, was NaN or infinite on some rank; nothing of that step was saved."""
+
 
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
