@@ -1,4 +1,4 @@
-# Two commands set everything up on a fresh machine with Python >= 3.11 and a C++ compiler: `make smoke` and `make test`.
+# Two commands set everything up on a fresh machine with Python >= 3.11: `make smoke` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,6 @@ install: $(INSTALLED)  ## make .venv and install megakd with what its tests need
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { echo "megakd needs Python 3.11, 3.12 or 3.13; $(PYTHON) is another: make PYTHON=/path/to/python3.12 ..."; exit 1; }
-	@command -v c++ >/dev/null || command -v g++ >/dev/null || { echo "a C++ compiler is needed (DeepSpeed compiles its CPU operators): apt-get install g++"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "this Python cannot make environments: apt-get install python3-venv"; rm -rf $(VENV); exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@

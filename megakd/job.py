@@ -31,7 +31,7 @@ from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine, State
 from megakd.runtime.launch import World
 from megakd.runtime.runlog import RunLog
-from megakd.runtime.signals import EXIT_SAVED, StopRequest
+from megakd.runtime.signals import EXIT_SAVED, LossNotFinite, StopRequest
 from megakd.tasks.distill import Distill
 from megakd.trainer import Trainer
 
@@ -124,7 +124,8 @@ class Run:
         config, recipe = self.plan.config, self.recipe
         micro, rounds = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
         how = f"{self.world.size} x {self.world.device.type}, ZeRO {config.get('zero_optimization', {}).get('stage', 0)}"
-        how += f", {'bf16' if ds_config.is_bf16(config) else 'fp32'}, batch {recipe.optim.batch} = {self.world.size} ranks x {rounds} x {micro}"
+        how += f", {'bf16' if ds_config.is_bf16(config) else 'fp32'}"
+        how += f", batch {recipe.optim.batch} = {self.world.size} ranks x {rounds} x {micro}"
         teacher = recipe.teacher.model or "own architecture" if recipe.teacher and self.plan.teacher else "none"
         objectives = ", ".join(f"{weight:g} {name}" for name, weight in self.plan.task.weights.items())
         return (
@@ -144,8 +145,10 @@ class Run:
         """Where to go on. Rank 0 looks and clears the way, then all ranks read the same checkpoint."""
         path = collectives.share(self._choose_checkpoint() if self.world.is_main else None, self.world)
         if path is None:
+            self.log.keep_until(0)
             return Progress(0, 0, self.recipe.seed, self.plan.shards.signature), None
         assert isinstance(path, Path)
+        self._resumed_from = path
         progress, state = checkpoint.load(path)
         if progress.data != self.plan.shards.signature:
             raise ValueError(
@@ -172,6 +175,8 @@ class Run:
 
     def _build(self, state: State | None) -> None:
         recipe, device = self.recipe, self.world.device
+        # pretrained = "random" draws: the same on every rank and at every start, and not what a student of equal shape draws.
+        torch.manual_seed(recipe.seed + 1)
         self._teacher = self._build_teacher()
         torch.manual_seed(recipe.seed)
         self._student_towers = towers.build(self.plan.student, torch.device("cpu"))
@@ -182,9 +187,7 @@ class Run:
             self._student_towers.clip.set_grad_checkpointing(True)  # type: ignore[operator]
         student = Student(self._student_towers.clip, self.plan.task.heads(self.plan.student.width, width), recipe.student.max_scale)
         if state is not None:
-            checkpoint.check_fits(
-                checkpoint.folder_of(self.folder), state.weights, {k: tuple(v.shape) for k, v in student.state_dict().items()}
-            )
+            checkpoint.check_fits(self._resumed_from, state.weights, {k: tuple(v.shape) for k, v in student.state_dict().items()})
         groups = decay_groups(student, recipe.optim.weight_decay)
         self._engine = Engine(student.to(device), groups, recipe.optim, self.plan.config, self.world, state)
 
@@ -225,11 +228,11 @@ class Run:
         if self.world.is_main:
             try:
                 checkpoint.save(self.folder, progress, state, self.recipe.checkpoint.keep)
-            except checkpoint.CheckpointError as error:
-                failure = str(error)
+            except (checkpoint.CheckpointError, LossNotFinite) as error:
+                failure = error
         failure = collectives.share(failure, self.world)
-        if failure:
-            raise checkpoint.CheckpointError(str(failure))
+        if isinstance(failure, Exception):
+            raise failure
 
     def evaluate(self, step: int) -> None:
         """Score the current weights on the recipe's sets, into metrics.jsonl and evaluation.json."""

@@ -120,7 +120,8 @@ class Trainer:
         agreed = self._agree(gradients(batch, teacher, step), batch)
         if not agreed.finite:
             raise LossNotFinite(
-                f"step {step + 1}: the loss is not finite on at least one rank: {agreed.losses} (NaN and infinity shown as 0)"
+                f"step {step + 1}: the loss is not finite on at least one rank: {agreed.losses} (NaN and infinity shown as 0); "
+                f"no weight has moved in this step"
             )
         with self.clock.part("update"):
             self.engine.update(learning_rate(self.recipe.optim, step))

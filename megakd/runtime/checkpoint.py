@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megakd.runtime.engine import State
+from megakd.runtime.signals import LossNotFinite
 
 FORMAT = 1
 WEIGHTS, MOMENTS, STATE = "weights.safetensors", "moments.safetensors", "state.json"
@@ -55,8 +56,13 @@ def folder_of(run: Path) -> Path:
 def save(run: Path, progress: Progress, state: State, keep: int) -> Path:
     """Write one checkpoint atomically and remove all but the newest `keep`. Called by rank 0 alone.
 
-    Raises CheckpointError when the disk is full or not writable; the earlier checkpoints then stay as they were.
+    Raises CheckpointError when the disk is full or not writable, and LossNotFinite for a state that no run could go on from; the
+    earlier checkpoints then stay as they were.
     """
+    broken = [name for name, value in (*state.weights.items(), *state.moments.items()) if not bool(value.isfinite().all())]
+    if broken:
+        shown = ", ".join(broken[:3]) + f" and {len(broken) - 3} more" * (len(broken) > 3)
+        raise LossNotFinite(f"step {progress.step}: not saved, because {shown} became NaN or infinite in the last update")
     folder = folder_of(run)
     target = folder / f"step_{progress.step:08d}"
     partial = folder / f".partial_{target.name}"
@@ -139,7 +145,7 @@ def _verify(path: Path) -> dict[str, Any]:
             file = path / name
             if not file.is_file() or file.stat().st_size != facts["bytes"] or _digest(file) != facts["sha256"]:
                 raise CheckpointError(f"{path}: {name} is missing or was changed after it was written; resume from another checkpoint")
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {STATE} cannot be read ({error}); resume from another checkpoint") from error
     return content  # type: ignore[no-any-return]
 

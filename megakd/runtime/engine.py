@@ -9,13 +9,20 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+# DeepSpeed compiles operators with the first ninja on PATH. An environment that was not activated has its own all the same, and a
+# system's of another version would compile again, for minutes, what this one has made.
+_PROGRAMS = str(Path(sys.executable).parent)
+if not os.environ.get("PATH", "").startswith(_PROGRAMS):
+    os.environ["PATH"] = f"{_PROGRAMS}{os.pathsep}{os.environ.get('PATH', '')}"
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402
@@ -34,6 +41,9 @@ from megakd.runtime.ds_config import is_bf16  # noqa: E402
 from megakd.runtime.launch import World  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# On a CPU, DeepSpeed compiles a shared-memory all-reduce at every first start, which takes a compiler, Python's headers and up to a
+# minute, and which only inference calls (0.19.8, comm/torch.py). Left out, training on a CPU compiles nothing unless it offloads.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -89,5 +90,11 @@ def _device(local_rank: int) -> torch.device:
 
 def stop() -> None:
     """Leave the process group; without it torch warns at exit, and NCCL may hang."""
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    # DeepSpeed, where the engine has loaded it, remembers groups made from this one and must forget them, or no second start works.
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()
+    else:
         dist.destroy_process_group()

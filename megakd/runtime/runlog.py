@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megakd.recipe import Recipe
-from megakd.recipe_files import differences
+from megakd.recipe_files import differences, load
 
 RUN, METRICS = "run.json", "metrics.jsonl"
 PACKAGES = ("megakd", "torch", "deepspeed", "open_clip_torch", "transformers", "triton")
@@ -106,7 +106,11 @@ def check_resume(run: Path, resume: str, recipe: Recipe) -> None:
     path = run / RUN
     if resume == "none" or not path.exists():
         return
-    changed = differences(Recipe.model_validate(json.loads(path.read_text(encoding="utf-8"))["recipe"]), recipe)
+    try:
+        earlier, _ = load(str(path))
+    except ValueError as error:
+        raise ValueError(f"--out {run}: {error}\nchoose another --out, or --resume none to set that run aside") from error
+    changed = differences(earlier, recipe)
     if changed:
         raise ValueError(
             f"--out {run}: this folder belongs to a run of another recipe:\n  " + "\n  ".join(changed[:12]) + "\n"

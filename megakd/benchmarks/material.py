@@ -1,0 +1,111 @@
+"""What both sides read: shards of photograph-like pictures and a teacher's weights, made once and kept."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from megakd.data.shapes.shards import sample_key, write_atomically, write_tar
+
+SHARDS, SAMPLES_A_SHARD = 16, 256
+SHORT_SIDE, LONG_SIDES = 256, (256, 288, 320, 341, 384)  # as img2dataset leaves web pictures at image_size=256, keep_ratio
+QUALITY = 92
+_OCTAVES = (4, 8, 16, 32, 64, 128, 256)
+# Common and rare words, so that the tokenizer splits some of them.
+_TEXT = (
+    "a the of on in with and photo picture view old small large red blue green wooden street market harbour mountain river bridge "
+    "dog cat horse children woman man sitting standing walking vintage handmade leather ceramic stainless waterproof 2019 sunset "
+    "kitchen architecture illustration photography embroidered archipelago chrysanthemum Neuschwanstein 1920x1080 DIY"
+)
+_WORDS = _TEXT.split()
+
+
+@dataclass(frozen=True)
+class Shards:
+    """folder: the tars; pattern: the same for this program; braces: the same for webdataset."""
+
+    folder: Path
+    samples: int
+
+    @property
+    def pattern(self) -> str:
+        return str(self.folder / "*.tar")
+
+    @property
+    def braces(self) -> str:
+        return str(self.folder / f"{{00000..{SHARDS - 1:05d}}}.tar")
+
+
+def shards(cache: Path) -> Shards:
+    """4096 pairs in 16 tars, about 170 MB, written on the first call with all cores (a minute on two)."""
+    folder = cache / "bench-shards-1"
+    missing = [number for number in range(SHARDS) if not (folder / f"{number:05d}.tar").exists()]
+    if missing:
+        print(f"writing {len(missing) * SAMPLES_A_SHARD} pairs to {folder}, once", flush=True)
+        with multiprocessing.get_context("spawn").Pool(min(len(missing), os.cpu_count() or 1)) as pool:
+            pool.map(partial(_write, folder), missing)
+    return Shards(folder, SHARDS * SAMPLES_A_SHARD)
+
+
+def _write(folder: Path, number: int) -> None:
+    rng = np.random.default_rng((1, number))
+    count = write_tar(
+        folder / f"{number:05d}.tar",
+        ((sample_key(number, index), {"jpg": photograph(rng), "txt": caption(rng)}) for index in range(SAMPLES_A_SHARD)),
+    )
+    stats = {"count": count, "successes": count}
+    write_atomically(folder / f"{number:05d}_stats.json", json.dumps(stats).encode())
+
+
+def photograph(rng: np.random.Generator) -> bytes:
+    """A JPEG whose spectrum falls like a photograph's, with sharp edges in it: about 20 kB, so that decoding costs what it does in life."""
+    width, height = SHORT_SIDE, int(rng.choice(LONG_SIDES))
+    if rng.random() < 0.6:
+        width, height = height, width
+    picture = np.full((height, width, 3), rng.uniform(60, 190, 3), np.float32)
+    for octave in _OCTAVES:
+        picture += _noise(rng, octave, width, height) * (130 / octave**0.4)
+    image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
+    for _ in range(int(rng.integers(2, 7))):
+        x, y, w, h = (int(value) for value in rng.integers(0, SHORT_SIDE, 4))
+        colour = tuple(int(value) for value in rng.integers(0, 256, 3))
+        (pen.ellipse if rng.random() < 0.5 else pen.rectangle)((x, y, x + w // 3 + 4, y + h // 3 + 4), fill=colour)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()
+
+
+def _noise(rng: np.random.Generator, cells: int, width: int, height: int) -> NDArray[np.float32]:
+    """Smooth noise of `cells` cells a side in [-.5, .5], (height, width, 3); half of it common to the channels."""
+    grid = (rng.random((cells, cells, 1)) + rng.random((cells, cells, 3))) * 127.5
+    smooth = Image.fromarray(grid.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(smooth, np.float32) / np.float32(255) - np.float32(0.5)
+
+
+def caption(rng: np.random.Generator) -> bytes:
+    return " ".join(rng.choice(_WORDS, int(rng.integers(6, 24)))).encode()
+
+
+def teacher_weights(cache: Path, model: str) -> Path:
+    """A state dict of random weights for an open_clip model, in a file that both sides load. About 600 MB for ViT-B-32."""
+    path = cache / f"bench-{model}-random.pt"
+    if not path.exists():
+        import open_clip
+        import torch
+
+        print(f"writing random weights of {model} to {path}, once", flush=True)
+        torch.manual_seed(0)
+        partial_path = path.with_suffix(f".{os.getpid()}.partial")
+        torch.save(open_clip.create_model(model).state_dict(), partial_path)
+        partial_path.replace(path)
+    return path

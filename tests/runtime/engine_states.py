@@ -1,0 +1,108 @@
+"""Trains a small module through every DeepSpeed configuration and saves what it exported. Imported by test_engine.py for one rank, and
+started by it under torchrun for two: `engine_states.py FOLDER [FOLDER_OF_OTHER_RANKS]`.
+
+For each configuration: four updates undisturbed; the state after two; two more from that state in a new engine. With the states of
+another number of ranks, two updates from those as well.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megakd.models.student import decay_groups
+from megakd.recipe import Optim
+from megakd.runtime import launch
+from megakd.runtime.engine import Engine, State
+from megakd.runtime.launch import World
+
+STAGES_FP32, STAGES_BF16 = (0, 1, 2, 3), (1, 2, 3)
+ROWS = 8  # the global batch
+OPTIM = Optim(steps=4, batch=ROWS, lr=0.05, weight_decay=0.1, clip=0.5, eps=1e-3)
+OFFLOADED = "stage3_bf16_offload"
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    **{f"stage{stage}_fp32": {"zero_optimization": {"stage": stage}} for stage in STAGES_FP32},
+    **{f"stage{stage}_bf16": {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}} for stage in STAGES_BF16},
+    OFFLOADED: {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    },
+}
+
+
+class Odd(nn.Module):
+    """Sizes that two ranks do not divide, a parameter of one number, a buffer: 7 x 5, 5, 5, 3 x 5, 3, 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3)
+        self.log_scale = nn.Parameter(torch.tensor([0.5]))
+        self.register_buffer("offset", torch.full((3,), 0.25))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"y": (self.last(torch.tanh(self.norm(self.first(x)))) + self.offset.to(x.dtype)) * self.log_scale.exp()}
+
+
+def config_of(name: str, ranks: int) -> dict[str, Any]:
+    shared = {"train_batch_size": ROWS, "train_micro_batch_size_per_gpu": ROWS // ranks, "gradient_accumulation_steps": 1}
+    return {**CONFIGURATIONS[name], **shared, "gradient_clipping": OPTIM.clip, "steps_per_print": 10**9}
+
+
+def make(name: str, world: World, start: State | None) -> Engine:
+    module = Odd()
+    return Engine(module, decay_groups(module, OPTIM.weight_decay), OPTIM, config_of(name, world.size), world, start)
+
+
+def data(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(ROWS, 7, generator=generator), 3 * torch.randn(ROWS, 3, generator=generator)
+
+
+def advance(engine: Engine, world: World, first: int, last: int) -> list[float]:
+    """Updates `first`..`last` - 1 on this rank's rows; returns the gradient norms."""
+    norms = []
+    own = slice(world.rank * ROWS // world.size, (world.rank + 1) * ROWS // world.size)
+    for step in range(first, last):
+        x, y = (part[own] for part in data(step))
+        engine.backward((engine.forward(x.to(engine.dtype))["y"].float() - y).square().mean())
+        engine.update(OPTIM.lr)
+        norms.append(engine.gradient_norm)
+    return norms
+
+
+def measure(name: str, world: World, foreign: State | None) -> dict[str, Any]:
+    engine = make(name, world, None)
+    norms = advance(engine, world, 0, 2)
+    middle = engine.export(moments=True, everywhere=True)
+    norms += advance(engine, world, 2, 4)
+    end = engine.export(moments=True, everywhere=True)
+    again = make(name, world, middle)
+    restored = again.export(moments=True, everywhere=True)
+    found = {"norms": norms, "middle": vars(middle), "end": vars(end), "restored": vars(restored)}
+    found["norms_resumed"] = norms[:2] + advance(again, world, 2, 4)
+    found["end_resumed"] = vars(again.export(moments=True, everywhere=True))
+    if foreign is not None:
+        guest = make(name, world, foreign)
+        found["foreign_restored"] = vars(guest.export(moments=True, everywhere=True))
+        advance(guest, world, 2, 4)
+        found["end_of_foreign"] = vars(guest.export(moments=True, everywhere=True))
+    return found
+
+
+def measure_all(world: World, folder: Path, foreign: Path | None) -> None:
+    """Writes FOLDER/NAME.pt on the main rank."""
+    for name in CONFIGURATIONS:
+        start = None if foreign is None else State(**torch.load(foreign / f"{name}.pt", weights_only=True)["middle"])
+        found = measure(name, world, start)
+        if world.is_main:
+            torch.save(found, folder / f"{name}.pt")
+
+
+if __name__ == "__main__":
+    measure_all(launch.start(), Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    launch.stop()

@@ -1,0 +1,144 @@
+"""The DeepSpeed JSON: "auto" comes from the recipe, and a literal that disagrees is refused with both files and both values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import REPOSITORY
+
+from megakd import recipe_files
+from megakd.recipe import Recipe
+from megakd.runtime import ds_config
+
+SHIPPED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+
+
+@pytest.fixture
+def recipe(recipe_file: Path) -> Recipe:
+    """Batch 16, clipping at 1, AdamW with 1e-3."""
+    return recipe_files.load(str(recipe_file))[0]
+
+
+def _resolve(config: dict[str, Any], recipe: Recipe, ranks: int = 2) -> dict[str, Any]:
+    return ds_config.resolve(config, recipe, ranks, config_name="z.json", recipe_name="r.toml")
+
+
+def _error(config: dict[str, Any], recipe: Recipe, ranks: int = 2) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (each test looks at the message)
+        _resolve(config, recipe, ranks)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_json_resolves_to_a_config_without_auto(path: Path, recipe: Recipe) -> None:
+    config, name = ds_config.read(str(path), cuda=False)
+    resolved = ds_config.resolve(config, recipe, 2, config_name=name, recipe_name="r.toml")
+    assert '"auto"' not in json.dumps(resolved)
+    assert resolved["train_batch_size"] == 16
+    assert resolved["train_micro_batch_size_per_gpu"] == 8
+    assert resolved["gradient_accumulation_steps"] == 1
+    assert resolved["gradient_clipping"] == 1.0
+
+
+def test_the_issues_five_configurations_are_there() -> None:
+    assert {path.stem for path in SHIPPED} >= {"smoke_cpu", "zero1_bf16", "zero2_bf16", "zero3_bf16", "zero3_offload_bf16"}
+
+
+def test_absent_keys_are_filled_like_auto_and_the_input_stays_as_it_was(recipe: Recipe) -> None:
+    config: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+    resolved = _resolve(config, recipe)
+    assert (resolved["train_batch_size"], resolved["train_micro_batch_size_per_gpu"]) == (16, 8)
+    assert config == {"zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize(
+    ("config", "accumulation"),
+    [
+        ({"train_micro_batch_size_per_gpu": 2}, 4),
+        ({"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}, 4),
+        ({"gradient_accumulation_steps": 8}, 8),
+    ],
+)
+def test_a_literal_micro_batch_or_accumulation_gives_the_other(config: dict[str, Any], accumulation: int, recipe: Recipe) -> None:
+    resolved = _resolve(config, recipe)
+    assert resolved["gradient_accumulation_steps"] == accumulation
+    assert resolved["train_micro_batch_size_per_gpu"] == 8 // accumulation
+
+
+def test_literals_that_agree_are_taken(recipe: Recipe) -> None:
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.98], "eps": "auto", "weight_decay": 0.2}}
+    resolved = _resolve({"train_batch_size": 16, "gradient_clipping": 1, "optimizer": optimizer}, recipe)
+    assert "optimizer" not in resolved
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value", "owner", "own"),
+    [
+        ({"train_batch_size": 32}, "train_batch_size", 32, "optim.batch", 16),
+        ({"gradient_clipping": 0.5}, "gradient_clipping", 0.5, "optim.clip", 1.0),
+        ({"optimizer": {"params": {"lr": 0.5}}}, "optimizer.params.lr", 0.5, "optim.lr", 0.001),
+        ({"optimizer": {"params": {"betas": [0.9, 0.999]}}}, "optimizer.params.betas", [0.9, 0.999], "optim.betas", [0.9, 0.98]),
+        ({"optimizer": {"params": {"weight_decay": 0}}}, "optimizer.params.weight_decay", 0, "optim.weight_decay", 0.2),
+        (
+            {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4},
+            "gradient_accumulation_steps",
+            4,
+            "optim.batch / (micro-batch * ranks)",
+            2,
+        ),
+    ],
+)
+def test_a_literal_that_disagrees_names_both_files_and_both_values(
+    config: dict[str, Any], key: str, value: object, owner: str, own: object, recipe: Recipe
+) -> None:
+    message = _error(config, recipe)
+    assert f"{key} = {value!r} in z.json disagrees with {owner} = {own!r} in r.toml" in message
+    assert '"auto"' in message
+
+
+def test_a_batch_that_does_not_divide_over_the_ranks_names_the_nearest_that_do(recipe: Recipe) -> None:
+    message = _error({}, recipe, ranks=3)
+    assert "optim.batch = 16 in r.toml does not divide over 3 ranks" in message
+    assert "15 or 18" in message
+
+
+@pytest.mark.parametrize("config", [{"train_micro_batch_size_per_gpu": 3}, {"gradient_accumulation_steps": 3}])
+def test_a_share_that_does_not_divide_over_micro_batches_is_refused(config: dict[str, Any], recipe: Recipe) -> None:
+    (key,) = config
+    message = _error(config, recipe)
+    assert f"{key} = 3 in z.json" in message
+    assert "optim.batch = 16 in r.toml over 2 ranks is 8 each" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "optim.schedule", "remove"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled", "bf16"]),
+        ({"bf16": {"enabled": True}}, ["bf16 without ZeRO", "1, 2 or 3"]),
+        ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage = 4", "0, 1, 2 or 3"]),
+        ({"optimizer": {"type": "Lamb"}}, ["optimizer.type = 'Lamb'", "AdamW"]),
+        ({"optimizer": {"params": {"momentum": 0.9}}}, ["optimizer.params.momentum = 0.9", "unknown"]),
+        ({"train_micro_batch_size_per_gpu": "many"}, ["train_micro_batch_size_per_gpu = 'many'"]),
+        ({"gradient_accumulation_steps": 0}, ["gradient_accumulation_steps = 0"]),
+    ],
+)
+def test_what_megakd_does_not_run_is_refused_with_key_and_remedy(config: dict[str, Any], words: list[str], recipe: Recipe) -> None:
+    message = _error(config, recipe)
+    assert "z.json" in message
+    assert all(word in message for word in words), message
+
+
+def test_a_missing_or_broken_json_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        ds_config.read(str(tmp_path / "none.json"), cuda=False)
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json: not valid JSON"):
+        ds_config.read(str(broken), cuda=False)
+    broken.write_text("[]")
+    with pytest.raises(ValueError, match="an object"):
+        ds_config.read(str(broken), cuda=False)

@@ -1,0 +1,188 @@
+"""Recipes: typed, closed, overridable, and every mistake answered with the key, the value and the remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megakd import recipe_files
+from megakd.objectives.registry import REGISTRY
+from megakd.recipe import Objectives, Recipe
+
+
+def _load(path: Path | str, *overrides: str) -> Recipe:
+    return recipe_files.load(str(path), overrides)[0]
+
+
+def _error(path: Path | str, *overrides: str) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  (each test looks at the message)
+        _load(path, *overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", recipe_files.shipped())
+def test_every_shipped_recipe_loads_and_bears_its_file_name(name: str) -> None:
+    recipe, origin = recipe_files.load(name)
+    assert recipe.name == name
+    assert origin == f"megakd/recipes/{name}.toml"
+
+
+def test_the_registry_has_an_objective_for_each_key_of_the_recipe() -> None:
+    assert set(REGISTRY) == set(Objectives.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("optim.stpes=3", "optim.steps"),
+        ("optm.steps=3", "optim"),
+        ("student.pretraned=x", "student.pretrained"),
+        ("teacher.recipee=x", "teacher.recipe"),
+        ("seeed=1", "seed"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_known_one(recipe_file: Path, override: str, nearest: str) -> None:
+    message = _error(recipe_file, override)
+    key = override.partition("=")[0]
+    assert (
+        f"{key}: unknown key; did you mean '{nearest}'?" in message
+        or f"{key.split('.')[0]}: unknown key; did you mean '{nearest}'" in message
+    )
+    assert str(recipe_file) in message
+    assert f"--set {override}" in message
+
+
+def test_an_unknown_key_without_a_near_one_lists_what_is_known(recipe_file: Path) -> None:
+    assert "log.zzz: unknown key; known here: every" in _error(recipe_file, "log.zzz=3")
+
+
+def test_an_unknown_recipe_name_is_answered_with_the_nearest_and_all_shipped() -> None:
+    message = _error("smok")
+    assert "recipe 'smok'" in message
+    assert "did you mean 'smoke'" in message
+    assert "smoke_teacher" in message
+
+
+def test_a_missing_recipe_file_is_named() -> None:
+    message = _error("nowhere/mine.toml")
+    assert "nowhere/mine.toml" in message
+    assert "no such file" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("optim.steps=many", "optim.steps = 'many'"),
+        ("optim.steps=1.5", "optim.steps = 1.5"),
+        ("optim.batch=0", "optim.batch = 0"),
+        ("optim.lr=fast", "optim.lr = 'fast'"),
+        ("optim.lr=-1e-3", "optim.lr = -0.001"),
+        ("optim.lr=nan", "optim.lr = nan"),
+        ("optim.lr=inf", "optim.lr = inf"),
+        ("optim.betas=[0.9]", "optim.betas"),
+        ("student.activation_checkpointing=1", "student.activation_checkpointing = 1"),
+        ("feature.head=cubic", "feature.head = 'cubic'"),
+        ("data.max_bad_fraction=1.1", "data.max_bad_fraction = 1.1"),
+        ("similarity.temperature=0", "similarity.temperature = 0"),
+        ("similarity.student_scale=inf", "similarity.student_scale = inf"),
+        ("student.max_scale=inf", "student.max_scale = inf"),
+        ("name=../escape", "name = '../escape'"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_range_is_refused_with_its_key(recipe_file: Path, override: str, shown: str) -> None:
+    assert f"  {shown}" in _error(recipe_file, override)
+
+
+def test_override_values_are_toml_and_anything_else_is_a_bare_string(recipe_file: Path) -> None:
+    recipe = _load(
+        recipe_file,
+        "optim.lr=3e-4",
+        "optim.weight_decay=1",
+        "optim.betas=[0.8, 0.9]",
+        "data.train=a/{00..03}.tar::b/*.tar",
+        'data.cache="with space"',
+        "student.activation_checkpointing=true",
+        "evaluation.retrieval.mine=x/*.tar",
+    )
+    assert recipe.optim.lr == 3e-4
+    assert recipe.optim.weight_decay == 1.0
+    assert isinstance(recipe.optim.weight_decay, float)
+    assert recipe.optim.betas == (0.8, 0.9)
+    assert recipe.data.train == "a/{00..03}.tar::b/*.tar"
+    assert recipe.data.cache == "with space"
+    assert recipe.student.activation_checkpointing
+    assert recipe.evaluation.retrieval == {"mine": "x/*.tar"}
+    assert _load(recipe_file, 'data.train=["a.tar", "b.tar"]').data.train == ["a.tar", "b.tar"]
+
+
+def test_the_last_override_of_a_key_wins(recipe_file: Path) -> None:
+    assert _load(recipe_file, "seed=1", "seed=2").seed == 2
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "=3", "optim.lr.deeper=3"])
+def test_an_override_that_is_no_key_and_value_is_refused_as_it_was_written(recipe_file: Path, override: str) -> None:
+    assert f"--set {override}" in _error(recipe_file, override)
+
+
+def test_a_missing_required_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "short.toml"
+    path.write_text('name = "short"\n[data]\ntrain = "x.tar"\n[student]\nmodel = "ViT-B-32"\n[objectives]\ncontrastive = 1.0\n')
+    assert "  optim: missing" in _error(path)
+    assert "  optim.steps: missing" in _error(path, "optim.lr=1e-3", "optim.batch=8")
+
+
+def test_invalid_toml_is_answered_with_the_file_and_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text('name = "x"\n[data\n')
+    message = _error(path)
+    assert str(path) in message
+    assert "not valid TOML" in message
+    assert "line 2" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["student.model=ViT-B-32"], ["student", "`model`", "`architecture`", "not both"]),
+        (["objectives.contrastive=0"], ["objectives", "every weight is 0"]),
+        (["optim.warmup=6"], ["optim", "warmup = 6", "steps = 6"]),
+        (["views.crop_scale=[0.9, 0.1]"], ["views", "crop_scale"]),
+        (["views.crop_ratio=[0.0, 1.0]"], ["views", "crop_ratio"]),
+        (["teacher.model=ViT-B-32", "teacher.recipe=smoke_teacher"], ["teacher", "local-dir:", "ViT-B-32"]),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(recipe_file: Path, overrides: list[str], words: list[str]) -> None:
+    message = _error(recipe_file, *overrides)
+    assert all(word in message for word in words), message
+
+
+def test_two_mistakes_are_answered_together(recipe_file: Path) -> None:
+    message = _error(recipe_file, "optim.steps=x", "log.evry=2")
+    assert "optim.steps" in message
+    assert "log.evry" in message
+
+
+def test_the_run_json_of_a_run_is_a_recipe_that_says_the_same(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = _load(recipe_file, "evaluation.retrieval.mine=x/*.tar", "optim.betas=[0.8, 0.9]", "teacher.model=ViT-B-32")
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
+    assert _load(tmp_path / "run.json") == recipe
+
+
+def test_a_json_that_is_no_run_json_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text('{"stage": 2}')
+    assert "no key 'recipe'" in _error(path)
+    path.write_text("[1, 2]")
+    assert str(path) in _error(path)
+
+
+def test_differences_name_what_is_learned_and_not_how_it_is_watched(recipe_file: Path) -> None:
+    old = _load(recipe_file)
+    watched = ("checkpoint.every=7", "log.every=3", "evaluation.every=1", "data.workers=5", "data.cache=x", "data.max_bad_fraction=0.5")
+    assert recipe_files.differences(old, _load(recipe_file, *watched)) == []
+    changed = recipe_files.differences(old, _load(recipe_file, "optim.lr=1", "teacher.model=ViT-B-32", "objectives.feature=0.5"))
+    assert "optim.lr: 0.001 -> 1.0" in changed
+    assert "objectives.feature: 0.0 -> 0.5" in changed
+    assert "teacher.model: None -> 'ViT-B-32'" in changed

@@ -1,0 +1,95 @@
+"""A run folder's files: what is dropped at a resume, what belongs to whom, and what a crash may leave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megakd import recipe_files
+from megakd.runtime import runlog
+from megakd.runtime.runlog import RunLog
+
+
+def _metrics(run: Path, text: str) -> None:
+    (run / "metrics.jsonl").write_text(text, encoding="utf-8")
+
+
+def _run_json(run: Path, recipe_file: Path, *overrides: str) -> None:
+    recipe = recipe_files.load(str(recipe_file), overrides)[0]
+    runlog.write_json(run / "run.json", {"recipe": recipe.model_dump(mode="json")})
+
+
+def test_rows_past_the_checkpoint_are_dropped_and_those_before_stay(tmp_path: Path) -> None:
+    _metrics(tmp_path, "".join(json.dumps({"step": step, "loss": 0.1}) + "\n" for step in (1, 2, 3, 4)))
+    RunLog(tmp_path, main=True).keep_until(2)
+    assert [row["step"] for row in runlog.read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_last_line_cut_by_a_crash_is_left_out_and_cleared(tmp_path: Path) -> None:
+    _metrics(tmp_path, '{"step": 1, "loss": 0.1}\n{"step": 2, "lo')
+    assert [row["step"] for row in runlog.read_metrics(tmp_path)] == [1]
+    log = RunLog(tmp_path, main=True)
+    log.keep_until(5)
+    log.event(2, "evaluation", {"x": 1})
+    assert [row["step"] for row in runlog.read_metrics(tmp_path)] == [1, 2]
+
+
+def test_the_other_ranks_write_nothing(tmp_path: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, main=False)
+    log.open(recipe_files.load(str(recipe_file))[0], {}, 2)
+    log.event(1, "evaluation", {})
+    log.say("something")
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_run_json_replays_the_recipe_and_says_what_ran(tmp_path: Path, recipe_file: Path) -> None:
+    recipe = recipe_files.load(str(recipe_file))[0]
+    RunLog(tmp_path, main=True).open(recipe, {"train_batch_size": 16}, 2)
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert recipe_files.load(str(tmp_path / "run.json"))[0] == recipe
+    assert content["ds_config"] == {"train_batch_size": 16}
+    assert content["ranks"] == 2
+    assert content["versions"]["torch"]
+    assert content["versions"]["deepspeed"]
+    assert content["argv"]
+
+
+def test_a_folder_of_another_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path, recipe_file: Path) -> None:
+    _run_json(tmp_path, recipe_file, "optim.lr=0.5", "seed=3")
+    with pytest.raises(ValueError, match="belongs to a run of another recipe") as caught:
+        runlog.check_resume(tmp_path, "auto", recipe_files.load(str(recipe_file))[0])
+    message = str(caught.value)
+    assert f"--out {tmp_path}" in message
+    assert "optim.lr: 0.5 -> 0.001" in message
+    assert "seed: 3 -> 0" in message
+    runlog.check_resume(tmp_path, "none", recipe_files.load(str(recipe_file))[0])
+
+
+def test_a_folder_of_the_same_recipe_watched_otherwise_is_taken(tmp_path: Path, recipe_file: Path) -> None:
+    _run_json(tmp_path, recipe_file, "checkpoint.every=77", "log.every=3")
+    runlog.check_resume(tmp_path, "auto", recipe_files.load(str(recipe_file))[0])
+
+
+def test_a_resume_path_that_is_not_there_is_refused(tmp_path: Path, recipe_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"--resume nowhere: give auto, none, or the folder"):
+        runlog.check_resume(tmp_path, "nowhere", recipe_files.load(str(recipe_file))[0])
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"recipe": {"name": "x"}}'])
+def test_a_run_json_that_cannot_be_read_is_named(tmp_path: Path, recipe_file: Path, content: str) -> None:
+    """Left by a full disk or another version of megakd."""
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json"):
+        runlog.check_resume(tmp_path, "auto", recipe_files.load(str(recipe_file))[0])
+
+
+def test_what_is_set_aside_is_kept_in_numbered_folders(tmp_path: Path) -> None:
+    for round_ in ("first", "second"):
+        (tmp_path / "a.txt").write_text(round_)
+        assert runlog.set_aside(tmp_path, [tmp_path / "a.txt"]) is not None
+    assert (tmp_path / "previous" / "1" / "a.txt").read_text() == "first"
+    assert (tmp_path / "previous" / "2" / "a.txt").read_text() == "second"
+    assert runlog.set_aside(tmp_path, []) is None

@@ -1,0 +1,178 @@
+"""Tiny runs for the tests: a recipe that trains in milliseconds a step, and ways to start it in this process or on several ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megakd.runtime.runlog import read_metrics
+from megakd.start import run_command
+
+REPOSITORY = Path(__file__).parents[1]
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
+
+RECIPE = """
+name = "tiny"
+
+[data]
+train = "{world}/train/*.tar"
+workers = 0
+
+[student]
+tokenizer = "{world}/tokenizer"
+
+[student.architecture]
+embed_dim = 16
+vision_cfg = {{ image_size = 32, patch_size = 8, width = 32, layers = 1, head_width = 16 }}
+text_cfg = {{ context_length = 32, vocab_size = 128, width = 32, heads = 2, layers = 1 }}
+
+[objectives]
+contrastive = 1.0
+
+[optim]
+steps = 6
+batch = 16
+lr = 1e-3
+warmup = 2
+eps = 1e-3   # a gradient that is zero but for rounding then moves nothing, so runs on other ranks can be compared
+
+[checkpoint]
+every = 2
+
+[log]
+every = 1
+"""
+
+# Another resolution, tokenizer, context and width than the student's: nothing may be shared by accident.
+TEACHER = (
+    "teacher.architecture={ embed_dim = 24, vision_cfg = { image_size = 48, patch_size = 16, width = 32, layers = 1, head_width = 16 }, "
+    "text_cfg = { context_length = 24, width = 32, heads = 2, layers = 1 } }",
+    "teacher.pretrained=random",
+)
+KD = (*TEACHER, "objectives.similarity=2.0", "objectives.feature=0.5")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def settings(*overrides: str) -> list[str]:
+    """Overrides as command-line arguments."""
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def train(recipe: Path | str | None, *arguments: str | Path, sets: tuple[str, ...] | list[str] = ()) -> Finished:
+    """The training program in this process: everything of it but the launcher and the interpreter's start."""
+    command = [] if recipe is None else ["--recipe", str(recipe)]
+    out, err = io.StringIO(), io.StringIO()
+    with _untouched_process(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = run_command([*command, *map(str, arguments), *settings(*sets)])
+        except SystemExit as error:  # argparse
+            code = int(error.code or 0)
+    return Finished(code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def _untouched_process() -> Iterator[None]:
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    for name in LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For child processes: one thread, the CPU, the environment's programs, and no launcher's variables but `more`."""
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def launch(launcher: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    """Start two ranks with `torchrun` or `deepspeed`. Ends with the launcher's exit code; see `finish`."""
+    count = {"torchrun": "--nproc_per_node=2", "deepspeed": "--num_accelerators=2"}[launcher]
+    port = ["--master_port", str(29600 + os.getpid() % 20000)]
+    # Through the interpreter: the scripts' own first lines break when an environment is moved.
+    module = {"torchrun": ["-m", "torch.distributed.run"], "deepspeed": [str(Path(sys.executable).with_name("deepspeed"))]}[launcher]
+    command = [sys.executable, *module, count, *port, *map(str, arguments)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment(), start_new_session=True, **pipes)
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 120) -> Finished:
+    """Wait for a launcher and return its code and output; a hang is an error, and nothing survives it."""
+    try:
+        out, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, _ = process.communicate()
+        raise AssertionError(f"still running after {seconds} s:\n{out[-4000:]}") from None
+    return Finished(process.returncode, out, "")
+
+
+def rank_process(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """The process of one rank; loader workers inherit its variables, so the eldest counts."""
+    found = [child for child in psutil.Process(launcher.pid).children(recursive=True) if _rank_of(child) == str(rank)]
+    return min(found, key=lambda child: (child.create_time(), child.pid))
+
+
+def _rank_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get("RANK")
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return None
+
+
+def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[str], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        if launcher.poll() is not None or time.monotonic() > end:
+            raise AssertionError(f"the run ended or hung before it got there:\n{finish(launcher, 1).out[-4000:]}")
+        time.sleep(0.005)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The step rows of metrics.jsonl."""
+    return [row for row in read_metrics(run) if "loss" in row] if (run / "metrics.jsonl").exists() else []
+
+
+def curve(run: Path) -> list[tuple[Any, ...]]:
+    """All numbers of each step that training determines; no times."""
+    return [(row["step"], row["loss"], *row["losses"].values(), row["lr"], row["scale"], row["gradient_norm"]) for row in rows(run)]
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in rows(run)]
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(run) if row.get("event") == name]
+
+
+def ds_config(path: Path, **content: Any) -> Path:
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path

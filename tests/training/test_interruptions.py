@@ -1,0 +1,101 @@
+"""Two ranks under the deepspeed launcher, killed and signalled, against a run that nobody disturbed: the same curve to the last bit."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from tiny_runs import REPOSITORY, Finished, curve, finish, launch, rank_process, rows, settings, wait_for
+
+from megakd.runtime import checkpoint
+from megakd.runtime.signals import EXIT_SAVED
+
+STEPS = 40
+SETTINGS = (
+    f"optim.steps={STEPS}",
+    "checkpoint.every=4",
+    "data.workers=1",
+    "student.architecture.vision_cfg.patch_dropout=0.5",  # random numbers in the step, which a resumed run must draw again
+    "teacher.architecture={ embed_dim = 24, vision_cfg = { image_size = 48, patch_size = 16, width = 32, layers = 1, head_width = 16 }, "
+    "text_cfg = { context_length = 24, width = 32, heads = 2, layers = 1 } }",
+    "teacher.pretrained=random",
+    "objectives.similarity=1.0",
+)
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@dataclass
+class Story:
+    """What happened to the disturbed run: the ends of its lives, and at which row and rank each was struck."""
+
+    undisturbed: Path
+    disturbed: Path
+    ends: list[Finished] = field(default_factory=list)
+    struck: list[str] = field(default_factory=list)
+    rows_after_signal: list[int] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def story(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    folder = tmp_path_factory.mktemp("interrupted")
+    found = Story(folder / "undisturbed", folder / "disturbed")
+
+    def command(out: Path) -> list[str | Path]:
+        config = REPOSITORY / "ds_configs" / "zero2_bf16.json"
+        return ["megakd/train.py", "--recipe", recipe_file, "--ds_config", config, "--out", out, *settings(*SETTINGS)]
+
+    finished = finish(launch("torchrun", *command(found.undisturbed)))
+    assert finished.code == 0, finished.out[-4000:]
+
+    def strike(at_row: int, rank: int, number: int) -> None:
+        launcher = launch("deepspeed", *command(found.disturbed))
+        try:
+            wait_for(lambda: len(rows(found.disturbed)) >= at_row, launcher)
+            time.sleep(random.uniform(0, 0.05))
+            rank_process(launcher, rank).send_signal(number)
+            found.struck.append(f"signal {number} to rank {rank} in row {len(rows(found.disturbed))}")
+        finally:
+            found.ends.append(finish(launcher))
+
+    strike(random.randint(3, 8), 1, 12)  # SIGUSR2, to one rank alone
+    found.rows_after_signal = [row["step"] for row in rows(found.disturbed)]
+    strike(random.randint(12, 20), 1, 9)
+    strike(random.randint(22, 32), 0, 9)
+    found.ends.append(finish(launch("deepspeed", *command(found.disturbed))))
+    return found
+
+
+def test_a_signal_to_one_rank_stops_all_after_a_save_with_the_documented_code(story: Story) -> None:
+    end = story.ends[0]
+    assert end.code == EXIT_SAVED, end.out[-4000:]
+    assert "stopped by a signal after saving" in end.out
+    assert "Traceback" not in end.out
+
+
+def test_the_save_is_at_the_step_where_it_stopped(story: Story) -> None:
+    assert 0 < story.rows_after_signal[-1] < STEPS
+    assert f"step_{story.rows_after_signal[-1]:08d}" in story.ends[1].out
+
+
+def test_a_killed_rank_ends_its_launcher(story: Story) -> None:
+    assert all(end.code != 0 for end in story.ends[1:3])
+
+
+def test_the_same_command_again_goes_on_each_time(story: Story) -> None:
+    assert story.ends[-1].code == 0, story.ends[-1].out[-4000:]
+    assert all("resuming from" in end.out for end in story.ends[1:])
+
+
+def test_the_loss_curve_is_bitwise_that_of_an_undisturbed_run(story: Story) -> None:
+    assert [row["step"] for row in rows(story.undisturbed)] == list(range(1, STEPS + 1))
+    assert curve(story.disturbed) == curve(story.undisturbed), story.struck
+
+
+def test_the_last_weights_and_moments_are_bitwise_those_of_an_undisturbed_run(story: Story) -> None:
+    mine, theirs = (checkpoint.available(run)[-1] for run in (story.disturbed, story.undisturbed))
+    for name in (checkpoint.WEIGHTS, checkpoint.MOMENTS):
+        assert (mine / name).read_bytes() == (theirs / name).read_bytes(), (name, story.struck)

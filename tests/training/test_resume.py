@@ -1,0 +1,197 @@
+"""Going on with a run: from where, with what, and when it is refused. One rank, in this process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_runs import curve, ds_config, rows, train
+
+from megakd.runtime import checkpoint
+from megakd.runtime.signals import EXIT_NOT_FINITE, EXIT_SAVED, EXIT_USER_ERROR
+
+STEPS = 8
+SETTINGS = (f"optim.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=3")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(recipe_file, "--out", run, sets=SETTINGS).code == 0
+    return run
+
+
+@pytest.fixture
+def stopped(undisturbed: Path, tmp_path: Path) -> Path:
+    """The run as a crash after step 7 would leave it: checkpoints 2 to 6, rows to 7."""
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(checkpoint.available(run)[-1])
+    shutil.rmtree(run / "model")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
+    return run
+
+
+def _names(run: Path) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in checkpoint.available(run)]
+
+
+def test_checkpoints_are_kept_as_many_as_the_recipe_says_and_the_last_step_is_one(undisturbed: Path) -> None:
+    assert _names(undisturbed) == [4, 6, 8]
+
+
+def test_the_same_command_goes_on_from_the_newest_checkpoint(recipe_file: Path, stopped: Path, undisturbed: Path) -> None:
+    finished = train(recipe_file, "--out", stopped, sets=SETTINGS)
+    assert finished.code == 0, finished.err
+    assert "step_00000006" in finished.out
+    assert curve(stopped) == curve(undisturbed)
+
+
+def test_a_finished_run_is_not_trained_again(recipe_file: Path, undisturbed: Path) -> None:
+    before = curve(undisturbed)
+    finished = train(recipe_file, "--out", undisturbed, sets=SETTINGS)
+    assert finished.code == 0
+    assert "step 8 of 8" in finished.out
+    assert curve(undisturbed) == before
+
+
+def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_taken(recipe_file: Path, stopped: Path, undisturbed: Path) -> None:
+    (checkpoint.available(stopped)[-1] / "weights.safetensors").write_bytes(b"damaged")
+    finished = train(recipe_file, "--out", stopped, sets=SETTINGS)
+    assert finished.code == 0, finished.err
+    assert "passing over a damaged checkpoint" in finished.out
+    assert "step_00000004: step 4 of 8" in finished.out
+    assert curve(stopped) == curve(undisturbed)
+    assert (stopped / "previous" / "1" / "step_00000006").is_dir()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_over_with_a_clean_curve(
+    recipe_file: Path, stopped: Path, undisturbed: Path
+) -> None:
+    shutil.rmtree(stopped / "checkpoints")
+    finished = train(recipe_file, "--out", stopped, sets=SETTINGS)
+    assert finished.code == 0, finished.err
+    assert curve(stopped) == curve(undisturbed)
+
+
+def test_a_chosen_checkpoint_is_taken_and_newer_ones_are_set_aside(recipe_file: Path, stopped: Path, undisturbed: Path) -> None:
+    chosen = checkpoint.available(stopped)[0]
+    finished = train(recipe_file, "--out", stopped, "--resume", chosen, sets=SETTINGS)
+    assert finished.code == 0, finished.err
+    assert "step 4 of 8" in finished.out
+    assert curve(stopped) == curve(undisturbed)
+    assert (stopped / "previous" / "1" / "step_00000006").is_dir()
+
+
+def test_a_chosen_checkpoint_may_lie_in_another_run(recipe_file: Path, stopped: Path, undisturbed: Path, tmp_path: Path) -> None:
+    finished = train(recipe_file, "--out", tmp_path / "branch", "--resume", checkpoint.available(stopped)[-1], sets=SETTINGS)
+    assert finished.code == 0, finished.err
+    assert curve(tmp_path / "branch") == curve(undisturbed)[6:]
+
+
+def test_resume_none_sets_the_earlier_run_aside_and_starts_over(recipe_file: Path, stopped: Path, undisturbed: Path) -> None:
+    finished = train(recipe_file, "--out", stopped, "--resume", "none", sets=SETTINGS)
+    assert finished.code == 0, finished.err
+    assert curve(stopped) == curve(undisturbed)
+    assert (stopped / "previous" / "1" / "run.json").is_file()
+    assert (stopped / "previous" / "1" / "checkpoints" / "step_00000006").is_dir()
+
+
+def test_another_recipe_in_the_folder_is_refused_with_the_keys_that_differ(recipe_file: Path, stopped: Path) -> None:
+    before = curve(stopped)
+    finished = train(recipe_file, "--out", stopped, sets=(*SETTINGS, "optim.lr=0.5", "seed=1"))
+    assert finished.code == EXIT_USER_ERROR
+    assert "optim.lr: 0.001 -> 0.5" in finished.err
+    assert "seed: 0 -> 1" in finished.err
+    assert "--resume none" in finished.err
+    assert curve(stopped) == before
+
+
+def test_how_it_is_watched_may_change(recipe_file: Path, stopped: Path, undisturbed: Path) -> None:
+    finished = train(recipe_file, "--out", stopped, sets=(*SETTINGS, "checkpoint.every=3", "data.workers=1", "checkpoint.keep=1"))
+    assert finished.code == 0, finished.err
+    assert curve(stopped) == curve(undisturbed)
+    assert _names(stopped) == [8]
+
+
+def test_another_stage_may_go_on(recipe_file: Path, stopped: Path, undisturbed: Path, tmp_path: Path) -> None:
+    config = ds_config(tmp_path / "stage3.json", zero_optimization={"stage": 3})
+    assert train(recipe_file, "--out", stopped, "--ds_config", config, sets=SETTINGS).code == 0
+    for mine, theirs in zip(curve(stopped), curve(undisturbed), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_shards_that_changed_since_are_refused(recipe_file: Path, stopped: Path, world: Path) -> None:
+    text = (stopped / "run.json").read_text()
+    (stopped / "run.json").write_text(text.replace("train/*.tar", "train/0000[01].tar"))
+    finished = train(recipe_file, "--out", stopped, sets=(*SETTINGS, f"data.train={world}/train/0000[01].tar"))
+    assert finished.code == EXIT_USER_ERROR
+    assert "the shards have changed" in finished.err
+    assert "data.train" in finished.err
+    assert _names(stopped) == [4, 6]
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_with_the_tensors(recipe_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    path = checkpoint.available(undisturbed)[-1]
+    finished = train(recipe_file, "--out", tmp_path / "run", "--resume", path, sets=(*SETTINGS, "student.architecture.embed_dim=8"))
+    assert finished.code == EXIT_USER_ERROR
+    assert "another architecture" in finished.err
+    assert str(path) in finished.err
+    assert "(32, 8) here, (32, 16) in the checkpoint" in finished.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_as_if_nothing_had_been(
+    recipe_file: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    sets = ("optim.steps=120", "checkpoint.every=1000")
+    run = tmp_path / "run"
+
+    def strike() -> None:
+        while len(rows(run)) < 5:
+            time.sleep(0.002)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=strike, daemon=True)
+    thread.start()
+    finished = train(recipe_file, "--out", run, sets=sets)
+    thread.join()
+    assert finished.code == EXIT_SAVED, finished.err
+    last = rows(run)[-1]["step"]
+    assert 5 <= last < 120
+    assert _names(run) == [last]
+    assert train(recipe_file, "--out", run, sets=sets).code == 0
+    assert train(recipe_file, "--out", tmp_path / "whole", sets=sets).code == 0
+    assert curve(run) == curve(tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(recipe_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    _, weights = checkpoint.load_weights(checkpoint.available(undisturbed)[-1])
+    clip = {name.removeprefix("clip."): value for name, value in weights.items() if name.startswith("clip.")}
+    clip["logit_scale"] = torch.tensor(float("nan"))
+    save_file(clip, tmp_path / "poisoned.safetensors")
+    finished = train(recipe_file, "--out", tmp_path / "run", sets=(*SETTINGS, f"student.pretrained={tmp_path}/poisoned.safetensors"))
+    assert finished.code == EXIT_NOT_FINITE, finished.err
+    assert "step 1: the loss is not finite" in finished.err
+    assert "Traceback" not in finished.err
+    assert checkpoint.available(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_run_that_diverges_leaves_a_finite_checkpoint(recipe_file: Path, tmp_path: Path, stage: int) -> None:
+    config = ds_config(tmp_path / "z.json", zero_optimization={"stage": stage})
+    sets = ("optim.lr=1e38", "optim.warmup=0", "optim.steps=20", "checkpoint.every=1", "optim.clip=0.0")
+    finished = train(recipe_file, "--out", tmp_path / "run", "--ds_config", config, sets=sets)
+    assert finished.code == EXIT_NOT_FINITE, finished.err
+    assert "optim.lr" in finished.err
+    for path in checkpoint.available(tmp_path / "run"):
+        state = checkpoint.load(path)[1]
+        assert all(bool(value.isfinite().all()) for value in (*state.weights.values(), *state.moments.values())), path
