@@ -64,7 +64,10 @@ class ShardSet:
         Raises ValueError for missing, compressed or empty shards, and when more than data.max_bad_fraction of the samples
         lack an image or a caption.
         """
-        shards = cls.open_set(data.train, data, rank, world, barrier)
+        try:
+            shards = cls.open_set(data.train, data, rank, world, barrier)
+        except ValueError as error:
+            raise ValueError(f"data.train: {error}") from error
         if shards.known_bad.total >= shards.known_bad.seen:
             raise ValueError(
                 f"data.train = {data.train!r}: none of the {len(shards)} samples has both an image and a caption "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import pickle
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -20,6 +21,7 @@ import torch
 from open_clip.factory import get_model_config, load_checkpoint
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from megakd.recipe import Model
@@ -179,6 +181,13 @@ def build(description: Description, device: torch.device, precision: Precision =
                 device=device,
                 require_pretrained=required,
             )
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        # torch's own message advises to execute what is in the file.
+        source = settings.pretrained or settings.model
+        raise ValueError(
+            f"{description.role}: {source!r} is no file of plain tensors ({type(error).__name__}), and nothing in it is ever executed; "
+            f"convert it to .safetensors where you trust it"
+        ) from error
     except (RuntimeError, KeyError) as error:
         source = settings.pretrained or settings.model
         raise ValueError(f"{description.role}: {source!r} does not give a model: {error}") from error

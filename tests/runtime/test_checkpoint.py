@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -161,11 +162,11 @@ def test_kill_9_while_saving_always_leaves_a_valid_checkpoint_and_no_damaged_one
         for _ in range(15):
             # Stopped at a random point of its work, the disk shows what a kill there would leave.
             time.sleep(0.013)
-            process.send_signal(19)
+            process.send_signal(signal.SIGSTOP)
             path, said = _latest(tmp_path)
             assert path is not None
             assert said == []
-            process.send_signal(18)
+            process.send_signal(signal.SIGCONT)
     finally:
         process.kill()
         process.wait()

@@ -134,11 +134,14 @@ def test_pretrained_weights_of_another_architecture_are_refused(recipe_file: Pat
     assert "visual.conv1.weight" in finished.err
 
 
-def test_a_weight_file_that_holds_code_is_not_run(recipe_file: Path, tmp_path: Path) -> None:
-    """A pickle of `print` would be called on loading; torch's weights_only refuses it."""
-    (tmp_path / "evil.pt").write_bytes(b"cbuiltins\nprint\n(S'EXECUTED'\ntR.")
-    finished = train(recipe_file, "--out", tmp_path / "run", sets=(f"student.pretrained={tmp_path}/evil.pt",))
-    assert finished.code != 0
+@pytest.mark.parametrize("name", ["evil.pt", "evil.safetensors"])
+def test_a_weight_file_that_holds_code_is_refused_and_not_run(recipe_file: Path, tmp_path: Path, name: str) -> None:
+    """A pickle that prints when it is loaded."""
+    (tmp_path / name).write_bytes(b"cbuiltins\nprint\n(S'EXECUTED'\ntR.")
+    finished = train(recipe_file, "--out", tmp_path / "run", sets=(f"student.pretrained={tmp_path}/{name}",))
+    assert finished.code == EXIT_USER_ERROR
+    assert "no file of plain tensors" in finished.err
+    assert name in finished.err
     assert "EXECUTED" not in finished.out
 
 

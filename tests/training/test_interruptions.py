@@ -1,8 +1,9 @@
-"""Two ranks under the deepspeed launcher, killed and signalled, against a run that nobody disturbed: the same curve to the last bit."""
+"""Two ranks under deepspeed and torchrun, signalled and killed, against a run that nobody disturbed: the same curve to the last bit."""
 
 from __future__ import annotations
 
 import random
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,8 +52,8 @@ def story(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     finished = finish(launch("torchrun", *command(found.undisturbed)))
     assert finished.code == 0, finished.out[-4000:]
 
-    def strike(at_row: int, rank: int, number: int) -> None:
-        launcher = launch("deepspeed", *command(found.disturbed))
+    def strike(starter: str, at_row: int, rank: int, number: int) -> None:
+        launcher = launch(starter, *command(found.disturbed))
         try:
             wait_for(lambda: len(rows(found.disturbed)) >= at_row, launcher)
             time.sleep(random.uniform(0, 0.05))
@@ -61,11 +62,11 @@ def story(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
         finally:
             found.ends.append(finish(launcher))
 
-    strike(random.randint(3, 8), 1, 12)  # SIGUSR2, to one rank alone
+    strike("deepspeed", random.randint(3, 8), 1, signal.SIGUSR2)
     found.rows_after_signal = [row["step"] for row in rows(found.disturbed)]
-    strike(random.randint(12, 20), 1, 9)
-    strike(random.randint(22, 32), 0, 9)
-    found.ends.append(finish(launch("deepspeed", *command(found.disturbed))))
+    strike("deepspeed", random.randint(12, 20), 1, signal.SIGKILL)
+    strike("torchrun", random.randint(22, 32), 0, signal.SIGKILL)
+    found.ends.append(finish(launch("torchrun", *command(found.disturbed))))
     return found
 
 

@@ -1,0 +1,119 @@
+"""The scores by hand, on embeddings small enough to check by eye."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megakd.evaluation import compositional, retrieval, zeroshot
+from megakd.evaluation.encoder import Encoder
+
+
+def test_retrieval_of_four_pairs_by_hand() -> None:
+    # similarity[i, j] of image i and text j. By rows the partner comes 1st, 2nd, 1st, 4th; by columns 2nd, 1st, 1st, 2nd.
+    similarity = torch.tensor([[0.7, 0.1, 0.2, 0.0], [0.9, 0.8, 0.0, 0.1], [0.1, 0.2, 0.6, 0.3], [0.5, 0.4, 0.3, 0.2]])
+    found = retrieval.recalls(similarity, torch.eye(4))
+    assert found["image_to_text"] == {"R@1": 0.5, "R@5": 1.0, "R@10": 1.0}
+    assert found["text_to_image"] == {"R@1": 0.5, "R@5": 1.0, "R@10": 1.0}
+
+
+def test_the_cutoff_counts_candidates_before_the_partner() -> None:
+    # Of 12 texts, image 0 has its partner behind exactly 4 others, image 1 behind exactly 5, the rest in front.
+    similarity = torch.eye(12)
+    similarity[0, 1:5] = 2
+    similarity[1, 2:7] = 2
+    assert retrieval.recalls(similarity, torch.eye(12))["image_to_text"] == {"R@1": 10 / 12, "R@5": 11 / 12, "R@10": 1.0}
+
+
+def test_equal_embeddings_retrieve_nothing() -> None:
+    same = F.normalize(torch.ones(20, 8), dim=-1)
+    found = retrieval.recalls(same, same)
+    assert found["image_to_text"] == found["text_to_image"] == {"R@1": 0.0, "R@5": 0.0, "R@10": 0.0}
+
+
+def test_a_tie_with_one_other_counts_against() -> None:
+    found = retrieval.recalls(torch.tensor([[1.0, 1.0], [0.0, 1.0]]), torch.eye(2))
+    assert found["image_to_text"]["R@1"] == 0.5
+
+
+def test_queries_beyond_one_block_are_ranked_against_their_own_partners() -> None:
+    rows = F.normalize(torch.randn(2500, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
+    assert retrieval.recalls(rows, rows)["image_to_text"]["R@1"] == 1.0
+    shifted = retrieval.recalls(rows, rows.roll(1, dims=0))
+    assert shifted["image_to_text"]["R@1"] == 0.0
+
+
+def test_zero_shot_top_1_and_top_5_by_hand() -> None:
+    # Seven classes; the label's class comes 1st, 3rd, 6th and 1st.
+    scores = torch.tensor(
+        [
+            [0.9, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0],
+            [0.8, 0.7, 0.6, 0.0, 0.0, 0.0, 0.0],
+            [0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0],
+            [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5],
+        ]
+    )
+    assert zeroshot.accuracies(scores, torch.tensor([0, 2, 5, 6]), torch.eye(7)) == {"top1": 0.5, "top5": 0.75, "images": 4}
+
+
+def test_top_5_of_fewer_classes_is_of_all_of_them() -> None:
+    assert zeroshot.accuracies(torch.eye(3), torch.tensor([1, 1, 1]), torch.eye(3))["top5"] == 1.0
+
+
+class Letters(nn.Module):
+    """A text tower whose embedding counts the letters a, b, c: every expectation below can be counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        return tokens.float() * self.weight
+
+
+def _counts(texts: list[str]) -> Tensor:
+    return torch.tensor([[text.count(letter) for letter in "abc"] for text in texts])
+
+
+@pytest.fixture(params=[1, 2, 100])
+def encoder(request: pytest.FixtureRequest) -> Encoder:
+    tokenize: Callable[[list[str]], Tensor] = _counts
+    return Encoder(Letters().eval(), PreprocessCfg(), tokenize, torch.device("cpu"), request.param)
+
+
+def test_a_class_is_the_unit_mean_of_its_sentences_unit_embeddings(encoder: Encoder) -> None:
+    classes = zeroshot.ClassSet(["a", "bb"], ["{c}", "{c} c", "c {c} c"])
+    sentences = [["a", "a c", "c a c"], ["bb", "bb c", "c bb c"]]
+    expected = torch.stack([F.normalize(_counts(own).float(), dim=-1).mean(0) for own in sentences])
+    torch.testing.assert_close(zeroshot.class_embeddings(encoder, classes), F.normalize(expected, dim=-1))
+
+
+def test_hard_negatives_by_hand_and_a_tie_is_a_loss(encoder: Encoder) -> None:
+    images = torch.eye(3)
+    captions = ["a", "b", "c"]
+    negatives = [{"swap": "b", "count": "aa"}, {"swap": "a"}, {"swap": "c", "count": "ac"}]
+    found = compositional.choices(encoder, images, captions, negatives)
+    assert found == {
+        "swap": {"accuracy": pytest.approx(2 / 3), "pairs": 3},  # the third is the caption itself
+        "count": {"accuracy": 0.5, "pairs": 2},  # "aa" points where "a" does
+    }
+
+
+def test_a_class_set_is_read_as_clip_benchmark_lays_it_out(world: Path) -> None:
+    classes = zeroshot.read_class_set(f"{world}/zeroshot", "evaluation.zero_shot.seen")
+    assert len(classes.names) == 42
+    assert all("{c}" in template for template in classes.templates)
+
+
+@pytest.mark.parametrize(("names", "templates"), [("", "a {c}\n"), ("cat\n", ""), ("cat\n", "a photo\n")])
+def test_a_class_set_without_names_or_places_for_them_is_refused(tmp_path: Path, names: str, templates: str) -> None:
+    (tmp_path / "classnames.txt").write_text(names)
+    (tmp_path / "zeroshot_classification_templates.txt").write_text(templates)
+    with pytest.raises(ValueError, match=r"evaluation\.zero_shot\.mine"):
+        zeroshot.read_class_set(str(tmp_path), "evaluation.zero_shot.mine")
