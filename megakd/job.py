@@ -166,7 +166,11 @@ class Run:
             if aside := runlog.set_aside(self.folder, earlier):
                 self.log.say(f"--resume none: the earlier run in {self.folder} was moved to {aside}")
             return None
-        path = checkpoint.latest_valid(self.folder, self.log.say) if resume == "auto" else Path(resume)
+        if resume == "auto":
+            path = checkpoint.latest_valid(self.folder, self.log.say)
+        else:
+            path = Path(resume)
+            checkpoint.load_weights(path)  # refuses a damaged one before anything is moved for it
         # What is newer than the chosen one is damaged or given up; left in place, it would be taken for this run's future.
         newer = [entry for entry in checkpoint.available(self.folder) if path is None or entry.name > path.name]
         if aside := runlog.set_aside(self.folder, newer):

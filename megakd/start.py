@@ -6,6 +6,7 @@ The flags are few and a test holds them: what is learned belongs to the recipe, 
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -24,6 +25,8 @@ from megakd.runtime.launch import World
 from megakd.runtime.signals import EXIT_NOT_FINITE, EXIT_USER_ERROR, LossNotFinite, StopRequest
 
 DEFAULT_RECIPE = "smoke"
+# A full or read-only disk, a quota, a file too large, no permission, a file where a folder should be.
+STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,6 +71,11 @@ def run_command(arguments: list[str]) -> int:
     except LossNotFinite as error:
         _complain(world, f"{error}\nThe last checkpoint is from before that. Lower optim.lr or look at the data, then start again.")
         return EXIT_NOT_FINITE
+    except OSError as error:
+        if error.errno not in STORAGE_ERRORS:
+            raise
+        _complain(world, f"error: {error}; make room there or choose another --out; checkpoints written before are untouched")
+        return EXIT_USER_ERROR
     except ValueError as error:
         if not _is_ours(error):
             raise

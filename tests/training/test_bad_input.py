@@ -212,3 +212,12 @@ def test_a_disk_that_fills_during_training_ends_the_run_with_a_clear_error(recip
         assert checkpoint.latest_valid(disk / "run", print) is not None
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_a_run_folder_that_cannot_be_written_is_named_without_a_traceback(recipe_file: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    finished = train(recipe_file, "--out", tmp_path / out)
+    assert finished.code == 2
+    assert str(tmp_path / "file") in finished.err
+    assert "--out" in finished.err
