@@ -7,7 +7,9 @@ another number of ranks, two updates from those as well.
 
 from __future__ import annotations
 
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,16 @@ from megakd.recipe import Optim
 from megakd.runtime import launch
 from megakd.runtime.engine import Engine, State
 from megakd.runtime.launch import World
+
+
+def why_not_compile() -> str | None:
+    """DeepSpeed compiles the CPU Adam that offloading takes: None when that can work here, else what is missing."""
+    if not any(map(shutil.which, ("c++", "g++"))):
+        return "DeepSpeed compiles its CPU Adam: no C++ compiler here (Debian: apt-get install g++)"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "DeepSpeed compiles its CPU Adam: no Python headers here (Debian: apt-get install python3-dev)"
+    return None
+
 
 STAGES_FP32, STAGES_BF16 = (0, 1, 2, 3), (1, 2, 3)
 ROWS = 8  # the global batch
@@ -32,6 +44,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
     },
 }
+if why_not_compile():
+    del CONFIGURATIONS[OFFLOADED]
 
 
 class Odd(nn.Module):
