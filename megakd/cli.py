@@ -54,7 +54,7 @@ def evaluate(
 @app.command()
 def smoke(
     seeds: Annotated[int, typer.Option(min=1, help="repeat the two students with so many seeds")] = 1,
-    out: Annotated[Path, typer.Option(help="folder for the runs")] = Path("runs/smoke"),
+    out: Annotated[Path, typer.Option(help="folder for the runs")] = Path("runs/smoke_comparison"),
     data: Annotated[Path, typer.Option(help="folder of the shapes world; written when it is not there")] = Path("data/shapes"),
 ) -> None:
     """The main job on this machine: train a tiny teacher, distil it, train the same student without it, compare."""
