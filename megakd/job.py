@@ -143,7 +143,15 @@ class Run:
 
     def _starting_point(self) -> tuple[Progress, State | None]:
         """Where to go on. Rank 0 looks and clears the way, then all ranks read the same checkpoint."""
-        path = collectives.share(self._choose_checkpoint() if self.world.is_main else None, self.world)
+        path: object = None
+        if self.world.is_main:
+            try:
+                path = self._choose_checkpoint()
+            except (checkpoint.CheckpointError, OSError) as error:
+                path = error  # the others wait for an answer: they must hear of it
+        path = collectives.share(path, self.world)
+        if isinstance(path, Exception):
+            raise path
         if path is None:
             self.log.keep_until(0)
             return Progress(0, 0, self.recipe.seed, self.plan.shards.signature), None
