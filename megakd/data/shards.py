@@ -131,7 +131,9 @@ class ShardSet:
         Raises BadSample when a needed image or caption is missing or empty, or its bytes cannot be read; FileNotFoundError
         when the shard is gone.
         """
-        shard, row = self._locate(index)
+        return self._read(*self._locate(index), needs)
+
+    def _read(self, shard: int, row: np.void, needs: tuple[Slot, ...]) -> Sample:
         where = self._label(shard, row)
         spans = {slot: (int(row[f"{slot}_offset"]), int(row[f"{slot}_size"])) for slot in needs}
         spans = {slot: span for slot, span in spans.items() if span[0] > 0}
@@ -151,17 +153,20 @@ class ShardSet:
     def read_each(self, indices: list[int], needs: tuple[Slot, ...]) -> Iterator[Sample | BadSample]:
         """read() of each, in order; a bad sample is yielded, not raised. Remote shards are asked many at a time."""
 
-        def one(index: int) -> Sample | BadSample:
+        def one(place: tuple[int, np.void]) -> Sample | BadSample:
             try:
-                return self.read(index, needs)
+                return self._read(*place, needs)
             except BadSample as bad:
                 return bad
 
         if not any(self._reader.is_slow(name) for name in self.names[:1]):
-            yield from map(one, indices)
+            yield from map(one, map(self._locate, indices))
             return
+        # Located in this thread: the open indexes have no lock, and np.load parses headers with `ast`, which in Python 3.11.7 now and
+        # then raises SystemError "AST constructor recursion depth mismatch" where two threads do so at once (gh-106905).
+        places = [self._locate(index) for index in indices]
         with ThreadPoolExecutor(_REMOTE_READS) as pool:
-            yield from pool.map(one, indices)
+            yield from pool.map(one, places)
 
     def _fetch(self, shard: int, spans: dict[Slot, tuple[int, int]]) -> dict[Slot, bytes]:
         if not spans:

@@ -12,7 +12,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from shard_files import data, no_barrier, pair, write_tar
 
-from megakd.data import storage
+from megakd.data import index, storage
 from megakd.data.bad import BadSample
 from megakd.data.shards import ShardSet, expand
 
@@ -124,6 +124,16 @@ def test_indexing_and_copying_survive_a_flaky_network(tmp_path: Path) -> None:
     assert captions(ShardSet.open(data(pattern, cache=str(tmp_path / "cache")), 0, 1, no_barrier)) == EXPECTED
     assert Flaky.broken > 3
     assert not list((tmp_path / "cache").rglob(".*"))
+
+
+def test_the_threads_that_read_open_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11's `ast`, with which np.load parses headers, fails at random when several threads use it at once."""
+    shards = ShardSet.open(data(upload(tmp_path, "memory", 6)), 0, 1, no_barrier)
+    threads: set[threading.Thread] = set()
+    load = index.load
+    monkeypatch.setattr(index, "load", lambda *args: (threads.add(threading.current_thread()), load(*args))[1])
+    assert captions(shards) == EXPECTED
+    assert threads == {threading.current_thread()}
 
 
 def test_a_shard_is_copied_once_and_again_when_it_changes(tmp_path: Path) -> None:
