@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The python of a GPU machine: one that has torch, triton, pytest and pytest-timeout already (matplotlib too, for the plots).
+GPU_PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install smoke test test-slow lint types bench clean
+.PHONY: help install smoke test test-slow lint types bench bench-kernels gpu clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -20,7 +22,8 @@ smoke: $(INSTALLED)  ## distil a tiny teacher into a tiny student here; ends wit
 	$(BIN)/megakd smoke
 
 test: $(INSTALLED)  ## run the tests (no network, no GPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not interpreted'
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interpreted tests/kernels
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
@@ -35,6 +38,19 @@ types: $(INSTALLED)  ## mypy on megakd/ and kernels/
 bench: $(INSTALLED)  ## the two comparisons with open_clip
 	$(BIN)/megakd bench step
 	$(BIN)/megakd bench loader
+
+bench-kernels: $(INSTALLED)  ## the losses of kernels/ against each other and against others' (BENCH="--sizes 1k 8k --budget 120")
+	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/run.py $(BENCH)
+
+# Such a machine may be lent for minutes, without a network: nothing is installed, and the limits add up to less than 9 minutes.
+gpu:  ## on a machine with a CUDA device: the kernels' gpu tests and benchmarks, with its own python (OUT=folder for copies)
+	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no CUDA device: torch " + torch.__version__ + " of " + sys.executable + " sees none")'
+	@nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+	@status=0; parallel=$$($(GPU_PYTHON) -c 'import xdist; print("-n 6")' 2>/dev/null); \
+	PYTHONPATH=kernels:. timeout 210 $(GPU_PYTHON) -m pytest tests/kernels -m gpu --noconftest --continue-on-collection-errors -p no:cacheprovider --timeout 120 -q $$parallel || status=$$?; \
+	PYTHONPATH=kernels timeout 290 $(GPU_PYTHON) kernels/benchmarks/run.py --device cuda --budget 230 $(if $(OUT),--copy-to $(OUT)) $(BENCH) || status=$$?; \
+	PYTHONPATH=kernels timeout 20 $(GPU_PYTHON) kernels/benchmarks/run.py --device cuda --check || true; \
+	exit $$status
 
 clean:  ## remove the environment and what building left behind
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -73,10 +73,12 @@ def prepare(request: Request, world: World, teacher_comes_first: bool = False) -
     raw, config_name = ds_config.read(request.ds_config, cuda=world.device.type == "cuda")
     config = ds_config.resolve(raw, recipe, world.size, config_name=config_name, recipe_name=request.recipe_name)
     runlog.check_resume(request.out, request.resume, recipe)
-    task = Distill(recipe, dist.group.WORLD if world.size > 1 else None)
+    task = Distill(recipe, world.device, dist.group.WORLD if world.size > 1 else None)
     student = towers.describe(recipe.student, "student")
     use_teacher = task.needs_teacher and not teacher_comes_first
     teacher = towers.describe(recipe.teacher, "teacher") if recipe.teacher is not None and use_teacher else None
+    for model in filter(None, (student, teacher)):
+        task.check_bias(model.role, model.has_bias)
     shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
     return Plan(request, config, config_name, task, shards, order, student, teacher, open_sets(recipe, world))

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+HeadKind = Literal["linear", "mlp"]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 # A list in TOML becomes a fixed-length tuple; strict mode alone would refuse the list.
@@ -92,6 +93,9 @@ class Objectives(Section):
 
     contrastive: Weight = 0.0
     similarity: Weight = 0.0
+    sigmoid_contrastive: Weight = 0.0
+    sigmoid_similarity: Weight = 0.0
+    interactive: Weight = 0.0
     feature: Weight = 0.0
 
     def active(self) -> dict[str, float]:
@@ -111,10 +115,23 @@ class Similarity(Section):
     student_scale: PositiveFloat | None = Field(None, description="fixed logit scale; default: the learned one")
 
 
+class Interactive(Section):
+    """Interactive contrastive learning: projected student embeddings as queries among the teacher's of the other modality."""
+
+    head: HeadKind = "linear"
+
+
 class Feature(Section):
     """Feature KD: squared distance of the projected student embedding to the teacher's, both normalised."""
 
-    head: Literal["linear", "mlp"] = "linear"
+    head: HeadKind = "linear"
+
+
+class Kernels(Section):
+    """How losses over the similarity matrix are computed: speed and memory, not what is learned."""
+
+    backend: Literal["auto", "eager", "compiled", "chunked", "triton"] = Field("auto", description="auto: the fastest as measured")
+    ring: bool = Field(False, description="pass texts around the ranks instead of gathering them: for batches that do not fit")
 
 
 class Optim(Section):
@@ -164,7 +181,9 @@ class Recipe(Section):
     teacher: Teacher | None = None
     objectives: Objectives
     similarity: Similarity = Similarity()
+    interactive: Interactive = Interactive()
     feature: Feature = Feature()
+    kernels: Kernels = Kernels()
     optim: Optim
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()

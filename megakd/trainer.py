@@ -206,6 +206,7 @@ class Trainer:
             "step": step,
             "loss": total,
             "losses": losses,
+            "backends": self.task.backends,
             "lr": learning_rate(self.recipe.optim, step - 1),
             "scale": scale,
             "gradient_norm": self.engine.gradient_norm,

@@ -112,7 +112,9 @@ def test_both_programs_minimise_the_same_loss() -> None:
     scales = torch.tensor(14.0), torch.tensor(50.0)
     recipe, _ = load("smoke")
     task = Distill(
-        recipe.model_copy(update={"objectives": recipe.objectives.model_copy(update={"contrastive": 1.0, "similarity": 1.0})}), None
+        recipe.model_copy(update={"objectives": recipe.objectives.model_copy(update={"contrastive": 1.0, "similarity": 1.0})}),
+        torch.device("cpu"),
+        None,
     )
     gradients = []
     for ours in (True, False):

@@ -61,6 +61,20 @@ TEACHER = (
     "text_cfg = { context_length = 24, width = 32, heads = 2, layers = 1 } }",
     "teacher.pretrained=random",
 )
+# With a logit bias, as the sigmoid losses need it. Starting at -2 and -3 the probabilities are neither 0 nor 1.
+BIASED = (
+    "student.architecture.init_logit_bias=-2.0",
+    f"{TEACHER[0][:-2]}, init_logit_bias = -3.0 }}",
+    TEACHER[1],
+)
+EVERY_OBJECTIVE = (
+    *BIASED,
+    "objectives.similarity=2.0",
+    "objectives.sigmoid_contrastive=0.3",
+    "objectives.sigmoid_similarity=0.7",
+    "objectives.interactive=0.5",
+    "objectives.feature=0.5",
+)
 KD = (*TEACHER, "objectives.similarity=2.0", "objectives.feature=0.5")
 
 

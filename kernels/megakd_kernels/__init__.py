@@ -1,7 +1,25 @@
 """Losses over the image-text similarity matrix, large batches without storing it. Imports torch alone and knows nothing of megakd."""
 
 from megakd_kernels.contract import Pair, SimilarityLoss
+from megakd_kernels.dispatch import BACKENDS, choose
+from megakd_kernels.interactive import interactive_kd
 from megakd_kernels.reference import contrastive_reference, similarity_kd_reference
+from megakd_kernels.reference_single_pass import interactive_kd_reference, sigmoid_kd_reference
+from megakd_kernels.sigmoid import BiasedPair, sigmoid_kd
 from megakd_kernels.similarity import contrastive, similarity_kd
 
-__all__ = ["Pair", "SimilarityLoss", "contrastive", "contrastive_reference", "similarity_kd", "similarity_kd_reference"]
+__all__ = [
+    "BACKENDS",
+    "BiasedPair",
+    "Pair",
+    "SimilarityLoss",
+    "choose",
+    "contrastive",
+    "contrastive_reference",
+    "interactive_kd",
+    "interactive_kd_reference",
+    "sigmoid_kd",
+    "sigmoid_kd_reference",
+    "similarity_kd",
+    "similarity_kd_reference",
+]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megakd_kernels.contract import Pair
 from megakd_kernels.ranks import Ranks
 
@@ -22,29 +24,31 @@ def _fault_of_pair(name: str, pair: Pair) -> str | None:
     return f"embeddings and scale must be floating point: {', '.join(odd)}" if odd else None
 
 
-def _fault(student: Pair, teacher: Pair | None) -> str | None:
+def _fault(student: Pair, teachers: Sequence[Pair]) -> str | None:
     """What is wrong with this rank's inputs, in a sentence; None when nothing is."""
     fault = _fault_of_pair("student", student)
-    if fault is None and teacher is not None:
-        fault = _fault_of_pair("teacher", teacher)
+    for place, teacher in enumerate(teachers):
+        name = "teacher" if len(teachers) == 1 else f"teacher[{place}]"
+        fault = fault or _fault_of_pair(name, teacher)
         if fault is None and len(teacher.image) != len(student.image):
-            fault = f"student and teacher must hold the same pairs, got {_shapes('student', student)}, {_shapes('teacher', teacher)}"
+            fault = f"student and teacher must hold the same pairs, got {_shapes('student', student)}, {_shapes(name, teacher)}"
     return fault
 
 
-def check_pairs(student: Pair, teacher: Pair | None, ranks: Ranks) -> None:
+def check_pairs(student: Pair, teachers: Sequence[Pair], ranks: Ranks) -> None:
     """Raise ValueError on every rank when the inputs of any rank are faulty, or differ in rows or width between ranks.
 
-    The faulty rank takes part in the exchange before it raises: otherwise the others would wait for it for ever.
+    The faulty rank takes part in the exchange before it raises: otherwise the others would wait for it for ever. All ranks must
+    name as many teachers.
     """
-    fault = _fault(student, teacher)
-    sizes = [] if fault else [*student.image.shape, 0 if teacher is None else teacher.image.shape[1]]
-    table = ranks.exchange(sizes or [-1, -1, -1], student.image.device)
+    fault = _fault(student, teachers)
+    sizes = [-1] * (2 + len(teachers)) if fault else [*student.image.shape, *(teacher.image.shape[1] for teacher in teachers)]
+    table = ranks.exchange(sizes, student.image.device)
     if fault:
         raise ValueError(fault)
     faulty = [rank for rank, row in enumerate(table) if row[0] < 0]
     if faulty:
         raise ValueError(f"rank {faulty[0]} was given faulty embeddings; its own error names the shapes")
     if any(row != table[0] for row in table):
-        listed = "; ".join(f"rank {rank}: {rows}, {width}, {teacher_width}" for rank, (rows, width, teacher_width) in enumerate(table))
-        raise ValueError(f"every rank must hold as many pairs of the same widths; rows, student width, teacher width are {listed}")
+        listed = "; ".join(f"rank {rank}: {', '.join(map(str, row))}" for rank, row in enumerate(table))
+        raise ValueError(f"every rank must hold as many pairs of the same widths; rows, student width, teacher widths are {listed}")

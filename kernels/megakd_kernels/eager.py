@@ -1,4 +1,4 @@
-"""The similarity losses by plain autograd over whole N x N logits: the fastest while the matrix is small.
+"""The similarity losses by plain autograd over whole N x N logits: the fastest while the matrix is small. Also under torch.compile.
 
 Several ranks: every rank computes the whole matrix of the gathered rows, so nothing but the gather itself is exchanged.
 
@@ -7,6 +7,8 @@ Legend: B local rows, N rows of all ranks, D width, W ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from megakd_kernels.contract import SimilarityLoss, Towers, compute_dtype
 from megakd_kernels.ranks import Ranks
 
 
-class _GatherRows(torch.autograd.Function):
+class GatherRows(torch.autograd.Function):
     """(B, D) -> (N, D). Every rank computes the same loss, so its own slice of the gradient is already complete.
 
     Times W: the mean that data parallelism takes over ranks then gives the gradient of the global loss.
@@ -36,37 +38,57 @@ class _GatherRows(torch.autograd.Function):
         return grad_ND[own] * ctx.ranks.world, None
 
 
-def _gather(local_BD: Tensor, ranks: Ranks) -> Tensor:
-    gathered: Tensor = local_BD if ranks.world == 1 else _GatherRows.apply(local_BD, ranks)
+def gather(local_BD: Tensor, ranks: Ranks) -> Tensor:
+    gathered: Tensor = local_BD if ranks.world == 1 else GatherRows.apply(local_BD, ranks)
     return gathered
 
 
-def _logits_NN(towers: Towers, ranks: Ranks, dtype: torch.dtype) -> Tensor:
-    """scale * image @ text.T. The scale is folded into the local rows before the gather, so that it too gets its own rows' share."""
-    image_ND = _gather(towers.image.to(dtype) * towers.scale.to(dtype), ranks)
-    return image_ND @ _gather(towers.text.to(dtype), ranks).T
+def _towers_ND(towers: Towers, ranks: Ranks, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both sides of scale * image @ text.T. The scale goes into the local rows before the gather: it too then gets its own rows' share."""
+    return gather(towers.image.to(dtype) * towers.scale.to(dtype), ranks), gather(towers.text.to(dtype), ranks)
 
 
-def _divergence(soft_NN: Tensor, target_NN: Tensor, dim: int) -> Tensor:
-    """Sum of KL(target || soft). Each line is summed by itself first: one sum over all N x N terms lost 8e-7 at N = 2048."""
-    terms_NN = kl_div(soft_NN.log_softmax(dim), target_NN.log_softmax(dim), reduction="none", log_target=True)
-    return terms_NN.sum(dim).sum()
+def _divergence_N(soft_NN: Tensor, target_NN: Tensor, dim: int) -> Tensor:
+    """KL(target || soft) of each line. Summed a line first: one sum over all N x N terms lost 8e-7 at N = 2048."""
+    return kl_div(soft_NN.log_softmax(dim), target_NN.log_softmax(dim), reduction="none", log_target=True).sum(dim)
 
 
-def _diagonal(logits_NN: Tensor, dim: int) -> Tensor:
-    return logits_NN.log_softmax(dim).diagonal().mean()
-
-
-def eager(student: Towers, teacher: Towers | None, temperature: float, hard: bool, ranks: Ranks) -> SimilarityLoss:
-    """See `similarity_kd`. About ten N x N matrices live until the backward pass has run."""
-    dtype = compute_dtype(*student, *(teacher or ()))
-    logits_NN = _logits_NN(student, ranks, dtype)
+def _losses(
+    student: tuple[Tensor, Tensor],
+    teachers: Sequence[tuple[Tensor, Tensor]],
+    temperature: float,
+    hard: bool,
+    directions: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    logits_NN = student[0] @ student[1].T
     kd = infonce = logits_NN.new_zeros(())
-    if teacher is not None:
-        soft_NN = logits_NN / temperature
-        target_NN = _logits_NN(teacher, ranks, dtype) / temperature
-        by_row, by_column = (_divergence(soft_NN, target_NN, dim) for dim in (1, 0))
-        kd = (by_row + by_column) * (temperature**2 / (2 * len(logits_NN)))
+    for image_ND, text_ND in teachers:
+        soft_NN, target_NN = logits_NN / temperature, image_ND @ text_ND.T / temperature
+        by_row, by_column = (_divergence_N(soft_NN, target_NN, dim).sum() * weight for dim, weight in zip((1, 0), directions, strict=True))
+        kd = kd + (by_row + by_column) * (temperature**2 / (len(teachers) * len(logits_NN)))
     if hard:
-        infonce = (_diagonal(logits_NN, 1) + _diagonal(logits_NN, 0)) / -2
-    return SimilarityLoss(kd, infonce)
+        by_row, by_column = (logits_NN.log_softmax(dim).diagonal().mean() * weight for dim, weight in zip((1, 0), directions, strict=True))
+        infonce = -(by_row + by_column)
+    return kd, infonce
+
+
+@cache
+def _compiled_losses() -> Any:
+    return torch.compile(_losses, dynamic=False)
+
+
+def eager(
+    student: Towers,
+    teachers: Sequence[Towers],
+    *,
+    temperature: float,
+    hard: bool,
+    directions: tuple[float, float],
+    ranks: Ranks,
+    compiled: bool = False,
+) -> SimilarityLoss:
+    """See `similarity_kd`. About ten N x N matrices live until the backward pass has run, about four where it is compiled."""
+    dtype = compute_dtype(*student, *(tensor for towers in teachers for tensor in towers))
+    sides = [_towers_ND(towers, ranks, dtype) for towers in (student, *teachers)]
+    losses = _compiled_losses() if compiled else _losses
+    return SimilarityLoss(*losses(sides[0], tuple(sides[1:]), temperature, hard, directions))

@@ -1,12 +1,12 @@
 """Online softmax statistics of student and teacher logits, along the rows or the columns of the similarity matrix.
 
-Legend: c rows of a chunk, N columns, n the lines that are summarised (c rows or N columns).
-a student logits, b teacher logits, both already divided by the temperature.
+Legend: c rows of a chunk, M columns, n the lines that are summarised (c rows or M columns), K teachers.
+a student logits, b_k teacher logits, both already divided by the temperature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,13 +22,15 @@ def _held(field: Tensor | None) -> Tensor:
 
 
 class Normalisers(NamedTuple):
-    """What one line (a row or a column) needs to know about the logits seen so far. Every field is (n,).
+    """What one line (a row or a column) needs to know about the logits seen so far.
 
-    max_a, sum_a: largest a; sum of exp(a - max_a).
-    sum_hard: sum of exp(temperature * (a - max_a)), the normaliser at temperature 1; None where sum_a already is it.
-    max_b, sum_b: the same of b; None without a teacher.
-    gap: sum of exp(b - max_b) * ((b - max_b) - (a - max_a)). Centred on both maxima, unlike the textbook sum of (b - a):
+    max_a, sum_a: (n,), largest a; sum of exp(a - max_a).
+    sum_hard: (n,), sum of exp(temperature * (a - max_a)), the normaliser at temperature 1; None where sum_a already is it.
+    max_b, sum_b: (K, n), the same of each b_k; None without a teacher.
+    gap: (K, n), sum of exp(b - max_b) * ((b - max_b) - (a - max_a)). Centred on both maxima, unlike the textbook sum of (b - a):
         logits of 2000 (scale 100, temperature 0.05) would otherwise leave their rounding of 1e-4 in the divergence.
+
+    All that follows holds for any other reference in place of the maxima, as long as the sums neither overflow nor vanish.
     """
 
     max_a: Tensor
@@ -39,9 +41,10 @@ class Normalisers(NamedTuple):
     gap: Tensor | None
 
     def divergence(self) -> Tensor:
-        """KL(teacher || student) of each line; exactly 0 where a and b are the same numbers."""
+        """(n,), the mean over teachers of KL(teacher || student); exactly 0 where every b_k and a are the same numbers."""
         sum_b = _held(self.sum_b)
-        return _held(self.gap) / sum_b + torch.log(self.sum_a / sum_b)
+        # Not the logarithm of the quotient: relative to references other than the maxima that can be 0.
+        return (_held(self.gap) / sum_b + (self.sum_a.log() - sum_b.log())).mean(0)
 
     def infonce(self, diagonal_n: Tensor, sharpen: float | None) -> Tensor:
         """-log softmax of the diagonal at temperature 1 of each line; diagonal_n holds its a."""
@@ -51,32 +54,38 @@ class Normalisers(NamedTuple):
         return below_n * sharpen + _held(self.sum_hard).log()
 
     def lines(self, wanted: slice) -> Normalisers:
-        return Normalisers(*(None if field is None else field[wanted] for field in self))  # type: ignore[arg-type]
+        return Normalisers(*(None if field is None else field[..., wanted] for field in self))  # type: ignore[arg-type]
 
 
-def summarise(a_cN: Tensor, b_cN: Tensor | None, dim: int, sharpen: float | None, spare: Sequence[Tensor]) -> Normalisers:
-    """The statistics of one panel along `dim`: 1 finishes its rows, 0 gives its share of the columns.
+def summarise(a_cM: Tensor, targets: Iterable[Tensor], sharpen: float | None, spare: Sequence[Tensor]) -> tuple[Normalisers, Normalisers]:
+    """The statistics of one panel: of its rows, finished where it spans all columns, and of its columns, a share. Overwrites a_cM.
 
+    targets: the teachers' panels, one at a time: each may use the memory of the one before.
     sharpen: the temperature, where the normaliser at temperature 1 is wanted besides; otherwise None.
     spare: three panels to work in, of at least c rows; two are enough without a teacher.
     """
-    spare = [panel[: len(a_cN)] for panel in spare]
-    top_a = a_cN.amax(dim, keepdim=True)
-    below_a = torch.sub(a_cN, top_a, out=spare[0])
-    sum_hard = None if sharpen is None else torch.mul(below_a, sharpen, out=spare[1]).exp_().sum(dim)
-    max_a = top_a.squeeze(dim)
-    if b_cN is None:
-        return Normalisers(max_a, below_a.exp_().sum(dim), sum_hard, None, None, None)
-    top_b = b_cN.amax(dim, keepdim=True)
-    below_b = torch.sub(b_cN, top_b, out=spare[1])
-    weight = torch.exp(below_b, out=spare[2])
-    gap = below_b.sub_(below_a).mul_(weight).sum(dim)
-    return Normalisers(max_a, below_a.exp_().sum(dim), sum_hard, top_b.squeeze(dim), weight.sum(dim), gap)
+    spare = [panel[: len(a_cM)] for panel in spare]
+    top = [a_cM.amax(dim, keepdim=True) for dim in (1, 0)]
+    below = [torch.sub(a_cM, top[0], out=spare[0]), a_cM.sub_(top[1])]
+    sums_a = [torch.exp(below[side], out=spare[1]).sum(1 - side) for side in (0, 1)]
+    sums_hard: list[Tensor | None] = [None, None]
+    if sharpen is not None:
+        sums_hard = [torch.mul(below[side], sharpen, out=spare[1]).exp_().sum(1 - side) for side in (0, 1)]
+    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[], []]
+    for b_cM in targets:
+        for side, dim in ((0, 1), (1, 0)):
+            top_b = b_cM.amax(dim, keepdim=True)
+            below_b = torch.sub(b_cM, top_b, out=spare[1])
+            weight = torch.exp(below_b, out=spare[2])
+            found[side].append((top_b.squeeze(dim), weight.sum(dim), below_b.sub_(below[side]).mul_(weight).sum(dim)))
+    student = [(top[side].squeeze(1 - side), sums_a[side], sums_hard[side]) for side in (0, 1)]
+    teachers: list[list[Tensor | None]] = [[torch.stack(field) for field in zip(*kept, strict=True)] or [None] * 3 for kept in found]
+    return Normalisers(*student[0], *teachers[0]), Normalisers(*student[1], *teachers[1])
 
 
 def join(parts: Sequence[Normalisers]) -> Normalisers:
     """The statistics of different lines, one part after the other."""
-    return Normalisers(*(None if fields[0] is None else torch.cat(fields) for fields in zip(*parts, strict=True)))  # type: ignore[arg-type]
+    return Normalisers(*(None if fields[0] is None else torch.cat(fields, -1) for fields in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
 def merge(left: Normalisers, right: Normalisers, sharpen: float | None) -> Normalisers:
@@ -104,12 +113,12 @@ def merge_over_ranks(mine: Normalisers, ranks: Ranks, sharpen: float | None) -> 
     """The columns' statistics over the rows of all ranks: gathered in one message, merged in rank order, equal on every rank."""
     if ranks.world == 1:
         return mine
-    present = [field is not None for field in mine]
-    stacked_1KN = torch.stack([field for field in mine if field is not None])[None]
+    shapes = [None if field is None else field.shape for field in mine]
+    flat_1F = torch.cat([field.flatten() for field in mine if field is not None])[None]
     merged: Normalisers | None = None
-    for fields_KN in ranks.gather(stacked_1KN).unbind(0):
-        fields = iter(fields_KN.unbind(0))
-        theirs = Normalisers(*(next(fields) if there else None for there in present))  # type: ignore[arg-type]
+    for flat_F in ranks.gather(flat_1F).unbind(0):
+        fields = iter(flat_F.split([shape.numel() for shape in shapes if shape is not None]))
+        theirs = Normalisers(*(None if shape is None else next(fields).view(shape) for shape in shapes))  # type: ignore[arg-type]
         merged = theirs if merged is None else merge(merged, theirs, sharpen)
     assert merged is not None
     return merged

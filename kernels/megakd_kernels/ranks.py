@@ -50,6 +50,23 @@ class Ranks(NamedTuple):
         _reduce_scatter(own_BD, partial_ND.contiguous(), group=self.group)
         return own_BD
 
+    def pass_on(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[dist.Work]]:
+        """Sends contiguous `tensors` to the next rank and receives the like from the one before, in one batch of messages.
+
+        Returns the buffers and the works to wait for; until then neither side may be touched or, on CUDA, let go.
+        """
+        if not tensors:
+            return (), []
+        peers = [dist.get_global_rank(self._member(), (self.rank + step) % self.world) for step in (1, -1)]
+        arriving = tuple(torch.empty_like(tensor) for tensor in tensors)
+        moves = [dist.P2POp(dist.isend, tensor, peers[0], self.group) for tensor in tensors]
+        moves += [dist.P2POp(dist.irecv, buffer, peers[1], self.group) for buffer in arriving]
+        return arriving, dist.batch_isend_irecv(moves)
+
+    def _member(self) -> ProcessGroup:
+        assert self.group is not None, "a world of one sends no messages"
+        return self.group
+
     def exchange(self, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
         """Every rank's numbers, on the host. Free of a device wait where the group also speaks for the CPU.
 

@@ -48,6 +48,11 @@ class Description:
         return int(self.config["embed_dim"])
 
     @property
+    def has_bias(self) -> bool:
+        """Whether the model adds a learned bias to its logits, as those trained with a sigmoid loss do."""
+        return self.config.get("init_logit_bias") is not None
+
+    @property
     def context_length(self) -> int:
         return int(self.config["text_cfg"].get("context_length", 77))
 

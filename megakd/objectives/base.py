@@ -1,24 +1,51 @@
-"""The contract of an objective: embeddings in, one scalar out."""
+"""The contract of an objective: embeddings in, its losses out."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, TypedDict
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megakd.models.embeddings import Embeddings
+from megakd.recipe import Recipe
+from megakd_kernels import choose
 
 
 class Objective(Protocol):
-    """A loss over a batch. It holds no rank and makes no collective; what spans ranks is a function of `megakd_kernels`."""
+    """Losses over a batch that share their work. It holds no rank and makes no collective; what spans ranks is in `megakd_kernels`.
 
-    needs_teacher: bool
+    names: keys of the recipe's `[objectives]` that it computes.
+    backend: which implementation of `megakd_kernels` it calls; None where it calls none.
+    """
+
+    names: tuple[str, ...]
+    backend: str | None
 
     def head(self, student_width: int, teacher_width: int) -> nn.Module | None:
-        """A projection to train inside the engine, whose outputs come back as `student.projected[name]`; None for none."""
+        """A projection to train inside the engine, whose outputs come back as `student.projected[names[0]]`; None for none."""
         ...
 
-    def __call__(self, student: Embeddings, teacher: Embeddings | None, group: ProcessGroup | None) -> Tensor:
-        """A float32 scalar whose gradient, averaged over ranks, is that of the global batch."""
+    def __call__(self, student: Embeddings, teacher: Embeddings | None, group: ProcessGroup | None) -> dict[str, Tensor]:
+        """Each of `names` as a float32 scalar whose gradient, averaged over ranks, is that of the global batch."""
         ...
+
+
+class KernelOptions(TypedDict):
+    """The arguments of `megakd_kernels`' losses that say how to compute them, not what."""
+
+    backend: str
+    ring: bool
+
+
+def kernel_options(recipe: Recipe, loss: str, device: torch.device) -> KernelOptions:
+    """`[kernels]` of the recipe with "auto" resolved for a loss of `megakd_kernels` over the recipe's global batch.
+
+    Raises ValueError naming the key where the forced backend cannot run on this device.
+    """
+    asked: dict[str, Any] = {"backend": recipe.kernels.backend, "ring": recipe.kernels.ring}
+    try:
+        return KernelOptions(backend=choose(loss, recipe.optim.batch, device, torch.float32, **asked), ring=recipe.kernels.ring)
+    except ValueError as error:
+        raise ValueError(f"kernels.backend = {recipe.kernels.backend!r}: {error}") from error

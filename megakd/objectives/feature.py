@@ -1,13 +1,16 @@
-"""Feature KD: the projected student embedding learns to point where the teacher's does."""
+"""`feature`: the projected student embedding learns to point where the teacher's does."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megakd.models.embeddings import Embeddings
 from megakd.models.student import Head
 from megakd.recipe import Recipe
+
+FEATURE = "feature"
 
 
 class Feature:
@@ -17,7 +20,8 @@ class Feature:
     with a weight of 2000 at one width). Source: FD of CLIP-KD (arXiv 2307.12732), in that form.
     """
 
-    needs_teacher = True
+    names: tuple[str, ...] = (FEATURE,)
+    backend: str | None = None
 
     def __init__(self, recipe: Recipe) -> None:
         self._kind = recipe.feature.head
@@ -25,11 +29,15 @@ class Feature:
     def head(self, student_width: int, teacher_width: int) -> nn.Module | None:
         return Head(self._kind, student_width, teacher_width)
 
-    def __call__(self, student: Embeddings, teacher: Embeddings | None, group: ProcessGroup | None) -> Tensor:
+    def __call__(self, student: Embeddings, teacher: Embeddings | None, group: ProcessGroup | None) -> dict[str, Tensor]:
         assert teacher is not None
-        image_BD, text_BD = student.projected["feature"]
-        return (_square_distance(image_BD, teacher.image) + _square_distance(text_BD, teacher.text)) / 2
+        image_BD, text_BD = student.projected[FEATURE]
+        return {FEATURE: (_square_distance(image_BD, teacher.image) + _square_distance(text_BD, teacher.text)) / 2}
 
 
 def _square_distance(a_BD: Tensor, b_BD: Tensor) -> Tensor:
     return (a_BD.float() - b_BD.float()).square().sum(dim=-1).mean()
+
+
+def feature(recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> list[Feature]:
+    return [Feature(recipe)]

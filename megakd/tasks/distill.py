@@ -2,47 +2,61 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megakd.models.embeddings import Embeddings
-from megakd.objectives.registry import REGISTRY
+from megakd.objectives.registry import WITH_BIAS, WITHOUT_TEACHER, build
 from megakd.recipe import Recipe
 
 
 class Distill:
     """The recipe's objectives with a positive weight, ready to be called on embeddings."""
 
-    def __init__(self, recipe: Recipe, group: ProcessGroup | None) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, group: ProcessGroup | None) -> None:
         """group: the ranks whose pairs form one batch; None is this process alone.
 
-        Raises ValueError when an objective needs a teacher and the recipe has no `[teacher]`.
+        Raises ValueError when an objective needs a teacher and the recipe has no `[teacher]`, and for a backend that cannot run.
         """
         self.weights = recipe.objectives.active()
-        self._objectives = {name: REGISTRY[name](recipe) for name in self.weights}
-        self._group = group
         self.needs_teacher = self.uses_teacher(recipe)
         if self.needs_teacher and recipe.teacher is None:
-            needy = [name for name, objective in self._objectives.items() if objective.needs_teacher]
+            needy = [name for name in self.weights if name not in WITHOUT_TEACHER]
             raise ValueError(
                 f"objectives.{', objectives.'.join(needy)}: needs a teacher, and the recipe has no [teacher]; "
                 f"add one or set the weight to 0"
             )
+        self._objectives = build(recipe, device)
+        self._group = group
+        self.backends = {name: part.backend for part in self._objectives for name in part.names if part.backend is not None}
 
     @staticmethod
     def uses_teacher(recipe: Recipe) -> bool:
-        return any(REGISTRY[name](recipe).needs_teacher for name in recipe.objectives.active())
+        return not WITHOUT_TEACHER.issuperset(recipe.objectives.active())
+
+    def check_bias(self, model: str, has_bias: bool) -> None:
+        """Raises ValueError when an objective needs the logit bias of a sigmoid-trained model that `model` has not."""
+        needy = sorted(WITH_BIAS.intersection(self.weights))
+        if needy and not has_bias:
+            raise ValueError(
+                f"objectives.{needy[0]}: the {model} has no logit bias, so every pair would count as a match; use a model trained "
+                f"with a sigmoid loss, or give a {model}.architecture of your own `init_logit_bias` (SigLIP starts at -10)"
+            )
 
     def heads(self, student_width: int, teacher_width: int | None) -> dict[str, nn.Module]:
         """The projections that the objectives train, by name. They go into the engine with the student."""
         if teacher_width is None:
             return {}
-        built = {name: objective.head(student_width, teacher_width) for name, objective in self._objectives.items()}
+        built = {part.names[0]: part.head(student_width, teacher_width) for part in self._objectives}
         return {name: head for name, head in built.items() if head is not None}
 
     def losses(self, student: Embeddings, teacher: Embeddings | None) -> dict[str, Tensor]:
-        """Unweighted float32 scalars by objective name."""
-        return {name: objective(student, teacher, self._group) for name, objective in self._objectives.items()}
+        """Unweighted float32 scalars by objective name, in the order of `weights`."""
+        found: dict[str, Tensor] = {}
+        for objective in self._objectives:
+            found |= objective(student, teacher, self._group)
+        return {name: found[name] for name in self.weights}
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         total = sum(self.weights[name] * loss for name, loss in losses.items())

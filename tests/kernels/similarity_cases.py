@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -11,6 +13,21 @@ from torch.nn.functional import normalize
 from megakd_kernels import SimilarityLoss, similarity_kd, similarity_kd_reference
 
 # Legend: N pairs, D width.
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+INTERPRETED = [
+    pytest.mark.interpreted,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1 from the start: `make test` runs these by themselves"
+    ),
+]
+# The backends that are judged by eager, and the devices they run on here.
+RIVALS = [
+    pytest.param("chunked", "cpu", id="chunked"),
+    pytest.param("triton", "cpu", id="triton interpreted", marks=INTERPRETED),
+    pytest.param("chunked", "cuda", id="chunked on CUDA", marks=GPU),
+    pytest.param("triton", "cuda", id="triton on CUDA", marks=GPU),
+]
 
 
 class Batch(NamedTuple):
@@ -21,6 +38,9 @@ class Batch(NamedTuple):
     def leaves(self) -> Batch:
         """The same numbers as fresh leaves that collect gradients."""
         return Batch(*(tensor.detach().clone().requires_grad_() for tensor in self))
+
+    def to(self, device: str) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in self))
 
     def gradients(self) -> list[Tensor | None]:
         return [tensor.grad for tensor in self]
@@ -46,15 +66,19 @@ class Outcome(NamedTuple):
 
 def _outcome(loss: SimilarityLoss, leaves: Batch, upstream: float) -> Outcome:
     (upstream * loss.kd + 0.5 * upstream * loss.hard).backward()
-    return Outcome(*(tensor.detach().double() for tensor in (*loss, leaves.image.grad, leaves.text.grad, leaves.scale.grad)))
+    return Outcome(*(tensor.detach().cpu().double() for tensor in (*loss, leaves.image.grad, leaves.text.grad, leaves.scale.grad)))
 
 
-def measure(student: Batch, teacher: Batch | None, *, upstream: float = 2.5, **options) -> Outcome:
+Teacher = Batch | list[Batch] | None
+
+
+def measure(student: Batch, teacher: Teacher, *, upstream: float = 2.5, **options) -> Outcome:
     leaves = student.leaves()
     return _outcome(similarity_kd(leaves, teacher, **options), leaves, upstream)
 
 
-def measure_reference(student: Batch, teacher: Batch | None, *, upstream: float = 2.5, **options) -> Outcome:
+def measure_reference(student: Batch, teacher: Teacher, *, upstream: float = 2.5, scale_limit: float | None = None, **options) -> Outcome:
+    del scale_limit  # a promise to the kernels
     leaves = Batch(*(tensor.double() for tensor in student)).leaves()
     return _outcome(similarity_kd_reference(leaves, teacher, **options), leaves, upstream)
 
@@ -64,7 +88,7 @@ def errors(outcome: Outcome, truth: Outcome) -> Outcome:
     return Outcome(*((ours - true).norm() for ours, true in zip(outcome, truth, strict=True)))
 
 
-def rounding(student: Batch, teacher: Batch, truth: Outcome, *, temperature: float, upstream: float = 2.5) -> Outcome:
+def rounding(student: Batch, teacher: Teacher, truth: Outcome, *, temperature: float, upstream: float = 2.5) -> Outcome:
     """How far one float32 rounding of the largest logit can move each part: the unit in which errors are judged.
 
     A relative error alone would judge the data: a loss of 1e-10 from logits of 100 has no correct digit in float32.
@@ -72,7 +96,8 @@ def rounding(student: Batch, teacher: Batch, truth: Outcome, *, temperature: flo
     times N unit vectors has a norm of about sqrt(N). The losses also round once as they are returned.
     """
     pairs, scale = len(student.image), float(student.scale)
-    largest = max(float((pair.scale.double() * (pair.image.double() @ pair.text.double().T)).abs().max()) for pair in (student, teacher))
+    models = [student, *(teacher if isinstance(teacher, list) else [teacher] if teacher else [])]
+    largest = max(float((pair.scale.double() * (pair.image.double() @ pair.text.double().T)).abs().max()) for pair in models)
     eps = torch.finfo(torch.float32).eps
     soft, sharp = eps * (1 + largest / temperature), eps * (1 + largest)
     slope = 4 * upstream * (temperature * soft + 0.5 * sharp) / (2 * pairs)

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from similarity_cases import Batch, batch, measure
+from similarity_cases import INTERPRETED, Batch, batch, measure
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megakd_kernels import contrastive, contrastive_reference, similarity_kd
+from megakd_kernels import contrastive, contrastive_reference, dispatch, similarity_kd
 
 STUDENT, TEACHER = batch(37, 48, 50, seed=1), batch(37, 64, 80, seed=2)
-EVERY_BACKEND = pytest.mark.parametrize("options", [{"backend": "eager"}, {"backend": "chunked", "chunk": 10}], ids=lambda o: o["backend"])
+EVERY_BACKEND = pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"backend": "eager"}, id="eager"),
+        pytest.param({"backend": "chunked", "chunk": 10}, id="chunked"),
+        pytest.param({"backend": "triton", "chunk": 10}, id="triton", marks=INTERPRETED),
+    ],
+)
 
 
 @pytest.mark.parametrize(
     ("student", "teacher", "options", "message"),
     [
-        (STUDENT, TEACHER, {"backend": "trition"}, "unknown backend 'trition'; known: auto, chunked, eager"),
+        (STUDENT, TEACHER, {"backend": "trition"}, "unknown backend 'trition'; known: auto, eager, compiled, chunked, triton"),
         (STUDENT, TEACHER, {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
         (STUDENT, TEACHER, {"temperature": float("nan")}, "temperature must be positive"),
         (STUDENT, TEACHER, {"chunk": 0}, "chunk must be at least 1"),
         (STUDENT, TEACHER, {"chunk": 8, "backend": "eager"}, "takes no chunk"),
+        (STUDENT, TEACHER, {"backend": "compiled", "ring": True}, "'compiled' gathers the whole batch and knows no ring"),
+        (STUDENT, TEACHER, {"directions": (0.0, 0.0)}, r"not both 0, got \(0.0, 0.0\)"),
+        (STUDENT, TEACHER, {"directions": (-1.0, 1.0)}, "not negative"),
+        (STUDENT, TEACHER, {"scale_limit": 0.0}, "scale_limit must be positive and finite"),
+        (STUDENT, [TEACHER, batch(36, 64, 80)], {}, r"teacher\[1\].image \(36, 64\)"),
         (STUDENT, batch(36, 64, 80), {}, r"same pairs, got student.image \(37, 48\).*teacher.image \(36, 64\)"),
         (STUDENT._replace(text=STUDENT.text[1:]), None, {}, r"student.image \(37, 48\), student.text \(36, 48\)"),
         (STUDENT._replace(image=STUDENT.image[0]), None, {}, r"student.image \(48,\)"),
@@ -116,7 +132,7 @@ def test_two_runs_give_the_same_bits(options):
 
 def test_a_second_derivative_is_refused_where_it_would_be_wrong():
     leaves = STUDENT.leaves()
-    with pytest.raises(RuntimeError, match="no second derivative"):
+    with pytest.raises(RuntimeError, match="has a second derivative"):
         torch.autograd.grad(contrastive(leaves, backend="chunked", chunk=10), leaves.image, create_graph=True)
     (gradient,) = torch.autograd.grad(contrastive(leaves, backend="eager"), leaves.image, create_graph=True)
     assert gradient.requires_grad
@@ -148,13 +164,43 @@ def test_the_chunked_backend_never_holds_more_than_a_panel(dtype, temperature):
 
 
 def test_auto_is_eager_for_small_batches_and_chunked_for_large_ones(monkeypatch):
-    monkeypatch.setattr("megakd_kernels.similarity.EAGER_UP_TO", {"cpu": 37})
+    monkeypatch.setitem(dispatch.TABLE, "cpu", {"similarity_kd": [(37, "eager")]})
     larger = (batch(38, 48, 50, seed=1), batch(38, 64, 80, seed=2))
     small = (STUDENT, TEACHER)
-    for pairs, options, expected in [(small, {}, "eager"), (larger, {}, "chunked"), (small, {"chunk": 10}, "chunked")]:
+    for pairs, options, expected in [
+        (small, {}, "eager"),
+        (larger, {}, "chunked"),
+        (small, {"chunk": 10}, "chunked"),
+        (small, {"ring": True}, "chunked"),
+    ]:
         chosen = measure(*pairs, temperature=2.0, hard=True, **options)
-        named = measure(*pairs, temperature=2.0, hard=True, backend=expected, **options)
+        named = measure(*pairs, temperature=2.0, hard=True, **{"backend": expected, **options})
         assert all(torch.equal(one, other) for one, other in zip(chosen, named, strict=True))
+
+
+@pytest.mark.parametrize("loss", ["similarity_kd", "contrastive", "interactive_kd", "sigmoid_kd"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
+def test_every_choice_of_auto_is_a_backend_and_large_batches_never_form_the_matrix(loss, device):
+    chosen = [dispatch.choose(loss, 2**power, torch.device(device), torch.float32) for power in range(24)]
+    assert set(chosen) <= set(dispatch.BACKENDS) - {"auto"}
+    assert chosen[-1] in ("chunked", "triton")
+    assert "triton" not in chosen or device == "cuda"
+    assert all(dispatch.choose(loss, 2**power, torch.device(device), torch.float64) != "triton" for power in range(24))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="under the interpreter Triton does run on the CPU")
+def test_triton_is_refused_where_it_cannot_run():
+    with pytest.raises(ValueError, match="'triton' cannot run here: it needs a CUDA device, and the embeddings are on cpu; use 'auto'"):
+        similarity_kd(STUDENT, TEACHER, backend="triton")
+    with pytest.raises(ValueError, match="an input is float64"):
+        dispatch.choose("similarity_kd", 8, torch.device("cuda"), torch.float64, backend="triton")
+
+
+def test_the_package_imports_without_triton():
+    """And without touching a GPU: what needs either is imported when it is asked for."""
+    code = "import sys; sys.modules['triton'] = None; import megakd_kernels, torch; assert not torch.cuda.is_initialized()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_default_chunk_keeps_a_panel_within_its_bytes():

@@ -6,21 +6,38 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_clip.loss import SigLipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
 from megakd import recipe_files
 from megakd.models.embeddings import Embeddings
-from megakd.objectives.registry import REGISTRY
+from megakd.objectives.base import Objective
+from megakd.objectives.registry import FAMILIES, build
 from megakd.recipe import Recipe
 from megakd.tasks.distill import Distill
 
 # Legend: B pairs, D embedding width.
 B = 12
+CPU = torch.device("cpu")
+NAMES = [name for family in FAMILIES for name in family]
+HEADS = ("feature", "interactive")
 
 
 def _recipe(recipe_file: Path, *overrides: str) -> Recipe:
     return recipe_files.load(str(recipe_file), overrides)[0]
+
+
+def _objective(recipe_file: Path, name: str, *overrides: str) -> Objective:
+    """The objective `name` alone."""
+    others = [f"objectives.{other}={float(other == name)}" for other in NAMES]
+    (objective,) = build(_recipe(recipe_file, *others, *overrides), CPU)
+    return objective
+
+
+def _loss(objective: Objective, student: Embeddings, teacher: Embeddings | None) -> Tensor:
+    (loss,) = objective(student, teacher, None).values()
+    return loss
 
 
 def _unit(seed: int, width: int) -> Tensor:
@@ -44,7 +61,7 @@ def test_contrastive_is_torchs_cross_entropy_both_ways(recipe_file: Path) -> Non
     logits = student.scale * student.image @ student.text.T
     labels = torch.arange(B)
     expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-    found = REGISTRY["contrastive"](_recipe(recipe_file))(student, None, None)
+    found = _loss(_objective(recipe_file, "contrastive"), student, None)
     torch.testing.assert_close(found, expected)
     inputs = (student.image, student.text, student.scale)
     for mine, torchs in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
@@ -57,24 +74,24 @@ def test_similarity_is_torchs_kl_of_rows_and_columns(recipe_file: Path, temperat
     a = student.scale * student.image @ student.text.T / temperature
     b = teacher.scale * teacher.image @ teacher.text.T / temperature
     ways = [F.kl_div(x.log_softmax(1), y.log_softmax(1), log_target=True, reduction="batchmean") for x, y in ((a, b), (a.T, b.T))]
-    found = REGISTRY["similarity"](_recipe(recipe_file, f"similarity.temperature={temperature}"))(student, teacher, None)
+    found = _loss(_objective(recipe_file, "similarity", f"similarity.temperature={temperature}"), student, teacher)
     torch.testing.assert_close(found, temperature**2 * (ways[0] + ways[1]) / 2)
 
 
 def test_similarity_of_a_student_that_is_its_teacher_is_zero(recipe_file: Path) -> None:
     teacher = _pair(3, 16)
-    assert REGISTRY["similarity"](_recipe(recipe_file))(teacher, teacher, None).item() == 0.0
+    assert _loss(_objective(recipe_file, "similarity"), teacher, teacher).item() == 0.0
 
 
 def test_a_fixed_student_scale_replaces_the_learned_one_and_gives_it_no_gradient(recipe_file: Path) -> None:
     student, teacher = _pair(1, 16, scale=20.0, trained=True), _pair(5, 16)
-    fixed = REGISTRY["similarity"](_recipe(recipe_file, "similarity.student_scale=50"))(student, teacher, None)
+    fixed = _loss(_objective(recipe_file, "similarity", "similarity.student_scale=50"), student, teacher)
     fixed.backward()
     assert student.scale.grad is None
     assert student.image.grad is not None
-    learned = REGISTRY["similarity"](_recipe(recipe_file))
-    torch.testing.assert_close(fixed, learned(student._replace(scale=torch.tensor(50.0)), teacher, None))
-    learned(student, teacher, None).backward()
+    learned = _objective(recipe_file, "similarity")
+    torch.testing.assert_close(fixed, _loss(learned, student._replace(scale=torch.tensor(50.0)), teacher))
+    _loss(learned, student, teacher).backward()
     assert student.scale.grad is not None
     assert student.scale.grad.abs() > 0
 
@@ -84,18 +101,19 @@ def test_a_fixed_student_scale_replaces_the_learned_one_and_gives_it_no_gradient
 def test_feature_is_two_minus_two_cosines_at_every_width(recipe_file: Path, width: int, cosine: float) -> None:
     teacher = _pair(5, width)
     projected = {"feature": (_at_cosine(teacher.image, cosine), _at_cosine(teacher.text, cosine))}
-    found = REGISTRY["feature"](_recipe(recipe_file))(_pair(1, 16)._replace(projected=projected), teacher, None)
+    found = _loss(_objective(recipe_file, "feature"), _pair(1, 16)._replace(projected=projected), teacher)
     assert found.item() == pytest.approx(2 - 2 * cosine, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize(("kind", "tensors"), [("linear", 2), ("mlp", 8)])
-def test_the_feature_head_projects_to_the_teachers_width_and_learns(recipe_file: Path, kind: str, tensors: int) -> None:
-    objective = REGISTRY["feature"](_recipe(recipe_file, f"feature.head={kind}"))
+def test_a_head_projects_to_the_teachers_width_and_learns(recipe_file: Path, name: str, kind: str, tensors: int) -> None:
+    objective = _objective(recipe_file, name, f"{name}.head={kind}")
     head = objective.head(16, 24)
     assert head is not None
     student, teacher = _pair(1, 16, trained=True), _pair(5, 24)
-    projected = {"feature": (F.normalize(head.image(student.image), dim=-1), F.normalize(head.text(student.text), dim=-1))}
-    objective(student._replace(projected=projected), teacher, None).backward()
+    projected = {name: (F.normalize(head.image(student.image), dim=-1), F.normalize(head.text(student.text), dim=-1))}
+    _loss(objective, student._replace(projected=projected), teacher).backward()
     gradients = [parameter.grad for parameter in head.parameters()]
     assert len(gradients) == tensors
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
@@ -103,28 +121,78 @@ def test_the_feature_head_projects_to_the_teachers_width_and_learns(recipe_file:
     assert student.image.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+def test_interactive_is_torchs_cross_entropy_among_the_teachers_other_modality(recipe_file: Path) -> None:
+    student, teacher = _pair(1, 16), _pair(5, 24)
+    queries = _unit(7, 24), _unit(8, 24)
+    labels = torch.arange(B)
+    ways = [F.cross_entropy(20.0 * query @ among.T, labels) for query, among in zip(queries, (teacher.text, teacher.image), strict=True)]
+    found = _loss(_objective(recipe_file, "interactive"), student._replace(projected={"interactive": queries}), teacher)
+    torch.testing.assert_close(found, (ways[0] + ways[1]) / 2)
+
+
+def test_sigmoid_contrastive_is_open_clips_siglip_loss(recipe_file: Path) -> None:
+    student = _pair(1, 16)._replace(bias=torch.tensor(-8.0))
+    expected = SigLipLoss()(student.image, student.text, student.scale, student.bias)
+    torch.testing.assert_close(_loss(_objective(recipe_file, "sigmoid_contrastive"), student, None), expected)
+
+
+def test_sigmoid_similarity_is_cross_entropy_with_the_teachers_probabilities_less_their_entropy(recipe_file: Path) -> None:
+    student, teacher = _pair(1, 16)._replace(bias=torch.tensor(-8.0)), _pair(5, 24, 30.0)._replace(bias=torch.tensor(-12.0))
+    a, b = (pair.scale * pair.image @ pair.text.T + pair.bias for pair in (student, teacher))
+    wrong = F.binary_cross_entropy_with_logits(a, b.sigmoid(), reduction="sum") - F.binary_cross_entropy_with_logits(
+        b, b.sigmoid(), reduction="sum"
+    )
+    torch.testing.assert_close(_loss(_objective(recipe_file, "sigmoid_similarity"), student, teacher), wrong / B, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_teacher_gets_no_gradient(recipe_file: Path, name: str) -> None:
     student, teacher = _pair(1, 16, trained=True), _pair(5, 16, trained=False)
-    student = student._replace(projected={"feature": (student.image, student.text)})
-    loss = REGISTRY[name](_recipe(recipe_file))(student, teacher, None)
+    student = student._replace(projected=dict.fromkeys(HEADS, (student.image, student.text)))
+    loss = _loss(_objective(recipe_file, name), student, teacher)
     assert loss.dtype == torch.float32
     assert loss.shape == ()
     loss.backward()
     assert all(tensor.grad is None for tensor in (teacher.image, teacher.text, teacher.scale))
 
 
+def test_losses_of_one_matrix_come_from_one_pass_and_are_what_they_are_alone(recipe_file: Path) -> None:
+    student, teacher = _pair(1, 16)._replace(bias=torch.tensor(-8.0)), _pair(5, 24)._replace(bias=torch.tensor(-9.0))
+    for first, second in list(FAMILIES)[:2]:
+        weights = [f"objectives.{name}={float(name in (first, second))}" for name in NAMES]
+        (both,) = build(_recipe(recipe_file, *weights), CPU)
+        assert both.names == (first, second)
+        for name, loss in both(student, teacher, None).items():
+            torch.testing.assert_close(loss, _loss(_objective(recipe_file, name), student, teacher))
+
+
+def test_the_kernels_section_chooses_the_backend_and_the_task_says_which(recipe_file: Path) -> None:
+    weights = ("objectives.similarity=1", "objectives.feature=1", "teacher.model=ViT-B-32", "teacher.pretrained=random")
+    assert Distill(_recipe(recipe_file, *weights), CPU, None).backends == {"contrastive": "eager", "similarity": "eager"}
+    chunked = Distill(_recipe(recipe_file, *weights, "kernels.backend=chunked"), CPU, None)
+    assert chunked.backends == {"contrastive": "chunked", "similarity": "chunked"}
+    with pytest.raises(ValueError, match=r"kernels\.backend = 'triton': backend 'triton' cannot run here: it needs a CUDA device"):
+        Distill(_recipe(recipe_file, *weights, "kernels.backend=triton"), CPU, None)
+
+
+def test_sigmoid_objectives_are_refused_for_a_model_without_a_bias(recipe_file: Path) -> None:
+    task = Distill(_recipe(recipe_file, "objectives.sigmoid_contrastive=1"), CPU, None)
+    task.check_bias("student", True)
+    with pytest.raises(ValueError, match=r"objectives\.sigmoid_contrastive: the student has no logit bias.*init_logit_bias"):
+        task.check_bias("student", False)
+
+
 def test_the_task_weighs_what_it_logs_unweighted(recipe_file: Path) -> None:
     recipe = _recipe(recipe_file, "objectives.similarity=3", "objectives.feature=0.5", "teacher.model=ViT-B-32")
-    task = Distill(recipe, None)
+    task = Distill(recipe, CPU, None)
     student, teacher = _pair(1, 16), _pair(5, 16)
     losses = task.losses(student._replace(projected={"feature": (student.image, student.text)}), teacher)
-    assert set(losses) == {"contrastive", "similarity", "feature"}
+    assert list(losses) == list(task.weights) == ["contrastive", "similarity", "feature"]
     torch.testing.assert_close(task.total(losses), losses["contrastive"] + 3 * losses["similarity"] + 0.5 * losses["feature"])
 
 
 def test_an_objective_of_weight_zero_is_left_out_with_its_head(recipe_file: Path) -> None:
-    task = Distill(_recipe(recipe_file, "objectives.feature=0.0"), None)
+    task = Distill(_recipe(recipe_file, "objectives.feature=0.0"), CPU, None)
     assert not task.needs_teacher
     assert task.heads(16, 24) == {}
     assert set(task.losses(_pair(1, 16), None)) == {"contrastive"}
@@ -132,4 +200,4 @@ def test_an_objective_of_weight_zero_is_left_out_with_its_head(recipe_file: Path
 
 def test_an_objective_that_needs_a_teacher_is_refused_without_one(recipe_file: Path) -> None:
     with pytest.raises(ValueError, match=r"objectives\.similarity, objectives\.feature: needs a teacher.*\[teacher\]"):
-        Distill(_recipe(recipe_file, "objectives.similarity=1", "objectives.feature=1"), None)
+        Distill(_recipe(recipe_file, "objectives.similarity=1", "objectives.feature=1"), CPU, None)

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import KD, REPOSITORY, curve, ds_config, environment, losses, rows, settings, train
+from tiny_runs import EVERY_OBJECTIVE, KD, REPOSITORY, curve, ds_config, environment, losses, rows, settings, train
 
+from megakd.recipe import Objectives
 from megakd.runtime import checkpoint
 
 STEPS, BETA1 = 4, 0.9
@@ -59,6 +60,8 @@ def runs(recipe_file: Path, evaluations: tuple[str, ...], world: Path, tmp_path_
     alone("one_micro_stage3", kd, "--ds_config", micro_stages[1])
     alone("one_recomputed", (*kd, "student.activation_checkpointing=true"))
     alone("one_mlp", (*kd, "feature.head=mlp"))
+    every = (*EVERY_OBJECTIVE, *KEPT)
+    alone("one_every", (*every, "kernels.backend=eager"))
     _half(found["one"], found["two_from_one"])
     jobs = {
         "two": arguments("two", kd),
@@ -68,6 +71,8 @@ def runs(recipe_file: Path, evaluations: tuple[str, ...], world: Path, tmp_path_
             for stage, path in zip((2, 3), micro_stages, strict=True)
         },
         "two_mlp_recomputed": arguments("two_mlp_recomputed", (*kd, "feature.head=mlp", "student.activation_checkpointing=true")),
+        "two_every_chunked": arguments("two_every_chunked", (*every, "kernels.backend=chunked")),
+        "two_every_ring": arguments("two_every_ring", (*every, "kernels.ring=true"), "--ds_config", micro_stages[0]),
         "two_from_one": arguments("two_from_one", kd),
         "poisoned": arguments("poisoned", ("checkpoint.every=2", "optim.steps=6")),
         "odd_batch": arguments("odd_batch", ("optim.batch=15",)),
@@ -155,6 +160,14 @@ def test_two_ranks_train_as_one_does(runs: Runs, name: str) -> None:
 def test_accumulation_over_micro_batches_is_exact(runs: Runs, name: str) -> None:
     assert json.loads((runs[name] / "run.json").read_text())["ds_config"]["train_micro_batch_size_per_gpu"] == 4
     _assert_same_training(runs[name], runs["one"])
+
+
+@pytest.mark.parametrize(("name", "backend"), [("one_every", "eager"), ("two_every_chunked", "chunked"), ("two_every_ring", "chunked")])
+def test_every_objective_trains_the_same_whatever_computes_it_and_the_metrics_say_what_did(runs: Runs, name: str, backend: str) -> None:
+    _assert_same_training(runs[name], runs["one_every"])
+    for row in rows(runs[name]):
+        assert row["losses"].keys() == Objectives.model_fields.keys()
+        assert row["backends"] == dict.fromkeys(row["losses"].keys() - {"feature"}, backend)
 
 
 def test_recomputing_activations_changes_nothing(runs: Runs) -> None:

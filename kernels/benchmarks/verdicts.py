@@ -1,0 +1,114 @@
+"""What the recorded numbers say: whether the targets hold, and which implementation is the fastest at which N.
+
+The targets are those of KD and InfoNCE in one pass, forward and backward, with backend "auto".
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+from records import Place, Row, together
+
+LOSS, OURS = "similarity", "auto"
+# Backends that `auto` may choose from.
+CHOICES = ("eager", "compiled", "chunked", "triton")
+
+FASTER_THAN_EAGER, FROM_PAIRS = 2.0, 8192
+FASTER_THAN_COMPILED = 1.0
+LESS_MEMORY, LESS_MEMORY_PAIRS = 25.0, 32768
+LARGEST_PAIRS, LARGEST_MB, LARGEST_MS = 131072, 3000.0, 500.0
+OF_MATRIX_RATE, MATRIX_PAIRS = 55.0, 32768
+
+
+class Verdict(NamedTuple):
+    """A target, whether it holds (None: not measured), and the number at each size."""
+
+    target: str
+    holds: bool | None
+    numbers: list[str]
+
+    def __str__(self) -> str:
+        word = {True: "holds", False: "FAILS", None: "not measured"}[self.holds]
+        return f"{word:12}  {self.target}" + (f": {'; '.join(self.numbers)}" if self.numbers else "")
+
+
+class _Number(NamedTuple):
+    """What was reached somewhere, and whether that is enough."""
+
+    where: Place
+    value: float
+    unit: str
+    enough: bool
+
+    def __str__(self) -> str:
+        _, pairs, student, teacher = self.where
+        return f"N {pairs} ({student}/{teacher}) {self.value:.4g}{self.unit}" + ("" if self.enough else " (!)")
+
+
+def _verdict(target: str, numbers: list[_Number]) -> Verdict:
+    return Verdict(target, all(number.enough for number in numbers) if numbers else None, [str(number) for number in sorted(numbers)])
+
+
+def verdicts(rows: list[Row]) -> list[Verdict]:
+    """Of the last run that measured what a target compares."""
+    ours = {where: found[OURS] for where, found in _places(rows, OURS).items()}
+    large = {where: row for where, row in ours.items() if where[1] >= MATRIX_PAIRS}
+    shares = [
+        _Number(where, share, " %", share >= OF_MATRIX_RATE) for where, row in large.items() for share in _float(row, "percent_of_matrix")
+    ]
+    largest = {where: row for where, row in ours.items() if where[1] == LARGEST_PAIRS}
+    memory = [_memory(where, found) for where, found in _places(rows, OURS, "eager").items() if where[1] == LESS_MEMORY_PAIRS]
+    return [
+        _verdict(f"at least {FASTER_THAN_EAGER} x eager from N {FROM_PAIRS} on", _speed(rows, "eager", FASTER_THAN_EAGER, FROM_PAIRS)),
+        _verdict("at least as fast as compiled at every N, within its spread", _speed(rows, "compiled", FASTER_THAN_COMPILED, 0)),
+        _verdict(f"at most 1/{LESS_MEMORY:.0f} of eager's memory at N {LESS_MEMORY_PAIRS}", [number for number in memory if number]),
+        _verdict(f"N {LARGEST_PAIRS} in less than {LARGEST_MB / 1e3:.0f} GB", _below(largest, "peak_mb", LARGEST_MB, " MB")),
+        _verdict(f"N {LARGEST_PAIRS} in less than {LARGEST_MS:.0f} ms", _below(largest, "median_ms", LARGEST_MS, " ms")),
+        _verdict(f"at least {OF_MATRIX_RATE:.0f} % of the matrix rate from N {MATRIX_PAIRS} on", shares),
+    ]
+
+
+def _places(rows: list[Row], *implementations: str) -> dict[Place, dict[str, Row]]:
+    return {where: found for where, found in together(rows, "both", implementations).items() if where[0] == LOSS}
+
+
+def _speed(rows: list[Row], other: str, at_least: float, from_pairs: int) -> list[_Number]:
+    """Where a parity is asked for, `auto` may have chosen the other itself: its median inside the other's p10 to p90 is as fast."""
+    numbers = []
+    for where, found in _places(rows, OURS, other).items():
+        if where[1] >= from_pairs:
+            ratio = float(found[other]["median_ms"]) / float(found[OURS]["median_ms"])
+            is_level = at_least == 1 and float(found[OURS]["median_ms"]) <= float(found[other]["p90_ms"])
+            numbers.append(_Number(where, ratio, " x", ratio >= at_least or is_level))
+    return numbers
+
+
+def _memory(where: Place, found: dict[str, Row]) -> _Number | None:
+    peaks = [*_float(found["eager"], "peak_mb"), *_float(found[OURS], "peak_mb")]
+    if len(peaks) < 2:
+        return None
+    ratio = peaks[0] / max(peaks[1], 1e-3)
+    return _Number(where, ratio, " x less", ratio >= LESS_MEMORY)
+
+
+def _below(rows: dict[Place, Row], name: str, limit: float, unit: str) -> list[_Number]:
+    return [_Number(where, value, unit, value < limit) for where, row in rows.items() for value in _float(row, name)]
+
+
+def _float(row: Row, name: str) -> list[float]:
+    """The number, or nothing where it was not measured."""
+    return [float(row[name])] if row[name] else []
+
+
+def dispatch(rows: list[Row]) -> list[str]:
+    """JSON lines, one a loss and size: the backend with the least time for both passes, and everybody's ms."""
+    lines = []
+    for (loss, pairs, student, teacher), found in sorted(together(rows, "both").items()):
+        times = {name: float(found[name]["median_ms"]) for name in CHOICES if name in found}
+        if times:
+            fastest = min(times, key=times.__getitem__)
+            row = found[fastest]
+            shape = {"loss": loss, "pairs": pairs, "widths": [student, teacher], "dtype": row["dtype"], "threads": int(row["threads"])}
+            lines.append(json.dumps({**shape, "fastest": fastest, "ms": times}))
+    return lines

@@ -1,0 +1,103 @@
+"""Which backend computes a loss: what runs here, and what was measured to be the fastest."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from megakd_kernels.chunked import Chunked
+from megakd_kernels.panels import chunk_rows
+from megakd_kernels.stripe import Kernels
+
+BACKENDS = ("auto", "eager", "compiled", "chunked", "triton")
+
+# "auto": device type -> loss -> (largest N, backend), in order; beyond the last N what `BEYOND` says.
+# CPU: measured, kernels/benchmarks/results/cpu-amd-epyc.csv; interactive and sigmoid from 512 on chunked is the faster one. "compiled" is
+# the fastest at most sizes there (0.65 of chunked's time at 2048), but it needs a C++ compiler, tens of seconds for each new shape, and the
+# whole matrix: it runs where it is asked for.
+# CUDA: NOT measured yet. At 2048 eager holds ten matrices of 16 MB and launches outweigh the work.
+TABLE: dict[str, dict[str, list[tuple[int, str]]]] = {
+    "cpu": {
+        "similarity_kd": [(2048, "eager")],
+        "contrastive": [(2048, "eager")],
+        "interactive_kd": [(256, "eager")],
+        "sigmoid_kd": [(256, "eager")],
+    },
+    "cuda": {
+        "similarity_kd": [(2048, "eager")],
+        "contrastive": [(2048, "eager")],
+        "interactive_kd": [(2048, "eager")],
+        "sigmoid_kd": [(2048, "eager")],
+    },
+}
+BEYOND = {"cpu": "chunked", "cuda": "triton"}
+
+
+def _interpreted() -> bool:
+    """Triton's interpreter runs the kernels on the CPU, slowly: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _triton_is_there() -> bool:
+    return find_spec("triton") is not None
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot compute in `dtype` on `device`; None where they can."""
+    if not _triton_is_there():
+        return "the package triton is not installed"
+    if device.type != "cuda" and not _interpreted():
+        return f"it needs a CUDA device, and the embeddings are on {device.type}"
+    if dtype == torch.float64:
+        return "it computes in float32, and an input is float64"
+    return None
+
+
+def choose(
+    loss: str,
+    pairs: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    backend: str = "auto",
+    ring: bool = False,
+    chunk: int | None = None,
+) -> str:
+    """The backend that will compute `loss` over `pairs` pairs of all ranks: `backend` itself, or what "auto" stands for there.
+
+    dtype: what logits are computed in, float32 or float64. Raises ValueError where the request contradicts itself or cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 row, got {chunk}")
+    if backend in ("eager", "compiled"):
+        if chunk is not None:
+            raise ValueError(f"backend {backend!r} forms the whole matrix at once and takes no chunk, got chunk={chunk}")
+        if ring:
+            raise ValueError(f"backend {backend!r} gathers the whole batch and knows no ring: use 'chunked', 'triton' or 'auto'")
+    if backend == "triton" and (reason := why_not_triton(device, dtype)):
+        raise ValueError(f"backend 'triton' cannot run here: {reason}; use 'auto' or 'chunked'")
+    if backend != "auto":
+        return backend
+    if chunk is None and not ring:
+        for largest, name in TABLE.get(device.type, {}).get(loss, []):
+            if pairs <= largest:
+                return name
+    beyond = BEYOND.get(device.type, "chunked")
+    return "chunked" if beyond == "triton" and why_not_triton(device, dtype) else beyond
+
+
+def kernels_for(
+    backend: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype, chunk: int | None, bound: float | None
+) -> Kernels:
+    """The two-pass kernels of `backend` for a stripe of `rows` by blocks of `columns`. bound: what no logit exceeds in size, if known."""
+    if backend == "triton":
+        from megakd_kernels.fused import Fused  # here: it imports triton
+
+        return Fused.of(rows, columns, chunk, bound)
+    return Chunked(chunk or chunk_rows(rows, columns, dtype, device))

@@ -1,0 +1,50 @@
+"""The yardstick of `interactive_kd` and `sigmoid_kd`: their definitions in float64 for one process, by plain autograd. For tests only.
+
+Legend: N pairs, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+
+from megakd_kernels.contract import Pair, SimilarityLoss
+
+if TYPE_CHECKING:
+    from megakd_kernels.sigmoid import BiasedPair
+
+
+def _logits_NN(left_ND: Tensor, right_ND: Tensor, scale: Tensor) -> Tensor:
+    return scale.double().reshape(()) * (left_ND.double() @ right_ND.double().T)
+
+
+def interactive_kd_reference(student: Pair, teacher: Pair) -> Tensor:
+    """What `interactive_kd` computes, in float64 whatever the inputs' dtype; gradients flow to the student's tensors."""
+    by_image = _logits_NN(student.image, teacher.text.detach(), student.scale)
+    by_text = _logits_NN(student.text, teacher.image.detach(), student.scale)
+    return sum((logits.logsumexp(1) - logits.diagonal()).mean() / 2 for logits in (by_image, by_text))  # type: ignore[return-value]
+
+
+def _biased_NN(pair: BiasedPair) -> Tensor:
+    logits_NN = _logits_NN(pair.image, pair.text, pair.scale)
+    return logits_NN if pair.bias is None else logits_NN + pair.bias.double().reshape(())
+
+
+def sigmoid_kd_reference(student: BiasedPair, teachers: Sequence[BiasedPair], *, hard: bool = False) -> SimilarityLoss:
+    """What `sigmoid_kd` computes, in float64; gradients flow to the student's tensors. `teachers` is a list, empty for none."""
+    logits_NN = _biased_NN(student)
+    kd = siglip = torch.zeros((), dtype=torch.float64, device=student.image.device)
+    for teacher in teachers:
+        with torch.no_grad():
+            target_NN = _biased_NN(teacher)
+            entropy = binary_cross_entropy_with_logits(target_NN, target_NN.sigmoid(), reduction="sum")
+        cross = binary_cross_entropy_with_logits(logits_NN, target_NN.sigmoid(), reduction="sum")
+        kd = kd + (cross - entropy) / (len(logits_NN) * len(teachers))
+    if hard:
+        agreement_NN = 2 * torch.eye(len(logits_NN), dtype=torch.float64, device=logits_NN.device) - 1
+        siglip = -logsigmoid(agreement_NN * logits_NN).sum() / len(logits_NN)
+    return SimilarityLoss(kd, siglip)

@@ -1,0 +1,90 @@
+"""Runs the triton backend of both losses on the CPU for `test_triton_elementwise`.
+
+TRITON_INTERPRET=1 python interpreted_single_pass.py OUT
+"""
+
+from __future__ import annotations
+
+import sys
+
+import test_interactive_accuracy
+import test_sigmoid_accuracy
+import torch
+from single_pass_cases import Batch, Case, batch, measure
+from torch import Tensor
+
+from megakd_kernels.elementwise import Biased
+from megakd_kernels.panels import Logits
+
+ACCURACY = {"interactive": test_interactive_accuracy, "sigmoid": test_sigmoid_accuracy}
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def accuracy_cases() -> dict[tuple, tuple[Case, int]]:
+    """The cases of the accuracy tests, each with its chunk, but for most of the larger: a row takes the interpreter some milliseconds."""
+    return {
+        (loss, place, str(dtype)): (tests._case(*shape, dtype), chunk)
+        for loss, tests in ACCURACY.items()
+        for place, (*shape, chunk) in enumerate(tests.CASES)
+        for dtype in (torch.float32, *HALVES)
+        if shape[0] < 100 or (shape[:2] == [129, 512] and dtype == torch.float32)
+    }
+
+
+def pair_of(a: float, b: float) -> Case:
+    """One pair whose logits are a and b."""
+    one = torch.ones(1, 1)
+    student, teacher = (Batch(one, one, torch.tensor(0.0), torch.tensor(bias)) for bias in (a, b))
+    return Case("sigmoid", student, (teacher,))
+
+
+SIZES = [(a * size, b * size) for size in (5.0, 80.0, 3000.0) for a in (-1, 0, 0.9, 1) for b in (-1, -0.9, 0, 1)]
+
+
+def twins() -> list[Case]:
+    twin = batch(65, 64, 117.0, -16.0)
+    return [Case("sigmoid", twin, (twin,) * teachers) for teachers in (1, 3)]
+
+
+def _plain_products(logits: Logits, rows: slice, out_cM: Tensor) -> None:
+    torch.mm(logits.left_BD[rows].float(), logits.right_ND.float().T, out=out_cM)
+
+
+def slopes(dtype: torch.dtype, diagonal: int | None, widened: bool) -> list[Tensor]:
+    """The kernels' panels where products take `dtype`, and the same in float32 of the same numbers."""
+    from megakd_kernels.triton_elementwise import Fused
+
+    student, teacher = batch(40, 48, 50.0, dtype=dtype, seed=1), batch(40, 64, 80.0, dtype=dtype, seed=2)
+    made = [Logits(each.image[:23], each.text, each.scale) for each in (student, teacher)]
+    if widened:
+        made = [Logits(left.float(), right.float(), gain) for left, right, gain in made]
+    matrices = [Biased(logits, torch.tensor(-10.0)) for logits in made]
+    kernels = Fused(9)
+    found = [each.weights_cM.clone() for each in kernels.weigh(made[0], diagonal, torch.full((23,), -5.0), True)]
+    for _, parts in kernels.judge(matrices[0], matrices[1:] * 2, diagonal, True, True):
+        found += [part.slope_cM.clone() for part in parts]
+    return found
+
+
+def _results() -> dict[str, object]:
+    from megakd_kernels import triton_elementwise  # here: the tests take the cases above without Triton
+
+    triton_elementwise.COLUMNS = 64  # more than one block a row
+    found: dict[str, object] = {}
+    found["accuracy"] = {name: measure(case, backend="triton", chunk=chunk) for name, (case, chunk) in accuracy_cases().items()}
+    found["sizes"] = [measure(pair_of(*sizes), backend="triton") for sizes in SIZES]
+    found["twins"] = [measure(case, backend="triton", chunk=20) for case in twins()]
+    found["again"] = [measure(case, backend="triton", chunk=20) for case in twins()]
+    plain, triton_elementwise._cosines = triton_elementwise._cosines, _plain_products
+    found["slopes"] = {
+        (str(dtype), diagonal): [slopes(dtype, diagonal, widened) for widened in (False, True)]
+        for dtype in HALVES
+        for diagonal in (None, 12)
+    }
+    triton_elementwise._cosines = plain
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.save(_results(), sys.argv[1])

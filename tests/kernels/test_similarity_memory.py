@@ -1,0 +1,40 @@
+"""Memory: what the chunked backend is for, as the operating system sees it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+
+import torch
+from similarity_cases import batch
+
+from megakd_kernels import similarity_kd
+
+PAIRS = 16_384
+
+
+def _peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _step(backend: str, pairs: int) -> None:
+    student, teacher = batch(pairs, 32, 50.0).leaves(), batch(pairs, 48, 80.0)
+    loss = similarity_kd(student, teacher, hard=True, backend=backend)
+    (loss.kd + loss.hard).backward()
+
+
+def _growth(backend: str) -> float:
+    """Peak resident megabytes of forward and backward at PAIRS beyond those of a small step. For a process of its own."""
+    torch.set_num_threads(1)
+    _step(backend, 64)
+    before = _peak_megabytes()
+    _step(backend, PAIRS)
+    return _peak_megabytes() - before
+
+
+def test_chunked_needs_at_most_a_tenth_of_eagers_memory_at_16384_pairs():
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        chunked, eager = (pool.apply(_growth, (backend,)) for backend in ("chunked", "eager"))
+    print(f"peak beyond a small step at {PAIRS} pairs: chunked {chunked:.0f} MB, eager {eager:.0f} MB")
+    assert eager > 4 * PAIRS**2 * 4 / 2**20  # the yardstick did hold several whole matrices of 1 GB
+    assert chunked <= eager / 10
