@@ -242,7 +242,14 @@ def run_script(clean: ShardSet, how: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), pattern, how]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{Path(__file__).parent}"}
     return subprocess.Popen(
-        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that run in the background inherit SIG_IGN
     )
 
 
@@ -264,7 +271,11 @@ def test_no_worker_outlives_the_run(clean: ShardSet, how: str) -> None:
     if how == "ctrl_c":
         process.stdout.readline()
         os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    try:
+        out, err = process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # or it would spin beside the tests that follow
+        raise
     assert len(workers) == 2, err
     assert all(gone(pid) for pid in workers)
     if how == "ctrl_c":
