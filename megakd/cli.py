@@ -52,6 +52,42 @@ def evaluate(
 
 
 @app.command()
+def embed(
+    recipe: Annotated[str, typer.Option(help="name of a shipped recipe or a .toml file: its data, views, seed and teacher")],
+    out: Annotated[Path, typer.Option(help="folder of the store; what an interrupted job left there is kept")],
+    views: Annotated[int, typer.Option(help="augmented views of each image; epoch e of a training reads view e mod VIEWS")] = 1,
+    check: Annotated[bool, typer.Option("--check", help="recompute a random sample of the store that is there, and compare")] = False,
+    dtype: Annotated[str, typer.Option(help="bf16, or fp32 for twice the size")] = "bf16",
+    ds_config: Annotated[str | None, typer.Option("--ds_config", metavar="JSON", help="its micro-batch is embedded at once")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one setting of the recipe")] = None,
+) -> None:
+    """Write a recipe's teacher embeddings to a store that training reads instead of running the teacher (teacher.store)."""
+    from megakd import embedding
+
+    if dtype not in ("bf16", "fp32"):
+        raise ValueError(f"--dtype {dtype}: bf16 or fp32")
+    embedding.run(recipe, views, out, check=check, config=ds_config, overrides=overrides or [], dtype=dtype)  # type: ignore[arg-type]
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Option(help="name of a shipped recipe or a .toml file")],
+    gpus: Annotated[int, typer.Option(help="ranks of the job")],
+    gpu_memory: Annotated[float, typer.Option("--gpu_memory", help="GB of one GPU")],
+    ds_config: Annotated[str | None, typer.Option("--ds_config", metavar="JSON", help="DeepSpeed configuration of the student")] = None,
+    gpus_per_node: Annotated[int, typer.Option("--gpus_per_node", help="GPUs that share fast links")] = 8,
+    gpu: Annotated[str, typer.Option(help="whose speeds the times assume: a100, h100, h200, b200, cpu")] = "h100",
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one setting of the recipe")] = None,
+    json: Annotated[Path | None, typer.Option(help="write the plan to this file as well")] = None,
+) -> None:
+    """What a job will need, before it queues: memory, traffic, FLOPs and time for each way to hold the teacher, and which ways fit."""
+    from megakd import planner, recipe_files
+
+    loaded, name = recipe_files.load(recipe, overrides or [])
+    planner.run(loaded, name, ds_config, planner.Cluster(gpus, gpu_memory, gpus_per_node, gpu), file=json)
+
+
+@app.command()
 def smoke(
     seeds: Annotated[int, typer.Option(min=1, help="repeat the two students with so many seeds")] = 1,
     out: Annotated[Path, typer.Option(help="folder for the runs")] = Path("runs/smoke_comparison"),
@@ -90,6 +126,44 @@ def loader(
     from megakd.benchmarks import loader as benchmark
 
     benchmark.run(rounds, workers, batch, batches, json)
+
+
+@bench.command("teacher-load")
+def teacher_load(
+    model: Annotated[str, typer.Option(help="open_clip name; random weights of full size are written and deleted")] = "ViT-bigG-14",
+    mode: Annotated[str, typer.Option(help="teacher.mode")] = "zero3_int8",
+    ranks: Annotated[int, typer.Option(min=1, help="processes")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="OpenMP threads of each")] = 1,
+    folder: Annotated[Path | None, typer.Option(help="where the weights go for a while; default: the system's temporary folder")] = None,
+    json: Annotated[Path | None, typer.Option(help="write the result to this file as well")] = None,
+) -> None:
+    """Seconds and peak memory a rank of loading a full-size teacher and embedding two pairs."""
+    from megakd.benchmarks import teacher_load as benchmark
+
+    benchmark.run(model, mode, ranks, threads=threads, folder=folder, file=json)
+
+
+@bench.command()
+def cached(
+    rounds: Annotated[int, typer.Option(min=1, help="how often the two alternate")] = 3,
+    batch: Annotated[int, typer.Option(min=2, help="pairs a step")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="timed steps a round")] = 4,
+    workers: Annotated[int, typer.Option(min=1, help="decoding processes of each")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="OpenMP threads of each")] = 1,
+    json: Annotated[Path | None, typer.Option(help="write the result to this file as well")] = None,
+) -> None:
+    """Training images/s from a store of embeddings against the live teacher, which costs ten times the student."""
+    from megakd.benchmarks import cached as benchmark
+
+    benchmark.run(rounds, batch, steps, workers, threads, json)
+
+
+@bench.command("plan")
+def plan_check(json: Annotated[Path | None, typer.Option(help="write the result to this file as well")] = None) -> None:
+    """What `megakd plan` predicts against what runs on this machine take."""
+    from megakd.benchmarks import plan_check as benchmark
+
+    benchmark.run(json)
 
 
 def main() -> int:

@@ -14,17 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd import export, recipe_files
+from megakd import export, recipe_files, teaching
 from megakd.data.loader import train_batches
 from megakd.data.order import Order
 from megakd.data.shards import ShardSet
+from megakd.data.store import Store
 from megakd.data.views import TowerView
 from megakd.evaluation import report
 from megakd.evaluation.encoder import Encoder
 from megakd.evaluation.suite import Sets, Suite, open_sets
 from megakd.models import towers
+from megakd.models.identity import preprocessing
+from megakd.models.stored_teacher import StoredTeacher
 from megakd.models.student import Student, decay_groups
-from megakd.models.teacher import ReplicatedTeacher, build_teacher
+from megakd.models.teacher import Teacher
 from megakd.recipe import Recipe
 from megakd.runtime import checkpoint, collectives, ds_config, runlog
 from megakd.runtime.checkpoint import Progress
@@ -60,7 +63,8 @@ class Plan:
     shards: ShardSet
     order: Order
     student: towers.Description
-    teacher: towers.Description | None
+    teachers: dict[str, towers.Description]
+    store: Store | None
     sets: Sets
 
 
@@ -76,12 +80,13 @@ def prepare(request: Request, world: World, teacher_comes_first: bool = False) -
     task = Distill(recipe, world.device, dist.group.WORLD if world.size > 1 else None)
     student = towers.describe(recipe.student, "student")
     use_teacher = task.needs_teacher and not teacher_comes_first
-    teacher = towers.describe(recipe.teacher, "teacher") if recipe.teacher is not None and use_teacher else None
-    for model in filter(None, (student, teacher)):
+    teachers = {role: towers.describe(settings, role) for role, settings in recipe.teachers().items() if use_teacher}
+    for model in (student, *teachers.values()):
         task.check_bias(model.role, model.has_bias)
     shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
-    return Plan(request, config, config_name, task, shards, order, student, teacher, open_sets(recipe, world))
+    store = teaching.open_stores(recipe, teachers, shards, world)
+    return Plan(request, config, config_name, task, shards, order, student, teachers, store, open_sets(recipe, world))
 
 
 def teacher_request(request: Request) -> Request | None:
@@ -94,6 +99,13 @@ def teacher_request(request: Request) -> Request | None:
         return None
     recipe, name = recipe_files.load(teacher.recipe)
     return Request(recipe, name, request.ds_config, folder.parent)
+
+
+def _called(description: towers.Description) -> str:
+    """A teacher's name for people, and how it runs."""
+    settings = teaching.settings_of(description)
+    how = f"from {settings.store}" if settings.store else settings.mode
+    return f"{settings.model or 'own architecture'} ({how})"
 
 
 class Run:
@@ -128,7 +140,7 @@ class Run:
         how = f"{self.world.size} x {self.world.device.type}, ZeRO {config.get('zero_optimization', {}).get('stage', 0)}"
         how += f", {'bf16' if ds_config.is_bf16(config) else 'fp32'}"
         how += f", batch {recipe.optim.batch} = {self.world.size} ranks x {rounds} x {micro}"
-        teacher = recipe.teacher.model or "own architecture" if recipe.teacher and self.plan.teacher else "none"
+        teacher = ", ".join(map(_called, self.plan.teachers.values())) or "none"
         objectives = ", ".join(f"{weight:g} {name}" for name, weight in self.plan.task.weights.items())
         return (
             f"{recipe.name} in {self.folder}: {recipe.optim.steps} steps, {how}\n"
@@ -191,36 +203,39 @@ class Run:
         recipe, device = self.recipe, self.world.device
         # pretrained = "random" draws: the same on every rank and at every start, and not what a student of equal shape draws.
         torch.manual_seed(recipe.seed + 1)
-        self._teacher = self._build_teacher()
+        self._teachers = self._build_teachers()
         torch.manual_seed(recipe.seed)
         self._student_towers = towers.build(self.plan.student, torch.device("cpu"))
-        width = self._teacher.width if self._teacher else None
         # Evaluation works on a plain replica: a ZeRO-3 student has its weights only inside the engine's forward.
         self._replica = copy.deepcopy(self._student_towers.clip) if self.plan.sets else None
         if recipe.student.activation_checkpointing:
             self._student_towers.clip.set_grad_checkpointing(True)  # type: ignore[operator]
-        student = Student(self._student_towers.clip, self.plan.task.heads(self.plan.student.width, width), recipe.student.max_scale)
+        heads = self.plan.task.heads(self.plan.student.width, [teacher.width for teacher in self._teachers.values()])
+        student = Student(self._student_towers.clip, heads, recipe.student.max_scale)
         if state is not None:
             checkpoint.check_fits(self._resumed_from, state.weights, {k: tuple(v.shape) for k, v in student.state_dict().items()})
         groups = decay_groups(student, recipe.optim.weight_decay)
         self._engine = Engine(student.to(device), groups, recipe.optim, self.plan.config, self.world, state)
 
-    def _build_teacher(self) -> ReplicatedTeacher | None:
-        if self.plan.teacher is None:
-            if self.recipe.teacher is not None:
-                self.log.say("the teacher is not loaded: no objective with a positive weight uses it")
-            return None
-        return build_teacher(self.plan.teacher, self.world.device)
+    def _build_teachers(self) -> dict[str, Teacher | StoredTeacher]:
+        if self.recipe.teacher is not None and not self.plan.teachers:
+            self.log.say("the teacher is not loaded: no objective with a positive weight uses it")
+        built: dict[str, Teacher | StoredTeacher] = {}
+        for role, description in self.plan.teachers.items():
+            if self.plan.store is not None:
+                self.log.say(self.plan.store.outline())
+                piece = self.plan.config["train_micro_batch_size_per_gpu"]
+                built[role] = teaching.stored_teacher(self.plan.store, self.recipe, description, self.plan.shards, self.world, piece=piece)
+            else:
+                built[role] = teaching.live_teacher(self.recipe, description, self.world)
+        return built
 
     def _fit(self, progress: Progress) -> bool:
-        preprocess = {"student": self._student_towers.preprocess}
-        if self._teacher is not None:
-            preprocess["teacher"] = self._teacher.towers.preprocess
-        tokenize = {"student": self.plan.student.tokenize}
-        if self.plan.teacher is not None:
-            tokenize["teacher"] = self.plan.teacher.tokenize
+        live = {role: self.plan.teachers[role] for role, teacher in self._teachers.items() if not isinstance(teacher, StoredTeacher)}
+        preprocess = {"student": self._student_towers.preprocess} | {role: preprocessing(found) for role, found in live.items()}
+        tokenize = {"student": self.plan.student.tokenize} | {role: found.tokenize for role, found in live.items()}
         views = {name: TowerView(cfg, tokenize[name]) for name, cfg in preprocess.items()}
-        trainer = Trainer(self.recipe, self.world, self._engine, self.plan.task, self._teacher, preprocess, self.log, self._stop)
+        trainer = Trainer(self.recipe, self.world, self._engine, self.plan.task, self._teachers, preprocess, self.log, self._stop)
         batches = train_batches(
             self.plan.shards,
             self.plan.order,
@@ -231,6 +246,7 @@ class Run:
             start_position=progress.position,
             workers=self.recipe.data.workers,
             pin_memory=self.world.device.type == "cuda",
+            store=self.plan.store,
         )
         with batches:
             return trainer.fit(batches, progress, self)

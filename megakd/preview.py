@@ -23,7 +23,7 @@ def show(plan: Plan, world: World) -> str:
         f"DeepSpeed configuration ({plan.config_name}):\n{_indented(plan.config)}",
         f"run folder: {plan.request.out}",
     ]
-    descriptions = {"student": plan.student} | ({"teacher": plan.teacher} if plan.teacher else {})
+    descriptions = {"student": plan.student} | plan.teachers
     built = {role: _on_meta(description) for role, description in descriptions.items()}
     views = {role: TowerView(found.preprocess, found.description.tokenize) for role, found in built.items()}
     with train_batches(

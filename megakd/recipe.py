@@ -14,6 +14,8 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 HeadKind = Literal["linear", "mlp"]
+TeacherMode = Literal["replicated", "replicated_int8", "zero3", "zero3_int8"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 # A list in TOML becomes a fixed-length tuple; strict mode alone would refuse the list.
@@ -77,6 +79,15 @@ class Student(Model):
 
 
 class Teacher(Model):
+    mode: TeacherMode = Field(
+        "replicated",
+        description="replicated: whole on every rank; zero3: partitioned over the ranks; _int8: in 8 bit (else bf16, on a CPU fp32)",
+    )
+    outlier_threshold: Weight = Field(0.0, description="int8: activations above it are multiplied in 16 bit; 0 multiplies all in 8 bit")
+    offload: bool = Field(False, description="zero3: keep this rank's part in CPU memory between uses")
+    ds_config: str | None = Field(None, description="zero3: the teacher's DeepSpeed JSON; default: as ds_configs/teacher_zero3.json")
+    store: str | None = Field(None, description="folder of embeddings that `megakd embed` wrote: read instead of running the teacher")
+    store_miss: Literal["teacher", "fail"] = Field("teacher", description="what the store lacks: ask the live teacher, or end the run")
     recipe: str | None = Field(None, description="recipe that trains this teacher first when the folder of `model` is not there yet")
 
     @model_validator(mode="after")
@@ -85,6 +96,14 @@ class Teacher(Model):
             raise ValueError(
                 f"recipe = {self.recipe!r} trains into a run folder: model must be 'local-dir:RUN/model' of that run, not {self.model!r}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Teacher:
+        if not self.mode.startswith("zero3") and (self.offload or self.ds_config is not None):
+            raise ValueError(f"offload and ds_config are for a partitioned teacher: set mode to zero3 or zero3_int8, it is {self.mode!r}")
+        if not self.mode.endswith("int8") and self.outlier_threshold:
+            raise ValueError(f"outlier_threshold is for int8 weights: set mode to replicated_int8 or zero3_int8, it is {self.mode!r}")
         return self
 
 
@@ -179,6 +198,7 @@ class Recipe(Section):
     views: Views = Views()
     student: Student
     teacher: Teacher | None = None
+    ensemble: dict[Name, Teacher] = Field(default_factory=dict, description="further teachers by name; the losses of all are averaged")
     objectives: Objectives
     similarity: Similarity = Similarity()
     interactive: Interactive = Interactive()
@@ -188,3 +208,16 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+
+    def teachers(self) -> dict[str, Teacher]:
+        """By role: "teacher", then "ensemble.NAME" in the recipe's order."""
+        first = {} if self.teacher is None else {"teacher": self.teacher}
+        return first | {f"ensemble.{name}": teacher for name, teacher in self.ensemble.items()}
+
+    @model_validator(mode="after")
+    def _ensemble_has_a_first(self) -> Recipe:
+        if self.ensemble and self.teacher is None:
+            raise ValueError("[ensemble] holds teachers beside [teacher], and there is no [teacher]: name one of them so")
+        if self.ensemble and any(teacher.store is not None for teacher in self.teachers().values()):
+            raise ValueError("a store replays one teacher's augmentations: teacher.store works without [ensemble] alone")
+        return self

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from megakd.data.bad import BadCounter
 from megakd.data.loader import Batch
 from megakd.data.views import normalise
 from megakd.models.embeddings import Embeddings
+from megakd.models.stored_teacher import StoredTeacher
 from megakd.models.student import embeddings
 from megakd.models.teacher import Teacher
 from megakd.recipe import Optim, Recipe
@@ -72,12 +73,13 @@ class Trainer:
         world: World,
         engine: Engine,
         task: Distill,
-        teacher: Teacher | None,
+        teachers: Mapping[str, Teacher | StoredTeacher],
         preprocess: dict[str, PreprocessCfg],
         log: RunLog,
         stop: StopRequest,
     ) -> None:
-        self.recipe, self.world, self.engine, self.task, self.teacher = recipe, world, engine, task, teacher
+        """teachers: by role, as the recipe's `teachers()`; preprocess: of the student and of each live teacher, by the same names."""
+        self.recipe, self.world, self.engine, self.task, self.teachers = recipe, world, engine, task, teachers
         self._preprocess, self._log, self._stop = preprocess, log, stop
         self.clock = Stopwatch(world.device)
         self._bad = BadCounter()
@@ -115,9 +117,9 @@ class Trainer:
         """One update on one global batch. Raises LossNotFinite on every rank, before any weight moves."""
         batch = batch.to(self.world.device, non_blocking=True)
         with self.clock.part("teacher"):
-            teacher = self._teach(batch)
+            taught = [self._teach(batch, role, teacher) for role, teacher in self.teachers.items()]
         gradients = self._exact_accumulation if self.engine.accumulation > 1 else self._whole_batch
-        agreed = self._agree(gradients(batch, teacher, step), batch)
+        agreed = self._agree(gradients(batch, taught, step), batch)
         if not agreed.finite:
             raise LossNotFinite(
                 f"step {step + 1}: the loss is not finite on at least one rank: {agreed.losses} (NaN and infinity shown as 0); "
@@ -128,22 +130,22 @@ class Trainer:
         self._judge_data(agreed.bad)
         return agreed
 
-    def _whole_batch(self, batch: Batch, teacher: Embeddings | None, step: int) -> collectives.Pending:
+    def _whole_batch(self, batch: Batch, taught: list[Embeddings], step: int) -> collectives.Pending:
         outputs = self._forward(self._view(batch, "student", self.engine.dtype), step, 0)
-        losses, total = self._losses(outputs, teacher)
+        losses, total = self._losses(outputs, taught)
         pending = self._announce(losses, outputs, batch)
         with self.clock.part("student"):
             self.engine.backward(total)
         return pending
 
-    def _exact_accumulation(self, batch: Batch, teacher: Embeddings | None, step: int) -> collectives.Pending:
+    def _exact_accumulation(self, batch: Batch, taught: list[Embeddings], step: int) -> collectives.Pending:
         size = self.engine.micro_batch
         pixels, tokens = self._view(batch, "student", self.engine.dtype)
         pieces = list(zip(pixels.split(size), tokens.split(size), strict=True))
         with torch.no_grad():
             cached = _joined([self._forward(piece, step, number) for number, piece in enumerate(pieces)])
         leaves = {name: value.detach().requires_grad_() for name, value in cached.items()}
-        losses, total = self._losses(leaves, teacher)
+        losses, total = self._losses(leaves, taught)
         pending = self._announce(losses, leaves, batch)
         total.backward()  # type: ignore[no-untyped-call]
         for number, piece in enumerate(pieces):
@@ -161,17 +163,19 @@ class Trainer:
         with self.clock.part("student"):
             return self.engine.forward(*views)
 
-    def _losses(self, outputs: dict[str, Tensor], teacher: Embeddings | None) -> tuple[dict[str, Tensor], Tensor]:
+    def _losses(self, outputs: dict[str, Tensor], taught: list[Embeddings]) -> tuple[dict[str, Tensor], Tensor]:
         with self.clock.part("loss"):
-            losses = self.task.losses(embeddings(outputs), teacher)
+            losses = self.task.losses(embeddings(outputs), taught)
             return losses, self.task.total(losses)
 
-    def _teach(self, batch: Batch) -> Embeddings | None:
-        if self.teacher is None:
-            return None
-        pixels, tokens = self._view(batch, "teacher", self.teacher.dtype)
+    def _teach(self, batch: Batch, role: str, teacher: Teacher | StoredTeacher) -> Embeddings:
+        if isinstance(teacher, StoredTeacher):
+            assert batch.stored is not None, "the loader was given the store"
+            assert batch.view is not None
+            return teacher.recall(*batch.stored, batch.index, batch.view)
+        pixels, tokens = self._view(batch, role, teacher.dtype)
         size = self.engine.micro_batch
-        parts = [self.teacher.embed(*piece) for piece in zip(pixels.split(size), tokens.split(size), strict=True)]
+        parts = [teacher.embed(*piece) for piece in zip(pixels.split(size), tokens.split(size), strict=True)]
         return parts[0]._replace(image=torch.cat([part.image for part in parts]), text=torch.cat([part.text for part in parts]))
 
     def _view(self, batch: Batch, tower: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ def test_both_programs_minimise_the_same_loss() -> None:
     for ours in (True, False):
         leaves = [tensor.clone().requires_grad_() for tensor in (image, text, scales[0])]
         if ours:
-            losses = task.losses(Embeddings(*leaves, None, {}), Embeddings(teacher_image, teacher_text, scales[1], None, {}))
+            losses = task.losses(Embeddings(*leaves, None, {}), [Embeddings(teacher_image, teacher_text, scales[1], None, {})])
         else:
             losses = DistillClipLoss()(*leaves, teacher_image, teacher_text, scales[1], output_dict=True)
         gradients.append(torch.autograd.grad(sum(losses.values()), leaves))

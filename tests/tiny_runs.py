@@ -61,6 +61,12 @@ TEACHER = (
     "text_cfg = { context_length = 24, width = 32, heads = 2, layers = 1 } }",
     "teacher.pretrained=random",
 )
+# A second teacher, of a third width and resolution.
+ENSEMBLE = (
+    "ensemble.second.architecture={ embed_dim = 20, vision_cfg = { image_size = 32, patch_size = 16, width = 32, layers = 1, "
+    "head_width = 16 }, text_cfg = { context_length = 20, width = 32, heads = 2, layers = 1 } }",
+    "ensemble.second.pretrained=random",
+)
 # With a logit bias, as the sigmoid losses need it. Starting at -2 and -3 the probabilities are neither 0 nor 1.
 BIASED = (
     "student.architecture.init_logit_bias=-2.0",

@@ -4,7 +4,8 @@
 2. A worker reads that part's samples, decodes each image once, crops it once and resizes it for every tower.
 3. A sample that cannot be used is counted, and the order's next choice for its position takes its place.
 4. Captions are tokenised as one list for every tokenizer.
-5. The main process logs what was bad and hands out `Batch`es.
+5. Where a store of teacher embeddings is given, the worker replays its augmentations and reads its rows.
+6. The main process logs what was bad and hands out `Batch`es.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from PIL import Image
 
 from megakd.data.bad import BadCounter, BadLog, BadSample, Reason
 from megakd.data.order import Order
 from megakd.data.shards import Sample, ShardSet
-from megakd.data.views import Tokenize, TowerView, decode, draw, train_pixels
+from megakd.data.store import Rows, Store
+from megakd.data.views import Augmentation, Tokenize, TowerView, decode, draw, draw_stored, train_pixels
 from megakd.data.workers import WorkerStream
 from megakd.recipe import Views
 
@@ -36,6 +39,7 @@ class Batch:
     index: (B,) int64, the samples used, replacements included. Row r was drawn at position + rank * B + r.
     pixels: tower -> (B, 3, H, W) uint8, for `views.normalise`; tokens: tower -> (B, L) int64.
     bad: what this rank skipped for this batch, with `seen` samples tried and examples.
+    stored: what a store has of these samples, and view: (B,) int64, the numbers of the views they are seen in; None without one.
     """
 
     position: int
@@ -44,6 +48,8 @@ class Batch:
     pixels: dict[str, torch.Tensor]
     tokens: dict[str, torch.Tensor]
     bad: BadCounter
+    view: torch.Tensor | None = None
+    stored: Rows | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -53,7 +59,7 @@ class Batch:
         return self.bad.example
 
     def to(self, device: torch.device | str, non_blocking: bool) -> Batch:
-        """A copy on `device`; shared tensors are moved once and stay shared."""
+        """A copy on `device`; shared tensors are moved once and stay shared. `index`, `view` and `stored` stay on the CPU."""
         moved: dict[int, torch.Tensor] = {}
 
         def move(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -62,8 +68,7 @@ class Batch:
                     moved[id(tensor)] = tensor.to(device, non_blocking=non_blocking)
             return {name: moved[id(tensor)] for name, tensor in tensors.items()}
 
-        index = self.index.to(device, non_blocking=non_blocking)
-        return replace(self, index=index, pixels=move(self.pixels), tokens=move(self.tokens))
+        return replace(self, pixels=move(self.pixels), tokens=move(self.tokens))
 
 
 class TrainBatches(Iterator[Batch]):
@@ -87,7 +92,7 @@ class TrainBatches(Iterator[Batch]):
         position, self._position = self._position, self._position + self._order.batch
         pixels = {name: part.pixels[number] for name, number in self._pixels_of.items()}
         tokens = {name: part.tokens[number] for name, number in self._tokens_of.items()}
-        return Batch(position, self._position, part.index, pixels, tokens, bad)
+        return Batch(position, self._position, part.index, pixels, tokens, bad, part.view, part.stored)
 
     def close(self) -> None:
         self._stream.close()
@@ -110,8 +115,11 @@ def train_batches(
     start_position: int,
     workers: int,
     pin_memory: bool,
+    store: Store | None = None,
 ) -> TrainBatches:
     """This rank's parts of the global batches from `start_position` on, without end.
+
+    store: replay its augmentations instead of fresh ones, a function of (its seed, sample, epoch mod its views), and read its rows.
 
     The parts of all ranks, in rank order, are the same global batch bit for bit for every number of ranks and workers.
     Raises ValueError when the global batch does not divide by the ranks, when the order was made for other data, and, while
@@ -127,7 +135,7 @@ def train_batches(
         raise ValueError("no tower is given: there would be nothing to load")
     pixels = list(dict.fromkeys(view.train_pixels for view in towers.values()))
     tokenizers = {view.tokens: view.tokenize for view in towers.values()}
-    dataset = _TrainSet(shards, order, views, pixels, tokenizers, rank, world)
+    dataset = _TrainSet(shards, order, views, pixels, tokenizers, rank, world, store)
     return TrainBatches(dataset, towers, start_position, workers, pin_memory)
 
 
@@ -141,10 +149,13 @@ class _Part:
     counts: list[int]
     examples: dict[Reason, str]
     failure: str = ""
+    view: torch.Tensor | None = None
+    stored: Rows | None = None
 
     def pin_memory(self) -> _Part:
         pixels, tokens = [pixel.pin_memory() for pixel in self.pixels], [token.pin_memory() for token in self.tokens]
-        return replace(self, index=self.index.pin_memory(), pixels=pixels, tokens=tokens)
+        stored = None if self.stored is None else Rows(*(values.pin_memory() for values in self.stored))
+        return replace(self, index=self.index.pin_memory(), pixels=pixels, tokens=tokens, stored=stored)
 
 
 @dataclass(frozen=True)
@@ -177,6 +188,7 @@ class _TrainSet:
     tokenizers: dict[str, Tokenize]
     rank: int
     world: int
+    store: Store | None
 
     def __getitems__(self, positions: range) -> _Part:
         count = len(positions)
@@ -191,7 +203,11 @@ class _TrainSet:
         except _Exhausted as error:
             return _Part(torch.empty(0), [], [], bad.to_list(), dict(bad.examples), str(error))
         tokens = [tokenize(texts).long() for tokenize in self.tokenizers.values()]
-        return _Part(torch.from_numpy(index), pixels, tokens, bad.to_list(), dict(bad.examples))
+        part = _Part(torch.from_numpy(index), pixels, tokens, bad.to_list(), dict(bad.examples))
+        if self.store is not None:
+            view = np.array([self.store.view_at(position, self.order.epoch_length) for position in positions], np.int64)
+            part.view, part.stored = torch.from_numpy(view), self.store.read(index, view)
+        return part
 
     def _place(self, position: int, chosen: int, sample: Sample | BadSample, rows: list[np.ndarray], bad: BadCounter) -> tuple[int, str]:
         """Fills the rows of one position and returns the sample that did it, with its caption."""
@@ -201,7 +217,7 @@ class _TrainSet:
                 (sample,) = self.shards.read_each([chosen], ("image", "caption"))
             bad.seen += 1
             try:
-                return chosen, self._view(position, sample, rows)
+                return chosen, self._view(position, chosen, sample, rows)
             except BadSample as error:
                 bad.add(error.reason, str(error))
         raise _Exhausted(
@@ -209,17 +225,28 @@ class _TrainSet:
             f"Almost all of data.train is unusable; repair it (data.max_bad_fraction does not help here)"
         )
 
-    def _view(self, position: int, sample: Sample | BadSample, rows: list[np.ndarray]) -> str:
-        if isinstance(sample, BadSample):
-            raise sample
-        with located(sample.where):
-            text = caption(sample.members["caption"])
-            image = decode(sample.members["image"], self.shards.data.max_pixels)
-            image = image if image.mode == "RGB" else image.convert("RGB")
-        augmentation = draw(self.views, self.order.seed, position, *image.size)
+    def _view(self, position: int, chosen: int, sample: Sample | BadSample, rows: list[np.ndarray]) -> str:
+        image, text = decoded(sample, self.shards.data.max_pixels)
+        augmentation = self._augmentation(position, chosen, *image.size)
         for row, view in zip(rows, self.pixels, strict=True):
             row[...] = train_pixels(image, augmentation, view)
         return text
+
+    def _augmentation(self, position: int, chosen: int, width: int, height: int) -> Augmentation:
+        if self.store is None:
+            return draw(self.views, self.order.seed, position, width, height)
+        view = self.store.view_at(position, self.order.epoch_length)
+        return draw_stored(self.views, self.store.manifest.seed, chosen, view, width, height)
+
+
+def decoded(sample: Sample | BadSample, max_pixels: int) -> tuple[Image.Image, str]:
+    """The image in RGB, and its caption. Raises BadSample, with the sample's place."""
+    if isinstance(sample, BadSample):
+        raise sample
+    with located(sample.where):
+        text = caption(sample.members["caption"])
+        image = decode(sample.members["image"], max_pixels)
+        return image if image.mode == "RGB" else image.convert("RGB"), text
 
 
 @contextlib.contextmanager

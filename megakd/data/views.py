@@ -37,6 +37,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 # half the time; at a gap of 2 it was 4 on the checkerboard. Smaller crops, 256-1024 px files at 224 px, are untouched by it.
 _REDUCING_GAP = 3.0
 _CROP_ATTEMPTS = 10
+_DRAWS = 1 + 4 * _CROP_ATTEMPTS
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,19 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def draw(views: Views, seed: int, position: int, width: int, height: int) -> Augmentation:
-    """The augmentation of the sample at `position`: a pure function, so that a stored one can be replayed.
+    """The augmentation of the sample at `position`: a pure function, so that a run can be resumed anywhere."""
+    return _augmentation(views, uniform(seed, "view", (position, 0), _DRAWS), width, height)
 
-    torchvision's RandomResizedCrop: area uniform in crop_scale, ratio log-uniform in crop_ratio, ten attempts, else the largest
+
+def draw_stored(views: Views, seed: int, index: int, view: int, width: int, height: int) -> Augmentation:
+    """The augmentation number `view` (from 0) of the sample `index`, whatever its place in the order: one that a store can hold."""
+    return _augmentation(views, uniform(seed, "view", (index, 1 + view), _DRAWS), width, height)
+
+
+def _augmentation(views: Views, numbers: list[float], width: int, height: int) -> Augmentation:
+    """torchvision's RandomResizedCrop: area uniform in crop_scale, ratio log-uniform in crop_ratio, ten attempts, else the largest
     central crop within the ratios. The flip has its own draw and does not depend on how many attempts were needed.
     """
-    numbers = uniform(seed, "view", (position, 0), 1 + 4 * _CROP_ATTEMPTS)
     flip = numbers[0] < views.flip
     low, high = (math.log(ratio) for ratio in views.crop_ratio)
     for attempt in range(_CROP_ATTEMPTS):

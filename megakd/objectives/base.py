@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, TypedDict
 
 import torch
@@ -24,12 +25,17 @@ class Objective(Protocol):
     backend: str | None
 
     def head(self, student_width: int, teacher_width: int) -> nn.Module | None:
-        """A projection to train inside the engine, whose outputs come back as `student.projected[names[0]]`; None for none."""
+        """A projection to train inside the engine, one for each teacher; outputs come back by their `head_name`. None for none."""
         ...
 
-    def __call__(self, student: Embeddings, teacher: Embeddings | None, group: ProcessGroup | None) -> dict[str, Tensor]:
-        """Each of `names` as a float32 scalar whose gradient, averaged over ranks, is that of the global batch."""
+    def __call__(self, student: Embeddings, teachers: Sequence[Embeddings], group: ProcessGroup | None) -> dict[str, Tensor]:
+        """Each of `names` as a float32 scalar whose gradient, averaged over ranks, is that of the global batch; the teachers' mean."""
         ...
+
+
+def head_name(objective: str, place: int) -> str:
+    """The key in `student.projected` of an objective's projection to the teacher at `place` (from 0)."""
+    return objective if place == 0 else f"{objective}{place}"
 
 
 class KernelOptions(TypedDict):

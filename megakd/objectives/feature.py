@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megakd.models.embeddings import Embeddings
 from megakd.models.student import Head
+from megakd.objectives.base import head_name
 from megakd.recipe import Recipe
 
 FEATURE = "feature"
@@ -29,10 +32,12 @@ class Feature:
     def head(self, student_width: int, teacher_width: int) -> nn.Module | None:
         return Head(self._kind, student_width, teacher_width)
 
-    def __call__(self, student: Embeddings, teacher: Embeddings | None, group: ProcessGroup | None) -> dict[str, Tensor]:
-        assert teacher is not None
-        image_BD, text_BD = student.projected[FEATURE]
-        return {FEATURE: (_square_distance(image_BD, teacher.image) + _square_distance(text_BD, teacher.text)) / 2}
+    def __call__(self, student: Embeddings, teachers: Sequence[Embeddings], group: ProcessGroup | None) -> dict[str, Tensor]:
+        distances = []
+        for place, teacher in enumerate(teachers):
+            image_BD, text_BD = student.projected[head_name(FEATURE, place)]
+            distances.append((_square_distance(image_BD, teacher.image) + _square_distance(text_BD, teacher.text)) / 2)
+        return {FEATURE: torch.stack(distances).mean()}
 
 
 def _square_distance(a_BD: Tensor, b_BD: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megakd.models.embeddings import Embeddings
 from megakd.models.student import Head
-from megakd.objectives.base import kernel_options
+from megakd.objectives.base import head_name, kernel_options
 from megakd.recipe import Recipe
 from megakd_kernels import interactive_kd
 
@@ -31,11 +33,12 @@ class Interactive:
     def head(self, student_width: int, teacher_width: int) -> nn.Module | None:
         return Head(self._kind, student_width, teacher_width)
 
-    def __call__(self, student: Embeddings, teacher: Embeddings | None, group: ProcessGroup | None) -> dict[str, Tensor]:
-        assert teacher is not None
-        image_BD, text_BD = student.projected[INTERACTIVE]
-        queries = student._replace(image=image_BD, text=text_BD)
-        return {INTERACTIVE: interactive_kd(queries, teacher, group=group, **self._options)}
+    def __call__(self, student: Embeddings, teachers: Sequence[Embeddings], group: ProcessGroup | None) -> dict[str, Tensor]:
+        losses = []
+        for place, teacher in enumerate(teachers):
+            image_BD, text_BD = student.projected[head_name(INTERACTIVE, place)]
+            losses.append(interactive_kd(student._replace(image=image_BD, text=text_BD), teacher, group=group, **self._options))
+        return {INTERACTIVE: torch.stack(losses).mean()}
 
 
 def interactive(recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> list[Interactive]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -9,7 +11,7 @@ from torch.distributed import ProcessGroup
 from megakd.models.embeddings import Embeddings
 from megakd.objectives.base import kernel_options
 from megakd.recipe import Recipe
-from megakd_kernels import sigmoid_kd
+from megakd_kernels import BiasedPair, sigmoid_kd
 
 CONTRASTIVE, SIMILARITY = "sigmoid_contrastive", "sigmoid_similarity"
 
@@ -28,9 +30,9 @@ class Sigmoid:
     def head(self, student_width: int, teacher_width: int) -> nn.Module | None:
         return None
 
-    def __call__(self, student: Embeddings, teacher: Embeddings | None, group: ProcessGroup | None) -> dict[str, Tensor]:
-        guide = teacher if SIMILARITY in self.names else None
-        loss = sigmoid_kd(student, guide, hard=CONTRASTIVE in self.names, group=group, **self._options)
+    def __call__(self, student: Embeddings, teachers: Sequence[Embeddings], group: ProcessGroup | None) -> dict[str, Tensor]:
+        guides: list[BiasedPair] = list(teachers) if SIMILARITY in self.names else []
+        loss = sigmoid_kd(student, guides or None, hard=CONTRASTIVE in self.names, group=group, **self._options)
         return {name: {SIMILARITY: loss.kd, CONTRASTIVE: loss.hard}[name] for name in self.names}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -9,7 +11,7 @@ from torch.distributed import ProcessGroup
 from megakd.models.embeddings import Embeddings
 from megakd.objectives.base import kernel_options
 from megakd.recipe import Recipe
-from megakd_kernels import similarity_kd
+from megakd_kernels import Pair, similarity_kd
 
 CONTRASTIVE, SIMILARITY = "contrastive", "similarity"
 
@@ -30,16 +32,16 @@ class Softmax:
     def head(self, student_width: int, teacher_width: int) -> nn.Module | None:
         return None
 
-    def __call__(self, student: Embeddings, teacher: Embeddings | None, group: ProcessGroup | None) -> dict[str, Tensor]:
-        guide = teacher if SIMILARITY in self.names else None
-        if self._scale_limit is None:  # once: the teacher is frozen, and reading its scale waits for the device
-            scales = [self._fixed_scale or self._max_scale, 0.0 if guide is None else float(guide.scale)]
+    def __call__(self, student: Embeddings, teachers: Sequence[Embeddings], group: ProcessGroup | None) -> dict[str, Tensor]:
+        guides: list[Pair] = list(teachers) if SIMILARITY in self.names else []
+        if self._scale_limit is None:  # once: teachers are frozen, and reading a scale waits for the device
+            scales = [self._fixed_scale or self._max_scale, *(float(guide.scale) for guide in guides)]
             self._scale_limit = 1.001 * max(scales)  # the student's scale is clamped as a logarithm, in its own precision
         if self._fixed_scale is not None:
             student = student._replace(scale=student.scale.new_tensor(self._fixed_scale))
         loss = similarity_kd(
             student,
-            guide,
+            guides or None,
             temperature=self._temperature,
             hard=CONTRASTIVE in self.names,
             scale_limit=self._scale_limit,

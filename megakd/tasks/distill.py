@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megakd.models.embeddings import Embeddings
+from megakd.objectives.base import head_name
 from megakd.objectives.registry import WITH_BIAS, WITHOUT_TEACHER, build
 from megakd.recipe import Recipe
 
@@ -44,18 +47,20 @@ class Distill:
                 f"with a sigmoid loss, or give a {model}.architecture of your own `init_logit_bias` (SigLIP starts at -10)"
             )
 
-    def heads(self, student_width: int, teacher_width: int | None) -> dict[str, nn.Module]:
-        """The projections that the objectives train, by name. They go into the engine with the student."""
-        if teacher_width is None:
-            return {}
-        built = {part.names[0]: part.head(student_width, teacher_width) for part in self._objectives}
+    def heads(self, student_width: int, teacher_widths: Sequence[int]) -> dict[str, nn.Module]:
+        """The projections that the objectives train, one for each teacher, by name. They go into the engine with the student."""
+        built = {
+            head_name(part.names[0], place): part.head(student_width, width)
+            for part in self._objectives
+            for place, width in enumerate(teacher_widths)
+        }
         return {name: head for name, head in built.items() if head is not None}
 
-    def losses(self, student: Embeddings, teacher: Embeddings | None) -> dict[str, Tensor]:
+    def losses(self, student: Embeddings, teachers: Sequence[Embeddings]) -> dict[str, Tensor]:
         """Unweighted float32 scalars by objective name, in the order of `weights`."""
         found: dict[str, Tensor] = {}
         for objective in self._objectives:
-            found |= objective(student, teacher, self._group)
+            found |= objective(student, teachers, self._group)
         return {name: found[name] for name in self.weights}
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:

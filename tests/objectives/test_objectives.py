@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from megakd import recipe_files
 from megakd.models.embeddings import Embeddings
-from megakd.objectives.base import Objective
-from megakd.objectives.registry import FAMILIES, build
+from megakd.objectives.base import Objective, head_name
+from megakd.objectives.registry import FAMILIES, WITHOUT_TEACHER, build
 from megakd.recipe import Recipe
 from megakd.tasks.distill import Distill
 
@@ -36,7 +36,7 @@ def _objective(recipe_file: Path, name: str, *overrides: str) -> Objective:
 
 
 def _loss(objective: Objective, student: Embeddings, teacher: Embeddings | None) -> Tensor:
-    (loss,) = objective(student, teacher, None).values()
+    (loss,) = objective(student, [] if teacher is None else [teacher], None).values()
     return loss
 
 
@@ -162,8 +162,29 @@ def test_losses_of_one_matrix_come_from_one_pass_and_are_what_they_are_alone(rec
         weights = [f"objectives.{name}={float(name in (first, second))}" for name in NAMES]
         (both,) = build(_recipe(recipe_file, *weights), CPU)
         assert both.names == (first, second)
-        for name, loss in both(student, teacher, None).items():
+        for name, loss in both(student, [teacher], None).items():
             torch.testing.assert_close(loss, _loss(_objective(recipe_file, name), student, teacher))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITHOUT_TEACHER])
+def test_several_teachers_give_the_mean_of_their_losses(recipe_file: Path, name: str) -> None:
+    student, teachers = _pair(1, 16)._replace(bias=torch.tensor(-4.0)), [_pair(5, 24), _pair(7, 20, 35.0)]
+    teachers = [teacher._replace(bias=torch.tensor(-3.0)) for teacher in teachers]
+    queries = [(_unit(9, width), _unit(10, width)) for width in (24, 20)]
+    objective = _objective(recipe_file, name)
+    both = student._replace(projected={head_name(name, place): pair for place, pair in enumerate(queries)})
+    (found,) = objective(both, teachers, None).values()
+    alone = [
+        _loss(_objective(recipe_file, name), student._replace(projected={name: pair}), teacher)
+        for teacher, pair in zip(teachers, queries, strict=True)
+    ]
+    torch.testing.assert_close(found, (alone[0] + alone[1]) / 2)
+
+
+def test_the_task_builds_a_head_for_each_teacher_in_its_width(recipe_file: Path) -> None:
+    task = Distill(_recipe(recipe_file, "objectives.feature=1", "teacher.model=ViT-B-32"), CPU, None)
+    heads = task.heads(16, [24, 20])
+    assert {name: head.image.weight.shape for name, head in heads.items()} == {"feature": (24, 16), "feature1": (20, 16)}
 
 
 def test_the_kernels_section_chooses_the_backend_and_the_task_says_which(recipe_file: Path) -> None:
@@ -186,7 +207,7 @@ def test_the_task_weighs_what_it_logs_unweighted(recipe_file: Path) -> None:
     recipe = _recipe(recipe_file, "objectives.similarity=3", "objectives.feature=0.5", "teacher.model=ViT-B-32")
     task = Distill(recipe, CPU, None)
     student, teacher = _pair(1, 16), _pair(5, 16)
-    losses = task.losses(student._replace(projected={"feature": (student.image, student.text)}), teacher)
+    losses = task.losses(student._replace(projected={"feature": (student.image, student.text)}), [teacher])
     assert list(losses) == list(task.weights) == ["contrastive", "similarity", "feature"]
     torch.testing.assert_close(task.total(losses), losses["contrastive"] + 3 * losses["similarity"] + 0.5 * losses["feature"])
 
@@ -194,8 +215,8 @@ def test_the_task_weighs_what_it_logs_unweighted(recipe_file: Path) -> None:
 def test_an_objective_of_weight_zero_is_left_out_with_its_head(recipe_file: Path) -> None:
     task = Distill(_recipe(recipe_file, "objectives.feature=0.0"), CPU, None)
     assert not task.needs_teacher
-    assert task.heads(16, 24) == {}
-    assert set(task.losses(_pair(1, 16), None)) == {"contrastive"}
+    assert task.heads(16, [24]) == {}
+    assert set(task.losses(_pair(1, 16), [])) == {"contrastive"}
 
 
 def test_an_objective_that_needs_a_teacher_is_refused_without_one(recipe_file: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import EVERY_OBJECTIVE, KD, REPOSITORY, curve, ds_config, environment, losses, rows, settings, train
+from tiny_runs import ENSEMBLE, EVERY_OBJECTIVE, KD, REPOSITORY, curve, ds_config, environment, losses, rows, settings, train
 
 from megakd.recipe import Objectives
 from megakd.runtime import checkpoint
@@ -62,6 +62,8 @@ def runs(recipe_file: Path, evaluations: tuple[str, ...], world: Path, tmp_path_
     alone("one_mlp", (*kd, "feature.head=mlp"))
     every = (*EVERY_OBJECTIVE, *KEPT)
     alone("one_every", (*every, "kernels.backend=eager"))
+    alone("one_int8", (*kd, "teacher.mode=replicated_int8"))
+    alone("one_ensemble", (*kd, *ENSEMBLE))
     _half(found["one"], found["two_from_one"])
     jobs = {
         "two": arguments("two", kd),
@@ -71,6 +73,9 @@ def runs(recipe_file: Path, evaluations: tuple[str, ...], world: Path, tmp_path_
             for stage, path in zip((2, 3), micro_stages, strict=True)
         },
         "two_mlp_recomputed": arguments("two_mlp_recomputed", (*kd, "feature.head=mlp", "student.activation_checkpointing=true")),
+        "two_zero3": arguments("two_zero3", (*kd, "teacher.mode=zero3"), "--ds_config", stages[2]),
+        "two_zero3_int8": arguments("two_zero3_int8", (*kd, "teacher.mode=zero3_int8"), "--ds_config", micro_stages[0]),
+        "two_ensemble": arguments("two_ensemble", (*kd, *ENSEMBLE, "ensemble.second.mode=zero3")),
         "two_every_chunked": arguments("two_every_chunked", (*every, "kernels.backend=chunked")),
         "two_every_ring": arguments("two_every_ring", (*every, "kernels.ring=true"), "--ds_config", micro_stages[0]),
         "two_from_one": arguments("two_from_one", kd),
@@ -160,6 +165,18 @@ def test_two_ranks_train_as_one_does(runs: Runs, name: str) -> None:
 def test_accumulation_over_micro_batches_is_exact(runs: Runs, name: str) -> None:
     assert json.loads((runs[name] / "run.json").read_text())["ds_config"]["train_micro_batch_size_per_gpu"] == 4
     _assert_same_training(runs[name], runs["one"])
+
+
+@pytest.mark.parametrize(("name", "reference"), [("two_zero3", "one"), ("two_zero3_int8", "one_int8"), ("two_ensemble", "one_ensemble")])
+def test_a_partitioned_teacher_beside_any_student_teaches_as_a_replicated_one(runs: Runs, name: str, reference: str) -> None:
+    assert [outcome.get("code") for outcome in runs.outcomes[name]] == [0, 0], runs.outcomes[name]
+    _assert_same_training(runs[name], runs[reference])
+
+
+def test_a_second_teacher_and_eight_bits_change_what_is_learned(runs: Runs) -> None:
+    """Or the tests above would compare runs without them."""
+    assert losses(runs["one_ensemble"]) != losses(runs["one"]) != losses(runs["one_int8"])
+    assert losses(runs["one_int8"]) == pytest.approx(losses(runs["one"]), rel=0.01)
 
 
 @pytest.mark.parametrize(("name", "backend"), [("one_every", "eager"), ("two_every_chunked", "chunked"), ("two_every_ring", "chunked")])

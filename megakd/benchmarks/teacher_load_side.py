@@ -1,0 +1,96 @@
+"""One rank of `megakd bench teacher-load`: loads a teacher in one of its modes, embeds a few pairs, and says what that took.
+
+`teacher_load_side.py SETTINGS FOLDER` under torchrun; writes FOLDER/rank-N.json. Started as a file with -P, so megakd/ is not on its path.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+
+from megakd.models import streaming, towers
+from megakd.models.sharded_teacher import build_sharded_teacher
+from megakd.models.teacher import ReplicatedTeacher, Teacher
+from megakd.recipe import Model
+from megakd.runtime import collectives, launch, partition
+from megakd.runtime.launch import World
+
+
+def description(model: str, pretrained: str) -> towers.Description:
+    """Of a model whose tokenizer need not be here: the texts are random tokens."""
+    config = open_clip.get_model_config(model)
+    if config is None:
+        raise ValueError(f"--model {model}: open_clip has no such model; `open_clip.list_models()` lists all")
+    return towers.Description("teacher", Model(model=model, pretrained=pretrained), config, {}, lambda texts: torch.zeros(len(texts), 1))
+
+
+def build(model: str, weights: str, mode: str, offload: bool, world: World) -> Teacher:
+    """The teacher in `mode`, a value of the recipe's teacher.mode."""
+    described = description(model, weights)
+    int8 = streaming.Int8() if mode.endswith("int8") else None
+    if mode.startswith("zero3"):
+        return build_sharded_teacher(described, world, partition.settings(offload=offload), int8=int8)
+    precision: towers.Precision = "bf16" if world.device.type == "cuda" else "fp32"
+    return ReplicatedTeacher(streaming.load(described, world, precision, int8=int8))
+
+
+def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
+    """Seconds, and gigabytes of this process: resident at the start, after loading, the peaks; read from files while loading."""
+    read, start, began = _read_bytes(), _resident("VmRSS"), time.perf_counter()
+    teacher = build(settings["model"], settings["weights"], settings["mode"], settings["offload"], world)
+    collectives.barrier(world)
+    found: dict[str, Any] = {
+        "rank": world.rank,
+        "load_seconds": time.perf_counter() - began,
+        "start_gb": start,
+        "loaded_gb": _resident("VmRSS"),
+        "peak_loading_gb": _resident("VmHWM"),
+        "read_gb": (_read_bytes() - read) / 1e9,
+    }
+    config = open_clip.get_model_config(settings["model"])
+    size, length = config["vision_cfg"]["image_size"], config["text_cfg"].get("context_length", 77)
+    pixels = torch.randn(settings["pairs"], 3, size, size, dtype=teacher.dtype, device=world.device)
+    tokens = torch.randint(1, 1000, (settings["pairs"], length), device=world.device)
+    seconds = []
+    for _ in range(settings["forwards"]):
+        began = time.perf_counter()
+        embedded = teacher.embed(pixels, tokens)
+        assert embedded.image.isfinite().all()
+        assert embedded.text.isfinite().all()
+        seconds.append(time.perf_counter() - began)
+    found |= {"forward_seconds": seconds, "embedded_gb": _resident("VmRSS"), "peak_gb": _resident("VmHWM")}
+    if world.device.type == "cuda":
+        found["peak_gpu_gb"] = torch.cuda.max_memory_allocated(world.device) / 1e9
+    return found
+
+
+def _resident(field: str) -> float:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024 / 1e9
+    raise ValueError(f"/proc/self/status has no {field}: this benchmark needs Linux")
+
+
+def _read_bytes() -> int:
+    """Bytes that this process has asked its files for, out of the page cache or not."""
+    return int(Path("/proc/self/io").read_text(encoding="utf-8").split("rchar:")[1].split()[0])
+
+
+def main() -> None:
+    world = launch.start()
+    found = measure(json.loads(sys.argv[1]), world)
+    target = Path(sys.argv[2]) / f"rank-{world.rank}.json"
+    part = target.with_suffix(".part")
+    part.write_text(json.dumps(found), encoding="utf-8")
+    part.replace(target)
+    launch.stop()
+
+
+if __name__ == "__main__":
+    main()

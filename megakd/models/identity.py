@@ -1,0 +1,120 @@
+"""What a teacher's embeddings depend on, told from its description alone: no model is built, so a run on a store needs none.
+
+The identity is plain JSON: the open_clip configuration, the weights by checksum, the preprocessing, the tokenizer by what it does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import string
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from open_clip.factory import _find_checkpoint_in_dir
+from open_clip.pretrained import get_pretrained_cfg
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from torch import Tensor
+
+from megakd.models.towers import RANDOM, WEIGHT_SUFFIXES, Description
+
+_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+# Set by open_clip while it builds, not by whoever describes the model.
+_SET_BY_BUILDING = ("timm_model_pretrained", "hf_model_pretrained")
+
+
+def identity(description: Description, seed: int) -> dict[str, Any]:
+    """`teacher` (its configuration), `weights`, `preprocess` and `tokenizer`, nested plain values.
+
+    seed: the run's, from which random weights are drawn. Weights of gigabytes are read once for their checksum: rank 0's work.
+    """
+    towers = {
+        name: {key: value for key, value in part.items() if key not in _SET_BY_BUILDING} if isinstance(part, dict) else part
+        for name, part in description.config.items()
+    }
+    preprocess = asdict(preprocessing(description))
+    return {
+        "teacher": towers,
+        "weights": _weights(description, seed),
+        "preprocess": {key: list(value) if isinstance(value, tuple) else value for key, value in preprocess.items()},
+        "tokenizer": behaviour(description.tokenize),
+    }
+
+
+def preprocessing(description: Description) -> PreprocessCfg:
+    """The preprocessing that the built model has: open_clip's defaults, then the tag's or the folder's, the size the image tower's."""
+    found: dict[str, Any] = merge_preprocess_dict(asdict(PreprocessCfg()), description.preprocess)
+    if (tag := _tag(description)) is not None:
+        found = merge_preprocess_dict(found, tag)
+    size = description.config["vision_cfg"].get("image_size", 224)
+    # timm's towers and open_clip's own ViT keep (height, width); a ResNet keeps the number
+    found["size"] = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    return PreprocessCfg(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
+
+
+def behaviour(tokenize: Callable[[list[str]], Tensor]) -> str:
+    """SHA-256 of a tokenizer's output on fixed texts: letters alone, in pairs and threes, digits, signs, other scripts, a long text.
+
+    A digest of what it does, not of its files: the same in every process, wherever its folder lies.
+    """
+    letters = string.ascii_lowercase
+    pairs = [" ".join(first + second for second in letters) for first in letters]
+    triples = [
+        " ".join("".join(triple) for triple in itertools.islice(itertools.product(letters, repeat=3), start, None, 677))
+        for start in range(26)
+    ]
+    texts = [
+        *pairs,
+        *triples,
+        " ".join(string.printable),
+        "A photo of 2 dogs, 17 cats and 360 red-and-blue birds at 12:30; it's the world's oldest (1893).",
+        "naïve façade — “Übergröße” 東京 Москва مرحبا 🙂",
+        "the quick brown fox jumps over the lazy dog " * 40,
+        " ",
+    ]
+    return hashlib.sha256(tokenize(texts).long().numpy().tobytes()).hexdigest()
+
+
+def _weights(description: Description, seed: int) -> dict[str, Any]:
+    """name: for people, and for comparing where no file is at hand; sha256: of the file that would be loaded, where it is here."""
+    settings = description.settings
+    if settings.pretrained == RANDOM or (settings.pretrained is None and ":" not in (settings.model or "")):
+        return {"name": f"random, seed {seed}", "sha256": None}
+    file = weights_file(description)
+    name = " ".join(part for part in (settings.model, settings.pretrained) if part)
+    if file is None:
+        return {"name": name, "sha256": None}
+    with file.open("rb") as opened:
+        return {"name": name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def weights_file(description: Description) -> Path | None:
+    """The file that building would load, as far as it is on this machine: nothing is downloaded."""
+    settings = description.settings
+    name, pretrained = settings.model or "", settings.pretrained or ""
+    if name.startswith("local-dir:"):
+        found = _find_checkpoint_in_dir(Path(name.removeprefix("local-dir:")))
+        return None if found is None else Path(found)
+    if name.startswith("hf-hub:"):
+        return _cached(name.removeprefix("hf-hub:"))
+    if pretrained.endswith(WEIGHT_SUFFIXES):
+        return Path(pretrained)
+    tag = _tag(description) or {}
+    return _cached(tag["hf_hub"].rstrip("/")) if tag.get("hf_hub") else None
+
+
+def _tag(description: Description) -> dict[str, Any] | None:
+    settings = description.settings
+    if settings.model is None or ":" in settings.model or settings.pretrained is None:
+        return None
+    return get_pretrained_cfg(settings.model.replace("/", "-"), settings.pretrained) or None
+
+
+def _cached(repository: str) -> Path | None:
+    for name in _HUB_FILES:
+        if isinstance(found := try_to_load_from_cache(repository, name), str):
+            return Path(found)
+    return None

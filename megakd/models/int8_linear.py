@@ -1,0 +1,68 @@
+"""A linear layer whose matrix is int8 with a float32 scale a row. Legend: O outputs, I inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from megakd.models import int8_products
+
+
+def quantise_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (O, I) and float32 scale (O,): the only way that weights become int8. A kernel (O, I, 1, 1) counts as a matrix."""
+    return int8_products.quantise_rows(weight_OI.detach().flatten(1))
+
+
+class Int8Linear(nn.Module):
+    """x (..., I) -> (..., O) in x's type. `weight` is a parameter (O, I), `scale` a buffer (O,), `bias` the original's parameter.
+
+    Moving the module to another type moves the bias alone: the scale stays float32.
+    """
+
+    weight: nn.Parameter
+    scale: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None, threshold: float = 0.0, product: int8_products.Product | None = None
+    ) -> None:
+        """weight: (O, I) of floating type, with values or on the meta device. threshold, product: see `int8_products.linear`."""
+        super().__init__()
+        weight_OI, scale_O = quantise_weight(weight)
+        self.out_features, self.in_features = weight_OI.shape
+        self.weight = nn.Parameter(weight_OI, requires_grad=False)
+        # A buffer: DeepSpeed rounds floating parameters to its own type when it partitions, and leaves buffers alone.
+        self.register_buffer("scale", scale_O)
+        self.bias = bias
+        self.threshold, self.product = threshold, product
+        # Where open_clip looks for the type of activations, which the matrix no longer tells.
+        self.int8_original_dtype = weight.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_products.linear(x, self.weight, self.scale, self.bias, self.threshold, self.product)
+
+    def third(self, x: Tensor, index: int) -> Tensor:
+        """The product with the first, second or third part of a matrix of queries, keys and values."""
+        size = self.out_features // 3
+        rows = slice(index * size, (index + 1) * size)
+        bias = None if self.bias is None else self.bias[rows]
+        return int8_products.linear(x, self.weight[rows], self.scale[rows], bias, self.threshold, self.product)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        scale_O = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scale.dtype != torch.float32:
+            self.scale = scale_O.to(self.scale.device)
+        self.int8_original_dtype = fn(torch.empty(0, dtype=self.int8_original_dtype)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+class Int8PointwiseConv(Int8Linear):
+    """Replaces a convolution of kernel 1: (N, I, height, width) -> (N, O, height, width)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)

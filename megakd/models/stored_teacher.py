@@ -1,0 +1,102 @@
+"""A teacher whose embeddings were computed before: rows of a store, and the live model for what the store does not have.
+
+Legend: B local batch, D embedding width, M misses of this rank.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megakd.models.embeddings import Embeddings
+from megakd.models.teacher import Teacher
+from megakd.runtime import collectives
+from megakd.runtime.launch import World
+
+StoreMiss = Literal["teacher", "fail"]
+# (samples (M,), view numbers (M,), type of the pixels) -> what `Teacher.embed` takes, on the device; one row of anything for M = 0
+Reread = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
+
+log = logging.getLogger("megakd.models")
+
+
+class StoredTeacher:
+    """Embeddings of a batch from the rows that a store has of it.
+
+    A step on which any rank misses a row concerns all of them: either every rank raises, or every rank builds the live teacher (once)
+    and calls it equally often, since a sharded teacher communicates in `embed`.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        scale: float,
+        bias: float | None,
+        dtype: torch.dtype,
+        world: World,
+        miss: StoreMiss,
+        build: Callable[[], Teacher],
+        reread: Reread,
+        where: Callable[[int], str],
+        piece: int,
+    ) -> None:
+        """dtype: of the embeddings, as the live teacher gives them. piece: images in one forward of the live teacher.
+
+        where: 'shard: key' of a sample, for messages.
+        """
+        self.width, self.dtype, self.misses = width, dtype, 0
+        self._scale = torch.tensor(scale, dtype=torch.float32, device=world.device)
+        self._bias = None if bias is None else torch.tensor(bias, dtype=torch.float32, device=world.device)
+        self._world, self._miss, self._build, self._reread, self._where, self._piece = world, miss, build, reread, where, piece
+        self._live: Teacher | None = None
+
+    def recall(self, image_BD: Tensor, text_BD: Tensor, known_B: Tensor, index_B: Tensor, view_B: Tensor) -> Embeddings:
+        """Unit embeddings of a batch, without gradient; every rank calls it for its part of the batch. All arguments are on the CPU.
+
+        image_BD, text_BD: a store's rows, valid where known_B (bool); index_B, view_B: which sample and view each row is.
+        Raises ValueError on every rank when a row is missing and misses are to fail.
+        """
+        missing_M = (~known_B).nonzero().flatten()
+        counts = self._counts(len(missing_M))
+        image, text = (rows.to(self._world.device, self.dtype, non_blocking=True) for rows in (image_BD, text_BD))
+        if any(counts):
+            self._refuse_or_say(counts, index_B[missing_M])
+            live = self._teach(index_B[missing_M], view_B[missing_M], max(counts))
+            where = missing_M.to(self._world.device)
+            image[where], text[where] = live.image.to(self.dtype), live.text.to(self.dtype)
+        return Embeddings(image, text, self._scale, self._bias)
+
+    def _counts(self, mine: int) -> list[int]:
+        """Misses of every rank: on the CPU, so that no device is waited for."""
+        counts = torch.zeros(self._world.size)
+        counts[self._world.rank] = mine
+        return [int(count) for count in collectives.start_sum(counts, self._world).read()]
+
+    def _refuse_or_say(self, counts: list[int], index_M: Tensor) -> None:
+        total = sum(counts)
+        example = self._where(int(index_M[0])) if len(index_M) else "on another rank"
+        if self._miss == "fail":
+            raise ValueError(
+                f"teacher.store: {total} samples of this batch are not in the store, and teacher.store_miss is 'fail'. Example: {example}. "
+                f"Complete the store with `megakd embed`, or set teacher.store_miss = 'teacher'"
+            )
+        if self.misses == 0:
+            log.warning("%d samples of this batch are not in the store (%s): the teacher is loaded to embed such samples", total, example)
+        self.misses += total
+
+    def _teach(self, index_M: Tensor, view_M: Tensor, most: int) -> Embeddings:
+        """The live teacher's embeddings of M samples. Every rank makes as many calls as the one with `most` samples needs."""
+        if self._live is None:
+            self._live = self._build()
+        parts = []
+        for start in range(0, most, self._piece):
+            asked = slice(start, start + self._piece)
+            count = len(index_M[asked])
+            found = self._live.embed(*self._reread(index_M[asked], view_M[asked], self._live.dtype))
+            parts.append(found._replace(image=found.image[:count], text=found.text[:count]))
+        return parts[0]._replace(image=torch.cat([part.image for part in parts]), text=torch.cat([part.text for part in parts]))

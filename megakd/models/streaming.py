@@ -1,0 +1,369 @@
+"""From a file of weights into a model, tensor by tensor: no rank ever holds the whole model.
+
+1. `empty_parameters`: inside it a model is built with its parameters on torch's meta device and its buffers in memory, so tables that
+   a constructor computes (attention masks, rotary tables) are right from the start. The model is then made int8, still empty.
+2. `Match` compares the file's names and shapes with the model's before the first tensor is read.
+3. `fill`: the first rank reads a few tensors, quantises them, and hands them to every rank, where they are partitioned or kept, and
+   dropped. The other ranks read nothing: a file is read once, however many ranks there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from open_clip.factory import _find_checkpoint_in_dir
+from open_clip.model import resize_pos_embed, resize_text_pos_embed
+from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from torch import Tensor, nn
+
+from megakd.models import int8 as int8_towers
+from megakd.models import towers
+from megakd.models.weights import INDEX_SUFFIX, InMemory, Shape, Weights, listed, open_weights
+from megakd.runtime import collectives
+from megakd.runtime.launch import World
+
+log = logging.getLogger("megakd.models")
+
+# Handed over together: fewer collectives, and still less than the largest single tensor of a giant teacher.
+BATCH_BYTES = 64 << 20
+SCALARS = ("logit_scale", "logit_bias")
+# Older transformers saved this counter with a text tower; open_clip drops it as well.
+DROPPED = re.compile(r"text\.transformer\.embeddings\.position_ids")
+OLD_TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
+TEXT = (*OLD_TEXT, "text.")  # in open_clip's two classes of models
+FOREIGN = {
+    "image_encoder.": "Apple's MobileCLIP",
+    "vision_model.": "transformers' CLIP",
+    "text_model.": "transformers' CLIP",
+}
+Place = Callable[[list[nn.Parameter]], None]
+
+
+@dataclass(frozen=True)
+class Int8:
+    """How the towers are made int8. outlier_threshold: see `int8.quantise`."""
+
+    outlier_threshold: float = 0.0
+
+
+def load(
+    description: towers.Description,
+    world: World,
+    precision: towers.Precision,
+    *,
+    int8: Int8 | None = None,
+    place: Place | None = None,
+    without_text: bool = False,
+) -> towers.Towers:
+    """A frozen model with its weights, which every rank gets from the first one's reading. A collective.
+
+    precision: of everything that is not int8. place: see `fill`. without_text: the text tower is left empty, nothing of it is read.
+    `pretrained = "random"` draws from torch's global generator what `towers.build` draws: an architecture initialises itself as a
+    whole, so the first rank holds such a model for a moment; of a file no rank holds more than a few tensors.
+    Raises ValueError on every rank when the weights do not fit the architecture or cannot be read, naming file and tensors.
+    """
+    with torch.random.fork_rng(devices=[]), empty_parameters():
+        built = towers.build(description, torch.device("cpu"), precision, load_weights=False)
+    clip = built.clip.eval().requires_grad_(False)
+    expected = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
+    conversions = _as_they_are(clip) if int8 is None else _quantised(clip, int8)
+    if without_text:
+        conversions = [conversion for conversion in conversions if not conversion.names[0].startswith(TEXT)]
+    match, failure = None, None
+    if world.is_main:
+        try:
+            match = Match(clip, expected, _weights(description, precision))
+        except (ValueError, OSError) as error:
+            failure = error
+    _raise_everywhere(failure, world)
+    fill(clip, conversions, match, world, place)
+    return replace(built, preprocess=_preprocess(built))
+
+
+def _raise_everywhere(failure: Exception | None, world: World) -> None:
+    """What went wrong on the first rank stops all of them, instead of leaving the others waiting for its tensors."""
+    heard = collectives.share(failure, world)
+    if isinstance(heard, Exception):
+        raise heard
+
+
+def _weights(description: towers.Description, precision: towers.Precision) -> Weights:
+    if description.settings.pretrained == towers.RANDOM:
+        drawn = towers.build(description, torch.device("cpu"), precision).clip
+        return InMemory(drawn.state_dict(), "random weights")
+    return open_weights(weights_file(description))
+
+
+def weights_file(description: towers.Description) -> Path:
+    """Where the weights of a description are, downloaded by open_clip when they are not here yet. Raises ValueError when there are none."""
+    settings = description.settings
+    name, pretrained = settings.model or "", settings.pretrained or ""
+    try:
+        if name.startswith("local-dir:"):
+            folder = Path(name.removeprefix("local-dir:"))
+            index = next(iter(sorted(folder.glob(f"*{INDEX_SUFFIX}"))), None)
+            found = index or _find_checkpoint_in_dir(folder)
+        elif name.startswith("hf-hub:"):
+            found = download_pretrained_from_hf(name.removeprefix("hf-hub:"))
+        elif pretrained.endswith((*towers.WEIGHT_SUFFIXES, INDEX_SUFFIX)):
+            found = pretrained
+        else:
+            found = download_pretrained(get_pretrained_cfg(name.replace("/", "-"), pretrained))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{description.role}: no weights of {name} {pretrained} came ({error}); check the network") from error
+    if not found:
+        raise ValueError(f"{description.role}: there are no weights for {name} {pretrained}")
+    return Path(found)
+
+
+def _preprocess(built: towers.Towers) -> PreprocessCfg:
+    """What open_clip adds for a pretrained tag, which building without weights leaves out."""
+    settings = built.description.settings
+    if not settings.model or ":" in settings.model or not settings.pretrained:
+        return built.preprocess
+    tag: dict[str, Any] = get_pretrained_cfg(settings.model.replace("/", "-"), settings.pretrained) or {}
+    known = asdict(built.preprocess)
+    merged = merge_preprocess_dict(known, tag)
+    return PreprocessCfg(**{**merged, "size": known["size"]})
+
+
+@contextlib.contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Modules made in here have parameters on the meta device, whatever device they are moved to, and real buffers.
+
+    torch.device("meta") alone would leave buffers empty that no checkpoint has. Constructors register a parameter before they
+    initialise it, so nothing is drawn: 5 billion parameters take seconds. Not for use in several threads at once.
+    """
+    register, apply = nn.Module.register_parameter, nn.Module._apply
+
+    def register_empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    def apply_type_alone(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        def without_device(tensor: Tensor) -> Tensor:
+            if tensor.device.type != "meta":
+                return fn(tensor)
+            return tensor.to(fn(torch.empty(0, dtype=tensor.dtype)).dtype)
+
+        moved: nn.Module = apply(self, without_device, recurse)
+        return moved
+
+    nn.Module.register_parameter, nn.Module._apply = register_empty, apply_type_alone  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter, nn.Module._apply = register, apply  # type: ignore[method-assign]
+
+
+class Match:
+    """Which tensor of a file belongs to which name of a model. Only names and shapes are looked at."""
+
+    def __init__(self, model: nn.Module, expected: Mapping[str, Shape], weights: Weights) -> None:
+        """expected: names and shapes of the model's state before it was made int8.
+
+        Raises ValueError with the names that are missing, not of this model, or of another shape.
+        """
+        self._model, self._weights = model, weights
+        self._names = {new: old for old, new in _renamed(weights.shapes, expected, weights.origin).items()}
+        self._expected = expected
+        shapes = {name: weights.shapes[old] for name, old in self._names.items()}
+        absent = expected.keys() - shapes.keys()
+        # A model trained with a sigmoid loss, started from one that was not: open_clip begins at 0.
+        self._zeros = {"logit_bias"} & absent
+        unfit = [name for name in expected if name in shapes and not self._fits(name, shapes)]
+        problems = {
+            "missing": listed(absent - self._zeros),
+            "not of this model": listed(shapes.keys() - expected.keys()),
+            "of another shape": listed(f"{name} {shapes[name]} instead of {expected[name]}" for name in unfit),
+        }
+        found = "; ".join(f"{kind}: {names}" for kind, names in problems.items() if names)
+        if found:
+            raise ValueError(f"{weights.origin}: these are not the weights of this architecture. {found}")
+
+    def _fits(self, name: str, shapes: Mapping[str, Shape]) -> bool:
+        have, want = shapes[name], self._expected[name]
+        if have == want or (name in SCALARS and torch.Size(have).numel() == 1):
+            return True
+        return self._resizer(name) is not None and len(have) == len(want) == 2 and have[1] == want[1]
+
+    def _resizer(self, name: str) -> Callable[[dict[str, Tensor], nn.Module], None] | None:
+        """open_clip's own interpolation for a model of another resolution or context."""
+        if name == "visual.positional_embedding" and hasattr(self._model.visual, "grid_size"):
+            return resize_pos_embed  # type: ignore[no-any-return]
+        return resize_text_pos_embed if name in ("positional_embedding", "text.positional_embedding") else None
+
+    def read(self, name: str) -> Tensor:
+        """The file's tensor in the model's shape, in the file's type."""
+        if name in self._zeros:
+            return torch.zeros(self._expected[name])
+        tensor = self._weights.read(self._names[name])
+        if tuple(tensor.shape) == self._expected[name]:
+            return tensor
+        if name in SCALARS:
+            return tensor.reshape(self._expected[name])
+        resize = self._resizer(name)
+        assert resize is not None
+        resized = {name: tensor.float()}
+        resize(resized, self._model)
+        if tuple(resized[name].shape) != self._expected[name]:
+            raise ValueError(f"{self._weights.origin}: {name} of shape {tuple(tensor.shape)} cannot be resized to {self._expected[name]}")
+        return resized[name]
+
+
+def _renamed(shapes: Mapping[str, Shape], expected: Mapping[str, Shape], origin: str) -> dict[str, str]:
+    """File's names -> open_clip's. What open_clip renames by itself when it loads, and no more."""
+    names = {name: name for name in shapes}
+    if next(iter(shapes), "").startswith("module."):
+        names = {name: name.removeprefix("module.") for name in shapes}
+    foreign = next((kind for start, kind in FOREIGN.items() if any(name.startswith(start) for name in names.values())), None)
+    if foreign is not None:
+        raise ValueError(f"{origin}: named as {foreign} names its tensors; save the model from open_clip (state_dict), and give that file")
+    if "positional_embedding" in names.values() and "positional_embedding" not in expected:
+        names = {old: f"text.{new}" if new.startswith(OLD_TEXT) else new for old, new in names.items()}
+    return {old: new for old, new in names.items() if new in expected or not DROPPED.fullmatch(new)}
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """Where in the model a tensor lives; a tied one lives in several places."""
+
+    table: dict[str, Any]
+    key: str
+
+
+class _Slots:
+    """The tensors of a model's state by name, a tied one by its first name, and how to put others in their place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        names: dict[int, str] = {}
+        state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        self.tensors = {name: tensor for name, tensor in state.items() if names.setdefault(id(tensor), name) == name}
+        self._owners: dict[int, list[_Owner]] = {}
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for key, tensor in table.items():
+                    if tensor is not None:
+                        self._owners.setdefault(id(tensor), []).append(_Owner(table, key))
+
+    def put(self, name: str, value: Tensor) -> Tensor:
+        """Returns what is now in the model: a frozen parameter where there was one, else the value."""
+        old = self.tensors[name]
+        new = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
+        for owner in self._owners.pop(id(old)):
+            owner.table[owner.key] = new
+        self.tensors[name] = new
+        return new
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How some tensors of a model are made: from `source` of the file, by `make`, which gives one value for each of `names`."""
+
+    source: str
+    names: tuple[str, ...]
+    make: Callable[[Tensor], tuple[Tensor, ...]]
+
+
+def _as_they_are(model: nn.Module) -> list[Conversion]:
+    return [Conversion(name, (name,), lambda tensor: (tensor,)) for name in _Slots(model).tensors]
+
+
+def _quantised(model: nn.Module, int8: Int8) -> list[Conversion]:
+    """Makes the empty model int8 and tells how it is filled: a matrix of the file becomes int8 codes and their scales at once."""
+    int8_towers.quantise(model, threshold=int8.outlier_threshold)
+    made_of: dict[str, list[tuple[str, int8_towers.Source]]] = {}
+    known = _Slots(model).tensors
+    for name, source in int8_towers.sources(model).items():
+        if name not in known:
+            continue  # a tied tensor's second name
+        made_of.setdefault(source.tensor, []).append((name, source))
+    return [Conversion(tensor, tuple(name for name, _ in made), _maker([source for _, source in made])) for tensor, made in made_of.items()]
+
+
+def _maker(made: list[int8_towers.Source]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    if all(source.part == "as it is" for source in made):
+        return lambda tensor: tuple(tensor for _ in made)
+
+    def make(tensor: Tensor) -> tuple[Tensor, ...]:
+        weight_OI, scale_O = int8_towers.quantise_weight(tensor)
+        parts = {"weight": weight_OI, "scale": scale_O, "as it is": tensor}
+        return tuple(parts[source.part] for source in made)
+
+    return make
+
+
+def fill(
+    model: nn.Module,
+    conversions: list[Conversion],
+    match: Match | None,
+    world: World,
+    place: Place | None = None,
+    whole: Collection[str] = SCALARS,
+) -> None:
+    """Give an empty model its values. A collective: every rank calls it with the same model and conversions.
+
+    match: on the first rank, which alone reads; None on the others. place: what to do with parameters that have their values on the
+    first rank, such as `Partitioner.partition`; default: copy them to every rank. Parameters in `whole`, those without a dimension
+    and buffers are always copied to every rank.
+    Raises ValueError or OSError on every rank when the first cannot read on; the model is then of no use.
+    """
+    slots = _Slots(model)
+    for batch in _batches(conversions, slots.tensors):
+        values, failure = _read(batch, match, slots, world) if world.is_main else ({}, None)
+        _raise_everywhere(failure, world)
+        names = [name for conversion in batch for name in conversion.names]
+        placed: list[nn.Parameter] = []
+        for name in names:
+            old = slots.tensors[name]
+            value = values.pop(name) if world.is_main else torch.empty(old.shape, dtype=old.dtype, device=world.device)
+            new = slots.put(name, value)
+            if place is not None and isinstance(new, nn.Parameter) and new.ndim > 0 and name not in whole:
+                placed.append(new)
+            elif world.size > 1:
+                dist.broadcast(new.data.reshape(-1).view(torch.uint8), 0)
+        if place is not None and placed:
+            place(placed)
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                module._buffers[key] = buffer.to(world.device)
+
+
+def _batches(conversions: list[Conversion], empty: Mapping[str, Tensor]) -> Iterator[list[Conversion]]:
+    batch: list[Conversion] = []
+    size = 0
+    for conversion in conversions:
+        batch.append(conversion)
+        size += sum(empty[name].nbytes for name in conversion.names)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _read(batch: list[Conversion], match: Match | None, slots: _Slots, world: World) -> tuple[dict[str, Tensor], Exception | None]:
+    """The batch's values in the model's types, on the device; or what went wrong, for the other ranks to hear of."""
+    assert match is not None
+    values: dict[str, Tensor] = {}
+    try:
+        for conversion in batch:
+            made = conversion.make(match.read(conversion.source).to(world.device))
+            for name, value in zip(conversion.names, made, strict=True):
+                old = slots.tensors[name]
+                assert value.shape == old.shape, f"{name}: {tuple(value.shape)} made for {tuple(old.shape)}"
+                values[name] = value.to(old.dtype).contiguous()
+    except (ValueError, OSError) as error:
+        return {}, error
+    return values, None

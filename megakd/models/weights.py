@@ -1,0 +1,259 @@
+"""Files of weights, one tensor at a time: names and shapes from the header, bytes when they are asked for.
+
+Reads safetensors, in one file or in several with an index. `.pt`, `.pth` and `.bin` are converted to safetensors once, by torch's
+restricted unpickler: nothing in them is executed. Files are read, not mapped: the pages of a mapped file count as the reader's memory,
+and a mapped file that shrinks or whose disk goes away ends the process by a signal instead of an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import struct
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+Shape = tuple[int, ...]
+INDEX_SUFFIX = ".safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ABANDONED_SECONDS = 3600  # a conversion writes all the time; a part this old was left by one that was killed
+
+
+class Weights(Protocol):
+    """Named tensors that are read one at a time."""
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]: ...
+
+    @property
+    def origin(self) -> str:
+        """What messages call it."""
+        ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+class InMemory:
+    """Weights that are there already, such as freshly drawn ones."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], origin: str) -> None:
+        self._tensors, self.origin = tensors, origin
+        self.shapes: Mapping[str, Shape] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+
+@dataclass(frozen=True)
+class _Place:
+    path: Path
+    dtype: torch.dtype
+    shape: Shape
+    start: int
+    length: int
+
+
+class SafetensorsFiles:
+    """One `.safetensors` file, or the files that a `.safetensors.index.json` names. `bytes_read` counts what `read` took from disk."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError naming the file that is missing, truncated, damaged or not of this format."""
+        self.origin, self.bytes_read = str(path), 0
+        if path.name.endswith(INDEX_SUFFIX):
+            self._places = _indexed(path)
+        else:
+            self._places = _header(path)
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        return {name: place.shape for name, place in self._places.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in memory of its own. Raises ValueError when the file has become too short for it, OSError as disks do."""
+        place = self._places[name]
+        raw = torch.empty(place.length, dtype=torch.uint8)
+        with place.path.open("rb") as file:
+            file.seek(place.start)
+            count = file.readinto(_bytes(raw)) if place.length else 0
+        if count != place.length:
+            raise ValueError(f"{place.path}: the file ends inside of {name!r}; it was changed while it was read")
+        self.bytes_read += place.length
+        return raw.view(place.dtype).reshape(place.shape)
+
+
+def _bytes(raw: Tensor) -> memoryview:
+    """The memory of a tensor of bytes, to read into and to write from."""
+    array: Any = raw.numpy()
+    return memoryview(array)
+
+
+def _header(path: Path) -> dict[str, _Place]:
+    try:
+        # The library checks the header against the file's length: overlaps, gaps, a truncated end.
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(length))
+    except (SafetensorError, FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(
+            f"{path}: no complete safetensors file ({error}); it was truncated, or is something else: copy or download it again"
+        ) from None
+    header.pop("__metadata__", None)
+    unknown = {entry["dtype"] for entry in header.values()} - DTYPES.keys()
+    if unknown:
+        raise ValueError(f"{path}: tensors of type {', '.join(sorted(unknown))}, which no teacher is loaded from; give {', '.join(DTYPES)}")
+    places = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        places[name] = _Place(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start, end - start)
+    return places
+
+
+def _indexed(path: Path) -> dict[str, _Place]:
+    try:
+        owners: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: no index of safetensors files ({type(error).__name__}: {error})") from None
+    outside = sorted({name for name in owners.values() if Path(name).name != name})
+    if outside:
+        raise ValueError(f"{path}: names {outside[0]!r}, which is not beside it; an index and its files share one folder")
+    files = {name: _header(path.with_name(name)) for name in sorted(set(owners.values()))}
+    absent = [tensor for tensor, file in owners.items() if tensor not in files[file]]
+    if absent:
+        raise ValueError(f"{path}: {absent[0]!r} and {len(absent) - 1} more are not in the files that the index names for them")
+    return {tensor: files[file][tensor] for tensor, file in owners.items()}
+
+
+def write(path: Path, layout: Mapping[str, tuple[torch.dtype, Shape]], tensors: Callable[[str], Tensor]) -> None:
+    """A safetensors file written tensor by tensor. `tensors` gives each one when its turn comes, and nothing else is in memory.
+
+    Appears under its name when it is complete. Raises ValueError for a type that the format here does not know.
+    """
+    header, offset = {}, 0
+    for name, (dtype, shape) in layout.items():
+        if dtype not in NAMES:
+            raise ValueError(f"{name}: a tensor of {dtype} cannot be written to {path}")
+        length = dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + length]}
+        offset += length
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name, (dtype, shape) in layout.items():
+                tensor = tensors(name)
+                assert tensor.dtype == dtype
+                assert tuple(tensor.shape) == tuple(shape)
+                file.write(_bytes(tensor.detach().contiguous().flatten().view(torch.uint8)))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def open_weights(path: Path, cache: Path | None = None) -> SafetensorsFiles:
+    """The weights in `path`; a pickled file (`.pt`, `.pth`, `.bin`) through its conversion.
+
+    cache: folder for conversions; default: beside the file, or in the user's cache folder where that cannot be written.
+    Raises ValueError as `SafetensorsFiles` and `convert` do.
+    """
+    if path.name.endswith((".safetensors", INDEX_SUFFIX)):
+        return SafetensorsFiles(path)
+    found = convert(path, cache)
+    opened = SafetensorsFiles(found)
+    opened.origin = str(path)
+    return opened
+
+
+def convert(path: Path, cache: Path | None = None) -> Path:
+    """The safetensors file that has the tensors of a pickled one, made now if it is not there yet.
+
+    Its name holds the original's size and time of change, so a changed original is converted again. Raises ValueError for a file
+    that holds anything but named tensors.
+    """
+    status = path.stat()
+    name = f"{path.stem}-{status.st_size}-{status.st_mtime_ns}.safetensors"
+    folders = [cache] if cache is not None else [path.parent, _own_cache(path)]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    writable = next((folder for folder in folders if _writable(folder)), None)
+    if writable is None:
+        raise ValueError(f"{path}: its conversion to safetensors can be written neither to {' nor to '.join(map(str, folders))}")
+    _remove_abandoned(writable, name)
+    tensors = _unpickled(path)
+    layout = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
+    write(writable / name, layout, tensors.__getitem__)
+    return writable / name
+
+
+def _own_cache(path: Path) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "megakd" / "weights" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _remove_abandoned(folder: Path, name: str) -> None:
+    for part in folder.glob(f"{name}.*.part"):
+        if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
+            part.unlink(missing_ok=True)
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            content = torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6: not mappable
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        # torch's own message advises to execute what is in the file.
+        raise ValueError(
+            f"{path}: no file of plain tensors ({type(error).__name__}), and nothing in it is ever executed; "
+            f"convert it to .safetensors where you trust it"
+        ) from None
+    if isinstance(content, Mapping) and "state_dict" in content:
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path}: neither a state_dict nor a table with one under 'state_dict'; save the model's state_dict alone")
+    return dict(content)
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Names for a message: the first ones, and how many more there are."""
+    known = sorted(names)
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return ", ".join(known[:most]) + more

@@ -1,0 +1,115 @@
+"""The losses over the similarity matrix: memory, traffic and FLOPs of one rank, by objective and backend.
+
+Numbers of matrices and panels were counted by `planning.watch.Watch` on real losses at N = 1024 and 2048; FLOPs are those of
+kernels/README.md. Legend: N pairs of all ranks, B of one, c rows of a panel, D student's width, T teacher's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megakd.recipe import Objectives
+from megakd_kernels.panels import chunk_rows
+
+FP32 = 4
+# `fused.PANEL_BYTES` and `triton_statistics.SLAB_BYTES`, in modules that import triton
+TRITON_PANEL, TRITON_SCRATCH = 256 << 20, 128 << 20
+
+
+@dataclass(frozen=True)
+class Family:
+    """Objectives that one call computes. matrices: N x N of float32 that eager holds at its peak, and further for each teacher but the
+    first; panels: (c, N) of chunked.
+
+    eager and blocked: FLOPs over N^2 and over N B, as multiples of the two widths. columns and home: widths of what each column brings
+    to other ranks, and of the gradient that returns to it.
+    """
+
+    matrices: int
+    further: int
+    panels: int
+    eager: tuple[int, int]
+    blocked: tuple[int, int]
+    columns: tuple[int, int]
+    home: int
+
+
+SOFTMAX_KD, SOFTMAX_HARD = Family(10, 4, 5, (6, 2), (8, 4), (1, 1), 1), Family(4, 0, 3, (6, 0), (8, 0), (1, 0), 1)
+SIGMOID_KD, SIGMOID_HARD = Family(11, 3, 8, (6, 2), (6, 2), (1, 1), 1), Family(5, 0, 4, (6, 0), (6, 0), (1, 0), 1)
+SIGMOID_BOTH = Family(11, 3, 8, (6, 2), (10, 2), (1, 1), 2)
+INTERACTIVE = Family(4, 2, 1, (0, 8), (0, 8), (0, 2), 0)
+
+
+@dataclass(frozen=True)
+class LossCost:
+    """Of one rank and step: bytes at the peak beside the embeddings, bytes sent, FLOPs."""
+
+    memory: int
+    wire: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """pairs: N. widths: of the student and of all teachers in sum. elements: bytes of a number of their embeddings."""
+
+    pairs: int
+    ranks: int
+    widths: tuple[int, int]
+    elements: tuple[int, int]
+    teachers: int
+    ring: bool
+    device: torch.device
+
+
+def families(objectives: Objectives) -> dict[str, Family]:
+    """The recipe's objectives by the name under which a task tells its backend; `feature` costs next to nothing."""
+    active, found = objectives.active(), {}
+    for hard, kd, alone, taught, both in (
+        ("contrastive", "similarity", SOFTMAX_HARD, SOFTMAX_KD, SOFTMAX_KD),
+        ("sigmoid_contrastive", "sigmoid_similarity", SIGMOID_HARD, SIGMOID_KD, SIGMOID_BOTH),
+    ):
+        if kd in active:
+            found[kd] = both if hard in active else taught
+        elif hard in active:
+            found[hard] = alone
+    return found | ({"interactive": INTERACTIVE} if "interactive" in active else {})
+
+
+def cost(objectives: Objectives, backends: dict[str, str], shape: Shape) -> LossCost:
+    """Of all active objectives. backends: objective -> backend, as `Distill.backends` has them."""
+    costs = [_of_family(family, backends[name], shape) for name, family in families(objectives).items()]
+    return LossCost(sum(one.memory for one in costs), sum(one.wire for one in costs), sum(one.flops for one in costs))
+
+
+def _of_family(of: Family, backend: str, shape: Shape) -> LossCost:
+    pairs, local, part = shape.pairs, shape.pairs // shape.ranks, (shape.ranks - 1) / shape.ranks
+    both_widths = sum(shape.widths)
+    if backend in ("eager", "compiled"):
+        matrices = of.matrices + of.further * max(0, shape.teachers - 1) if backend == "eager" else 4 * max(1, shape.teachers)
+        # image and text of both models in float32, gathered, and the student's gradients
+        sides = 2 * FP32 * pairs * (both_widths + shape.widths[0])
+        flops = pairs**2 * _weighted(of.eager, shape.widths)
+        return LossCost(matrices * FP32 * pairs**2 + sides, round(part * 2 * FP32 * pairs * both_widths), flops)
+    brought = pairs * sum(count * width * element for count, width, element in zip(of.columns, shape.widths, shape.elements, strict=True))
+    home = FP32 * pairs * of.home * shape.widths[0]
+    # A ring holds two blocks of columns and three of gradients in place of all; a single rank has its columns already.
+    standing = (2 * brought + 3 * home) // shape.ranks if shape.ring else brought * (shape.ranks > 1) + home
+    own = 2 * FP32 * local * max(shape.widths)
+    if backend == "triton":
+        columns = local if shape.ring else pairs
+        rows = max(1, min(local, TRITON_PANEL // (2 * columns)))
+        panels = rows * columns * shape.elements[0] + TRITON_SCRATCH
+    else:
+        columns = local if shape.ring else pairs
+        panels = of.panels * chunk_rows(local, columns, torch.float32, shape.device) * columns * FP32
+    # Statistics of the columns, five numbers each, are gathered from all ranks; elementwise losses have none.
+    statistics = 5 * FP32 * pairs * shape.ranks if of in (SOFTMAX_KD, SOFTMAX_HARD) else 0
+    wire = round(part * (brought + home + statistics))
+    return LossCost(panels + standing + own + statistics, wire, pairs * local * _weighted(of.blocked, shape.widths))
+
+
+def _weighted(counts: tuple[int, int], widths: tuple[int, int]) -> int:
+    return sum(count * width for count, width in zip(counts, widths, strict=True))

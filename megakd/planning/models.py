@@ -1,0 +1,264 @@
+"""What the recipe's models cost, from `meta`: bytes of their weights, bytes and FLOPs of a forward and a backward.
+
+Nothing is downloaded and no weight exists: a model of 5 billion parameters is measured in some seconds.
+Legend: B pairs of a micro-batch, L tokens of a caption.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.model import CLIP
+from open_clip.transform import PreprocessCfg
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from megakd import recipe_files
+from megakd.data.views import normalise
+from megakd.models import towers
+from megakd.models.int8 import quantise
+from megakd.models.sharded_teacher import TextTower
+from megakd.models.student import Student
+from megakd.planning.watch import Watch, fused_attention
+from megakd.planning.zero import Settings
+from megakd.recipe import Model, Recipe
+from megakd.runtime.partition import gathered_together
+
+META = torch.device("meta")
+# A Linear multiplies two operands, and its gradient is two products of the same size.
+BACKWARD_FLOPS = 2
+
+
+@dataclass(frozen=True)
+class Form:
+    """One tower in one precision. bytes: of its parameters and buffers as they lie in memory; activations: most that a forward of B holds.
+
+    kept: bytes that ZeRO-3 does not partition: buffers, the scales of int8 rows among them, and small parameters.
+    block: bytes of the largest set of several parameters that ZeRO-3 gathers together; single: of the largest gathered alone.
+    largest: elements of the largest parameter in such a set.
+    """
+
+    numel: int
+    bytes: int
+    activations: int
+    kept: int
+    block: int
+    single: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One tower of a frozen teacher. wide: bf16, or fp32 on a CPU. flops: of one sample."""
+
+    wide: Form
+    int8: Form
+    flops: int
+
+
+@dataclass(frozen=True)
+class TeacherCost:
+    """input: bytes of normalised pixels of the rank's whole batch and, while they are made, of the temporaries."""
+
+    name: str
+    image: Tower
+    text: Tower
+    width: int
+    element: int
+    input: int
+    raw: int
+
+
+@dataclass(frozen=True)
+class StudentCost:
+    """A training step of one micro-batch. Bytes beside weights, by place in the step.
+
+    sizes: elements of each trained parameter. forward: peak; saved: what the backward will need; backward: peak, with gradients that
+    stay or that leave as soon as they are there, as asked for. input, raw: as in `TeacherCost`.
+    flops: of one sample's forward; recomputed: whether the backward runs the blocks once more.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+    element: int
+    forward: int
+    saved: int
+    backward: int
+    input: int
+    raw: int
+    flops: int
+    recomputed: bool
+    width: int
+
+    @property
+    def numel(self) -> int:
+        return sum(self.sizes)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip warns of every model without weights, which here is the point."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def describe(settings: Model, role: str) -> towers.Description:
+    """As `towers.describe`, but needs neither weights nor a tokenizer. A teacher that a recipe trains first is that recipe's student.
+
+    Raises ValueError for an unknown name, with the nearest, and for an incomplete architecture.
+    """
+    recipe, folder = getattr(settings, "recipe", None), Path((settings.model or "").removeprefix("local-dir:"))
+    if recipe is not None and not (folder / towers.CONFIG_FILE).is_file():
+        return describe(recipe_files.load(recipe)[0].student, role)
+    with _quiet():
+        config, preprocess = towers._configuration(settings, role)
+    return towers.Description(role, settings, config, preprocess, _no_tokenizer)
+
+
+def _no_tokenizer(texts: list[str]) -> Tensor:
+    raise AssertionError("a plan reads no text")
+
+
+def name_of(settings: Model) -> str:
+    return settings.model or "own architecture"
+
+
+def _build(description: towers.Description, precision: towers.Precision) -> towers.Towers:
+    with _quiet(), META:
+        return towers.build(description, META, precision, load_weights=False)
+
+
+def teacher(settings: Model, micro: int, local: int, cuda: bool, partition: Settings) -> TeacherCost:
+    """Cost of a teacher on `local` pairs a rank in pieces of `micro`, bf16 on CUDA and fp32 on a CPU as `build_teacher` has it.
+
+    partition: how DeepSpeed would partition it.
+    """
+    description = describe(settings, "teacher")
+    built = _build(description, "bf16" if cuda else "fp32")
+    clip, dtype = built.clip.eval().requires_grad_(False), torch.bfloat16 if cuda else torch.float32
+    pixels, tokens = _inputs(built, micro, dtype)
+    flops = [_flops(call, given[:1]) for call, given in _calls(clip, pixels, tokens)]
+    wide = _forms(clip, pixels, tokens, partition)
+    with _quiet():
+        quantise(clip)
+    image, text = (Tower(one, other, count) for one, other, count in zip(wide, _forms(clip, pixels, tokens, partition), flops, strict=True))
+    made, kept, raw = _input_bytes(built.preprocess, local, dtype)
+    return TeacherCost(name_of(settings), image, text, description.width, dtype.itemsize, max(made, kept), raw + tokens[0].nbytes * local)
+
+
+def _calls(clip: Any, pixels: Tensor, tokens: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
+    return [(clip.encode_image, pixels), (clip.encode_text, tokens)]
+
+
+def _forms(clip: Any, pixels: Tensor, tokens: Tensor, partition: Settings) -> list[Form]:
+    """Of the image and the text tower as they are now."""
+    modules = [clip.visual, TextTower(clip) if isinstance(clip, CLIP) else clip.text]
+    return [
+        _form(tower, _forward_peak(clip, call, given), partition)
+        for tower, (call, given) in zip(modules, _calls(clip, pixels, tokens), strict=True)
+    ]
+
+
+def student(recipe: Recipe, heads: Callable[[int], dict[str, nn.Module]], micro: int, local: int, *, bf16: bool, drop: bool) -> StudentCost:
+    """Cost of the recipe's student, activation checkpointing and heads included.
+
+    heads: from the student's width. drop: gradients leave as soon as they are there.
+    """
+    description = describe(recipe.student, "student")
+    built = _build(description, "fp32")
+    dtype, recomputed = torch.bfloat16 if bf16 else torch.float32, recipe.student.activation_checkpointing
+    with META:
+        module = Student(built.clip, heads(description.width), recipe.student.max_scale).train().to(dtype)
+    pixels, tokens = _inputs(built, 1, dtype)
+    flops = _flops(lambda one: module(one, tokens), pixels)
+    if recomputed:
+        built.clip.set_grad_checkpointing(True)  # type: ignore[operator]
+    forward, saved, backward = _step(module, built, micro, dtype, drop=drop)
+    made, _, raw = _input_bytes(built.preprocess, local, dtype)
+    return StudentCost(
+        name_of(recipe.student), tuple(p.numel() for p in module.parameters() if p.requires_grad), dtype.itemsize, forward, saved,
+        backward, made, raw + tokens[0].nbytes * local, flops, recomputed, description.width,
+    )  # fmt: skip
+
+
+def _inputs(built: towers.Towers, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Pixels (B, 3, H, W) and tokens (B, L) on meta."""
+    tokens_BL = torch.empty(count, built.description.context_length, dtype=torch.int64, device=META)
+    return torch.empty(count, 3, *_size(built.preprocess), dtype=dtype, device=META), tokens_BL
+
+
+def _size(preprocess: PreprocessCfg) -> tuple[int, int]:
+    size = preprocess.size
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+
+
+def _input_bytes(preprocess: PreprocessCfg, local: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Normalising the pixels of a rank: bytes at the peak, bytes that stay, and bytes of the pixels as the loader brings them."""
+    watch = Watch("meta")
+    raw = torch.empty(local, 3, *_size(preprocess), dtype=torch.uint8, device=META)
+    watch.ignore([raw])
+    with watch:
+        view = normalise(raw, preprocess, dtype)
+    return watch.peak, view.nbytes, raw.nbytes
+
+
+def _form(tower: nn.Module, activations: int, partition: Settings) -> Form:
+    # The limit is the one that `runtime.partition.Partitioned` gives.
+    groups = [list(group.parameters()) for group in gathered_together(tower, partition.live // 2)]
+    small = [parameter for parameter in tower.parameters() if parameter.numel() < partition.persistence]
+    several = [group for group in groups if len(group) > 1]
+    return Form(
+        sum(parameter.numel() for parameter in tower.parameters()),
+        sum(tensor.nbytes for tensor in (*tower.parameters(), *tower.buffers())),
+        activations,
+        sum(tensor.nbytes for tensor in (*tower.buffers(), *small)),
+        max((sum(parameter.nbytes for parameter in group) for group in several), default=0),
+        max((group[0].nbytes for group in groups if len(group) == 1), default=0),
+        max((parameter.numel() for group in several for parameter in group), default=0),
+    )
+
+
+def _forward_peak(module: nn.Module, call: Callable[[Tensor], Tensor], given: Tensor) -> int:
+    watch = Watch("meta")
+    watch.ignore([*module.parameters(), *module.buffers(), given])
+    with torch.no_grad(), fused_attention(), watch:
+        call(given)
+    return watch.peak
+
+
+def _step(module: nn.Module, built: towers.Towers, count: int, dtype: torch.dtype, *, drop: bool) -> tuple[int, int, int]:
+    """Bytes beside weights: peak of the forward, held after it, peak of the backward."""
+    watch = Watch("meta")
+    watch.ignore([*module.parameters(), *module.buffers()])
+    hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in module.parameters() if drop]
+    with fused_attention(), watch:
+        outputs = module(*_inputs(built, count, dtype))
+        forward, saved = watch.peak, watch.live
+        watch.restart()
+        moved = [value for value in outputs.values() if value.requires_grad]
+        torch.autograd.backward(moved, [torch.empty_like(value) for value in moved])
+    for hook in hooks:
+        hook.remove()
+    module.zero_grad(set_to_none=True)
+    return forward, saved, watch.peak
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _flops(call: Callable[[Tensor], object], one: Tensor) -> int:
+    """Of one sample's forward: 2 a multiply-add of products and convolutions, attention's included (as products, on meta)."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call(one)
+    return int(counter.get_total_flops())

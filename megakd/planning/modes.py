@@ -1,0 +1,207 @@
+"""The ways to hold a teacher, and what each makes of a job: memory by part and by place in the step, traffic, FLOPs, time.
+
+Legend: W ranks, B pairs of a micro-batch. All sizes are bytes of one rank, all traffic bytes that one rank sends in a step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from megakd.planning import rates, zero
+from megakd.planning.loss import LossCost
+from megakd.planning.models import BACKWARD_FLOPS, Form, StudentCost, TeacherCost
+
+
+@dataclass(frozen=True)
+class Mode:
+    """text: whether the text tower is there, or its embeddings come from a store. tower: False where those of the images do too."""
+
+    weights: str
+    partitioned: bool
+    int8: bool
+    offload: bool
+    text: bool
+    tower: bool = True
+
+    @property
+    def name(self) -> str:
+        if not self.tower:
+            return self.weights
+        return self.weights + (" + offload" if self.offload else "") + ("" if self.text else ", text from store")
+
+    @property
+    def prepared(self) -> bool:
+        """Whether `megakd embed` must have run before."""
+        return not self.text and self.weights != NONE
+
+
+STORE, NONE = "store", "no teacher"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What of a run is the same in every mode. student_zero and teacher_zero: how DeepSpeed is set for each."""
+
+    student: StudentCost
+    teachers: tuple[TeacherCost, ...]
+    loss: LossCost
+    backends: dict[str, str]
+    student_zero: zero.Settings
+    teacher_zero: zero.Settings
+    pairs: int
+    ranks: int
+    micro: int
+    gpu: rates.Gpu
+    per_node: int
+
+    @property
+    def local(self) -> int:
+        return self.pairs // self.ranks
+
+    @property
+    def rounds(self) -> int:
+        """Micro-batches of a step."""
+        return self.local // self.micro
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mode. parts: bytes by what they are for, at their own largest; places: bytes held at each place in the step.
+
+    wire: bytes by who sends them. flops: of one rank and step. host: bytes of CPU memory that offloading takes.
+    """
+
+    mode: Mode
+    parts: dict[str, int]
+    places: dict[str, int]
+    host: int
+    wire: dict[str, int]
+    flops: dict[str, float]
+    seconds: rates.Seconds
+
+    @property
+    def bytes(self) -> int:
+        return max(self.places.values())
+
+    def fits(self, usable: float) -> bool:
+        return self.bytes <= usable
+
+
+def modes(job: Job) -> list[Mode]:
+    """Simplest first. DeepSpeed offloads what it partitions, so replicas have no offload."""
+    if not job.teachers:
+        return [Mode(NONE, False, False, False, False, tower=False)]
+    wide = "fp32" if job.teachers[0].element == 4 else "bf16"
+    held = [
+        (f"replicated {wide}", False, False),
+        ("replicated int8", False, True),
+        (f"zero3 {wide}", True, False),
+        ("zero3 int8", True, True),
+    ]
+    whole = [Mode(*one, offload, True) for one in held for offload in ((False, True) if one[1] else (False,))]
+    return [
+        *whole,
+        *(Mode(one.weights, one.partitioned, one.int8, one.offload, False) for one in whole),
+        Mode(STORE, False, False, False, False, tower=False),
+    ]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A teacher in a mode: weights on the device, on the host, gathered while it runs, temporaries of a forward, sent in one."""
+
+    weights: int = 0
+    host: int = 0
+    gathered: int = 0
+    activations: int = 0
+    input: int = 0
+    wire: int = 0
+    flops: int = 0
+
+
+def row(job: Job, mode: Mode) -> Row:
+    teacher = _together([_teacher(job, mode, cost) for cost in job.teachers if mode.tower])
+    student, of = job.student, zero.held(job.student.sizes, job.ranks, job.student_zero)
+    batch = student.raw + sum(cost.raw for cost in job.teachers)
+    standing = of.weights + of.optimizer + of.standing + teacher.weights + batch
+    accumulated = job.rounds > 1
+    backward = student.backward + (0 if of.keeps else of.gradients)
+    # Several micro-batches: the losses see cached embeddings alone, and activations are made again afterwards.
+    at_loss = 0 if accumulated else student.saved
+    inputs = student.input if accumulated else 0
+    places = {
+        "teacher": standing + teacher.input + teacher.activations + teacher.gathered,
+        "student forward": standing + of.gathered + inputs + max(student.forward, student.input),
+        "loss": standing + of.gathered + inputs + at_loss + job.loss.memory,
+        "backward": standing + of.gathered + inputs + max(backward, of.gradients + of.reducing),
+        "update": standing + of.updating,
+    }
+    parts = {
+        "student weights": of.weights, "gradients": max(of.gradients, of.standing), "optimizer": of.optimizer,
+        "student activations": max(student.forward, student.saved), "student gathered": of.gathered,
+        "teacher weights": teacher.weights, "teacher gathered": teacher.gathered,
+        "teacher activations": teacher.activations + teacher.input,
+        "loss": job.loss.memory, "batch": batch,
+    }  # fmt: skip
+    forwards, backwards = (2 * job.rounds if accumulated else 1), job.rounds
+    wire = {
+        "student": zero.wire(student.numel, job.ranks, job.student_zero, forwards, backwards),
+        "teacher": teacher.wire * job.rounds,
+        "loss": job.loss.wire,
+    }
+    passes = 1 + BACKWARD_FLOPS + student.recomputed + accumulated
+    flops = {
+        "teacher": float(teacher.flops * job.local),
+        "student": float(student.flops * passes * job.local),
+        "loss": float(job.loss.flops),
+    }
+    return Row(mode, parts, places, of.host + teacher.host, wire, flops, _seconds(job, mode, flops, wire, teacher))
+
+
+def _together(held: list[_Held]) -> _Held:
+    """Teachers lie in memory side by side and run one after the other."""
+    if not held:
+        return _Held()
+    busiest = max(held, key=lambda one: one.gathered + one.activations + one.input)
+    added = {name: sum(getattr(one, name) for one in held) for name in ("weights", "host", "wire", "flops")}
+    return replace(busiest, **added)
+
+
+def _teacher(job: Job, mode: Mode, cost: TeacherCost) -> _Held:
+    towers = [cost.image, cost.text] if mode.text else [cost.image]
+    forms = [tower.int8 if mode.int8 else tower.wide for tower in towers]
+    total, activations = sum(one.bytes for one in forms), max(one.activations for one in forms)
+    flops = sum(tower.flops for tower in towers)
+    if not mode.partitioned:
+        return _Held(total, 0, 0, activations, cost.input, 0, flops)
+    kept = sum(one.kept for one in forms)
+    share = math.ceil((total - kept) / job.ranks)
+    gathered = min(2 * total, max(max(_gathered(job, one, 1 if mode.int8 else cost.element), one.single) for one in forms))
+    wire = round((total - kept) * (job.ranks - 1) / job.ranks)
+    if mode.offload:
+        return _Held(kept, share, gathered, activations, cost.input, wire, flops)
+    return _Held(kept + share, 0, gathered, activations, cost.input, wire, flops)
+
+
+def _gathered(job: Job, form: Form, element: int) -> int:
+    """What a partitioned tower gathers at most, as counted on DeepSpeed 0.19.8: it fetches ahead until `live` parameters are there, and
+    what has arrived lies in a flat buffer beside the weights copied out of it. A bucket smaller than a block never gets far ahead.
+    """
+    of = job.teacher_zero
+    ahead = element * (of.prefetch + 2 * form.largest)
+    return ahead + (element * of.live if element * of.prefetch >= form.block else 2 * form.block)
+
+
+def _seconds(job: Job, mode: Mode, flops: dict[str, float], wire: dict[str, int], teacher: _Held) -> rates.Seconds:
+    peak, speedup = job.gpu.flops, rates.INT8_SPEEDUP if mode.int8 else 1.0
+    fetched = teacher.host * job.rounds / rates.HOST_LINK
+    numel = job.student.numel / (job.ranks if job.student_zero.stage else 1)
+    memory = rates.HOST_MEMORY if job.student_zero.offload_optimizer else job.gpu.memory * rates.MEMORY_SHARE
+    return rates.Seconds(
+        flops["teacher"] / (peak * rates.FORWARD_SHARE * speedup) + fetched,
+        flops["student"] / (peak * rates.TRAINING_SHARE),
+        flops["loss"] / (peak * rates.LOSS_SHARE),
+        sum(wire.values()) / rates.link(job.gpu, job.ranks, job.per_node),
+        numel * rates.ADAMW_BYTES / memory,
+    )

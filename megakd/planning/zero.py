@@ -1,0 +1,124 @@
+"""The student in DeepSpeed's hands: bytes of weights, gradients, optimizer and buffers on one rank, and bytes on the wire, by ZeRO stage.
+
+Each term was found by counting the live storages of DeepSpeed 0.19.8 through a step (tests/planner/test_zero_memory.py counts again).
+Legend: P trained parameters, W ranks, e bytes of the computing dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+# fp32 master copy (ZeRO only) and AdamW's two moments
+MASTER, MOMENTS = 4, 8
+# Elements: DeepSpeed's bucket for gradients, without ZeRO and by default with it
+BUCKET = 500_000_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a resolved DeepSpeed configuration decides memory and traffic. Buckets and the limits of stage 3 in elements."""
+
+    stage: int
+    element: int
+    reduce_bucket: int
+    prefetch: int
+    persistence: int
+    reuse: int
+    live: int
+    overlap: bool
+    offload_optimizer: bool
+    offload_weights: bool
+
+    @classmethod
+    def of(cls, config: dict[str, Any], element: int) -> Settings:
+        zero = config.get("zero_optimization", {})
+        stage = int(zero.get("stage", 0))
+        offloaded = {key: zero.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")}
+        return cls(
+            stage, element, int(zero.get("reduce_bucket_size", BUCKET)), int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
+            int(zero.get("stage3_param_persistence_threshold", 100_000)), int(zero.get("stage3_max_reuse_distance", 1_000_000_000)),
+            int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
+            bool(zero.get("overlap_comm", stage == 3)), offloaded["offload_optimizer"], offloaded["offload_param"],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on one rank. weights, optimizer and standing (gradients and buffers between steps) are there always.
+
+    gathered: full weights that ZeRO-3 holds between forward and backward. gradients: at the end of the backward, beyond `standing`.
+    reducing: extra while they are averaged. updating: peak of the update beyond weights and optimizer. host: bytes in CPU memory.
+    keeps: whether each gradient stays whole until the update.
+    """
+
+    weights: int
+    optimizer: int
+    standing: int
+    gathered: int
+    gradients: int
+    reducing: int
+    updating: int
+    host: int
+    keeps: bool
+
+
+def held(sizes: tuple[int, ...], ranks: int, of: Settings) -> Held:
+    """Bytes of a student whose trained parameters have these numbers of elements."""
+    whole, e = sum(sizes), of.element
+    if of.stage == 0:
+        # DeepSpeed averages through a flat copy, which it makes of up to 500 million gradients at a time.
+        return Held(e * whole, MOMENTS * whole, 0, 0, e * whole, e * min(whole, BUCKET), e * whole, 0, True)
+    if of.stage == 3:
+        return _partitioned(sizes, ranks, of)
+    share = math.ceil(whole / ranks)
+    bucket = e * min(of.reduce_bucket, whole)
+    optimizer = (MASTER + MOMENTS) * share
+    own = e * share
+    # The update takes the gradients' partition as a list, flat, and widened; in fp32 the last two are one.
+    updating = (own + own + MASTER * share) if e != MASTER else own + own
+    keeps = of.stage == 1
+    gradients = e * whole if keeps else own
+    reducing = own + bucket if keeps else (4 if of.overlap else 2) * bucket
+    if not of.offload_optimizer:
+        return Held(e * whole, optimizer, 0, 0, gradients, reducing, updating, 0, keeps)
+    # On the host: master, moments, gradients in fp32 and a copy of the weights' partition; on the device one parameter's gradient.
+    host = optimizer + MASTER * share + e * share
+    return Held(e * whole, 0, e * max(sizes), 0, e * whole if keeps else 0, reducing, e * max(sizes), host, keeps)
+
+
+def _partitioned(sizes: tuple[int, ...], ranks: int, of: Settings) -> Held:
+    e = of.element
+    share = sum(math.ceil(size / ranks) for size in sizes)
+    persistent = sum(size for size in sizes if size < of.persistence)
+    gatherable = sum(sizes) - persistent
+    bucket = e * min(of.reduce_bucket, sum(sizes))
+    weights, optimizer, gradients = e * share, (MASTER + MOMENTS) * share, e * share
+    # A weight stays gathered after the forward when the backward comes to it within the reuse distance, which counts it twice.
+    gathered = e * min(gatherable, of.reuse // 2 + of.prefetch) + e * persistent
+    updating = MASTER * share if e == MASTER else (e + MASTER) * share
+    standing = gradients + bucket
+    host = 0
+    if of.offload_optimizer:
+        host += optimizer + MASTER * share
+        optimizer, updating, standing = 0, 0, bucket
+    if of.offload_weights:
+        host += weights
+        weights = 0
+    return Held(weights, optimizer, standing, gathered, 0, 2 * bucket, updating, host, False)
+
+
+def wire(numel: int, ranks: int, of: Settings, forwards: int, backwards: int) -> int:
+    """Bytes that one rank sends in a step (and receives), by ring collectives: 2 (W - 1) / W of an all-reduce, half of that otherwise.
+
+    Stage 0: gradients all-reduced. 1, 2: all-reduced by bucket (DeepSpeed's default), then updated weights gathered; stage 2 in every
+    backward. 3: weights gathered in every forward and, where they were released, every backward; gradients scattered in every backward.
+    """
+    part, one = (ranks - 1) / ranks, of.element * numel
+    if of.stage == 0:
+        return round(2 * part * one)
+    if of.stage < 3:
+        return round(2 * part * one * (backwards if of.stage == 2 else 1) + part * one)
+    released = 0.0 if numel <= of.reuse // 2 + of.prefetch else 1 - (of.reuse // 2 + of.prefetch) / numel
+    return round(part * one * (forwards + backwards * (1 + released)))

@@ -1,0 +1,131 @@
+"""Where a run's teacher embeddings come from: a live teacher in one of its modes, or a store with the live teacher behind it.
+
+What a store must agree on with the recipe is decided here, for the run that reads it and for `megakd embed` that fills it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from megakd.data.shards import ShardSet
+from megakd.data.store import Store
+from megakd.data.stored_views import StoredViews
+from megakd.data.views import TowerView, normalise
+from megakd.models import streaming, towers
+from megakd.models.identity import identity, preprocessing
+from megakd.models.sharded_teacher import build_sharded_teacher
+from megakd.models.stored_teacher import StoredTeacher, StoreMiss
+from megakd.models.teacher import ReplicatedTeacher, Teacher, build_teacher
+from megakd.recipe import Recipe
+from megakd.recipe import Teacher as Settings
+from megakd.runtime import collectives, partition
+from megakd.runtime.launch import World
+
+T = TypeVar("T")
+
+
+def live_teacher(recipe: Recipe, description: towers.Description, world: World) -> Teacher:
+    """The teacher of `description`, loaded as its `mode` says. A collective: every rank calls it.
+
+    pretrained = "random" draws the same weights on every rank and at every start. Raises ValueError, on every rank, for weights that
+    do not fit or cannot be read, and for a DeepSpeed JSON that a partitioned teacher cannot use.
+    """
+    settings = settings_of(description)
+    torch.manual_seed(recipe.seed + 1)
+    int8 = streaming.Int8(settings.outlier_threshold) if settings.mode.endswith("int8") else None
+    if settings.mode.startswith("zero3"):
+        return build_sharded_teacher(description, world, partition.settings(settings.ds_config, offload=settings.offload), int8=int8)
+    if int8 is None:
+        return build_teacher(description, world.device)
+    precision: towers.Precision = "bf16" if world.device.type == "cuda" else "fp32"
+    return ReplicatedTeacher(streaming.load(description, world, precision, int8=int8))
+
+
+def settings_of(description: towers.Description) -> Settings:
+    assert isinstance(description.settings, Settings), "described from [teacher] or [ensemble] of a recipe"
+    return description.settings
+
+
+def store_key(recipe: Recipe, description: towers.Description, shards: ShardSet) -> dict[str, Any]:
+    """All that embeddings in a store depend on, as plain JSON. Reads the teacher's weights for their checksum: rank 0's work."""
+    data = {
+        "signature": shards.signature,
+        "samples": len(shards),
+        "bytes": sum(stat.size for stat in shards.stats),
+        "caption": recipe.data.caption,
+    }
+    augmentation = {"views": recipe.views.model_dump(mode="json"), "seed": recipe.seed}
+    key = {**identity(description, recipe.seed), **augmentation, "data": data}
+    return cast(dict[str, Any], json.loads(json.dumps(key)))  # as it comes back from a manifest: tuples are lists
+
+
+def open_store(
+    folder: Path, recipe: Recipe, description: towers.Description, shards: ShardSet, world: World, miss: StoreMiss = "teacher"
+) -> Store:
+    """The store for a run of `recipe`, opened by rank 0 and sent to all.
+
+    Raises StoreError on every rank when there is none, when it does not match the recipe, with the differences, and when parts of it
+    are not usable while misses are to fail.
+    """
+
+    def opened() -> Store:
+        found = Store.open(folder)
+        found.check_matches(store_key(recipe, description, shards))
+        if miss == "fail":
+            found.check_whole()
+        return found
+
+    return by_main(opened, world)
+
+
+def open_stores(recipe: Recipe, teachers: Mapping[str, towers.Description], shards: ShardSet, world: World) -> Store | None:
+    """The store that the recipe names for its teacher, as `open_store`; None without one, or when no objective uses the teacher."""
+    settings, description = recipe.teacher, teachers.get("teacher")
+    if settings is None or settings.store is None or description is None:
+        return None
+    return open_store(Path(settings.store), recipe, description, shards, world, settings.store_miss)
+
+
+def stored_teacher(
+    store: Store, recipe: Recipe, description: towers.Description, shards: ShardSet, world: World, *, piece: int
+) -> StoredTeacher:
+    """The store as the run's teacher. piece: images in one forward of the live teacher, where it is needed."""
+    assert recipe.teacher is not None
+    source = StoredViews(shards, recipe.views, store.manifest.seed, TowerView(preprocessing(description), description.tokenize))
+
+    def reread(index_M: Tensor, view_M: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        pixels, tokens = source.see_all(index_M.numpy(), view_M.numpy())
+        return normalise(pixels.to(world.device), source.tower.preprocess, dtype), tokens.to(world.device)
+
+    return StoredTeacher(
+        width=store.layout.width,
+        scale=store.manifest.scale,
+        bias=store.manifest.bias,
+        dtype=torch.bfloat16 if world.device.type == "cuda" else torch.float32,
+        world=world,
+        miss=recipe.teacher.store_miss,
+        build=lambda: live_teacher(recipe, description, world),
+        reread=reread,
+        where=shards.where,
+        piece=piece,
+    )
+
+
+def by_main(call: Callable[[], T], world: World) -> T:
+    """call() on rank 0: its result, or its ValueError, on every rank."""
+    found: object = None
+    if world.is_main:
+        try:
+            found = call()
+        except ValueError as error:  # the others wait for an answer: they must hear of it
+            found = error
+    found = collectives.share(found, world)
+    if isinstance(found, ValueError):
+        raise found
+    return cast(T, found)

@@ -1,0 +1,353 @@
+"""The store's format: what is written is read, what is not whole is not there, one writer at a time; and the loader that replays it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg
+from safetensors.torch import load_file
+from shard_files import ByteTokenizer, data, no_barrier, pair, write_set, write_tar
+
+from megakd.data import store_writer
+from megakd.data.loader import Batch, train_batches
+from megakd.data.order import Order
+from megakd.data.shards import ShardSet
+from megakd.data.store import Layout, Manifest, Store, StoreError, content_digest, differences, map_part, part_path, read_manifest
+from megakd.data.stored_views import StoredViews
+from megakd.data.views import TowerView, draw_stored, train_pixels
+from megakd.recipe import Views
+
+# 43 samples in parts of 8: five whole ones and one of 3.
+LAYOUT = Layout(samples=43, part=8, views=3, width=5, dtype="fp32")
+KEY = {"teacher": {"embed_dim": 5}, "weights": {"name": "a b", "sha256": "12"}, "seed": 7, "views": {"flip": 0.5, "crop_scale": [0.5, 1.0]}}
+MANIFEST = Manifest(KEY, {"precision": "fp32"}, LAYOUT, 14.285714149475098, None)
+UNUSABLE = (3, 17, 42)
+
+
+def values(layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """image (samples, V, D), text (samples, D), known (samples,) of a whole set."""
+    generator = torch.Generator().manual_seed(0)
+    known = torch.ones(layout.samples, dtype=torch.bool)
+    known[list(UNUSABLE)] = False
+    image = torch.randn((layout.samples, layout.views, layout.width), generator=generator) * known[:, None, None]
+    return image, torch.randn((layout.samples, layout.width), generator=generator) * known[:, None], known
+
+
+def write(folder: Path, manifest: Manifest = MANIFEST) -> Path:
+    folder.mkdir(exist_ok=True)
+    store_writer.start(folder, manifest)
+    image, text, known = values(manifest.layout)
+    for number in range(manifest.layout.parts):
+        rows = slice(number * manifest.layout.part, (number + 1) * manifest.layout.part)
+        store_writer.write_part(folder, manifest, number, image[rows], text[rows], known[rows])
+    store_writer.finish(folder, manifest)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "store")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_rows_come_back_as_they_were_written_in_any_order(tmp_path: Path, dtype: str) -> None:
+    layout = replace(LAYOUT, dtype=dtype)
+    store = Store.open(write(tmp_path / "store", replace(MANIFEST, layout=layout)))
+    store = pickle.loads(pickle.dumps(store))  # noqa: S301  (our own, as a worker gets it)
+    image, text, _ = values(layout)
+    generator = np.random.default_rng(1)
+    index, view = generator.integers(0, 43, 200), generator.integers(0, 3, 200)
+    rows = store.read(index, view)
+    assert torch.equal(rows.image, image[index, view].to(layout.torch_dtype))
+    assert torch.equal(rows.text, text[index].to(layout.torch_dtype))
+    assert rows.known.tolist() == [sample not in UNUSABLE for sample in index.tolist()]
+    assert store.defects == []
+    assert store.manifest.scale == MANIFEST.scale
+
+
+def test_parts_are_plain_safetensors_with_a_row_a_sample(folder: Path) -> None:
+    found = load_file(part_path(folder, 5))
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {"image": (3, 3, 5), "text": (3, 5), "known": (3,)}
+    assert found["known"].tolist() == [1, 1, 0]
+
+
+def test_the_manifest_lists_the_parts_with_checksums_of_their_values(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert [(part["name"], part["first"], part["count"], part["known"]) for part in manifest.parts][-2:] == [
+        ("000004.safetensors", 32, 8, 8),
+        ("000005.safetensors", 40, 3, 2),
+    ]
+    for number, part in enumerate(manifest.parts):
+        arrays = map_part(folder, manifest, number, Store.open(folder).parts[number])
+        assert content_digest(arrays) == part["sha256"]
+
+
+def cut_the_end(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def cut_the_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def take_the_next_part(path: Path) -> None:
+    path.write_bytes(part_path(path.parents[1], 2).read_bytes())
+
+
+def take_another_stores(path: Path) -> None:
+    other = write(path.parents[2] / "other", replace(MANIFEST, key={**KEY, "seed": 8}))
+    path.write_bytes(part_path(other, 1).read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "defect"),
+    [
+        (Path.unlink, "missing"),
+        (cut_the_end, "bytes instead of"),
+        (cut_the_header, "no part of a store"),
+        (lengthen, "bytes instead of"),
+        (empty, "no part of a store"),
+        (take_the_next_part, "a part of another store"),
+        (take_another_stores, "a part of another store"),
+    ],
+)
+def test_a_part_that_is_not_whole_is_not_there_and_the_others_are(folder: Path, spoil, defect: str) -> None:
+    spoil(part_path(folder, 1))
+    store = Store.open(folder)
+    assert list(store.parts) == [0, 2, 3, 4, 5]
+    assert len(store.defects) == 1
+    assert store.defects[0].startswith(f"{part_path(folder, 1)}: ")
+    assert defect in store.defects[0]
+    rows = store.read(np.array([7, 8, 15, 16]), np.zeros(4, np.int64))
+    assert rows.known.tolist() == [True, False, False, True]
+    assert not rows.image[1:3].any()
+    with pytest.raises(StoreError, match="1 of 6 parts are not usable"):
+        store.check_whole()
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    assert store_writer.parts_to_do(folder, manifest) == [1]
+
+
+def test_a_half_written_part_never_counts_and_is_removed_by_the_next_job(tmp_path: Path, folder: Path) -> None:
+    partial = part_path(folder, 1).with_name(".000001.safetensors.abcd")
+    part_path(folder, 1).rename(partial)
+    assert list(Store.open(folder).parts) == [0, 2, 3, 4, 5]
+    assert store_writer.parts_to_do(folder, MANIFEST) == [1]
+    assert not partial.exists()
+
+
+def test_a_part_that_vanishes_in_use_is_an_error_with_its_name(folder: Path) -> None:
+    store = Store.open(folder)
+    part_path(folder, 1).unlink()
+    with pytest.raises(StoreError, match=r"000001\.safetensors: gone or changed since the run began"):
+        store.read(np.array([8]), np.array([0]))
+
+
+def test_a_full_disk_is_said_and_leaves_no_part_behind(folder: Path) -> None:
+    image, text, known = values(LAYOUT)
+    part_path(folder, 0).unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(StoreError, match=r"could not write .*000000\.safetensors: .*the parts written before are kept"):
+            store_writer.write_part(folder, MANIFEST, 0, image[:8], text[:8], known[:8])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in (folder / "parts").iterdir()) == [f"{number:06d}.safetensors" for number in range(1, 6)]
+
+
+def test_what_is_no_store_says_so(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(StoreError, match="no store of embeddings"):
+        Store.open(tmp_path / "nothing")
+    content = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**content, "format": 9}))
+    with pytest.raises(StoreError, match="format 9, this version reads format 1"):
+        Store.open(folder)
+    (folder / "manifest.json").write_text(json.dumps(content)[:50])
+    with pytest.raises(StoreError, match="no manifest of a store"):
+        Store.open(folder)
+
+
+def test_every_difference_of_the_keys_is_told_with_both_values(folder: Path) -> None:
+    wanted = {**KEY, "seed": 8, "views": {"flip": 0.25, "crop_scale": [0.5, 1.0]}, "teacher": {"embed_dim": 5, "vision_cfg": {"layers": 2}}}
+    with pytest.raises(StoreError) as caught:
+        Store.open(folder).check_matches(wanted)
+    lines = str(caught.value).splitlines()[1:-1]
+    assert lines == [
+        "  seed: 7 in the store, 8 in the recipe",
+        "  teacher.vision_cfg.layers: None in the store, 2 in the recipe",
+        "  views.flip: 0.5 in the store, 0.25 in the recipe",
+    ]
+    Store.open(folder).check_matches(KEY)
+
+
+def test_weights_are_compared_by_checksum_and_by_name_only_without_one() -> None:
+    mine = {"weights": {"name": "local-dir:here", "sha256": "1"}}
+    assert differences(mine, {"weights": {"name": "local-dir:there", "sha256": "1"}}) == []
+    assert len(differences(mine, {"weights": {"name": "local-dir:here", "sha256": "2"}})) == 1
+    assert differences(mine, {"weights": {"name": "local-dir:here", "sha256": None}}) == []
+    assert len(differences(mine, {"weights": {"name": "local-dir:there", "sha256": None}})) == 1
+
+
+def test_a_job_goes_on_with_its_own_store_and_refuses_another_or_a_folder_of_other_things(tmp_path: Path, folder: Path) -> None:
+    assert store_writer.existing(folder, KEY, MANIFEST.made, LAYOUT) == read_manifest(folder)
+    for key, made, layout, said in [
+        ({**KEY, "seed": 8}, MANIFEST.made, LAYOUT, "seed: 7 in the store, 8"),
+        (KEY, {"precision": "bf16"}, LAYOUT, "made.precision: 'fp32' in the store, 'bf16'"),
+        (KEY, MANIFEST.made, replace(LAYOUT, views=4), "layout.views: 3 in the store, 4"),
+        (KEY, MANIFEST.made, replace(LAYOUT, dtype="bf16"), "layout.dtype: 'fp32' in the store, 'bf16'"),
+    ]:
+        with pytest.raises(StoreError, match=said):
+            store_writer.existing(folder, key, made, layout)
+    (tmp_path / "mine").mkdir()
+    assert store_writer.existing(tmp_path / "mine", KEY, MANIFEST.made, LAYOUT) is None
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(StoreError, match=r"holds thesis\.tex and no manifest\.json"):
+        store_writer.existing(tmp_path / "mine", KEY, MANIFEST.made, LAYOUT)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from megakd.data.store_writer import StoreLock
+with StoreLock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "locked")]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_job_is_refused_while_the_first_one_writes(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    with pytest.raises(StoreError, match=rf"process {holder.pid} on .* is writing this store now"):
+        store_writer.StoreLock(tmp_path / "locked")
+    holder.communicate("")
+    with store_writer.StoreLock(tmp_path / "locked"):
+        pass
+
+
+def test_a_killed_jobs_lock_is_free_at_once(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    holder.kill()
+    holder.wait()
+    with store_writer.StoreLock(tmp_path / "locked"):
+        pass
+
+
+# The loader and the teacher's side of a store
+
+TOWERS = {
+    "student": TowerView(PreprocessCfg(size=16), ByteTokenizer(12)),
+    "teacher": TowerView(PreprocessCfg(size=(24, 20), interpolation="bilinear"), ByteTokenizer(20)),
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return ShardSet.open(data(write_set(tmp_path_factory.mktemp("clean"), 43, 3)), 0, 1, no_barrier)
+
+
+def batches(shards: ShardSet, count: int, store: Store | None, *, rank: int = 0, world: int = 1, workers: int = 0) -> list[Batch]:
+    order = Order(len(shards), 8, seed=3, block=4, window=3)
+    ranks = {"rank": rank, "world": world, "start_position": 0, "workers": workers, "pin_memory": False}
+    with train_batches(shards, order, Views(), TOWERS, store=store, **ranks) as found:
+        return list(itertools.islice(found, count))
+
+
+def test_every_epoch_replays_the_next_view_of_each_sample_and_brings_its_rows(shards: ShardSet, folder: Path) -> None:
+    image, text, _ = values(LAYOUT)
+    pictures: dict[tuple[int, int], torch.Tensor] = {}
+    for batch in batches(shards, 20, Store.open(folder)):  # four epochs of five batches: view 0 comes again in the last
+        assert batch.view is not None
+        assert batch.stored is not None
+        assert batch.view.tolist() == [batch.position // 40 % 3] * 8
+        assert torch.equal(batch.stored.image, image[batch.index, batch.view])
+        assert torch.equal(batch.stored.text, text[batch.index])
+        assert batch.stored.known.tolist() == [index not in UNUSABLE for index in batch.index.tolist()]
+        for row, index in enumerate(batch.index.tolist()):
+            place = (index, int(batch.view[row]))
+            assert torch.equal(pictures.setdefault(place, batch.pixels["teacher"][row]), batch.pixels["teacher"][row])
+    seen = {index for index, view in pictures if all((index, other) in pictures for other in range(3))}
+    assert len(seen) > 30
+    assert all(not torch.equal(pictures[index, 0], pictures[index, 1]) for index in seen)
+
+
+def test_the_augmentation_of_a_stored_view_is_a_function_of_seed_sample_and_number_alone(shards: ShardSet, folder: Path) -> None:
+    from megakd.data.views import decode
+
+    (batch,) = batches(shards, 1, Store.open(folder))
+    index = int(batch.index[3])
+    picture = decode(shards.read(index, ("image",)).members["image"], 10**7).convert("RGB")
+    expected = train_pixels(picture, draw_stored(Views(), 7, index, 0, *picture.size), TOWERS["student"].train_pixels)
+    assert torch.equal(batch.pixels["student"][3], torch.from_numpy(expected.copy()))
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 1), (4, 0)])
+def test_any_number_of_ranks_and_workers_reads_the_same_rows(shards: ShardSet, folder: Path, world: int, workers: int) -> None:
+    store = Store.open(folder)
+    whole = batches(shards, 7, store)
+    parts = [batches(shards, 7, store, rank=rank, world=world, workers=workers) for rank in range(world)]
+    for step, expected in enumerate(whole):
+        found = [part[step] for part in parts]
+        assert torch.equal(torch.cat([batch.stored.image for batch in found]), expected.stored.image)
+        assert torch.equal(torch.cat([batch.view for batch in found]), expected.view)
+        assert torch.equal(torch.cat([batch.pixels["student"] for batch in found]), expected.pixels["student"])
+
+
+def test_without_a_store_nothing_is_replayed(shards: ShardSet) -> None:
+    (batch,) = batches(shards, 1, None)
+    assert batch.view is None
+    assert batch.stored is None
+
+
+def test_what_a_miss_reads_again_is_what_the_loader_gives_a_teacher(shards: ShardSet, folder: Path) -> None:
+    source = StoredViews(shards, Views(), 7, TOWERS["teacher"])
+    for batch in batches(shards, 7, Store.open(folder)):
+        pixels, tokens = source.see_all(batch.index.numpy(), batch.view.numpy())
+        assert torch.equal(pixels, batch.pixels["teacher"])
+        assert torch.equal(tokens, batch.tokens["teacher"])
+    pixels, tokens = source.see_all(np.array([], np.int64), np.array([], np.int64))
+    assert (pixels.shape, tokens.shape) == ((1, 3, 24, 20), (1, 20))
+
+
+def test_samples_that_cannot_be_used_are_left_out_of_what_a_teacher_sees(tmp_path: Path) -> None:
+    members = [*pair("a", 1), ("b.jpg", b"no picture"), ("b.txt", b"text"), *pair("c", 2)]
+    spoiled = ShardSet.open(data(str(write_tar(tmp_path / "0.tar", members))), 0, 1, no_barrier)
+    source = StoredViews(spoiled, Views(), 0, TOWERS["teacher"])
+    seen = source.see(np.arange(3), np.tile(np.arange(2), (3, 1)))
+    assert seen.index.tolist() == [0, 2]
+    assert seen.pixels.shape == (2, 2, 3, 24, 20)
+    assert seen.tokens.shape == (2, 20)
+    assert seen.bad.counts == {"corrupt_image": 1}
+    only_bad = source.see(np.array([1]), np.array([[0]]))
+    assert (len(only_bad.index), only_bad.tokens.shape) == (0, (0, 20))
+    with pytest.raises(ValueError, match=r"not again for the teacher: corrupt_image: .*0\.tar: b"):
+        source.see_all(np.array([1]), np.array([0]))

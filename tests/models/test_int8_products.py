@@ -1,0 +1,169 @@
+"""The ways of multiplying with an int8 matrix, on the CPU, against float64."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megakd.models import int8_products
+from megakd.models.int8 import quantise, quantise_weight
+from megakd.models.int8_linear import Int8Linear, Int8PointwiseConv
+
+WAYS = ("dequantise", "int_mm", "bitsandbytes")
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    """Relative, of the whole."""
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def test_an_element_is_off_by_half_a_step_of_its_row_at_most() -> None:
+    weight = _random(40, 96) * torch.logspace(-6, 6, 40)[:, None]
+    codes, scale = quantise_weight(weight)
+    assert (codes.dtype, scale.dtype) == (torch.int8, torch.float32)
+    assert torch.equal(codes.abs().amax(dim=1), torch.full((40,), 127, dtype=torch.int8))
+    assert ((codes * scale[:, None] - weight).abs() <= 0.501 * scale[:, None]).all()
+
+
+def test_a_row_of_zeros_stays_zeros() -> None:
+    codes, scale = quantise_weight(torch.zeros(2, 5))
+    assert not codes.any()
+    assert torch.equal(scale, torch.ones(2))
+
+
+def test_rows_are_quantised_each_for_itself() -> None:
+    weight = _random(6, 10).bfloat16()
+    codes, scale = quantise_weight(weight)
+    for row in range(6):
+        alone, its_scale = quantise_weight(weight[row : row + 1])
+        assert torch.equal(alone[0], codes[row])
+        assert its_scale[0] == scale[row]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_linear_layer_within_a_hundredth_and_its_type(way: int8_products.Product, dtype: torch.dtype) -> None:
+    x, layer = _random(3, 7, 96).to(dtype), nn.Linear(96, 40).to(dtype)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double()).detach()
+    found = Int8Linear(layer.weight, layer.bias, product=way)(x)
+    assert (found.shape, found.dtype) == ((3, 7, 40), dtype)
+    assert _error(found.detach(), exact) < 0.012
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_one_row_and_none_at_all_are_multiplied_too(way: int8_products.Product) -> None:
+    layer = Int8Linear(_random(12, 8), None, product=way)
+    x = _random(5, 8)
+    torch.testing.assert_close(layer(x[:1]), layer(x)[:1])
+    assert layer(x[:0]).shape == (0, 12)
+
+
+@pytest.mark.parametrize("way", ["int_mm", "bitsandbytes"])
+def test_a_threshold_saves_the_other_columns_from_an_outlier(way: int8_products.Product) -> None:
+    x, weight = _random(32, 64), _random(48, 64, seed=1)
+    x[:, 5] *= 60
+    given = x.clone()
+    codes, scale = quantise_weight(weight)
+    # Against the widened matrix: what is left is the error of the activations, of the columns that are no outliers.
+    exact = F.linear(x.double(), codes.double() * scale.double()[:, None])
+    without = int8_products.linear(x, codes, scale, None, 0.0, way)
+    assert torch.equal(x, given)
+    kept = int8_products.linear(x, codes, scale, None, 6.0, way)
+    assert torch.equal(x, given)
+    assert _error(kept, exact) < _error(without, exact) / 5
+
+
+@pytest.mark.parametrize("way", ["int_mm", "bitsandbytes"])
+def test_a_threshold_that_nothing_reaches_changes_nothing(way: int8_products.Product) -> None:
+    x = _random(32, 64)
+    codes, scale = quantise_weight(_random(48, 64, seed=1))
+    assert torch.equal(int8_products.linear(x, codes, scale, None, 100.0, way), int8_products.linear(x, codes, scale, None, 0.0, way))
+
+
+def test_the_recipes_threshold_reaches_every_layer() -> None:
+    tower = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
+    quantise(tower, threshold=6.0, product="int_mm")
+    layers = [module for module in tower.modules() if isinstance(module, Int8Linear)]
+    assert len(layers) == 3
+    assert {(layer.threshold, layer.product) for layer in layers} == {(6.0, "int_mm")}
+
+
+def test_a_device_that_is_named_decides_once_and_the_report_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_products, "bitsandbytes", lambda: None)
+    tower = nn.Sequential(nn.Linear(8, 8))
+    assert quantise(tower, device_of_products=torch.device("cuda")).product == "dequantise"
+    assert tower[0].product == "dequantise"
+
+
+def test_a_gpu_takes_bitsandbytes_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert int8_products.choose(torch.device("cuda")) == "bitsandbytes"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    int8_products.bitsandbytes.cache_clear()
+    try:
+        assert int8_products.choose(torch.device("cuda")) == "dequantise"
+        with pytest.raises(ValueError, match="pip install bitsandbytes"):
+            Int8Linear(_random(8, 8), None, product="bitsandbytes")(_random(2, 8))
+    finally:
+        int8_products.bitsandbytes.cache_clear()
+
+
+def test_a_cpu_without_integer_instructions_dequantises(monkeypatch: pytest.MonkeyPatch) -> None:
+    for supported, way in ((False, "dequantise"), (True, "int_mm")):
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda supported=supported: supported)
+        assert int8_products.choose(torch.device("cpu")) == way
+
+
+def test_bitsandbytes_is_not_imported_before_a_product_wants_it() -> None:
+    program = "import sys, torch; from megakd.models import int8_products as p; codes, scale = p.quantise_rows(torch.ones(8, 8)); "
+    program += "p.linear(torch.ones(2, 8), codes, scale, None); sys.exit('bitsandbytes' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_layers_scale_stays_float32_in_whatever_type_the_tower_runs() -> None:
+    layer = Int8Linear(_random(8, 8), nn.Parameter(_random(8)))
+    before = layer.scale.clone()
+    layer.to(torch.bfloat16)
+    assert torch.equal(layer.scale, before)
+    assert (layer.weight.dtype, layer.bias.dtype, layer.int8_original_dtype) == (torch.int8, torch.bfloat16, torch.bfloat16)
+    assert layer.float().int8_original_dtype == torch.float32
+
+
+def test_a_gradient_flows_through_a_frozen_layer_that_dequantises() -> None:
+    x = _random(3, 8).requires_grad_()
+    codes, scale = quantise_weight(_random(5, 8))
+    int8_products.linear(x, codes, scale, None, product="dequantise").sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, (codes * scale[:, None]).sum(0).expand(3, 8))
+
+
+def test_a_pointwise_convolution_is_a_linear_layer_over_the_channels() -> None:
+    conv = nn.Conv2d(8, 12, 1)
+    x = _random(2, 8, 5, 5)
+    found = Int8PointwiseConv(conv.weight, conv.bias, product="dequantise")(x)
+    assert found.shape == (2, 12, 5, 5)
+    assert _error(found.detach(), conv(x).detach().double()) < 0.01
+
+
+def test_a_converted_towers_state_survives_safetensors(tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.mktemp("int8") / "tower.safetensors"
+    tower = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    quantise(tower)
+    save_file(tower.state_dict(), file)
+    other = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    quantise(other)
+    other.load_state_dict(load_file(file))
+    assert {key: value.dtype for key, value in other.state_dict().items()} == {
+        key: value.dtype for key, value in tower.state_dict().items()
+    }
+    assert torch.equal(other(torch.ones(1, 8)), tower(torch.ones(1, 8)))
