@@ -27,7 +27,6 @@ from megakd.models import towers
 from megakd.models.identity import preprocessing
 from megakd.models.stored_teacher import StoredTeacher
 from megakd.models.student import Student, decay_groups
-from megakd.models.teacher import Teacher
 from megakd.recipe import Recipe
 from megakd.runtime import checkpoint, collectives, ds_config, runlog
 from megakd.runtime.checkpoint import Progress
@@ -36,7 +35,7 @@ from megakd.runtime.launch import World
 from megakd.runtime.runlog import RunLog
 from megakd.runtime.signals import EXIT_SAVED, LossNotFinite, StopRequest
 from megakd.tasks.distill import Distill
-from megakd.trainer import Trainer
+from megakd.trainer import AnyTeacher, Trainer
 
 EVALUATION, MODEL = "evaluation.json", "model"
 
@@ -217,10 +216,10 @@ class Run:
         groups = decay_groups(student, recipe.optim.weight_decay)
         self._engine = Engine(student.to(device), groups, recipe.optim, self.plan.config, self.world, state)
 
-    def _build_teachers(self) -> dict[str, Teacher | StoredTeacher]:
+    def _build_teachers(self) -> dict[str, AnyTeacher]:
         if self.recipe.teacher is not None and not self.plan.teachers:
             self.log.say("the teacher is not loaded: no objective with a positive weight uses it")
-        built: dict[str, Teacher | StoredTeacher] = {}
+        built: dict[str, AnyTeacher] = {}
         for role, description in self.plan.teachers.items():
             if self.plan.store is not None:
                 self.log.say(self.plan.store.outline())
@@ -247,6 +246,7 @@ class Run:
             workers=self.recipe.data.workers,
             pin_memory=self.world.device.type == "cuda",
             store=self.plan.store,
+            replay=self.recipe.teacher is not None and self.recipe.teacher.store_of == "all",
         )
         with batches:
             return trainer.fit(batches, progress, self)

@@ -87,6 +87,9 @@ class Teacher(Model):
     offload: bool = Field(False, description="zero3: keep this rank's part in CPU memory between uses")
     ds_config: str | None = Field(None, description="zero3: the teacher's DeepSpeed JSON; default: as ds_configs/teacher_zero3.json")
     store: str | None = Field(None, description="folder of embeddings that `megakd embed` wrote: read instead of running the teacher")
+    store_of: Literal["all", "text"] = Field(
+        "all", description="text: only texts come from the store; images are freshly augmented and the text tower is not loaded"
+    )
     store_miss: Literal["teacher", "fail"] = Field("teacher", description="what the store lacks: ask the live teacher, or end the run")
     recipe: str | None = Field(None, description="recipe that trains this teacher first when the folder of `model` is not there yet")
 
@@ -104,6 +107,10 @@ class Teacher(Model):
             raise ValueError(f"offload and ds_config are for a partitioned teacher: set mode to zero3 or zero3_int8, it is {self.mode!r}")
         if not self.mode.endswith("int8") and self.outlier_threshold:
             raise ValueError(f"outlier_threshold is for int8 weights: set mode to replicated_int8 or zero3_int8, it is {self.mode!r}")
+        if self.store_of == "text" and (self.store is None or self.store_miss != "fail"):
+            raise ValueError(
+                "store_of = 'text' drops the text tower: it needs a store, and store_miss = 'fail', as there is nothing to ask"
+            )
         return self
 
 

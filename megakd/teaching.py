@@ -19,20 +19,25 @@ from megakd.data.stored_views import StoredViews
 from megakd.data.views import TowerView, normalise
 from megakd.models import streaming, towers
 from megakd.models.identity import identity, preprocessing
-from megakd.models.sharded_teacher import build_sharded_teacher
-from megakd.models.stored_teacher import StoredTeacher, StoreMiss
-from megakd.models.teacher import ReplicatedTeacher, Teacher, build_teacher
+from megakd.models.sharded_teacher import ShardedTeacher, build_sharded_teacher
+from megakd.models.stored_teacher import StoredTeacher, StoreMiss, TextStoredTeacher
+from megakd.models.teacher import ReplicatedTeacher, build_teacher
 from megakd.recipe import Recipe
 from megakd.recipe import Teacher as Settings
 from megakd.runtime import collectives, partition
 from megakd.runtime.launch import World
 
 T = TypeVar("T")
+# What of a store's key an image's embedding depends on and a text's does not.
+AUGMENTATION = ("views.", "seed")
 
 
-def live_teacher(recipe: Recipe, description: towers.Description, world: World) -> Teacher:
+def live_teacher(
+    recipe: Recipe, description: towers.Description, world: World, *, without_text: bool = False
+) -> ReplicatedTeacher | ShardedTeacher:
     """The teacher of `description`, loaded as its `mode` says. A collective: every rank calls it.
 
+    without_text: its images alone; no weight of the text tower is read.
     pretrained = "random" draws the same weights on every rank and at every start. Raises ValueError, on every rank, for weights that
     do not fit or cannot be read, and for a DeepSpeed JSON that a partitioned teacher cannot use.
     """
@@ -40,11 +45,13 @@ def live_teacher(recipe: Recipe, description: towers.Description, world: World) 
     torch.manual_seed(recipe.seed + 1)
     int8 = streaming.Int8(settings.outlier_threshold) if settings.mode.endswith("int8") else None
     if settings.mode.startswith("zero3"):
-        return build_sharded_teacher(description, world, partition.settings(settings.ds_config, offload=settings.offload), int8=int8)
-    if int8 is None:
+        return build_sharded_teacher(
+            description, world, partition.settings(settings.ds_config, offload=settings.offload), int8=int8, without_text=without_text
+        )
+    if int8 is None and not without_text:
         return build_teacher(description, world.device)
     precision: towers.Precision = "bf16" if world.device.type == "cuda" else "fp32"
-    return ReplicatedTeacher(streaming.load(description, world, precision, int8=int8))
+    return ReplicatedTeacher(streaming.load(description, world, precision, int8=int8, without_text=without_text))
 
 
 def settings_of(description: towers.Description) -> Settings:
@@ -66,7 +73,13 @@ def store_key(recipe: Recipe, description: towers.Description, shards: ShardSet)
 
 
 def open_store(
-    folder: Path, recipe: Recipe, description: towers.Description, shards: ShardSet, world: World, miss: StoreMiss = "teacher"
+    folder: Path,
+    recipe: Recipe,
+    description: towers.Description,
+    shards: ShardSet,
+    world: World,
+    miss: StoreMiss = "teacher",
+    text_alone: bool = False,
 ) -> Store:
     """The store for a run of `recipe`, opened by rank 0 and sent to all.
 
@@ -76,7 +89,7 @@ def open_store(
 
     def opened() -> Store:
         found = Store.open(folder)
-        found.check_matches(store_key(recipe, description, shards))
+        found.check_matches(store_key(recipe, description, shards), ignore=AUGMENTATION if text_alone else ())
         if miss == "fail":
             found.check_whole()
         return found
@@ -89,20 +102,24 @@ def open_stores(recipe: Recipe, teachers: Mapping[str, towers.Description], shar
     settings, description = recipe.teacher, teachers.get("teacher")
     if settings is None or settings.store is None or description is None:
         return None
-    return open_store(Path(settings.store), recipe, description, shards, world, settings.store_miss)
+    text_alone = settings.store_of == "text"
+    return open_store(Path(settings.store), recipe, description, shards, world, settings.store_miss, text_alone)
 
 
 def stored_teacher(
     store: Store, recipe: Recipe, description: towers.Description, shards: ShardSet, world: World, *, piece: int
-) -> StoredTeacher:
-    """The store as the run's teacher. piece: images in one forward of the live teacher, where it is needed."""
+) -> StoredTeacher | TextStoredTeacher:
+    """The store as the run's teacher, or as its text tower. piece: images in one forward of the live teacher, where it is needed."""
     assert recipe.teacher is not None
-    source = StoredViews(shards, recipe.views, store.manifest.seed, TowerView(preprocessing(description), description.tokenize))
 
     def reread(index_M: Tensor, view_M: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         pixels, tokens = source.see_all(index_M.numpy(), view_M.numpy())
         return normalise(pixels.to(world.device), source.tower.preprocess, dtype), tokens.to(world.device)
 
+    if recipe.teacher.store_of == "text":
+        live = live_teacher(recipe, description, world, without_text=True)
+        return TextStoredTeacher(live, store.manifest.scale, store.manifest.bias, world, shards.where)
+    source = StoredViews(shards, recipe.views, store.manifest.seed, TowerView(preprocessing(description), description.tokenize))
     return StoredTeacher(
         width=store.layout.width,
         scale=store.manifest.scale,

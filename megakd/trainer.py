@@ -22,7 +22,7 @@ from megakd.data.bad import BadCounter
 from megakd.data.loader import Batch
 from megakd.data.views import normalise
 from megakd.models.embeddings import Embeddings
-from megakd.models.stored_teacher import StoredTeacher
+from megakd.models.stored_teacher import StoredTeacher, TextStoredTeacher
 from megakd.models.student import embeddings
 from megakd.models.teacher import Teacher
 from megakd.recipe import Optim, Recipe
@@ -34,6 +34,8 @@ from megakd.runtime.runlog import RunLog, memory_gb
 from megakd.runtime.signals import LossNotFinite, StopRequest
 from megakd.runtime.stopwatch import Stopwatch
 from megakd.tasks.distill import Distill
+
+AnyTeacher = Teacher | StoredTeacher | TextStoredTeacher
 
 
 class Hooks(Protocol):
@@ -73,7 +75,7 @@ class Trainer:
         world: World,
         engine: Engine,
         task: Distill,
-        teachers: Mapping[str, Teacher | StoredTeacher],
+        teachers: Mapping[str, AnyTeacher],
         preprocess: dict[str, PreprocessCfg],
         log: RunLog,
         stop: StopRequest,
@@ -168,13 +170,17 @@ class Trainer:
             losses = self.task.losses(embeddings(outputs), taught)
             return losses, self.task.total(losses)
 
-    def _teach(self, batch: Batch, role: str, teacher: Teacher | StoredTeacher) -> Embeddings:
+    def _teach(self, batch: Batch, role: str, teacher: AnyTeacher) -> Embeddings:
+        size = self.engine.micro_batch
         if isinstance(teacher, StoredTeacher):
             assert batch.stored is not None, "the loader was given the store"
             assert batch.view is not None
             return teacher.recall(*batch.stored, batch.index, batch.view)
         pixels, tokens = self._view(batch, role, teacher.dtype)
-        size = self.engine.micro_batch
+        if isinstance(teacher, TextStoredTeacher):
+            assert batch.stored is not None, "the loader was given the store"
+            image_BD = torch.cat([teacher.embed_images(piece) for piece in pixels.split(size)])
+            return teacher.join(image_BD, batch.stored.text, batch.stored.known, batch.index)
         parts = [teacher.embed(*piece) for piece in zip(pixels.split(size), tokens.split(size), strict=True)]
         return parts[0]._replace(image=torch.cat([part.image for part in parts]), text=torch.cat([part.text for part in parts]))
 

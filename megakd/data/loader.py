@@ -116,10 +116,12 @@ def train_batches(
     workers: int,
     pin_memory: bool,
     store: Store | None = None,
+    replay: bool = True,
 ) -> TrainBatches:
     """This rank's parts of the global batches from `start_position` on, without end.
 
-    store: replay its augmentations instead of fresh ones, a function of (its seed, sample, epoch mod its views), and read its rows.
+    store: read its rows, and replay its augmentations instead of fresh ones, a function of (its seed, sample, epoch mod its views).
+    replay: False keeps augmentations fresh, where only the store's texts are of use.
 
     The parts of all ranks, in rank order, are the same global batch bit for bit for every number of ranks and workers.
     Raises ValueError when the global batch does not divide by the ranks, when the order was made for other data, and, while
@@ -135,7 +137,7 @@ def train_batches(
         raise ValueError("no tower is given: there would be nothing to load")
     pixels = list(dict.fromkeys(view.train_pixels for view in towers.values()))
     tokenizers = {view.tokens: view.tokenize for view in towers.values()}
-    dataset = _TrainSet(shards, order, views, pixels, tokenizers, rank, world, store)
+    dataset = _TrainSet(shards, order, views, pixels, tokenizers, rank, world, store, replay)
     return TrainBatches(dataset, towers, start_position, workers, pin_memory)
 
 
@@ -189,6 +191,7 @@ class _TrainSet:
     rank: int
     world: int
     store: Store | None
+    replay: bool
 
     def __getitems__(self, positions: range) -> _Part:
         count = len(positions)
@@ -233,7 +236,7 @@ class _TrainSet:
         return text
 
     def _augmentation(self, position: int, chosen: int, width: int, height: int) -> Augmentation:
-        if self.store is None:
+        if self.store is None or not self.replay:
             return draw(self.views, self.order.seed, position, width, height)
         view = self.store.view_at(position, self.order.epoch_length)
         return draw_stored(self.views, self.store.manifest.seed, chosen, view, width, height)

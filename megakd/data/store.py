@@ -250,9 +250,9 @@ class Store:
     def layout(self) -> Layout:
         return self.manifest.layout
 
-    def check_matches(self, wanted: Mapping[str, Any]) -> None:
-        """Raises StoreError with every difference between the store's key and the recipe's."""
-        if lines := differences(self.manifest.key, wanted):
+    def check_matches(self, wanted: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> None:
+        """Raises StoreError with every difference between the store's key and the recipe's, but for keys that begin as `ignore` says."""
+        if lines := [line for line in differences(self.manifest.key, wanted) if not line.startswith(ignore)]:
             raise StoreError(
                 f"{self.folder}: this store holds other embeddings than the recipe asks for:\n  " + "\n  ".join(lines) + "\n"
                 "give the store of this recipe, change the recipe to the store's settings, or make one with `megakd embed`"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,40 @@ StoreMiss = Literal["teacher", "fail"]
 Reread = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 log = logging.getLogger("megakd.models")
+
+
+class ImageTeacher(Protocol):
+    """What is asked of a teacher whose texts come from a store."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """(B, D) unit rows, without gradient. Every rank calls it equally often."""
+        ...
+
+
+class TextStoredTeacher:
+    """The image tower alone, live; texts are rows of a store."""
+
+    def __init__(self, live: ImageTeacher, scale: float, bias: float | None, world: World, where: Callable[[int], str]) -> None:
+        """where: 'shard: key' of a sample, for messages."""
+        self.width, self.dtype, self.embed_images = live.width, live.dtype, live.embed_images
+        self._scale, self._bias = _scalars(scale, bias, world)
+        self._world, self._where = world, where
+
+    def join(self, image_BD: Tensor, text_BD: Tensor, known_B: Tensor, index_B: Tensor) -> Embeddings:
+        """What `embed_images` found, with a store's rows of text, valid where known_B, of the samples index_B; the last three on the CPU.
+
+        Every rank calls it. Raises ValueError on every rank when a row is missing.
+        """
+        missing_M = index_B[~known_B]
+        if total := sum(_misses(len(missing_M), self._world)):
+            raise _missing(total, missing_M, self._where)
+        return Embeddings(image_BD, text_BD.to(image_BD.device, image_BD.dtype, non_blocking=True), self._scale, self._bias)
 
 
 class StoredTeacher:
@@ -50,8 +84,7 @@ class StoredTeacher:
         where: 'shard: key' of a sample, for messages.
         """
         self.width, self.dtype, self.misses = width, dtype, 0
-        self._scale = torch.tensor(scale, dtype=torch.float32, device=world.device)
-        self._bias = None if bias is None else torch.tensor(bias, dtype=torch.float32, device=world.device)
+        self._scale, self._bias = _scalars(scale, bias, world)
         self._world, self._miss, self._build, self._reread, self._where, self._piece = world, miss, build, reread, where, piece
         self._live: Teacher | None = None
 
@@ -62,7 +95,7 @@ class StoredTeacher:
         Raises ValueError on every rank when a row is missing and misses are to fail.
         """
         missing_M = (~known_B).nonzero().flatten()
-        counts = self._counts(len(missing_M))
+        counts = _misses(len(missing_M), self._world)
         image, text = (rows.to(self._world.device, self.dtype, non_blocking=True) for rows in (image_BD, text_BD))
         if any(counts):
             self._refuse_or_say(counts, index_B[missing_M])
@@ -71,20 +104,11 @@ class StoredTeacher:
             image[where], text[where] = live.image.to(self.dtype), live.text.to(self.dtype)
         return Embeddings(image, text, self._scale, self._bias)
 
-    def _counts(self, mine: int) -> list[int]:
-        """Misses of every rank: on the CPU, so that no device is waited for."""
-        counts = torch.zeros(self._world.size)
-        counts[self._world.rank] = mine
-        return [int(count) for count in collectives.start_sum(counts, self._world).read()]
-
     def _refuse_or_say(self, counts: list[int], index_M: Tensor) -> None:
         total = sum(counts)
-        example = self._where(int(index_M[0])) if len(index_M) else "on another rank"
         if self._miss == "fail":
-            raise ValueError(
-                f"teacher.store: {total} samples of this batch are not in the store, and teacher.store_miss is 'fail'. Example: {example}. "
-                f"Complete the store with `megakd embed`, or set teacher.store_miss = 'teacher'"
-            )
+            raise _missing(total, index_M, self._where)
+        example = _example(index_M, self._where)
         if self.misses == 0:
             log.warning("%d samples of this batch are not in the store (%s): the teacher is loaded to embed such samples", total, example)
         self.misses += total
@@ -100,3 +124,28 @@ class StoredTeacher:
             found = self._live.embed(*self._reread(index_M[asked], view_M[asked], self._live.dtype))
             parts.append(found._replace(image=found.image[:count], text=found.text[:count]))
         return parts[0]._replace(image=torch.cat([part.image for part in parts]), text=torch.cat([part.text for part in parts]))
+
+
+def _scalars(scale: float, bias: float | None, world: World) -> tuple[Tensor, Tensor | None]:
+    def on_device(value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=world.device)
+
+    return on_device(scale), None if bias is None else on_device(bias)
+
+
+def _misses(mine: int, world: World) -> list[int]:
+    """Of every rank: on the CPU, so that no device is waited for."""
+    counts = torch.zeros(world.size)
+    counts[world.rank] = mine
+    return [int(count) for count in collectives.start_sum(counts, world).read()]
+
+
+def _example(index_M: Tensor, where: Callable[[int], str]) -> str:
+    return where(int(index_M[0])) if len(index_M) else "on another rank"
+
+
+def _missing(total: int, index_M: Tensor, where: Callable[[int], str]) -> ValueError:
+    return ValueError(
+        f"teacher.store: {total} samples of this batch are not in the store, and teacher.store_miss is 'fail'. "
+        f"Example: {_example(index_M, where)}. Complete the store with `megakd embed`, or set teacher.store_miss = 'teacher'"
+    )

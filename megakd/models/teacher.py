@@ -42,14 +42,18 @@ class ReplicatedTeacher:
         self._scale = self._clip.logit_scale.detach().float().exp().reshape(())  # type: ignore[operator, union-attr]
         bias = getattr(self._clip, "logit_bias", None)
         self._bias = None if bias is None else bias.detach().float().reshape(())
-        self.dtype = next(self._clip.parameters()).dtype
+        self.dtype = next(p.dtype for p in self._clip.parameters() if p.is_floating_point())
 
     @property
     def width(self) -> int:
         return self.towers.description.width
 
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """(B, D) unit rows, without gradient."""
+        return encode_images(self._clip, pixels)
+
     def embed(self, pixels: Tensor, tokens: Tensor) -> Embeddings:
-        return Embeddings(encode_images(self._clip, pixels), encode_texts(self._clip, tokens), self._scale, self._bias)
+        return Embeddings(self.embed_images(pixels), encode_texts(self._clip, tokens), self._scale, self._bias)
 
 
 def build_teacher(description: towers.Description, device: torch.device) -> ReplicatedTeacher:

@@ -30,7 +30,7 @@ from megakd.runtime.launch import World
 
 OPTIM = Optim(steps=9, batch=8, lr=1e-3, weight_decay=0.1, clip=0.5)
 # bits of the teacher: (stage, accumulation steps) of the student beside it
-STUDENTS = {32: ((2, 2), (3, 2)), 8: ((0, 1), (2, 1), (3, 1), (3, 2))}
+STUDENTS = {32: ((3, 2),), 8: ((0, 1), (2, 2), (3, 1))}
 
 
 def config(offload: bool = False) -> dict[str, Any]:

@@ -97,6 +97,35 @@ def test_a_whole_store_needs_no_teacher(run, stores: Stores, monkeypatch) -> Non
         run("with_teacher", stores("partial"))
 
 
+TEXT = ("teacher.store_of=text", "teacher.store_miss=fail")
+
+
+@pytest.mark.parametrize("mode", ["replicated", "replicated_int8", "zero3_int8"])
+def test_texts_from_a_store_and_images_live_train_on_fresh_augmentations_as_the_whole_teacher(run, stores: Stores, mode: str) -> None:
+    """The text tower is not loaded. int8 images beside exact texts are within quantisation error, which training adds up."""
+    whole, _ = run(f"whole_{mode}", (*KD, *LONG, f"teacher.mode={mode}"))
+    out, finished = run(f"text_{mode}", stores("fp32", *TEXT, f"teacher.mode={mode}"))
+    assert finished.code == 0, finished.err
+    steps, tolerance = (STEPS, 1e-5) if mode == "replicated" else (4, 2e-2)
+    for row, expected in list(zip(rows(out), rows(whole), strict=True))[:steps]:
+        assert row["losses"] == pytest.approx(expected["losses"], rel=tolerance)
+    assert losses(out) != losses(run("replayed", stores("fp32"))[0])  # which sees other augmentations
+
+
+def test_texts_of_other_augmentations_may_be_used_but_not_their_images(run, stores: Stores) -> None:
+    _, finished = run("flipped_text", stores("fp32", *TEXT, "views.flip=0.0", "optim.steps=2", "optim.warmup=0"))
+    assert finished.code == 0, finished.err
+    _, finished = run("flipped_all", stores("fp32", "views.flip=0.0"))
+    assert finished.code == 2
+    assert "views.flip: 0.5 in the store, 0.0 in the recipe" in finished.err
+
+
+def test_a_missing_text_ends_the_run_where_the_text_tower_is_dropped(run, stores: Stores) -> None:
+    _, finished = run("text_partial", stores("partial", *TEXT))
+    assert finished.code == 2
+    assert "parts/000000.safetensors: missing" in finished.err
+
+
 def test_two_ranks_with_different_misses_train_as_one_with_a_whole_store(run, stores: Stores, recipe_file: Path, tmp_path: Path) -> None:
     one, _ = run("one", stores("fp32"))
     command = ["megakd/train.py", "--recipe", recipe_file, "--out", tmp_path / "two", *settings(*stores("partial"))]
@@ -203,7 +232,7 @@ def test_a_rank_without_misses_calls_the_teacher_as_often_as_the_one_with_most(m
     """A sharded teacher communicates in `embed`: a rank that stayed away would hang the others."""
     live = Live()
     teacher = stored(live, "teacher", World(0, 2, torch.device("cpu")))
-    monkeypatch.setattr(teacher, "_counts", lambda mine: [mine, 5])
+    monkeypatch.setattr("megakd.models.stored_teacher._misses", lambda mine, world: [mine, 5])
     found = teacher.recall(torch.full((5, 2), 7.0), torch.full((5, 2), 8.0), torch.ones(5, dtype=torch.bool), INDEX, VIEW)
     assert live.calls == [1, 1, 1]
     assert found.image.tolist() == [[7, 7]] * 5
@@ -211,7 +240,7 @@ def test_a_rank_without_misses_calls_the_teacher_as_often_as_the_one_with_most(m
 
 def test_a_miss_of_any_rank_fails_on_every_rank_where_it_is_to_fail(monkeypatch) -> None:
     teacher = stored(Live(), "fail", World(0, 2, torch.device("cpu")))
-    monkeypatch.setattr(teacher, "_counts", lambda mine: [mine, 5])
+    monkeypatch.setattr("megakd.models.stored_teacher._misses", lambda mine, world: [mine, 5])
     with pytest.raises(ValueError, match=r"8 samples of this batch are not in the store.*Example: shard: 10"):
         teacher.recall(torch.zeros(5, 2), torch.zeros(5, 2), KNOWN, INDEX, VIEW)
     with pytest.raises(ValueError, match=r"5 samples of this batch are not in the store.*Example: on another rank"):
