@@ -143,6 +143,19 @@ def teacher_load(
     benchmark.run(model, mode, ranks, threads=threads, folder=folder, file=json)
 
 
+@bench.command("teacher-speed")
+def teacher_speed(
+    model: Annotated[str, typer.Option(help="open_clip name; only its image tower runs, with random weights")] = "ViT-bigG-14",
+    batch: Annotated[int, typer.Option(min=1, help="images a forward")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="how often each way to multiply takes its turn")] = 9,
+    json: Annotated[Path | None, typer.Option(help="write the result to this file as well")] = None,
+) -> None:
+    """Images/s and weight memory of a teacher in int8, by each way to multiply, against 16 bit (on a CPU float32)."""
+    from megakd.benchmarks import teacher_speed as benchmark
+
+    benchmark.run(model, batch, rounds, json)
+
+
 @bench.command()
 def cached(
     rounds: Annotated[int, typer.Option(min=1, help="how often the two alternate")] = 3,

@@ -20,12 +20,13 @@ from open_clip.loss import DistillClipLoss
 from PIL import Image
 from torch.nn import functional as F
 
-from megakd.benchmarks import comparison, environment, loader, loader_side, material
+from megakd.benchmarks import comparison, environment, loader, loader_side, material, teacher_speed
 from megakd.benchmarks import step as benchmark
 from megakd.benchmarks.children import environ, running
 from megakd.benchmarks.comparison import Comparison, Round
 from megakd.benchmarks.logs import Step, open_clip_steps, our_steps, share_beside_towers
 from megakd.benchmarks.material import Shards
+from megakd.models import int8_products
 from megakd.models.embeddings import Embeddings
 from megakd.recipe import Recipe
 from megakd.recipe_files import load
@@ -266,3 +267,24 @@ def test_the_real_comparisons_run(capsys: pytest.CaptureFixture[str]) -> None:
     for run in (lambda: benchmark.run(1, 2, 2), lambda: loader.run(1, 1, batch=16, batches=2)):
         run()
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["ratio"] > 0
+
+
+def test_int8_speed_compares_every_way_to_multiply_on_one_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "speed.json"
+    rows = teacher_speed.run("ViT-S-32-alt", 2, 1, file)
+    assert [row["weights"] for row in rows] == ["float32", "int8, dequantise", "int8, bitsandbytes", "int8, int_mm"]
+    assert json.loads(file.read_text())["rows"] == rows
+    assert all(row["worst_cosine"] > 0.999 for row in rows)
+    assert all(row["memory_ratio"] < 0.4 for row in rows[1:])
+    assert "images/s" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--model ViT-bigH: open_clip has no such model"):
+        teacher_speed.run("ViT-bigH", 2, 1)
+
+
+@pytest.mark.gpu
+def test_bigg_in_int8_is_faster_and_half_as_large_on_a_gpu() -> None:
+    rows = {row["weights"]: row for row in teacher_speed.measure("ViT-bigG-14", 64, 9, torch.device("cuda"))}
+    chosen = rows[f"int8, {int8_products.choose(torch.device('cuda'))}"]
+    assert chosen["speed_ratio"] >= 1.3
+    assert chosen["memory_ratio"] <= 0.55
+    assert chosen["worst_cosine"] >= 0.999

@@ -7,9 +7,8 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -91,10 +90,10 @@ def table(title: str, comparison: Comparison, digits: int = 2) -> Table:
     return made
 
 
-def conditions(versions: dict[str, str], threads: int) -> dict[str, Any]:
+def conditions(versions: Mapping[str, str | None], threads: int) -> dict[str, Any]:
     """Where and with what a number was measured."""
     return {
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in ("megakd", "deepspeed")}, **versions},
+        "versions": {"python": platform.python_version(), **{name: runlog.version(name) for name in ("megakd", "deepspeed")}, **versions},
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,

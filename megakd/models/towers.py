@@ -24,6 +24,7 @@ from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from megakd.models.weights import INDEX_SUFFIX
 from megakd.recipe import Model
 
 CONFIG_FILE = "open_clip_config.json"
@@ -119,7 +120,12 @@ def _check_weights(settings: Model, role: str) -> None:
         if role == "teacher" and pretrained is None:
             raise ValueError(f"{role}.pretrained: missing; a teacher needs weights: a tag, a file, or 'random' if that is really meant")
         return
-    if pretrained.endswith(WEIGHT_SUFFIXES):
+    if pretrained.endswith(INDEX_SUFFIX) and getattr(settings, "mode", "replicated") == "replicated":
+        raise ValueError(
+            f"{role}.pretrained = {pretrained!r}: several files with an index are read by the streaming load alone; "
+            f"set teacher.mode to replicated_int8, zero3 or zero3_int8, or merge the files"
+        )
+    if pretrained.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)):
         if not Path(pretrained).is_file():
             raise ValueError(f"{role}.pretrained = {pretrained!r}: no such file")
         return

@@ -24,7 +24,6 @@ from megakd.runtime.engine import deepspeed
 from megakd.runtime.launch import World
 
 BUILT_IN: dict[str, Any] = {
-    "train_micro_batch_size_per_gpu": 1,
     "steps_per_print": 10**9,
     "zero_optimization": {
         "stage": 3,
@@ -68,6 +67,7 @@ def settings(path: str | None = None, *, offload: bool = False) -> dict[str, Any
             f"zero_optimization.memory_efficient_linear = true in {name}: DeepSpeed would replace torch's linear function for the student "
             f"as well; write false"
         )
+    config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed asks for one; a forward takes any number of rows
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return config

@@ -52,7 +52,7 @@ class RunLog:
             "ranks": ranks,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+            "versions": {"python": platform.pythonversion(), **{name: version(name) for name in PACKAGES}},
             "commit": commit(),
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         }
@@ -167,7 +167,7 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
