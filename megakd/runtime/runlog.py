@@ -52,7 +52,7 @@ class RunLog:
             "ranks": ranks,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "versions": {"python": platform.pythonversion(), **{name: version(name) for name in PACKAGES}},
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "commit": commit(),
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         }
