@@ -19,7 +19,10 @@ from pydantic import BaseModel, ValidationError
 from megakd.recipe import Recipe
 
 # Keys that say how a run is watched and stored, not what it learns: a run may be resumed with other values of these.
-FREE_ON_RESUME = ("checkpoint.", "log.", "evaluation.", "data.workers", "data.cache", "data.max_bad_fraction")
+FREE_ON_RESUME = (
+    *("checkpoint.", "log.", "evaluation.", "kernels.", "teacher.offload", "teacher.ds_config"),
+    *("data.workers", "data.cache", "data.max_bad_fraction"),
+)
 
 
 def shipped() -> list[str]:
