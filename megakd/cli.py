@@ -63,7 +63,9 @@ def embed(
 ) -> None:
     """Write a recipe's teacher embeddings to a store that training reads instead of running the teacher (teacher.store)."""
     from megakd import embedding
+    from megakd.start import quiet_libraries
 
+    quiet_libraries()
     if dtype not in ("bf16", "fp32"):
         raise ValueError(f"--dtype {dtype}: bf16 or fp32")
     embedding.run(recipe, views, out, check=check, config=ds_config, overrides=overrides or [], dtype=dtype)  # type: ignore[arg-type]
@@ -152,7 +154,9 @@ def teacher_speed(
 ) -> None:
     """Images/s and weight memory of a teacher in int8, by each way to multiply, against 16 bit (on a CPU float32)."""
     from megakd.benchmarks import teacher_speed as benchmark
+    from megakd.start import quiet_libraries
 
+    quiet_libraries()
     benchmark.run(model, batch, rounds, json)
 
 

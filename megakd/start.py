@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 def run_command(arguments: list[str]) -> int:
     """Run the command and return its exit code: 0, 2 for a mistake of the user's, 85 after a signal, 86 for a loss that is not finite."""
     flags = parser().parse_args(arguments)
-    _quiet_libraries()
+    quiet_libraries()
     world = None
     try:
         world = launch.start()
@@ -122,7 +122,7 @@ def _is_ours(error: ValueError) -> bool:
     return any(Path(innermost).is_relative_to(Path(package.__file__ or "").parent) for package in (megakd, megakd_kernels))
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Leave the console to the run: libraries speak from warnings up, and torch's deprecations inside DeepSpeed are not the user's."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # open_clip speaks through the root logger, of random weights for example, which the recipe asked for.

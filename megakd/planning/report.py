@@ -33,7 +33,7 @@ def show(plan: Plan) -> None:
     console.print(_memory(plan))
     console.print(_work(plan))
     for line in (
-        f"* the recipe's own mode: {_verdict(own, plan.cluster.usable)} GB",
+        f"* the recipe's own mode; does it fit (GB): {_verdict(own, plan.cluster.usable)}",
         f"recommended: {plan.recommended} - {plan.why}" if plan.recommended else plan.why,
         "memory is counted on meta and was checked against runs; times are ESTIMATES, the maker's peaks times assumed shares of them",
         "(in the --json), as if no communication were hidden behind computation",
