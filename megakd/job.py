@@ -5,6 +5,7 @@ The order matters: whatever can be wrong with settings, data or checkpoints is f
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,15 @@ from megakd.runtime import checkpoint, collectives, ds_config, runlog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine, State
 from megakd.runtime.launch import World
+from megakd.runtime.locks import LOCK, FolderLock
 from megakd.runtime.runlog import RunLog
 from megakd.runtime.signals import EXIT_SAVED, LossNotFinite, StopRequest
 from megakd.tasks.distill import Distill
 from megakd.trainer import AnyTeacher, Trainer
 
 EVALUATION, MODEL = "evaluation.json", "model"
+# Seconds in which the ranks of a job that was just killed are gone, so that the same command may follow at once.
+PATIENCE = 20.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,19 @@ class Run:
         self.log = RunLog(self.folder, main=world.is_main)
 
     def execute(self) -> int:
-        """Train to the end and return the process's exit code: 0, or EXIT_SAVED after a signal."""
+        """Train to the end and return the process's exit code: 0, or EXIT_SAVED after a signal.
+
+        Raises ValueError, on every rank and before anything is written, when another job is at work in the run folder.
+        """
+        with contextlib.ExitStack() as held:
+            teaching.by_main(lambda: self._lock(held), self.world)
+            return self._execute()
+
+    def _lock(self, held: contextlib.ExitStack) -> None:
+        remedy = "end it first, or choose another --out"
+        held.enter_context(FolderLock(self.folder, doing="is at work on this run now", remedy=remedy, patience=PATIENCE))
+
+    def _execute(self) -> int:
         progress, state = self._starting_point()
         self.log.open(self.recipe, self.plan.config, self.world.size)
         self.log.say(self._outline())
@@ -183,7 +199,7 @@ class Run:
     def _choose_checkpoint(self) -> Path | None:
         resume = self.plan.request.resume
         if resume == "none":
-            earlier = [entry for entry in self.folder.glob("*") if entry.name != "previous"]
+            earlier = [entry for entry in self.folder.glob("*") if entry.name not in ("previous", LOCK)]
             if aside := runlog.set_aside(self.folder, earlier):
                 self.log.say(f"--resume none: the earlier run in {self.folder} was moved to {aside}")
             return None

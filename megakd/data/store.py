@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 FORMAT = 1
-MANIFEST, PARTS, LOCK = "manifest.json", "parts", "lock"
+MANIFEST, PARTS = "manifest.json", "parts"
 NOTE = "megakd"  # the one metadata entry of a part's header: the order of several is not the same in every process
 StoreType = Literal["bf16", "fp32"]
 _TORCH: dict[StoreType, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -9,11 +9,9 @@ Legend: as in `store`.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from torch import Tensor
 
 from megakd.data.storage import atomic_file
 from megakd.data.store import (
-    LOCK,
     MANIFEST,
     NOTE,
     PARTS,
@@ -39,6 +36,7 @@ from megakd.data.store import (
     read_manifest,
     read_part,
 )
+from megakd.runtime.locks import LOCK, FolderLock
 
 log = logging.getLogger("megakd.data")
 
@@ -52,43 +50,12 @@ def part_size(samples: int) -> int:
     return max(_SMALLEST_PART, min(_LARGEST_PART, -(-samples // _PARTS_AT_LEAST)))
 
 
-class StoreLock:
-    """Held from creation to the end of the block, or to the end of this process, however it ends: the kernel forgets the locks of the dead.
-
-    A POSIX record lock, which loader workers do not inherit, so that none of them can hold it longer than the job; it works over NFS.
-    Where the file system has no locks the job goes on without: parts are written whole and come out the same, so two jobs at once
-    only do work twice. Raises StoreError when another process holds it.
-    """
+class StoreLock(FolderLock):
+    """Where the file system has no locks two jobs at once only do work twice: parts are written whole and come out the same."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / LOCK
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+", encoding="utf-8")
-        except OSError as error:
-            raise StoreError(f"{folder}: cannot be written ({error}); choose another --out") from error
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise StoreError(
-                f"{folder}: {holder} is writing this store now; wait for it, end it, or choose another --out (the same command "
-                f"afterwards goes on with what is not done)"
-            ) from error
-        except OSError as error:
-            log.warning("%s: no locks on this file system (%s): see to it that no second job writes this store", path, error)
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
-
-    def __enter__(self) -> StoreLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.truncate(0)
-        self._file.close()
+        remedy = "wait for it, end it, or choose another --out (the same command afterwards goes on with what is not done)"
+        super().__init__(folder, doing="is writing this store now", remedy=remedy, error=StoreError)
 
 
 def existing(folder: Path, key: dict[str, Any], made: dict[str, Any], layout: Layout) -> Manifest | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import ds_config, rows, settings, train
+from tiny_runs import REPOSITORY, ds_config, rows, settings, train
 
 from megakd import recipe_files, start
 from megakd.runtime.signals import EXIT_SAVED, EXIT_USER_ERROR
@@ -33,8 +35,35 @@ def test_a_run_leaves_what_the_readme_says(recipe_file: Path, tmp_path: Path) ->
     finished = train(recipe_file, "--out", tmp_path / "run", "--local_rank", "0", sets=("optim.steps=3",))
     assert finished.code == 0, finished.err
     found = {entry.name for entry in (tmp_path / "run").iterdir()}
-    assert found == {"run.json", "metrics.jsonl", "checkpoints", "model"}
+    assert found == {"run.json", "metrics.jsonl", "checkpoints", "model", "lock"}
     assert recipe_files.load(str(tmp_path / "run" / "run.json"))[0].optim.steps == 3
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from megakd.runtime.locks import FolderLock
+with FolderLock(Path(sys.argv[1]), doing="is at work", remedy="wait"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_job_on_a_run_folder_is_refused_and_a_dead_one_holds_nothing(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megakd.job.PATIENCE", 0.0)
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        refused = train(recipe_file, "--out", tmp_path / "run", sets=("optim.steps=3",))
+        assert refused.code == EXIT_USER_ERROR
+        assert f"{tmp_path / 'run'}: process {holder.pid} on " in refused.err
+        assert "is at work on this run now; end it first, or choose another --out" in refused.err
+        assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["lock"]
+        holder.kill()
+    assert train(recipe_file, "--out", tmp_path / "run", sets=("optim.steps=3",)).code == 0
 
 
 def test_a_row_holds_what_people_ask_for(recipe_file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""One job at a time in a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+LOCK = "lock"
+
+log = logging.getLogger("megakd.runtime")
+
+
+class FolderLock:
+    """Held from creation to the end of the block, or to the end of this process, however it ends: the kernel forgets the locks of the dead.
+
+    A POSIX record lock, which child processes do not inherit, so that no loader worker can hold it longer than the job; it works over
+    NFS. Where the file system has no locks the job is warned and goes on without.
+    """
+
+    def __init__(self, folder: Path, *, doing: str, remedy: str, error: type[ValueError] = ValueError, patience: float = 0.0) -> None:
+        """doing: what the holder does there, after its name. patience: seconds to wait for a holder that may be dying.
+
+        Raises `error` when another process holds it after that, or nothing can be written.
+        """
+        path = folder / LOCK
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+", encoding="utf-8")
+        except OSError as reason:
+            raise error(f"{folder}: cannot be written ({reason}); choose another --out") from reason
+        try:
+            self._take(time.monotonic() + patience)
+        except (BlockingIOError, PermissionError) as reason:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise error(f"{folder}: {holder} {doing}; {remedy}") from reason
+        except OSError as reason:
+            log.warning("%s: no locks on this file system (%s): see to it that no second job works in this folder", path, reason)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def _take(self, deadline: float) -> None:
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.1)
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.truncate(0)
+        self._file.close()
