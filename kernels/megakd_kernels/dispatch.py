@@ -16,7 +16,7 @@ BACKENDS = ("auto", "eager", "compiled", "chunked", "triton")
 
 # "auto": device type -> loss -> (largest N, backend), in order; beyond the last N what `BEYOND` says.
 # CPU: measured, kernels/benchmarks/results/cpu-amd-epyc.csv; interactive and sigmoid from 512 on chunked is the faster one. "compiled" is
-# the fastest at most sizes there (0.65 of chunked's time at 2048), but it needs a C++ compiler, tens of seconds for each new shape, and the
+# the fastest at most sizes there (0.61 of chunked's time at 2048), but it needs a C++ compiler, tens of seconds for each new shape, and the
 # whole matrix: it runs where it is asked for.
 # CUDA: NOT measured yet. At 2048 eager holds ten matrices of 16 MB and launches outweigh the work.
 TABLE: dict[str, dict[str, list[tuple[int, str]]]] = {
