@@ -19,6 +19,7 @@ import run  # noqa: E402
 from cases import LOSSES, Case  # noqa: E402
 from measure import Meter, Sample, gradients  # noqa: E402
 from memory import Watcher  # noqa: E402
+from peers import Unavailable  # noqa: E402
 from records import FIELDS, append, read, together  # noqa: E402
 from rounds import Limits, Result, Runner  # noqa: E402
 from rounds import rows as rows_of  # noqa: E402
@@ -337,6 +338,18 @@ def test_unknown_arguments_are_answered_with_the_choices(arguments, message, cap
         run.main(arguments)
     assert raised.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_error_of_a_loss_does_not_pass_for_a_backend_that_is_not_there(monkeypatch):
+    def broken(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setitem(LOSSES, "kd", LOSSES["kd"]._replace(compute=broken))
+    cpu = torch.device("cpu")
+    for implementation, error, words in (("chunked", ValueError, "a bug"), ("triton", Unavailable, "it needs a CUDA device")):
+        case = Case("kd", 8, 4, 6, implementation)
+        with pytest.raises(error, match=words):
+            case.function()(*case.material(cpu, torch.float32))
 
 
 def test_a_device_or_file_that_is_not_there_is_named(tmp_path, capsys, monkeypatch):
