@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,16 +31,18 @@ from megakd.models.identity import preprocessing
 from megakd.models.stored_teacher import StoredTeacher
 from megakd.models.student import Student, decay_groups
 from megakd.recipe import Recipe
-from megakd.runtime import checkpoint, collectives, ds_config, runlog
+from megakd.runtime import checkpoint, collectives, ds_config, launch, runlog, slurm_job, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine, State
 from megakd.runtime.launch import World
 from megakd.runtime.locks import LOCK, FolderLock
 from megakd.runtime.runlog import RunLog
 from megakd.runtime.signals import EXIT_SAVED, LossNotFinite, StopRequest
+from megakd.runtime.watchdog import HUNG, Watchdog
 from megakd.tasks.distill import Distill
 from megakd.trainer import AnyTeacher, Trainer
 
+T = TypeVar("T")
 EVALUATION, MODEL = "evaluation.json", "model"
 # Seconds in which the ranks of a job that was just killed are gone, so that the same command may follow at once.
 PATIENCE = 20.0
@@ -122,22 +126,42 @@ class Run:
     def execute(self) -> int:
         """Train to the end and return the process's exit code: 0, or EXIT_SAVED after a signal.
 
-        Raises ValueError, on every rank and before anything is written, when another job is at work in the run folder.
+        Raises ValueError, on every rank and before anything is written, when another job is at work in the run folder; OSError, on
+        every rank, when the first one cannot write there.
         """
         with contextlib.ExitStack() as held:
-            teaching.by_main(lambda: self._lock(held), self.world)
+            self._by_main(lambda: self._lock(held))
+            held.enter_context(Watchdog(self.recipe.watchdog.limit, self.folder, self.world))
+            launch.wait_longer_than(self.recipe.watchdog.limit)
             return self._execute()
+
+    def _by_main(self, call: Callable[[], T]) -> T | None:
+        """call() on rank 0, whose errors of a folder that cannot be used every rank raises; its result on rank 0, None elsewhere."""
+        result, failure = None, None
+        if self.world.is_main:
+            try:
+                result = call()
+            except (ValueError, OSError, LossNotFinite) as error:
+                failure = error
+        heard = collectives.share(failure, self.world)
+        if isinstance(heard, Exception):
+            raise heard
+        return result
 
     def _lock(self, held: contextlib.ExitStack) -> None:
         remedy = "end it first, or choose another --out"
         held.enter_context(FolderLock(self.folder, doing="is at work on this run now", remedy=remedy, patience=PATIENCE))
+        # Stacks of an earlier start: the rank without a file would be looked for among all that were ever written.
+        runlog.set_aside(self.folder, list(self.folder.glob(HUNG)))
 
     def _execute(self) -> int:
+        self.log.say(f"{self.recipe.name}: run folder {self.folder}{self._job()}")
         progress, state = self._starting_point()
-        self.log.open(self.recipe, self.plan.config, self.world.size)
+        self._by_main(lambda: self.log.open(self.recipe, self.plan.config, self.world.size))
         self.log.say(self._outline())
         self._build(state)
         del state
+        launch.wait_longer_than(self.recipe.watchdog.limit)
         try:
             finished = progress.step >= self.recipe.optim.steps or self._fit(progress)
         finally:
@@ -148,6 +172,11 @@ class Run:
         self._finish()
         return 0
 
+    def _job(self) -> str:
+        """What SLURM calls this run, for the first line of its log."""
+        job = slurm_job.job_id(os.environ)
+        return "" if job is None else f", SLURM job {job}, restart {slurm_job.restarts(os.environ)}"
+
     def _outline(self) -> str:
         """What is about to start, before the wait for models and DeepSpeed."""
         config, recipe = self.plan.config, self.recipe
@@ -157,32 +186,24 @@ class Run:
         how += f", batch {recipe.optim.batch} = {self.world.size} ranks x {rounds} x {micro}"
         teacher = ", ".join(map(_called, self.plan.teachers.values())) or "none"
         objectives = ", ".join(f"{weight:g} {name}" for name, weight in self.plan.task.weights.items())
-        return (
-            f"{recipe.name} in {self.folder}: {recipe.optim.steps} steps, {how}\n"
-            f"data: {len(self.plan.shards)} pairs; teacher: {teacher}; objectives: {objectives}"
-        )
+        return f"{recipe.optim.steps} steps, {how}\ndata: {len(self.plan.shards)} pairs; teacher: {teacher}; objectives: {objectives}"
 
     def _finish(self) -> None:
         weights = self._engine.export(moments=False, everywhere=True).weights
         self._score(weights, self.recipe.optim.steps)
-        if self.world.is_main:
-            export.write_model(self.folder / MODEL, weights, self._student_towers)
-            self.log.say(f"done: {self.folder}")
-        collectives.barrier(self.world)
+        self._by_main(lambda: self._write_model(weights))
+
+    def _write_model(self, weights: dict[str, Tensor]) -> None:
+        if self.log.failure is not None:
+            raise self.log.failure
+        export.write_model(self.folder / MODEL, weights, self._student_towers)
+        self.log.say(f"done: {self.folder}")
 
     def _starting_point(self) -> tuple[Progress, State | None]:
         """Where to go on. Rank 0 looks and clears the way, then all ranks read the same checkpoint."""
-        path: object = None
-        if self.world.is_main:
-            try:
-                path = self._choose_checkpoint()
-            except (checkpoint.CheckpointError, OSError) as error:
-                path = error  # the others wait for an answer: they must hear of it
-        path = collectives.share(path, self.world)
-        if isinstance(path, Exception):
-            raise path
+        path = collectives.share(self._by_main(self._choose_checkpoint), self.world)
         if path is None:
-            self.log.keep_until(0)
+            self._by_main(lambda: self.log.keep_until(0))
             return Progress(0, 0, self.recipe.seed, self.plan.shards.signature), None
         assert isinstance(path, Path)
         self._resumed_from = path
@@ -193,7 +214,7 @@ class Run:
                 f"nothing; put the same shards back, or start over with --resume none or another --out"
             )
         self.log.say(f"resuming from {path}: step {progress.step} of {self.recipe.optim.steps}")
-        self.log.keep_until(progress.step)
+        self._by_main(lambda: self.log.keep_until(progress.step))
         return progress, state
 
     def _choose_checkpoint(self) -> Path | None:
@@ -219,6 +240,7 @@ class Run:
         # pretrained = "random" draws: the same on every rank and at every start, and not what a student of equal shape draws.
         torch.manual_seed(recipe.seed + 1)
         self._teachers = self._build_teachers()
+        watchdog.beat("building the student")
         torch.manual_seed(recipe.seed)
         self._student_towers = towers.build(self.plan.student, torch.device("cpu"))
         # Evaluation works on a plain replica: a ZeRO-3 student has its weights only inside the engine's forward.
@@ -237,6 +259,7 @@ class Run:
             self.log.say("the teacher is not loaded: no objective with a positive weight uses it")
         built: dict[str, AnyTeacher] = {}
         for role, description in self.plan.teachers.items():
+            watchdog.beat(f"loading {role}")
             if self.plan.store is not None:
                 self.log.say(self.plan.store.outline())
                 piece = self.plan.config["train_micro_batch_size_per_gpu"]
@@ -269,16 +292,14 @@ class Run:
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint; every rank learns whether it is there before it goes on."""
+        watchdog.beat("saving a checkpoint", progress.step)
         state = self._engine.export(moments=True, everywhere=False)
-        failure: object = None
-        if self.world.is_main:
-            try:
-                checkpoint.save(self.folder, progress, state, self.recipe.checkpoint.keep)
-            except (checkpoint.CheckpointError, LossNotFinite) as error:
-                failure = error
-        failure = collectives.share(failure, self.world)
-        if isinstance(failure, Exception):
-            raise failure
+        self._by_main(lambda: self._write_checkpoint(progress, state))
+
+    def _write_checkpoint(self, progress: Progress, state: State) -> None:
+        if self.log.failure is not None:
+            raise self.log.failure  # a run that goes on from here would lack that row
+        checkpoint.save(self.folder, progress, state, self.recipe.checkpoint.keep)
 
     def evaluate(self, step: int) -> None:
         """Score the current weights on the recipe's sets, into metrics.jsonl and evaluation.json."""
@@ -288,6 +309,7 @@ class Run:
     def _score(self, weights: dict[str, Tensor], step: int) -> None:
         if self._replica is None:
             return
+        watchdog.beat("evaluating", step)
         export.load_clip(self._replica, weights)
         clip = self._replica.to(self.world.device).eval()
         encoder = Encoder(
@@ -295,7 +317,9 @@ class Run:
         )
         results = {"step": step, **Suite(self.plan.sets, encoder, self.world, self.recipe.data.workers).run()}
         self._replica.to("cpu")
-        if self.world.is_main:
-            runlog.write_json(self.folder / EVALUATION, results)
-            self.log.event(step, "evaluation", results)
-            self.log.say(report.lines(results))
+        self._by_main(lambda: self._write_evaluation(results))
+
+    def _write_evaluation(self, results: dict[str, Any]) -> None:
+        runlog.write_json(self.folder / EVALUATION, results)
+        self.log.event(results["step"], "evaluation", results)
+        self.log.say(report.lines(results))

@@ -198,6 +198,14 @@ class Log(Section):
     every: Positive = Field(10, description="steps between rows of metrics.jsonl")
 
 
+class Watchdog(Section):
+    """A run that hangs ends, with the stacks of its threads, instead of holding its machines."""
+
+    limit: Weight = Field(
+        1800.0, description="seconds without progress (a phase of a step, a batch scored) after which a rank ends; 0: never"
+    )
+
+
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     seed: NonNegative = 0
@@ -215,6 +223,7 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    watchdog: Watchdog = Watchdog()
 
     def teachers(self) -> dict[str, Teacher]:
         """By role: "teacher", then "ensemble.NAME" in the recipe's order."""

@@ -6,6 +6,7 @@ The flags are few and a test holds them: what is learned belongs to the recipe, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
@@ -58,13 +59,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_command(arguments: list[str]) -> int:
-    """Run the command and return its exit code: 0, 2 for a mistake of the user's, 85 after a signal, 86 for a loss that is not finite."""
-    flags = parser().parse_args(arguments)
+    """Run the command and return its exit code: 0, 2 for a mistake of the user's, 85 after a signal, 86 for a loss that is not finite.
+
+    For programs that call it as well, submitit's task for one: it raises no SystemExit, and the caller's signal handlers are back when it
+    returns. A hung run does not return: the process ends with 87.
+    """
+    try:
+        flags = parser().parse_args(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
     quiet_libraries()
+    with contextlib.ExitStack() as until_stopped:  # signals count as noted until the process group is left
+        return _guarded(flags, until_stopped)
+
+
+def _guarded(flags: argparse.Namespace, until_stopped: contextlib.ExitStack) -> int:
     world = None
     try:
         world = launch.start()
-        return _run(flags, world)
+        return _run(flags, world, until_stopped)
     except KeyboardInterrupt:
         _complain(world, "interrupted; what was trained since the last checkpoint is lost, the same command goes on from that checkpoint")
         return 130
@@ -85,7 +98,7 @@ def run_command(arguments: list[str]) -> int:
         launch.stop()
 
 
-def _run(flags: argparse.Namespace, world: World) -> int:
+def _run(flags: argparse.Namespace, world: World, until_stopped: contextlib.ExitStack) -> int:
     name = flags.recipe or DEFAULT_RECIPE
     recipe, origin = recipe_files.load(name, flags.overrides)
     if flags.recipe is None and world.is_main:
@@ -105,7 +118,7 @@ def _run(flags: argparse.Namespace, world: World) -> int:
                 + "\ndry run: all of this is sound"
             )
         return 0
-    stop = StopRequest()
+    stop = until_stopped.enter_context(StopRequest())
     if first is not None:
         if world.is_main:
             print(f"the teacher is not there yet: training it first with {first.recipe_name} into {first.out}", flush=True)
@@ -140,4 +153,5 @@ def _complain(world: World | None, text: str) -> None:
     if world is not None and not world.is_main:
         time.sleep(3)
         text = f"[rank {world.rank}] {text}"
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the log lies on the full disk too: the exit code is left to say it
+        print(text, file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ from megakd.models.stored_teacher import StoredTeacher, TextStoredTeacher
 from megakd.models.student import embeddings
 from megakd.models.teacher import Teacher
 from megakd.recipe import Optim, Recipe
-from megakd.runtime import collectives
+from megakd.runtime import collectives, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine
 from megakd.runtime.launch import World
@@ -53,6 +53,7 @@ class Agreed:
     losses: dict[str, float]
     finite: bool
     stop: bool
+    log_failed: bool
     bad: BadCounter
 
 
@@ -91,6 +92,7 @@ class Trainer:
         recipe, step = self.recipe, start.step
         since, images = time.perf_counter(), 0
         while step < recipe.optim.steps:
+            watchdog.beat("waiting for data", step)
             with self.clock.host("data"):
                 batch = next(batches)
             agreed = self.step(batch, step)
@@ -116,7 +118,8 @@ class Trainer:
             raise LossNotFinite(f"step {step}: the gradient norm is {self.engine.gradient_norm}; this step was not saved")
 
     def step(self, batch: Batch, step: int) -> Agreed:
-        """One update on one global batch. Raises LossNotFinite on every rank, before any weight moves."""
+        """One update on one global batch. Raises on every rank, before any weight moves, LossNotFinite or what the log met with."""
+        watchdog.beat("teacher", step)
         batch = batch.to(self.world.device, non_blocking=True)
         with self.clock.part("teacher"):
             taught = [self._teach(batch, role, teacher) for role, teacher in self.teachers.items()]
@@ -127,6 +130,11 @@ class Trainer:
                 f"step {step + 1}: the loss is not finite on at least one rank: {agreed.losses} (NaN and infinity shown as 0); "
                 f"no weight has moved in this step"
             )
+        if agreed.log_failed:
+            failure = collectives.share(self._log.failure, self.world)
+            assert isinstance(failure, OSError)
+            raise failure
+        watchdog.beat("update", step)
         with self.clock.part("update"):
             self.engine.update(learning_rate(self.recipe.optim, step))
         self._judge_data(agreed.bad)
@@ -160,6 +168,7 @@ class Trainer:
 
     def _forward(self, views: tuple[Tensor, Tensor], step: int, piece: int) -> dict[str, Tensor]:
         # Seeded by place, not by history: a resumed run and the second forward of a piece drop out what the first did.
+        watchdog.beat("student", step)
         place = f"{self.recipe.seed}/{step}/{self.world.rank}/{piece}"
         torch.manual_seed(int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "big"))
         with self.clock.part("student"):
@@ -191,15 +200,16 @@ class Trainer:
         """Start telling the other ranks how this step stands; the backward runs meanwhile."""
         values = torch.stack([loss.detach().float() for loss in losses.values()] + [outputs["scale"].detach().float().reshape(())])
         wrong = (~values.isfinite()).any().float().reshape(1)
-        counts = torch.tensor([float(bool(self._stop)), *map(float, batch.bad.to_list())], device=values.device)
+        flags = [float(bool(self._stop)), float(self._log.failure is not None)]
+        counts = torch.tensor([*flags, *map(float, batch.bad.to_list())], device=values.device)
         return collectives.start_sum(torch.cat([wrong, values.nan_to_num() / self.world.size, counts]), self.world)
 
     def _agree(self, pending: collectives.Pending, batch: Batch) -> Agreed:
         wrong, *values = pending.read()
         names = [*self.task.weights, "scale"]
-        means, (stop, *counts) = values[: len(names)], values[len(names) :]
+        means, (stop, log_failed, *counts) = values[: len(names)], values[len(names) :]
         bad = BadCounter.from_list([int(count) for count in counts], batch.bad.examples)
-        return Agreed(dict(zip(names, means, strict=True)), wrong == 0, stop > 0, bad)
+        return Agreed(dict(zip(names, means, strict=True)), wrong == 0, stop > 0, log_failed > 0, bad)
 
     def _judge_data(self, bad: BadCounter) -> None:
         """The same numbers on every rank, so every rank stops or none."""

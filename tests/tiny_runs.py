@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from megakd.runtime.launch import port
 from megakd.runtime.runlog import read_metrics
 from megakd.start import run_command
 
@@ -141,6 +142,16 @@ def launch(launcher: str, *arguments: str | Path) -> subprocess.Popen[str]:
     command = [sys.executable, *module, count, *port, *map(str, arguments)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment(), start_new_session=True, **pipes)
+
+
+def start_ranks(*arguments: str | Path) -> list[subprocess.Popen[str]]:
+    """Start two ranks of the training program without a launcher, so that each one's exit code and output are its own."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port(os.getpid()))}
+    command = [sys.executable, "megakd/train.py", *map(str, arguments)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    return [
+        subprocess.Popen(command, cwd=REPOSITORY, env=environment(RANK=rank, LOCAL_RANK=rank, **shared), **pipes) for rank in ("0", "1")
+    ]
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 120) -> Finished:

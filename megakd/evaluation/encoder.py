@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megakd.data.views import normalise
 from megakd.models.student import encode_images, encode_texts
+from megakd.runtime import watchdog
 
 # Legend: n samples of one batch, D embedding width.
 
@@ -31,11 +32,13 @@ class Encoder:
 
     def images(self, pixels: Tensor) -> Tensor:
         """uint8 pixels (n, 3, H, W) -> unit rows (n, D), float32 on the CPU."""
+        watchdog.beat("evaluating")
         ready = normalise(pixels.to(self.device, non_blocking=True), self.preprocess, self.dtype)
         return encode_images(self.clip, ready).float().cpu()
 
     def texts(self, sentences: Sequence[str]) -> Tensor:
         """n sentences -> unit rows (n, D), float32 on the CPU."""
+        watchdog.beat("evaluating")
         pieces = [sentences[start : start + self.batch] for start in range(0, len(sentences), self.batch)]
         rows = [encode_texts(self.clip, self.tokenize(list(piece)).to(self.device)).float().cpu() for piece in pieces]
         return torch.cat(rows)

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import socket
+import struct
 import time
 from pathlib import Path
 
@@ -61,3 +62,14 @@ class FolderLock:
     def __exit__(self, *_: object) -> None:
         self._file.truncate(0)
         self._file.close()
+
+
+def held(folder: Path) -> bool:
+    """Whether a process holds the folder's lock, asked without taking it. Of this process's own locks the kernel says nothing."""
+    try:
+        with (folder / LOCK).open("rb") as file:
+            # struct flock of 64-bit Linux: type, whence, start, length (0: to the end), process
+            asked = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except OSError:  # no such file, or a file system without locks
+        return False
+    return bool(struct.unpack_from("h", asked)[0] != fcntl.F_UNLCK)

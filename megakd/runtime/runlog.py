@@ -1,13 +1,13 @@
 """A run is a folder: run.json, metrics.jsonl, checkpoints/, evaluation.json. This module writes the first two, and the console.
 
-run.json    the resolved recipe and DeepSpeed configuration, command line, versions, commit: what it takes to replay the run
+run.json    the resolved recipe and DeepSpeed configuration, command line, versions, commit: what it takes to replay the run; and
+            `jobs`, one entry for each start of it, the newest last
 metrics.jsonl    a row each `log.every` steps and one for each event; a resumed run drops the rows past its checkpoint
 """
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -23,38 +23,52 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megakd.recipe import Recipe
 from megakd.recipe_files import differences, load
+from megakd.runtime import slurm_job
 
 RUN, METRICS = "run.json", "metrics.jsonl"
 PACKAGES = ("megakd", "torch", "deepspeed", "open_clip_torch", "transformers", "triton")
 
 
 class RunLog:
-    """Writer of a run folder and of the console. Only the main rank writes; on others every method does nothing."""
+    """Writer of a run folder and of the console. Only the main rank writes; on others every method does nothing.
+
+    failure: why a row or a line could not be written. It is only noted, and ends all ranks together at the next step, see `Trainer.step`.
+    """
 
     def __init__(self, run: Path, *, main: bool) -> None:
         self.run, self._main = run, main
+        self.failure: OSError | None = None
         self.console = Console(stderr=False, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
 
     def say(self, text: str) -> None:
         """A line for people: on the console, not in the metrics."""
         if self._main:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        try:
             self.console.print(text, markup=False)
+        except OSError as error:  # where a job's output goes may be full as well
+            self.failure = self.failure or OSError(error.errno, error.strerror, "standard output")
 
     def open(self, recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> None:
-        """Write run.json. A folder of another recipe has been refused before, see `check_same_recipe`."""
+        """Write run.json. A folder of another recipe has been refused before, see `check_resume`."""
         if not self._main:
             return
+        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        job = slurm_job.describe(ranks, started)
         content = {
             "recipe": recipe.model_dump(mode="json"),
             "ds_config": ds_config,
             "argv": sys.argv,
             "ranks": ranks,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "started": started,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "commit": commit(),
-            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "slurm_job_id": job["slurm_job_id"],
+            "jobs": [*_earlier_jobs(self.run), job],
         }
         write_json(self.run / RUN, content)
 
@@ -72,18 +86,26 @@ class RunLog:
         """One row of metrics.jsonl, and its line or progress bar on the console."""
         if not self._main:
             return
-        with (self.run / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append(row)
         if self.console.is_terminal:
             self._bar(row, total_steps)
         else:
-            self.console.print(_line(row, total_steps), markup=False)
+            self._print(_line(row, total_steps))
 
     def event(self, step: int, name: str, content: Any) -> None:
         """A row that is no step: an evaluation, bad samples, a checkpoint."""
         if self._main:
-            with (self.run / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "event": name, "content": content}) + "\n")
+            self._append({"step": step, "event": name, "content": content})
+
+    def _append(self, row: dict[str, Any]) -> None:
+        if self.failure is not None:
+            return  # the last line may be half a row: nothing is written after it
+        path = self.run / METRICS
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            self.failure = OSError(error.errno, error.strerror, str(path))
 
     def _bar(self, row: dict[str, Any], total_steps: int) -> None:
         if self._progress is None:
@@ -97,6 +119,12 @@ class RunLog:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _earlier_jobs(run: Path) -> list[dict[str, Any]]:
+    """`jobs` of the run.json that is there; of one by an earlier version of megakd, or of none, an empty list."""
+    path = run / RUN
+    return list(json.loads(path.read_text(encoding="utf-8")).get("jobs", [])) if path.exists() else []
 
 
 def check_resume(run: Path, resume: str, recipe: Recipe) -> None:
@@ -144,10 +172,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def commit() -> str | None:

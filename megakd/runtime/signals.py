@@ -8,11 +8,13 @@ SLURM sends TERM at preemption and whatever `--signal` names before a time limit
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 EXIT_SAVED = 85  # stopped by a signal after saving: start the same command again to go on
 EXIT_USER_ERROR = 2  # a mistake in the recipe, the data or the command, said in one message
 EXIT_NOT_FINITE = 86  # the loss became NaN or infinite; the last checkpoint is from before that
+EXIT_HUNG = 87  # no progress for `watchdog.limit` seconds: every rank wrote its stacks and ended
 
 
 class LossNotFinite(ArithmeticError):
@@ -23,15 +25,29 @@ WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """True once one of the watched signals has arrived."""
+    """True once one of the watched signals has arrived, from creation to the end of the block.
+
+    At the end a calling program's own handlers are put back, so that submitit, for one, hears of later signals again. The default
+    action, death, is not: a launcher that signals the other ranks as soon as one has ended would change their exit codes.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._earlier: dict[signal.Signals, Callable[[int, FrameType | None], object]] = {}
         for number in WATCHED:
-            signal.signal(number, self._note)
+            handler = signal.signal(number, self._note)
+            if callable(handler):
+                self._earlier[number] = handler
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def __enter__(self) -> StopRequest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)

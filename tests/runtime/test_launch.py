@@ -1,10 +1,21 @@
-"""Each launcher's variables are read as that launcher means them."""
+"""Each launcher's variables are read as that launcher means them, and ranks that meet over IPv6."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from tiny_runs import LAUNCHER_VARIABLES, REPOSITORY, environment
 
 from megakd.runtime import launch
 
@@ -18,6 +29,13 @@ SRUN = {
     "SLURM_JOB_NODELIST": "gpu[01-04]",
     "SLURM_STEP_NODELIST": "gpu[02-03]",
     "SLURM_JOB_ID": "4711",
+}
+SUBMITIT = {
+    "SUBMITIT_EXECUTOR": "local",
+    "SUBMITIT_LOCAL_GLOBALID": "1",
+    "SUBMITIT_LOCAL_LOCALID": "1",
+    "SUBMITIT_LOCAL_NTASKS": "2",
+    "SUBMITIT_LOCAL_JOB_ID": "98765",
 }
 
 
@@ -45,19 +63,70 @@ def test_a_step_of_srun_is_ranked_by_the_step_and_meets_at_its_first_node() -> N
     found = launch.variables(SRUN)
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("5", "8", "1")
     assert found["MASTER_ADDR"] == "10.1.0.2"
-    assert 20000 <= int(found["MASTER_PORT"]) < 40000
+    assert int(found["MASTER_PORT"]) == launch.port(4711)
+
+
+def test_neighbouring_jobs_restarts_and_steps_meet_at_ports_of_their_own_below_those_that_linux_hands_out() -> None:
+    starts = list(product(range(22000, 22064), range(8), range(4)))
+    ports = {launch.port(*start) for start in starts}
+    assert len(ports) == len(starts)
+    assert min(ports) >= 10240
+    assert max(ports) < 32768
+    interactive = 4294967290  # SLURM_STEP_ID of salloc's shell
+    assert 10240 <= launch.port(2**26, 100, interactive) < 32768
 
 
 @pytest.mark.usefixtures("scontrol")
-def test_a_requeued_job_meets_at_another_port() -> None:
-    ports = {launch.variables({**SRUN, "SLURM_RESTART_COUNT": str(count)})["MASTER_PORT"] for count in range(3)}
-    assert len(ports) == 3
+def test_a_requeued_job_and_a_second_step_meet_at_other_ports() -> None:
+    changes = [{}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_RESTART_COUNT": "2"}, {"SLURM_STEP_ID": "1"}]
+    assert len({launch.variables(SRUN | change)["MASTER_PORT"] for change in changes}) == 4
+
+
+@pytest.mark.parametrize(("environ", "address"), [(SRUN, "10.9.9.9"), (SUBMITIT, "10.9.9.9"), (SRUN, "fd00::2"), (SRUN, "[fd00::2]")])
+def test_an_address_and_port_given_by_the_user_win_without_asking_scontrol(
+    environ: dict[str, str], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    found = launch.variables({**environ, "MASTER_ADDR": address, "MASTER_PORT": "1234"})
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == (address.strip("[]"), "1234")
+
+
+def test_a_node_without_scontrol_is_told_how_to_say_where_the_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"MASTER_ADDR.*No such file.*export MASTER_ADDR=\$\(scontrol show hostnames"):
+        launch.variables(SRUN)
 
 
 @pytest.mark.usefixtures("scontrol")
-def test_an_address_and_port_given_by_the_user_win_under_srun() -> None:
-    found = launch.variables({**SRUN, "MASTER_ADDR": "10.9.9.9", "MASTER_PORT": "1234"})
-    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.9.9.9", "1234")
+def test_a_node_list_that_scontrol_refuses_is_named() -> None:
+    with pytest.raises(ValueError, match=r"scontrol show hostnames gpu\[7"):
+        launch.variables(SRUN | {"SLURM_STEP_NODELIST": "gpu[7"})
+
+
+@pytest.mark.usefixtures("scontrol")
+@pytest.mark.parametrize(
+    ("tasks", "node", "here"), [("4", "0", "4"), ("2(x3),1", "2", "2"), ("2(x3),1", "3", "1"), ("3,2(x2)", "0", "3"), (None, "1", "8")]
+)
+def test_the_ranks_of_one_machine_are_counted_as_slurm_lays_them_out(tasks: str | None, node: str, here: str) -> None:
+    laid_out = {"SLURM_NODEID": node} | ({} if tasks is None else {"SLURM_STEP_TASKS_PER_NODE": tasks})
+    assert launch.variables(SRUN | laid_out)["LOCAL_WORLD_SIZE"] == here
+
+
+def test_a_task_of_submitit_on_this_machine_is_a_rank_whatever_slurm_shell_it_was_started_in() -> None:
+    found = launch.variables(SRUN | SUBMITIT)
+    assert found == {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(launch.port(98765)),
+    }
+
+
+@pytest.mark.usefixtures("scontrol")
+def test_a_task_of_submitit_on_slurm_is_a_task_of_srun() -> None:
+    assert launch.variables(SRUN | SUBMITIT | {"SUBMITIT_EXECUTOR": "slurm"}) == launch.variables(SRUN)
 
 
 def test_python_in_a_batch_script_is_one_process_although_slurm_names_a_rank() -> None:
@@ -68,3 +137,84 @@ def test_python_in_a_batch_script_is_one_process_although_slurm_names_a_rank() -
 def test_a_plain_process_is_rank_0_of_1() -> None:
     found = launch.variables({"PATH": "/bin"})
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("0", "1", "0")
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "local_size", "visible", "index"),
+    [
+        (3, 8, 8, 3),  # all GPUs of the machine are visible to each of its tasks
+        (3, 8, 1, 0),  # srun --gpus-per-task=1
+        (1, 2, 8, 1),  # fewer tasks than GPUs
+        (0, 1, 1, 0),
+    ],
+)
+def test_a_rank_takes_its_own_device_whether_it_sees_one_or_all(local_rank: int, local_size: int, visible: int, index: int) -> None:
+    assert launch.device_index(local_rank, local_size, visible) == index
+
+
+@pytest.mark.parametrize("local_rank", range(4))
+def test_every_task_of_a_machine_refuses_when_two_would_share_a_device(local_rank: int) -> None:
+    """Every one, so that none waits for the others."""
+    with pytest.raises(ValueError, match=r"4 tasks on this machine see 2 GPUs.*--ntasks-per-node=2 or --gpus-per-node=4"):
+        launch.device_index(local_rank, 4, 2)
+
+
+@pytest.mark.parametrize(("watchdog", "expected"), [(100.0, timedelta(seconds=400)), (0.0, timedelta(minutes=30))])
+def test_a_collective_waits_longer_than_the_watchdog_in_every_group(
+    watchdog: float, expected: timedelta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*LAUNCHER_VARIABLES, "SLURM_STEP_ID", "SUBMITIT_EXECUTOR"):
+        monkeypatch.delenv(name, raising=False)
+    launch.start()
+    try:
+        groups = [dist.group.WORLD, dist.new_group([0])]
+        launch.wait_longer_than(watchdog)
+        assert [group._get_backend(torch.device("cpu")).options._timeout for group in groups] == [expected, expected]
+    finally:
+        launch.stop()
+        for name in launch.TORCH_VARIABLES:  # monkeypatch puts back what was there, and removes nothing else
+            os.environ.pop(name, None)
+
+
+MEETING = """
+import json, torch, torch.distributed as dist
+from megakd.runtime import collectives, launch
+world = launch.start()
+total = collectives.start_sum(torch.tensor([1.0 + world.rank]), world).read()
+print(json.dumps([world.rank, world.size, total, collectives.share(world.rank, world)]))
+launch.stop()
+"""
+
+
+@pytest.mark.parametrize("address", ["[::1]", "a-host-with-ipv6-alone"])
+def test_two_ranks_meet_over_ipv6(address: str, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError as error:
+            pytest.skip(f"no IPv6 on this machine ({error})")
+    command = [sys.executable, "-c", MEETING]
+    if not address.startswith("["):
+        (tmp_path / "hosts").write_text(f"127.0.0.1 localhost\n127.0.0.1 {socket.gethostname()}\n::1 {address}\n")
+        with_hosts = ["unshare", "--mount", "sh", "-c", f'mount --bind {tmp_path}/hosts /etc/hosts && exec "$@"', "sh"]
+        if shutil.which("unshare") is None or subprocess.run([*with_hosts, "true"], capture_output=True, check=False).returncode:
+            pytest.skip("needs the right to mount another /etc/hosts; the address itself is tried above")
+        command = with_hosts + command
+    shared = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": str(os.getpid())}
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment(MASTER_ADDR=address, SLURM_PROCID=rank, SLURM_LOCALID=rank, **shared),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        printed = [process.communicate(timeout=60) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [json.loads(out) if out else error for out, error in printed] == [[0, 2, [3.0], 0], [1, 2, [3.0], 0]]

@@ -57,6 +57,41 @@ def test_run_json_replays_the_recipe_and_says_what_ran(tmp_path: Path, recipe_fi
     assert content["argv"]
 
 
+def test_run_json_keeps_every_start_and_the_newest_job_first_of_all(
+    tmp_path: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_files.load(str(recipe_file))[0]
+    monkeypatch.setenv("MEGAKD_LOG", "/logs/4711.log")
+    for restart, ranks in (("0", 2), ("1", 4)):
+        for name, value in {"JOB_ID": "4711", "JOB_NODELIST": "gpu[1-2]", "RESTART_COUNT": restart}.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        RunLog(tmp_path, main=True).open(recipe, {}, ranks)
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert content["slurm_job_id"] == "4711"
+    shared = {"slurm_job_id": "4711", "nodes": "gpu[1-2]", "log": "/logs/4711.log"}
+    starts = [{key: value for key, value in job.items() if key != "started"} for job in content["jobs"]]
+    assert starts == [{**shared, "restarts": 0, "ranks": 2}, {**shared, "restarts": 1, "ranks": 4}]
+    assert content["jobs"][-1]["started"] == content["started"]
+    assert recipe_files.load(str(tmp_path / "run.json"))[0] == recipe
+
+
+def test_the_run_json_of_an_earlier_version_is_gone_on_with(tmp_path: Path, recipe_file: Path) -> None:
+    _run_json(tmp_path, recipe_file)
+    RunLog(tmp_path, main=True).open(recipe_files.load(str(recipe_file))[0], {}, 1)
+    assert len(json.loads((tmp_path / "run.json").read_text())["jobs"]) == 1
+
+
+def test_a_row_that_finds_no_room_is_noted_with_its_file_and_nothing_is_written_after_it(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, main=True)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log.event(1, "evaluation", {})
+    (tmp_path / "metrics.jsonl").unlink()
+    log.event(2, "evaluation", {})
+    assert log.failure is not None
+    assert str(log.failure) == f"[Errno 28] No space left on device: '{tmp_path}/metrics.jsonl'"
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_folder_of_another_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path, recipe_file: Path) -> None:
     _run_json(tmp_path, recipe_file, "optim.lr=0.5", "seed=3")
     with pytest.raises(ValueError, match="belongs to a run of another recipe") as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_runs import curve, ds_config, rows, train
+from tiny_runs import LAUNCHER_VARIABLES, curve, ds_config, rows, settings, train
 
 from megakd.runtime import checkpoint
 from megakd.runtime.signals import EXIT_NOT_FINITE, EXIT_SAVED, EXIT_USER_ERROR
+from megakd.start import run_command
 
 STEPS = 8
 SETTINGS = (f"optim.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=3")
@@ -171,6 +173,59 @@ def test_a_signal_saves_at_the_next_step_and_the_run_goes_on_as_if_nothing_had_b
     assert train(recipe_file, "--out", run, sets=sets).code == 0
     assert train(recipe_file, "--out", tmp_path / "whole", sets=sets).code == 0
     assert curve(run) == curve(tmp_path / "whole")
+
+
+def test_a_program_that_runs_the_command_gets_the_code_back_and_its_own_signal_handler(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As submitit's task does: no SystemExit, and a signal after the run is the caller's."""
+    heard: list[int] = []
+    earlier = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))
+    run = tmp_path / "run"
+
+    def strike() -> None:
+        while len(rows(run)) < 2:
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    thread = threading.Thread(target=strike, daemon=True)
+    thread.start()
+    try:
+        assert run_command(["--recipe", str(recipe_file), "--out", str(run), *settings("optim.steps=1000")]) == EXIT_SAVED
+        thread.join()
+        assert heard == []
+        signal.raise_signal(signal.SIGUSR2)
+        assert heard == [signal.SIGUSR2]
+        assert run_command(["--no_such_flag"]) == EXIT_USER_ERROR
+        assert run_command(["--help"]) == 0
+    finally:
+        signal.signal(signal.SIGUSR2, earlier)
+        for name in LAUNCHER_VARIABLES:
+            os.environ.pop(name, None)
+    assert "--no_such_flag" in capsys.readouterr().err
+
+
+def test_the_console_begins_with_the_run_folder_and_the_job_and_run_json_lists_every_start(
+    recipe_file: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"JOB_ID": "4711", "JOB_NODELIST": "gpu1", "RESTART_COUNT": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    earlier = json.loads((stopped / "run.json").read_text())["jobs"]
+    finished = train(recipe_file, "--out", stopped, sets=SETTINGS)
+    assert finished.code == 0, finished.err
+    assert finished.out.splitlines()[0] == f"tiny: run folder {stopped}, SLURM job 4711, restart 2"
+    content = json.loads((stopped / "run.json").read_text())
+    assert content["slurm_job_id"] == "4711"
+    assert content["jobs"][:-1] == earlier
+    assert (earlier[0]["slurm_job_id"], content["jobs"][-1]["slurm_job_id"], content["jobs"][-1]["restarts"]) == (None, "4711", 2)
+
+
+def test_the_stacks_of_a_hang_are_set_aside_when_the_run_goes_on(recipe_file: Path, stopped: Path) -> None:
+    (stopped / "hung").mkdir()
+    (stopped / "hung" / "rank_00003.txt").write_text("stacks")
+    assert train(recipe_file, "--out", stopped, sets=(*SETTINGS, "watchdog.limit=900")).code == 0
+    assert not (stopped / "hung").exists()
+    assert (stopped / "previous" / "1" / "hung" / "rank_00003.txt").read_text() == "stacks"
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(recipe_file: Path, undisturbed: Path, tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""The SLURM job that this process belongs to, for run.json and the console: its id, its restarts, its machines and its log."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Scripts and `megakd submit` name the job's log here; else `scontrol` is asked, once a start.
+LOG_VARIABLE = "MEGAKD_LOG"
+PATIENCE = 10.0
+
+
+def job_id(environ: Mapping[str, str]) -> str | None:
+    """As squeue shows it, 4711 or for a task of an array 4711_3; None outside SLURM."""
+    if "SLURM_ARRAY_JOB_ID" in environ and "SLURM_ARRAY_TASK_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    return environ.get("SLURM_JOB_ID")
+
+
+def restarts(environ: Mapping[str, str]) -> int:
+    """How often SLURM started this job again; 0 outside SLURM."""
+    return int(environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def describe(ranks: int, started: str) -> dict[str, Any]:
+    """One start of a run: an entry of `jobs` in run.json. Asks `scontrol` for the log where the environment does not name it."""
+    environ = os.environ
+    return {
+        "slurm_job_id": job_id(environ),
+        "restarts": restarts(environ),
+        "nodes": environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or socket.gethostname(),
+        "ranks": ranks,
+        "started": started,
+        "log": log_path(environ),
+    }
+
+
+def log_path(environ: Mapping[str, str]) -> str | None:
+    """Absolute path of the file that this job's output goes to, None where nobody knows: outside SLURM, in an interactive job."""
+    if environ.get(LOG_VARIABLE):
+        return str(Path(environ[LOG_VARIABLE]).absolute())
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    command = ["scontrol", "show", "job", environ["SLURM_JOB_ID"]]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
+    except (OSError, subprocess.SubprocessError):
+        return None  # a log nobody can point to is no reason to end a run
+    found = re.search(r"^\s*StdOut=(.+)$", shown.stdout, re.MULTILINE)
+    return found[1] if found else None

@@ -1,0 +1,41 @@
+"""Signals are noted while a run lasts; afterwards a calling program hears of them again, and one without handlers is not killed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from megakd.runtime.signals import WATCHED, StopRequest
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in WATCHED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", WATCHED)
+def test_a_signal_within_is_noted_and_one_after_reaches_the_calling_programs_own_handler(number: signal.Signals) -> None:
+    heard: list[int] = []
+    signal.signal(number, lambda received, _: heard.append(received))
+    with StopRequest() as stop:
+        assert not stop
+        signal.raise_signal(number)
+        assert stop
+        assert stop.signal == number
+        assert heard == []
+    signal.raise_signal(number)
+    assert heard == [number]
+
+
+def test_a_program_without_handlers_survives_the_signal_that_a_launcher_sends_to_ranks_that_are_ending() -> None:
+    for number in WATCHED:
+        signal.signal(number, signal.SIG_DFL)
+    with StopRequest():
+        pass
+    for number in WATCHED:
+        signal.raise_signal(number)
