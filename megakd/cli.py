@@ -90,6 +90,77 @@ def plan(
 
 
 @app.command()
+def submit(
+    recipe: Annotated[str, typer.Option(help="name of a shipped recipe or a .toml file")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one setting of the recipe")] = None,
+    ds_config: Annotated[str | None, typer.Option("--ds_config", metavar="JSON", help="DeepSpeed configuration")] = None,
+    out: Annotated[Path | None, typer.Option(help="run folder, on a file system that all nodes share; default: runs/NAME")] = None,
+    resume: Annotated[str, typer.Option(help="auto, none, or a checkpoint's folder, as for training")] = "auto",
+    array: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V1,V2", help="a run for each value, in a folder of its own; repeated, for each combination"),
+    ] = None,
+    cluster: Annotated[str, typer.Option(help="slurm; local: processes on this machine; debug: in this process")] = "slurm",
+    nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
+    gpus_per_node: Annotated[int, typer.Option("--gpus_per_node", min=0, help="GPUs of each, one rank a GPU; 0 trains on the CPU")] = 0,
+    tasks_per_node: Annotated[int | None, typer.Option("--tasks_per_node", min=1, help="ranks of each; default: its GPUs, or 1")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option("--cpus_per_task", min=1, help="CPUs a rank")] = None,
+    mem: Annotated[str | None, typer.Option(help="memory a node, e.g. 480G")] = None,
+    partition: Annotated[str | None, typer.Option(help="as sbatch's")] = None,
+    constraint: Annotated[str | None, typer.Option(help="as sbatch's")] = None,
+    account: Annotated[str | None, typer.Option(help="as sbatch's")] = None,
+    qos: Annotated[str | None, typer.Option(help="as sbatch's")] = None,
+    time: Annotated[str, typer.Option(help="limit of one stretch, in minutes or as sbatch's; the job is requeued after it")] = "24:00:00",
+    signal_delay: Annotated[int, typer.Option("--signal_delay", min=1, help="seconds before the limit to save at")] = 180,
+    container_image: Annotated[str | None, typer.Option("--container_image", help="for srun with pyxis")] = None,
+    container_mounts: Annotated[
+        str | None, typer.Option("--container_mounts", help="beside the current folder and the run's: SOURCE:TARGET,...")
+    ] = None,
+    setup: Annotated[list[str] | None, typer.Option(metavar="LINE", help="line of the batch script before srun; repeatable")] = None,
+    python: Annotated[str | None, typer.Option(help="interpreter on the nodes; default: this one, in a container `python`")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="until the run ends; exit with its code")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="check, print the batch file that would be sent, and submit nothing")] = False,
+) -> None:
+    """Submit a training run to SLURM. It saves and goes back into the queue at preemptions and time limits."""
+    from megakd import submission
+    from megakd.start import quiet_libraries
+
+    quiet_libraries()
+    if cluster not in ("slurm", "local", "debug"):
+        raise ValueError(f"--cluster {cluster}: slurm, local or debug")
+    wanted = submission.Resources(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        tasks_per_node=tasks_per_node or max(1, gpus_per_node),
+        time=time,
+        signal_delay=signal_delay,
+        cpus_per_task=cpus_per_task,
+        mem=mem,
+        partition=partition,
+        constraint=constraint,
+        account=account,
+        qos=qos,
+        container_image=container_image,
+        container_mounts=container_mounts,
+        setup=tuple(setup or ()),
+        python=python,
+    )
+    top, runs = submission.requests(recipe, overrides or [], ds_config, out, resume, array or [])
+    sys.exit(submission.run(top, runs, wanted, cluster, follow=wait, dry_run=dry_run))  # type: ignore[arg-type]
+
+
+@app.command()
+def jobs(
+    folder: Annotated[Path, typer.Argument(help="where the run folders are, at any depth")] = Path("runs"),
+    watch: Annotated[float | None, typer.Option(metavar="SECONDS", help="print the table again and again, at least 15 s apart")] = None,
+) -> None:
+    """List runs: job, state, step, images/s, last loss, where the log is."""
+    from megakd import job_list
+
+    job_list.show(folder, watch)
+
+
+@app.command()
 def smoke(
     seeds: Annotated[int, typer.Option(min=1, help="repeat the two students with so many seeds")] = 1,
     out: Annotated[Path, typer.Option(help="folder for the runs")] = Path("runs/smoke_comparison"),

@@ -1,0 +1,127 @@
+"""What SLURM says about its partitions and jobs: few calls, each for everything that is asked, none longer than a minute."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+PATIENCE = 60.0
+# Not the end of a job: it waits, runs, or comes back.
+UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "PREEMPTED")
+
+
+@dataclass(frozen=True)
+class State:
+    """A job as SLURM sees it. reason: why it waits; code: its exit code, where SLURM says."""
+
+    name: str
+    reason: str = ""
+    code: int | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.name not in UNFINISHED
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Equal nodes of one partition."""
+
+    partition: str
+    default: bool
+    count: int
+    cpus: str
+    memory_mb: str
+    gpus: int
+
+    def __str__(self) -> str:
+        return f"{self.partition}: {self.count} nodes with {self.gpus} GPUs, {self.cpus} CPUs, {self.memory_mb} MB each"
+
+
+def check(partition: str | None, nodes: int, gpus_per_node: int) -> None:
+    """Raise ValueError where SLURM is not here or does not answer, lacks a partition, or has too few nodes with so many GPUs in it.
+
+    partition: as for sbatch, also several with commas, of which one has to do. sbatch lets a job of too many nodes wait for ever.
+    """
+    there = partitions()
+    wanted = partition.split(",") if partition else [found.partition for found in there if found.default]
+    for name in wanted:
+        if name not in {found.partition for found in there}:
+            raise ValueError(f"--partition {name}: this cluster has no such partition; it has\n{listing(there)}")
+    if not wanted or any(_has(there, name, nodes, gpus_per_node) for name in wanted):
+        return
+    what = f"--nodes {nodes} --gpus_per_node {gpus_per_node}"
+    raise ValueError(f"{what}: partition {','.join(wanted)} does not have {nodes} nodes of so many GPUs; there are\n{listing(there)}")
+
+
+def _has(there: Iterable[Nodes], partition: str, nodes: int, gpus_per_node: int) -> bool:
+    return sum(found.count for found in there if found.partition == partition and found.gpus >= gpus_per_node) >= nodes
+
+
+def partitions() -> list[Nodes]:
+    """What `sinfo` shows, hidden partitions too. Raises ValueError where it does not run."""
+    rows = [line.split("|") for line in _ask("sinfo", "--all", "--noheader", "--format=%P|%D|%c|%m|%G").splitlines()]
+    return [
+        Nodes(name.strip().rstrip("*"), name.strip().endswith("*"), int(count), cpus.strip(), memory.strip(), _gpus(gres))
+        for name, count, cpus, memory, gres in rows
+    ]
+
+
+def listing(nodes: Iterable[Nodes]) -> str:
+    return "\n".join(f"  {found}" for found in nodes)
+
+
+def states(jobs: Iterable[str]) -> dict[str, State]:
+    """State of each job that SLURM knows: one `squeue` for all, then one `sacct` for those that it has forgotten.
+
+    Raises ValueError where squeue does not run. A cluster without accounting leaves the forgotten ones out.
+    """
+    asked = sorted(set(jobs))
+    if not asked:
+        return {}
+    queued = ["squeue", "--array", "--noheader", "--states=all", f"--jobs={','.join(asked)}", "--format=%i|%T|%r"]
+    found = {}
+    for line in _ask(*queued, unless="Invalid job id").splitlines():
+        job, name, reason = line.split("|", 2)
+        found[job] = State(name, "" if reason == "None" else reason)
+    # An ended job's exit code is not in squeue.
+    unknown = [job for job in asked if job not in found or found[job].ended]
+    if unknown:
+        found |= _accounted(unknown)
+    return {job: found[job] for job in asked if job in found}
+
+
+def _accounted(jobs: list[str]) -> dict[str, State]:
+    try:
+        rows = _ask("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(jobs)}", "--format=JobID,State,ExitCode")
+    except ValueError:  # no accounting here
+        return {}
+    found = {}
+    for job, name, code in (line.split("|") for line in rows.splitlines()):
+        found[job] = State(name.split()[0], code=int(code.split(":")[0]))  # "CANCELLED by 1000"
+    return found
+
+
+def is_running(job: str) -> bool:
+    """Whether SLURM counts the job as running: not one that its user cancelled, nor one that is on its way back into the queue."""
+    return "JobState=RUNNING" in _ask("scontrol", "--oneliner", "show", "job", job).split()
+
+
+def _gpus(gres: str) -> int:
+    """GPUs of "gpu:8", "gpu:a100:4(S:0),gpu:h100:4" or "(null)"."""
+    return sum(int(count) for count in re.findall(r"\bgpu:(?:[^:,()]+:)?(\d+)", gres))
+
+
+def _ask(*command: str, unless: str | None = None) -> str:
+    """Standard output; empty when the command fails with `unless` in its message."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except FileNotFoundError:
+        raise ValueError(f"{command[0]}: no SLURM on this machine; submit on a login node, or run here with --cluster local") from None
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{command[0]}: no answer from SLURM in {PATIENCE:.0f} s; try again later") from None
+    if done.returncode and not (unless and unless in done.stderr):
+        raise ValueError(f"{command[0]}: SLURM does not answer:\n{done.stderr.strip()}\nor run on this machine with --cluster local")
+    return "" if done.returncode else done.stdout

@@ -1,0 +1,78 @@
+"""One cluster for the whole session; skipped with the reason where none can run, unless SLURM_TESTS=require makes that a failure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import cluster
+import pytest
+from cluster_jobs import until
+from script_runs import repository, shrunk
+
+FOREIGN = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_")  # pytest itself may run inside a SLURM job
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[cluster.Cluster]:
+    """A two-node cluster that sbatch, srun and submitit find through the environment."""
+    reason = cluster.why_not()
+    if reason and os.environ.get("SLURM_TESTS") == "require":
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+    # Not pytest's tmp_path: munged wants every folder above its socket to be searchable, and the path has to be short.
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    folder.chmod(0o755)
+    before = dict(os.environ)
+    for name in list(os.environ):
+        if name.startswith(FOREIGN):
+            del os.environ[name]
+    here = cluster.Cluster(folder)
+    here.start()
+    os.environ.update(here.environment())
+    try:
+        yield here
+    finally:
+        here.stop()
+        os.environ.clear()
+        os.environ.update(before)
+        if os.environ.get("SLURM_KEEP_LOGS") != "1":
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def no_jobs_left(slurm: cluster.Cluster) -> Iterator[None]:
+    """After a module, nothing of its jobs runs on."""
+    yield
+    subprocess.run(["scancel", "--user=root"], check=False)
+    until(lambda: not subprocess.run(["squeue", "-h"], capture_output=True, text=True, check=False).stdout.strip(), 60)
+
+
+@pytest.fixture
+def plain_preemption(slurm: cluster.Cluster) -> Iterator[None]:
+    """SLURM's default: a job that is preempted gets SIGTERM alone, not the signal it asked for by --signal."""
+    slurm.send_user_signal_at_preemption(False)
+    yield
+    slurm.send_user_signal_at_preemption(True)
+
+
+@pytest.fixture(scope="module")
+def site(slurm: cluster.Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder like the repository to submit its scripts from; it is the working folder, its `python` the one of these tests."""
+    folder = repository(tmp_path_factory.mktemp("site"))
+    with pytest.MonkeyPatch.context() as here:
+        here.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
+        for name, value in {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}.items():
+            here.setenv(name, value)
+        here.chdir(folder)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def arguments(world: Path, site: Path) -> list[str]:
+    return shrunk(world, site)

@@ -1,0 +1,207 @@
+"""`megakd submit` and `megakd jobs` on the real cluster: two nodes, preemption in both settings, a crash, what the cluster lacks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from cluster_jobs import job, until, wait
+from script_runs import submit_higher
+from submitit.core.utils import FailedJobError
+from tiny_runs import curve, rows, settings
+
+from megakd import cli, cluster, job_list, submission
+from megakd.runtime import checkpoint
+
+pytestmark = pytest.mark.usefixtures("no_jobs_left")
+LONG = ("optim.steps=500", "checkpoint.every=100000")
+TWO_NODES = ("--nodes", "2", "--cpus_per_task", "1", "--mem", "1G", "--time", "15")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def megakd(*arguments: object) -> int:
+    """The exit code of `megakd ARGUMENTS`, run in this process."""
+    before, sys.argv = sys.argv, ["megakd", *map(str, arguments)]
+    try:
+        return cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+
+
+def submitted(run: Path) -> dict[str, str]:
+    """The newest note of a submission in a run's folder."""
+    return max((json.loads(path.read_text()) for path in (run / "slurm").glob("*.json")), key=lambda note: note["submitted"])
+
+
+def shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The rows of `megakd jobs`."""
+    capsys.readouterr()
+    assert megakd("jobs", folder) == 0
+    return capsys.readouterr().out.splitlines()[1:]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm: Cluster, recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to, on two nodes, waited for by `megakd submit --wait`."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert megakd("submit", "--recipe", recipe_file, *settings(*LONG), "--out", out, *TWO_NODES, "--wait") == 0
+    return out
+
+
+def test_a_run_on_two_nodes_ends_and_its_folder_and_job_name_each_other(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note, content = submitted(undisturbed), json.loads((undisturbed / "run.json").read_text())
+    seen = wait(note["job"])
+    assert (seen["JobState"], seen["NumNodes"]) == ("COMPLETED", "2")
+    assert seen["Comment"] == str(undisturbed)
+    assert content["slurm_job_id"] == note["job"]
+    assert content["ranks"] == 2
+    assert content["jobs"][-1]["log"] == note["log"]
+    assert content["argv"][0] == "megakd/train.py"
+    assert "step 500/500" in Path(note["log"]).read_text()
+    assert (undisturbed / "model").is_dir()
+    (row,) = shown(undisturbed.parent, capsys)
+    assert all(part in row for part in (str(undisturbed), note["job"], "COMPLETED", "500/500", note["log"]))
+
+
+@pytest.mark.parametrize("user_signal", [True, False])
+def test_a_preempted_run_goes_on_with_the_same_loss_curve(
+    user_signal: bool, undisturbed: Path, slurm: Cluster, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """user_signal: the cluster sends the signal that submitit asked for; else it sends SIGTERM alone, SLURM's default."""
+    run = tmp_path / "run"
+    slurm.send_user_signal_at_preemption(user_signal)
+    try:
+        assert megakd("submit", "--recipe", recipe_file, *settings(*LONG), "--out", run, *TWO_NODES) == 0
+        id = submitted(run)["job"]
+        until(lambda: len(rows(run)) >= 5, 120)
+        higher = submit_higher()
+        wait(id, ("PENDING",), 60)
+        saved = rows(run)[-1]["step"]
+        assert "PENDING again" in shown(run, capsys)[0]
+        wait(higher)
+        ended = wait(id, timeout=150)
+    finally:
+        slurm.send_user_signal_at_preemption(True)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    assert 5 <= saved < 500
+    assert curve(run) == curve(undisturbed)
+    starts = json.loads((run / "run.json").read_text())["jobs"]
+    assert [(start["slurm_job_id"], start["restarts"]) for start in starts] == [(id, 0), (id, 1)]
+    assert len({start["log"] for start in starts}) == 1
+
+
+def test_a_crash_reaches_the_submitter_as_that_error_with_the_logs_path(
+    slurm: Cluster, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    wanted = submission.Resources(nodes=2, gpus_per_node=1, tasks_per_node=1, time="15", signal_delay=60)
+    top, runs = submission.requests(
+        str(recipe_file), ["optim.lr=1e38", "optim.warmup=0", "optim.clip=0.0", "optim.steps=50"], None, run, "auto", []
+    )
+    submission.check(runs, wanted, "slurm")
+    jobs = submission.submit(top, runs, wanted, "slurm")
+    capsys.readouterr()
+    assert submission.wait(jobs, "slurm") == 86
+    said = capsys.readouterr().err
+    log = submitted(run)["log"]
+    assert "Lower optim.lr" in said
+    assert f"log: {log.rsplit('_', 2)[0]}" in said
+    assert "Traceback" not in said
+    with pytest.raises(FailedJobError, match=r"Lower optim\.lr"):
+        jobs[0].results()
+    assert wait(jobs[0].job_id)["JobState"] == "FAILED"
+
+
+def test_a_cancelled_run_is_not_requeued_and_ends_the_waiting(
+    slurm: Cluster, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submission, "ASK", 1.0)
+    monkeypatch.setattr(submission, "LATE", 1.0)
+    wanted = submission.Resources(nodes=2, gpus_per_node=0, tasks_per_node=1, time="15", signal_delay=60)
+    top, runs = submission.requests(str(recipe_file), ["optim.steps=100000"], None, tmp_path / "run", "auto", [])
+    jobs = submission.submit(top, runs, wanted, "slurm")
+    until(lambda: len(rows(tmp_path / "run")) >= 3, 120)
+    assert "RUNNING" in shown(tmp_path, capsys)[0]
+    subprocess.run(["scancel", jobs[0].job_id], check=True)
+    assert submission.wait(jobs, "slurm") == 1
+    assert "ended as CANCELLED without a result" in capsys.readouterr().err
+    assert job(jobs[0].job_id)["Restarts"] == "0"
+    assert checkpoint.available(tmp_path / "run")
+
+
+def test_what_the_cluster_lacks_is_said_in_one_message_before_anything_is_made(
+    slurm: Cluster, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, answer in (
+        (
+            ("--partition", "nowhere"),
+            "--partition nowhere: this cluster has no such partition; it has\n  main: 2 nodes with 8 GPUs, 64 CPUs",
+        ),
+        (("--gpus_per_node", "9"), "--gpus_per_node 9: partition main does not have 1 nodes of so many GPUs"),
+        (("--constraint", "h300"), "sbatch refuses the job"),
+        (("--nodes", "3"), "--nodes 3 --gpus_per_node 0: partition main does not have 3 nodes"),
+    ):
+        code = megakd("submit", "--recipe", recipe_file, *settings("optim.batch=72"), "--out", tmp_path / "run", *options)
+        said = capsys.readouterr().err
+        assert code == 2, (options, said)
+        assert answer in said
+        assert "Traceback" not in said
+    assert list((tmp_path / "run" / "slurm").iterdir()) == []
+
+
+def test_a_dry_run_prints_the_batch_file_and_submits_nothing(
+    slurm: Cluster, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = subprocess.run(["squeue", "-h", "-t", "all"], capture_output=True, text=True, check=True).stdout
+    options = ("--gpus_per_node", "8", "--nodes", "2", "--partition", "main", "--constraint", "a100", "--time", "1-00:00:00")
+    site = ("--setup", "source site.sh", "--container_image", "/images/megakd.sqsh", "--cpus_per_task", "4", "--dry_run")
+    assert megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "run", *options, *site) == 0
+    text = capsys.readouterr().out.splitlines()
+    for line in (
+        "--time=1440",
+        "--nodes=2",
+        "--gpus-per-node=8",
+        "--ntasks-per-node=8",
+        "--constraint=a100",
+        "--requeue",
+        "--open-mode=append",
+    ):
+        assert f"#SBATCH {line}" in text
+    assert f"#SBATCH --comment={tmp_path / 'run'}" in text
+    assert {"#SBATCH --signal=USR2@180", "source site.sh", "export SRUN_CPUS_PER_TASK=4"} <= set(text)
+    (command,) = [line for line in text if line.startswith("srun ")]
+    assert "#SBATCH --open-mode=append" in text
+    assert "--container-image=/images/megakd.sqsh" in command
+    assert "--kill-on-bad-exit=1" in command
+    assert not (tmp_path / "run").exists()
+    assert subprocess.run(["squeue", "-h", "-t", "all"], capture_output=True, text=True, check=True).stdout == before
+
+
+def test_an_array_is_one_job_with_a_run_folder_for_each_combination(
+    slurm: Cluster, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Held in the queue: its tasks' training is what the other tests run."""
+    arrays = ("--array", "seed=0,1", "--array", "optim.lr=1e-3,1e-4")
+    assert megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "sweep", *arrays, "--setup", "sleep 60", "--nodes", "2") == 0
+    runs = [tmp_path / "sweep" / f"seed={seed},optim.lr={lr}" for seed, lr in itertools.product("01", ("1e-3", "1e-4"))]
+    ids = [submitted(run)["job"] for run in runs]
+    main = ids[0].split("_")[0]
+    assert ids == [f"{main}_{number}" for number in range(4)]
+    states = cluster.states(ids)
+    assert set(states) == set(ids)
+    listed = shown(tmp_path, capsys)
+    assert [line.split()[0] for line in listed] == sorted(map(str, runs))
+    subprocess.run(["scancel", main], check=True)
+    until(lambda: all(state.ended for state in cluster.states(ids).values()), 30)
+    assert {found.job for found in job_list.find(tmp_path)} == set(ids)

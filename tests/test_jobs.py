@@ -1,0 +1,192 @@
+"""What needs no cluster of submitting and listing runs: this machine's processes, this process, checks, folders, SLURM's words."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_runs import ds_config, environment, settings
+
+from megakd import cli, cluster, job_list, submission
+from megakd.cluster import State
+from megakd.runtime.locks import held
+from megakd.submission import Resources
+
+HOLD = "import sys, pathlib; from megakd.runtime.locks import FolderLock\n"
+HOLD += "with FolderLock(pathlib.Path(sys.argv[1]), doing='works', remedy='wait'): print('held', flush=True); sys.stdin.read()"
+
+
+def command(*arguments: object) -> int:
+    """The exit code of `megakd ARGUMENTS`, run in this process."""
+    before, sys.argv = sys.argv, ["megakd", *map(str, arguments)]
+    try:
+        return cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+
+
+def megakd(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`megakd ARGUMENTS` in a process of its own."""
+    program = [sys.executable, "-m", "megakd.cli", *map(str, arguments)]
+    return subprocess.run(program, capture_output=True, text=True, env=environment(), timeout=200, check=False)
+
+
+def table(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    capsys.readouterr()
+    assert command("jobs", folder) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def write_run(run: Path, **content: object) -> Path:
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"recipe": {"optim": {"steps": 40}}, "jobs": [], **content}))
+    return run
+
+
+def test_a_local_job_trains_on_two_ranks_and_is_listed(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    done = megakd("submit", "--recipe", recipe_file, "--out", run, "--cluster", "local", "--tasks_per_node", 2, "--wait")
+    assert done.returncode == 0, done.stderr
+    content = json.loads((run / "run.json").read_text())
+    assert (content["ranks"], content["slurm_job_id"]) == (2, None)
+    assert content["jobs"][0]["log"] in done.stdout
+    assert "step 6/6" in Path(content["jobs"][0]["log"]).read_text()
+    _, row = table(tmp_path, capsys)
+    assert row.split()[:4] == [str(run), "-", "finished", "6/6"]
+    assert content["jobs"][0]["log"] in row
+
+
+def test_a_local_jobs_error_reaches_the_submitter_with_its_log(recipe_file: Path, tmp_path: Path) -> None:
+    options = ("--cluster", "local", "--wait", *settings("data.train=/nowhere/*.tar"))
+    done = megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "run", *options)
+    assert done.returncode == 2
+    assert "/nowhere" in done.stderr
+    assert f"log: {tmp_path}/run/slurm/" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_debug_trains_in_the_process_itself(recipe_file: Path, tmp_path: Path) -> None:
+    done = megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "run", "--cluster", "debug")
+    assert done.returncode == 0, done.stderr
+    assert "step 6/6" in done.stdout
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_what_is_wrong_with_a_run_is_said_before_it_is_submitted(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_run(tmp_path / "other", recipe={"name": "other"})
+    (tmp_path / "file").write_text("")
+    literal = ds_config(tmp_path / "z.json", train_batch_size=17)
+    for options, answer in (
+        (settings("optim.lrate=1"), "optim.lrate"),
+        (("--ds_config", "nowhere.json"), "--ds_config nowhere.json: no such file"),
+        (("--ds_config", literal), "train_batch_size"),
+        (("--tasks_per_node", 3), "optim.batch"),
+        (("--resume", "nowhere"), "--resume nowhere"),
+        (("--out", other), f"--out {other}"),
+        (("--out", tmp_path / "file" / "run"), "choose another --out"),
+        (("--time", "soon"), "--time soon"),
+        (("--time", "2"), "--time 2: no longer than --signal_delay 180 s"),
+        (("--nodes", 2), "--nodes 2"),
+        (("--array", "seed"), "--array seed: write KEY=VALUE"),
+        (("--cluster", "moon"), "--cluster moon"),
+    ):
+        code = command("submit", "--recipe", recipe_file, "--out", tmp_path / "run", "--cluster", "local", *options)
+        said = capsys.readouterr().err
+        assert (code, answer in said) == (2, True), (options, said)
+        assert "Traceback" not in said
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_without_slurm_the_way_to_run_here_is_said(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command("submit", "--recipe", recipe_file, "--out", tmp_path / "run") == 2
+    assert "no SLURM on this machine; submit on a login node, or run here with --cluster local" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"), [("90", 90), ("90:00", 90), ("1:30:00", 90), ("1-00", 1440), ("2-01:30", 2970), ("0-0:10:30", 11)]
+)
+def test_slurms_forms_of_a_time_are_read(text: str, minutes: int) -> None:
+    assert Resources(nodes=1, gpus_per_node=0, tasks_per_node=1, time=text, signal_delay=60).minutes == minutes
+
+
+def test_an_array_is_the_product_of_its_values(recipe_file: Path, tmp_path: Path) -> None:
+    top, runs = submission.requests(str(recipe_file), ["optim.lr=1e-4"], None, tmp_path / "a", "auto", ["seed=0,1", "name=x,y/z"])
+    assert top == tmp_path / "a"
+    assert [run.out.name for run in runs] == ["seed=0,name=x", "seed=0,name=y_z", "seed=1,name=x", "seed=1,name=y_z"]
+    assert runs[3].overrides == ("optim.lr=1e-4", "seed=1", "name=y/z")
+
+
+def test_gpus_are_counted_from_slurms_words() -> None:
+    found = [cluster._gpus(gres) for gres in ("gpu:8", "gpu:a100:4(S:0-1)", "gpu:a100:4,gpu:h100:2,shard:gpu:9x", "(null)", "")]
+    assert found[:2] == [8, 4]
+    assert found[3:] == [0, 0]
+
+
+def test_a_lock_is_asked_about_without_taking_it(tmp_path: Path) -> None:
+    assert not held(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        assert held(tmp_path)
+        assert held(tmp_path)
+        holder.communicate("")
+    assert not held(tmp_path)
+    with (tmp_path / "lock").open("r+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # asking has left nothing behind
+
+
+def test_runs_are_listed_with_what_their_folders_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "a_name_that_is_long_" * 12
+    stopped = write_run(tmp_path / long, jobs=[{"slurm_job_id": None, "log": "/logs/one.log", "started": "2026-01-01T00:00:00+0000"}])
+    rows = [{"step": 7, "loss": 1.5, "images_per_second": 123.4}, {"step": 7, "event": "checkpoint", "content": None}]
+    (stopped / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 8, "lo')
+    (write_run(tmp_path / "b" / "done") / "model").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text('{"recipe": ')
+    odd = write_run(tmp_path / "odd", recipe=None, jobs=[None, 3])
+    lines = table(tmp_path, capsys)
+    assert len(lines) == 5
+    assert lines[1].split() == [str(stopped), "-", "stopped", "7/40", "123", "1.5000", "/logs/one.log"]
+    assert "finished" in lines[2]
+    assert "damaged: run.json: Expecting value" in lines[3]
+    assert lines[4].split()[:3] == [str(odd), "-", "stopped"]
+
+
+def test_a_folder_without_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert table(tmp_path, capsys)[0].startswith(f"no runs in {tmp_path}")
+    assert table(tmp_path / "missing", capsys)[0].startswith("no runs in")
+
+
+def test_slurm_is_not_asked_more_often_than_every_fifteen_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("jobs", tmp_path, "--watch", 2) == 2
+    assert "--watch 2: give 15 seconds or more" in capsys.readouterr().err
+
+
+def test_a_preempted_job_is_shown_as_waiting_again(tmp_path: Path) -> None:
+    begun = [{"slurm_job_id": "7", "log": None, "started": "2026-01-01T00:00:00+0000"}]
+    (run,) = job_list.find(write_run(tmp_path / "run", slurm_job_id="7", jobs=begun))
+    assert job_list.state(run, {"7": State("PREEMPTED")}) == "PENDING again"
+    assert job_list.state(run, {"7": State("PENDING", "BeginTime")}) == "PENDING again (BeginTime)"
+    assert job_list.state(run, {"7": State("RUNNING")}) == "RUNNING"
+    assert job_list.state(run, {}) == "stopped"
+
+
+def test_a_later_submission_is_the_runs_job(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", jobs=[{"slurm_job_id": "7", "log": "a", "started": "2026-01-01T00:00:00+0000"}])
+    (run / "slurm").mkdir()
+    note = {"job": "9", "cluster": "slurm", "submitted": "2026-01-02T00:00:00+0000", "log": "b"}
+    (run / "slurm" / "9.json").write_text(json.dumps(note))
+    (found,) = job_list.find(tmp_path)
+    assert (found.job, found.log, found.restarted) == ("9", "b", False)
+    assert job_list.state(found, {"9": State("PENDING", "Priority")}) == "PENDING (Priority)"
