@@ -9,6 +9,10 @@ from pathlib import Path
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
+from megakd.runtime.signals import note_early  # noqa: E402
+
+note_early()  # before the imports below, which take ten seconds
+
 from megakd.start import run_command  # noqa: E402
 
 

@@ -24,6 +24,25 @@ class LossNotFinite(ArithmeticError):
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
+EARLY = (signal.SIGUSR1, signal.SIGUSR2)
+_early: signal.Signals | None = None
+
+
+def note_early() -> None:
+    """From a program's first line on, note the signals that schedulers announce a stop with, until a StopRequest takes them over.
+
+    Unnoted they end a process, and one rank of a job that is still starting would fail it. SIGTERM keeps its action until then: it is
+    what launchers end the other ranks of a failed start with.
+    """
+
+    def note(number: int, frame: FrameType | None) -> None:
+        global _early  # there is one program, and one start of it
+        _early = signal.Signals(number)
+
+    for number in EARLY:
+        signal.signal(number, note)
+
+
 class StopRequest:
     """True once one of the watched signals has arrived, from creation to the end of the block.
 
@@ -32,7 +51,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.signal: signal.Signals | None = _early
         self._earlier: dict[signal.Signals, Callable[[int, FrameType | None], object]] = {}
         for number in WATCHED:
             handler = signal.signal(number, self._note)

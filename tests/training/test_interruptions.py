@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tiny_runs import REPOSITORY, Finished, curve, finish, launch, rank_process, rows, settings, wait_for
+from tiny_runs import REPOSITORY, Finished, curve, environment, finish, launch, rank_process, rows, settings, wait_for
 
 from megakd.runtime import checkpoint
 from megakd.runtime.signals import EXIT_SAVED
@@ -100,3 +102,16 @@ def test_the_last_weights_and_moments_are_bitwise_those_of_an_undisturbed_run(st
     mine, theirs = (checkpoint.available(run)[-1] for run in (story.disturbed, story.undisturbed))
     for name in (checkpoint.WEIGHTS, checkpoint.MOMENTS):
         assert (mine / name).read_bytes() == (theirs / name).read_bytes(), (name, story.struck)
+
+
+def test_a_signal_that_comes_while_the_program_starts_is_obeyed_after_the_first_step(recipe_file: Path, tmp_path: Path) -> None:
+    """SLURM's SIGUSR1 would end the process there, and with it a job that was to be requeued."""
+    command = [sys.executable, str(REPOSITORY / "megakd" / "train.py"), "--recipe", str(recipe_file), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    status, bit = Path(f"/proc/{process.pid}/status"), 1 << (signal.SIGUSR1 - 1)
+    wait_for(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) & bit != 0, process)
+    assert not (tmp_path / "run").exists()
+    process.send_signal(signal.SIGUSR1)
+    finished = finish(process)
+    assert finished.code == EXIT_SAVED, finished.out
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1]

@@ -1,0 +1,133 @@
+"""The scripts of slurm/ themselves on the cluster: real runs, shrunk only by arguments, that other jobs, limits and stops get at."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from cluster_jobs import job, sbatch, wait
+from script_runs import SMALL, STEPS, Script, connections, ranks_of, scontrol, send
+from tiny_runs import curve, settings
+
+from megakd.runtime.launch import port
+from megakd.runtime.signals import EXIT_HUNG
+
+pytestmark = [pytest.mark.usefixtures("no_jobs_left"), pytest.mark.timeout(600)]
+ONE = (*SMALL, "--nodes=1")
+
+
+@dataclass(frozen=True)
+class Together:
+    """Jobs that were on the cluster at the same time, as starting the trainer is what takes the time."""
+
+    calm: Script
+    limited: Script
+    intruder: Script
+    hung: Script
+    answers: dict[str, dict[str, str]]
+    reached: list[tuple[str, int]]
+
+
+@pytest.fixture(scope="module")
+def together(slurm: Cluster, site: Path, arguments: list[str]) -> Together:
+    """A run whose folder a second job tries to take; one that reaches its time limit; one of whose ranks stops for ever."""
+    calm = Script(site, "distill_vitbigG", *arguments)
+    limited = Script(site, "distill_vitbigG", *arguments, options=(*SMALL, "--signal=USR1@119"))
+    limited.reach(5, 200)
+    halted = list(ranks_of(slurm, limited).values())
+    send(signal.SIGSTOP, halted)  # so short a run would be over before SLURM looks at time limits, every 30 s; its signal wakes the ranks
+    reached = connections(halted[1])
+    minutes = int(job(limited.id)["RunTime"].split(":")[1])
+    scontrol("update", f"JobId={limited.id}", f"TimeLimit={minutes + 2}")
+    calm.reach(5)
+    holders = list(ranks_of(slurm, calm).values())
+    send(signal.SIGSTOP, holders)
+    intruder = Script(site, "distill_vitbigG", *arguments, "--out", calm.run, options=ONE)
+    wait(limited.id, ("PENDING",), 120)
+    scontrol("update", f"JobId={limited.id}", "TimeLimit=10")
+    refused = wait(intruder.id, timeout=150)
+    send(signal.SIGCONT, holders)
+    hung = Script(site, "distill_vitbigG", *arguments, *settings("watchdog.limit=10"))
+    hung.reach(5, 200)
+    send(signal.SIGSTOP, [ranks_of(slurm, hung)["node2"]])
+    answers = {script.id: wait(script.id, ("COMPLETED", "FAILED", "TIMEOUT"), 250) for script in (calm, limited, hung)}
+    answers[intruder.id] = refused
+    return Together(calm, limited, intruder, hung, answers, reached)
+
+
+def test_the_script_distils_on_two_nodes_to_a_model_and_its_scores(together: Together) -> None:
+    calm = together.calm
+    assert together.answers[calm.id]["JobState"] == "COMPLETED", calm.log
+    assert "teacher: own architecture (zero3_int8)" in calm.log
+    assert [row[0] for row in curve(calm.run)] == list(range(1, STEPS + 1))
+    assert set(json.loads((calm.run / "evaluation.json").read_text())) >= {"zero_shot", "retrieval"}
+    assert (calm.run / "model" / "open_clip_config.json").is_file()
+
+
+def test_the_run_names_its_job_and_log(together: Together) -> None:
+    calm = together.calm
+    recorded = json.loads((calm.run / "run.json").read_text())["jobs"]
+    assert [(start["slurm_job_id"], start["ranks"], start["nodes"], start["log"]) for start in recorded] == [
+        (calm.id, 2, "node[1-2]", str(calm.log_file))
+    ]
+
+
+def test_the_ranks_met_at_the_first_nodes_own_address(together: Together, slurm: Cluster) -> None:
+    """Each node has a loopback of its own, so `localhost` would be another machine for each rank."""
+    assert (slurm.address("node1"), port(int(together.limited.id))) in together.reached
+
+
+def test_a_time_limit_ends_in_a_requeue_that_loses_nothing(together: Together) -> None:
+    limited = together.limited
+    ended = together.answers[limited.id]
+    assert (ended["JobState"], int(ended["Restarts"]) >= 1) == ("COMPLETED", True), limited.log
+    assert "stopped by a signal after saving" in limited.log
+    assert curve(limited.run) == curve(together.calm.run)
+
+
+def test_a_second_job_on_the_same_run_folder_refuses_across_nodes(together: Together) -> None:
+    intruder = together.intruder
+    ended = together.answers[intruder.id]
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0"), intruder.log
+    assert "is at work on this run now" in intruder.log
+    assert "Traceback" not in intruder.log
+
+
+def test_a_hung_rank_ends_the_job_with_the_stacks_of_the_others(together: Together) -> None:
+    hung = together.hung
+    assert together.answers[hung.id]["JobState"] == "FAILED"
+    assert together.answers[hung.id]["Restarts"] == "0"
+    assert f"task 0: Exited with exit code {EXIT_HUNG}" in hung.log
+    written = list((hung.run / "hung").glob("rank_*.txt"))
+    assert [path.name for path in written] == ["rank_00000.txt"]
+    assert "on node1" in written[0].read_text()
+
+
+def test_a_sweep_runs_each_combination_in_its_own_folder(
+    together: Together, site: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = f"local-dir:{together.calm.run}/model"
+    for name, value in {"RECIPE": recipe_file, "TEACHERS": teacher, "MODE": "replicated", "SEEDS": "3 4", "WEIGHTS": "0.5 1.0"}.items():
+        monkeypatch.setenv(name, str(value))
+    id = sbatch(*ONE, "--array=0-3%2", "slurm/sweep.sh", "--ds_config", "ds_configs/smoke_cpu.json")
+    ends = [wait(f"{id}_{task}", timeout=250)["JobState"] for task in range(4)]
+    assert ends == ["COMPLETED"] * 4, (site / f"sweep-{id}_0.log").read_text()
+    found = [json.loads((site / "runs" / f"sweep-{id}" / str(task) / "run.json").read_text()) for task in range(4)]
+    swept = [(run["recipe"]["teacher"]["model"], run["recipe"]["seed"], run["recipe"]["objectives"]["similarity"]) for run in found]
+    assert swept == [(teacher, 3, 0.5), (teacher, 3, 1.0), (teacher, 4, 0.5), (teacher, 4, 1.0)]
+    assert [run["slurm_job_id"] for run in found] == [f"{id}_{task}" for task in range(4)]
+
+
+@pytest.mark.slow
+def test_a_store_that_embed_wrote_is_the_trainings_teacher(site: Path, arguments: list[str]) -> None:
+    shared = arguments[: arguments.index(f"optim.steps={STEPS}") - 1]
+    embed = Script(site, "embed", *shared)
+    assert wait(embed.id, timeout=200)["JobState"] == "COMPLETED", embed.log
+    assert "complete, 600 samples" in embed.log
+    store = f"teacher.store={site}/stores/distill_vitbigG"
+    dry = Script(site, "distill_vitbigG", *arguments, *settings(store), "--dry_run", options=ONE)
+    assert wait(dry.id, timeout=150)["JobState"] == "COMPLETED", dry.log
