@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from megakd.runtime.signals import note_early  # noqa: E402
+from megakd.runtime.signals import ignore_from_here, note_early  # noqa: E402
 
 note_early()  # before the imports below, which take ten seconds
 
@@ -17,7 +17,9 @@ from megakd.start import run_command  # noqa: E402
 
 
 def main() -> int:
-    return run_command(sys.argv[1:])
+    code = run_command(sys.argv[1:])
+    ignore_from_here()
+    return code
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -39,3 +41,16 @@ def test_a_program_without_handlers_survives_the_signal_that_a_launcher_sends_to
         pass
     for number in WATCHED:
         signal.raise_signal(number)
+
+
+def test_a_program_that_is_ending_keeps_its_exit_code_whatever_signal_comes() -> None:
+    """Python gives SIGTERM its default action back before it has ended."""
+    program = (
+        "import os, sys\n"
+        "from megakd.runtime.signals import ignore_from_here\n"
+        "class Late:\n    def __del__(self, kill=os.kill, pid=os.getpid()):\n        kill(pid, 15)\n"
+        "sys.late = Late()\n"  # deleted with the modules, after the signal handlers are gone
+        "ignore_from_here()\n"
+        "sys.exit(85)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 85
