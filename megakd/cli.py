@@ -163,13 +163,41 @@ def jobs(
 @app.command()
 def smoke(
     seeds: Annotated[int, typer.Option(min=1, help="repeat the two students with so many seeds")] = 1,
-    out: Annotated[Path, typer.Option(help="folder for the runs")] = Path("runs/smoke_comparison"),
-    data: Annotated[Path, typer.Option(help="folder of the shapes world; written when it is not there")] = Path("data/shapes"),
+    out: Annotated[Path | None, typer.Option(help="folder for the runs; default: runs/smoke_comparison or runs/smoke_vqa")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="folder of the shapes world; written when it is not there; default: data/shapes or data/shapes_vqa")
+    ] = None,
+    vqa: Annotated[bool, typer.Option("--vqa", help="judge the vision towers by what a small decoder answers about images")] = False,
 ) -> None:
     """The main job on this machine: train a tiny teacher, distil it, train the same student without it, compare."""
-    from megakd import smoke as job
+    from megakd import smoke as images_and_texts
+    from megakd import smoke_vqa as questions
 
-    sys.exit(job.run(seeds, out, data))
+    if vqa:
+        sys.exit(questions.run(seeds, out or Path("runs/smoke_vqa"), data or Path("data/shapes_vqa")))
+    sys.exit(images_and_texts.run(seeds, out or Path("runs/smoke_comparison"), data or Path("data/shapes")))
+
+
+@app.command()
+def answer(
+    bundle: Annotated[Path, typer.Argument(help="RUN/bundle of a run that trained a decoder")],
+    image: Annotated[Path | None, typer.Argument(help="image file")] = None,
+    question: Annotated[str | None, typer.Argument(help="in quotes")] = None,
+    merge: Annotated[Path | None, typer.Option(metavar="OUT", help="write the bundle to OUT, its adapter merged, and ask nothing")] = None,
+) -> None:
+    """Answer a question about an image: megakd answer RUN/bundle image.jpg "How many red squares?"."""
+    from megakd import answering
+    from megakd import bundle as bundles
+    from megakd.start import quiet_libraries
+
+    quiet_libraries()
+    if merge is not None:
+        bundles.merge(bundle, merge)
+        print(f"{merge}: {bundle} with its adapter merged")
+    elif image is None or question is None:
+        raise ValueError("give an image and a question: megakd answer RUN/bundle image.jpg 'How many red squares?'")
+    else:
+        answering.run(bundle, image, question)
 
 
 @bench.command()

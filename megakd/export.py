@@ -26,7 +26,10 @@ def clip_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load_clip(clip: nn.Module, weights: dict[str, Tensor]) -> None:
     """Put a checkpoint's towers into an open_clip model, strictly."""
-    clip.load_state_dict(clip_weights(weights))
+    own = clip.state_dict()
+    found = clip_weights(weights)
+    # a model that has been in an engine's module has its scalars as vectors of one
+    clip.load_state_dict({name: value.reshape(own[name].shape) if name in SCALARS else value for name, value in found.items()})
 
 
 def write_model(folder: Path, weights: dict[str, Tensor], towers: Towers) -> None:

@@ -1,111 +1,39 @@
-"""One run from a recipe to a finished folder: check everything cheap, build, resume, fit, evaluate, export.
-
-The order matters: whatever can be wrong with settings, data or checkpoints is found before a model is loaded.
-"""
+"""One run from a plan to a finished folder: resume, build, fit, evaluate, export. What can be checked before is in `preparation.py`."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megakd import export, recipe_files, teaching
-from megakd.data.loader import train_batches
-from megakd.data.order import Order
-from megakd.data.shards import ShardSet
-from megakd.data.store import Store
-from megakd.data.views import TowerView
+from megakd import assembly, export, teaching
+from megakd.bundle import Bundle
 from megakd.evaluation import report
-from megakd.evaluation.encoder import Encoder
-from megakd.evaluation.suite import Sets, Suite, open_sets
+from megakd.judging import Judge
 from megakd.models import towers
-from megakd.models.identity import preprocessing
-from megakd.models.stored_teacher import StoredTeacher
-from megakd.models.student import Student, decay_groups
-from megakd.recipe import Recipe
+from megakd.models.identity import preprocessing, weights_file
+from megakd.preparation import Plan
 from megakd.runtime import checkpoint, collectives, ds_config, launch, runlog, slurm_job, watchdog
 from megakd.runtime.checkpoint import Progress
-from megakd.runtime.engine import Engine, State
+from megakd.runtime.engine import Engine, State, trained_shapes
 from megakd.runtime.launch import World
 from megakd.runtime.locks import LOCK, FolderLock
 from megakd.runtime.runlog import RunLog
 from megakd.runtime.signals import EXIT_SAVED, LossNotFinite, StopRequest
 from megakd.runtime.watchdog import HUNG, Watchdog
-from megakd.tasks.distill import Distill
-from megakd.trainer import AnyTeacher, Trainer
+from megakd.tasks.answer import Answer
+from megakd.tasks.joint import Joint
+from megakd.trainer import Trainer
 
 T = TypeVar("T")
-EVALUATION, MODEL = "evaluation.json", "model"
+EVALUATION, MODEL, BUNDLE = "evaluation.json", "model", "bundle"
 # Seconds in which the ranks of a job that was just killed are gone, so that the same command may follow at once.
 PATIENCE = 20.0
-
-
-@dataclass(frozen=True)
-class Request:
-    """A run as the command line asks for it."""
-
-    recipe: Recipe
-    recipe_name: str
-    ds_config: str | None
-    out: Path
-    resume: str = "auto"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A request whose settings, data and models' configurations were found to be sound. Nothing expensive has happened."""
-
-    request: Request
-    config: dict[str, Any]
-    config_name: str
-    task: Distill
-    shards: ShardSet
-    order: Order
-    student: towers.Description
-    teachers: dict[str, towers.Description]
-    store: Store | None
-    sets: Sets
-
-
-def prepare(request: Request, world: World, teacher_comes_first: bool = False) -> Plan:
-    """Check everything that needs no model. Raises ValueError with key, value, file and remedy.
-
-    teacher_comes_first: the teacher's folder is about to be trained by another recipe, so it need not be there yet.
-    """
-    recipe = request.recipe
-    raw, config_name = ds_config.read(request.ds_config, cuda=world.device.type == "cuda")
-    config = ds_config.resolve(raw, recipe, world.size, config_name=config_name, recipe_name=request.recipe_name)
-    runlog.check_resume(request.out, request.resume, recipe)
-    task = Distill(recipe, world.device, dist.group.WORLD if world.size > 1 else None)
-    student = towers.describe(recipe.student, "student")
-    use_teacher = task.needs_teacher and not teacher_comes_first
-    teachers = {role: towers.describe(settings, role) for role, settings in recipe.teachers().items() if use_teacher}
-    for model in (student, *teachers.values()):
-        task.check_bias(model.role, model.has_bias)
-    shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
-    order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
-    store = teaching.open_stores(recipe, teachers, shards, world)
-    return Plan(request, config, config_name, task, shards, order, student, teachers, store, open_sets(recipe, world))
-
-
-def teacher_request(request: Request) -> Request | None:
-    """The run that must come first: that of `teacher.recipe`, when its folder is not there yet."""
-    teacher = request.recipe.teacher
-    if teacher is None or teacher.recipe is None or not Distill.uses_teacher(request.recipe):
-        return None
-    folder = Path((teacher.model or "").removeprefix("local-dir:"))
-    if (folder / towers.CONFIG_FILE).is_file():
-        return None
-    recipe, name = recipe_files.load(teacher.recipe)
-    return Request(recipe, name, request.ds_config, folder.parent)
 
 
 def _called(description: towers.Description) -> str:
@@ -184,34 +112,58 @@ class Run:
         how = f"{self.world.size} x {self.world.device.type}, ZeRO {config.get('zero_optimization', {}).get('stage', 0)}"
         how += f", {'bf16' if ds_config.is_bf16(config) else 'fp32'}"
         how += f", batch {recipe.optim.batch} = {self.world.size} ranks x {rounds} x {micro}"
-        teacher = ", ".join(map(_called, self.plan.teachers.values())) or "none"
-        objectives = ", ".join(f"{weight:g} {name}" for name, weight in self.plan.task.weights.items())
-        return f"{recipe.optim.steps} steps, {how}\ndata: {len(self.plan.shards)} pairs; teacher: {teacher}; objectives: {objectives}"
+        return f"{recipe.optim.steps} steps, {how}\n{self._sources()}"
+
+    def _sources(self) -> str:
+        pairs, asking = self.plan.pairs, self.plan.asking
+        parts = []
+        if pairs is not None:
+            teacher = ", ".join(map(_called, pairs.teachers.values())) or "none"
+            objectives = ", ".join(f"{weight:g} {name}" for name, weight in pairs.task.weights.items())
+            parts.append(f"data: {len(pairs.shards)} pairs; teacher: {teacher}; objectives: {objectives}")
+        if asking is not None and self.recipe.answers is not None and self.recipe.decoder is not None:
+            tower = "no tower" if self.recipe.student is None else f"{self.recipe.answers.tower} tower"
+            adapted = {"lora": "LoRA", "none": "frozen", "full": "all weights"}[self.recipe.decoder.adapt]
+            parts.append(f"questions: {len(asking.train)} with weight {self.recipe.answers.weight:g}; {tower}; decoder: {adapted}")
+        return "\n".join(parts)
 
     def _finish(self) -> None:
-        weights = self._engine.export(moments=False, everywhere=True).weights
-        self._score(weights, self.recipe.optim.steps)
-        self._by_main(lambda: self._write_model(weights))
+        self.evaluate(self.recipe.optim.steps)
+        weights = self._engine.export(moments=False, everywhere=False).weights
+        self._by_main(lambda: self._write_results(weights))
 
-    def _write_model(self, weights: dict[str, Tensor]) -> None:
+    def _write_results(self, weights: dict[str, Tensor]) -> None:
         if self.log.failure is not None:
             raise self.log.failure
-        export.write_model(self.folder / MODEL, weights, self._student_towers)
+        student = self._learners.student
+        if self.plan.pairs is not None and student is not None:
+            export.write_model(self.folder / MODEL, weights, student)
+        if self.plan.asking is not None:
+            self._write_bundle(weights)
         self.log.say(f"done: {self.folder}")
+
+    def _write_bundle(self, weights: dict[str, Tensor]) -> None:
+        answers, student = self.recipe.answers, self._learners.student
+        assert answers is not None
+        module = self._judge.answering(self._engine, weights)
+        trained = self.plan.pairs is not None or answers.tower == "trained"
+        known = student is not None and student.description.settings.pretrained != towers.RANDOM
+        loaded = known and student is not None and weights_file(student.description) is not None
+        Bundle(module.decoder, student, answers.max_length).save(self.folder / BUNDLE, tower_inside=trained or not loaded)
 
     def _starting_point(self) -> tuple[Progress, State | None]:
         """Where to go on. Rank 0 looks and clears the way, then all ranks read the same checkpoint."""
         path = collectives.share(self._by_main(self._choose_checkpoint), self.world)
         if path is None:
             self._by_main(lambda: self.log.keep_until(0))
-            return Progress(0, 0, self.recipe.seed, self.plan.shards.signature), None
+            return Progress(0, 0, self.recipe.seed, self.plan.signature), None
         assert isinstance(path, Path)
         self._resumed_from = path
         progress, state = checkpoint.load(path)
-        if progress.data != self.plan.shards.signature:
+        if progress.data != self.plan.signature:
             raise ValueError(
-                f"data.train = {self.recipe.data.train!r}: the shards have changed since {path} was written, so its position in them means "
-                f"nothing; put the same shards back, or start over with --resume none or another --out"
+                f"{self._data()}: the data have changed since {path} was written, so its position in them means nothing; "
+                f"put the same shards and questions back, or start over with --resume none or another --out"
             )
         self.log.say(f"resuming from {path}: step {progress.step} of {self.recipe.optim.steps}")
         self._by_main(lambda: self.log.keep_until(progress.step))
@@ -235,59 +187,33 @@ class Run:
             self.log.say(f"{len(newer)} checkpoints newer than the one to resume from were moved to {aside}")
         return path
 
+    def _data(self) -> str:
+        parts = [f"data.train = {self.recipe.data.train!r}"] if self.plan.pairs else []
+        return " and ".join(parts + (["answers.train"] if self.plan.asking else []))
+
     def _build(self, state: State | None) -> None:
         recipe, device = self.recipe, self.world.device
         # pretrained = "random" draws: the same on every rank and at every start, and not what a student of equal shape draws.
         torch.manual_seed(recipe.seed + 1)
-        self._teachers = self._build_teachers()
+        self._teachers = assembly.build_teachers(self.plan, self.world, self.log)
         watchdog.beat("building the student")
         torch.manual_seed(recipe.seed)
-        self._student_towers = towers.build(self.plan.student, torch.device("cpu"))
-        # Evaluation works on a plain replica: a ZeRO-3 student has its weights only inside the engine's forward.
-        self._replica = copy.deepcopy(self._student_towers.clip) if self.plan.sets else None
-        if recipe.student.activation_checkpointing:
-            self._student_towers.clip.set_grad_checkpointing(True)  # type: ignore[operator]
-        heads = self.plan.task.heads(self.plan.student.width, [teacher.width for teacher in self._teachers.values()])
-        student = Student(self._student_towers.clip, heads, recipe.student.max_scale)
+        self._learners = assembly.build_learners(self.plan, self._teachers, device)
+        module = self._learners.module
+        self._judge = Judge(self.plan, self.world, self._learners)
         if state is not None:
-            checkpoint.check_fits(self._resumed_from, state.weights, {k: tuple(v.shape) for k, v in student.state_dict().items()})
-        groups = decay_groups(student, recipe.optim.weight_decay)
-        self._engine = Engine(student.to(device), groups, recipe.optim, self.plan.config, self.world, state)
-
-    def _build_teachers(self) -> dict[str, AnyTeacher]:
-        if self.recipe.teacher is not None and not self.plan.teachers:
-            self.log.say("the teacher is not loaded: no objective with a positive weight uses it")
-        built: dict[str, AnyTeacher] = {}
-        for role, description in self.plan.teachers.items():
-            watchdog.beat(f"loading {role}")
-            if self.plan.store is not None:
-                self.log.say(self.plan.store.outline())
-                piece = self.plan.config["train_micro_batch_size_per_gpu"]
-                built[role] = teaching.stored_teacher(self.plan.store, self.recipe, description, self.plan.shards, self.world, piece=piece)
-            else:
-                built[role] = teaching.live_teacher(self.recipe, description, self.world)
-        return built
+            checkpoint.check_fits(self._resumed_from, state.weights, trained_shapes(module))
+        self._engine = Engine(module.to(device), self._learners.groups, recipe.optim, self.plan.config, self.world, state)
 
     def _fit(self, progress: Progress) -> bool:
-        live = {role: self.plan.teachers[role] for role, teacher in self._teachers.items() if not isinstance(teacher, StoredTeacher)}
-        preprocess = {"student": self._student_towers.preprocess} | {role: preprocessing(found) for role, found in live.items()}
-        tokenize = {"student": self.plan.student.tokenize} | {role: found.tokenize for role, found in live.items()}
-        views = {name: TowerView(cfg, tokenize[name]) for name, cfg in preprocess.items()}
-        trainer = Trainer(self.recipe, self.world, self._engine, self.plan.task, self._teachers, preprocess, self.log, self._stop)
-        batches = train_batches(
-            self.plan.shards,
-            self.plan.order,
-            self.recipe.views,
-            views,
-            rank=self.world.rank,
-            world=self.world.size,
-            start_position=progress.position,
-            workers=self.recipe.data.workers,
-            pin_memory=self.world.device.type == "cuda",
-            store=self.plan.store,
-            replay=self.recipe.teacher is not None and self.recipe.teacher.store_of == "all",
-        )
-        with batches:
+        plan, world = self.plan, self.world
+        preprocess = {role: preprocessing(found) for role, found in assembly.live_teachers(plan, self._teachers).items()}
+        if self._learners.student is not None:
+            preprocess["student"] = self._learners.student.preprocess
+        answer = None if self.recipe.answers is None else Answer(self.recipe.answers.weight, world)
+        task = Joint(plan.pairs.task if plan.pairs else None, answer)
+        trainer = Trainer(self.recipe, world, self._engine, task, self._teachers, preprocess, self.log, self._stop)
+        with assembly.open_batches(plan, self._learners, self._teachers, progress, world) as batches:
             return trainer.fit(batches, progress, self)
 
     def save(self, progress: Progress) -> None:
@@ -303,21 +229,10 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         """Score the current weights on the recipe's sets, into metrics.jsonl and evaluation.json."""
-        if self._replica is not None:
-            self._score(self._engine.export(moments=False, everywhere=True).weights, step)
-
-    def _score(self, weights: dict[str, Tensor], step: int) -> None:
-        if self._replica is None:
-            return
-        watchdog.beat("evaluating", step)
-        export.load_clip(self._replica, weights)
-        clip = self._replica.to(self.world.device).eval()
-        encoder = Encoder(
-            clip, self._student_towers.preprocess, self.plan.student.tokenize, self.world.device, self.recipe.evaluation.batch
-        )
-        results = {"step": step, **Suite(self.plan.sets, encoder, self.world, self.recipe.data.workers).run()}
-        self._replica.to("cpu")
-        self._by_main(lambda: self._write_evaluation(results))
+        if self._judge:
+            watchdog.beat("evaluating", step)
+            results = self._judge.results(self._engine, step, self.folder)
+            self._by_main(lambda: self._write_evaluation(results))
 
     def _write_evaluation(self, results: dict[str, Any]) -> None:
         runlog.write_json(self.folder / EVALUATION, results)

@@ -57,6 +57,8 @@ def plan(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster,
 
 
 def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster, teacher_zero: dict[str, Any]) -> Job:
+    if recipe.decoder is not None:
+        raise ValueError("[decoder]: the plan counts towers and losses, no language decoder yet; plan without [decoder] and [answers]")
     cuda = cluster.kind != "cpu"
     device = torch.device("cuda" if cuda else "cpu")
     raw, config_name = ds_config.read(config, cuda=cuda)

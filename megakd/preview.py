@@ -8,8 +8,8 @@ import torch
 
 from megakd.data.loader import train_batches
 from megakd.data.views import TowerView
-from megakd.job import Plan
 from megakd.models import towers
+from megakd.preparation import Asking, Pairs, Plan
 from megakd.runtime.launch import World
 
 
@@ -23,12 +23,22 @@ def show(plan: Plan, world: World) -> str:
         f"DeepSpeed configuration ({plan.config_name}):\n{_indented(plan.config)}",
         f"run folder: {plan.request.out}",
     ]
-    descriptions = {"student": plan.student} | plan.teachers
+    if plan.pairs is not None:
+        parts += _first_batch(plan, plan.pairs, world)
+    if plan.asking is not None:
+        parts += _questions(plan.asking)
+    return "\n".join(parts)
+
+
+def _first_batch(plan: Plan, pairs: Pairs, world: World) -> list[str]:
+    descriptions = ({"student": plan.student} if plan.student is not None else {}) | pairs.teachers
+    if not descriptions:
+        return [f"data: {len(pairs.shards)} samples in {len(pairs.shards.names)} shards; every model is still to come"]
     built = {role: _on_meta(description) for role, description in descriptions.items()}
     views = {role: TowerView(found.preprocess, found.description.tokenize) for role, found in built.items()}
     with train_batches(
-        plan.shards,
-        plan.order,
+        pairs.shards,
+        pairs.order,
         plan.request.recipe.views,
         views,
         rank=world.rank,
@@ -39,10 +49,14 @@ def show(plan: Plan, world: World) -> str:
     ) as batches:
         batch = next(batches)
     first = f"first batch of this rank: {len(batch)} pairs, bad: {batch.bad.by_reason() or 'none'}"
-    parts.append(f"data: {len(plan.shards)} samples in {len(plan.shards.names)} shards; {first}")
-    for role, found in built.items():
-        parts.append(_shapes(role, found, batch.pixels[role][:2], batch.tokens[role][:2]))
-    return "\n".join(parts)
+    parts = [f"data: {len(pairs.shards)} samples in {len(pairs.shards.names)} shards; {first}"]
+    return parts + [_shapes(role, found, batch.pixels[role][:2], batch.tokens[role][:2]) for role, found in built.items()]
+
+
+def _questions(asking: Asking) -> list[str]:
+    first = asking.train[0]
+    parts = [f"questions to learn: {len(asking.train)}, for example {first.text!r} -> {first.answer!r}"]
+    return parts + [f"questions to be judged by: {name}, {len(opened.questions)}" for name, opened in asking.sets.items()]
 
 
 def _on_meta(description: towers.Description) -> towers.Towers:

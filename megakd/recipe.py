@@ -6,6 +6,7 @@ Reading, overriding and comparing recipes is in `recipe_files.py`.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -31,7 +32,9 @@ class Section(BaseModel):
 class Data(Section):
     """Image-text shards: tars of `.jpg` and `.txt` members, as img2dataset writes them."""
 
-    train: str | list[str] = Field(min_length=1, description="paths or URLs; braces expand, '::' joins")
+    train: str | list[str] | None = Field(
+        None, min_length=1, description="paths or URLs; braces expand, '::' joins; the objectives need it, answers alone do not"
+    )
     caption: str = Field("txt", description="extension of the caption's member in the tar")
     workers: NonNegative = Field(2, description="decoding processes of each rank; 0 decodes in the trainer's own")
     block: Positive = Field(64, description="consecutive samples that the shuffle keeps together until the last stage")
@@ -65,11 +68,20 @@ class Model(Section):
     architecture: dict[str, Any] | None = Field(None, description="an open_clip model configuration: embed_dim, vision_cfg, text_cfg")
     pretrained: str | None = Field(None, description="open_clip's pretrained tag, or a .safetensors/.pt file")
     tokenizer: str | None = Field(None, description="folder of a Hugging Face tokenizer; default: the model's own")
+    recipe: str | None = Field(None, description="recipe that trains this model first when the folder of `model` is not there yet")
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
         if (self.model is None) == (self.architecture is None):
             raise ValueError("give either `model` (a name) or `architecture` (a table), not both and not neither")
+        return self
+
+    @model_validator(mode="after")
+    def _recipe_has_a_place(self) -> Model:
+        if self.recipe is not None and not (self.model or "").startswith("local-dir:"):
+            raise ValueError(
+                f"recipe = {self.recipe!r} trains into a run folder: model must be 'local-dir:RUN/model' of that run, not {self.model!r}"
+            )
         return self
 
 
@@ -91,15 +103,6 @@ class Teacher(Model):
         "all", description="text: only texts come from the store; images are freshly augmented and the text tower is not loaded"
     )
     store_miss: Literal["teacher", "fail"] = Field("teacher", description="what the store lacks: ask the live teacher, or end the run")
-    recipe: str | None = Field(None, description="recipe that trains this teacher first when the folder of `model` is not there yet")
-
-    @model_validator(mode="after")
-    def _recipe_has_a_place(self) -> Teacher:
-        if self.recipe is not None and not (self.model or "").startswith("local-dir:"):
-            raise ValueError(
-                f"recipe = {self.recipe!r} trains into a run folder: model must be 'local-dir:RUN/model' of that run, not {self.model!r}"
-            )
-        return self
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Teacher:
@@ -127,12 +130,6 @@ class Objectives(Section):
     def active(self) -> dict[str, float]:
         return {name: weight for name, weight in self if weight > 0}
 
-    @model_validator(mode="after")
-    def _at_least_one(self) -> Objectives:
-        if not self.active():
-            raise ValueError("every weight is 0: nothing would be learned; give at least one objective a positive weight")
-        return self
-
 
 class Similarity(Section):
     """Similarity-matrix KD: KL divergence of the two towers' softmaxes over rows and columns."""
@@ -158,6 +155,93 @@ class Kernels(Section):
 
     backend: Literal["auto", "eager", "compiled", "chunked", "triton"] = Field("auto", description="auto: the fastest as measured")
     ring: bool = Field(False, description="pass texts around the ranks instead of gathering them: for batches that do not fit")
+
+
+class Lora(Section):
+    """Low-rank adapters on the decoder's linear layers (arXiv 2106.09685), through peft."""
+
+    rank: Positive = 16
+    alpha: PositiveFloat = Field(32.0, description="the adapter's output is scaled by alpha / rank")
+    dropout: Fraction = 0.05
+    targets: Literal["linear"] | list[str] = Field(
+        "linear",
+        description="linear: every Linear layer of the language model but its output layer; or names of layers, e.g. ['q_proj', 'v_proj']",
+    )
+
+
+class Decoder(Section):
+    """A causal language model that reads image tokens: the student's patch tokens, pooled and projected to its width."""
+
+    model: str | None = Field(None, description="any AutoModelForCausalLM: a Hugging Face name, or a folder")
+    architecture: dict[str, Any] | None = Field(
+        None, description="a transformers configuration: model_type, hidden_size, num_hidden_layers, ..."
+    )
+    tokenizer: str | None = Field(None, description="folder of a Hugging Face tokenizer; default: the model's own")
+    adapt: Literal["lora", "none", "full"] = Field("lora", description="what of the language model is trained; the projector always is")
+    lora: Lora = Lora()
+    quantise: Literal["none", "int8", "nf4"] = Field("none", description="hold the frozen weights in 8 or 4 bit by bitsandbytes")
+    image_tokens: NonNegative = Field(
+        0, description="tokens an image becomes: a square number, averaged over a grid; 0: every patch is one"
+    )
+    layer: int = Field(-2, description="the vision tower's block whose output is read; -1 is the last, LLaVA takes -2")
+    template: str = Field("USER: {question} ASSISTANT: ", description="what the decoder is given; the image tokens come before it")
+    instruction: str = Field(
+        "\nAnswer the question using a single word or phrase.", description="follows each question of a set with short answers"
+    )
+    start: str | None = Field(None, description="bundle of an earlier run (RUN/bundle): its projector and adapter are gone on with")
+    recipe: str | None = Field(None, description="recipe that trains what `model` or `start` names first, when it is not there yet")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Decoder:
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError("give either `model` (a name or a folder) or `architecture` (a table), not both and not neither")
+        if self.quantise != "none" and self.adapt == "full":
+            raise ValueError(f"quantise = {self.quantise!r} holds frozen weights: set adapt to 'lora' or 'none', it is 'full'")
+        if self.recipe is not None and self.start is None and not (self.model or "").endswith("/bundle/language"):
+            raise ValueError(
+                f"recipe = {self.recipe!r} trains into a run folder: give start = 'RUN/bundle' or model = 'RUN/bundle/language' of that run"
+            )
+        if "{question}" not in self.template:
+            raise ValueError(f"template = {self.template!r}: it must hold {{question}}")
+        root = math.isqrt(self.image_tokens)
+        if root * root != self.image_tokens:
+            raise ValueError(f"image_tokens = {self.image_tokens}: a square number (1, 4, 9, ...), or 0 for every patch")
+        return self
+
+
+class QuestionSource(Section):
+    """Questions with answers and images, in the files their benchmark publishes."""
+
+    format: Literal["vqav2", "textvqa", "vizwiz", "gqa", "scienceqa", "pope", "llava", "captions"] = Field(
+        description="vqav2 is OK-VQA's too; llava: conversations, also without images; captions: shards, the caption is the answer"
+    )
+    questions: str | None = Field(None, description="the questions' file; captions have none")
+    annotations: str | None = Field(None, description="vqav2: the file of the answers")
+    images: str | None = Field(None, description="a folder of image files, or image-text shards (*.tar); none: text alone")
+    image_name: str | None = Field(
+        None,
+        description="file name or shard key from the entry's fields, e.g. 'COCO_val2014_{image_id:012d}.jpg'; default: the benchmark's",
+    )
+    split: str | None = Field(None, description="scienceqa: train, val or test, by its own pid_splits.json beside the file")
+
+
+class LearningRates(Section):
+    """Peak learning rates by group; all follow optim's schedule. None: optim.lr."""
+
+    tower: PositiveFloat | None = None
+    projector: PositiveFloat | None = None
+    decoder: PositiveFloat | None = None
+
+
+class Answers(Section):
+    """The decoder learns to answer. With active objectives alongside them, in the same step; without, alone."""
+
+    train: dict[Name, QuestionSource] = Field(min_length=1, description="by name; all are mixed in proportion to their size")
+    weight: PositiveFloat = Field(1.0, description="of the answer loss beside the objectives")
+    batch: Positive | None = Field(None, description="questions in one step, over all ranks; default: optim.batch")
+    max_length: Positive = Field(512, description="tokens of a conversation, image tokens included; further turns are dropped")
+    tower: Literal["frozen", "trained"] = Field("frozen", description="whether the answers' gradient reaches the vision tower")
+    lr: LearningRates = LearningRates()
 
 
 class Optim(Section):
@@ -187,6 +271,9 @@ class Evaluation(Section):
     zero_shot: dict[str, str] = Field(default_factory=dict)
     retrieval: dict[str, str] = Field(default_factory=dict)
     hard_negatives: dict[str, str] = Field(default_factory=dict)
+    vqa: dict[Name, QuestionSource] = Field(default_factory=dict)
+    vqa_batch: Positive = Field(64, description="questions answered at once")
+    answer_tokens: Positive = Field(10, description="longest answer that the decoder generates")
 
 
 class Checkpoint(Section):
@@ -209,16 +296,18 @@ class Watchdog(Section):
 class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     seed: NonNegative = 0
-    data: Data
+    data: Data = Data()
     views: Views = Views()
-    student: Student
+    student: Student | None = Field(None, description="absent: a decoder that learns from text alone, the blind control")
     teacher: Teacher | None = None
     ensemble: dict[Name, Teacher] = Field(default_factory=dict, description="further teachers by name; the losses of all are averaged")
-    objectives: Objectives
+    objectives: Objectives = Objectives()
     similarity: Similarity = Similarity()
     interactive: Interactive = Interactive()
     feature: Feature = Feature()
     kernels: Kernels = Kernels()
+    decoder: Decoder | None = None
+    answers: Answers | None = None
     optim: Optim
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
@@ -236,4 +325,29 @@ class Recipe(Section):
             raise ValueError("[ensemble] holds teachers beside [teacher], and there is no [teacher]: name one of them so")
         if self.ensemble and any(teacher.store is not None for teacher in self.teachers().values()):
             raise ValueError("a store replays one teacher's augmentations: teacher.store works without [ensemble] alone")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Recipe:
+        active = self.objectives.active()
+        if not active and self.answers is None:
+            raise ValueError("objectives: every weight is 0 and there are no [answers]: nothing would be learned; give one a weight")
+        if active and self.student is None:
+            raise ValueError(f"objectives.{next(iter(active))}: there is no [student] to learn it")
+        if active and self.data.train is None:
+            raise ValueError(f"data.train: missing; objectives.{next(iter(active))} learns from image-text shards")
+        return self
+
+    @model_validator(mode="after")
+    def _answers_have_a_decoder(self) -> Recipe:
+        if (self.answers is None) != (self.decoder is None):
+            there, missing = ("[answers]", "[decoder]") if self.decoder is None else ("[decoder]", "[answers]")
+            raise ValueError(f"{there} without {missing}: a decoder is what answers, and answers are what it learns; give both or neither")
+        if self.evaluation.vqa and self.decoder is None:
+            raise ValueError("evaluation.vqa: there is no [decoder] to answer")
+        if self.answers is not None and self.answers.tower == "trained" and self.student is None:
+            raise ValueError("answers.tower = 'trained': there is no [student], and so no tower")
+        clip_sets = [kind for kind in ("zero_shot", "retrieval", "hard_negatives") if getattr(self.evaluation, kind)]
+        if clip_sets and not self.objectives.active():
+            raise ValueError(f"evaluation.{clip_sets[0]}: without an objective the student's text tower is not trained: take the set out")
         return self

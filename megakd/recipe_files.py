@@ -20,7 +20,7 @@ from megakd.recipe import Recipe
 
 # Keys that say how a run is watched and stored, not what it learns: a run may be resumed with other values of these.
 FREE_ON_RESUME = (
-    *("checkpoint.", "log.", "watchdog.", "evaluation.", "kernels.", "teacher.offload", "teacher.ds_config"),
+    *("checkpoint.", "log.", "watchdog.", "evaluation.", "kernels.", "teacher.offload", "teacher.ds_config", "decoder.recipe"),
     *("data.workers", "data.cache", "data.max_bad_fraction"),
 )
 

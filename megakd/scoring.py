@@ -22,6 +22,8 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
     recipe, _ = recipe_files.load(str(run / runlog.RUN), overrides)
     world = launch.start()
     try:
+        if recipe.student is None or not recipe.objectives.active():
+            raise ValueError(f"{run}: a run of answers alone is scored at its end; `megakd answer {run}/bundle` asks its decoder")
         path = collectives.share((chosen or checkpoint.latest_valid(run, print)) if world.is_main else None, world)
         if not isinstance(path, Path):
             raise ValueError(f"{run}: no checkpoint in it yet; train further, or give --checkpoint")

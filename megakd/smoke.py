@@ -43,7 +43,7 @@ def run(seeds: int, out: Path, data: Path) -> int:
         jobs[out / f"kd_seed{seed}"] = ("smoke", student)
         jobs[out / f"no_kd_seed{seed}"] = ("smoke", [*student, WITHOUT_KD])
     for folder, (recipe, overrides) in jobs.items():
-        code = _train(recipe, folder, overrides, data)
+        code = train(recipe, folder, [*overrides, *_moved(recipe, data)])
         if code:
             print(
                 f"the run in {folder} ended with exit code {code}; `megakd smoke` again goes on from its last checkpoint", file=sys.stderr
@@ -55,7 +55,7 @@ def run(seeds: int, out: Path, data: Path) -> int:
     return 0
 
 
-def _train(recipe: str, folder: Path, overrides: list[str], data: Path) -> int:
+def train(recipe: str, folder: Path, overrides: list[str]) -> int:
     """One run through the deepspeed launcher, one rank a GPU or a CPU core (at most two), and its exit code."""
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--master_port", str(_free_port())]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
@@ -63,7 +63,6 @@ def _train(recipe: str, folder: Path, overrides: list[str], data: Path) -> int:
         # Two ranks of one thread: several OpenMP threads wait for each other by spinning, which a busy machine punishes tenfold.
         launcher += ["--num_accelerators", str(min(2, len(os.sched_getaffinity(0))))]
         environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    overrides = [*overrides, *_moved(recipe, data)]
     arguments = ["--recipe", recipe, "--out", str(folder), *(part for item in overrides for part in ("--set", item))]
     print("\n$ deepspeed megakd/train.py " + shlex.join(arguments), flush=True)
     process = subprocess.Popen([*launcher, str(Path(__file__).with_name("train.py")), *arguments], env=environment)
@@ -138,7 +137,7 @@ def _show(rows: list[dict[str, Any]], seeds: int, seconds: float) -> None:
     for heading in (*COLUMNS.values(), "parameters", "images/s"):
         table.add_column(heading, justify="right")
     for row in rows:
-        cells = [_percent([run[key] for run in row["runs"]]) for key in COLUMNS]
+        cells = [percent([run[key] for run in row["runs"]]) for key in COLUMNS]
         speed = statistics.median(run["images_per_second"] for run in row["runs"])
         table.add_row(row["model"], *cells, f"{row['runs'][0]['parameters'] / 1e6:.2f} M", f"{speed:.0f}")
     console = Console()
@@ -150,7 +149,7 @@ def _show(rows: list[dict[str, Any]], seeds: int, seconds: float) -> None:
         print(f"gain from KD, {name}: " + ", ".join(f"{gain:+.1%}" for gain in gains) + (" (by seed)" if seeds > 1 else ""))
 
 
-def _percent(values: list[float]) -> str:
+def percent(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.1%}"
     return f"{statistics.mean(values):.1%} ± {statistics.stdev(values):.1%}"

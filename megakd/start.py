@@ -104,28 +104,29 @@ def _run(flags: argparse.Namespace, world: World, until_stopped: contextlib.Exit
     if flags.recipe is None and world.is_main:
         print(f"no --recipe given: running the shipped recipe '{name}' ({origin})", flush=True)
     # Heavy imports come after the recipe was read, so that a typo is answered at once.
-    from megakd import job, preview
+    from megakd import job, preparation, preview
 
-    request = job.Request(recipe, origin, flags.ds_config, flags.out or Path("runs") / recipe.name, flags.resume)
-    first = job.teacher_request(request)
-    plan = job.prepare(request, world, teacher_comes_first=first is not None)
+    request = preparation.Request(recipe, origin, flags.ds_config, flags.out or Path("runs") / recipe.name, flags.resume)
+    before = preparation.prerequisites(request)
+    plan = preparation.prepare(request, world, preparation.to_come(request))
     if flags.dry_run:
         text = preview.show(plan, world)
         if world.is_main:
             print(
                 text
-                + (f"\nthe teacher would be trained first, by {first.recipe_name} into {first.out}" if first else "")
+                + "".join(f"\nwould run first: {first.recipe_name} into {first.out}" for first in before)
                 + "\ndry run: all of this is sound"
             )
         return 0
     stop = until_stopped.enter_context(StopRequest())
-    if first is not None:
+    for first in before:
         if world.is_main:
-            print(f"the teacher is not there yet: training it first with {first.recipe_name} into {first.out}", flush=True)
-        code = job.Run(job.prepare(first, world), world, stop).execute()
+            print(f"not there yet: {first.out}; running {first.recipe_name} first", flush=True)
+        code = job.Run(preparation.prepare(first, world), world, stop).execute()
         if code:
             return code
-        plan = job.prepare(request, world)
+    if before:
+        plan = preparation.prepare(request, world)
     return job.Run(plan, world, stop).execute()
 
 
@@ -140,8 +141,9 @@ def quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     # open_clip speaks through the root logger, of random weights for example, which the recipe asked for.
     logging.getLogger().addFilter(lambda record: record.name != "root" or record.levelno >= logging.ERROR)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.")
+    for chatty in ("torch.utils.cpp_extension", "bitsandbytes.backends.cpu.ops"):  # the latter misses a package that nothing here calls
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.|transformers\.|peft\.")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.|deepspeed\.|open_clip\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if torch.cuda.is_available():

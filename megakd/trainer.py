@@ -1,4 +1,4 @@
-"""The one fit loop: batches -> teacher -> student -> losses -> update -> log, evaluate, checkpoint.
+"""The one fit loop, for every task: batches -> teacher -> student and decoder -> losses -> update -> log, evaluate, checkpoint.
 
 Randomness in a step (dropout, patch dropout) comes from generators seeded by (seed, step, rank), so a resumed run draws what an
 undisturbed one draws. Accumulation is exact: a contrastive loss over micro-batches is another loss than over their union, so the
@@ -19,11 +19,12 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from megakd.data.bad import BadCounter
+from megakd.data.joint import JointBatch
 from megakd.data.loader import Batch
 from megakd.data.views import normalise
+from megakd.models.answering import Questions
 from megakd.models.embeddings import Embeddings
 from megakd.models.stored_teacher import StoredTeacher, TextStoredTeacher
-from megakd.models.student import embeddings
 from megakd.models.teacher import Teacher
 from megakd.recipe import Optim, Recipe
 from megakd.runtime import collectives, watchdog
@@ -33,9 +34,12 @@ from megakd.runtime.launch import World
 from megakd.runtime.runlog import RunLog, memory_gb
 from megakd.runtime.signals import LossNotFinite, StopRequest
 from megakd.runtime.stopwatch import Stopwatch
-from megakd.tasks.distill import Distill
+from megakd.tasks.joint import Joint
 
 AnyTeacher = Teacher | StoredTeacher | TextStoredTeacher
+# One micro-batch, as the engine's module takes it: pixels and tokens of pairs, then the fields of `Questions`, as far as there are any.
+Inputs = tuple[Tensor | None, ...]
+_NO_SCALE = torch.zeros(())  # where nothing but answers is learned
 
 
 class Hooks(Protocol):
@@ -75,7 +79,7 @@ class Trainer:
         recipe: Recipe,
         world: World,
         engine: Engine,
-        task: Distill,
+        task: Joint,
         teachers: Mapping[str, AnyTeacher],
         preprocess: dict[str, PreprocessCfg],
         log: RunLog,
@@ -87,7 +91,7 @@ class Trainer:
         self.clock = Stopwatch(world.device)
         self._bad = BadCounter()
 
-    def fit(self, batches: Iterator[Batch], start: Progress, hooks: Hooks) -> bool:
+    def fit(self, batches: Iterator[JointBatch], start: Progress, hooks: Hooks) -> bool:
         """Train from `start` to the last step. Returns True when it got there, False when a signal stopped it after a save."""
         recipe, step = self.recipe, start.step
         since, images = time.perf_counter(), 0
@@ -117,14 +121,13 @@ class Trainer:
         if not math.isfinite(self.engine.gradient_norm):
             raise LossNotFinite(f"step {step}: the gradient norm is {self.engine.gradient_norm}; this step was not saved")
 
-    def step(self, batch: Batch, step: int) -> Agreed:
+    def step(self, batch: JointBatch, step: int) -> Agreed:
         """One update on one global batch. Raises on every rank, before any weight moves, LossNotFinite or what the log met with."""
         watchdog.beat("teacher", step)
         batch = batch.to(self.world.device, non_blocking=True)
         with self.clock.part("teacher"):
-            taught = [self._teach(batch, role, teacher) for role, teacher in self.teachers.items()]
-        gradients = self._exact_accumulation if self.engine.accumulation > 1 else self._whole_batch
-        agreed = self._agree(gradients(batch, taught, step), batch)
+            taught = [self._teach(batch.pairs, role, teacher) for role, teacher in self.teachers.items() if batch.pairs is not None]
+        agreed = self._agree(self._gradients(batch, taught, step), batch)
         if not agreed.finite:
             raise LossNotFinite(
                 f"step {step + 1}: the loss is not finite on at least one rank: {agreed.losses} (NaN and infinity shown as 0); "
@@ -140,43 +143,75 @@ class Trainer:
         self._judge_data(agreed.bad)
         return agreed
 
-    def _whole_batch(self, batch: Batch, taught: list[Embeddings], step: int) -> collectives.Pending:
-        outputs = self._forward(self._view(batch, "student", self.engine.dtype), step, 0)
-        losses, total = self._losses(outputs, taught)
-        pending = self._announce(losses, outputs, batch)
-        with self.clock.part("student"):
-            self.engine.backward(total)
-        return pending
+    def _gradients(self, batch: JointBatch, taught: list[Embeddings], step: int) -> collectives.Pending:
+        pieces = self._inputs(batch)
+        learned = 1.0
+        if self.task.answer is not None and batch.questions is not None:
+            learned = self.task.answer.learned_tokens(batch.questions.labels_BL)
+        if len(pieces) > 1 and batch.pairs is not None:
+            return self._exact_accumulation(pieces, batch, taught, learned, step)
+        return self._summed(pieces, batch, taught, learned, step)
 
-    def _exact_accumulation(self, batch: Batch, taught: list[Embeddings], step: int) -> collectives.Pending:
-        size = self.engine.micro_batch
-        pixels, tokens = self._view(batch, "student", self.engine.dtype)
-        pieces = list(zip(pixels.split(size), tokens.split(size), strict=True))
-        with torch.no_grad():
-            cached = _joined([self._forward(piece, step, number) for number, piece in enumerate(pieces)])
-        leaves = {name: value.detach().requires_grad_() for name, value in cached.items()}
-        losses, total = self._losses(leaves, taught)
-        pending = self._announce(losses, leaves, batch)
-        total.backward()  # type: ignore[no-untyped-call]
+    def _summed(self, pieces: list[Inputs], batch: JointBatch, taught: list[Embeddings], learned: float, step: int) -> collectives.Pending:
+        """One forward and backward for each piece. Answers' losses are sums over questions, which add up; those of pairs have one piece."""
+        parts: list[dict[str, Tensor]] = []
         for number, piece in enumerate(pieces):
             outputs = self._forward(piece, step, number)
+            losses, total = self._losses(outputs, taught, learned)
+            parts.append({**{name: loss.detach() for name, loss in losses.items()}, "scale": outputs.get("scale", _NO_SCALE)})
+            if number + 1 == len(pieces):
+                summed = {name: torch.stack([part[name] for part in parts]).sum() for name in losses}
+                pending = self._announce(summed, parts[0]["scale"], batch)
             with self.clock.part("student"):
-                self.engine.backward(_carried(outputs, leaves, number * size, len(pieces)))
+                self.engine.backward(total)
             if number + 1 < len(pieces):
                 self.engine.accumulated()
         return pending
 
-    def _forward(self, views: tuple[Tensor, Tensor], step: int, piece: int) -> dict[str, Tensor]:
+    def _exact_accumulation(
+        self, pieces: list[Inputs], batch: JointBatch, taught: list[Embeddings], learned: float, step: int
+    ) -> collectives.Pending:
+        with torch.no_grad():
+            found = [self._forward(piece, step, number) for number, piece in enumerate(pieces)]
+        leaves = {name: value.detach().requires_grad_() for name, value in _joined(found).items()}
+        losses, total = self._losses(leaves, taught, learned)
+        pending = self._announce(losses, leaves["scale"], batch)
+        total.backward()  # type: ignore[no-untyped-call]
+        gradients = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+        shares = {name: _shares(gradient, [output[name] for output in found]) for name, gradient in gradients.items()}
+        for number, piece in enumerate(pieces):
+            outputs = self._forward(piece, step, number)
+            with self.clock.part("student"):
+                self.engine.backward(_carried(outputs, {name: share[number] for name, share in shares.items()}))
+            if number + 1 < len(pieces):
+                self.engine.accumulated()
+        return pending
+
+    def _inputs(self, batch: JointBatch) -> list[Inputs]:
+        """The batch as one piece for each accumulation step."""
+        count = self.engine.accumulation
+        pairs: list[Inputs] = [(None, None)] * count
+        if batch.pairs is not None:
+            pixels, tokens = self._view(batch.pairs, "student", self.engine.dtype)
+            pairs = list(zip(pixels.tensor_split(count), tokens.tensor_split(count), strict=True))
+        if batch.questions is None:
+            return pairs
+        asked = batch.questions
+        pixels_B = None if asked.pixels is None else normalise(asked.pixels, self._preprocess["student"], self.engine.dtype)
+        questions = Questions(pixels_B, asked.ids_BL, asked.attend_BL, asked.image_mask_BL, asked.labels_BL).split(count)
+        return [(*pair, *question) for pair, question in zip(pairs, questions, strict=True)]
+
+    def _forward(self, inputs: Inputs, step: int, piece: int) -> dict[str, Tensor]:
         # Seeded by place, not by history: a resumed run and the second forward of a piece drop out what the first did.
         watchdog.beat("student", step)
         place = f"{self.recipe.seed}/{step}/{self.world.rank}/{piece}"
         torch.manual_seed(int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "big"))
         with self.clock.part("student"):
-            return self.engine.forward(*views)
+            return self.engine.forward(*inputs)
 
-    def _losses(self, outputs: dict[str, Tensor], taught: list[Embeddings]) -> tuple[dict[str, Tensor], Tensor]:
+    def _losses(self, outputs: dict[str, Tensor], taught: list[Embeddings], learned: float) -> tuple[dict[str, Tensor], Tensor]:
         with self.clock.part("loss"):
-            losses = self.task.losses(embeddings(outputs), taught)
+            losses = self.task.losses(outputs, taught, learned)
             return losses, self.task.total(losses)
 
     def _teach(self, batch: Batch, role: str, teacher: AnyTeacher) -> Embeddings:
@@ -196,15 +231,16 @@ class Trainer:
     def _view(self, batch: Batch, tower: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return normalise(batch.pixels[tower], self._preprocess[tower], dtype), batch.tokens[tower]
 
-    def _announce(self, losses: dict[str, Tensor], outputs: dict[str, Tensor], batch: Batch) -> collectives.Pending:
+    def _announce(self, losses: dict[str, Tensor], scale: Tensor, batch: JointBatch) -> collectives.Pending:
         """Start telling the other ranks how this step stands; the backward runs meanwhile."""
-        values = torch.stack([loss.detach().float() for loss in losses.values()] + [outputs["scale"].detach().float().reshape(())])
+        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        values = torch.cat([values, scale.detach().float().reshape(1).to(values.device)])
         wrong = (~values.isfinite()).any().float().reshape(1)
         flags = [float(bool(self._stop)), float(self._log.failure is not None)]
         counts = torch.tensor([*flags, *map(float, batch.bad.to_list())], device=values.device)
         return collectives.start_sum(torch.cat([wrong, values.nan_to_num() / self.world.size, counts]), self.world)
 
-    def _agree(self, pending: collectives.Pending, batch: Batch) -> Agreed:
+    def _agree(self, pending: collectives.Pending, batch: JointBatch) -> Agreed:
         wrong, *values = pending.read()
         names = [*self.task.weights, "scale"]
         means, (stop, log_failed, *counts) = values[: len(names)], values[len(names) :]
@@ -228,7 +264,7 @@ class Trainer:
             "losses": losses,
             "backends": self.task.backends,
             "lr": learning_rate(self.recipe.optim, step - 1),
-            "scale": scale,
+            **({"scale": scale} if self.task.distill is not None else {}),
             "gradient_norm": self.engine.gradient_norm,
             "images_per_second": images_per_second,
             "memory_gb": memory_gb(self.world.device),
@@ -236,7 +272,8 @@ class Trainer:
             "bad_samples": self._bad.counts,
         }
         self._log.row(row, self.recipe.optim.steps)
-        flat = {"loss": total, **losses, "lr": row["lr"], "scale": scale, "images_per_second": images_per_second}
+        flat = {"loss": total, **losses, "lr": row["lr"], "images_per_second": images_per_second}
+        flat |= {"scale": scale} if self.task.distill is not None else {}
         self.engine.monitor(flat, step * self.recipe.optim.batch)
 
 
@@ -246,13 +283,13 @@ def _joined(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: value if value.ndim == 0 else torch.cat([output[name] for output in outputs]) for name, value in first.items()}
 
 
-def _carried(outputs: dict[str, Tensor], leaves: dict[str, Tensor], start: int, pieces: int) -> Tensor:
-    """A scalar whose gradient is the cached one: sum over outputs of <output, dL/doutput>, each scalar's share 1/pieces."""
-    terms = []
-    for name, output in outputs.items():
-        gradient = leaves[name].grad
-        if gradient is None:
-            gradient = torch.zeros_like(leaves[name])
-        piece = gradient / pieces if output.ndim == 0 else gradient[start : start + len(output)]
-        terms.append((output.float() * piece.float()).sum())
-    return torch.stack(terms).sum()
+def _shares(gradient: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+    """A joined output's gradient, cut into those of the pieces; each piece has an equal share of a scalar's."""
+    if gradient.ndim == 0:
+        return [gradient / len(outputs)] * len(outputs)
+    return list(gradient.split([len(output) for output in outputs]))
+
+
+def _carried(outputs: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
+    """A scalar whose gradient is the cached one: the sum over outputs of <output, dL/doutput>."""
+    return torch.stack([(output.float() * gradients[name].float()).sum() for name, output in outputs.items()]).sum()

@@ -85,6 +85,35 @@ EVERY_OBJECTIVE = (
 KD = (*TEACHER, "objectives.similarity=2.0", "objectives.feature=0.5")
 
 
+TINY_LLAMA = (
+    "{ model_type = 'llama', hidden_size = 32, num_hidden_layers = 2, num_attention_heads = 2, intermediate_size = 48, "
+    "initializer_range = 0.1 }"
+)
+
+
+def question_source(world: Path, split: str, *, images: bool = True) -> str:
+    """A shapes world's questions as a recipe names them."""
+    files = f"questions = '{world}/questions/{split}_questions.json', annotations = '{world}/questions/{split}_annotations.json'"
+    seen = f", images = '{world}/{split}/*.tar', image_name = '{{image_id:09d}}'" if images else ""
+    return f"{{ format = 'vqav2', {files}{seen} }}"
+
+
+def answering(world: Path) -> tuple[str, ...]:
+    """Overrides that add adapters on a decoder, which `decoder.model` or `decoder.architecture` names, and the world's questions."""
+    return (
+        "decoder.lora={ rank = 4, alpha = 8.0, dropout = 0.1 }",
+        "decoder.template={question}",
+        "decoder.instruction=",
+        "decoder.image_tokens=4",
+        "decoder.layer=-1",
+        "answers.max_length=64",
+        "answers.batch=8",
+        f"answers.train.shapes={question_source(world, 'train')}",
+        f"evaluation.vqa.test={question_source(world, 'test')}",
+        "evaluation.answer_tokens=3",
+    )
+
+
 @dataclass(frozen=True)
 class Finished:
     """A command that ended."""

@@ -15,6 +15,7 @@ Reason = Literal[
     "corrupt_image",
     "too_large",
     "bad_text",
+    "too_long",
     "truncated_tar",
     "read_error",
 ]

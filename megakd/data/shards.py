@@ -64,6 +64,8 @@ class ShardSet:
         Raises ValueError for missing, compressed or empty shards, and when more than data.max_bad_fraction of the samples
         lack an image or a caption.
         """
+        if data.train is None:
+            raise ValueError("data.train: missing; give image-text shards, such as '/data/cc12m/{00000..01242}.tar'")
         try:
             shards = cls.open_set(data.train, data, rank, world, barrier)
         except ValueError as error:

@@ -111,7 +111,7 @@ def _configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str
 def _check_weights(settings: Model, role: str) -> None:
     pretrained, name = settings.pretrained, settings.model or ""
     if ":" in name:
-        if pretrained:
+        if pretrained and pretrained != RANDOM:
             raise ValueError(f"{role}.pretrained = {pretrained!r}: {name!r} brings its own weights; remove one of the two keys")
         if name.startswith("local-dir:") and not _weights_in(Path(name.removeprefix("local-dir:"))):
             raise ValueError(f"{role}.model = {name!r}: the folder has a configuration but no weights (open_clip_model.safetensors)")
@@ -176,7 +176,8 @@ def build(description: Description, device: torch.device, precision: Precision =
     Raises ValueError when the weights do not fit the architecture, with open_clip's list of the tensors that differ.
     """
     settings = description.settings
-    pretrained = settings.pretrained if load_weights and settings.pretrained != RANDOM else None
+    load_weights = load_weights and settings.pretrained != RANDOM
+    pretrained = settings.pretrained if load_weights else None
     try:
         if settings.architecture is not None:
             clip = _from_architecture(description, precision, device)

@@ -24,6 +24,7 @@ class Softmax:
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...], fixed_scale: float | None = None) -> None:
         self.names = names
+        assert recipe.student is not None, "a recipe with objectives has a student"
         self._temperature, self._fixed_scale, self._max_scale = recipe.similarity.temperature, fixed_scale, recipe.student.max_scale
         self._options = kernel_options(recipe, "similarity_kd" if SIMILARITY in names else "contrastive", device)
         self.backend: str | None = self._options["backend"]

@@ -119,7 +119,9 @@ def describe(settings: Model, role: str) -> towers.Description:
     """
     recipe, folder = getattr(settings, "recipe", None), Path((settings.model or "").removeprefix("local-dir:"))
     if recipe is not None and not (folder / towers.CONFIG_FILE).is_file():
-        return describe(recipe_files.load(recipe)[0].student, role)
+        first = recipe_files.load(recipe)[0].student
+        assert first is not None, "a teacher's recipe trains a student"
+        return describe(first, role)
     with _quiet():
         config, preprocess = towers._configuration(settings, role)
     return towers.Description(role, settings, config, preprocess, _no_tokenizer)
@@ -174,6 +176,7 @@ def student(recipe: Recipe, heads: Callable[[int], dict[str, nn.Module]], micro:
 
     heads: from the student's width. drop: gradients leave as soon as they are there.
     """
+    assert recipe.student is not None, "a recipe with objectives has a student"
     description = describe(recipe.student, "student")
     built = _build(description, "fp32")
     dtype, recomputed = torch.bfloat16 if bf16 else torch.float32, recipe.student.activation_checkpointing

@@ -66,7 +66,7 @@ class Engine:
     ) -> None:
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         if start is not None:
-            _load_weights(module, start.weights)
+            load_weights(module, start.weights)
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
         optimizer = _adamw(groups, optim, config)
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
@@ -89,7 +89,7 @@ class Engine:
     def module(self) -> nn.Module:
         return self._engine.module  # type: ignore[no-any-return]
 
-    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, *inputs: Tensor | None) -> dict[str, Tensor]:
         return self._engine(*inputs)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
@@ -101,9 +101,9 @@ class Engine:
         self._engine.step()
 
     def update(self, lr: float) -> None:
-        """Clip, move the weights with this learning rate, and clear the gradients."""
+        """Clip, move the weights with this learning rate (times a group's own `lr_factor`), and clear the gradients."""
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         if self.stage == 0:
             self._norm = nn.utils.clip_grad_norm_(self._trained(), self._clip or math.inf)
         self._engine.step()
@@ -224,12 +224,18 @@ def _replay_bias_correction(optimizer: Any, updates: int) -> None:
         optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, *nothing)
 
 
-def _load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
+def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
     """Strictly: the constructor's caller has compared the names and shapes before, with messages for users."""
     targets = dict(module.named_parameters()) | persistent_buffers(module)
     with torch.no_grad():
         for name, value in weights.items():
             targets[name].copy_(value)
+
+
+def trained_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a checkpoint of `module` holds: trained parameters and persistent buffers."""
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {name: tuple(value.shape) for name, value in (trained | persistent_buffers(module)).items()}
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -212,5 +212,6 @@ def _summary(row: dict[str, Any]) -> str:
 
 def _line(row: dict[str, Any], total_steps: int) -> str:
     seconds = " ".join(f"{name} {value:.2f}" for name, value in row["seconds"].items())
-    extra = f"scale {row['scale']:.2f} | norm {row['gradient_norm']:.3f} | {row['memory_gb']:.2f} GB | seconds: {seconds}"
+    scale = f"scale {row['scale']:.2f} | " if "scale" in row else ""
+    extra = f"{scale}norm {row['gradient_norm']:.3f} | {row['memory_gb']:.2f} GB | seconds: {seconds}"
     return f"step {row['step']}/{total_steps} | {_summary(row)} | {extra}"

@@ -62,8 +62,3 @@ class Distill:
         for objective in self._objectives:
             found |= objective(student, teachers, self._group)
         return {name: found[name] for name in self.weights}
-
-    def total(self, losses: dict[str, Tensor]) -> Tensor:
-        total = sum(self.weights[name] * loss for name, loss in losses.items())
-        assert isinstance(total, Tensor)
-        return total

@@ -104,7 +104,7 @@ def test_another_seed_is_another_world(world: Path, tmp_path: Path) -> None:
 def test_splits_share_no_seed_and_no_picture(world: Path) -> None:
     seeds: Counter[int] = Counter()
     pictures: Counter[bytes] = Counter()
-    sets = [split(world, name) for name in ("train", "train_noisy", "test", "zeroshot/test", "zeroshot_held_out/test")]
+    sets = [split(world, name) for name in ("train", "train_noisy", "test", "held_out", "zeroshot/test", "zeroshot_held_out/test")]
     for sample in (sample for members in sets for sample in members):
         seeds[sample["json"]["sample_seed"]] += 1
         pictures[sample["jpg"]] += 1
@@ -118,6 +118,7 @@ def test_held_out_pairs_stand_in_their_own_set_alone(world: Path) -> None:
     for name in ("train", "train_noisy", "test", "zeroshot/test"):
         assert not any(pairs(sample) & held_out for sample in split(world, name)), name
     assert set().union(*map(pairs, split(world, "zeroshot_held_out/test"))) == held_out
+    assert set().union(*map(pairs, split(world, "held_out"))) == held_out
 
 
 def test_zeroshot_labels_name_the_one_thing_in_the_picture(world: Path) -> None:
@@ -181,7 +182,7 @@ def test_no_noise_leaves_the_noisy_split_out(tmp_path: Path) -> None:
 
 
 def test_questions_are_vqav2_about_pictures_that_exist(world: Path) -> None:
-    for name in ("train", "test"):
+    for name in ("train", "test", "held_out"):
         questions = json.loads((world / f"questions/{name}_questions.json").read_text())["questions"]
         annotations = json.loads((world / f"questions/{name}_annotations.json").read_text())["annotations"]
         assert [entry["question_id"] for entry in questions] == [entry["question_id"] for entry in annotations]

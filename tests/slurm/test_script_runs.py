@@ -11,7 +11,7 @@ import pytest
 from cluster import Cluster
 from cluster_jobs import job, sbatch, wait
 from script_runs import SMALL, STEPS, Script, connections, ranks_of, scontrol, send
-from tiny_runs import curve, settings
+from tiny_runs import TINY_LLAMA, answering, curve, settings
 
 from megakd.runtime.launch import port
 from megakd.runtime.signals import EXIT_HUNG
@@ -120,6 +120,16 @@ def test_a_sweep_runs_each_combination_in_its_own_folder(
     swept = [(run["recipe"]["teacher"]["model"], run["recipe"]["seed"], run["recipe"]["objectives"]["similarity"]) for run in found]
     assert swept == [(teacher, 3, 0.5), (teacher, 3, 1.0), (teacher, 4, 0.5), (teacher, 4, 1.0)]
     assert [run["slurm_job_id"] for run in found] == [f"{id}_{task}" for task in range(4)]
+
+
+def test_the_vqa_script_adapts_a_decoder_to_a_bundle(site: Path, world: Path, arguments: list[str]) -> None:
+    student = next(item for item in arguments if item.startswith("student="))
+    decoder = f"{{ architecture = {TINY_LLAMA}, tokenizer = '{world}/tokenizer' }}"
+    sets = settings(student, f"decoder={decoder}", *answering(world), "optim.steps=4", "optim.warmup=0", "evaluation.vqa={}")
+    script = Script(site, "vqa_lora", *sets, options=ONE)
+    assert wait(script.id, timeout=200)["JobState"] == "COMPLETED", script.log
+    assert "ZeRO 2, bf16" in script.log
+    assert (script.run / "bundle" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megakd import job, recipe_files
+from megakd import job, preparation, recipe_files
 from megakd.runtime import launch
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.launch import World
@@ -37,7 +37,7 @@ def _run(arguments: list[str], poison: int | None, world: World, stop: StopReque
     flags = parser().parse_args(arguments)
     try:
         recipe, name = recipe_files.load(flags.recipe, flags.overrides)
-        plan = job.prepare(job.Request(recipe, name, flags.ds_config, flags.out, flags.resume), world)
+        plan = preparation.prepare(preparation.Request(recipe, name, flags.ds_config, flags.out, flags.resume), world)
         run = Poisoned(plan, world, stop) if poison else job.Run(plan, world, stop)
         run.step = poison or 0
         return {"code": run.execute()}

@@ -111,15 +111,15 @@ def test_a_teachers_recipe_is_trained_first_and_once(recipe_file: Path, tmp_path
     teacher.write_text(recipe_file.read_text().replace('name = "tiny"', 'name = "tiny_teacher"').replace("steps = 6", "steps = 4"))
     sets = (f"teacher={{ model = 'local-dir:{tmp_path}/taught/model', recipe = '{teacher}' }}", "objectives.similarity=1.0")
     dry = train(recipe_file, "--out", tmp_path / "run", "--dry_run", sets=sets)
-    assert f"the teacher would be trained first, by {teacher} into {tmp_path}/taught" in dry.out
+    assert f"would run first: {teacher} into {tmp_path}/taught" in dry.out
     first = train(recipe_file, "--out", tmp_path / "run", sets=sets)
     assert first.code == 0, first.err
-    assert "training it first" in first.out
+    assert "not there yet" in first.out
     assert [row["step"] for row in rows(tmp_path / "taught")] == [1, 2, 3, 4]
     assert rows(tmp_path / "run")[-1]["losses"].keys() == {"contrastive", "similarity"}
     second = train(recipe_file, "--out", tmp_path / "again", sets=sets)
     assert second.code == 0
-    assert "training it first" not in second.out
+    assert "not there yet" not in second.out
     assert [row["loss"] for row in rows(tmp_path / "again")] == [row["loss"] for row in rows(tmp_path / "run")]
 
 

@@ -136,7 +136,7 @@ def test_shards_that_changed_since_are_refused(recipe_file: Path, stopped: Path,
     (stopped / "run.json").write_text(text.replace("train/*.tar", "train/0000[01].tar"))
     finished = train(recipe_file, "--out", stopped, sets=(*SETTINGS, f"data.train={world}/train/0000[01].tar"))
     assert finished.code == EXIT_USER_ERROR
-    assert "the shards have changed" in finished.err
+    assert "the data have changed" in finished.err
     assert "data.train" in finished.err
     assert _names(stopped) == [4, 6]
 

@@ -2,7 +2,8 @@
 
 A caption is a `Claim` first and a text second: `holds` decides a claim against a scene, so that an edit of a true claim is
 taken as a negative only when it is false. Mentions stand in random order: an exchange of two leaves no trace in the text alone.
-No text, negatives included, names a held-out pair: a teacher trained with negatives would learn that those pairs are never true.
+No text, negatives included, names a held-out pair, outside the split that is made of them: a teacher trained with negatives would
+learn that those pairs are never true.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Questions with short answers from a closed list, by family, and the ten answers of ten people who do not always agree.
 
 What a question says never gives its answer away: descriptions leave out what is asked, and the places in a relation question.
-No question names a held-out pair, which in training could only ever be answered "no" or "0".
+No question names a held-out pair, which in training could only ever be answered "no" or "0"; those about the split that is made of
+such pairs do, as they must.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ def _ask_existence(scene: Scene, rng: random.Random) -> Question | None:
     return Question("existence", f"is there {rng.choice(misses).words('a')}?", "no") if misses else None
 
 
-def _ask_relation(scene: Scene, rng: random.Random) -> Question | None:
+def ask_relation(scene: Scene, rng: random.Random) -> Question | None:
+    """Whether one thing is left of, right of, above or below another; None where no two can be told apart without their places."""
     described = list(islice(_describable(scene, rng, "cell"), 2))
     if len(described) < 2:
         return None
@@ -159,5 +161,5 @@ _ASK: dict[str, Callable[[Scene, random.Random], Question | None]] = {
     "position": _ask_attribute("cell", "where"),
     "count": _ask_count,
     "existence": _ask_existence,
-    "relation": _ask_relation,
+    "relation": ask_relation,
 }

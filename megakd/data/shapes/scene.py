@@ -73,13 +73,20 @@ def draw_scene(rng: random.Random) -> Scene:
     return tuple(things)
 
 
+def draw_held_out(rng: random.Random) -> Scene:
+    """One to three things in distinct cells, in random order, all of pairs that training never sees."""
+    (number,) = rng.choices(NUMBERS, NUMBER_WEIGHTS)
+    return tuple(Thing(*rng.choice(HELD_OUT_PAIRS), rng.choice(SIZES), cell) for cell in rng.sample(range(len(CELLS)), number))
+
+
 def draw_single(rng: random.Random, shape: str, colour: str) -> Scene:
     """One thing of the given shape and colour, of any size, anywhere."""
     return (Thing(shape, colour, rng.choice(SIZES), rng.randrange(len(CELLS))),)
 
 
 def scene_of(seed: int, split: str, index: int, attempt: int = 0) -> Scene:
-    return draw_scene(stream(seed, split, index, "scene", attempt))
+    draw = draw_held_out if split == "held_out" else draw_scene
+    return draw(stream(seed, split, index, "scene", attempt))
 
 
 def distinct_attempts(seed: int, split: str, count: int) -> list[int]:

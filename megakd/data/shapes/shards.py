@@ -17,7 +17,7 @@ from typing import Any
 from megakd.data.shapes.captions import Caption, captions, negatives, training_kind
 from megakd.data.shapes.pixels import draw_picture, jpeg
 from megakd.data.shapes.questions import annotation, questions
-from megakd.data.shapes.scene import PAIRS, Scene, draw_single, sample_seed, scene_graph, scene_of, stream
+from megakd.data.shapes.scene import PAIRS, Scene, draw_single, names_held_out, sample_seed, scene_graph, scene_of, stream
 
 Members = Mapping[str, bytes]  # extension -> content
 KEY_DIGITS, INDEX_DIGITS = 9, 4  # img2dataset's keys: five digits of the shard, four of the sample in it
@@ -133,10 +133,12 @@ def _jpeg_of(job: ShardJob, index: int, scene: Scene) -> bytes:
 
 def _ask(job: ShardJob, image_id: int, index: int, scene: Scene, report: ShardReport) -> None:
     rng = stream(job.seed, job.split, index, "questions")
+    unseen = list(dict.fromkeys(f"{thing.colour} {thing.shape}" for thing in scene if names_held_out(thing.shape, thing.colour)))
+    more = {"held_out_pairs": unseen} if unseen else {}
     for number, question in enumerate(questions(scene, rng)):
         ids = {"image_id": image_id, "question_id": image_id * 10 + number}
         report.questions.append(compact({**ids, "question": question.text}))
-        report.annotations.append(compact({**annotation(question, rng), **ids}))
+        report.annotations.append(compact({**annotation(question, rng), **ids, **more}))
 
 
 def write_single_things(job: ShardJob, pairs: tuple[tuple[str, str], ...]) -> int:

@@ -3,9 +3,10 @@
 OUT/train/00000.tar ...             image-text pairs, `.txt` true of its image
 OUT/train_noisy/00000.tar ...       as many other pairs, a fraction of whose `.txt` belongs to another image, as on the web
 OUT/test/00000.tar ...              distinct scenes, full captions, always clean; hard negatives in `.json`
+OUT/held_out/00000.tar ...          as many scenes made of the seven pairs that training never saw, full captions
 OUT/zeroshot/                       single things of the 35 trained pairs, CLIP_benchmark's webdataset layout, 42 classes
 OUT/zeroshot_held_out/              the same 42 classes, only things of the seven pairs that training never saw
-OUT/questions/                      {train,test}_{questions,annotations}.json in VQAv2's format
+OUT/questions/                      {train,test,held_out}_{questions,annotations}.json in VQAv2's format, train_text.json in LLaVA's
 OUT/tokenizer/                      word-level, over the closed vocabulary
 OUT/world.json                      settings and counts; written last: without it the world is unfinished
 """
@@ -26,6 +27,7 @@ from typing import Any
 
 from megakd.data.shapes.captions import CAPTION_KINDS, CAPTION_WEIGHTS, NEGATIVE_KINDS
 from megakd.data.shapes.questions import ANSWERS
+from megakd.data.shapes.reading import MOST_SCENES, conversations
 from megakd.data.shapes.scene import (
     CELLS,
     COLOURS,
@@ -49,7 +51,7 @@ from megakd.data.shapes.shards import (
 )
 from megakd.data.shapes.vocabulary import CONTEXT_LENGTH, vocabulary, write_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: the split held_out and questions/train_text.json; all else is as in 1
 # Twelve pixels a cell: a tower with 12-pixel patches sees one cell in each. At 32 pixels, where 8-pixel patches cut through cells,
 # the smoke teacher reached a zero-shot top-1 of .25 in 900 steps; at 36 with 12-pixel patches .77 in 600.
 IMAGE_SIZE = 36
@@ -57,8 +59,9 @@ MAX_SHARDS = 10**5  # five digits in a shard's name and in a sample's key
 TEMPLATES = ("a {c}", "a small {c}", "a large {c}")
 # A second process costs about a second to start and a scene about a third of a millisecond.
 WORTH_A_POOL = 8000
-_FOLDERS = ("train", "train_noisy", "test", "zeroshot", "zeroshot_held_out", "questions", "tokenizer")
+_FOLDERS = ("train", "train_noisy", "test", "held_out", "zeroshot", "zeroshot_held_out", "questions", "tokenizer")
 _UNFINISHED = "world.unfinished.json"
+_OLDER = (1,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class Settings:
     @property
     def splits(self) -> dict[str, int]:
         """The splits of image-text pairs and their sizes; no noise, no noisy split."""
-        return {"train": self.train, **({"train_noisy": self.train} if self.noisy else {}), "test": self.test}
+        return {"train": self.train, **({"train_noisy": self.train} if self.noisy else {}), "test": self.test, "held_out": self.test}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,8 @@ class World:
     zeroshot_held_out: int
     train_questions: int
     test_questions: int
+    held_out_questions: int
+    text_conversations: int
     noisy_captions: int
     vocabulary_size: int
     max_caption_tokens: int  # with the start and the end, negatives included
@@ -170,6 +175,9 @@ def _found(out: Path, settings: Settings) -> dict[str, int] | None:
             raise ValueError(f"{out} holds other files ({', '.join(sorted(strangers)[:3])}) and no world: give an empty or a new folder")
         return None
     record = json.loads((out / "world.json").read_text())
+    if record.get("format_version") in _OLDER and record.get("settings") == asdict(settings):
+        (out / "world.json").unlink()  # what an older megakd wrote there is written over with the same bytes, and completed
+        return None
     wanted = {"format_version": FORMAT_VERSION, **asdict(settings)}
     there = {"format_version": record.get("format_version"), **record.get("settings", {})}
     differing = [f"{name} = {there.get(name)!r} there, {value!r} asked" for name, value in wanted.items() if there.get(name) != value]
@@ -243,7 +251,7 @@ def _write(out: Path, settings: Settings, processes: int | None) -> dict[str, in
     def of(split: str) -> list[ShardReport]:
         return [report for job, report in zip(jobs, reports, strict=True) if job.split == split]
 
-    asked = {split: _write_questions(out, split, of(split)) for split in ("train", "test")}
+    asked = {split: _write_questions(out, split, of(split)) for split in ("train", "test", "held_out")}
     return {
         "train": settings.train,
         "train_noisy": settings.splits.get("train_noisy", 0),
@@ -252,6 +260,8 @@ def _write(out: Path, settings: Settings, processes: int | None) -> dict[str, in
         "zeroshot_held_out": _write_zeroshot(out, settings, "zeroshot_held_out", HELD_OUT_PAIRS),
         "train_questions": asked["train"],
         "test_questions": asked["test"],
+        "held_out_questions": asked["held_out"],
+        "text_conversations": _write_text(out, settings),
         "noisy_captions": settings.noisy,
         "vocabulary_size": len(vocabulary()),
         "max_caption_tokens": 2 + max(report.longest for report in reports),
@@ -275,6 +285,13 @@ def _write_questions(out: Path, split: str, reports: Sequence[ShardReport]) -> i
         text = f'{compact({**head, **more})[:-1]},"{name}":[\n' + ",\n".join(entries) + "\n]}\n"
         write_atomically(out / "questions" / f"{split}_{name}.json", text.encode())
     return len(asked)
+
+
+def _write_text(out: Path, settings: Settings) -> int:
+    """Write the conversations about as many scenes as there are training pairs; returns their number."""
+    entries = list(conversations(settings.seed, min(settings.train, MOST_SCENES)))
+    write_atomically(out / "questions" / "train_text.json", ("[\n" + ",\n".join(entries) + "\n]\n").encode())
+    return len(entries)
 
 
 def _write_zeroshot(out: Path, settings: Settings, name: str, pairs: tuple[tuple[str, str], ...]) -> int:

@@ -1,0 +1,258 @@
+"""A trained decoder as one folder that loads whole or refuses: projector, adapter, vision tower, tokenizer, and the prompt's words.
+
+    bundle.json             format, versions, decoder settings, references, and every file's size and SHA-256
+    projector.safetensors   absent for a decoder without eyes
+    adapter/                peft's own format, where there are adapters
+    language/               a transformers folder, where the language model is not known by reference: trained, or made by the recipe
+    tower/                  open_clip's `local-dir:` form, where the vision tower is not known by reference
+    tokenizer/              a transformers folder
+
+A reference names a language model or tower that the run did not change, with the SHA-256 of its files: another one is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import megakd
+from megakd import bundle_files, export
+from megakd.bundle_files import fingerprint
+from megakd.data.bad import BadSample
+from megakd.data.conversations import Conversations, stack
+from megakd.data.views import evaluation_pixels, normalise
+from megakd.models import adapters, towers
+from megakd.models.decoder import Decoder, build, describe
+from megakd.models.identity import weights_file
+from megakd.models.patches import image_size, patch_tokens
+from megakd.models.towers import Towers
+from megakd.recipe import Decoder as Settings
+from megakd.recipe import Model
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Legend: B questions, V patches of the tower, C its width.
+
+PROJECTOR, ADAPTER, LANGUAGE, TOWER, TOKENIZER = "projector.safetensors", "adapter", "language", "tower", "tokenizer"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A decoder with the vision tower it reads, None where it reads none. max_length: tokens of a conversation (answers.max_length)."""
+
+    decoder: Decoder
+    towers: Towers | None
+    max_length: int
+
+    @cached_property
+    def conversations(self) -> Conversations:
+        return Conversations(self.decoder.tokenizer, self.decoder.settings, self.decoder.image_tokens, self.max_length)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.decoder.parameters()).device
+
+    def save(self, folder: Path, *, tower_inside: bool, language_inside: bool = False) -> None:
+        """Write the bundle; its weights must be whole, of a model that ZeRO-3 does not partition.
+
+        tower_inside: False for a tower that was loaded and not trained, which is then known by reference. language_inside: the language
+        model comes in even if it was only loaded; one that the run has made or trained always does.
+        Raises ValueError when `folder` holds something else, and when there is no file that a reference could name.
+        """
+        bundle_files.write(folder, lambda partial: self._fill(partial, tower_inside, language_inside))
+
+    def _fill(self, partial: Path, tower_inside: bool, language_inside: bool) -> dict[str, Any]:
+        decoder, settings = self.decoder, self.decoder.settings
+        inside = language_inside or settings.model is None or settings.adapt == "full"
+        if decoder.projector is not None:
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in decoder.projector.state_dict().items()}, partial / PROJECTOR
+            )
+        if decoder.adapted:
+            decoder.language.save_pretrained(partial / ADAPTER, save_embedding_layers=False)
+        if inside:
+            decoder.write_language(partial / LANGUAGE)
+        decoder.tokenizer.save_pretrained(partial / TOKENIZER)
+        return {
+            "versions": {"megakd": megakd.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            "decoder": settings.model_dump(mode="json"),
+            "max_length": self.max_length,
+            "language": None if inside else _language_reference(settings.model or ""),
+            "tower": None if self.towers is None else self._tower(partial, self.towers, tower_inside),
+        }
+
+    def _tower(self, partial: Path, built: Towers, inside: bool) -> dict[str, Any]:
+        if inside:
+            weights = {f"clip.{name}": value.detach().cpu().contiguous() for name, value in built.clip.state_dict().items()}
+            export.write_model(partial / TOWER, weights, built)
+            return {"inside": True}
+        return {"inside": False, **_tower_reference(built.description)}
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Bundle:
+        """The bundle with all its weights on `device`, ready to answer. dtype: of the language model.
+
+        Raises ValueError naming the file or the key: no bundle, a file missing or changed, a reference that leads nowhere or to another
+        model.
+        """
+        return _load(Path(folder), device, dtype, None)
+
+    def answer(
+        self, images: Sequence[Image.Image | None], prompts: Sequence[str], max_new_tokens: int = 10, *, short: bool = False
+    ) -> list[str]:
+        """One greedy answer for each question. images: None, or an image of any size, which gets the tower's own preprocessing.
+
+        short: the recipe's `decoder.instruction` follows each question, as in training on sets with short answers. A decoder without
+        eyes is asked without the images. Raises ValueError for a question that does not fit `max_length`, naming it.
+        """
+        assert len(images) == len(prompts)
+        if not prompts:
+            return []
+        encoded = []
+        for number, (image, text) in enumerate(zip(images, prompts, strict=True)):
+            try:
+                encoded.append(self.conversations.prompt(text, short, image is not None and self.towers is not None))
+            except BadSample as bad:
+                raise ValueError(f"question {number}, {text[:80]!r}: {bad}") from bad
+        batch = stack(encoded, self.conversations.padding, left=True)
+        ids_BL, attend_BL, image_mask_BL = (tensor.to(self.device) for tensor in batch[:3])
+        answers = self.decoder.generate(self.look(images), ids_BL, attend_BL, image_mask_BL, max_new_tokens)
+        return [str(self.decoder.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
+
+    @torch.no_grad()
+    def look(self, images: Sequence[Image.Image | None]) -> Tensor | None:
+        """(B, V, C); of a blank image where there is none."""
+        if self.towers is None:
+            return None
+        visual: Any = self.towers.clip.visual
+        blank = torch.zeros(3, *image_size(visual), dtype=torch.uint8)
+        preprocess = self.towers.preprocess
+        rows = [blank if image is None else torch.from_numpy(evaluation_pixels(image, preprocess).copy()) for image in images]
+        pixels = normalise(torch.stack(rows).to(self.device), preprocess, next(visual.parameters()).dtype)
+        return patch_tokens(visual, pixels, self.decoder.settings.layer)
+
+
+def merge(folder: Path, out: Path) -> None:
+    """Write to `out` the bundle in `folder` without references and without an adapter: it is added to the language model's weights.
+
+    `out/language` is a plain transformers folder. A quantised base is merged in full precision. Raises ValueError as `Bundle.load`
+    does, and when `out` is `folder` itself or holds something else.
+    """
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"{out}: is the bundle that is merged; choose another folder")
+    loaded = _load(folder, torch.device("cpu"), torch.float32, "none")
+    old = loaded.decoder
+    language = old.language.merge_and_unload() if old.adapted else old.language
+    settings = old.settings.model_copy(update={"adapt": "none"})
+    merged = Decoder(dataclasses.replace(old.description, settings=settings), old.projector, language)
+    dataclasses.replace(loaded, decoder=merged).save(out, tower_inside=True, language_inside=True)
+
+
+def go_on_from(folder: Path, decoder: Decoder) -> None:
+    """Put the projector and the adapter of the bundle in `folder` into a decoder that was just built.
+
+    A bundle without adapter leaves a new one as it is: alignment trains the projector alone. Raises ValueError as `Bundle.load` does,
+    and when the two decoders have other language models, projectors or adapters.
+    """
+    manifest, key = bundle_files.read(folder), f"decoder.start = {str(folder)!r}"
+    _check_same_language(folder, manifest, decoder.settings, key)
+    if (decoder.projector is None) != (PROJECTOR not in manifest["files"]):
+        raise ValueError(f"{key}: one of the two decoders has no eyes: give both runs a student, or neither")
+    if (folder / ADAPTER).is_dir():
+        if not decoder.adapted:
+            raise ValueError(
+                f"{key}: has an adapter, and decoder.adapt = {decoder.settings.adapt!r} has no place for it: set it to 'lora', or merge "
+                f"that bundle (`megakd answer {folder} --merge OUT`) and start from OUT with decoder.model = 'OUT/{LANGUAGE}'"
+            )
+        adapters.load_adapter(decoder.language, folder / ADAPTER)
+    _load_projector(folder, decoder, key)
+
+
+def _load(folder: Path, device: torch.device, dtype: torch.dtype, quantise: str | None) -> Bundle:
+    manifest = bundle_files.read(folder)
+    changed: dict[str, Any] = {"tokenizer": str(folder / TOKENIZER), "start": None, "recipe": None}
+    if manifest["language"] is None:
+        changed |= {"model": str(folder / LANGUAGE), "architecture": None}
+    else:
+        changed |= {"model": _found_language(folder, manifest["language"])}
+    if quantise is not None:
+        changed["quantise"] = quantise
+    settings = Settings.model_validate({**manifest["decoder"], **changed})
+    built = None if manifest["tower"] is None else _load_tower(folder, manifest["tower"], device)
+    decoder = build(describe(settings), None if built is None else built.clip.visual, device, dtype)  # type: ignore[arg-type]
+    if decoder.adapted:
+        adapters.load_adapter(decoder.language, folder / ADAPTER)
+    _load_projector(folder, decoder, str(folder))
+    return Bundle(decoder.eval(), built, manifest["max_length"])
+
+
+def _load_projector(folder: Path, decoder: Decoder, key: str) -> None:
+    if decoder.projector is None:
+        return
+    stored, own = load_file(folder / PROJECTOR), decoder.projector.state_dict()
+    for name in sorted(stored.keys() | own.keys()):
+        shapes = [tuple(weights[name].shape) if name in weights else None for weights in (stored, own)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{key}: its projector's {name} is {shapes[0]}, this tower and language model need {shapes[1]}: take the vision tower and "
+                f"decoder that the bundle was trained with"
+            )
+    decoder.projector.load_state_dict(stored)
+
+
+def _language_reference(model: str) -> dict[str, Any]:
+    found = fingerprint(model)
+    return {"model": str(Path(model).resolve()) if Path(model).is_dir() else model, "sha256": found}
+
+
+def _found_language(folder: Path, reference: dict[str, Any]) -> str:
+    model = str(reference["model"])
+    try:
+        found = fingerprint(model)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if found != reference["sha256"]:
+        raise ValueError(f"{folder}: its language model {model!r} is another one now (SHA-256 differs): put the one it was trained on back")
+    return model
+
+
+def _check_same_language(folder: Path, manifest: dict[str, Any], settings: Settings, key: str) -> None:
+    inside = manifest["language"] is None
+    known = fingerprint(str(folder / LANGUAGE)) if inside else manifest["language"]["sha256"]
+    if settings.model is None or fingerprint(settings.model) != known:
+        right = str(folder / LANGUAGE) if inside else manifest["language"]["model"]
+        raise ValueError(f"{key}: was trained on another language model than this run's: set decoder.model = {right!r}")
+
+
+def _tower_reference(description: towers.Description) -> dict[str, Any]:
+    settings = description.settings
+    file = None if settings.pretrained == towers.RANDOM else weights_file(description)
+    if file is None:
+        raise ValueError("the vision tower has no file of weights that a bundle could refer to: save it with the tower inside")
+    known = {name: getattr(settings, name) for name in Model.model_fields}
+    return {"settings": known, "sha256": bundle_files.digest(file)}
+
+
+def _load_tower(folder: Path, known: dict[str, Any], device: torch.device) -> Towers:
+    settings = Model(model=f"local-dir:{folder / TOWER}") if known["inside"] else Model.model_validate(known["settings"])
+    description = towers.describe(settings, "tower")
+    if not known["inside"]:
+        file = weights_file(description)
+        if file is None or bundle_files.digest(file) != known["sha256"]:
+            raise ValueError(
+                f"{folder}: its vision tower ({settings.model or 'an architecture'}, {settings.pretrained}) is not here, or another one "
+                f"(SHA-256 differs): put the one it was trained with back"
+            )
+    built = towers.build(description, device)
+    built.clip.eval().requires_grad_(False)
+    return built

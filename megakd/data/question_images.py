@@ -1,0 +1,119 @@
+"""Where the images of questions lie: files of a folder, or samples of image-text shards found by their key."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data import index as tar_index
+from megakd.data.bad import BadSample
+from megakd.data.shards import Sample, ShardSet
+
+_SHOWN = 3
+_KEY_BYTES = 64  # of a long key, an index keeps the end
+
+Found = tuple[str, bytes] | BadSample  # (where, the image's bytes)
+
+
+class Images(Protocol):
+    """Images by the names that questions give them."""
+
+    def read(self, names: Sequence[str]) -> Iterator[Found]:
+        """One result for each name, in order; an image that cannot be read is a result, not raised."""
+
+
+class Folder:
+    """Image files below one folder. Names come from the questions' file, and may not leave the folder."""
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        """Raises ValueError for a folder that is not there, for names that leave it, and when files are missing."""
+        if not folder.is_dir():
+            raise ValueError(f"images = {str(folder)!r} is no folder: give the folder of the images, or shards (*.tar)")
+        self.folder = folder
+        below: dict[str, set[str]] = {}
+        missing = []
+        for name in dict.fromkeys(names):
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"image {name!r} would be read from outside images = {str(folder)!r}: correct it in the questions' file")
+            if (parent := str(path.parent)) not in below:  # one listing a folder: a stat for each file takes minutes on a network disk
+                below[parent] = _listed(folder / parent)
+            if path.name not in below[parent]:
+                missing.append(name)
+        _refuse_missing(missing, str(folder))
+
+    def read(self, names: Sequence[str]) -> Iterator[Found]:
+        for name in names:
+            path = self.folder / name
+            try:
+                yield str(path), path.read_bytes()
+            except FileNotFoundError:
+                yield BadSample("missing_image", "gone since the run began", str(path))
+            except OSError as error:
+                yield BadSample("read_error", str(error), str(path))
+
+
+class Shards:
+    """The images of tar shards, by webdataset's key: the name up to the first dot of its last part."""
+
+    def __init__(self, shards: ShardSet, names: Iterable[str], where: str) -> None:
+        """Raises ValueError when keys are missing, and when one that is asked for names several samples."""
+        self.shards = shards
+        self._sample_of = _samples(shards, list(dict.fromkeys(names)), where)
+
+    def read(self, names: Sequence[str]) -> Iterator[Found]:
+        for sample in self.shards.read_each([self._sample_of[name] for name in names], ("image",)):
+            yield (sample.where, sample.members["image"]) if isinstance(sample, Sample) else sample
+
+
+def is_shards(images: str) -> bool:
+    return ".tar" in images
+
+
+def _listed(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+def shard_key(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.split(".")[0]
+
+
+def _samples(shards: ShardSet, names: list[str], where: str) -> dict[str, int]:
+    """Name -> sample. The keys of a set of millions are compared as sorted arrays, since a dict of them would take gigabytes."""
+    keys = np.concatenate([_keys(shards, number) for number in range(len(shards.names))])
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    wanted = np.array([shard_key(name).encode("utf-8", "surrogateescape")[-_KEY_BYTES:] for name in names], dtype=f"S{_KEY_BYTES}")
+    left, right = np.searchsorted(keys, wanted, "left"), np.searchsorted(keys, wanted, "right")
+    _refuse_missing([names[place] for place in np.flatnonzero(left == right)], where)
+    if several := np.flatnonzero(right - left > 1).tolist():
+        example = names[several[0]]
+        raise ValueError(
+            f"images = {where!r}: the key of {example!r} is in the shards {right[several[0]] - left[several[0]]} times: name one set"
+        )
+    return dict(zip(names, order[left].tolist(), strict=True))
+
+
+def _keys(shards: ShardSet, number: int) -> NDArray[np.bytes_]:
+    rows = tar_index.load(shards.names[number], shards.stats[number], shards.data.caption, shards.data.cache)
+    if rows is None:
+        rows = tar_index.build(shards.names[number], shards.stats[number], shards.data.caption, shards.data.cache)
+    return np.asarray(rows["key"][1:], dtype=f"S{_KEY_BYTES}")
+
+
+def _refuse_missing(missing: list[str], where: str) -> None:
+    if missing:
+        shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+        raise ValueError(
+            f"images = {where!r} lacks {len(missing)} images that questions are about ({shown}): complete it, or say how files are named "
+            f"by image_name, e.g. 'COCO_val2014_{{image_id:012d}}.jpg'; keys of shards go without extension"
+        )

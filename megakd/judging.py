@@ -1,0 +1,103 @@
+"""Evaluations of a run: its student on image-text sets, its decoder on questions. During the run and at its end, on every rank."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megakd import export
+from megakd.assembly import Learners, conversations, eyes
+from megakd.evaluation import vqa
+from megakd.evaluation.encoder import Encoder
+from megakd.evaluation.suite import Suite
+from megakd.models.answering import AnsweringStudent
+from megakd.preparation import Plan
+from megakd.runtime.engine import Engine, load_weights
+from megakd.runtime.launch import World
+
+
+class Judge:
+    """Holds the plain replicas that evaluation works on, made before the engine takes the student in parts.
+
+    A ZeRO-3 module has its weights only inside the engine's forward; below that the decoder is judged where it is, without a copy of
+    its weights, which may be a large language model's.
+    """
+
+    def __init__(self, plan: Plan, world: World, learners: Learners) -> None:
+        """Before the engine is made of `learners.module`."""
+        self._plan, self._world, self._learners, self._student = plan, world, learners, learners.student
+        self._clip = copy.deepcopy(self._student.clip) if plan.sets and self._student is not None else None
+        if self._clip is not None and hasattr(self._clip, "set_grad_checkpointing"):
+            self._clip.set_grad_checkpointing(False)  # type: ignore[operator]
+        stage = plan.config.get("zero_optimization", {}).get("stage", 0)
+        self._asks = bool(plan.asking and plan.asking.sets)
+        self._whole = copy.deepcopy(learners.module) if plan.asking is not None and stage == 3 else None
+
+    def __bool__(self) -> bool:
+        return self._clip is not None or self._asks
+
+    def results(self, engine: Engine, step: int, folder: Path) -> dict[str, Any]:
+        """What `evaluation.json` holds, the same on every rank. Answers are written to `folder`. A collective."""
+        weights = engine.export(moments=False, everywhere=True).weights
+        found: dict[str, Any] = {"step": step}
+        if self._clip is not None:
+            found |= self._image_text(weights)
+        if self._asks:
+            identity = {"step": step, "weights": _digest(weights)}
+            found["vqa"] = self._questions(self.answering(engine, weights), engine.dtype, identity, folder)
+        return found
+
+    def answering(self, engine: Engine, weights: dict[str, Tensor]) -> AnsweringStudent:
+        """Student and decoder with whole weights, on this rank's device. weights: what the engine exported."""
+        module = engine.module
+        if self._whole is not None:
+            module = self._whole.to(self._world.device)
+            load_weights(module, weights)
+        assert isinstance(module, AnsweringStudent)
+        return module
+
+    def _questions(self, module: AnsweringStudent, dtype: torch.dtype, identity: dict[str, Any], folder: Path) -> dict[str, Any]:
+        plan, recipe, student = self._plan, self._plan.request.recipe, self._learners.student
+        assert plan.asking is not None
+        answerer = vqa.Answerer(
+            module.decoder,
+            None if student is None else module.look,
+            conversations(plan, module),
+            eyes(plan, student),
+            self._world.device,
+            dtype,
+            recipe.evaluation.vqa_batch,
+            recipe.evaluation.answer_tokens,
+            identity,
+        )
+        module.eval()
+        try:
+            return vqa.evaluate(plan.asking.sets, answerer, self._world, folder, recipe.data.workers)
+        finally:
+            module.train()
+
+    def _image_text(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        assert self._clip is not None
+        assert self._student is not None
+        recipe, device = self._plan.request.recipe, self._world.device
+        export.load_clip(self._clip, weights)
+        clip = self._clip.to(device).eval()
+        description = self._student.description
+        encoder = Encoder(clip, self._student.preprocess, description.tokenize, device, recipe.evaluation.batch)
+        results = Suite(self._plan.sets, encoder, self._world, recipe.data.workers).run()
+        self._clip.to("cpu")
+        return results
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    """Of the trained weights: answers of others are not gone on with."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        found.update(name.encode())
+        found.update(weights[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

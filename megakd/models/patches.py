@@ -1,0 +1,153 @@
+"""What a vision tower knows of each part of an image: the output of one of its blocks, for any tower that open_clip builds.
+
+Legend: B images, V patches, C the block's width, h x w the grid of patches (V = h * w).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+_STAGES = ("layer1", "layer2", "layer3", "layer4")  # a ResNet's
+
+
+@dataclass(frozen=True)
+class Patches:
+    """count: V; width: C; grid: (h, w), or None where it is unknown."""
+
+    count: int
+    width: int
+    grid: tuple[int, int] | None
+
+
+def patch_tokens(visual: nn.Module, pixels: Tensor, layer: int) -> Tensor:
+    """(B, V, C): the output of block `layer` of open_clip's `clip.visual`, row by row, without class and register tokens.
+
+    pixels: (B, 3, H, W), normalised, of the tower's size. The blocks are a transformer's layers, or a convolutional tower's stages.
+    The tower's own forward runs to its end and a hook takes the output: ZeRO-3 gathers parameters in hooks of the modules' forwards,
+    which open_clip's `forward_intermediates` passes by.
+    Raises ValueError for pixels of another size and as `blocks` does.
+    """
+    height, width = image_size(visual)
+    if tuple(pixels.shape[-2:]) != (height, width):
+        raise ValueError(
+            f"images of {pixels.shape[-2]} x {pixels.shape[-1]} pixels: the vision tower takes {height} x {width}; resize them by its "
+            f"own preprocessing"
+        )
+    return _rows(visual, _output(visual, pixels, layer))
+
+
+def measure(visual: nn.Module, layer: int) -> Patches:
+    """What `patch_tokens` gives for this tower, found by a blank image. Raises ValueError as `blocks` does."""
+    height, width = image_size(visual)
+    parameter = next(visual.parameters())
+    training = visual.training
+    visual.eval()  # batch norm learns nothing from a blank image
+    with torch.no_grad():
+        output = _output(visual, torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype), layer)
+    visual.train(training)
+    rows = _rows(visual, output)
+    count = rows.shape[1]
+    if output.ndim == 4:
+        grid: tuple[int, int] | None = tuple(output.shape[1:3] if _channels_last(visual) else output.shape[2:4])  # type: ignore[assignment]
+    else:
+        down = round(math.sqrt(count * height / width))
+        across = count // down if down else 0
+        grid = (down, across) if down * across == count and down * width == across * height else None
+    return Patches(count, rows.shape[2], grid)
+
+
+def image_size(visual: nn.Module) -> tuple[int, int]:
+    """(H, W) that the tower takes."""
+    size: Any = visual.image_size
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def blocks(visual: nn.Module, layer: int) -> nn.Module:
+    """The block number `layer`, -1 being the last. Raises ValueError for a tower without blocks, or with fewer."""
+    found = _all_blocks(visual)
+    if not -len(found) <= layer < len(found):
+        raise ValueError(f"decoder.layer = {layer}: the vision tower has {len(found)} blocks, {-len(found)} to {len(found) - 1}")
+    return found[layer]
+
+
+def _all_blocks(visual: nn.Module) -> list[nn.Module]:
+    if isinstance(visual, VisionTransformer):
+        if getattr(visual.patch_dropout, "prob", 0.0):
+            raise ValueError("vision_cfg.patch_dropout: a decoder reads all patches of an image, in their places; set it to 0")
+        return list(visual.transformer.resblocks)
+    if isinstance(visual, ModifiedResNet):
+        return [getattr(visual, name) for name in _STAGES]
+    if isinstance(visual, TimmModel):
+        trunk: Any = visual.trunk
+        for name in ("blocks", "stages", "layers"):
+            if isinstance(getattr(trunk, name, None), nn.Sequential | nn.ModuleList):
+                return list(getattr(trunk, name))
+        if hasattr(trunk, _STAGES[0]):
+            return [getattr(trunk, name) for name in _STAGES]
+    raise ValueError(
+        f"a vision tower of class {type(visual).__name__} has no blocks that are known here: use an open_clip ViT or ResNet, or a timm "
+        f"model with blocks or stages"
+    )
+
+
+def _output(visual: nn.Module, pixels: Tensor, layer: int) -> Tensor:
+    block = blocks(visual, layer)
+    taken: list[Tensor] = []
+
+    def take(module: nn.Module, inputs: object, output: Tensor) -> None:
+        taken.append(output)
+
+    handle = block.register_forward_hook(take)
+    try:
+        embedded = visual(pixels)
+    finally:
+        handle.remove()
+    output, last = taken[0], embedded[0] if isinstance(embedded, tuple) else embedded
+    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in block.parameters())
+    if learns and not output.requires_grad:
+        raise ValueError(
+            "this vision tower recomputes its blocks without handing out their gradients: set student.activation_checkpointing to false, "
+            "or answers.tower to 'frozen'"
+        )
+    return _WithEnd.apply(output, last) if learns and last.requires_grad else output  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _WithEnd(torch.autograd.Function):
+    """`output`, with a gradient of zeros for the tower's end as well, which costs the backward of the blocks after it.
+
+    Without it the tower's own module is never asked for a backward: ZeRO-3 then does not gather the parameters that it holds itself,
+    as a ViT's positional embedding, and fails on their empty pieces.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, last: Tensor) -> Tensor:
+        ctx.save_for_backward(last)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor]:
+        return slopes[0], torch.zeros_like(ctx.saved_tensors[0])
+
+
+def _rows(visual: nn.Module, output: Tensor) -> Tensor:
+    if output.ndim == 4:
+        return output.flatten(1, 2) if _channels_last(visual) else output.flatten(2).transpose(1, 2)
+    if isinstance(visual, VisionTransformer):
+        if not visual.transformer.batch_first:
+            output = output.transpose(0, 1)
+        return output[:, 1:]
+    trunk: Any = visual.trunk
+    return output[:, getattr(trunk, "num_prefix_tokens", 0) :]
+
+
+def _channels_last(visual: nn.Module) -> bool:
+    """timm's Swin has (B, h, w, C), the convolutional towers (B, C, h, w)."""
+    return str(getattr(getattr(visual, "trunk", None), "output_fmt", "NCHW")).endswith("NHWC")

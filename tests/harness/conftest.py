@@ -1,0 +1,19 @@
+"""Makes the tests' shared writers importable, and the environment of lmms-eval, which is built once and kept."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+
+
+@pytest.fixture(scope="session")
+def harness_python() -> Path:
+    """A python that imports lmms-eval; skips, with the reason, where none can be made."""
+    from lmms_environment import set_up
+
+    try:
+        return set_up()
+    except ValueError as error:
+        pytest.skip(str(error))

@@ -1,0 +1,122 @@
+"""Mistakes in `[decoder]` are found without weights, and named with their key and remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_decoders import CPU, LLAMA, make_decoder, settings
+
+from megakd import recipe
+from megakd.models import decoder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world: Path) -> Path:
+    return world / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def language(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("language") / "language"
+    make_decoder(tokenizer, None, adapt="none").write_language(folder)
+    return folder
+
+
+def test_an_architectures_vocabulary_and_special_words_are_the_tokenizers(tokenizer: Path) -> None:
+    described = decoder.describe(settings(tokenizer))
+    words = described.tokenizer
+    assert described.config.vocab_size == len(words)
+    assert (described.config.eos_token_id, described.config.bos_token_id) == (words.eos_token_id, words.bos_token_id)
+    assert described.width == 64
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({**LLAMA, "model_type": "lama"}, r"decoder\.architecture\.model_type = 'lama': .* nearest: .*llama"),
+        ({**LLAMA, "hiden_size": 64}, r"decoder\.architecture\.hiden_size: llama has no such setting; nearest: hidden_size"),
+        ({**LLAMA, "num_attention_heads": 5}, r"decoder\.architecture"),
+        ({**LLAMA, "hidden_act": "shout"}, r"decoder\.architecture"),
+        ({**LLAMA, "vocab_size": 10}, r"decoder\.tokenizer has \d+ words, but the language model's vocab_size is 10"),
+        ({"model_type": "clip"}, r"model_type 'clip' is no causal language model"),
+    ],
+    ids=["kind", "key", "sizes", "activation", "vocabulary", "not causal"],
+)
+def test_an_architecture_that_does_not_parse_is_refused(architecture: dict[str, Any], message: str, tokenizer: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        decoder.describe(settings(tokenizer, architecture=architecture))
+
+
+def test_an_architecture_needs_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"decoder\.tokenizer: missing"):
+        decoder.describe(settings(None))
+    with pytest.raises(ValueError, match=r"decoder\.tokenizer = .* no such folder"):
+        decoder.describe(settings(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"decoder\.tokenizer = .* no tokenizer of transformers"):
+        decoder.describe(settings(tmp_path))
+
+
+def test_a_model_that_is_no_folder_of_transformers_is_refused(language: Path, tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such folder; train that model first"):
+        decoder.describe(settings(None, model=str(tmp_path / "run" / "language")))
+    with pytest.raises(ValueError, match=r"no config\.json in that folder"):
+        decoder.describe(settings(None, model=str(tmp_path)))
+    pickled = Path(shutil.copytree(language, tmp_path / "pickled"))
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no \.safetensors in that folder"):
+        decoder.describe(settings(None, model=str(pickled)))
+
+
+def test_a_model_that_brings_code_of_its_own_is_refused_and_the_code_is_not_run(language: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(language, tmp_path / "custom"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "custom.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"decoder\.model = "):
+        decoder.describe(settings(None, model=str(folder)))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_lack_a_layer_are_refused(language: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(language, tmp_path / "torn"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    described = decoder.describe(settings(None, model=str(folder)))
+    with pytest.raises(ValueError, match=r"do not fit its config\.json \(model\.layers\.1\.mlp\.up_proj\.weight"):
+        decoder.build(described, None, CPU)
+
+
+def test_an_unknown_layer_to_adapt_is_refused_with_those_there_are(tokenizer: Path) -> None:
+    with pytest.raises(ValueError, match=r"decoder\.lora\.targets: 'query' is no linear layer .* q_proj, up_proj, v_proj"):
+        decoder.describe(settings(tokenizer, lora=recipe.Lora(targets=["q_proj", "query"])))
+
+
+def test_random_weights_are_not_quantised(tokenizer: Path) -> None:
+    with pytest.raises(ValueError, match=r"decoder\.quantise = 'nf4'"):
+        decoder.describe(settings(tokenizer, quantise="nf4"))
+
+
+def test_layers_that_nf4_cannot_hold_on_a_cpu_are_refused(tokenizer: Path, tmp_path: Path) -> None:
+    odd = make_decoder(tokenizer, None, architecture={**LLAMA, "intermediate_size": 96}, adapt="none")
+    odd.write_language(tmp_path)
+    with pytest.raises(ValueError, match=r"decoder\.quantise = 'nf4': .*down_proj has 96 inputs"):
+        make_decoder(None, None, model=str(tmp_path), quantise="nf4")
+
+
+def test_describing_draws_no_random_numbers_and_building_draws_the_same(tokenizer: Path) -> None:
+    described, state = decoder.describe(settings(tokenizer)), torch.get_rng_state()
+    decoder.describe(settings(tokenizer))
+    assert torch.equal(torch.get_rng_state(), state)
+    built = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        built.append(decoder.build(described, None, CPU).state_dict())
+    assert all(torch.equal(value, built[1][name]) for name, value in built[0].items())

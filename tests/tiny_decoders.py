@@ -1,0 +1,66 @@
+"""A vision tower of 4 x 4 patches and decoders of 64 units that read it, for several tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megakd import recipe
+from megakd.models import decoder, towers
+from megakd.recipe import Student
+
+CPU = torch.device("cpu")
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
+LLAMA = {"model_type": "llama", **SMALL}
+QWEN = {"model_type": "qwen2", **SMALL, "tie_word_embeddings": True}
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 128, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+class Asked(NamedTuple):
+    """Legend as in megakd.models.decoder."""
+
+    ids_BL: Tensor
+    attend_BL: Tensor
+    image_mask_BL: Tensor
+    labels_BL: Tensor
+
+
+def settings(tokenizer: Path | None, **more: Any) -> recipe.Decoder:
+    source = {} if "model" in more else {"architecture": LLAMA}
+    named = {} if tokenizer is None else {"tokenizer": str(tokenizer)}
+    return recipe.Decoder(**{**named, "image_tokens": 4, **source, **more})
+
+
+def make_towers(tokenizer: Path, **more: Any) -> towers.Towers:
+    torch.manual_seed(1)
+    return towers.build(towers.describe(Student(architecture=CLIP, tokenizer=str(tokenizer), **more), "student"), CPU)
+
+
+def make_decoder(tokenizer: Path | None, tower: nn.Module | None, **more: Any) -> decoder.Decoder:
+    described = decoder.describe(settings(tokenizer, **more))
+    torch.manual_seed(2)
+    return decoder.build(described, tower, CPU)
+
+
+def questions(lengths: list[int], images: list[bool], places: int, *, left: bool = False, seed: int = 0) -> Asked:
+    """Random words: `places` image places where there is an image, then `length` ids of which the last three are learned."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(length + places * image for length, image in zip(lengths, images, strict=True))
+    shape = (len(lengths), longest)
+    ids, labels = torch.full(shape, 3), torch.full(shape, -100)
+    attend, mask = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    for row, (length, image) in enumerate(zip(lengths, images, strict=True)):
+        own = length + places * image
+        first = longest - own if left else 0
+        words = torch.randint(5, 60, (own,), generator=generator)
+        ids[row, first : first + own], attend[row, first : first + own] = words, True
+        mask[row, first : first + places * image] = True
+        labels[row, first + own - 3 : first + own] = words[-3:]
+    return Asked(ids, attend, mask, labels)
