@@ -100,7 +100,7 @@ class BadCounter:
 class BadLog:
     """Writes the first few bad samples of each reason, then at most one line a reason in `seconds`, with the count since."""
 
-    def __init__(self, first: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, first: int = 3, seconds: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._first, self._seconds, self._clock = first, seconds, clock
         self._lines: dict[Reason, int] = {}
         self._unwritten: dict[Reason, int] = {}

@@ -10,16 +10,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from megakd.data.bad import BadCounter, BadLog, BadSample
+from megakd.data.bad import BadCounter, BadSample
 from megakd.data.index import Slot
 from megakd.data.loader import caption, located
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.views import TowerView, decode, evaluation_pixels
-from megakd.data.workers import WorkerStream
+from megakd.data.workers import WorkerStream, reported
 
 Field = Literal["pixels", "tokens", "captions", "json", "cls"]
 _SLOT_OF: dict[Field, Slot] = {"pixels": "image", "tokens": "caption", "captions": "caption", "json": "json", "cls": "cls"}
-_LOGGED_FIRST, _LOG_SECONDS = 3, 60.0
 
 
 @dataclass(frozen=True)
@@ -68,17 +67,7 @@ def evaluation_batches(
         raise ValueError(f"fields = {fields!r}: choose among {', '.join(_SLOT_OF)}")
     first, end = (len(shards) * part // world for part in (rank, rank + 1))
     ranges = [range(start, min(start + batch, end)) for start in range(first, end, batch)]
-    return _stream(WorkerStream(_EvaluationSet(shards, view, fields), ranges, min(workers, len(ranges)), pin_memory))
-
-
-def _stream(stream: WorkerStream[EvaluationBatch]) -> Iterator[EvaluationBatch]:
-    log = BadLog(_LOGGED_FIRST, _LOG_SECONDS)
-    try:
-        for batch in stream:
-            log.report(batch.bad)
-            yield batch
-    finally:
-        stream.close()
+    return reported(WorkerStream(_EvaluationSet(shards, view, fields), ranges, min(workers, len(ranges)), pin_memory))
 
 
 @dataclass

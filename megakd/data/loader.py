@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from megakd.data.bad import BadCounter, BadLog, BadSample, Reason
-from megakd.data.order import Order
+from megakd.data.order import Order, Positions
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.store import Rows, Store
 from megakd.data.views import Augmentation, Tokenize, TowerView, decode, draw, draw_stored, train_pixels
@@ -28,7 +28,6 @@ from megakd.recipe import Views
 
 # At a bad fraction of .9 one position in a thousand is still without a sample after this many.
 _ATTEMPTS = 64
-_LOGGED_FIRST, _LOG_SECONDS = 3, 60.0
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,11 @@ class TrainBatches(Iterator[Batch]):
         self._order = dataset.order
         self._pixels_of = {name: dataset.pixels.index(view.train_pixels) for name, view in towers.items()}
         self._tokens_of = {name: list(dataset.tokenizers).index(view.tokens) for name, view in towers.items()}
-        self._log = BadLog(_LOGGED_FIRST, _LOG_SECONDS)
+        self._log = BadLog()
         self._position = start_position
-        self._stream: WorkerStream[_Part] = WorkerStream(dataset, _Positions(dataset, start_position), workers, pin_memory)
+        self._stream: WorkerStream[_Part] = WorkerStream(
+            dataset, Positions(dataset.order, dataset.rank, dataset.world, start_position), workers, pin_memory
+        )
 
     def __next__(self) -> Batch:
         part = next(self._stream)
@@ -158,21 +159,6 @@ class _Part:
         pixels, tokens = [pixel.pin_memory() for pixel in self.pixels], [token.pin_memory() for token in self.tokens]
         stored = None if self.stored is None else Rows(*(values.pin_memory() for values in self.stored))
         return replace(self, index=self.index.pin_memory(), pixels=pixels, tokens=tokens, stored=stored)
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """The batch sampler: one range of positions after the other; where it starts is all there is to resuming."""
-
-    dataset: _TrainSet
-    start: int
-
-    def __iter__(self) -> Iterator[range]:
-        batch, local = self.dataset.order.batch, self.dataset.order.batch // self.dataset.world
-        first = self.start + self.dataset.rank * local
-        while True:
-            yield range(first, first + local)
-            first += batch
 
 
 class _Exhausted(Exception):

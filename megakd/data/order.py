@@ -6,6 +6,7 @@ resume, and neither ranks nor workers enter the function: any number of them see
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -70,6 +71,23 @@ class Order:
         epoch_start = position // self.epoch_length * self.epoch_length
         draw = int(raw(self.seed, "replacement", (position, attempt), 1)[0])
         return self(epoch_start + draw % self.epoch_length)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The batch sampler of training: this rank's range of positions in each global batch; where it starts is all there is to resuming."""
+
+    order: Order
+    rank: int
+    world: int
+    start: int
+
+    def __iter__(self) -> Iterator[range]:
+        local = self.order.batch // self.world
+        first = self.start + self.rank * local
+        while True:
+            yield range(first, first + local)
+            first += self.order.batch
 
 
 # Two epochs: the current one and, at its end, the next. Module-level caches, since an Order travels to the workers by pickle.

@@ -20,16 +20,15 @@ from numpy.typing import NDArray
 from megakd.data.bad import BadCounter, BadLog, BadSample, Reason
 from megakd.data.conversations import Conversations, Encoded, stack
 from megakd.data.loader import located
-from megakd.data.order import Order
+from megakd.data.order import Order, Positions
 from megakd.data.questions import Asked, Question, Questions
 from megakd.data.views import decode, evaluation_pixels
-from megakd.data.workers import WorkerStream
+from megakd.data.workers import WorkerStream, reported
 
 if TYPE_CHECKING:
     from open_clip.transform import PreprocessCfg
 
 _ATTEMPTS = 64  # as in the shards' loader
-_LOGGED_FIRST, _LOG_SECONDS = 3, 60.0
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,11 @@ class QuestionBatches(Iterator[QuestionBatch]):
 
     def __init__(self, dataset: _TrainSet, start_position: int, workers: int, pin_memory: bool) -> None:
         self._batch = dataset.order.batch
-        self._log = BadLog(_LOGGED_FIRST, _LOG_SECONDS)
+        self._log = BadLog()
         self._position = start_position
-        self._stream: WorkerStream[_Part] = WorkerStream(dataset, _Positions(dataset, start_position), workers, pin_memory)
+        self._stream: WorkerStream[_Part] = WorkerStream(
+            dataset, Positions(dataset.order, dataset.rank, dataset.world, start_position), workers, pin_memory
+        )
 
     def __next__(self) -> QuestionBatch:
         part = next(self._stream)
@@ -177,22 +178,12 @@ def evaluation_questions(
 ) -> Iterator[PromptBatch]:
     """The questions `indices`, in order, as prompts. A rank gives its own part of the set, less what is already answered."""
     parts = [list(indices[start : start + batch]) for start in range(0, len(indices), batch)]
-    return _stream(WorkerStream(_PromptSet(questions, conversations, eyes), parts, min(workers, len(parts)), pin_memory))
+    return reported(WorkerStream(_PromptSet(questions, conversations, eyes), parts, min(workers, len(parts)), pin_memory))
 
 
 def rank_slice(count: int, rank: int, world: int) -> range:
     """This rank's contiguous part of `count` questions: the parts, in rank order, are the set in order."""
     return range(count * rank // world, count * (rank + 1) // world)
-
-
-def _stream(stream: WorkerStream[PromptBatch]) -> Iterator[PromptBatch]:
-    log = BadLog(_LOGGED_FIRST, _LOG_SECONDS)
-    try:
-        for batch in stream:
-            log.report(batch.bad)
-            yield batch
-    finally:
-        stream.close()
 
 
 class _Tensors(NamedTuple):
@@ -227,21 +218,6 @@ class _Row(NamedTuple):
     question: Question
     encoded: Encoded
     pixels: NDArray[np.uint8] | None  # None: no image, or no eyes
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """The batch sampler: one range of positions after the other; where it starts is all there is to resuming."""
-
-    dataset: _TrainSet
-    start: int
-
-    def __iter__(self) -> Iterator[range]:
-        batch, local = self.dataset.order.batch, self.dataset.order.batch // self.dataset.world
-        first = self.start + self.dataset.rank * local
-        while True:
-            yield range(first, first + local)
-            first += batch
 
 
 class _Exhausted(Exception):

@@ -20,8 +20,6 @@ from megakd.data.views import TowerView, draw_stored, train_pixels
 from megakd.data.workers import WorkerStream
 from megakd.recipe import Views
 
-_LOGGED_FIRST, _LOG_SECONDS = 3, 60.0
-
 
 @dataclass(frozen=True)
 class Seen:
@@ -92,7 +90,7 @@ class StoredViews:
         self, asked: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], workers: int, pin_memory: bool
     ) -> Generator[Seen, None, None]:
         """see() of each, in order, made by `workers` processes; bad samples are logged here."""
-        log = BadLog(_LOGGED_FIRST, _LOG_SECONDS)
+        log = BadLog()
         stream: WorkerStream[Seen] = WorkerStream(self, [_Asked(*one) for one in asked], workers, pin_memory)
         try:
             for seen in stream:

@@ -10,12 +10,24 @@ import signal
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
+from megakd.data.bad import BadCounter, BadLog
+
 T = TypeVar("T")
+
+
+class HasBad(Protocol):
+    """A batch that knows what was bad in it."""
+
+    @property
+    def bad(self) -> BadCounter: ...
+
+
+Counted = TypeVar("Counted", bound=HasBad)
 
 
 class WorkerStream(Iterator[T], Generic[T]):
@@ -70,6 +82,17 @@ class WorkerStream(Iterator[T], Generic[T]):
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # at the interpreter's end the modules may be gone
             self.close()
+
+
+def reported(stream: WorkerStream[Counted]) -> Iterator[Counted]:
+    """The batches of a set that is read once, what was bad in each logged; the workers end with it."""
+    log = BadLog()
+    try:
+        for batch in stream:
+            log.report(batch.bad)
+            yield batch
+    finally:
+        stream.close()
 
 
 def _close(reference: weakref.ref[WorkerStream[Any]]) -> None:

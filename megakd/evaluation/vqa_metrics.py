@@ -192,7 +192,11 @@ METRICS: Mapping[str, Metric] = {
     "vqav2": Metric(
         "VQA accuracy",
         lambda question, said: vqa_accuracy(said, question.answers),
-        {"answer_type": _field("answer_type"), "question_type": lambda question: [question.family]},
+        {
+            "answer_type": _field("answer_type"),
+            "question_type": lambda question: [question.family],
+            "held_out_pair": lambda question: question.meta.get("held_out_pairs", ()),  # the shapes world's own field
+        },
     ),
     "textvqa": Metric("VQA accuracy", lambda question, said: textvqa_accuracy(said, question.answers)),
     "vizwiz": Metric(

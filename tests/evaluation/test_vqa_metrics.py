@@ -159,6 +159,18 @@ def test_vqav2_is_broken_down_by_answer_type_question_type_and_family() -> None:
     assert found["caveats"] == []
 
 
+def test_a_question_counts_for_each_held_out_pair_of_its_scene() -> None:
+    pairs = [
+        Answered(question(ten(10), held_out_pairs=["red star", "blue cross"]), "red"),
+        Answered(question(ten(10), held_out_pairs=["red star"]), "green"),
+        Answered(question(ten(10)), "red"),
+    ]
+    assert score("vqav2", pairs)["by_held_out_pair"] == {
+        "blue cross": {"accuracy": 1.0, "questions": 1},
+        "red star": {"accuracy": 0.5, "questions": 2},
+    }
+
+
 def test_the_result_says_where_the_formula_does_not_fit() -> None:
     sole = score("vqav2", [Answered(question(("red",)), "red"), Answered(question(("a", "b", "c")), "b"), Answered(question(()), "red")])
     assert sole["accuracy"] == pytest.approx((1 + 2 / 9) / 2)  # b of three: kept in two subsets, 1/3 each
