@@ -1,4 +1,4 @@
-"""The whole smoke job, as `make smoke` runs it: minutes, so behind `make test-slow`."""
+"""The whole smoke jobs, as `make smoke` and `megakd smoke --vqa` run them: minutes, so behind `make test-slow`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,28 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from megakd import recipe_files
+from megakd.preparation import Request, prerequisites
+from megakd.smoke_vqa import ROWS, Recipes
+
+
+def test_the_recipe_of_a_vqa_row_names_all_runs_that_come_before_it(tmp_path: Path) -> None:
+    recipes = Recipes(tmp_path / "out", tmp_path / "world")
+    found = {}
+    for row in ROWS:
+        recipe, folder = recipes.of_row(row, 1)
+        loaded, name = recipe_files.load(recipe)
+        assert loaded.answers is not None
+        assert str(loaded.answers.train["shapes"].questions).startswith(f"{tmp_path}/world/questions/")
+        found[row] = [first.out.name for first in prerequisites(Request(loaded, name, None, folder))]
+    assert found == {
+        "blind": ["decoder"],
+        "random tower": ["teacher", "decoder", "random_tower_seed1_align"],
+        "student, no KD": ["no_kd_seed1", "decoder", "student_no_KD_seed1_align"],
+        "student, KD": ["teacher", "kd_seed1", "decoder", "student_KD_seed1_align"],
+        "teacher's tower": ["teacher", "decoder", "teachers_tower_seed1_align"],
+    }
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import KD, TINY_LLAMA, answering, curve, ds_config, events, losses, question_source, rows, train
 from typer.testing import CliRunner
 
@@ -203,6 +204,22 @@ def test_a_decoder_goes_on_from_an_aligned_projector(recipe_file: Path, asking: 
     begun, _ = step_of(run, 1)
     name = "decoder.projector.2.weight" if "decoder.projector.2.weight" in weights else next(iter(weights))
     assert float((begun[name] - weights[name]).abs().max()) < 5e-3, "one step of lr 1e-3 away from where alignment ended"
+
+
+def test_a_random_tower_has_the_architecture_of_a_folder_and_none_of_its_weights(
+    recipe_file: Path, asking: tuple[str, ...], world: Path, tmp_path: Path
+) -> None:
+    """The control row. Its weights are in no file, so that the bundle has to hold them."""
+    trained = ran(recipe_file, tmp_path / "trained", "optim.steps=3")
+    control = tmp_path / "control.toml"
+    text = recipe_file.read_text()
+    start, end = text.index("[student.architecture]"), text.index("[objectives]")
+    named = f"[student]\nmodel = 'local-dir:{trained}/model'\npretrained = 'random'"
+    control.write_text(text[:start].replace("[student]", named) + text[end:])
+    run = ran(control, tmp_path / "run", *WITHOUT_OBJECTIVES, *asking, *STEPS)
+    mine, theirs = (load_file(folder / "open_clip_model.safetensors") for folder in (run / "bundle" / "tower", trained / "model"))
+    assert mine.keys() == theirs.keys()
+    assert not torch.equal(mine["visual.conv1.weight"], theirs["visual.conv1.weight"])
 
 
 @pytest.mark.parametrize(
