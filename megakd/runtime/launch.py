@@ -17,6 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+_before: dict[str, str | None] = {}  # what `start` has overwritten in the environment, None for what was not there
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Ports of rendezvous: PORTS is prime, and all lie below 32768, where Linux begins to hand out ports to whoever connects
 # (net.ipv4.ip_local_port_range). The strides keep the neighbours of a job, of a restart and of a step of one job apart.
@@ -82,6 +84,12 @@ def _submitit_local(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _slurm(environ: Mapping[str, str]) -> dict[str, str]:
     tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"]
+    nodes = int(environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_JOB_NUM_NODES") or "1")
+    if nodes > 1 and environ.get("MASTER_ADDR", "").strip("[]") in LOOPBACK:
+        raise ValueError(
+            f"MASTER_ADDR = {environ['MASTER_ADDR']!r} in a job on {nodes} nodes: each would look for the others on itself; unset it "
+            f"where the job is submitted, and the first node's name is taken"
+        )
     # An array's tasks have job ids of their own here. A restarted job must not meet a stale peer of its former life.
     meeting = port(int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_RESTART_COUNT", "0")), int(environ["SLURM_STEP_ID"]))
     return {
@@ -135,6 +143,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
         device = torch.device("cuda", index)
         # DeepSpeed takes LOCAL_RANK for the number of the device (its engine, zero.Init and zero/utils.py), and nothing else asks for it.
         found["LOCAL_RANK"] = str(index)
+    _before.update({name: os.environ.get(name) for name in found if name not in _before})
     os.environ.update(found)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -172,7 +181,14 @@ def wait_longer_than(watchdog: float) -> None:
 
 
 def stop() -> None:
-    """Leave the process group; without it torch warns at exit, and NCCL may hang."""
+    """Leave the process group; without it torch warns at exit, and NCCL may hang. The environment is as it was before `start`: a calling
+    program may start other jobs, whose ranks would meet where this one's did."""
+    for name, value in _before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _before.clear()
     if not dist.is_initialized():
         return
     # DeepSpeed, where the engine has loaded it, remembers groups made from this one and must forget them, or no second start works.

@@ -218,3 +218,22 @@ def test_two_ranks_meet_over_ipv6(address: str, tmp_path: Path) -> None:
         for process in ranks:
             process.kill()
     assert [json.loads(out) if out else error for out, error in printed] == [[0, 2, [3.0], 0], [1, 2, [3.0], 0]]
+
+
+@pytest.mark.parametrize("address", ["localhost", "127.0.0.1", "[::1]"])
+def test_a_loopback_address_in_a_job_of_several_nodes_is_refused(address: str) -> None:
+    """Left over in the submitting shell, it would have every node wait for the others on itself."""
+    with pytest.raises(ValueError, match=r"MASTER_ADDR = .* in a job on 2 nodes.*unset it"):
+        launch.variables(SRUN | {"SLURM_JOB_NUM_NODES": "2", "MASTER_ADDR": address})
+    assert launch.variables(SRUN | {"SLURM_JOB_NUM_NODES": "1", "MASTER_ADDR": address})["MASTER_ADDR"] == address.strip("[]")
+
+
+def test_the_environment_is_as_before_when_the_process_group_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_PORT", "4711")
+    before = dict(os.environ)
+    launch.start()
+    assert os.environ["WORLD_SIZE"] == "1"
+    launch.stop()
+    assert dict(os.environ) == before

@@ -14,7 +14,10 @@ import pytest
 from cluster_jobs import until
 from script_runs import repository, shrunk
 
-FOREIGN = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_")  # pytest itself may run inside a SLURM job
+from megakd.runtime.launch import TORCH_VARIABLES
+
+# pytest itself may run inside a SLURM job, or under torchrun; sbatch hands its environment on to the ranks
+FOREIGN = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_", *TORCH_VARIABLES)
 
 
 @pytest.fixture(scope="session")
