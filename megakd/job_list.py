@@ -17,9 +17,9 @@ from megakd import cluster
 from megakd.runtime.locks import held
 from megakd.runtime.runlog import METRICS, RUN
 
-SUBMISSIONS, MODEL = "slurm", "model"
+SUBMISSIONS, RESULTS = "slurm", ("model", "bundle")  # one of the results is written at a run's end
 # Folders of a run that hold no runs.
-INSIDE = {"checkpoints", MODEL, "previous", SUBMISSIONS}
+INSIDE = {"checkpoints", *RESULTS, "previous", SUBMISSIONS, "answers", "hung"}
 # The newest rows of metrics.jsonl: a row is under 2 KB.
 TAIL = 65536
 # Least seconds between two tables, each of which asks SLURM once or twice.
@@ -129,7 +129,7 @@ def state(run: Found, slurm: Mapping[str, cluster.State]) -> str:
         return f"{name} ({job.reason})" if job.reason and not job.ended else name
     if held(run.folder):
         return "running"
-    return "finished" if (run.folder / MODEL).exists() else "stopped"
+    return "finished" if any((run.folder / name).exists() for name in RESULTS) else "stopped"
 
 
 def table(runs: Sequence[Found], slurm: Mapping[str, cluster.State]) -> Table:

@@ -146,6 +146,11 @@ def test_a_lock_is_asked_about_without_taking_it(tmp_path: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # asking has left nothing behind
 
 
+def test_a_run_of_answers_alone_is_finished_with_its_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (write_run(tmp_path / "answers_alone") / "bundle").mkdir()
+    assert "finished" in table(tmp_path, capsys)[1]
+
+
 def test_runs_are_listed_with_what_their_folders_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = "a_name_that_is_long_" * 12
     stopped = write_run(tmp_path / long, jobs=[{"slurm_job_id": None, "log": "/logs/one.log", "started": "2026-01-01T00:00:00+0000"}])
