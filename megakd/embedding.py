@@ -38,7 +38,7 @@ from megakd.models.teacher import Teacher
 from megakd.recipe import Recipe
 from megakd.runtime import collectives, ds_config, launch
 from megakd.runtime.launch import World
-from megakd.teaching import by_main, live_teacher, open_store, store_key
+from megakd.teaching import live_teacher, open_store, store_key
 
 SAMPLED = 256  # samples that a check recomputes: a defect of one in a hundred shows with 92 %
 # Rows of the tests' teacher, recomputed and rounded to bf16, are at .999997 and better; a flipped image's was seen at .87.
@@ -104,9 +104,9 @@ class Job:
         """Embed what the store does not have yet. Returns the manifest of the complete store."""
         folder, world = self.request.out, self.world
         with contextlib.ExitStack() as held:
-            manifest, todo = by_main(lambda: self._begin(held), world)
+            manifest, todo = collectives.by_main(lambda: self._begin(held), world)
             written = manifest if manifest is not None and not todo else self._embed(manifest, todo)
-            complete = by_main(lambda: store_writer.finish(folder, written), world)
+            complete = collectives.by_main(lambda: store_writer.finish(folder, written), world)
         known = sum(part["known"] for part in complete.parts)
         missing = len(self.shards) - known
         unusable = f"; {missing} samples cannot be used and are missing in it" if missing else ""
@@ -146,7 +146,9 @@ class Job:
         if manifest is None:
             blank = self._forward(teacher, None)
             scale, bias = float(blank.scale), None if blank.bias is None else float(blank.bias)
-            manifest = by_main(lambda: store_writer.start(folder, Manifest(self._key, self._made(), layout, scale, bias)), world)
+            manifest = collectives.by_main(
+                lambda: store_writer.start(folder, Manifest(self._key, self._made(), layout, scale, bias)), world
+            )
         began, said, images = time.monotonic(), time.monotonic(), 0
         asked = [[chunk for number in todo[rank :: world.size] for chunk in self._chunks(layout, number)] for rank in range(world.size)]
         open_part: _Part | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ from megakd.runtime.engine import Engine, State, trained_shapes
 from megakd.runtime.launch import World
 from megakd.runtime.locks import LOCK, FolderLock
 from megakd.runtime.runlog import RunLog
-from megakd.runtime.signals import EXIT_SAVED, LossNotFinite, StopRequest
+from megakd.runtime.signals import EXIT_SAVED, StopRequest
 from megakd.runtime.watchdog import HUNG, Watchdog
 from megakd.tasks.answer import Answer
 from megakd.tasks.joint import Joint
@@ -58,23 +57,10 @@ class Run:
         every rank, when the first one cannot write there.
         """
         with contextlib.ExitStack() as held:
-            self._by_main(lambda: self._lock(held))
+            collectives.by_main(lambda: self._lock(held), self.world)
             held.enter_context(Watchdog(self.recipe.watchdog.limit, self.folder, self.world))
             launch.wait_longer_than(self.recipe.watchdog.limit)
             return self._execute()
-
-    def _by_main(self, call: Callable[[], T]) -> T | None:
-        """call() on rank 0, whose errors of a folder that cannot be used every rank raises; its result on rank 0, None elsewhere."""
-        result, failure = None, None
-        if self.world.is_main:
-            try:
-                result = call()
-            except (ValueError, OSError, LossNotFinite) as error:
-                failure = error
-        heard = collectives.share(failure, self.world)
-        if isinstance(heard, Exception):
-            raise heard
-        return result
 
     def _lock(self, held: contextlib.ExitStack) -> None:
         remedy = "end it first, or choose another --out"
@@ -85,7 +71,7 @@ class Run:
     def _execute(self) -> int:
         self.log.say(f"{self.recipe.name}: run folder {self.folder}{self._job()}")
         progress, state = self._starting_point()
-        self._by_main(lambda: self.log.open(self.recipe, self.plan.config, self.world.size))
+        collectives.by_main(lambda: self.log.open(self.recipe, self.plan.config, self.world.size), self.world)
         self.log.say(self._outline())
         self._build(state)
         del state
@@ -130,7 +116,7 @@ class Run:
     def _finish(self) -> None:
         self.evaluate(self.recipe.optim.steps)
         weights = self._engine.export(moments=False, everywhere=False).weights
-        self._by_main(lambda: self._write_results(weights))
+        collectives.by_main(lambda: self._write_results(weights), self.world)
 
     def _write_results(self, weights: dict[str, Tensor]) -> None:
         if self.log.failure is not None:
@@ -153,9 +139,9 @@ class Run:
 
     def _starting_point(self) -> tuple[Progress, State | None]:
         """Where to go on. Rank 0 looks and clears the way, then all ranks read the same checkpoint."""
-        path = collectives.share(self._by_main(self._choose_checkpoint), self.world)
+        path = collectives.by_main(self._choose_checkpoint, self.world)
         if path is None:
-            self._by_main(lambda: self.log.keep_until(0))
+            collectives.by_main(lambda: self.log.keep_until(0), self.world)
             return Progress(0, 0, self.recipe.seed, self.plan.signature), None
         assert isinstance(path, Path)
         self._resumed_from = path
@@ -166,7 +152,7 @@ class Run:
                 f"put the same shards and questions back, or start over with --resume none or another --out"
             )
         self.log.say(f"resuming from {path}: step {progress.step} of {self.recipe.optim.steps}")
-        self._by_main(lambda: self.log.keep_until(progress.step))
+        collectives.by_main(lambda: self.log.keep_until(progress.step), self.world)
         return progress, state
 
     def _choose_checkpoint(self) -> Path | None:
@@ -220,7 +206,7 @@ class Run:
         """Write a checkpoint; every rank learns whether it is there before it goes on."""
         watchdog.beat("saving a checkpoint", progress.step)
         state = self._engine.export(moments=True, everywhere=False)
-        self._by_main(lambda: self._write_checkpoint(progress, state))
+        collectives.by_main(lambda: self._write_checkpoint(progress, state), self.world)
 
     def _write_checkpoint(self, progress: Progress, state: State) -> None:
         if self.log.failure is not None:
@@ -232,7 +218,7 @@ class Run:
         if self._judge:
             watchdog.beat("evaluating", step)
             results = self._judge.results(self._engine, step, self.folder)
-            self._by_main(lambda: self._write_evaluation(results))
+            collectives.by_main(lambda: self._write_evaluation(results), self.world)
 
     def _write_evaluation(self, results: dict[str, Any]) -> None:
         runlog.write_json(self.folder / EVALUATION, results)

@@ -6,7 +6,7 @@ What a store must agree on with the recipe is decided here, for the run that rea
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -94,7 +94,7 @@ def open_store(
             found.check_whole()
         return found
 
-    return by_main(opened, world)
+    return collectives.by_main(opened, world)
 
 
 def open_stores(recipe: Recipe, teachers: Mapping[str, towers.Description], shards: ShardSet, world: World) -> Store | None:
@@ -132,17 +132,3 @@ def stored_teacher(
         where=shards.where,
         piece=piece,
     )
-
-
-def by_main(call: Callable[[], T], world: World) -> T:
-    """call() on rank 0: its result, or its ValueError, on every rank."""
-    found: object = None
-    if world.is_main:
-        try:
-            found = call()
-        except ValueError as error:  # the others wait for an answer: they must hear of it
-            found = error
-    found = collectives.share(found, world)
-    if isinstance(found, ValueError):
-        raise found
-    return cast(T, found)

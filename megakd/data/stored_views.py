@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megakd.data.bad import BadCounter, BadLog, BadSample
+from megakd.data.bad import BadCounter, BadSample
 from megakd.data.loader import decoded
 from megakd.data.shards import ShardSet
 from megakd.data.views import TowerView, draw_stored, train_pixels
-from megakd.data.workers import WorkerStream
+from megakd.data.workers import WorkerStream, reported
 from megakd.recipe import Views
 
 
@@ -90,14 +90,8 @@ class StoredViews:
         self, asked: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], workers: int, pin_memory: bool
     ) -> Generator[Seen, None, None]:
         """see() of each, in order, made by `workers` processes; bad samples are logged here."""
-        log = BadLog()
         stream: WorkerStream[Seen] = WorkerStream(self, [_Asked(*one) for one in asked], workers, pin_memory)
-        try:
-            for seen in stream:
-                log.report(seen.bad)
-                yield seen
-        finally:
-            stream.close()
+        yield from reported(stream)
 
 
 @dataclass(frozen=True)

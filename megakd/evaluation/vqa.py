@@ -107,7 +107,7 @@ def evaluate(sets: Mapping[str, Opened], answerer: Answerer, world: World, folde
     of answers starts anew.
     """
     results = {name: _evaluate_one(name, opened, answerer, world, folder, workers) for name, opened in sets.items()}
-    _from_main(lambda: runlog.write_json(folder / RESULTS, {"model": dict(answerer.identity), "sets": results}), world)
+    collectives.by_main(lambda: runlog.write_json(folder / RESULTS, {"model": dict(answerer.identity), "sets": results}), world)
     return results
 
 
@@ -115,10 +115,10 @@ def _evaluate_one(name: str, opened: Opened, answerer: Answerer, world: World, f
     questions = opened.questions
     ids = [questions[index].question_id for index in range(len(questions))]
     journal = Journal(folder / ANSWERS, name, _identity(opened, answerer), ids)
-    known = _from_main(journal.open, world)
+    known = collectives.by_main(journal.open, world)
     missing = [index for index in range(len(questions)) if index not in known]
     rows = known | _gathered(_ask(questions, missing, journal, answerer, world, workers), world)
-    return _from_main(lambda: _finish(name, opened, journal, rows, folder), world)
+    return collectives.by_main(lambda: _finish(name, opened, journal, rows, folder), world)
 
 
 def _finish(name: str, opened: Opened, journal: Journal, rows: dict[int, Row], folder: Path) -> dict[str, Any]:
@@ -132,21 +132,6 @@ def _finish(name: str, opened: Opened, journal: Journal, rows: dict[int, Row], f
         "unusable": sum(row.unusable is not None for row in rows.values()),
         "submission": None if submission is None else f"{ANSWERS}/{submission.name}",
     }
-
-
-def _from_main(call: Callable[[], T], world: World) -> T:
-    """Rank 0's call() on every rank. A folder that it cannot use is every rank's error: none is left waiting for the others."""
-    result: T | None = None
-    failure: Exception | None = None
-    if world.is_main:
-        try:
-            result = call()
-        except (ValueError, OSError) as error:
-            failure = error
-    result, failure = collectives.share((result, failure), world)  # type: ignore[misc]
-    if failure is not None:
-        raise failure
-    return result  # type: ignore[return-value]
 
 
 def _ask(questions: QuestionSet, missing: list[int], journal: Journal, answerer: Answerer, world: World, workers: int) -> dict[int, Row]:

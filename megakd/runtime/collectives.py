@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megakd.runtime.launch import World
+from megakd.runtime.signals import LossNotFinite
+
+T = TypeVar("T")
 
 
 class Pending:
@@ -47,6 +53,22 @@ def share(value: object, world: World) -> object:
     if world.size > 1:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+def by_main(call: Callable[[], T], world: World) -> T:
+    """Rank 0's call() on every rank. Its errors of a folder that cannot be used, and LossNotFinite, are raised on every rank: none is
+    left waiting for the others."""
+    result: T | None = None
+    failure: Exception | None = None
+    if world.is_main:
+        try:
+            result = call()
+        except (ValueError, OSError, LossNotFinite) as error:
+            failure = error
+    result, failure = share((result, failure), world)  # type: ignore[misc]
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
 
 
 def gather_rows(rows: Tensor, world: World) -> Tensor:
