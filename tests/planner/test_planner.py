@@ -210,6 +210,7 @@ def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[st
     from megakd.models.embeddings import Embeddings
     from megakd.objectives.base import head_name
     from megakd.tasks.distill import Distill
+    from megakd.tasks.joint import Joint
 
     pairs, width = 1536, 64
     described = recipe(objectives=dict.fromkeys(names, 1.0), kernels={"backend": backend}, optim={"steps": 1, "batch": pairs, "lr": 1.0})
@@ -225,7 +226,7 @@ def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[st
     watch = Watch("cpu")
     watch.ignore(tensor for tower in (student, *teachers) for tensor in tower[:4])  # type: ignore[list-item]
     with watch:
-        task.total(task.losses(student, teachers)).backward()
+        Joint(task, None).total(task.losses(student, teachers)).backward()
     shape = loss.Shape(pairs, 1, (width, count * width), (4, 4), count, False, torch.device("cpu"))
     assert loss.cost(described.objectives, task.backends, shape).memory == pytest.approx(watch.peak, rel=0.15)
 
