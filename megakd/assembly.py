@@ -56,7 +56,7 @@ def build_teachers(plan: Plan, world: World, log: RunLog) -> dict[str, AnyTeache
 
 
 def build_learners(plan: Plan, teachers: Mapping[str, AnyTeacher], device: torch.device) -> Learners:
-    """Everything that is trained, its weights loaded or drawn from torch's generator, on the CPU."""
+    """Everything that is trained, its weights loaded or drawn from torch's generator; on the CPU but for a quantised language model."""
     recipe = plan.request.recipe
     student = towers.build(plan.student, torch.device("cpu")) if plan.student is not None else None
     heads: dict[str, nn.Module] = {}
@@ -76,6 +76,8 @@ def _module(plan: Plan, student: towers.Towers | None, heads: dict[str, nn.Modul
         return Student(student.clip, heads, max_scale)
     assert plan.asking.decoder is not None, "the run that trains the decoder came first"
     dtype = torch.bfloat16 if ds_config.is_bf16(plan.config) else torch.float32
+    # Quantised weights are made where they stay; others go to the device with the engine, after the judge has made its copies.
+    device = device if recipe.decoder.quantise != "none" else torch.device("cpu")
     reader = decoder.build(plan.asking.decoder, None if student is None else student.clip.visual, device, dtype)  # type: ignore[arg-type]
     if recipe.decoder.start is not None:
         bundle.go_on_from(Path(recipe.decoder.start), reader)

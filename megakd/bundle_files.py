@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers.utils import cached_file
 
 MANIFEST, FORMAT = "bundle.json", 1
@@ -25,6 +26,7 @@ def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     described = fill(partial)
+    _refuse_pieces(partial)
     files = {
         path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
         for path in sorted(partial.rglob("*"))
@@ -59,6 +61,14 @@ def read(folder: Path) -> dict[str, Any]:
         if file.stat().st_size != known["bytes"] or digest(file) != known["sha256"]:
             raise ValueError(f"{folder}: {name} is not what was written (size or SHA-256 differ); copy the bundle again")
     return manifest
+
+
+def _refuse_pieces(folder: Path) -> None:
+    """What ZeRO-3 has taken in parts is empty here, and would be written without a word."""
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no dict
+                assert 0 not in opened.get_slice(name).get_shape(), f"{path.name}: {name} is empty"
 
 
 def digest(path: Path) -> str:

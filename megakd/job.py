@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,7 +136,9 @@ class Run:
         trained = self.plan.pairs is not None or answers.tower == "trained"
         known = student is not None and student.description.settings.pretrained != towers.RANDOM
         loaded = known and student is not None and weights_file(student.description) is not None
-        Bundle(module.decoder, student, answers.max_length).save(self.folder / BUNDLE, tower_inside=trained or not loaded)
+        # what the engine holds may be in parts
+        whole = None if student is None else dataclasses.replace(student, clip=module.clip)
+        Bundle(module.decoder, whole, answers.max_length).save(self.folder / BUNDLE, tower_inside=trained or not loaded)
 
     def _starting_point(self) -> tuple[Progress, State | None]:
         """Where to go on. Rank 0 looks and clears the way, then all ranks read the same checkpoint."""

@@ -24,8 +24,8 @@ from megakd.runtime.launch import World
 class Judge:
     """Holds the plain replicas that evaluation works on, made before the engine takes the student in parts.
 
-    A ZeRO-3 module has its weights only inside the engine's forward; below that the decoder is judged where it is, without a copy of
-    its weights, which may be a large language model's.
+    A ZeRO-3 module has its weights only inside the engine's forward, so a replica of it waits on the CPU and is on the device while it is
+    asked alone; below stage 3 the decoder is judged where it is, without a copy of its weights, which may be a large language model's.
     """
 
     def __init__(self, plan: Plan, world: World, learners: Learners) -> None:
@@ -49,21 +49,24 @@ class Judge:
             found |= self._image_text(weights)
         if self._asks:
             identity = {"step": step, "weights": _digest(weights)}
-            found["vqa"] = self._questions(self.answering(engine, weights), engine.dtype, identity, folder)
+            found["vqa"] = self._questions(self.answering(engine, weights), identity, folder)
         return found
 
     def answering(self, engine: Engine, weights: dict[str, Tensor]) -> AnsweringStudent:
-        """Student and decoder with whole weights, on this rank's device. weights: what the engine exported."""
+        """Student and decoder with whole weights: the engine's own, or a replica on the CPU. weights: what the engine exported."""
         module = engine.module
         if self._whole is not None:
-            module = self._whole.to(self._world.device)
+            module = self._whole
             load_weights(module, weights)
         assert isinstance(module, AnsweringStudent)
         return module
 
-    def _questions(self, module: AnsweringStudent, dtype: torch.dtype, identity: dict[str, Any], folder: Path) -> dict[str, Any]:
+    def _questions(self, module: AnsweringStudent, identity: dict[str, Any], folder: Path) -> dict[str, Any]:
         plan, recipe, student = self._plan, self._plan.request.recipe, self._learners.student
         assert plan.asking is not None
+        dtype = torch.float32 if module.clip is None else next(module.clip.visual.parameters()).dtype  # type: ignore[union-attr, operator]
+        if self._whole is not None:
+            module.to(self._world.device)
         answerer = vqa.Answerer(
             module.decoder,
             None if student is None else module.look,
@@ -80,6 +83,8 @@ class Judge:
             return vqa.evaluate(plan.asking.sets, answerer, self._world, folder, recipe.data.workers)
         finally:
             module.train()
+            if self._whole is not None:
+                module.to("cpu")
 
     def _image_text(self, weights: dict[str, Tensor]) -> dict[str, Any]:
         assert self._clip is not None
@@ -99,5 +104,5 @@ def _digest(weights: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name in sorted(weights):
         found.update(name.encode())
-        found.update(weights[name].contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(weights[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from megakd import recipe
+from megakd import recipe, recipe_files
+from megakd.bundle import Bundle
+from megakd.data import questions as vqa_questions
+from megakd.evaluation import vqa
 from megakd.models import decoder, towers
 from megakd.recipe import Student
+from megakd.runtime.launch import World
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
@@ -47,6 +54,19 @@ def make_decoder(tokenizer: Path | None, tower: nn.Module | None, **more: Any) -
     described = decoder.describe(settings(tokenizer, **more))
     torch.manual_seed(2)
     return decoder.build(described, tower, CPU)
+
+
+def evaluated_and_asked_again(run: Path, name: str = "test") -> tuple[list[str], list[str]]:
+    """What a run's evaluation was answered, and what its bundle answers to the same questions when it is asked one by one."""
+    settings, _ = recipe_files.load(str(run / "run.json"))
+    asked = vqa.open_sets(settings, World(0, 1, CPU))[name].questions
+    lines = (run / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    loaded, again = Bundle.load(run / "bundle", CPU), []
+    for one in asked.read(range(len(asked)), True):
+        assert isinstance(one, vqa_questions.Asked)
+        image = None if one.image is None else Image.open(io.BytesIO(one.image))
+        again += loaded.answer([image], [one.question.text], settings.evaluation.answer_tokens, short=one.question.short)
+    return [json.loads(line)["answer"] for line in lines], again
 
 
 def questions(lengths: list[int], images: list[bool], places: int, *, left: bool = False, seed: int = 0) -> Asked:

@@ -162,9 +162,9 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **more}
 
 
-def launch(launcher: str, *arguments: str | Path) -> subprocess.Popen[str]:
-    """Start two ranks with `torchrun` or `deepspeed`. Ends with the launcher's exit code; see `finish`."""
-    count = {"torchrun": "--nproc_per_node=2", "deepspeed": "--num_accelerators=2"}[launcher]
+def launch(launcher: str, *arguments: str | Path, ranks: int = 2) -> subprocess.Popen[str]:
+    """Start ranks with `torchrun` or `deepspeed`. Ends with the launcher's exit code; see `finish`."""
+    count = {"torchrun": f"--nproc_per_node={ranks}", "deepspeed": f"--num_accelerators={ranks}"}[launcher]
     port = ["--master_port", str(29600 + os.getpid() % 20000)]
     # Through the interpreter: the scripts' own first lines break when an environment is moved.
     module = {"torchrun": ["-m", "torch.distributed.run"], "deepspeed": [str(Path(sys.executable).with_name("deepspeed"))]}[launcher]
@@ -231,6 +231,14 @@ def losses(run: Path) -> list[float]:
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:
     return [row for row in read_metrics(run) if row.get("event") == name]
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """A ZeRO section for models this small: stage 3 parts every parameter, and buckets do not take gigabytes of address space."""
+    bucket = 10**5
+    third = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": bucket}
+    shared = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    return shared | (third if stage == 3 else {})
 
 
 def ds_config(path: Path, **content: Any) -> Path:

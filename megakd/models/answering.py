@@ -59,10 +59,21 @@ class AnsweringStudent(Student):
         return outputs
 
     def look(self, pixels: Tensor) -> Tensor:
-        """(B, V, C): what the decoder reads of each image. Without a gradient where the tower does not learn from answers."""
+        """(B, V, C): what the decoder reads of each image.
+
+        Where the tower does not learn from answers: without a gradient, and in evaluation mode, so that batch norm learns nothing either.
+        """
         assert self.clip is not None
-        with torch.set_grad_enabled(self._tower_learns and torch.is_grad_enabled()):
-            return patch_tokens(self.clip.visual, pixels, self._layer)  # type: ignore[arg-type]
+        visual: nn.Module = self.clip.visual  # type: ignore[assignment]
+        if self._tower_learns:
+            return patch_tokens(visual, pixels, self._layer)
+        training = visual.training
+        visual.eval()
+        try:
+            with torch.no_grad():
+                return patch_tokens(visual, pixels, self._layer)
+        finally:
+            visual.train(training)
 
 
 def freeze_all_but(module: nn.Module, *prefixes: str) -> None:

@@ -1,6 +1,6 @@
 """Trains a decoder on two ranks, or on one, through DeepSpeed's stages and saves what it exported: `decoder_ranks.py TOKENIZER FOLDER`.
 
-Imported by test_decoder_zero.py for one rank, started by it under torchrun for two. The second half of the rows, rank 1's, has no image.
+Started by test_decoder_zero.py under torchrun. The second half of the rows, rank 1's of two, has no image.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_decoders import QWEN, make_decoder, make_towers, questions
+from tiny_runs import zero
 
 from megakd import recipe
 from megakd.models.patches import patch_tokens
@@ -33,9 +34,9 @@ CASES: dict[str, dict[str, Any]] = {
     "full_tied": {"adapt": "full", "architecture": QWEN},
 }
 CONFIGURATIONS = {
-    "stage2": {"zero_optimization": {"stage": 2}},
-    "stage3": {"zero_optimization": {"stage": 3}},
-    "stage3_bf16": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
+    "stage2": {"zero_optimization": zero(2)},
+    "stage3": {"zero_optimization": zero(3)},
+    "stage3_bf16": {"zero_optimization": zero(3), "bf16": {"enabled": True}},
 }
 
 

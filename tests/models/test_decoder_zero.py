@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from decoder_ranks import CASES, CONFIGURATIONS, measure_all
+from decoder_ranks import CASES, CONFIGURATIONS
 from tiny_runs import finish, launch
-
-from megakd.runtime import launch as ranks
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -19,27 +17,22 @@ PAIRS = [(case, configuration) for case in CASES for configuration in CONFIGURAT
 EXACT = [pair for pair in PAIRS if not pair[1].endswith("bf16")]
 
 
-def _read(folder: Path) -> Measured:
+def _measured(world: Path, folder: Path, ranks: int) -> Measured:
+    """In processes of their own: this one would keep the memory and the threads of every engine."""
+    program = Path(__file__).with_name("decoder_ranks.py")
+    finished = finish(launch("torchrun", program, world / "tokenizer", folder, ranks=ranks), seconds=400)
+    assert finished.code == 0, finished.out[-6000:]
     return {f"{case}_{how}": torch.load(folder / f"{case}_{how}.pt", weights_only=True) for case, how in PAIRS}
 
 
 @pytest.fixture(scope="module")
 def on_one(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    folder = tmp_path_factory.mktemp("one_rank")
-    one = ranks.start()
-    try:
-        measure_all(world / "tokenizer", one, folder)
-    finally:
-        ranks.stop()
-    return _read(folder)
+    return _measured(world, tmp_path_factory.mktemp("one_rank"), 1)
 
 
 @pytest.fixture(scope="module")
 def on_two(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    folder = tmp_path_factory.mktemp("two_ranks")
-    finished = finish(launch("torchrun", Path(__file__).with_name("decoder_ranks.py"), world / "tokenizer", folder), seconds=400)
-    assert finished.code == 0, finished.out[-6000:]
-    return _read(folder)
+    return _measured(world, tmp_path_factory.mktemp("two_ranks"), 2)
 
 
 @pytest.mark.parametrize(("case", "how"), EXACT)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import KD, TINY_LLAMA, answering, curve, ds_config, events, losses, question_source, rows, train
+from tiny_decoders import evaluated_and_asked_again
+from tiny_runs import KD, TINY_LLAMA, answering, curve, ds_config, events, losses, question_source, rows, train, zero
 from typer.testing import CliRunner
 
 from megakd import recipe_files
-from megakd.bundle import Bundle
 from megakd.cli import app
 from megakd.runtime import checkpoint
 from megakd.runtime.signals import EXIT_USER_ERROR
@@ -82,11 +82,10 @@ def test_with_a_frozen_tower_projector_and_adapters_are_trained_and_nothing_else
 def test_the_bundle_answers_what_the_run_was_judged_by(after: Path, world: Path) -> None:
     result = json.loads((after / "evaluation.json").read_text())["vqa"]["test"]
     assert result == json.loads((after / "vqa.json").read_text())["sets"]["test"]
-    said = [json.loads(line) for line in (after / "answers" / "test.jsonl").read_text().splitlines()[1:]]
-    loaded = Bundle.load(after / "bundle", torch.device("cpu"))
-    assert loaded.towers is not None
-    assert loaded.decoder.adapted
+    said, again = evaluated_and_asked_again(after)
+    assert said == again
     assert len(said) == result["questions"]
+    assert len(set(said)) > 1
 
 
 def test_answers_resume_bit_for_bit(recipe_file: Path, asking: tuple[str, ...], after: Path, tmp_path: Path) -> None:
@@ -115,12 +114,13 @@ def test_accumulated_answers_are_the_whole_batchs(recipe_file: Path, asking: tup
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_stages_train_and_answer_the_same(recipe_file: Path, asking: tuple[str, ...], after: Path, tmp_path: Path, stage: int) -> None:
-    config = ds_config(tmp_path / "z.json", zero_optimization={"stage": stage})
+    config = ds_config(tmp_path / "z.json", zero_optimization=zero(stage))
     run = ran(recipe_file, tmp_path / "run", *WITHOUT_OBJECTIVES, *asking, *STEPS, config=config)
     assert losses(run) == pytest.approx(losses(after), rel=1e-5)
     for name, value in step_of(after, 4)[0].items():
         torch.testing.assert_close(step_of(run, 4)[0][name], value, rtol=1e-3, atol=1e-5)
-    assert Bundle.load(run / "bundle", torch.device("cpu")).decoder.adapted
+    said, again = evaluated_and_asked_again(run)
+    assert said == again
 
 
 class TestAlongside:
@@ -202,8 +202,8 @@ def test_a_decoder_goes_on_from_an_aligned_projector(recipe_file: Path, asking: 
     weights, _ = step_of(tmp_path / "aligned", 4)
     assert {name.split(".")[1] for name in weights} == {"projector"}
     begun, _ = step_of(run, 1)
-    name = "decoder.projector.2.weight" if "decoder.projector.2.weight" in weights else next(iter(weights))
-    assert float((begun[name] - weights[name]).abs().max()) < 5e-3, "one step of lr 1e-3 away from where alignment ended"
+    away = {name: float((begun[name] - value).abs().max()) for name, value in weights.items()}
+    assert max(away.values()) < 5e-3, "one step of lr 1e-3 away from where alignment ended"
 
 
 def test_a_random_tower_has_the_architecture_of_a_folder_and_none_of_its_weights(
