@@ -145,14 +145,15 @@ class Bundle:
 def merge(folder: Path, out: Path) -> None:
     """Write to `out` the bundle in `folder` without references and without an adapter: it is added to the language model's weights.
 
-    `out/language` is a plain transformers folder. A quantised base is merged in full precision. Raises ValueError as `Bundle.load`
-    does, and when `out` is `folder` itself or holds something else.
+    `out/language` is a plain transformers folder, in the base's own precision; the sum is taken in float32, also for a quantised base.
+    Raises ValueError as `Bundle.load` does, and when `out` is `folder` itself or holds something else.
     """
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out}: is the bundle that is merged; choose another folder")
     loaded = _load(folder, torch.device("cpu"), torch.float32, "none")
     old = loaded.decoder
     language = old.language.merge_and_unload() if old.adapted else old.language
+    language.to(old.description.config.get_text_config().dtype or torch.float32)
     settings = old.settings.model_copy(update={"adapt": "none"})
     merged = Decoder(dataclasses.replace(old.description, settings=settings), old.projector, language)
     dataclasses.replace(loaded, decoder=merged).save(out, tower_inside=True, language_inside=True)

@@ -96,6 +96,7 @@ def prepare(request: Request, world: World, to_come: frozenset[str] = frozenset(
     pairs = _pairs(recipe, world, student, "teacher" not in to_come) if recipe.objectives.active() else None
     asking = _asking(recipe, world, "decoder" not in to_come)
     _check_answers(recipe, config, world)
+    _check_length(recipe, asking)
     return Plan(request, config, config_name, student, pairs, asking, open_sets(recipe, world))
 
 
@@ -130,10 +131,25 @@ def _check_answers(recipe: Recipe, config: dict[str, Any], world: World) -> None
             f"decoder.quantise = {recipe.decoder.quantise!r}: ZeRO-3 would part what bitsandbytes reads as a whole; use stage 1 or 2"
         )
     batch = questions_in_a_step(recipe)
+    if batch % world.size:
+        raise ValueError(f"answers.batch = {batch} does not divide by {world.size} ranks: make it a multiple of the number of ranks")
     if batch < world.size * rounds:
         raise ValueError(
             f"answers.batch = {batch}: less than one question for each of {world.size} ranks x {rounds} accumulation steps; raise it to "
             f"{world.size * rounds} at least, or raise train_micro_batch_size_per_gpu"
+        )
+
+
+def _check_length(recipe: Recipe, asking: Asking | None) -> None:
+    """A model with learned positions fails beyond its last; others only become worse."""
+    if asking is None or asking.decoder is None or recipe.answers is None or asking.decoder.positions is None:
+        return
+    generated = recipe.evaluation.answer_tokens if recipe.evaluation.vqa else 0
+    if recipe.answers.max_length + generated > asking.decoder.positions:
+        raise ValueError(
+            f"answers.max_length = {recipe.answers.max_length}{f' + evaluation.answer_tokens = {generated}' if generated else ''}: the "
+            f"language model takes {asking.decoder.positions} tokens (max_position_embeddings); set answers.max_length to "
+            f"{asking.decoder.positions - generated} at most"
         )
 
 

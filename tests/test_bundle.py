@@ -202,6 +202,18 @@ def test_a_merged_bundle_needs_nothing_else_and_answers_the_same(tokenizer: Path
     torch.testing.assert_close(plain(input_ids=ids).logits, made.decoder.language(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_merged_language_model_has_the_bases_precision_and_its_end_token(tokenizer: Path, language: Path, tmp_path: Path) -> None:
+    half = AutoModelForCausalLM.from_pretrained(language, dtype=torch.bfloat16)
+    base = Path(shutil.copytree(language, tmp_path / "base"))
+    half.save_pretrained(base)
+    made = _make(tokenizer, model=str(base))
+    made.save(tmp_path / "bundle", tower_inside=True)
+    bundle.merge(tmp_path / "bundle", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "language")
+    assert {weight.dtype for weight in load_file(tmp_path / "merged" / "language" / "model.safetensors").values()} == {torch.bfloat16}
+    assert merged.generation_config.eos_token_id == made.decoder.tokenizer.eos_token_id
+
+
 def test_a_quantised_base_is_loaded_quantised_and_merged_in_full_precision(tokenizer: Path, language: Path, tmp_path: Path) -> None:
     made = _make(tokenizer, model=str(language), quantise="nf4")
     made.save(tmp_path / "bundle", tower_inside=True)

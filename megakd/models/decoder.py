@@ -51,7 +51,18 @@ class Decoder(nn.Module):
         self.description = description
         self.projector, self.language = projector, language
         # A model from the hub may come with sampling, penalties and lengths of its own, which `generate` would mix with what it is given.
-        self._plain.generation_config = GenerationConfig()
+        words = description.tokenizer
+        self._plain.generation_config = GenerationConfig(
+            bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id
+        )
+
+    def train(self, mode: bool = True) -> Decoder:
+        """A language model that is frozen as a whole has no dropout in training either; transformers hands out some in one mode, some in
+        the other."""
+        super().train(mode)
+        if self.settings.adapt == "none":
+            self.language.eval()
+        return self
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -156,7 +167,7 @@ def build(description: DecoderDescription, tower: nn.Module | None, device: torc
     language.requires_grad_(settings.adapt == "full")
     if settings.adapt == "lora":
         language = adapters.with_lora(language, settings.lora)
-    return Decoder(description, projector, language)
+    return Decoder(description, projector, language).train()
 
 
 def _language(description: DecoderDescription, device: torch.device, dtype: torch.dtype) -> Any:

@@ -25,11 +25,8 @@ class DecoderDescription:
     settings: Decoder
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def width(self) -> int:
-        """H, of the token embeddings."""
-        return int(self.config.hidden_size)
+    width: int  # H, of the token embeddings; OPT-350m's blocks are wider
+    positions: int | None  # the longest sequence that the language model takes; None: no limit is known
 
 
 def describe(settings: Decoder) -> DecoderDescription:
@@ -42,10 +39,11 @@ def describe(settings: Decoder) -> DecoderDescription:
     config = _own_architecture(settings.architecture, tokenizer) if settings.architecture is not None else _stored(settings.model or "")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{_source(settings)}: model_type {config.model_type!r} is no causal language model of transformers")
-    if len(tokenizer) > config.vocab_size:
+    words = _text_part(config, settings).vocab_size
+    if len(tokenizer) > words:
         raise ValueError(
-            f"decoder.tokenizer has {len(tokenizer)} words, but the language model's vocab_size is {config.vocab_size}: take the "
-            f"tokenizer that it was trained with"
+            f"decoder.tokenizer has {len(tokenizer)} words, but the language model's vocab_size is {words}: take the tokenizer that it was "
+            f"trained with"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError("decoder.tokenizer has no end token, so that answers would have no end: name another")
@@ -54,7 +52,9 @@ def describe(settings: Decoder) -> DecoderDescription:
     outline = _outline(config, settings)
     if settings.adapt == "lora":
         adapters.check(settings.lora, outline)
-    return DecoderDescription(settings, config, tokenizer)
+    positions = getattr(outline.config, "max_position_embeddings", None) or 0
+    width = int(outline.get_input_embeddings().embedding_dim)
+    return DecoderDescription(settings, config, tokenizer, width, positions if positions > 0 else None)
 
 
 def _source(settings: Decoder) -> str:
@@ -131,13 +131,31 @@ def _own_architecture(architecture: dict[str, Any], tokenizer: PreTrainedTokeniz
 
 
 def _outline(config: PreTrainedConfig, settings: Decoder) -> PreTrainedModel:
-    """The model on the meta device: layers without weights."""
+    """The model on the meta device: layers without weights.
+
+    transformers takes the text part of some models that have several (Llama 4); of others (Gemma 3) it makes all, whose vision tower would
+    be loaded, adapted and never used.
+    """
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # sizes that do not divide, unknown activations: each model class has its own errors
         raise ValueError(f"{_source(settings)} does not give a model: {_first_line(error)}") from error
+    text = _text_part(model.config, settings)
+    if text is not model.config:
+        raise ValueError(
+            f"{_source(settings)}: {type(model).__name__} is more than a language model; save its text part (model_type "
+            f"{text.model_type!r}) as a folder of its own, or name another"
+        )
     return model
+
+
+def _text_part(config: PreTrainedConfig, settings: Decoder) -> PreTrainedConfig:
+    """The configuration of the language model in a model of several parts; of a plain one, its own."""
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        raise ValueError(f"{_source(settings)}: model_type {config.model_type!r} has several language models: name one of them") from error
 
 
 def _check_quantise(settings: Decoder) -> None:

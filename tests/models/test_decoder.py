@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,8 @@ def test_a_written_language_model_is_a_decoders_model_again(architecture: dict[s
     """With adapters in it: what is written are its own weights alone."""
     module = make_decoder(tokenizer, None, architecture=architecture, lora=LORA)
     module.write_language(tmp_path / "language")
+    end = json.loads((tmp_path / "language" / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    assert end == module.tokenizer.eos_token_id, "`generate` by others would not stop"
     batch = questions([7, 9], [False, False], 0)
     again = make_decoder(None, None, model=str(tmp_path / "language"), adapt="none")
     assert torch.equal(again(None, *batch)["answer_nll"], module(None, *batch)["answer_nll"])
@@ -240,3 +243,20 @@ def test_a_quantised_base_is_near_the_full_one_and_its_adapters_learn(
     learned = [parameter.grad for name, parameter in held.named_parameters() if "lora_B" in name]
     assert learned
     assert all(grad is not None and grad.abs().sum() > 0 for grad in learned)
+
+
+@pytest.mark.parametrize(("adapt", "drops"), [("none", False), ("lora", True), ("full", True)])
+def test_the_language_models_dropout_is_on_in_training_unless_it_is_frozen(
+    adapt: str, drops: bool, tokenizer: Path, tower: nn.Module, tmp_path: Path
+) -> None:
+    """However it was made, and after it has answered."""
+    gpt = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    made = make_decoder(tokenizer, tower, architecture=gpt, adapt=adapt, lora=LORA)
+    made.write_language(tmp_path / "language")
+    loaded = make_decoder(None, tower, model=str(tmp_path / "language"), adapt=adapt, lora=LORA)
+    for module in (made, loaded):
+        dropouts = [part for part in module.language.modules() if isinstance(part, nn.Dropout) and part.p > 0]
+        assert dropouts
+        assert all(part.training == drops for part in dropouts)
+        module.generate(_visual(tower, 1), *questions([6], [True], 4, left=True)[:3], 2)
+        assert all(part.training == drops for part in dropouts)

@@ -53,6 +53,42 @@ def test_an_architecture_that_does_not_parse_is_refused(architecture: dict[str, 
         decoder.describe(settings(tokenizer, architecture=architecture))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({"model_type": "gemma3"}, r"Gemma3ForConditionalGeneration is more than a language model; .* \(model_type 'gemma3_text'\)"),
+        ({"model_type": "musicgen"}, r"decoder\.architecture"),
+    ],
+    ids=["gemma3", "musicgen"],
+)
+def test_a_model_of_several_parts_is_refused(architecture: dict[str, Any], message: str, tokenizer: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        decoder.describe(settings(tokenizer, architecture=architecture))
+
+
+def test_of_a_model_whose_text_part_transformers_takes_only_that_is_built(tokenizer: Path) -> None:
+    described = decoder.describe(settings(tokenizer, architecture={"model_type": "mllama"}))
+    assert (described.width, described.positions) == (4096, 131072)
+
+
+def test_the_width_is_the_embeddings_and_the_positions_are_the_configurations(tokenizer: Path) -> None:
+    """OPT-350m embeds more narrowly than it computes; GPT-2 has another name for its positions, Bloom has none."""
+    opt = {
+        "model_type": "opt",
+        "hidden_size": 32,
+        "word_embed_proj_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "ffn_dim": 48,
+    }
+    described = decoder.describe(settings(tokenizer, architecture={**opt, "max_position_embeddings": 40}))
+    assert (described.width, described.positions) == (16, 40)
+    gpt = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 12}
+    assert decoder.describe(settings(tokenizer, architecture=gpt)).positions == 12
+    bloom = {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 2}
+    assert decoder.describe(settings(tokenizer, architecture=bloom)).positions is None
+
+
 def test_an_architecture_needs_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"decoder\.tokenizer: missing"):
         decoder.describe(settings(None))
