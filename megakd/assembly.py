@@ -80,7 +80,7 @@ def _module(plan: Plan, student: towers.Towers | None, heads: dict[str, nn.Modul
     device = device if recipe.decoder.quantise != "none" else torch.device("cpu")
     reader = decoder.build(plan.asking.decoder, None if student is None else student.clip.visual, device, dtype)  # type: ignore[arg-type]
     if recipe.decoder.start is not None:
-        bundle.go_on_from(Path(recipe.decoder.start), reader)
+        bundle.go_on_from(Path(recipe.decoder.start), reader, plan.student)
     tower_learns = recipe.answers.tower == "trained"
     clip = None if student is None else student.clip
     module = AnsweringStudent(clip, heads, max_scale, reader, recipe.decoder.layer, tower_learns=tower_learns)

@@ -159,14 +159,17 @@ def merge(folder: Path, out: Path) -> None:
     dataclasses.replace(loaded, decoder=merged).save(out, tower_inside=True, language_inside=True)
 
 
-def go_on_from(folder: Path, decoder: Decoder) -> None:
-    """Put the projector and the adapter of the bundle in `folder` into a decoder that was just built.
+def go_on_from(folder: Path, decoder: Decoder, tower: towers.Description | None) -> None:
+    """Put the projector and the adapter of the bundle in `folder` into a decoder that was just built. tower: that it reads.
 
-    A bundle without adapter leaves a new one as it is: alignment trains the projector alone. Raises ValueError as `Bundle.load` does,
-    and when the two decoders have other language models, projectors or adapters.
+    A bundle without adapter leaves a new one as it is: alignment trains the projector alone. The prompt may be another one, as in LLaVA's
+    two stages. Raises ValueError as `Bundle.load` does, and when the two decoders have other language models, projectors, adapters, or
+    towers, as far as the bundle knows its tower by reference: one that was trained in its run is gone on with as that run's model.
     """
     manifest, key = bundle_files.read(folder), f"decoder.start = {str(folder)!r}"
     _check_same_language(folder, manifest, decoder.settings, key)
+    if decoder.projector is not None and tower is not None:
+        _check_same_view(manifest, decoder.settings, tower, key)
     if (decoder.projector is None) != (PROJECTOR not in manifest["files"]):
         raise ValueError(f"{key}: one of the two decoders has no eyes: give both runs a student, or neither")
     if (folder / ADAPTER).is_dir():
@@ -235,18 +238,46 @@ def _check_same_language(folder: Path, manifest: dict[str, Any], settings: Setti
         raise ValueError(f"{key}: was trained on another language model than this run's: set decoder.model = {right!r}")
 
 
+def _check_same_view(manifest: dict[str, Any], settings: Settings, tower: towers.Description, key: str) -> None:
+    """What a projector makes image tokens of means something for the tower, the block and the grid that it was trained on alone."""
+    for name in ("layer", "image_tokens"):
+        before, now = manifest["decoder"][name], getattr(settings, name)
+        if before != now:
+            raise ValueError(f"{key}: its projector was trained with decoder.{name} = {before}, and this run has {now}: set it to {before}")
+    known = manifest["tower"]
+    if known is None or known["inside"]:
+        return
+    file = None if tower.settings.pretrained == towers.RANDOM else weights_file(tower)
+    if file is None or bundle_files.digest(file) != known["sha256"]:
+        before = known["settings"]["model"] or known["settings"]["pretrained"]
+        raise ValueError(f"{key}: its projector was trained on another vision tower ({before!r}) than this run's: make that the student")
+
+
 def _tower_reference(description: towers.Description) -> dict[str, Any]:
     settings = description.settings
     file = None if settings.pretrained == towers.RANDOM else weights_file(description)
     if file is None:
         raise ValueError("the vision tower has no file of weights that a bundle could refer to: save it with the tower inside")
     known = {name: getattr(settings, name) for name in Model.model_fields}
-    return {"settings": known, "sha256": bundle_files.digest(file)}
+    known |= {"model": _resolved(settings.model), "pretrained": _resolved(settings.pretrained), "tokenizer": _resolved(settings.tokenizer)}
+    return {"settings": known | {"recipe": None}, "sha256": bundle_files.digest(file)}
+
+
+def _resolved(name: str | None) -> str | None:
+    """A file or folder by its whole path, as a bundle is read from anywhere; other names as they are."""
+    if name is None:
+        return None
+    prefix = "local-dir:" if name.startswith("local-dir:") else ""
+    path = Path(name.removeprefix(prefix))
+    return f"{prefix}{path.resolve()}" if path.exists() else name
 
 
 def _load_tower(folder: Path, known: dict[str, Any], device: torch.device) -> Towers:
     settings = Model(model=f"local-dir:{folder / TOWER}") if known["inside"] else Model.model_validate(known["settings"])
-    description = towers.describe(settings, "tower")
+    try:
+        description = towers.describe(settings, "tower")
+    except ValueError as error:
+        raise ValueError(f"{folder}: its vision tower cannot be found; put it where it was, or take a merged bundle: {error}") from error
     if not known["inside"]:
         file = weights_file(description)
         if file is None or bundle_files.digest(file) != known["sha256"]:

@@ -42,7 +42,7 @@ def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """The manifest, after every file was compared with it.
 
-    Raises ValueError naming the file: no bundle, another format, a file that is missing, changed or not known.
+    Raises ValueError naming the file: no bundle, another format, a file that is missing or changed, or one too many in a part.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -60,6 +60,12 @@ def read(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder}: {name} is missing; a bundle is used whole: copy it again")
         if file.stat().st_size != known["bytes"] or digest(file) != known["sha256"]:
             raise ValueError(f"{folder}: {name} is not what was written (size or SHA-256 differ); copy the bundle again")
+    # In a tokenizer's or a model's folder it would be read; beside them anything may lie.
+    for part in {name.split("/")[0] for name in files if "/" in name}:
+        for file in (folder / part).rglob("*"):
+            name = file.relative_to(folder).as_posix()
+            if file.is_file() and name not in files:
+                raise ValueError(f"{folder}: {name} was not written with it; move it elsewhere")
     return manifest
 
 

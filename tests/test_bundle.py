@@ -127,6 +127,15 @@ def test_a_partial_or_changed_bundle_is_refused_by_the_files_name(
         Bundle.load(folder, CPU)
 
 
+def test_a_file_that_came_in_later_is_refused(adapted: tuple[Bundle, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapted[1], tmp_path / "bundle"))
+    (folder / "README.md").write_text("where it comes from", encoding="utf-8")
+    Bundle.load(folder, CPU)
+    (folder / "tokenizer" / "added_tokens.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer/added_tokens\.json was not written with it"):
+        Bundle.load(folder, CPU)
+
+
 def test_another_language_model_in_the_place_of_the_base_is_refused(tokenizer: Path, language: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(language, tmp_path / "base"))
     _make(tokenizer, model=str(base)).save(tmp_path / "bundle", tower_inside=True)
@@ -150,9 +159,30 @@ def test_a_tower_that_was_only_loaded_is_known_by_reference_and_a_changed_one_is
     second.save(tmp_path / "second", tower_inside=False)
     assert not (tmp_path / "second" / "tower").exists()
     assert _answers(Bundle.load(tmp_path / "second", CPU)) == _answers(first)
+    fresh = make_decoder(None, built.clip.visual, model=str(language), lora=LORA)  # type: ignore[arg-type]
+    bundle.go_on_from(tmp_path / "second", fresh, built.description)
+    with pytest.raises(ValueError, match="trained on another vision tower"):
+        bundle.go_on_from(tmp_path / "second", fresh, make_towers(tokenizer).description)
     weights = load_file(copied / "open_clip_model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, copied / "open_clip_model.safetensors")
     with pytest.raises(ValueError, match=r"vision tower .* is not here, or another one"):
+        Bundle.load(tmp_path / "second", CPU)
+
+
+def test_a_tower_that_was_named_by_a_relative_path_is_found_from_anywhere(
+    tokenizer: Path, language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _make(tokenizer, model=str(language))
+    made.save(tmp_path / "first", tower_inside=True)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tokenizer, tmp_path / "words")
+    named = recipe.Model(model="local-dir:first/tower", tokenizer="words", recipe=None)
+    built = bundle.towers.build(bundle.towers.describe(named, "student"), CPU)
+    Bundle(made.decoder, built, 64).save(Path("second"), tower_inside=False)
+    monkeypatch.chdir("/")
+    assert _answers(Bundle.load(tmp_path / "second", CPU)) == _answers(made)
+    shutil.rmtree(tmp_path / "first")
+    with pytest.raises(ValueError, match=r"second: its vision tower cannot be found"):
         Bundle.load(tmp_path / "second", CPU)
 
 
@@ -241,7 +271,7 @@ def test_a_run_goes_on_from_the_projector_and_the_adapter_of_a_bundle(
 ) -> None:
     made, folder = adapted
     fresh = make_decoder(None, make_towers(tokenizer).clip.visual, model=str(language), lora=LORA)  # type: ignore[arg-type]
-    bundle.go_on_from(folder, fresh)
+    bundle.go_on_from(folder, fresh, make_towers(tokenizer).description)
     saved = made.decoder.state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in fresh.state_dict().items())
 
@@ -250,7 +280,7 @@ def test_an_aligned_projector_is_gone_on_with_under_a_new_adapter(tokenizer: Pat
     aligned = _make(tokenizer, model=str(language), adapt="none")
     aligned.save(tmp_path / "bundle", tower_inside=True)
     fresh = make_decoder(None, make_towers(tokenizer).clip.visual, model=str(language), lora=LORA)  # type: ignore[arg-type]
-    bundle.go_on_from(tmp_path / "bundle", fresh)
+    bundle.go_on_from(tmp_path / "bundle", fresh, make_towers(tokenizer).description)
     assert aligned.decoder.projector is not None
     assert fresh.projector is not None
     saved = aligned.decoder.projector.state_dict()
@@ -260,15 +290,20 @@ def test_an_aligned_projector_is_gone_on_with_under_a_new_adapter(tokenizer: Pat
 
 def test_going_on_with_other_parts_is_an_error_that_names_the_key(adapted: tuple[Bundle, Path], tokenizer: Path, language: Path) -> None:
     folder, model = adapted[1], str(language)
+    seen = make_towers(tokenizer).description
     with pytest.raises(ValueError, match=r"set decoder\.model = "):
-        bundle.go_on_from(folder, _fresh(tokenizer))
+        bundle.go_on_from(folder, _fresh(tokenizer), seen)
     with pytest.raises(ValueError, match="has no eyes"):
-        bundle.go_on_from(folder, _fresh(tokenizer, model=model, sees=False))
+        bundle.go_on_from(folder, _fresh(tokenizer, model=model, sees=False), None)
     with pytest.raises(ValueError, match=r"decoder\.adapt = 'none' has no place for it"):
-        bundle.go_on_from(folder, _fresh(tokenizer, model=model, adapt="none"))
+        bundle.go_on_from(folder, _fresh(tokenizer, model=model, adapt="none"), seen)
     narrow = make_decoder(None, make_towers(tokenizer).clip.visual, model=model, lora=LORA.model_copy(update={"rank": 2}))  # type: ignore[arg-type]
+    for setting in ({"layer": -1}, {"image_tokens": 1}):
+        name, value = next(iter(setting.items()))
+        with pytest.raises(ValueError, match=rf"trained with decoder\.{name} = .* this run has {value}"):
+            bundle.go_on_from(folder, _fresh(tokenizer, model=model, **setting), seen)
     with pytest.raises(ValueError, match=r"decoder\.lora\.rank"):
-        bundle.go_on_from(folder, narrow)
+        bundle.go_on_from(folder, narrow, seen)
 
 
 def test_the_command_prints_the_answer_of_the_bundle(
