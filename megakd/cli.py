@@ -181,11 +181,11 @@ def smoke(
 @app.command()
 def answer(
     bundle: Annotated[Path, typer.Argument(help="RUN/bundle of a run that trained a decoder")],
-    image: Annotated[Path | None, typer.Argument(help="image file")] = None,
+    image: Annotated[str | None, typer.Argument(help="image file; none: a question about no image")] = None,
     question: Annotated[str | None, typer.Argument(help="in quotes")] = None,
     merge: Annotated[Path | None, typer.Option(metavar="OUT", help="write the bundle to OUT, its adapter merged, and ask nothing")] = None,
 ) -> None:
-    """Answer a question about an image: megakd answer RUN/bundle image.jpg "How many red squares?"."""
+    """Answer a question about an image, or about none: megakd answer RUN/bundle image.jpg "How many red squares?"."""
     from megakd import answering
     from megakd import bundle as bundles
     from megakd.start import quiet_libraries
@@ -194,10 +194,12 @@ def answer(
     if merge is not None:
         bundles.merge(bundle, merge)
         print(f"{merge}: {bundle} with its adapter merged")
-    elif image is None or question is None:
+    elif image is None or (question is None and Path(image).is_file()):
         raise ValueError("give an image and a question: megakd answer RUN/bundle image.jpg 'How many red squares?'")
+    elif question is None:
+        answering.run(bundle, None, image)  # the only argument is what is asked
     else:
-        answering.run(bundle, image, question)
+        answering.run(bundle, Path(image), question)
 
 
 @bench.command()

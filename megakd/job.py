@@ -17,7 +17,7 @@ from megakd.evaluation import report
 from megakd.judging import Judge
 from megakd.models import towers
 from megakd.models.identity import preprocessing, weights_file
-from megakd.preparation import Plan
+from megakd.preparation import Plan, questions_in_a_step
 from megakd.runtime import checkpoint, collectives, ds_config, launch, runlog, slurm_job, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine, State, trained_shapes
@@ -98,7 +98,8 @@ class Run:
         micro, rounds = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
         how = f"{self.world.size} x {self.world.device.type}, ZeRO {config.get('zero_optimization', {}).get('stage', 0)}"
         how += f", {'bf16' if ds_config.is_bf16(config) else 'fp32'}"
-        how += f", batch {recipe.optim.batch} = {self.world.size} ranks x {rounds} x {micro}"
+        if self.plan.pairs is not None:
+            how += f", batch {recipe.optim.batch} = {self.world.size} ranks x {rounds} x {micro}"
         return f"{recipe.optim.steps} steps, {how}\n{self._sources()}"
 
     def _sources(self) -> str:
@@ -111,7 +112,9 @@ class Run:
         if asking is not None and self.recipe.answers is not None and self.recipe.decoder is not None:
             tower = "no tower" if self.recipe.student is None else f"{self.recipe.answers.tower} tower"
             adapted = {"lora": "LoRA", "none": "frozen", "full": "all weights"}[self.recipe.decoder.adapt]
-            parts.append(f"questions: {len(asking.train)} with weight {self.recipe.answers.weight:g}; {tower}; decoder: {adapted}")
+            batch = f"batch {questions_in_a_step(self.recipe)}"
+            weight = f"weight {self.recipe.answers.weight:g}"
+            parts.append(f"questions: {len(asking.train)}, {batch}, {weight}; {tower}; decoder: {adapted}")
         return "\n".join(parts)
 
     def _finish(self) -> None:
@@ -132,7 +135,7 @@ class Run:
     def _write_bundle(self, weights: dict[str, Tensor]) -> None:
         answers, student = self.recipe.answers, self._learners.student
         assert answers is not None
-        module = self._judge.answering(self._engine, weights)
+        module = self._judge.learned(self._engine, weights)
         trained = self.plan.pairs is not None or answers.tower == "trained"
         known = student is not None and student.description.settings.pretrained != towers.RANDOM
         loaded = known and student is not None and weights_file(student.description) is not None

@@ -61,6 +61,15 @@ class Judge:
         assert isinstance(module, AnsweringStudent)
         return module
 
+    def learned(self, engine: Engine, weights: dict[str, Tensor]) -> AnsweringStudent:
+        """`answering` with the optimizer's float32 weights in towers, projector and adapters, where the engine's module has them rounded to
+        bf16. For the end of a run: the engine does not train on."""
+        module = self.answering(engine, weights)
+        for name, parameter in module.named_parameters():
+            if name in weights and (not name.startswith("decoder.language.") or "lora_" in name):
+                parameter.data = weights[name]
+        return module
+
     def _questions(self, module: AnsweringStudent, identity: dict[str, Any], folder: Path) -> dict[str, Any]:
         plan, recipe, student = self._plan, self._plan.request.recipe, self._learners.student
         assert plan.asking is not None

@@ -314,6 +314,11 @@ class Recipe(Section):
     log: Log = Log()
     watchdog: Watchdog = Watchdog()
 
+    def samples_in_a_step(self) -> int:
+        """Pairs, or questions where nothing is learned from pairs; over all ranks."""
+        questions = None if self.answers is None or self.objectives.active() else self.answers.batch
+        return questions or self.optim.batch
+
     def teachers(self) -> dict[str, Teacher]:
         """By role: "teacher", then "ensemble.NAME" in the recipe's order."""
         first = {} if self.teacher is None else {"teacher": self.teacher}
@@ -350,4 +355,19 @@ class Recipe(Section):
         clip_sets = [kind for kind in ("zero_shot", "retrieval", "hard_negatives") if getattr(self.evaluation, kind)]
         if clip_sets and not self.objectives.active():
             raise ValueError(f"evaluation.{clip_sets[0]}: without an objective the student's text tower is not trained: take the set out")
+        return self
+
+    @model_validator(mode="after")
+    def _answers_move_something(self) -> Recipe:
+        if self.answers is None or self.decoder is None:
+            return self
+        sees, rates, adapt = self.student is not None, self.answers.lr, self.decoder.adapt
+        if not sees and adapt == "none":
+            raise ValueError("decoder.adapt = 'none' without [student]: no projector and no weights to train; set it to 'lora' or 'full'")
+        if rates.decoder is not None and adapt == "none":
+            raise ValueError("answers.lr.decoder: decoder.adapt = 'none' trains nothing of the language model; take the rate out")
+        if rates.projector is not None and not sees:
+            raise ValueError("answers.lr.projector: without [student] the decoder has no projector; take the rate out")
+        if rates.tower is not None and not (sees and (self.answers.tower == "trained" or self.objectives.active())):
+            raise ValueError("answers.lr.tower: nothing trains the vision tower: take the rate out, or set answers.tower to 'trained'")
         return self

@@ -100,7 +100,7 @@ class Trainer:
             with self.clock.host("data"):
                 batch = next(batches)
             agreed = self.step(batch, step)
-            step, images = step + 1, images + recipe.optim.batch
+            step, images = step + 1, images + recipe.samples_in_a_step()
             last = step == recipe.optim.steps
             if step % recipe.log.every == 0 or last or agreed.stop:
                 now = time.perf_counter()
@@ -274,7 +274,7 @@ class Trainer:
         self._log.row(row, self.recipe.optim.steps)
         flat = {"loss": total, **losses, "lr": row["lr"], "images_per_second": images_per_second}
         flat |= {"scale": scale} if self.task.distill is not None else {}
-        self.engine.monitor(flat, step * self.recipe.optim.batch)
+        self.engine.monitor(flat, step * self.recipe.samples_in_a_step())
 
 
 def _joined(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:

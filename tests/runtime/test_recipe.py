@@ -56,6 +56,31 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(recipe_file: Path
     assert f"--set {override}" in message
 
 
+BLIND = """
+name = "blind"
+optim = { steps = 1, batch = 1, lr = 1.0 }
+decoder.model = "x"
+answers.train.a = { format = "llava", questions = "q" }
+"""
+SEEING = BLIND + "student.model = 'ViT-S-32'"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (BLIND, ["decoder.adapt=none"], "no projector and no weights to train"),
+        (BLIND, ["answers.lr.tower=1e-3"], "answers.lr.tower: nothing trains the vision tower"),
+        (BLIND, ["answers.lr.projector=1e-3"], "answers.lr.projector: without [student]"),
+        (SEEING, ["answers.lr.tower=1e-3"], "answers.lr.tower: nothing trains the vision tower"),
+        (SEEING, ["decoder.adapt=none", "answers.lr.decoder=1e-3"], "answers.lr.decoder: decoder.adapt = 'none'"),
+    ],
+)
+def test_answers_that_move_nothing_are_refused(text: str, overrides: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(text, encoding="utf-8")
+    assert message in _error(tmp_path / "r.toml", *overrides)
+    _load(tmp_path / "r.toml")
+
+
 def test_an_unknown_key_without_a_near_one_lists_what_is_known(recipe_file: Path) -> None:
     assert "log.zzz: unknown key; known here: every" in _error(recipe_file, "log.zzz=3")
 

@@ -63,6 +63,18 @@ def test_zero_3_in_bf16_is_judged_and_its_bundle_has_the_optimizers_weights(
     assert all(torch.equal(value, model[name]) for name, value in inside.items())
 
 
+def test_a_bundle_of_bf16_has_the_optimizers_weights(recipe_file: Path, asking: tuple[str, ...], tmp_path: Path) -> None:
+    config = ds_config(tmp_path / "z.json", zero_optimization=zero(2), bf16={"enabled": True})
+    run = ran(recipe_file, tmp_path / "run", *asking, "answers.tower=trained", config=config)
+    weights = checkpoint.load(run / "checkpoints" / "step_00000003")[1].weights
+    projector, adapter = (load_file(run / "bundle" / name) for name in ("projector.safetensors", "adapter/adapter_model.safetensors"))
+    assert all(torch.equal(value, weights[f"decoder.projector.{name}"]) for name, value in projector.items())
+    trained = {name.removeprefix("decoder.language.").replace(".default", ""): value for name, value in weights.items()}
+    assert all(torch.equal(value, trained[name]) for name, value in adapter.items())
+    inside, model = (load_file(folder / "open_clip_model.safetensors") for folder in (run / "bundle" / "tower", run / "model"))
+    assert all(torch.equal(value, model[name]) for name, value in inside.items())
+
+
 def test_a_frozen_tower_keeps_its_statistics_and_the_bundle_answers_as_the_evaluation(
     recipe_file: Path, asking: tuple[str, ...], tmp_path: Path
 ) -> None:

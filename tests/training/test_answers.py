@@ -14,9 +14,11 @@ from tiny_decoders import evaluated_and_asked_again
 from tiny_runs import KD, TINY_LLAMA, answering, curve, ds_config, events, losses, question_source, rows, train, zero
 from typer.testing import CliRunner
 
-from megakd import recipe_files
+from megakd import preparation, recipe_files
 from megakd.cli import app
 from megakd.runtime import checkpoint
+from megakd.runtime import ds_config as ds_config_module
+from megakd.runtime.launch import World
 from megakd.runtime.signals import EXIT_USER_ERROR
 
 WITHOUT_OBJECTIVES = ("objectives.contrastive=0.0",)
@@ -77,6 +79,8 @@ def test_with_a_frozen_tower_projector_and_adapters_are_trained_and_nothing_else
     assert all("lora_" in name for name in weights if name.startswith("decoder.language."))
     first, _ = step_of(after, 1)
     assert all(not torch.equal(first[name], value) for name, value in weights.items())
+    row = rows(after)[0]
+    assert row["images_per_second"] * sum(row["seconds"].values()) == pytest.approx(8), "answers.batch, and not optim.batch"
 
 
 def test_the_bundle_answers_what_the_run_was_judged_by(after: Path, world: Path) -> None:
@@ -268,6 +272,38 @@ def test_the_command_line_answers_from_a_bundle_and_merges_it(after: Path, world
     assert again.stdout == said.stdout
     with pytest.raises(ValueError, match="give an image and a question"):
         CliRunner().invoke(app, ["answer", str(after / "bundle")], catch_exceptions=False)
+
+
+def test_a_blind_bundle_is_asked_without_an_image(reader: Path, tmp_path: Path) -> None:
+    asked = CliRunner().invoke(app, ["answer", str(reader / "bundle"), "is there a red circle?"], catch_exceptions=False)
+    assert asked.exit_code == 0
+    assert asked.stdout.strip()
+    (tmp_path / "image.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="give an image and a question"):
+        CliRunner().invoke(app, ["answer", str(reader / "bundle"), str(tmp_path / "image.jpg")], catch_exceptions=False)
+
+
+def test_conversations_longer_than_the_language_models_positions_are_refused(
+    recipe_file: Path, asking: tuple[str, ...], world: Path, tmp_path: Path
+) -> None:
+    gpt = "{ model_type = 'gpt2', n_embd = 32, n_layer = 1, n_head = 2, n_positions = 66 }"
+    named = [item for item in asking if not item.startswith("decoder.model")]
+    sets = [*named, f"decoder.tokenizer={world}/tokenizer", f"decoder.architecture={gpt}"]
+    finished = train(recipe_file, "--out", tmp_path / "run", "--dry_run", sets=sets)
+    assert finished.code == EXIT_USER_ERROR
+    assert "answers.max_length = 64 + evaluation.answer_tokens = 3" in finished.err
+    assert "set answers.max_length to 63 at most" in finished.err
+    fits = train(recipe_file, "--out", tmp_path / "run", "--dry_run", sets=[*sets, "answers.max_length=63"])
+    assert fits.code == 0, fits.err
+
+
+def test_questions_that_do_not_divide_by_the_ranks_are_refused_before_the_run(
+    recipe_file: Path, asking: tuple[str, ...], tmp_path: Path
+) -> None:
+    settings, _ = recipe_files.load(str(recipe_file), [*asking, "answers.batch=9"])
+    config = ds_config_module.resolve({}, settings, 2, config_name="", recipe_name="")
+    with pytest.raises(ValueError, match=r"answers\.batch = 9 does not divide by 2 ranks"):
+        preparation._check_answers(settings, config, World(0, 2, torch.device("cpu")))
 
 
 def test_fewer_questions_than_places_for_them_are_refused(recipe_file: Path, asking: tuple[str, ...], tmp_path: Path) -> None:
