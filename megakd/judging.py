@@ -73,7 +73,7 @@ class Judge:
     def _questions(self, module: AnsweringStudent, identity: dict[str, Any], folder: Path) -> dict[str, Any]:
         plan, recipe, student = self._plan, self._plan.request.recipe, self._learners.student
         assert plan.asking is not None
-        dtype = torch.float32 if module.clip is None else next(module.clip.visual.parameters()).dtype  # type: ignore[union-attr, operator]
+        dtype = next(module.parameters()).dtype  # the towers', where there are any: a replica has them in float32
         if self._whole is not None:
             module.to(self._world.device)
         answerer = vqa.Answerer(

@@ -112,7 +112,7 @@ def _own_architecture(architecture: dict[str, Any], tokenizer: PreTrainedTokeniz
         raise ValueError(
             f"decoder.architecture.model_type = {kind!r}: transformers has no such model; nearest: {', '.join(nearest) or '-'}"
         )
-    plain = AutoConfig.for_model(kind)
+    plain = _configured({"model_type": kind})
     known = {*plain.to_dict(), *plain.attribute_map}
     for key in architecture:
         if key not in known:  # transformers would keep it as an attribute that nothing reads
@@ -123,8 +123,12 @@ def _own_architecture(architecture: dict[str, Any], tokenizer: PreTrainedTokeniz
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    return _configured({**words, **architecture})
+
+
+def _configured(values: dict[str, Any]) -> PreTrainedConfig:
     try:
-        config: PreTrainedConfig = AutoConfig.for_model(**{**words, **architecture})
+        config: PreTrainedConfig = AutoConfig.for_model(**values)
     except Exception as error:  # transformers checks values in classes of its own and of huggingface_hub
         raise ValueError(f"decoder.architecture: {_first_line(error)}") from error
     return config
