@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from megakd.judging import Judge
 from megakd.models import towers
 from megakd.models.identity import preprocessing, weights_file
 from megakd.preparation import Plan, questions_in_a_step
-from megakd.runtime import checkpoint, collectives, ds_config, launch, runlog, slurm_job, watchdog
+from megakd.runtime import checkpoint, collectives, ds_config, engine, launch, runlog, slurm_job, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine, State, trained_shapes
 from megakd.runtime.launch import World
@@ -61,7 +62,18 @@ class Run:
             collectives.by_main(lambda: self._lock(held), self.world)
             held.enter_context(Watchdog(self.recipe.watchdog.limit, self.folder, self.world))
             launch.wait_longer_than(self.recipe.watchdog.limit)
-            return self._execute()
+            code = self._execute()
+            self._release()
+            return code
+
+    def _release(self) -> None:
+        """Make room for the run that may follow in this process. After an error none does, and this could wait for a device that hangs."""
+        self._engine.close()
+        engine.forget()
+        del self._engine, self._judge, self._learners, self._teachers
+        gc.collect()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _lock(self, held: contextlib.ExitStack) -> None:
         remedy = "end it first, or choose another --out"

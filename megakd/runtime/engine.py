@@ -6,6 +6,7 @@ fp32 weights and optimizer moments, whatever the ZeRO stage. Checkpoints made of
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -26,6 +27,8 @@ if not os.environ.get("PATH", "").startswith(_PROGRAMS):
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402
+from deepspeed.runtime.zero import parameter_offload  # noqa: E402
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -116,6 +119,14 @@ class Engine:
         """Global gradient norm of the last update, before clipping; NaN before the first. Waits for the device."""
         return float(self._norm)
 
+    def close(self) -> None:
+        """Let go of gradient hooks: no garbage collection sees them, and they hold weights, moments and ZeRO's buckets.
+
+        Neither the engine nor its module is of use after it. See `forget` for what else holds a partitioned one.
+        """
+        self._engine.destroy()
+        del self._engine, self._optimizer
+
     def monitor(self, values: dict[str, float], samples: int) -> None:
         """Hand named values to the monitors of the JSON (TensorBoard, W&B, CSV, Comet)."""
         if self._engine.monitor.enabled:
@@ -196,6 +207,18 @@ class Engine:
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
+
+
+def forget() -> None:
+    """Empty what ZeRO-3 keeps for all engines of a process (0.19.8): a stack of modules, and methods' cached results.
+
+    For when none of them is in use any more, partitioned teachers included.
+    """
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for method in filter(inspect.isfunction, vars(PartitionedParameterCoordinator).values()):
+        for wrapped in inspect.getclosurevars(method).nonlocals.values():
+            if hasattr(wrapped, "cache_clear"):
+                wrapped.cache_clear()
 
 
 def _own_slice(value: Tensor, numel: int, rank: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megakd.models.student import decay_groups
 from megakd.recipe import Optim
 from megakd.runtime import launch
-from megakd.runtime.engine import Engine, State
+from megakd.runtime.engine import Engine, State, forget
 from megakd.runtime.launch import World
 
 
@@ -95,16 +95,19 @@ def measure(name: str, world: World, foreign: State | None) -> dict[str, Any]:
     middle = engine.export(moments=True, everywhere=True)
     norms += advance(engine, world, 2, 4)
     end = engine.export(moments=True, everywhere=True)
+    engine.close()
     again = make(name, world, middle)
     restored = again.export(moments=True, everywhere=True)
     found = {"norms": norms, "middle": vars(middle), "end": vars(end), "restored": vars(restored)}
     found["norms_resumed"] = norms[:2] + advance(again, world, 2, 4)
     found["end_resumed"] = vars(again.export(moments=True, everywhere=True))
+    again.close()
     if foreign is not None:
         guest = make(name, world, foreign)
         found["foreign_restored"] = vars(guest.export(moments=True, everywhere=True))
         advance(guest, world, 2, 4)
         found["end_of_foreign"] = vars(guest.export(moments=True, everywhere=True))
+        guest.close()
     return found
 
 
@@ -115,6 +118,7 @@ def measure_all(world: World, folder: Path, foreign: Path | None) -> None:
         found = measure(name, world, start)
         if world.is_main:
             torch.save(found, folder / f"{name}.pt")
+        forget()
 
 
 if __name__ == "__main__":

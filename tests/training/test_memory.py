@@ -1,0 +1,27 @@
+"""What a run leaves in its process: nothing, as the run of another recipe may follow there and needs the room."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+from torch import nn
+from tiny_runs import KD, ds_config, train
+
+from megakd.models.student import Student
+
+
+def _parameters() -> int:
+    return sum(isinstance(found, nn.Parameter) for found in gc.get_objects())
+
+
+@pytest.mark.parametrize(("stage", "mode"), [(0, "replicated"), (2, "replicated"), (3, "zero3")])
+def test_a_finished_run_leaves_neither_student_nor_teacher_behind(recipe_file: Path, tmp_path: Path, stage: int, mode: str) -> None:
+    config = ds_config(tmp_path / "config.json", zero_optimization={"stage": stage, "stage3_param_persistence_threshold": 0})
+    gc.collect()
+    before = _parameters()
+    finished = train(recipe_file, "--out", tmp_path / "run", "--ds_config", config, sets=(*KD, f"teacher.mode={mode}", "optim.steps=3"))
+    assert finished.code == 0, finished.err
+    assert _parameters() == before
+    assert not any(isinstance(found, Student) for found in gc.get_objects())
