@@ -18,14 +18,14 @@ import torch
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from megakd.data.bad import BadCounter
-from megakd.data.joint import JointBatch
+from megakd.data.joint import JointBatch, Skipped
 from megakd.data.loader import Batch
 from megakd.data.views import normalise
 from megakd.models.answering import Questions
 from megakd.models.embeddings import Embeddings
 from megakd.models.stored_teacher import StoredTeacher, TextStoredTeacher
 from megakd.models.teacher import Teacher
+from megakd.preparation import questions_in_a_step
 from megakd.recipe import Optim, Recipe
 from megakd.runtime import collectives, watchdog
 from megakd.runtime.checkpoint import Progress
@@ -58,7 +58,7 @@ class Agreed:
     finite: bool
     stop: bool
     log_failed: bool
-    bad: BadCounter
+    bad: Skipped
 
 
 def learning_rate(optim: Optim, step: int) -> float:
@@ -89,7 +89,7 @@ class Trainer:
         self.recipe, self.world, self.engine, self.task, self.teachers = recipe, world, engine, task, teachers
         self._preprocess, self._log, self._stop = preprocess, log, stop
         self.clock = Stopwatch(world.device)
-        self._bad = BadCounter()
+        self._bad = Skipped()
 
     def fit(self, batches: Iterator[JointBatch], start: Progress, hooks: Hooks) -> bool:
         """Train from `start` to the last step. Returns True when it got there, False when a signal stopped it after a save."""
@@ -244,14 +244,14 @@ class Trainer:
         wrong, *values = pending.read()
         names = [*self.task.weights, "scale"]
         means, (stop, log_failed, *counts) = values[: len(names)], values[len(names) :]
-        bad = BadCounter.from_list([int(count) for count in counts], batch.bad.examples)
+        bad = Skipped.from_list([int(count) for count in counts], batch.bad)
         return Agreed(dict(zip(names, means, strict=True)), wrong == 0, stop > 0, log_failed > 0, bad)
 
-    def _judge_data(self, bad: BadCounter) -> None:
+    def _judge_data(self, bad: Skipped) -> None:
         """The same numbers on every rank, so every rank stops or none."""
         self._bad.merge(bad)
-        if bad.total:
-            self._bad.check(self.recipe.data.max_bad_fraction, at_least=self.recipe.optim.batch)
+        questions = 0 if self.recipe.answers is None else questions_in_a_step(self.recipe)
+        self._bad.check(self.recipe.data.max_bad_fraction, self.recipe.optim.batch, questions)
 
     def _write_row(self, step: int, agreed: Agreed, images_per_second: float, elapsed: float) -> None:
         losses = dict(agreed.losses)

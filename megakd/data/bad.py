@@ -82,14 +82,15 @@ class BadCounter:
         counts = {reason: int(count) for reason, count in zip(REASONS, values[1:], strict=True) if count}
         return cls(int(values[0]), counts, dict(examples))
 
-    def check(self, max_bad_fraction: float, at_least: int) -> None:
-        """Raises ValueError when more than `max_bad_fraction` of the samples are bad and at least `at_least` were seen."""
+    def check(self, max_bad_fraction: float, at_least: int, what: str = "samples") -> None:
+        """Raises ValueError when more than `max_bad_fraction` of them are bad and at least `at_least` were seen. what: in its words."""
         if self.seen < at_least or self.fraction <= max_bad_fraction:
             return
+        length = self.counts.get("too_long", 0) * 2 > self.total
         raise ValueError(
-            f"{self.total} of {self.seen} samples are unusable ({self.fraction:.2%}), more than data.max_bad_fraction = "
+            f"{self.total} of {self.seen} {what} are unusable ({self.fraction:.2%}), more than data.max_bad_fraction = "
             f"{max_bad_fraction}: {self.by_reason()}. Example: {self.example or 'on another rank'}. "
-            f"Repair the shards, or raise data.max_bad_fraction"
+            f"{'Raise answers.max_length' if length else 'Repair the files'}, or raise data.max_bad_fraction"
         )
 
     def by_reason(self) -> str:

@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from megakd.data.bad import BadCounter
+from megakd.data.bad import BadCounter, Reason
 from megakd.data.loader import Batch, TrainBatches
 from megakd.data.question_loader import QuestionBatch, QuestionBatches
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was bad among pairs and among questions, each by itself: many good pairs would hide that hardly a question is usable."""
+
+    pairs: BadCounter = field(default_factory=BadCounter)
+    questions: BadCounter = field(default_factory=BadCounter)
+
+    def merge(self, other: Skipped) -> None:
+        self.pairs.merge(other.pairs)
+        self.questions.merge(other.questions)
+
+    @property
+    def counts(self) -> dict[Reason, int]:
+        """Of both, by reason."""
+        both = BadCounter()
+        both.merge(self.pairs)
+        both.merge(self.questions)
+        return both.counts
+
+    def to_list(self) -> list[int]:
+        """As BadCounter's: of fixed length, to be summed over ranks."""
+        return self.pairs.to_list() + self.questions.to_list()
+
+    @classmethod
+    def from_list(cls, values: Sequence[int], here: Skipped) -> Skipped:
+        """The inverse of `to_list`, with this rank's examples."""
+        half = len(values) // 2
+        pairs = BadCounter.from_list(values[:half], here.pairs.examples)
+        return cls(pairs, BadCounter.from_list(values[half:], here.questions.examples))
+
+    def check(self, max_bad_fraction: float, pairs: int, questions: int) -> None:
+        """Raises ValueError when too many of either are bad, judged from at least so many seen: a step's pairs, a step's questions."""
+        self.pairs.check(max_bad_fraction, at_least=pairs)
+        self.questions.check(max_bad_fraction, at_least=questions, what="questions")
 
 
 @dataclass(frozen=True)
@@ -27,13 +63,9 @@ class JointBatch:
         return leading.next_position
 
     @property
-    def bad(self) -> BadCounter:
+    def bad(self) -> Skipped:
         """What this rank skipped of both."""
-        merged = BadCounter()
-        for batch in (self.pairs, self.questions):
-            if batch is not None:
-                merged.merge(batch.bad)
-        return merged
+        return Skipped(*(BadCounter() if part is None else part.bad for part in (self.pairs, self.questions)))
 
     def to(self, device: torch.device, non_blocking: bool) -> JointBatch:
         pairs, questions = self.pairs, self.questions

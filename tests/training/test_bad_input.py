@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import ds_config, rows, train
+from tiny_runs import TINY_LLAMA, answering, ds_config, rows, train
 
 from megakd.runtime import checkpoint
 from megakd.runtime.signals import EXIT_USER_ERROR
@@ -173,6 +174,31 @@ def test_a_few_corrupt_images_are_counted_in_the_metrics(recipe_file: Path, worl
     counted = [row["bad_samples"].get("corrupt_image", 0) for row in rows(tmp_path / "run")]
     assert counted[-1] > 0
     assert counted == sorted(counted)
+
+
+def test_questions_that_are_too_long_are_judged_beside_the_pairs_and_name_the_length(
+    recipe_file: Path, world: Path, tmp_path: Path
+) -> None:
+    """A tenth of the questions is too long: of questions and pairs together one in fifty, below the limit."""
+    turns = [[("human", "is it red? " * (20 if number % 10 == 0 else 1)), ("gpt", "yes")] for number in range(100)]
+    told = [{"id": number, "conversations": [{"from": who, "value": text} for who, text in turn]} for number, turn in enumerate(turns)]
+    (tmp_path / "talk.json").write_text(json.dumps(told))
+    text = f"answers.train.text={{ format = 'llava', questions = '{tmp_path}/talk.json' }}"
+    reads = (f"decoder.architecture={TINY_LLAMA}", f"decoder.tokenizer={world}/tokenizer", "decoder.adapt=full")
+    sets = (
+        *reads,
+        *answering(world)[1:6],
+        text,
+        "answers.batch=4",
+        "answers.max_length=32",
+        "data.max_bad_fraction=0.05",
+        "optim.steps=20",
+    )
+    finished = train(recipe_file, "--out", tmp_path / "run", sets=sets)
+    assert finished.code == EXIT_USER_ERROR, finished.out + finished.err
+    assert "questions are unusable" in finished.err
+    assert "too_long: answers.train.text: question" in finished.err
+    assert "Raise answers.max_length, or raise data.max_bad_fraction" in finished.err
 
 
 @pytest.fixture
