@@ -89,7 +89,7 @@ class Judge:
         )
         module.eval()
         try:
-            return vqa.evaluate(plan.asking.sets, answerer, self._world, folder, recipe.data.workers)
+            return vqa.evaluate(plan.asking.sets, answerer, self._world, folder, recipe.data)
         finally:
             module.train()
             if self._whole is not None:

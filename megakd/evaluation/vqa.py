@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from megakd.data.bad import BadCounter, Reason
 from megakd.data.conversations import Conversations
 from megakd.data.question_loader import Eyes, PromptBatch, evaluation_questions, rank_slice
 from megakd.data.questions import CaptionSet, QuestionSet, open_questions
@@ -25,13 +26,12 @@ from megakd.data.views import normalise
 from megakd.evaluation import submissions
 from megakd.evaluation.predictions import Journal, Row
 from megakd.evaluation.vqa_metrics import Answered, score
-from megakd.recipe import QuestionSource, Recipe
+from megakd.recipe import Data, QuestionSource, Recipe
 from megakd.runtime import collectives, runlog, watchdog
 from megakd.runtime.launch import World
 
 # Legend: B questions, L tokens of a prompt, V patches of the tower, C its width.
 RESULTS, ANSWERS = "vqa.json", "answers"
-T = TypeVar("T")
 
 
 class Decoder(Protocol):
@@ -99,32 +99,36 @@ def open_sets(recipe: Recipe, world: World) -> dict[str, Opened]:
     return sets
 
 
-def evaluate(sets: Mapping[str, Opened], answerer: Answerer, world: World, folder: Path, workers: int) -> dict[str, Any]:
+def evaluate(sets: Mapping[str, Opened], answerer: Answerer, world: World, folder: Path, data: Data) -> dict[str, Any]:
     """{set: scores and where its files are}, the same on every rank; all of them call it. Rank 0 writes FOLDER/vqa.json.
+
+    Raises ValueError, with the answers kept, when more than data.max_bad_fraction of a set's questions could not be asked.
 
     FOLDER/answers/SET.jsonl holds each answer as it was said; SET.submission.json or .jsonl is for the benchmark's server. Started again
     after an interruption, questions that are answered are not asked again, on any number of ranks; another model, set, prompt or length
     of answers starts anew.
     """
-    results = {name: _evaluate_one(name, opened, answerer, world, folder, workers) for name, opened in sets.items()}
+    results = {name: _evaluate_one(name, opened, answerer, world, folder, data) for name, opened in sets.items()}
     collectives.by_main(lambda: runlog.write_json(folder / RESULTS, {"model": dict(answerer.identity), "sets": results}), world)
     return results
 
 
-def _evaluate_one(name: str, opened: Opened, answerer: Answerer, world: World, folder: Path, workers: int) -> dict[str, Any]:
+def _evaluate_one(name: str, opened: Opened, answerer: Answerer, world: World, folder: Path, data: Data) -> dict[str, Any]:
     questions = opened.questions
     ids = [questions[index].question_id for index in range(len(questions))]
     journal = Journal(folder / ANSWERS, name, _identity(opened, answerer), ids)
-    known = collectives.by_main(journal.open, world)
+    # What could not be asked is tried again: its image may have been repaired.
+    known = {index: row for index, row in collectives.by_main(journal.open, world).items() if row.unusable is None}
     missing = [index for index in range(len(questions)) if index not in known]
-    rows = known | _gathered(_ask(questions, missing, journal, answerer, world, workers), world)
-    return collectives.by_main(lambda: _finish(name, opened, journal, rows, folder), world)
+    rows = known | _gathered(_ask(questions, missing, journal, answerer, world, data.workers), world)
+    return collectives.by_main(lambda: _finish(name, opened, journal, rows, folder, data.max_bad_fraction), world)
 
 
-def _finish(name: str, opened: Opened, journal: Journal, rows: dict[int, Row], folder: Path) -> dict[str, Any]:
+def _finish(name: str, opened: Opened, journal: Journal, rows: dict[int, Row], folder: Path, max_bad_fraction: float) -> dict[str, Any]:
     journal.close(rows)
+    _refuse_unasked(name, rows, max_bad_fraction)
     kind, questions = opened.source.format, opened.questions
-    pairs = [Answered(questions[index], rows[index].answer) for index in range(len(questions))]
+    pairs = [Answered(questions[index], *_said(rows[index])) for index in range(len(questions))]
     submission = submissions.write(kind, pairs, folder / ANSWERS, name)
     return {
         "format": kind,
@@ -132,6 +136,23 @@ def _finish(name: str, opened: Opened, journal: Journal, rows: dict[int, Row], f
         "unusable": sum(row.unusable is not None for row in rows.values()),
         "submission": None if submission is None else f"{ANSWERS}/{submission.name}",
     }
+
+
+def _said(row: Row) -> tuple[str, bool]:
+    return row.answer, row.unusable is None
+
+
+def _refuse_unasked(name: str, rows: Mapping[int, Row], max_bad_fraction: float) -> None:
+    """Raises ValueError where so many questions could not be asked that the rest is no score of the set."""
+    bad = BadCounter(seen=len(rows))
+    for row in rows.values():
+        if row.unusable is not None:
+            reason, _, where = row.unusable.partition(": ")
+            bad.add(cast("Reason", reason), where)
+    try:
+        bad.check(max_bad_fraction, at_least=1, what="questions")
+    except ValueError as error:
+        raise ValueError(f"evaluation.vqa.{name}: {error}; answers are kept, and the same command asks the others again") from error
 
 
 def _ask(questions: QuestionSet, missing: list[int], journal: Journal, answerer: Answerer, world: World, workers: int) -> dict[int, Row]:
@@ -184,7 +205,8 @@ def lines(results: Mapping[str, Any]) -> str:
     rows = []
     for name, found in results.items():
         scored = "not scored" if found["accuracy"] is None else f"{found['accuracy']:.1%}"
-        rows.append(f"  vqa {name}: {scored} of {found['questions']} questions ({found['metric']})")
+        lost = f", {found['unusable']} could not be asked" if found["unusable"] else ""
+        rows.append(f"  vqa {name}: {scored} of {found['questions']} questions ({found['metric']}){lost}")
         families = found.get("by_family", {})
         if len(families) > 1:
             rows.append("    " + ", ".join(f"{family} {part['accuracy']:.1%}" for family, part in families.items()))

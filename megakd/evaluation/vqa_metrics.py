@@ -1,7 +1,7 @@
 """Scores of answers by the rules of each benchmark: (question, prediction) pairs in, accuracies by group out.
 
-Every rule scores one question in [0, 1]; accuracy is the mean. What a set's format means is one `Metric` in METRICS. A prediction is
-what the model said, "" where a question could not be asked (a damaged image): counted as wrong, as a missing answer is.
+Every rule scores one question in [0, 1]; accuracy is the mean. What a set's format means is one `Metric` in METRICS. A question that
+could not be asked (a damaged image) counts as wrong in every number, whatever its rule makes of an empty answer: POPE's reads "yes".
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ _LLAVA_LETTERS = 5
 
 
 class Answered(NamedTuple):
-    """A question and what the model said."""
+    """A question and what the model said: "" where it could not be asked."""
 
     question: Question
     prediction: str
+    asked: bool = True
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
@@ -112,24 +113,27 @@ def _context(question: Question) -> list[str]:
 
 def _pope_totals(pairs: Sequence[Answered]) -> dict[str, Any]:
     """Precision, recall and F1 of "yes", 0 where undefined, and the share of "yes" among the predictions."""
-    yes = [(pope_says_yes(prediction), question.answer == "yes") for question, prediction in pairs]
+    truth = [pair.question.answer == "yes" for pair in pairs]
+    said = [pope_says_yes(pair.prediction) if pair.asked else not yes for pair, yes in zip(pairs, truth, strict=True)]
+    yes = list(zip(said, truth, strict=True))
     tp, fp, fn, tn = (yes.count(case) for case in ((True, True), (True, False), (False, True), (False, False)))
+    predicted = [says for pair, says in zip(pairs, said, strict=True) if pair.asked]
     return {
         "precision": _ratio(tp, tp + fp),
         "recall": _ratio(tp, tp + fn),
         "f1": _ratio(2 * tp, 2 * tp + fp + fn),
-        "yes_ratio": _ratio(tp + fp, len(yes)),
+        "yes_ratio": _ratio(sum(predicted), len(predicted)),
         "confusion": {"true_positive": tp, "false_positive": fp, "false_negative": fn, "true_negative": tn},
     }
 
 
 def _answerability(pairs: Sequence[Answered]) -> dict[str, Any]:
     """How well "unanswerable" is said where `answerable` is 0: precision, recall, F1. VizWiz's own task ranks by confidence instead."""
-    known = [
-        (normalised(trimmed(said)) == UNANSWERABLE, question.meta["answerable"] == 0)
-        for question, said in pairs
-        if "answerable" in question.meta
-    ]
+    known = []
+    for question, said, asked in pairs:
+        if "answerable" in question.meta:
+            truth = question.meta["answerable"] == 0
+            known.append((normalised(trimmed(said)) == UNANSWERABLE if asked else not truth, truth))
     if not known:
         return {}
     tp, fp, fn = (known.count(case) for case in ((True, True), (True, False), (False, True)))
@@ -147,7 +151,7 @@ def _gqa_totals(pairs: Sequence[Answered]) -> dict[str, Any]:
     Source: the metric "Distribution" of GQA (arXiv 1902.09506, section 4.4)
     """
     groups: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
-    for question, prediction in pairs:
+    for question, prediction, _ in pairs:
         if (group := question.meta.get("groups", {}).get("global")) is not None:
             gold, said = groups.setdefault(group, ({}, {}))
             gold[question.answer] = gold.get(question.answer, 0) + 1
@@ -254,7 +258,7 @@ def score(kind: str, pairs: Sequence[Answered]) -> dict[str, Any]:
     found: dict[str, Any] = {"metric": metric.name, "accuracy": None, "questions": len(scored)}
     caveats = [*metric.caveats, *_caveats(metric, pairs, scored)]
     if scored:
-        scores = [metric.score(*pair) for pair in scored]
+        scores = [metric.score(question, said) if asked else 0.0 for question, said, asked in scored]
         found["accuracy"] = sum(scores) / len(scores)
         by: dict[str, Groups] = {"family": lambda question: [question.family], **metric.by}
         for name, groups in by.items():
@@ -278,6 +282,10 @@ def _caveats(metric: Metric, pairs: Sequence[Answered], scored: Sequence[Answere
     found = []
     if not scored:
         return ["no question has an answer to compare with: the benchmark's server scores the submission"]
+    if lost := sum(not pair.asked for pair in scored):
+        found.append(
+            f"{lost} of {len(scored)} questions could not be asked (the image is damaged, or they are too long) and count as wrong"
+        )
     if left := len(pairs) - len(scored):
         found.append(f"{left} of {len(pairs)} questions are not scored: they have no answer, or the benchmark leaves them out")
     if metric.name == "VQA accuracy":

@@ -13,7 +13,7 @@ import pytest
 import question_files as files
 import torch
 from shard_files import data
-from tiny_runs import environment, finish, wait_for
+from tiny_runs import REPOSITORY, environment, finish, wait_for
 from vqa_job import QUESTIONS, answerer, run, write_sets
 
 from megakd.evaluation import vqa
@@ -44,7 +44,7 @@ def answers(out: Path, name: str = "vqav2") -> list[dict[str, Any]]:
 
 def start(sets: Path, out: Path, seconds: float) -> list[subprocess.Popen[str]]:
     """Two ranks without a launcher."""
-    paths = os.pathsep.join(str(path) for path in (HERE, HERE.parent, HERE.parent / "data"))
+    paths = os.pathsep.join(str(path) for path in (HERE, HERE.parent, HERE.parent / "data", REPOSITORY))
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port(os.getpid())), "PYTHONPATH": paths}
     command = [sys.executable, str(HERE / "vqa_job.py"), str(sets), str(out), str(seconds)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
@@ -158,13 +158,36 @@ def test_a_question_that_cannot_be_asked_is_counted_as_wrong(sets: Path, tmp_pat
     broken = sorted((tmp_path / "set" / "images").iterdir())[0]
     broken.write_bytes(broken.read_bytes()[:100])
     questions = vqa.open_questions(source, "evaluation.vqa.own", data("unused.tar"), 0, 1, lambda: None)
-    one = answerer(sets, 8)
-    results = vqa.evaluate({"own": vqa.Opened(source, questions)}, one, ALONE, tmp_path / "out", 0)  # type: ignore[arg-type]
+    one, opened = answerer(sets, 8), {"own": vqa.Opened(source, questions)}  # type: ignore[arg-type]
+    results = vqa.evaluate(opened, one, ALONE, tmp_path / "out", data("unused.tar", max_bad_fraction=0.2))
     lost = [row for row in answers(tmp_path / "out", "own") if "unusable" in row]
     assert results["own"]["unusable"] == len(lost) == 6  # three questions an image, five images for ten times three
     assert all(row["answer"] == "" and "corrupt_image" in row["unusable"] for row in lost)
     assert results["own"]["questions"] == QUESTIONS
     assert len(json.loads((tmp_path / "out" / results["own"]["submission"]).read_text())) == QUESTIONS
+    assert "of 30 questions (VQA accuracy), 6 could not be asked" in vqa.lines(results)
+    assert any("6 of 30 questions could not be asked" in caveat for caveat in results["own"]["caveats"])
+
+
+def test_a_set_that_can_hardly_be_asked_has_no_score_and_goes_on_once_it_is_repaired(
+    sets: Path, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    source = files.vqav2(tmp_path / "set")
+    broken = sorted((tmp_path / "set" / "images").iterdir())[0]
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:100])
+    questions = vqa.open_questions(source, "evaluation.vqa.vqav2", data("unused.tar"), 0, 1, lambda: None)
+    one, opened = answerer(sets, 8), {"vqav2": vqa.Opened(source, questions)}  # type: ignore[arg-type]
+    said = r"^evaluation\.vqa\.vqav2: 6 of 30 questions are unusable .*data\.max_bad_fraction = 0\.01: corrupt_image 6\. .*question 1000: "
+    with pytest.raises(ValueError, match=said):
+        vqa.evaluate(opened, one, ALONE, tmp_path / "out", data("unused.tar"))
+    assert not (tmp_path / "out" / "vqa.json").exists()
+    broken.write_bytes(whole)
+    again = answerer(sets, 8)
+    results = vqa.evaluate(opened, again, ALONE, tmp_path / "out", data("unused.tar"))
+    assert again.decoder.asked == 6  # type: ignore[attr-defined]
+    assert results["vqav2"] == undisturbed[1]["vqav2"]
+    assert answers(tmp_path / "out") == answers(undisturbed[0])
 
 
 def test_captions_are_refused_as_questions(tmp_path: Path) -> None:

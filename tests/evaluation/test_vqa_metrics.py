@@ -219,6 +219,21 @@ def test_pope_against_a_confusion_table_by_hand() -> None:
     assert found["yes_ratio"] == pytest.approx(5 / 10)  # of the predictions; of the labels it is 4 / 10
 
 
+def test_a_question_that_could_not_be_asked_is_wrong_by_every_rule() -> None:
+    """By the rules alone an empty answer would be POPE's yes, VQAv2's article "the", and VizWiz's "answerable"."""
+    pope = score("pope", [Answered(question((label,)), "", asked=False) for label in ("yes", "no")] + [Answered(question(("no",)), "no")])
+    assert pope["accuracy"] == pytest.approx(1 / 3)
+    assert pope["confusion"] == {"true_positive": 0, "false_positive": 1, "false_negative": 1, "true_negative": 1}
+    assert pope["yes_ratio"] == 0.0  # of what was said
+    assert any("2 of 3 questions could not be asked" in caveat for caveat in pope["caveats"])
+    articles = question(("the",) * 9 + ("a",))
+    assert score("vqav2", [Answered(articles, "")])["accuracy"] == 1.0
+    assert score("vqav2", [Answered(articles, "", asked=False)])["accuracy"] == 0.0
+    people = [question(("soup",) * 10, answerable=1), question(("unanswerable",) * 10, answerable=0)]
+    vizwiz = score("vizwiz", [Answered(one, "", asked=False) for one in people] + [Answered(people[1], "unanswerable")])
+    assert vizwiz["unanswerable"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "questions": 3}
+
+
 def test_pope_of_a_model_that_never_says_yes_is_defined() -> None:
     found = score("pope", [Answered(question((label,)), "no") for label in ("yes", "no")])
     assert (found["precision"], found["recall"], found["f1"], found["yes_ratio"]) == (0.0, 0.0, 0.0, 0.0)

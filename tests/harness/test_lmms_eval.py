@@ -104,7 +104,7 @@ def ours(world: Path, bundle: Path, documents: Path, out: Path) -> dict[str, Any
     questions = shapes(world, documents / "questions.json", documents / "annotations.json")
     one = Answerer(loaded.decoder, look, loaded.conversations, eyes, CPU, torch.float32, 8, LONGEST, {"bundle": str(bundle)})
     source = QuestionSource(format="vqav2", questions="unused")
-    results: dict[str, Any] = evaluate({"shapes": Opened(source, questions)}, one, World(0, 1, CPU), out, 0)["shapes"]
+    results: dict[str, Any] = evaluate({"shapes": Opened(source, questions)}, one, World(0, 1, CPU), out, data("unused.tar"))["shapes"]
     return results
 
 
