@@ -11,9 +11,10 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -23,11 +24,19 @@ from PIL import Image
 
 from megakd.bundle import Bundle
 from megakd.data.bad import BadSample
-from megakd.data.conversations import stack
+from megakd.data.conversations import Encoded, stack
 from megakd.data.question_formats import Question
 
 log = logging.getLogger("megakd.harness")
 _LONGEST = 16  # tokens of an answer where a task does not say: VQAv2's own setting in lmms-eval
+
+
+class _Asked(NamedTuple):
+    """A request: its image, its words, and its place for people."""
+
+    image: Image.Image | None
+    text: str
+    where: str
 
 
 class MegakdBundle(lmms):  # type: ignore[misc]
@@ -52,12 +61,14 @@ class MegakdBundle(lmms):  # type: ignore[misc]
         for batch in self._batches(requests):
             first = batch[0].args[1]
             until, longest = _stops(first), _length(first)
-            asked = [(self._image(request.args), request.args[0]) for request in batch]
+            asked = [self._asked(request.args) for request in batch]
             answers += [_cut(answer, until) for answer in self._answer(asked, longest)]
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """(loss, greedy) for each request: -log p of the continuation and the end after it, a token; whether it is the greedy answer.
+
+        What does not fit the decoder's context has an infinite loss, and is not what the decoder would say.
 
         The loss, not the likelihood: lmms-eval's multiple choice takes the smallest. Each pair is in a GenerationResult: evaluator.py of
         0.7.3 turns whatever else is no text into text, pairs too, and then cannot take them apart. Once it leaves pairs alone, so do we.
@@ -65,11 +76,12 @@ class MegakdBundle(lmms):  # type: ignore[misc]
         found: list[Any] = []
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
-            asked = [(self._image(request.args), request.args[0], self._continuation(request.args)) for request in batch]
-            losses, lengths = self._losses(asked)
-            said = self._answer([(image, text) for image, text, _ in asked], max(lengths))
-            greedy = [answer == wanted for answer, (_, _, wanted) in zip(said, asked, strict=True)]
-            found += [GenerationResult(text=pair) for pair in zip(losses, greedy, strict=True)]
+            asked = [self._asked(request.args) for request in batch]
+            wanted = [self._continuation(request.args) for request in batch]
+            losses = self._losses(asked, wanted)
+            said = self._answer(asked, max(count for _, count in losses))
+            greedy = [count > 0 and answer == want for (_, count), answer, want in zip(losses, said, wanted, strict=True)]
+            found += [GenerationResult(text=(loss, same)) for (loss, _), same in zip(losses, greedy, strict=True)]
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
@@ -77,32 +89,39 @@ class MegakdBundle(lmms):  # type: ignore[misc]
         tasks = sorted({str(request.args[-2]) for request in requests})
         raise ValueError(f"{', '.join(tasks)}: asks in several rounds, and a megakd bundle answers one question at a time: leave it out")
 
-    def _answer(self, asked: Sequence[tuple[Image.Image | None, str]], longest: int) -> list[str]:
+    def _answer(self, asked: Sequence[_Asked], longest: int) -> list[str]:
         """A question that does not fit the decoder's context is answered with "", as in megakd's own evaluation."""
-        fits = [self._fits(image, text) for image, text in asked]
+        fits = [longest > 0 and self._fitting(one, None) is not None for one in asked]
         kept = list(itertools.compress(asked, fits))
-        said = iter(self._bundle.answer([image for image, _ in kept], [text for _, text in kept], longest))
+        said = iter(self._bundle.answer([one.image for one in kept], [one.text for one in kept], longest))
         return [next(said) if fit else "" for fit in fits]
 
-    def _fits(self, image: Image.Image | None, text: str) -> bool:
+    def _fitting(self, asked: _Asked, answer: str | None) -> Encoded | None:
+        """The question, with the answer if one is given, as ids. None, with a line in the log, where it is longer than the context."""
+        conversations, sees = self._bundle.conversations, asked.image is not None and self._bundle.towers is not None
         try:
-            self._bundle.conversations.prompt(text, False, image is not None and self._bundle.towers is not None)
+            if answer is None:
+                return conversations.prompt(asked.text, False, sees)
+            return conversations.training(Question(asked.where, None, asked.text, (answer,), answer, ""), sees)
         except BadSample as bad:
-            log.warning("not asked: %r: %s", text[:80], bad)
-            return False
-        return True
+            log.warning("not asked: %s, %r: %s", asked.where, asked.text[:80], bad)
+            return None
 
     @torch.no_grad()
-    def _losses(self, asked: Sequence[tuple[Image.Image | None, str, str]]) -> tuple[list[float], list[int]]:
+    def _losses(self, asked: Sequence[_Asked], wanted: Sequence[str]) -> list[tuple[float, int]]:
+        """The mean -log p of each answer's tokens, and how many there are: infinite, and none, where it does not fit."""
+        encoded = [self._fitting(one, answer) for one, answer in zip(asked, wanted, strict=True)]
+        fits = [one is not None for one in encoded]
+        if not any(fits):
+            return [(math.inf, 0)] * len(asked)
         bundle = self._bundle
-        questions = [Question(number, None, text, (wanted,), wanted, "") for number, (_, text, wanted) in enumerate(asked)]
-        sees = [image is not None and bundle.towers is not None for image, _, _ in asked]
-        encoded = [bundle.conversations.training(question, see) for question, see in zip(questions, sees, strict=True)]
-        batch = stack(encoded, bundle.conversations.padding, left=False)
+        batch = stack([one for one in encoded if one is not None], bundle.conversations.padding, left=False)
         ids_BL, attend_BL, image_mask_BL, labels_BL = (tensor.to(self.device) for tensor in batch)
-        outputs = bundle.decoder(bundle.look([image for image, _, _ in asked]), ids_BL, attend_BL, image_mask_BL, labels_BL)
+        visual = bundle.look([one.image for one in itertools.compress(asked, fits)])
+        outputs = bundle.decoder(visual, ids_BL, attend_BL, image_mask_BL, labels_BL)
         tokens_B = outputs["answer_tokens"]
-        return (outputs["answer_nll"] / tokens_B).tolist(), [int(count) for count in tokens_B.tolist()]
+        found = zip((outputs["answer_nll"] / tokens_B).tolist(), map(int, tokens_B.tolist()), strict=True)
+        return [next(found) if fit else (math.inf, 0) for fit in fits]
 
     def _batches(self, requests: Sequence[Any]) -> Iterator[list[Any]]:
         """At most batch_size neighbours with the same settings."""
@@ -113,14 +132,14 @@ class MegakdBundle(lmms):  # type: ignore[misc]
     def _document(self, task: str, split: str, number: int) -> Any:
         return self.task_dict[task][split][number]
 
-    def _image(self, arguments: Sequence[Any]) -> Image.Image | None:
+    def _asked(self, arguments: Sequence[Any]) -> _Asked:
         look: Callable[[Any], list[Any] | None] | None = arguments[2]
         number, task, split = arguments[3:6]
         seen = (look(self._document(task, split, number)) or []) if look is not None else []
         if len(seen) > 1 or not all(isinstance(one, Image.Image) for one in seen):
             kinds = ", ".join(type(one).__name__ for one in seen)
             raise ValueError(f"{task}: question {number} shows {len(seen)} things ({kinds}): a megakd bundle takes one image, or none")
-        return seen[0].convert("RGB") if seen else None
+        return _Asked(seen[0].convert("RGB") if seen else None, arguments[0], f"{task}: question {number}")
 
     def _continuation(self, arguments: Sequence[Any]) -> str:
         target = arguments[1]
@@ -134,7 +153,10 @@ def _stops(settings: dict[str, Any]) -> list[str]:
 
 
 def _length(settings: dict[str, Any]) -> int:
-    if settings.get("do_sample") or settings.get("temperature") or (settings.get("num_beams") or 1) > 1:
+    sampled = settings.get("do_sample")
+    if sampled is None:  # where it is false, as in mmvet, the temperature has no say
+        sampled = settings.get("temperature")
+    if sampled or (settings.get("num_beams") or 1) > 1:
         raise ValueError(f"generation_kwargs = {settings}: megakd answers greedily; set do_sample false, temperature 0 and num_beams 1")
     return int(settings.get("max_new_tokens") or settings.get("max_gen_toks") or _LONGEST)
 

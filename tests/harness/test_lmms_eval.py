@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -31,6 +32,7 @@ from megakd.runtime.launch import World
 
 HERE, CPU = Path(__file__).parent, torch.device("cpu")
 COUNT, CHOICES, LONGEST = 24, ["red", "blue", "yes", "no", "2"], 6
+TOO_LONG = "red " * 99  # for the decoder's context
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +80,10 @@ def documents(world: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactor
         entries.append({**ids, "question": read.question.text})
         answered.append({**ids, "question_type": "what", "answer_type": "other", "multiple_choice_answer": best, "answers": answers})
         right = number % len(CHOICES)
+        choices = CHOICES if number % 3 else CHOICES[: right + 1] + [TOO_LONG] * (len(CHOICES) - right - 1)
         docs.append(
             {**ids, "image": str(folder / f"{number}.png"), "question": prompt, "answer": best, "answers": answers}
-            | {"choices": CHOICES, "right": right}
+            | {"choices": choices, "right": right}
         )
     (folder / "questions.json").write_text(json.dumps({"questions": entries}))
     (folder / "annotations.json").write_text(json.dumps({"annotations": answered}))
@@ -114,6 +117,9 @@ def best_choice(loaded: Bundle, document: dict[str, Any]) -> int:
     with torch.no_grad(), Image.open(document["image"]) as image:
         visual_BVC = loaded.look([image.convert("RGB")])
         for choice in document["choices"]:
+            if choice == TOO_LONG:
+                losses.append(math.inf)
+                continue
             encoded = conversations.training(Question(0, None, document["question"], (choice,), choice, ""), True)
             found = loaded.decoder(visual_BVC, *stack([encoded], conversations.padding, left=False))
             losses.append(float(found["answer_nll"] / found["answer_tokens"]))
