@@ -6,18 +6,32 @@ is half right is refused whole, since a score over the other half would look lik
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megakd.data.question_entries import (
+    Entry,
+    by_id,
+    items,
+    object_of,
+    part,
+    people,
+    read_lines,
+    read_list,
+    read_mapping,
+    read_object,
+    same_ids,
+    some,
+    strings,
+    text_of,
+)
 from megakd.recipe import QuestionSource
 
-Entry = Mapping[str, Any]
 LETTERS = "ABCDEFGHIJ"
-_SHOWN = 3  # examples in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +87,13 @@ def _vqav2(source: QuestionSource, path: Path) -> Iterator[Question]:
     being test2015's. `multiple_choice_answer` is VQAv2's own most frequent answer; OK-VQA has none.
     Source: https://visualqa.org/download.html, https://okvqa.allenai.org/download.html
     """
-    file = _object(path, "vqav2", "questions")
-    asked = _by_id(_list(file, "questions", path), path)
+    file = read_object(path, "vqav2", "questions")
+    asked = by_id(items(file, "questions", str(path)), path)
     answered: dict[Any, Entry] = {}
     if source.annotations is not None:
         there = Path(source.annotations)
-        answered = _by_id(_list(_object(there, "vqav2", "annotations"), "annotations", there), there)
-        _same_ids(asked, answered, path, there)
+        answered = by_id(items(read_object(there, "vqav2", "annotations"), "annotations", str(there)), there)
+        same_ids(asked, answered, path, there)
     subtype = str(file.get("data_subtype", "")).replace("-dev", "")
     for question_id, entry in asked.items():
         where = f"{path}: question {question_id}"
@@ -88,24 +102,24 @@ def _vqav2(source: QuestionSource, path: Path) -> Iterator[Question]:
             raise ValueError(
                 f"{where} is about image {entry.get('image_id')}, but its annotation about {known['image_id']}: not one release"
             )
-        answers = tuple(_text(_of(answer, f"{where}, an answer"), "answer", where) for answer in known.get("answers", ()))
+        answers = people(known, where)
         name = _image_name(source, "COCO_{data_subtype}_{image_id:012d}.jpg", {**entry, "data_subtype": subtype}, where)
         meta = {key: value for key, value in {**entry, **known}.items() if key not in _KNOWN}
         answer = str(known.get("multiple_choice_answer") or most_frequent(answers))
         yield Question(
-            question_id, name, _text(entry, "question", where), answers, answer, str(known.get("question_type", "")), meta, short=True
+            question_id, name, text_of(entry, "question", where), answers, answer, str(known.get("question_type", "")), meta, short=True
         )
 
 
 def _textvqa(source: QuestionSource, path: Path) -> Iterator[Question]:
     """TextVQA: {"data": [...]} with ten answers as plain strings. Source: https://textvqa.org/dataset"""
-    entries = _list(_object(path, "textvqa", "data"), "data", path)
-    for question_id, entry in _by_id(entries, path).items():
+    entries = items(read_object(path, "textvqa", "data"), "data", str(path))
+    for question_id, entry in by_id(entries, path).items():
         where = f"{path}: question {question_id}"
-        answers = tuple(_strings(entry, "answers", where))
+        answers = tuple(strings(entry, "answers", where))
         name = _image_name(source, "{image_id}.jpg", entry, where)
         meta = {key: entry[key] for key in ("set_name", "image_classes") if key in entry}
-        yield Question(question_id, name, _text(entry, "question", where), answers, most_frequent(answers), "text", meta, short=True)
+        yield Question(question_id, name, text_of(entry, "question", where), answers, most_frequent(answers), "text", meta, short=True)
 
 
 def _vizwiz(source: QuestionSource, path: Path) -> Iterator[Question]:
@@ -114,16 +128,16 @@ def _vizwiz(source: QuestionSource, path: Path) -> Iterator[Question]:
     Source: https://vizwiz.org/tasks-and-datasets/vqa/
     """
     seen: set[str] = set()
-    for number, entry in enumerate(_entries(path, "vizwiz", "image", "question")):
+    for number, entry in enumerate(read_list(path, "vizwiz", "image", "question")):
         where = f"{path}: entry {number}"
-        image = _text(entry, "image", where)
+        image = text_of(entry, "image", where)
         if image in seen:
             raise ValueError(f"{where}: a second question about {image}, whose name is the question's id")
         seen.add(image)
-        answers = tuple(_text(_of(answer, f"{where}, an answer"), "answer", where) for answer in entry.get("answers", ()))
+        answers = people(entry, where)
         meta = {key: entry[key] for key in ("answerable", "answer_type") if key in entry}
         name, family = _image_name(source, "{image}", entry, where), str(entry.get("answer_type", ""))
-        yield Question(image, name, _text(entry, "question", where), answers, most_frequent(answers), family, meta, short=True)
+        yield Question(image, name, text_of(entry, "question", where), answers, most_frequent(answers), family, meta, short=True)
 
 
 def _gqa(source: QuestionSource, path: Path) -> Iterator[Question]:
@@ -131,43 +145,42 @@ def _gqa(source: QuestionSource, path: Path) -> Iterator[Question]:
 
     Source: https://cs.stanford.edu/people/dorarad/gqa/download.html
     """
-    for question_id, entry in _mapping(path, "gqa", "imageId").items():
+    for question_id, entry in read_mapping(path, "gqa", "imageId").items():
         where = f"{path}: question {question_id}"
-        answers = (_text(entry, "answer", where),) if "answer" in entry else ()
-        types = entry.get("types") or {}
-        meta = {key: entry[key] for key in ("types", "groups", "isBalanced") if key in entry}
+        answers = (text_of(entry, "answer", where),) if "answer" in entry else ()
+        types, balanced = part(entry, "types", where), entry.get("isBalanced") is not False
+        meta = {"types": types, "groups": part(entry, "groups", where), "isBalanced": balanced}
         name = _image_name(source, "{imageId}.jpg", entry, where)
-        family = str(types.get("structural", ""))
-        yield Question(question_id, name, _text(entry, "question", where), answers, "".join(answers), family, meta, short=True)
+        family = str(types.get("structural") or "")
+        yield Question(question_id, name, text_of(entry, "question", where), answers, "".join(answers), family, meta, short=True)
 
 
 def _scienceqa(source: QuestionSource, path: Path) -> Iterator[Question]:
     """ScienceQA: problems.json and pid_splits.json beside it; multiple choice, about half without an image. Family: `subject`.
 
     The prompt is context, question and lettered options in one line, as LLaVA's converter writes its "CQM" input, "N/A" where the
-    problem has no hint, then LLaVA-1.5's request for the letter alone; the answer is that letter. Lecture and solution are not
-    shown: they are what models of chain-of-thought are trained on. Images lie in SPLIT/ID/image.png.
+    problem has no hint and double spaces made single, then LLaVA-1.5's request for the letter alone; the answer is that letter. Lecture
+    and solution are not shown: they are what models of chain-of-thought are trained on. Images lie in SPLIT/ID/image.png.
     Source: https://github.com/lupantech/ScienceQA, LLaVA scripts/convert_sqa_to_llava_base_prompt.py and model_vqa_science.py
     """
-    problems = _mapping(path, "scienceqa", "choices")
-    splits = _object(path.with_name("pid_splits.json"), "scienceqa", str(source.split))
+    problems = read_mapping(path, "scienceqa", "choices")
+    splits = read_object(path.with_name("pid_splits.json"), "scienceqa", str(source.split))
     if unknown := [pid for pid in splits[str(source.split)] if pid not in problems]:
         raise ValueError(
-            f"{path} lacks {len(unknown)} problems of split {source.split!r} ({_some(unknown)}): take both files from one release"
+            f"{path} lacks {len(unknown)} problems of split {source.split!r} ({some(unknown)}): take both files from one release"
         )
     for pid in splits[str(source.split)]:
         entry, where = problems[pid], f"{path}: problem {pid}"
-        choices = _strings(entry, "choices", where)
+        choices = strings(entry, "choices", where)
         if not 2 <= len(choices) <= len(LETTERS):
             raise ValueError(f"{where} has {len(choices)} choices: 2 to {len(LETTERS)} can be lettered")
         right = entry.get("answer")
         if right is not None and (type(right) is not int or not 0 <= right < len(choices)):
             raise ValueError(f"{where}: answer = {right!r} is no index of its {len(choices)} choices")
         options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-        text = (
-            f"Context: {str(entry.get('hint') or '').strip() or 'N/A'}\nQuestion: {_text(entry, 'question', where)}\nOptions: {options}\n"
-            "Answer with the option's letter from the given choices directly."
-        )
+        context = str(entry.get("hint") or "").strip() or "N/A"
+        shown = f"Context: {context}\nQuestion: {text_of(entry, 'question', where)}\nOptions: {options}\n".replace("  ", " ").strip()
+        text = f"{shown}\nAnswer with the option's letter from the given choices directly."
         fields = {**entry, "question_id": pid, "split": entry.get("split", source.split)}
         name = _image_name(source, "{split}/{question_id}/{image}", fields, where) if entry.get("image") else None
         answer = "" if right is None else LETTERS[right]
@@ -180,24 +193,24 @@ def _pope(source: QuestionSource, path: Path) -> Iterator[Question]:
 
     Source: https://github.com/RUCAIBox/POPE
     """
-    for number, entry in enumerate(_lines(path)):
+    for number, entry in enumerate(read_lines(path)):
         where = f"{path}: line {number + 1}"
-        label = _text(entry, "label", where).strip().lower()
+        label = text_of(entry, "label", where).strip().lower()
         if label not in ("yes", "no"):
             raise ValueError(f"{where}: label = {label!r} is neither yes nor no")
         question_id = entry.get("question_id", number + 1)
         name = _image_name(source, "{image}", entry, where)
-        yield Question(question_id, name, _text(entry, "text", where), (label,), label, "existence", {}, short=True)
+        yield Question(question_id, name, text_of(entry, "text", where), (label,), label, "existence", {}, short=True)
 
 
 def _llava(source: QuestionSource, path: Path) -> Iterator[Question]:
     """LLaVA's conversations: turns of "human" and "gpt" in turn; one image at most. Ids may repeat, as they do in LLaVA's own mix.
 
     "<image>" is taken out of the text: the image's tokens stand before the prompt, as LLaVA's training moves the mark to the front
-    of its turn. A leading turn of "gpt" and a trailing one of "human" are left out, the latter not where it is the only question.
+    of its turn. A leading turn of "gpt" and turns without a reply are left out, the latter not where no turn has one.
     Source: LLaVA docs/Finetune_Custom_Data.md and llava/train/train.py (preprocess_multimodal, preprocess_v1)
     """
-    for number, entry in enumerate(_entries(path, "llava", "conversations")):
+    for number, entry in enumerate(read_list(path, "llava", "conversations")):
         where = f"{path}: entry {number}"
         image = entry.get("image")
         turns, marks = _turns(entry, where)
@@ -213,16 +226,18 @@ def _llava(source: QuestionSource, path: Path) -> Iterator[Question]:
 
 def _turns(entry: Entry, where: str) -> tuple[list[tuple[str, str]], int]:
     """(human, gpt) of each turn, without "<image>", and how often that mark was there."""
-    said = [(str(_of(turn, where).get("from")), _text(_of(turn, where), "value", where)) for turn in _items(entry, "conversations", where)]
+    said = [
+        (str(object_of(turn, where).get("from")), text_of(object_of(turn, where), "value", where))
+        for turn in items(entry, "conversations", where)
+    ]
     if said and said[0][0] == "gpt":
         said = said[1:]
     if not said or [who for who, _ in said] != ["human" if place % 2 == 0 else "gpt" for place in range(len(said))]:
         raise ValueError(f"{where}: turns by {[who for who, _ in said]}, not by human and gpt in turn, the human first")
-    if len(said) == 1:
-        said.append(("gpt", ""))
     marks = sum(text.count("<image>") for _, text in said)
     texts = [text.replace("<image>", "").strip() if "<image>" in text else text for _, text in said]
-    return list(zip(texts[::2], texts[1::2], strict=False)), marks
+    turns = [(human, reply if reply.strip() else "") for human, reply in itertools.zip_longest(texts[::2], texts[1::2], fillvalue="")]
+    return [turn for turn in turns if turn[1]] or turns[:1], marks
 
 
 _PARSERS: dict[str, Callable[[QuestionSource, Path], Iterator[Question]]] = {
@@ -235,152 +250,6 @@ _PARSERS: dict[str, Callable[[QuestionSource, Path], Iterator[Question]]] = {
     "llava": _llava,
 }
 _KNOWN = {"question", "question_id", "answers", "multiple_choice_answer"}
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _json(path: Path, expected: str) -> Any:
-    text = _read(path)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        first = next((line for line in text.splitlines() if line.strip()), "")
-        raise _other(path, expected, _loaded(first), f"is no JSON ({error})") from error
-
-
-def _loaded(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
-
-
-def _lines(path: Path) -> Iterator[Entry]:
-    for number, line in enumerate(_read(path).splitlines()):
-        if not line.strip():
-            continue
-        entry = _loaded(line)
-        if not isinstance(entry, dict) or "label" not in entry:
-            whole = _loaded(_read(path)) if number == 0 else None
-            raise _other(path, "pope", whole, f'line {number + 1} is no JSON object with "text", "image" and "label"')
-        yield entry
-
-
-def _object(path: Path, expected: str, key: str) -> dict[str, Any]:
-    value = _json(path, expected)
-    if not isinstance(value, dict) or not isinstance(value.get(key), list):
-        raise _other(path, expected, value, f'has no list "{key}"')
-    return value
-
-
-def _mapping(path: Path, expected: str, key: str) -> dict[str, Entry]:
-    value = _json(path, expected)
-    if not isinstance(value, dict) or not value:
-        raise _other(path, expected, value, "is no object of questions by their id")
-    for name, entry in value.items():
-        if not isinstance(entry, dict) or key not in entry:
-            raise _other(path, expected, value, f'has under "{name}" no object with "{key}"')
-    return value
-
-
-def _entries(path: Path, expected: str, *keys: str) -> list[Entry]:
-    value = _json(path, expected)
-    if not isinstance(value, list):
-        raise _other(path, expected, value, "is no list")
-    for number, entry in enumerate(value):
-        if not isinstance(entry, dict) or not set(keys) <= set(entry):
-            raise _other(path, expected, value, f"has as entry {number} no object with {' and '.join(repr(key) for key in keys)}")
-    return value
-
-
-def _other(path: Path, expected: str, value: Any, found: str) -> ValueError:
-    """The error for a file that `expected` cannot be, with the format that it looks like."""
-    likely = _looks_like(value)
-    if likely is None or likely == expected:
-        return ValueError(f"{path} {found}: format = {expected!r} does not fit it")
-    if likely == "annotations":
-        return ValueError(f"{path} {found}: it looks like VQAv2's annotations: name it under annotations, and the questions' file here")
-    return ValueError(f"{path} {found}: it looks like {likely}: set format = {likely!r} instead of {expected!r}")
-
-
-def _looks_like(value: Any) -> str | None:
-    first = next(iter(value if isinstance(value, list) else value.values()), None) if isinstance(value, (list, dict)) and value else None
-    inside = set(first) if isinstance(first, dict) else set()
-    outside = set(value) if isinstance(value, dict) else set()
-    signs = (
-        ("vqav2", "questions" in outside),
-        ("annotations", "annotations" in outside),
-        ("textvqa", "data" in outside),
-        ("pope", {"text", "label"} <= outside),
-        ("gqa", isinstance(value, dict) and "imageId" in inside),
-        ("scienceqa", isinstance(value, dict) and "choices" in inside),
-        ("llava", isinstance(value, list) and "conversations" in inside),
-        ("vizwiz", isinstance(value, list) and {"image", "question"} <= inside),
-    )
-    return next((name for name, fits in signs if fits), None)
-
-
-def _by_id(entries: Iterable[Any], path: Path) -> dict[Any, Entry]:
-    found: dict[Any, Entry] = {}
-    for number, entry in enumerate(entries):
-        question_id = _of(entry, f"{path}: entry {number}").get("question_id")
-        if not isinstance(question_id, (int, str)):
-            raise ValueError(f"{path}: entry {number} has question_id = {question_id!r}: a number or a text")
-        if question_id in found:
-            raise ValueError(f"{path}: question_id {question_id} is there twice: was the file made of overlapping parts?")
-        found[question_id] = entry
-    return found
-
-
-def _same_ids(asked: Mapping[Any, Entry], answered: Mapping[Any, Entry], path: Path, there: Path) -> None:
-    unanswered, unasked = [key for key in asked if key not in answered], [key for key in answered if key not in asked]
-    if unanswered or unasked:
-        raise ValueError(
-            f"{there} does not match {path}: {len(unanswered)} of {len(asked)} questions have no annotation ({_some(unanswered)}), "
-            f"{len(unasked)} of {len(answered)} annotations have no question ({_some(unasked)}); take both files from one split and release"
-        )
-
-
-def _some(values: list[Any]) -> str:
-    return ", ".join(str(value) for value in values[:_SHOWN]) + (", ..." if len(values) > _SHOWN else "") if values else "none"
-
-
-def _of(value: Any, where: str) -> Entry:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is a {type(value).__name__}, not an object")
-    return value
-
-
-def _list(value: Entry, key: str, path: Path) -> list[Any]:
-    return _items(value, key, str(path))
-
-
-def _items(entry: Entry, key: str, where: str) -> list[Any]:
-    value = entry.get(key)
-    if not isinstance(value, list):
-        raise ValueError(f'{where} has no list "{key}"')
-    return value
-
-
-def _strings(entry: Entry, key: str, where: str) -> list[str]:
-    values = _items(entry, key, where) if key in entry else []
-    if any(not isinstance(value, str) for value in values):
-        raise ValueError(f'{where}: "{key}" holds something else than texts')
-    return values
-
-
-def _text(entry: Entry, key: str, where: str) -> str:
-    value = entry.get(key)
-    if not isinstance(value, str):
-        raise ValueError(f'{where} has "{key}" = {value!r}: a text is expected')
-    return value
 
 
 def _image_name(source: QuestionSource, default: str, entry: Entry, where: str) -> str:

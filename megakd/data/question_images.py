@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 from megakd.data import index as tar_index
 from megakd.data.bad import BadSample
 from megakd.data.shards import Sample, ShardSet
+from megakd.data.storage import local_path
 
 _SHOWN = 3
+_TAR = re.compile(r"\.tar(?![\w./-])")  # at the end of a part, of a word in braces, or of the path of a signed URL
 _KEY_BYTES = 64  # of a long key, an index keeps the end
 
 Found = tuple[str, bytes] | BadSample  # (where, the image's bytes)
@@ -72,7 +75,8 @@ class Shards:
 
 
 def is_shards(images: str) -> bool:
-    return ".tar" in images
+    """Whether it names tars, or a pattern of them, and not a folder, which may have any name."""
+    return not os.path.isdir(local_path(images)) and _TAR.search(images) is not None
 
 
 def _listed(folder: Path) -> set[str]:

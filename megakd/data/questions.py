@@ -11,6 +11,7 @@ gigabytes in every process, and a forked worker copies each of those it looks at
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from megakd.data.bad import BadSample
 from megakd.data.loader import caption, located
 from megakd.data.order import Order
+from megakd.data.question_entries import some
 from megakd.data.question_formats import Question, parse
 from megakd.data.question_images import Folder, Found, Images, Shards, is_shards
 from megakd.data.shards import Sample, ShardSet
@@ -34,6 +36,7 @@ __all__ = ["Asked", "CaptionSet", "Mixture", "Question", "QuestionSet", "Questio
 # Blocks are for sequential reads of shards; questions jump between images anyway, so that all of an epoch are shuffled one by one.
 _BLOCK, _WINDOW = 1, 4096
 _FIELDS = tuple(field.name for field in fields(Question))
+log = logging.getLogger("megakd.data")
 _ENCODE = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -65,16 +68,12 @@ class QuestionSet:
     name: str
     packed: bytes
     ends: NDArray[np.int64]  # (len,), the end of each question in `packed`
-    unanswered: int  # questions without any answer
     images: Images | None
 
     @classmethod
     def of(cls, name: str, questions: Iterable[Question], images: Images | None) -> QuestionSet:
-        rows, unanswered = [], 0
-        for question in questions:
-            rows.append(_ENCODE([getattr(question, field) for field in _FIELDS]).encode())
-            unanswered += not question.answers
-        return cls(name, b"".join(rows), np.cumsum([len(row) for row in rows], dtype=np.int64), unanswered, images)
+        rows = [_ENCODE([getattr(question, field) for field in _FIELDS]).encode() for question in questions]
+        return cls(name, b"".join(rows), np.cumsum([len(row) for row in rows], dtype=np.int64), images)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -182,11 +181,12 @@ class Mixture:
 
 
 def open_questions(
-    source: QuestionSource, key: str, data: Data, rank: int, world: int, barrier: Callable[[], None]
+    source: QuestionSource, key: str, data: Data, rank: int, world: int, barrier: Callable[[], None], *, to_learn: bool = False
 ) -> QuestionSet | CaptionSet:
     """The questions of one source, every image found; `key` is the recipe's, for errors. All ranks call it together.
 
     data: gives cache, max_pixels, caption and max_bad_fraction to shards. A source with neither `images` nor captions is text alone.
+    to_learn: questions are to have an answer; LLaVA's conversations without one are left out, with a warning.
     Raises ValueError that begins with `key` for files that are missing, of another format, or do not match, and for missing images.
     """
     try:
@@ -195,6 +195,8 @@ def open_questions(
         questions = list(parse(source))
         if not questions:
             raise ValueError(f"questions = {source.questions!r} has not one question")
+        if to_learn:
+            questions = _answered(questions, source, key if rank == 0 else None)
         names = [question.image for question in questions if question.image is not None]
         return QuestionSet.of(key, questions, None if source.images is None else _images(source.images, names, data, rank, world, barrier))
     except ValueError as error:
@@ -205,14 +207,24 @@ def open_mixture(
     sources: Mapping[str, QuestionSource], key: str, data: Data, rank: int, world: int, barrier: Callable[[], None]
 ) -> Mixture:
     """All sources to train on, by name. Raises ValueError as `open_questions`, and for questions without an answer."""
-    sets: dict[str, Questions] = {}
-    for name, source in sources.items():
-        opened = sets[name] = open_questions(source, f"{key}.{name}", data, rank, world, barrier)
-        if isinstance(opened, QuestionSet) and opened.unanswered:
-            missing = source.format == "vqav2" and source.annotations is None
-            remedy = "name the annotations" if missing else "it is a test set: take another split"
-            raise ValueError(f"{key}.{name}: {opened.unanswered} of {len(opened)} questions have no answer to learn: {remedy}")
-    return Mixture(sets)
+    return Mixture({name: open_questions(one, f"{key}.{name}", data, rank, world, barrier, to_learn=True) for name, one in sources.items()})
+
+
+def _answered(questions: list[Question], source: QuestionSource, key: str | None) -> list[Question]:
+    """Those with an answer. Mixes of conversations have some without; of a benchmark's file they are no training set. key: to warn with."""
+    lacking = [question.question_id for question in questions if not question.answers]
+    if not lacking:
+        return questions
+    said = f"{len(lacking)} of {len(questions)} questions have no answer to learn ({some(lacking)})"
+    if source.format == "llava" and len(lacking) < len(questions):
+        if key is not None:
+            log.warning("%s: %s: they are left out", key, said)
+        return [question for question in questions if question.answers]
+    if source.format == "vqav2" and source.annotations is None:
+        raise ValueError(f"{said}: name the annotations")
+    if source.format == "llava":
+        raise ValueError(f"{said}: gpt says nothing in {source.questions!r}, which is for evaluation alone")
+    raise ValueError(f"{said}: take another split if this is a test set, and these questions out of {source.questions!r} otherwise")
 
 
 def question_order(questions: Questions, batch: int, seed: int) -> Order:

@@ -152,7 +152,7 @@ def _gqa_totals(pairs: Sequence[Answered]) -> dict[str, Any]:
     """
     groups: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
     for question, prediction, _ in pairs:
-        if (group := question.meta.get("groups", {}).get("global")) is not None:
+        if (group := question.meta["groups"].get("global")) is not None:
             gold, said = groups.setdefault(group, ({}, {}))
             gold[question.answer] = gold.get(question.answer, 0) + 1
             said[gqa_answer(prediction)] = said.get(gqa_answer(prediction), 0) + 1
@@ -174,7 +174,12 @@ def _field(name: str) -> Groups:
 
 
 def _gqa_type(name: str) -> Groups:
-    return lambda question: [str(kind)] if (kind := question.meta.get("types", {}).get(name)) else []
+    return lambda question: [str(kind)] if (kind := question.meta["types"].get(name)) else []
+
+
+def _gqa_answers(question: Question) -> list[str]:
+    """Open or binary, as in GQA's tables; neither where the file does not say what structure the question has."""
+    return [] if not question.family else ["open" if question.family == "query" else "binary"]
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ METRICS: Mapping[str, Metric] = {
         {
             "answer_type": _field("answer_type"),
             "question_type": lambda question: [question.family],
-            "held_out_pair": lambda question: question.meta.get("held_out_pairs", ()),  # the shapes world's own field
+            "held_out_pair": lambda question: question.meta.get("held_out_pairs") or (),  # the shapes world's own field
         },
     ),
     "textvqa": Metric("VQA accuracy", lambda question, said: textvqa_accuracy(said, question.answers)),
@@ -219,11 +224,11 @@ METRICS: Mapping[str, Metric] = {
         {
             "structural": _gqa_type("structural"),
             "semantic": _gqa_type("semantic"),
-            "answer": lambda question: ["open" if question.meta.get("types", {}).get("structural") == "query" else "binary"],
+            "answer": _gqa_answers,
         },
         _gqa_totals,
-        counts=lambda question: bool(question.meta.get("isBalanced", True)),
-        caveats=("balanced questions alone, as in GQA's program; consistency, validity and plausibility need files that are not read",),
+        counts=lambda question: bool(question.meta["isBalanced"]),
+        caveats=("balanced questions alone, as in GQA's program; of its other numbers, distribution alone",),
     ),
     "scienceqa": Metric(
         "accuracy of the letter",

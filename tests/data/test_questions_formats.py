@@ -87,12 +87,37 @@ def test_llava_has_turns_no_mark_and_entries_without_image(tmp_path: Path) -> No
     assert not bus.short
 
 
-def test_llava_leaves_out_a_leading_gpt_and_a_trailing_human(tmp_path: Path) -> None:
+def test_llava_leaves_out_a_leading_gpt_and_turns_without_a_reply(tmp_path: Path) -> None:
     first = {"id": 1, "conversations": [{"from": "gpt", "value": "Hello"}, *talk("a", "b", "c")]}
     alone = {"id": 2, "conversations": talk("what is it?")}
-    questions = read(source("llava", questions=write(tmp_path / "l.json", [first, alone])))
+    silent = {"id": 3, "conversations": talk("a", "", "b", " \n", "c", "d", "e")}
+    questions = read(source("llava", questions=write(tmp_path / "l.json", [first, alone, silent])))
     assert questions[0].turns == (("a", "b"),)
     assert (questions[1].turns, questions[1].answers) == ((("what is it?", ""),), ())
+    assert (questions[2].turns, questions[2].answer) == ((("c", "d"),), "d")
+
+
+def test_scienceqa_has_single_spaces_as_in_llavas_prompts(tmp_path: Path) -> None:
+    problem = {"question": "Which  one? ", "choices": ["a ", " b"], "answer": 1, "hint": " Look  here. ", "image": None}
+    write(tmp_path / "pid_splits.json", {"val": ["1"]})
+    (question,) = read(source("scienceqa", questions=write(tmp_path / "problems.json", {"1": problem}), split="val"))
+    assert question.text == (
+        "Context: Look here.\nQuestion: Which one? \nOptions: (A) a (B) b\nAnswer with the option's letter from the given choices directly."
+    )
+
+
+def test_a_field_that_is_null_is_a_field_that_is_missing(tmp_path: Path) -> None:
+    asked, answered = vqav2_entries(1)
+    answered[0]["answers"] = None
+    paths = write(tmp_path / "q.json", {"questions": asked}), write(tmp_path / "a.json", {"annotations": answered})
+    (vqav2,) = read(source("vqav2", questions=paths[0], annotations=paths[1], image_name="{image_id}"))
+    (vizwiz,) = read(source("vizwiz", questions=write(tmp_path / "v.json", [{"image": "a.jpg", "question": "?", "answers": None}])))
+    text = {"data": [{"question_id": 1, "image_id": "a", "question": "?", "answers": None}]}
+    (textvqa,) = read(source("textvqa", questions=write(tmp_path / "t.json", text)))
+    assert vqav2.answers == vizwiz.answers == textvqa.answers == ()
+    entry = {"question": "?", "imageId": "7", "answer": "no", "types": None, "groups": None, "isBalanced": None}
+    (gqa,) = read(source("gqa", questions=write(tmp_path / "g.json", {"1": entry})))
+    assert (gqa.family, gqa.meta) == ("", {"types": {}, "groups": {}, "isBalanced": True})
 
 
 @pytest.mark.parametrize(("is_there", "said"), list(itertools.permutations(files.WRITERS, 2)))
@@ -151,6 +176,8 @@ SPOILED = {
     "other image": (_vqav2(lambda q, a: a[1].update(image_id=7)), "question 1001 is about image 40, but its annotation about 7"),
     "no text": (_vqav2(lambda q, a: q[1].update(question=3)), 'question 1001 has "question" = 3: a text is expected'),
     "no answer": (_vqav2(lambda q, a: a[1].update(answers=["yes"])), "question 1001, an answer is a str, not an object"),
+    "answers": (_vqav2(lambda q, a: a[1].update(answers="yes")), 'question 1001 has no list "answers"'),
+    "types": (_file("gqa", {"1": {"imageId": "7", "types": ["query"]}}), "question 1: types is a list, not an object"),
     "no field": (
         _file("vqav2", {"questions": vqav2_entries(1)[0]}, image_name="{imageId}.jpg"),
         r"image_name = '\{imageId\}\.jpg' cannot be filled in .*its fields are data_subtype, image_id, question, question_id",

@@ -12,6 +12,7 @@ from question_files import source, talk, write, write_images
 from shard_files import data, jpeg, no_barrier, write_set, write_tar
 
 from megakd.data.bad import BadSample
+from megakd.data.question_images import is_shards
 from megakd.data.questions import Asked, CaptionSet, Mixture, QuestionSet, open_mixture, open_questions, question_order
 from megakd.data.shapes import write_world
 from megakd.recipe import QuestionSource
@@ -143,8 +144,50 @@ def test_a_changed_answer_changes_the_signature(tmp_path: Path) -> None:
 def test_a_set_without_answers_is_for_evaluation_alone(tmp_path: Path) -> None:
     test = source("vqav2", questions=files.vqav2(tmp_path).questions)
     assert len(opened(test)) == 30
-    with pytest.raises(ValueError, match=r"answers\.train\.vqa: 30 of 30 questions have no answer to learn: name the annotations"):
+    with pytest.raises(ValueError, match=r"answers\.train\.vqa: 30 of 30 questions have no answer to learn .*: name the annotations"):
         open_mixture({"vqa": test}, "answers.train", DATA, 0, 1, no_barrier)
+
+
+def test_conversations_without_any_answer_are_left_out_of_training_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entries = [{"id": f"c{number}", "conversations": talk("what?", "" if number in (1, 3) else "red")} for number in range(6)]
+    given = source("llava", questions=write(tmp_path / "l.json", entries))
+    mixture = open_mixture({"talk": given}, "answers.train", DATA, 0, 1, no_barrier)
+    assert [mixture[index].question_id for index in range(len(mixture))] == ["c0", "c2", "c4", "c5"]
+    assert "answers.train.talk: 2 of 6 questions have no answer to learn (c1, c3): they are left out" in caplog.text
+    assert len(opened(given)) == 6
+    silent = source("llava", questions=write(tmp_path / "s.json", entries[1::2][:2]))
+    with pytest.raises(ValueError, match=r"^answers\.train\.talk: 2 of 2 questions have no answer to learn \(c1, c3\): gpt says nothing"):
+        open_mixture({"talk": silent}, "answers.train", DATA, 0, 1, no_barrier)
+
+
+def test_a_benchmarks_questions_without_an_answer_are_named(tmp_path: Path) -> None:
+    entries = [{"image": f"{number}.jpg", "question": "?", "answers": [] if number == 2 else files.ten("red")} for number in range(4)]
+    given = source("vizwiz", questions=write(tmp_path / "v.json", entries))
+    with pytest.raises(ValueError, match=r"1 of 4 questions have no answer to learn \(2\.jpg\): take another split if this is a test set"):
+        open_mixture({"vqa": given}, "answers.train", DATA, 0, 1, no_barrier)
+
+
+@pytest.mark.parametrize("folder", ["u.tarski/images", "set.tar.d", "set.tar", "s/all.tar/x"])
+def test_a_folder_of_images_may_have_any_name(tmp_path: Path, folder: str) -> None:
+    images = write_images(tmp_path / folder, "a.jpg")
+    file = write(tmp_path / "v.json", [{"image": "a.jpg", "question": "?"}])
+    assert images_of(opened(source("vizwiz", questions=file, images=images))) == [(images / "a.jpg").read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("images", "shards"),
+    [
+        ("/data/{00000..00009}.tar", True),
+        ("/data/{a.tar,b.tar}", True),
+        ("/data/*.tar::/more/0.tar", True),
+        ("https://there/0.tar?signature=x", True),
+        ("/data/x.tarski/images", False),
+        ("/data/x.tar/images", False),
+        ("/data/images", False),
+    ],
+)
+def test_shards_are_told_by_the_end_of_their_name(images: str, shards: bool) -> None:
+    assert is_shards(images) is shards
 
 
 def test_fewer_questions_than_a_batch_and_an_empty_file_are_refused(tmp_path: Path) -> None:

@@ -304,6 +304,12 @@ def test_gqa_matches_exactly_after_lower_case_and_counts_balanced_questions() ->
     assert any("1 of 4" in caveat for caveat in found["caveats"])
 
 
+def test_gqa_without_types_and_groups_is_scored_and_in_no_group() -> None:
+    found = score("gqa", [Answered(question(("red",), types={}, groups={}, isBalanced=True), "red")])
+    assert found["accuracy"] == 1.0
+    assert not [key for key in found if key.startswith("by_") or key == "distribution"]
+
+
 def test_vizwiz_scores_what_is_said_to_be_unanswerable() -> None:
     pairs = [
         Answered(question(("unanswerable",) * 10, answerable=0, answer_type="unanswerable"), "Unanswerable."),
