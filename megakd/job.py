@@ -22,10 +22,11 @@ from megakd.preparation import Plan, questions_in_a_step
 from megakd.runtime import checkpoint, collectives, ds_config, engine, launch, runlog, slurm_job, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine, State, trained_shapes
+from megakd.runtime.interruptions import Interruptions
 from megakd.runtime.launch import World
 from megakd.runtime.locks import LOCK, FolderLock
 from megakd.runtime.runlog import RunLog
-from megakd.runtime.signals import EXIT_SAVED, StopRequest
+from megakd.runtime.signals import EXIT_SAVED, Interrupted, StopRequest
 from megakd.runtime.watchdog import HUNG, Watchdog
 from megakd.tasks.answer import Answer
 from megakd.tasks.joint import Joint
@@ -90,14 +91,19 @@ class Run:
         del state
         launch.wait_longer_than(self.recipe.watchdog.limit)
         try:
-            finished = progress.step >= self.recipe.optim.steps or self._fit(progress)
-        finally:
-            self.log.close()
-        if not finished:
+            self._train_and_finish(progress)
+        except Interrupted:
             self.log.say(f"stopped by a signal after saving; the same command goes on from there (exit code {EXIT_SAVED})")
             return EXIT_SAVED
-        self._finish()
         return 0
+
+    def _train_and_finish(self, progress: Progress) -> None:
+        try:
+            if progress.step < self.recipe.optim.steps:
+                self._fit(progress)
+        finally:
+            self.log.close()
+        self._finish()
 
     def _job(self) -> str:
         """What SLURM calls this run, for the first line of its log."""
@@ -204,12 +210,12 @@ class Run:
         torch.manual_seed(recipe.seed)
         self._learners = assembly.build_learners(self.plan, self._teachers, device)
         module = self._learners.module
-        self._judge = Judge(self.plan, self.world, self._learners)
+        self._judge = Judge(self.plan, self.world, self._learners, Interruptions(self.world, self._stop))
         if state is not None:
             checkpoint.check_fits(self._resumed_from, state.weights, trained_shapes(module))
         self._engine = Engine(module.to(device), self._learners.groups, recipe.optim, self.plan.config, self.world, state)
 
-    def _fit(self, progress: Progress) -> bool:
+    def _fit(self, progress: Progress) -> None:
         plan, world = self.plan, self.world
         preprocess = {role: preprocessing(found) for role, found in assembly.live_teachers(plan, self._teachers).items()}
         if self._learners.student is not None:
@@ -218,7 +224,7 @@ class Run:
         task = Joint(plan.pairs.task if plan.pairs else None, answer)
         trainer = Trainer(self.recipe, world, self._engine, task, self._teachers, preprocess, self.log, self._stop)
         with assembly.open_batches(plan, self._learners, self._teachers, progress, world) as batches:
-            return trainer.fit(batches, progress, self)
+            trainer.fit(batches, progress, self)
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint; every rank learns whether it is there before it goes on."""
@@ -237,6 +243,14 @@ class Run:
             watchdog.beat("evaluating", step)
             results = self._judge.results(self._engine, step, self.folder)
             collectives.by_main(lambda: self._write_evaluation(results), self.world)
+
+    def evaluated(self, step: int) -> bool:
+        """Whether metrics.jsonl has the scores of this step. A collective."""
+
+        def told() -> bool:
+            return any(row.get("event") == "evaluation" and row["step"] == step for row in runlog.read_metrics(self.folder))
+
+        return collectives.by_main(told, self.world)
 
     def _write_evaluation(self, results: dict[str, Any]) -> None:
         runlog.write_json(self.folder / EVALUATION, results)

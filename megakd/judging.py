@@ -18,6 +18,7 @@ from megakd.evaluation.suite import Suite
 from megakd.models.answering import AnsweringStudent
 from megakd.preparation import Plan
 from megakd.runtime.engine import Engine, load_weights
+from megakd.runtime.interruptions import Interruptions
 from megakd.runtime.launch import World
 
 
@@ -28,8 +29,9 @@ class Judge:
     asked alone; below stage 3 the decoder is judged where it is, without a copy of its weights, which may be a large language model's.
     """
 
-    def __init__(self, plan: Plan, world: World, learners: Learners) -> None:
+    def __init__(self, plan: Plan, world: World, learners: Learners, interruptions: Interruptions) -> None:
         """Before the engine is made of `learners.module`."""
+        self._interruptions = interruptions
         self._plan, self._world, self._learners, self._student = plan, world, learners, learners.student
         self._clip = copy.deepcopy(self._student.clip) if plan.sets and self._student is not None else None
         if self._clip is not None and hasattr(self._clip, "set_grad_checkpointing"):
@@ -42,7 +44,10 @@ class Judge:
         return self._clip is not None or self._asks
 
     def results(self, engine: Engine, step: int, folder: Path) -> dict[str, Any]:
-        """What `evaluation.json` holds, the same on every rank. Answers are written to `folder`. A collective."""
+        """What `evaluation.json` holds, the same on every rank. Answers are written to `folder`. A collective.
+
+        Raises Interrupted, on every rank, when a signal comes to one; answers given before it are kept.
+        """
         weights = engine.export(moments=False, everywhere=True).weights
         found: dict[str, Any] = {"step": step}
         if self._clip is not None:
@@ -89,7 +94,7 @@ class Judge:
         )
         module.eval()
         try:
-            return vqa.evaluate(plan.asking.sets, answerer, self._world, folder, recipe.data)
+            return vqa.evaluate(plan.asking.sets, answerer, self._world, folder, recipe.data, self._interruptions)
         finally:
             module.train()
             if self._whole is not None:
@@ -103,7 +108,7 @@ class Judge:
         clip = self._clip.to(device).eval()
         description = self._student.description
         encoder = Encoder(clip, self._student.preprocess, description.tokenize, device, recipe.evaluation.batch)
-        results = Suite(self._plan.sets, encoder, self._world, recipe.data.workers).run()
+        results = Suite(self._plan.sets, encoder, self._world, recipe.data.workers, self._interruptions).run()
         self._clip.to("cpu")
         return results
 

@@ -32,7 +32,7 @@ from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine
 from megakd.runtime.launch import World
 from megakd.runtime.runlog import RunLog, memory_gb
-from megakd.runtime.signals import LossNotFinite, StopRequest
+from megakd.runtime.signals import Interrupted, LossNotFinite, StopRequest
 from megakd.runtime.stopwatch import Stopwatch
 from megakd.tasks.joint import Joint
 
@@ -47,7 +47,12 @@ class Hooks(Protocol):
 
     def save(self, progress: Progress) -> None: ...
 
-    def evaluate(self, step: int) -> None: ...
+    def evaluate(self, step: int) -> None:
+        """Raises Interrupted when a signal comes meanwhile."""
+
+    def evaluated(self, step: int) -> bool:
+        """Whether an earlier start has."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,11 @@ class Trainer:
         self.clock = Stopwatch(world.device)
         self._bad = Skipped()
 
-    def fit(self, batches: Iterator[JointBatch], start: Progress, hooks: Hooks) -> bool:
-        """Train from `start` to the last step. Returns True when it got there, False when a signal stopped it after a save."""
+    def fit(self, batches: Iterator[JointBatch], start: Progress, hooks: Hooks) -> None:
+        """Train from `start` to the last step. Raises Interrupted when a signal stops it, after a save."""
         recipe, step = self.recipe, start.step
+        if self._to_evaluate(step) and not hooks.evaluated(step):  # a signal came first
+            hooks.evaluate(step)
         since, images = time.perf_counter(), 0
         while step < recipe.optim.steps:
             watchdog.beat("waiting for data", step)
@@ -106,15 +113,29 @@ class Trainer:
                 now = time.perf_counter()
                 self._write_row(step, agreed, images / (now - since), now - since)
                 since, images = now, 0  # what writing takes counts in the next row
-            if agreed.stop or last or step % recipe.checkpoint.every == 0:
-                self._refuse_to_save_ruins(step)
-                hooks.save(replace(start, step=step, position=batch.next_position))
+            progress = replace(start, step=step, position=batch.next_position)
+            saved = agreed.stop or last or step % recipe.checkpoint.every == 0
+            if saved:
+                self._save(progress, hooks)
             if agreed.stop and not last:
-                return False
-            if not last and recipe.evaluation.every and step % recipe.evaluation.every == 0:
-                hooks.evaluate(step)
+                raise Interrupted
+            if self._to_evaluate(step):
+                try:
+                    hooks.evaluate(step)
+                except Interrupted:
+                    if not saved:
+                        self._save(progress, hooks)
+                    raise
                 since, images = time.perf_counter(), 0
-        return True
+
+    def _to_evaluate(self, step: int) -> bool:
+        """During the run; the end is the job's."""
+        every = self.recipe.evaluation.every
+        return every > 0 and 0 < step < self.recipe.optim.steps and step % every == 0
+
+    def _save(self, progress: Progress, hooks: Hooks) -> None:
+        self._refuse_to_save_ruins(progress.step)
+        hooks.save(progress)
 
     def _refuse_to_save_ruins(self, step: int) -> None:
         """A finite loss may have a gradient that is not, which shows in the loss one step later: too late for this checkpoint."""

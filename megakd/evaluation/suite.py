@@ -21,6 +21,7 @@ from megakd.evaluation.encoder import Encoder
 from megakd.models.towers import parameters_in
 from megakd.recipe import Recipe
 from megakd.runtime import collectives
+from megakd.runtime.interruptions import Interruptions
 from megakd.runtime.launch import World
 
 # Legend: N samples of a set, D embedding width.
@@ -60,9 +61,10 @@ def open_sets(recipe: Recipe, world: World) -> Sets:
 
 
 class Suite:
-    """Runs the sets on one encoder. Every rank calls `run`."""
+    """Runs the sets on one encoder. Every rank calls `run`, which raises Interrupted when a signal comes."""
 
-    def __init__(self, sets: Sets, encoder: Encoder, world: World, workers: int) -> None:
+    def __init__(self, sets: Sets, encoder: Encoder, world: World, workers: int, interruptions: Interruptions) -> None:
+        self._interruptions = interruptions
         self._sets, self._encoder, self._world, self._workers = sets, encoder, world, workers
         self._view = TowerView(encoder.preprocess, encoder.tokenize)
         self._images, self._seconds = 0, 0.0
@@ -132,7 +134,7 @@ class Suite:
 
     def _batches(self, shards: ShardSet, fields: tuple[Field, ...]) -> Iterator[EvaluationBatch]:
         world, encoder = self._world, self._encoder
-        return evaluation_batches(
+        batches = evaluation_batches(
             shards,
             self._view,
             rank=world.rank,
@@ -142,6 +144,7 @@ class Suite:
             workers=self._workers,
             pin_memory=world.device.type == "cuda",
         )
+        return self._interruptions.between(batches, len(shards), encoder.batch)
 
     def _encode(self, batch: EvaluationBatch) -> Tensor:
         assert batch.pixels is not None

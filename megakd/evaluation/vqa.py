@@ -28,6 +28,7 @@ from megakd.evaluation.predictions import Journal, Row
 from megakd.evaluation.vqa_metrics import Answered, score
 from megakd.recipe import Data, QuestionSource, Recipe
 from megakd.runtime import collectives, runlog, watchdog
+from megakd.runtime.interruptions import Interruptions
 from megakd.runtime.launch import World
 
 # Legend: B questions, L tokens of a prompt, V patches of the tower, C its width.
@@ -99,28 +100,33 @@ def open_sets(recipe: Recipe, world: World) -> dict[str, Opened]:
     return sets
 
 
-def evaluate(sets: Mapping[str, Opened], answerer: Answerer, world: World, folder: Path, data: Data) -> dict[str, Any]:
+def evaluate(
+    sets: Mapping[str, Opened], answerer: Answerer, world: World, folder: Path, data: Data, interruptions: Interruptions
+) -> dict[str, Any]:
     """{set: scores and where its files are}, the same on every rank; all of them call it. Rank 0 writes FOLDER/vqa.json.
 
-    Raises ValueError, with the answers kept, when more than data.max_bad_fraction of a set's questions could not be asked.
+    Raises ValueError, with the answers kept, when more than data.max_bad_fraction of a set's questions could not be asked. Raises
+    Interrupted when a signal comes: the answers given before it are not asked again.
 
     FOLDER/answers/SET.jsonl holds each answer as it was said; SET.submission.json or .jsonl is for the benchmark's server. Started again
     after an interruption, questions that are answered are not asked again, on any number of ranks; another model, set, prompt or length
     of answers starts anew.
     """
-    results = {name: _evaluate_one(name, opened, answerer, world, folder, data) for name, opened in sets.items()}
+    results = {name: _evaluate_one(name, opened, answerer, world, folder, data, interruptions) for name, opened in sets.items()}
     collectives.by_main(lambda: runlog.write_json(folder / RESULTS, {"model": dict(answerer.identity), "sets": results}), world)
     return results
 
 
-def _evaluate_one(name: str, opened: Opened, answerer: Answerer, world: World, folder: Path, data: Data) -> dict[str, Any]:
+def _evaluate_one(
+    name: str, opened: Opened, answerer: Answerer, world: World, folder: Path, data: Data, interruptions: Interruptions
+) -> dict[str, Any]:
     questions = opened.questions
     ids = [questions[index].question_id for index in range(len(questions))]
     journal = Journal(folder / ANSWERS, name, _identity(opened, answerer), ids)
     # What could not be asked is tried again: its image may have been repaired.
     known = {index: row for index, row in collectives.by_main(journal.open, world).items() if row.unusable is None}
     missing = [index for index in range(len(questions)) if index not in known]
-    rows = known | _gathered(_ask(questions, missing, journal, answerer, world, data.workers), world)
+    rows = known | _gathered(_ask(questions, missing, journal, answerer, world, data.workers, interruptions), world)
     return collectives.by_main(lambda: _finish(name, opened, journal, rows, folder, data.max_bad_fraction), world)
 
 
@@ -155,7 +161,15 @@ def _refuse_unasked(name: str, rows: Mapping[int, Row], max_bad_fraction: float)
         raise ValueError(f"evaluation.vqa.{name}: {error}; answers are kept, and the same command asks the others again") from error
 
 
-def _ask(questions: QuestionSet, missing: list[int], journal: Journal, answerer: Answerer, world: World, workers: int) -> dict[int, Row]:
+def _ask(
+    questions: QuestionSet,
+    missing: list[int],
+    journal: Journal,
+    answerer: Answerer,
+    world: World,
+    workers: int,
+    interruptions: Interruptions,
+) -> dict[int, Row]:
     """This rank's part of the questions without an answer, each written down as soon as its batch is answered."""
     mine = [missing[place] for place in rank_slice(len(missing), world.rank, world.size)]
     batches = evaluation_questions(
@@ -169,7 +183,7 @@ def _ask(questions: QuestionSet, missing: list[int], journal: Journal, answerer:
     )
     rows: dict[int, Row] = {}
     with journal.appending(world.rank) as append:
-        for batch in batches:
+        for batch in interruptions.between(batches, len(missing), answerer.batch):
             found = {int(index): Row(said) for index, said in zip(batch.index, answerer.answers(batch), strict=True)}
             found |= {index: Row("", why) for index, why in batch.unusable}
             append(found)

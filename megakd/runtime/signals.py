@@ -1,6 +1,7 @@
 """How a run ends early: its exit codes, a loss that is not finite, and the signals that ask for a checkpoint.
 
-SIGTERM, SIGUSR1 and SIGUSR2 ask for a checkpoint at the next step boundary; the handler only notes it.
+SIGTERM, SIGUSR1 and SIGUSR2 ask for a checkpoint at the next step boundary; the handler only notes it. In an evaluation, `interruptions`
+looks for it between batches.
 
 SLURM sends TERM at preemption and whatever `--signal` names before a time limit; NCCL may take USR1 for itself, hence both.
 """
@@ -19,6 +20,10 @@ EXIT_HUNG = 87  # no progress for `watchdog.limit` seconds: every rank wrote its
 
 class LossNotFinite(ArithmeticError):
     """The loss, or its gradient, was NaN or infinite on some rank; nothing of that step was saved."""
+
+
+class Interrupted(Exception):
+    """A signal asks for the end, every rank has heard of it, and what has to be kept is saved, or about to be by who catches this."""
 
 
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

@@ -27,6 +27,7 @@ from megakd.evaluation.vqa import Answerer, Opened, evaluate
 from megakd.models import decoder, patches
 from megakd.recipe import Decoder
 from megakd.runtime import collectives, launch
+from megakd.runtime.interruptions import Interruptions
 from megakd.runtime.launch import World
 
 QUESTIONS = 30
@@ -95,7 +96,7 @@ def opened(folder: Path, *names: str) -> dict[str, Opened]:
 def run(folder: Path, out: Path, world: World, batch: int, seconds: float, **how: Any) -> tuple[dict[str, Any], int]:
     """The results, and how many questions this rank asked."""
     one = answerer(folder, batch, seconds, **how)
-    results = evaluate(opened(folder, "vqav2", "pope"), one, world, out, data("unused.tar"))
+    results = evaluate(opened(folder, "vqav2", "pope"), one, world, out, data("unused.tar"), Interruptions(world))
     assert isinstance(one.decoder, Slow)
     return results, one.decoder.asked
 

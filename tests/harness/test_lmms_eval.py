@@ -28,6 +28,7 @@ from megakd.data.views import decode
 from megakd.evaluation.vqa import Answerer, Opened, evaluate
 from megakd.models.patches import patch_tokens
 from megakd.recipe import QuestionSource
+from megakd.runtime.interruptions import Interruptions
 from megakd.runtime.launch import World
 
 HERE, CPU = Path(__file__).parent, torch.device("cpu")
@@ -107,7 +108,9 @@ def ours(world: Path, bundle: Path, documents: Path, out: Path) -> dict[str, Any
     questions = shapes(world, documents / "questions.json", documents / "annotations.json")
     one = Answerer(loaded.decoder, look, loaded.conversations, eyes, CPU, torch.float32, 8, LONGEST, {"bundle": str(bundle)})
     source = QuestionSource(format="vqav2", questions="unused")
-    results: dict[str, Any] = evaluate({"shapes": Opened(source, questions)}, one, World(0, 1, CPU), out, data("unused.tar"))["shapes"]
+    alone = World(0, 1, CPU)
+    found = evaluate({"shapes": Opened(source, questions)}, one, alone, out, data("unused.tar"), Interruptions(alone))
+    results: dict[str, Any] = found["shapes"]
     return results
 
 
