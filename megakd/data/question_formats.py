@@ -149,7 +149,12 @@ def _gqa(source: QuestionSource, path: Path) -> Iterator[Question]:
         where = f"{path}: question {question_id}"
         answers = (text_of(entry, "answer", where),) if "answer" in entry else ()
         types, balanced = part(entry, "types", where), entry.get("isBalanced") is not False
-        meta = {"types": types, "groups": part(entry, "groups", where), "isBalanced": balanced}
+        meta = {
+            "types": types,
+            "groups": part(entry, "groups", where),
+            "isBalanced": balanced,
+            "entailed": strings(entry, "entailed", where),
+        }
         name = _image_name(source, "{imageId}.jpg", entry, where)
         family = str(types.get("structural") or "")
         yield Question(question_id, name, text_of(entry, "question", where), answers, "".join(answers), family, meta, short=True)

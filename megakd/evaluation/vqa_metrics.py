@@ -145,10 +145,37 @@ def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
+def _gqa_right(question: Question, prediction: str) -> float:
+    return float(gqa_answer(prediction) == question.answer)
+
+
+def _balanced(question: Question) -> bool:
+    return bool(question.meta["isBalanced"])
+
+
 def _gqa_totals(pairs: Sequence[Answered]) -> dict[str, Any]:
+    balanced = [pair for pair in pairs if _balanced(pair.question)]
+    return _consistency(balanced, pairs) | _distribution(balanced)
+
+
+def _consistency(balanced: Sequence[Answered], pairs: Sequence[Answered]) -> dict[str, Any]:
+    """For each balanced question that is answered rightly the accuracy over those it entails, balanced or not; the mean of these.
+
+    Source: "Consistency" of GQA's eval.py (arXiv 1902.09506, section 4.4), which wants every entailed question to be in the set.
+    """
+    right = {question.question_id: asked and _gqa_right(question, said) for question, said, asked in pairs}
+    scores = []
+    for question, _, _ in balanced:
+        entailed = [other for other in question.meta["entailed"] if other != question.question_id]
+        if right[question.question_id] and entailed and all(other in right for other in entailed):
+            scores.append(sum(right[other] for other in entailed) / len(entailed))
+    return {"consistency": {"accuracy": sum(scores) / len(scores), "questions": len(scores)}} if scores else {}
+
+
+def _distribution(pairs: Sequence[Answered]) -> dict[str, Any]:
     """Distance of the predicted answers' distribution to the true one, chi-square averaged over the groups; 0 is equal.
 
-    Source: the metric "Distribution" of GQA (arXiv 1902.09506, section 4.4)
+    Source: "Distribution" of GQA's eval.py (arXiv 1902.09506, section 4.4), a hundredth of it, as there
     """
     groups: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
     for question, prediction, _ in pairs:
@@ -163,7 +190,7 @@ def _gqa_totals(pairs: Sequence[Answered]) -> dict[str, Any]:
         sum(gold.values()) * sum((said.get(answer, 0) - count) ** 2 / count for answer, count in gold.items())
         for gold, said in groups.values()
     )
-    return {"distribution": sum(distances) / asked}
+    return {"distribution": sum(distances) / asked / 100}
 
 
 Groups = Callable[[Question], Iterable[str]]
@@ -186,7 +213,7 @@ def _gqa_answers(question: Question) -> list[str]:
 class Metric:
     """name and caveats: said in the results. score: of one question with answers. by: groups of questions, by what they are grouped.
 
-    totals: numbers of the set as a whole. counts: which questions the benchmark scores; the others are answered and left out.
+    totals: numbers of all questions with answers. counts: which questions the benchmark scores; the others are answered and left out.
     """
 
     name: str
@@ -220,15 +247,18 @@ METRICS: Mapping[str, Metric] = {
     ),
     "gqa": Metric(
         "exact match",
-        lambda question, said: float(gqa_answer(said) == question.answer),
+        _gqa_right,
         {
             "structural": _gqa_type("structural"),
             "semantic": _gqa_type("semantic"),
             "answer": _gqa_answers,
         },
         _gqa_totals,
-        counts=lambda question: bool(question.meta["isBalanced"]),
-        caveats=("balanced questions alone, as in GQA's program; of its other numbers, distribution alone",),
+        counts=_balanced,
+        caveats=(
+            "balanced questions alone, as in GQA's program; validity and plausibility need files that are not read",
+            "consistency: of questions with all those that they entail in this set",
+        ),
     ),
     "scienceqa": Metric(
         "accuracy of the letter",
@@ -259,7 +289,8 @@ def score(kind: str, pairs: Sequence[Answered]) -> dict[str, Any]:
     kind: the format of the set. Questions without an answer are left out; where none has one (a test set), accuracy is None.
     """
     metric = METRICS[kind]
-    scored = [pair for pair in pairs if pair.question.answers and metric.counts(pair.question)]
+    known = [pair for pair in pairs if pair.question.answers]
+    scored = [pair for pair in known if metric.counts(pair.question)]
     found: dict[str, Any] = {"metric": metric.name, "accuracy": None, "questions": len(scored)}
     caveats = [*metric.caveats, *_caveats(metric, pairs, scored)]
     if scored:
@@ -269,7 +300,7 @@ def score(kind: str, pairs: Sequence[Answered]) -> dict[str, Any]:
         for name, groups in by.items():
             if parts := _by(scored, scores, groups):
                 found[f"by_{name}"] = parts
-        found |= metric.totals(scored)
+        found |= metric.totals(known)
     return found | {"caveats": caveats}
 
 

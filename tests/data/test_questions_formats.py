@@ -115,9 +115,9 @@ def test_a_field_that_is_null_is_a_field_that_is_missing(tmp_path: Path) -> None
     text = {"data": [{"question_id": 1, "image_id": "a", "question": "?", "answers": None}]}
     (textvqa,) = read(source("textvqa", questions=write(tmp_path / "t.json", text)))
     assert vqav2.answers == vizwiz.answers == textvqa.answers == ()
-    entry = {"question": "?", "imageId": "7", "answer": "no", "types": None, "groups": None, "isBalanced": None}
+    entry = {"question": "?", "imageId": "7", "answer": "no", "types": None, "groups": None, "isBalanced": None, "entailed": None}
     (gqa,) = read(source("gqa", questions=write(tmp_path / "g.json", {"1": entry})))
-    assert (gqa.family, gqa.meta) == ("", {"types": {}, "groups": {}, "isBalanced": True})
+    assert (gqa.family, gqa.meta) == ("", {"types": {}, "groups": {}, "isBalanced": True, "entailed": []})
 
 
 @pytest.mark.parametrize(("is_there", "said"), list(itertools.permutations(files.WRITERS, 2)))

@@ -286,7 +286,7 @@ def test_scienceqa_by_subject_context_and_grade() -> None:
 def test_gqa_matches_exactly_after_lower_case_and_counts_balanced_questions() -> None:
     def asked(answer: str, structural: str, balanced: bool = True) -> Question:
         types = {"structural": structural, "semantic": "attr"}
-        return question((answer,), structural, types=types, isBalanced=balanced, groups={"global": "colour"})
+        return question((answer,), structural, types=types, isBalanced=balanced, groups={"global": "colour"}, entailed=[])
 
     pairs = [
         Answered(asked("red", "query"), "Red."),
@@ -299,13 +299,30 @@ def test_gqa_matches_exactly_after_lower_case_and_counts_balanced_questions() ->
     assert found["by_answer"] == {"binary": {"accuracy": 1.0, "questions": 1}, "open": {"accuracy": 0.5, "questions": 2}}
     assert found["by_structural"]["query"]["questions"] == 2
     assert found["by_semantic"]["attr"]["questions"] == 3
-    # gold: red 2, yes 1; said: red 1, yes 1, "the red" 1: (1 - 2)^2 / 2 + 0
-    assert found["distribution"] == pytest.approx(0.5)
+    # gold: red 2, yes 1; said: red 1, yes 1, "the red" 1: (1 - 2)^2 / 2 + 0, of which GQA's program prints a hundredth
+    assert found["distribution"] == pytest.approx(0.005)
+    assert "consistency" not in found
     assert any("1 of 4" in caveat for caveat in found["caveats"])
 
 
+def test_gqa_consistency_is_the_accuracy_of_what_a_right_answer_entails() -> None:
+    def asked(name: str, said: str, *entailed: str, balanced: bool = True) -> Answered:
+        meta = {"types": {}, "groups": {}, "isBalanced": balanced, "entailed": list(entailed)}
+        return Answered(Question(name, "a.jpg", "what?", ("yes",), "yes", "", meta), said)
+
+    pairs = [
+        asked("a", "yes", "a", "b", "c"),  # itself does not count; b is right, c is not: 1/2
+        asked("b", "Yes.", "d"),  # d is right: 1
+        asked("c", "no", "a"),  # wrong: not counted
+        asked("d", "yes", "c", balanced=False),  # not balanced: not counted
+        asked("e", "yes", "a", "gone"),  # entails a question that is not in the set: not counted
+        asked("f", "yes"),
+    ]
+    assert score("gqa", pairs)["consistency"] == {"accuracy": 0.75, "questions": 2}
+
+
 def test_gqa_without_types_and_groups_is_scored_and_in_no_group() -> None:
-    found = score("gqa", [Answered(question(("red",), types={}, groups={}, isBalanced=True), "red")])
+    found = score("gqa", [Answered(question(("red",), types={}, groups={}, isBalanced=True, entailed=[]), "red")])
     assert found["accuracy"] == 1.0
     assert not [key for key in found if key.startswith("by_") or key == "distribution"]
 
