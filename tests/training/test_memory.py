@@ -6,8 +6,8 @@ import gc
 from pathlib import Path
 
 import pytest
-from torch import nn
 from tiny_runs import KD, ds_config, train
+from torch import nn
 
 from megakd.models.student import Student
 
