@@ -22,6 +22,15 @@ from megakd.runtime.runlog import read_metrics
 from megakd.start import run_command
 
 REPOSITORY = Path(__file__).parents[1]
+# SLURM's lists of nodes, and the first one of each.
+NODE_LISTS = [
+    ("gpu7", "gpu7"),
+    ("gpu7,gpu9", "gpu7"),
+    ("gpu[07-10,12]", "gpu07"),
+    ("gpu[12,07-10],login1", "gpu12"),
+    ("rack[1-2]gpu[3-4],gpu1", "rack1gpu3"),
+    ("a-1.example.org", "a-1.example.org"),
+]
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
 
 RECIPE = """

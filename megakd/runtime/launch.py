@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,8 +43,8 @@ class World:
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
     """torch's five rendezvous variables as the launcher that started this process means them, and LOCAL_WORLD_SIZE where it is known.
 
-    A task of submitit on SLURM is a task of srun. Raises ValueError when a launcher set only some of its variables, and when SLURM does
-    not say where the ranks meet.
+    A task of submitit on SLURM is a task of srun. Raises ValueError when a launcher set only some of its variables, and when SLURM's
+    list of nodes does not say where the ranks meet.
     """
     if "RANK" in environ:
         found = _as_given(environ)
@@ -117,16 +116,14 @@ def _tasks_on_this_node(environ: Mapping[str, str], tasks: int) -> int:
 
 
 def _first_host(nodes: str) -> str:
-    try:
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
+    """Of "rack[1-2]gpu[07-10,12],login1", rack1gpu07: as `scontrol show hostnames` has it, which a container may lack."""
+    first = re.match(r"((?:[^\[\],]|\[\d[\d,-]*\])+)(?:,|$)", nodes)
+    if not first:
         raise ValueError(
-            f"MASTER_ADDR: `scontrol show hostnames {nodes}` does not work on this node ({said}), so nobody says where the ranks meet; in "
-            "the batch script, before srun: "
-            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1), or put scontrol on the PATH here'
-        ) from error
-    return shown.stdout.split()[0]
+            f"MASTER_ADDR: the list of nodes {nodes!r} is not understood, so nobody says where the ranks meet; in the batch script, before "
+            'srun: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+        )
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[1])
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
