@@ -182,7 +182,7 @@ class Run:
     def _choose_checkpoint(self) -> Path | None:
         resume = self.plan.request.resume
         if resume == "none":
-            earlier = [entry for entry in self.folder.glob("*") if entry.name not in ("previous", LOCK)]
+            earlier = [entry for entry in self.folder.glob("*") if entry.name not in ("previous", LOCK, slurm_job.SUBMISSIONS)]
             if aside := runlog.set_aside(self.folder, earlier):
                 self.log.say(f"--resume none: the earlier run in {self.folder} was moved to {aside}")
             return None

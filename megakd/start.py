@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import json
 import logging
 import os
 import sys
@@ -21,7 +22,7 @@ import torch
 import megakd
 import megakd_kernels
 from megakd import recipe_files
-from megakd.runtime import launch
+from megakd.runtime import launch, slurm_job
 from megakd.runtime.launch import World
 from megakd.runtime.signals import EXIT_NOT_FINITE, EXIT_USER_ERROR, LossNotFinite, StopRequest
 
@@ -106,7 +107,8 @@ def _run(flags: argparse.Namespace, world: World, until_stopped: contextlib.Exit
     # Heavy imports come after the recipe was read, so that a typo is answered at once.
     from megakd import job, preparation, preview
 
-    request = preparation.Request(recipe, origin, flags.ds_config, flags.out or Path("runs") / recipe.name, flags.resume)
+    out = flags.out or Path("runs") / recipe.name
+    request = preparation.Request(recipe, origin, flags.ds_config, out, _resume(flags.resume, out))
     before = preparation.prerequisites(request)
     plan = preparation.prepare(request, world, preparation.to_come(request))
     if flags.dry_run:
@@ -128,6 +130,23 @@ def _run(flags: argparse.Namespace, world: World, until_stopped: contextlib.Exit
     if before:
         plan = preparation.prepare(request, world)
     return job.Run(plan, world, stop).execute()
+
+
+def _resume(asked: str, out: Path) -> str:
+    """`--resume` of this start: as asked for, until this job has left a checkpoint of its own; requeued, it goes on from the newest.
+
+    Its own are those past the one that was asked for: its first start has set aside what was newer.
+    """
+    from megakd.runtime import checkpoint, runlog
+
+    try:
+        earlier = json.loads((out / runlog.RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or damaged, which is said where the run is prepared
+        return asked
+    starts = (earlier.get("jobs") or []) if isinstance(earlier, dict) else []
+    past = "" if asked in ("auto", "none") else Path(asked).name
+    saved = any(found.name > past for found in checkpoint.available(out))
+    return "auto" if saved and slurm_job.has_come_back(os.environ, starts) else asked
 
 
 def _is_ours(error: ValueError) -> bool:

@@ -6,12 +6,14 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 # Scripts and `megakd submit` name the job's log here; else `scontrol` is asked, once a start.
 LOG_VARIABLE = "MEGAKD_LOG"
+# What `megakd submit` keeps in a run folder: what it sent and the logs.
+SUBMISSIONS = "slurm"
 PATIENCE = 10.0
 
 
@@ -25,6 +27,12 @@ def job_id(environ: Mapping[str, str]) -> str | None:
 def restarts(environ: Mapping[str, str]) -> int:
     """How often SLURM started this job again; 0 outside SLURM."""
     return int(environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def has_come_back(environ: Mapping[str, str], starts: Iterable[Any]) -> bool:
+    """Whether an earlier start of this same job, after which it was requeued, is among a run's (`jobs` in run.json)."""
+    known = [start for start in starts if isinstance(start, dict) and start.get("slurm_job_id") == job_id(environ)]
+    return any(start.get("restarts", 0) < restarts(environ) for start in known)
 
 
 def describe(ranks: int, started: str) -> dict[str, Any]:
