@@ -24,9 +24,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from megakd import cluster, recipe_files
 from megakd.jobs import Training
 from megakd.runtime import ds_config, runlog
-from megakd.runtime.slurm_job import LOG_VARIABLE
+from megakd.runtime.launch import TORCH_VARIABLES
+from megakd.runtime.slurm_job import LOG_VARIABLE, SUBMISSIONS
 
-FOLDER = "slurm"
 # submitit gives up after so many time limits and, for jobs of up to ten minutes, interruptions of any kind. A run of a week on a partition
 # of one hour meets 168; a run that cannot get anywhere ends by its own errors, so this only has to be large.
 MAX_TIMEOUTS = 1000
@@ -132,7 +132,7 @@ def check(runs: Sequence[Request], wanted: Resources, where: Where) -> None:
 
 def executor(top: Path, name: str, wanted: Resources, where: Where) -> submitit.core.core.PicklingExecutor:
     """submitit's executor with everything set; it has not touched the disk, but for a local one."""
-    folder = top / FOLDER
+    folder = top / SUBMISSIONS
     if where == "local":
         local = submitit.LocalExecutor(folder, max_num_timeout=MAX_TIMEOUTS, python=wanted.python)
         devices = {"gpus_per_node": wanted.gpus_per_node} if wanted.gpus_per_node else {}
@@ -156,6 +156,7 @@ def executor(top: Path, name: str, wanted: Resources, where: Where) -> submitit.
         signal_delay_s=wanted.signal_delay,
         comment=str(top),
         setup=_setup(wanted),
+        teardown=_teardown(),
         srun_args=["--kill-on-bad-exit=1", *(_container(top, wanted) if container else ())],
         additional_parameters={"requeue": True},
         **({"gpus_per_node": wanted.gpus_per_node} if wanted.gpus_per_node else {}),
@@ -168,12 +169,17 @@ def _setup(wanted: Resources) -> list[str]:
     lines = [
         "export SLURM_EXPORT_ENV=ALL  # also where sbatch was called with --export=NONE",
         'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"',
-        f"unset {LOG_VARIABLE} RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE  # of a job that this one was submitted from",
+        f"unset {LOG_VARIABLE} {' '.join(TORCH_VARIABLES)} LOCAL_WORLD_SIZE  # of a shell under torchrun, or in another job",
     ]
     if wanted.cpus_per_task is not None:
         # Since SLURM 22.05 srun no longer takes it from the job by itself; up to 23.02 it wants it under this name.
         lines.append(f"export SRUN_CPUS_PER_TASK={wanted.cpus_per_task}")
-    return [*lines, *wanted.setup]
+    return [*lines, *wanted.setup, "set +e  # srun's exit code is looked at below"]
+
+
+def _teardown() -> list[str]:
+    text = (Path(__file__).parent / "runtime" / "requeue.sh").read_text(encoding="utf-8")
+    return ["code=$?", text, 'finish "$code" "the same megakd submit command"']
 
 
 def _container(top: Path, wanted: Resources) -> list[str]:
@@ -196,10 +202,10 @@ def preview(top: Path, runs: Sequence[Request], wanted: Resources) -> str:
 
 def submit(top: Path, runs: Sequence[Request], wanted: Resources, where: Where) -> list[submitit.Job[int]]:
     """Hand the runs to submitit, several as one array. Raises ValueError with what sbatch says, and leaves no file of a refused job."""
-    folder = top / FOLDER
+    folder = top / SUBMISSIONS
     try:
         for run in runs:
-            (run.out / FOLDER).mkdir(parents=True, exist_ok=True)
+            (run.out / SUBMISSIONS).mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {top}: the folder for the logs cannot be made ({error}); choose another --out") from None
@@ -221,7 +227,7 @@ def submit(top: Path, runs: Sequence[Request], wanted: Resources, where: Where) 
             "command": shlex.join(sys.argv),
             "log": str(job.task(0).paths.stdout),
         }
-        runlog.write_json(run.out / FOLDER / f"{job.job_id}.json", record)
+        runlog.write_json(run.out / SUBMISSIONS / f"{job.job_id}.json", record)
     return sent
 
 
@@ -236,8 +242,12 @@ def wait(jobs: Sequence[submitit.Job[int]], where: Where) -> int:
         open_jobs = [job for job in jobs if job.job_id not in codes]
         if where == "slurm" and time.monotonic() - asked >= ASK:
             asked = time.monotonic()
-            states = cluster.states(job.job_id for job in open_jobs)
-            ended = {id: ended.get(id, (asked, state)) for id, state in states.items() if state.ended}
+            try:
+                states = cluster.states(job.job_id for job in open_jobs)
+            except ValueError as error:  # a controller that is busy or restarts is no end of the jobs
+                print(f"asking again later: {error}", file=sys.stderr, flush=True)
+            else:
+                ended = {id: ended.get(id, (asked, state)) for id, state in states.items() if state.ended}
         for job in open_jobs:
             code = _result(job)
             if code is None and job.job_id in ended and time.monotonic() - ended[job.job_id][0] >= LATE:

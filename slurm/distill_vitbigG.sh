@@ -33,10 +33,9 @@ if [ ! -f slurm/job.sh ]; then
     echo "error: $PWD is not megakd's repository: cd there, then sbatch slurm/distill_vitbigG.sh" >&2
     exit 2
 fi
-source slurm/env.sh
 source slurm/job.sh
 
 run=runs/$SLURM_JOB_NAME-$SLURM_JOB_ID
 # A rank that dies takes the others along: they would wait for it to the time limit.
 srun --kill-on-bad-exit=1 python megakd/train.py --recipe distill_vitbigG --ds_config ds_configs/zero1_bf16.json --out "$run" "$@"
-finish $? "$run"
+finish $? "the same command with --out $(out_of "$run" "$@") after the script's name"

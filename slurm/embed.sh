@@ -8,8 +8,8 @@
 #
 # What follows the script's name goes to `megakd embed` (--dtype, --set key=value, --check). Data, views, seed and teacher must be those
 # of the training, or it refuses the store.
-# Stopped, killed, preempted or at its time limit, the job goes back into the queue and keeps the parts that are written; one part a rank
-# is lost at most.
+# Preempted, at its time limit or after the loss of a node, the job goes back into the queue and keeps the parts that are written; one part
+# a rank is lost at most. After a crash or scancel the same command goes on from them.
 
 #SBATCH --job-name=embed
 #SBATCH --nodes=1
@@ -30,11 +30,10 @@ if [ ! -f slurm/job.sh ]; then
     echo "error: $PWD is not megakd's repository: cd there, then sbatch slurm/embed.sh" >&2
     exit 2
 fi
-source slurm/env.sh
 source slurm/job.sh
 
 recipe=${RECIPE:-distill_vitbigG}
 store=${STORE:-stores/$(basename "$recipe" .toml)}
-trap 'requeue "$store"' USR1
+trap 'requeue "the same command with STORE=$store"' USR1
 srun --kill-on-bad-exit=1 megakd embed --recipe "$recipe" --views "${VIEWS:-1}" --out "$store" "$@" &
 wait $!

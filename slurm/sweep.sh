@@ -29,7 +29,6 @@ if [ ! -f slurm/job.sh ]; then
     echo "error: $PWD is not megakd's repository: cd there, then sbatch slurm/sweep.sh" >&2
     exit 2
 fi
-source slurm/env.sh
 source slurm/job.sh
 
 # MODEL@PRETRAINED; names with weights of their own (hf-hub:ORG/NAME, local-dir:FOLDER) stand without @. MODE is their teacher.mode.
@@ -55,4 +54,4 @@ run=runs/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID/$index
 echo "task $index of $count: teacher $teacher, seed $seed, similarity $weight, run folder $run"
 srun --kill-on-bad-exit=1 python megakd/train.py --recipe "${RECIPE:-distill_vitbigG}" --ds_config ds_configs/zero1_bf16.json \
     --out "$run" --set "teacher={ $table }" --set "seed=$seed" --set "objectives.similarity=$weight" "$@"
-finish $? "$run"
+finish $? "the same command with sbatch --array=$index"

@@ -10,11 +10,14 @@ import pytest
 from cluster_jobs import job, sbatch, until, wait
 from script_runs import SMALL, Script, repository, submit_higher
 
+from megakd.runtime.launch import TORCH_VARIABLES
+
 pytestmark = pytest.mark.usefixtures("no_jobs_left")
 
 # The last argument of the script is its part. Once restarted, it is done at once.
 STAND_IN = r"""#!/bin/bash
 echo "rank $SLURM_PROCID of $SLURM_NTASKS, restart ${SLURM_RESTART_COUNT:-0}, log $MEGAKD_LOG, arguments $*"
+echo "inherited: ${RANK-}${WORLD_SIZE-}${LOCAL_RANK-}${LOCAL_WORLD_SIZE-}${MASTER_ADDR-}${MASTER_PORT-}."
 [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || exit 0
 case "${*: -1}" in
     saves) trap 'sleep 0.3; exit 85' TERM USR1 ;;
@@ -57,10 +60,19 @@ def test_arguments_after_the_script_are_passed_on_and_the_log_is_the_real_one(si
     assert f"--recipe distill_vitbigG --ds_config ds_configs/zero1_bf16.json {run} --set a=two words ends" in log
 
 
+def test_ranks_do_not_inherit_those_of_the_submitting_shell(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*TORCH_VARIABLES, "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "localhost")
+    script = Script(site, "distill_vitbigG", "ends")
+    assert wait(script.id)["JobState"] == "COMPLETED"
+    assert script.log.count("inherited: .") == 2
+
+
 def test_export_none_takes_nothing_from_the_ranks(site: Path) -> None:
     """sbatch --export=NONE would leave srun's tasks without PATH: env.sh's variables must reach them all the same."""
     (site / ".venv" / "bin").mkdir(parents=True)
-    (site / ".venv" / "bin" / "activate").write_text(f'PATH="{site}/bin:$PATH"\n')
+    # As conda's does, it reads what is not set; the scripts themselves may not.
+    (site / ".venv" / "bin" / "activate").write_text(f'old=$NOT_SET_HERE\nPATH="{site}/bin:$PATH"\n')
     script = Script(site, "distill_vitbigG", "ends", options=(*SMALL, "--export=NONE"))
     assert wait(script.id)["JobState"] == "COMPLETED", script.log
     assert script.log.count("rank ") == 2
@@ -75,27 +87,35 @@ def test_a_cancelled_job_stays_cancelled_though_its_ranks_saved(site: Path) -> N
 
 
 def test_a_refused_requeue_ends_the_job_and_says_how_to_go_on(site: Path) -> None:
-    script = started(site, "saves", options=(*SMALL, "--no-requeue"))
+    script = started(site, "--out", "runs/mine", "saves", options=(*SMALL, "--no-requeue"))
     subprocess.run(["scancel", "--signal=USR1", script.id], check=True)
     ended = wait(script.id)
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "85:0")
-    assert f"writing to runs/distill_vitbigG-{script.id} (--out, after the script) goes on" in script.log
+    assert "the same command with --out runs/mine after the script's name goes on from what was saved" in script.log
 
 
 def test_signals_and_time_limits_requeue_once(site: Path) -> None:
-    """Three jobs at once, as SLURM lets each wait: a rank that a signal ends while it still starts, ranks that end with 85 a second apart
-    (--kill-on-bad-exit sends SIGTERM to the slower one, which no longer minds), and embed.sh, whose shell gets the signal instead."""
+    """Jobs at once, as SLURM lets each wait: a rank that a signal ends while it still starts, ranks that end with 85 a second apart
+    (--kill-on-bad-exit sends SIGTERM to the slower one, which no longer minds), embed.sh, whose shell gets the signal instead, and an
+    array, of which one task has the number of all."""
     alone = (*SMALL, "--nodes=1")  # of two, one may be ended by --kill-on-bad-exit before the signal reaches it; see finish in slurm/job.sh
     starting, apart, embed = (
         started(site, "starts", options=alone, ranks=1),
         Script(site, "distill_vitbigG", "one-first"),
         started(site, "embeds", name="embed"),
     )
+    array = sbatch(*alone, "--array=0-2", "slurm/sweep.sh", "saves")
+    logs = [site / f"sweep-{array}_{task}.log" for task in range(3)]
+    until(lambda: all(log.exists() and "rank " in log.read_text() for log in logs))
+    subprocess.run(["scancel", "--signal=USR1", array], check=True)
     subprocess.run(["scancel", "--signal=USR1", starting.id], check=True)
     subprocess.run(["scancel", "--batch", "--signal=USR1", embed.id], check=True)
     for script in (starting, apart, embed):
         ended = wait(script.id, ("COMPLETED", "FAILED"))
         assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), script.log
+    ends = [wait(f"{array}_{task}", ("COMPLETED", "FAILED")) for task in range(3)]
+    assert [(ended["JobState"], ended["Restarts"]) for ended in ends] == [("COMPLETED", "1")] * 3
+    assert [log.read_text().count("restart 1,") for log in logs] == [1, 1, 1]
     assert "embed --recipe distill_vitbigG --views 1 --out stores/distill_vitbigG embeds" in embed.log
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import REPOSITORY, settings, train
 
-SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sh"))
+SCRIPTS = [*sorted((REPOSITORY / "slurm").glob("*.sh")), REPOSITORY / "megakd" / "runtime" / "requeue.sh"]
 JOBS = [path for path in SCRIPTS if "#SBATCH" in path.read_text()]
 
 

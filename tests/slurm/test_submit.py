@@ -13,7 +13,7 @@ from cluster import Cluster
 from cluster_jobs import job, until, wait
 from script_runs import submit_higher
 from submitit.core.utils import FailedJobError
-from tiny_runs import curve, rows, settings
+from tiny_runs import NODE_LISTS, curve, rows, settings
 
 from megakd import cli, cluster, job_list, submission
 from megakd.runtime import checkpoint
@@ -71,18 +71,24 @@ def test_a_run_on_two_nodes_ends_and_its_folder_and_job_name_each_other(undistur
     assert "step 500/500" in Path(note["log"]).read_text()
     assert (undisturbed / "model").is_dir()
     (row,) = shown(undisturbed.parent, capsys)
-    assert all(part in row for part in (str(undisturbed), note["job"], "COMPLETED", "500/500", note["log"]))
+    assert all(part in row for part in (str(undisturbed), note["job"], "finished", "500/500", note["log"]))
 
 
-@pytest.mark.parametrize("user_signal", [True, False])
+@pytest.mark.parametrize(("user_signal", "resume"), [(True, "none"), (False, "auto")])
 def test_a_preempted_run_goes_on_with_the_same_loss_curve(
-    user_signal: bool, undisturbed: Path, slurm: Cluster, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    user_signal: bool, resume: str, undisturbed: Path, slurm: Cluster, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """user_signal: the cluster sends the signal that submitit asked for; else it sends SIGTERM alone, SLURM's default."""
+    """user_signal: the cluster sends the signal that submitit asked for; else it sends SIGTERM alone, SLURM's default. Its tasks have no
+    `scontrol` that works, as in a container."""
     run = tmp_path / "run"
+    task = {"python": f'PATH="{tmp_path}:$PATH" exec {sys.executable} "$@"', "scontrol": f'echo "$*" >> {tmp_path}/asked; exit 127'}
+    for name, text in task.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    options = (*TWO_NODES, "--python", tmp_path / "python", "--resume", resume)
     slurm.send_user_signal_at_preemption(user_signal)
     try:
-        assert megakd("submit", "--recipe", recipe_file, *settings(*LONG), "--out", run, *TWO_NODES) == 0
+        assert megakd("submit", "--recipe", recipe_file, *settings(*LONG), "--out", run, *options) == 0
         id = submitted(run)["job"]
         until(lambda: len(rows(run)) >= 5, 120)
         higher = submit_higher()
@@ -99,6 +105,7 @@ def test_a_preempted_run_goes_on_with_the_same_loss_curve(
     starts = json.loads((run / "run.json").read_text())["jobs"]
     assert [(start["slurm_job_id"], start["restarts"]) for start in starts] == [(id, 0), (id, 1)]
     assert len({start["log"] for start in starts}) == 1
+    assert not (tmp_path / "asked").exists()
 
 
 def test_a_crash_reaches_the_submitter_as_that_error_with_the_logs_path(
@@ -181,11 +188,18 @@ def test_a_dry_run_prints_the_batch_file_and_submits_nothing(
     assert f"#SBATCH --comment={tmp_path / 'run'}" in text
     assert {"#SBATCH --signal=USR2@180", "source site.sh", "export SRUN_CPUS_PER_TASK=4"} <= set(text)
     (command,) = [line for line in text if line.startswith("srun ")]
+    assert text.index("source site.sh") < text.index(command) < text.index("code=$?") < text.index("requeue() {")
     assert "#SBATCH --open-mode=append" in text
     assert "--container-image=/images/megakd.sqsh" in command
     assert "--kill-on-bad-exit=1" in command
     assert not (tmp_path / "run").exists()
     assert subprocess.run(["squeue", "-h", "-t", "all"], capture_output=True, text=True, check=True).stdout == before
+
+
+def test_the_first_of_a_list_of_nodes_is_the_one_that_slurm_names(slurm: Cluster) -> None:
+    for nodes, first in NODE_LISTS:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        assert shown.stdout.split()[0] == first
 
 
 def test_an_array_is_one_job_with_a_run_folder_for_each_combination(
