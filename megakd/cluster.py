@@ -14,10 +14,11 @@ UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "R
 
 @dataclass(frozen=True)
 class State:
-    """A job as SLURM sees it. reason: why it waits; code: its exit code, where SLURM says."""
+    """A job as SLURM sees it. reason: why it waits; since: its newest start, in local time; code: its exit code, where SLURM says."""
 
     name: str
     reason: str = ""
+    since: str = ""
     code: int | None = None
 
     @property
@@ -81,11 +82,11 @@ def states(jobs: Iterable[str]) -> dict[str, State]:
     asked = sorted(set(jobs))
     if not asked:
         return {}
-    queued = ["squeue", "--array", "--noheader", "--states=all", f"--jobs={','.join(asked)}", "--format=%i|%T|%r"]
+    queued = ["squeue", "--array", "--noheader", "--states=all", f"--jobs={','.join(asked)}", "--format=%i|%T|%S|%r"]
     found = {}
     for line in _ask(*queued, unless="Invalid job id").splitlines():
-        job, name, reason = line.split("|", 2)
-        found[job] = State(name, "" if reason == "None" else reason)
+        job, name, since, reason = line.split("|", 3)
+        found[job] = State(name, "" if reason == "None" else reason, since)
     # An ended job's exit code is not in squeue.
     unknown = [job for job in asked if job not in found or found[job].ended]
     if unknown:
@@ -102,11 +103,6 @@ def _accounted(jobs: list[str]) -> dict[str, State]:
     for job, name, code in (line.split("|") for line in rows.splitlines()):
         found[job] = State(name.split()[0], code=int(code.split(":")[0]))  # "CANCELLED by 1000"
     return found
-
-
-def is_running(job: str) -> bool:
-    """Whether SLURM counts the job as running: not one that its user cancelled, nor one that is on its way back into the queue."""
-    return "JobState=RUNNING" in _ask("scontrol", "--oneliner", "show", "job", job).split()
 
 
 def _gpus(gres: str) -> int:

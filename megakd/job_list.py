@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from rich.table import Table
 from megakd import cluster
 from megakd.runtime.locks import held
 from megakd.runtime.runlog import METRICS, RUN
+from megakd.runtime.slurm_job import SUBMISSIONS
 
-SUBMISSIONS, RESULTS = "slurm", ("model", "bundle")  # one of the results is written at a run's end
+RESULTS = ("model", "bundle")  # one of the results is written at a run's end
 # Folders of a run that hold no runs.
 INSIDE = {"checkpoints", *RESULTS, "previous", SUBMISSIONS, "answers", "hung"}
 # The newest rows of metrics.jsonl: a row is under 2 KB.
@@ -30,7 +32,11 @@ COLUMNS = ("run", "job", "state", "step", "images/s", "loss", "log")
 
 @dataclass(frozen=True)
 class Found:
-    """A run folder as its own files describe it. job: SLURM's id of its newest job; damaged: why run.json could not be read."""
+    """A run folder as its own files describe it.
+
+    job: SLURM's id of its newest job; begun: when that job started here last, None before; held: whether a process holds its lock, None on
+    a file system without locks; damaged: why run.json could not be read.
+    """
 
     folder: Path
     job: str | None
@@ -39,7 +45,9 @@ class Found:
     steps: int | None
     images_per_second: float | None
     loss: float | None
-    restarted: bool
+    begun: datetime | None
+    held: bool | None
+    results: bool
     damaged: str | None
 
 
@@ -79,7 +87,9 @@ def _read(run: Path) -> Found:
         steps=optim.get("steps") if isinstance(optim, dict) else None,
         images_per_second=row.get("images_per_second"),
         loss=row.get("loss"),
-        restarted=newest is not None and any(start.get("slurm_job_id") == newest for start in starts),
+        begun=_last_start(starts, newest),
+        held=held(run),
+        results=any((run / name).exists() for name in RESULTS),
         damaged=damaged,
     )
 
@@ -90,6 +100,13 @@ def _newest(submissions: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[s
     begun = [(str(start.get("started")), start.get("slurm_job_id"), start.get("log")) for start in starts]
     _, job, log = max([*sent, *begun], key=lambda entry: entry[0], default=("", None, None))
     return job, log
+
+
+def _last_start(starts: Sequence[Mapping[str, Any]], job: str | None) -> datetime | None:
+    try:
+        return max((datetime.fromisoformat(start["started"]) for start in starts if job and start.get("slurm_job_id") == job), default=None)
+    except (KeyError, TypeError, ValueError):  # as an earlier version wrote it, or somebody by hand
+        return None
 
 
 def _json(path: Path) -> Any:
@@ -119,17 +136,29 @@ def _last_row(path: Path) -> dict[str, Any]:
 
 
 def state(run: Found, slurm: Mapping[str, cluster.State]) -> str:
-    """SLURM's word for the run's newest job; where SLURM has none, what the folder says: running, finished or stopped."""
+    """SLURM's word for the run's newest job; where SLURM has none, what the folder says: running, finished or stopped.
+
+    Of a job that runs on after this run, others of its batch script for example, the folder's word counts.
+    """
     if run.damaged is not None:
         return f"damaged: {run.damaged}"
     job = slurm.get(run.job) if run.job else None
-    if job is not None:
-        back = job.name in ("PREEMPTED", "REQUEUED") or (job.name == "PENDING" and run.restarted)
+    over = job is not None and job.name == "RUNNING" and run.held is False and _began_after(run, job.since)
+    if job is not None and not over:
+        back = job.name in ("PREEMPTED", "REQUEUED") or (job.name == "PENDING" and run.begun is not None)
         name = "PENDING again" if back else job.name
         return f"{name} ({job.reason})" if job.reason and not job.ended else name
-    if held(run.folder):
+    if run.held:
         return "running"
-    return "finished" if any((run.folder / name).exists() for name in RESULTS) else "stopped"
+    return "finished" if run.results else "stopped"
+
+
+def _began_after(run: Found, since: str) -> bool:
+    """Whether the run has started since its job did: a requeued job takes a while to get there."""
+    try:
+        return run.begun is not None and run.begun >= datetime.fromisoformat(since).astimezone()
+    except ValueError:  # N/A
+        return False
 
 
 def table(runs: Sequence[Found], slurm: Mapping[str, cluster.State]) -> Table:
@@ -152,12 +181,13 @@ def show(folder: Path, watch: float | None) -> None:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=WIDE)
+    ended = dict[str, cluster.State]()
     while True:
         runs = find(folder)
         if not runs:
             console.print(f"no runs in {folder}: `megakd submit --out {folder}/NAME` and megakd/train.py make some")
         else:
-            slurm, problem = _slurm(runs)
+            slurm, problem = _slurm(runs, ended)
             console.print(table(runs, slurm), crop=False)
             if problem:
                 console.print(f"the states above are from the folders alone: {problem}")
@@ -166,9 +196,21 @@ def show(folder: Path, watch: float | None) -> None:
         time.sleep(watch)
 
 
-def _slurm(runs: Sequence[Found]) -> tuple[dict[str, cluster.State], str | None]:
-    """States of the runs' jobs, and why there are none where SLURM does not answer."""
+def _slurm(runs: Sequence[Found], ended: dict[str, cluster.State]) -> tuple[dict[str, cluster.State], str | None]:
+    """States of the runs' jobs, and why there are none where SLURM does not answer.
+
+    ended: what earlier tables found, kept here. SLURM is asked about neither those nor the runs that finished by their newest job.
+    """
+    for run in runs:
+        if run.job and run.held:
+            ended.pop(run.job, None)  # it was requeued by hand
     try:
-        return cluster.states(run.job for run in runs if run.job), None
+        asked = cluster.states(run.job for run in runs if run.job and run.job not in ended and not _finished(run))
     except ValueError as error:
-        return {}, str(error)
+        return dict(ended), str(error)
+    ended |= {job: found for job, found in asked.items() if found.ended}
+    return ended | asked, None
+
+
+def _finished(run: Found) -> bool:
+    return run.results and run.begun is not None and run.held is False

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
-from tiny_runs import ds_config, environment, settings
+import submitit
+from tiny_runs import ds_config, environment, settings, train
 
 from megakd import cli, cluster, job_list, submission
 from megakd.cluster import State
-from megakd.runtime.locks import held
+from megakd.runtime.locks import FolderLock, held
 from megakd.submission import Resources
 
 HOLD = "import sys, pathlib; from megakd.runtime.locks import FolderLock\n"
@@ -35,6 +41,24 @@ def megakd(*arguments: object) -> subprocess.CompletedProcess[str]:
     """`megakd ARGUMENTS` in a process of its own."""
     program = [sys.executable, "-m", "megakd.cli", *map(str, arguments)]
     return subprocess.run(program, capture_output=True, text=True, env=environment(), timeout=200, check=False)
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Another process holds the folder's lock, or raises CalledProcessError."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout
+        if holder.stdout.readline() != "held\n":
+            raise subprocess.CalledProcessError(holder.wait(), HOLD)
+        try:
+            yield
+        finally:
+            holder.communicate("")
+
+
+def local(time: str) -> str:
+    """As squeue writes it: in this machine's time, without a zone."""
+    return datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def table(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -60,6 +84,55 @@ def test_a_local_job_trains_on_two_ranks_and_is_listed(recipe_file: Path, tmp_pa
     _, row = table(tmp_path, capsys)
     assert row.split()[:4] == [str(run), "-", "finished", "6/6"]
     assert content["jobs"][0]["log"] in row
+
+
+def test_starting_over_sets_the_earlier_run_aside_and_not_the_job_that_does_it(recipe_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(recipe_file, "--out", run).code == 0
+    done = megakd("submit", "--recipe", recipe_file, "--out", run, "--cluster", "local", "--resume", "none", "--wait")
+    assert done.returncode == 0, done.stderr
+    assert f"finished, log: {run}/slurm/" in done.stdout
+    assert len(list((run / "slurm").glob("*_result.pkl"))) == 1
+    assert {"run.json", "checkpoints", "model"} <= {path.name for path in (run / "previous" / "1").iterdir()}
+
+
+@pytest.mark.parametrize("asked", ["none", "checkpoint"])
+def test_a_job_that_slurm_starts_again_goes_on_from_its_own_checkpoints_whatever_resume_says(
+    asked: str, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    sets = ("checkpoint.every=2", "checkpoint.keep=2")
+    assert train(recipe_file, "--out", run, sets=sets).code == 0
+    command = (recipe_file, "--out", run, "--resume", "none" if asked == "none" else run / "checkpoints" / "step_00000004")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    at_first = [] if asked == "none" else ["4"]
+    for restart, goes_on in enumerate((at_first, at_first, ["6"])):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        if restart == 1:  # it died before it left a checkpoint of its own
+            for path in (run / "checkpoints").iterdir():
+                if path.name != "step_00000004" or asked == "none":
+                    shutil.rmtree(path)
+        done = train(*command, sets=sets)
+        assert done.code == 0, done.err
+        found = re.findall(r"resuming from \S+: step (\d+) of", done.out)
+        assert found == goes_on, (restart, done.out)
+
+
+def test_waiting_goes_on_when_slurm_does_not_answer_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the answers of `squeue` are set here."""
+    for name, seconds in {"LOOK": 0.01, "ASK": 0.01, "LATE": 0.05}.items():
+        monkeypatch.setattr(submission, name, seconds)
+    squeue = tmp_path / "squeue"
+    squeue.write_text('#!/bin/sh\n[ -e "$0.asked" ] && exec echo "7|CANCELLED|N/A|None"\n> "$0.asked"; echo busy >&2; exit 1\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    job: submitit.SlurmJob[int] = submitit.SlurmJob(tmp_path, "7")
+    assert submission.wait([job], "slurm") == 1
+    said = capsys.readouterr().err
+    assert "asking again later: squeue: SLURM does not answer:\nbusy" in said
+    assert "job 7 ended as CANCELLED without a result" in said
 
 
 def test_a_local_jobs_error_reaches_the_submitter_with_its_log(recipe_file: Path, tmp_path: Path) -> None:
@@ -134,14 +207,11 @@ def test_gpus_are_counted_from_slurms_words() -> None:
 
 
 def test_a_lock_is_asked_about_without_taking_it(tmp_path: Path) -> None:
-    assert not held(tmp_path)
-    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout
-        assert holder.stdout.readline() == "held\n"
+    assert held(tmp_path) is False
+    with holding(tmp_path):
         assert held(tmp_path)
         assert held(tmp_path)
-        holder.communicate("")
-    assert not held(tmp_path)
+    assert held(tmp_path) is False
     with (tmp_path / "lock").open("r+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # asking has left nothing behind
 
@@ -187,11 +257,69 @@ def test_a_preempted_job_is_shown_as_waiting_again(tmp_path: Path) -> None:
     assert job_list.state(run, {}) == "stopped"
 
 
+def test_a_run_that_is_over_is_not_called_running_with_the_other_runs_of_its_job(tmp_path: Path) -> None:
+    """A batch script may train one run after another."""
+    begun = [{"slurm_job_id": "7", "log": None, "started": "2026-01-01T12:00:00+0000"}]
+    crashed = write_run(tmp_path / "crashed", jobs=begun)
+    (write_run(tmp_path / "done", jobs=begun) / "model").mkdir()
+    before, after = (local(f"2026-01-01T{hour}:00:00+00:00") for hour in (11, 13))
+
+    def states(since: str) -> list[str]:
+        return [job_list.state(run, {"7": State("RUNNING", since=since)}) for run in job_list.find(tmp_path)]
+
+    assert states(before) == ["stopped", "finished"]
+    assert states(after) == ["RUNNING", "RUNNING"], "SLURM has started the job again, and the runs are on their way"
+    with holding(crashed):
+        assert states(before) == ["RUNNING", "finished"]
+
+
+def test_a_file_system_without_locks_leaves_slurms_word(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", jobs=[{"slurm_job_id": "7", "log": None, "started": "2026-01-01T12:00:00+0000"}])
+    (run / "lock").mkdir()  # asking about it fails with an error, as there
+    (found,) = job_list.find(tmp_path)
+    assert job_list.state(found, {"7": State("RUNNING", since=local("2026-01-01T11:00:00+00:00"))}) == "RUNNING"
+
+
+def test_slurm_is_asked_neither_about_ended_jobs_again_nor_about_finished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the answers of `squeue` are set here."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text('#!/bin/sh\necho "$*" >> "$0.asked"\nprintf "7|FAILED|N/A|None\\n8|RUNNING|N/A|None\\n"\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for job in "789":
+        started = [{"slurm_job_id": job, "log": None, "started": "2026-01-01T12:00:00+0000"}]
+        run = write_run(tmp_path / "runs" / job, jobs=started)
+    (run / "model").mkdir()
+    ended = dict[str, State]()
+    tables = [job_list._slurm(job_list.find(tmp_path / "runs"), ended)[0] for _ in range(2)]
+    assert [{job: state.name for job, state in found.items()} for found in tables] == [{"7": "FAILED", "8": "RUNNING"}] * 2
+    asked = [re.findall("--jobs=(\\S+)", line) for line in (tmp_path / "squeue.asked").read_text().splitlines()]
+    assert asked == [["7,8"], ["8"]]
+    with holding(tmp_path / "runs" / "7"):  # somebody has requeued it
+        job_list._slurm(job_list.find(tmp_path / "runs"), ended)
+    assert (tmp_path / "squeue.asked").read_text().splitlines()[-1].count("--jobs=7,8") == 1
+
+
+def test_a_lock_is_taken_from_a_jobs_own_former_life_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NFS server may keep the lock of a client that has died; here the former life is alive, which the file system cannot tell."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with holding(tmp_path):
+        for job, restart in (("8", "2"), ("7", "1")):
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+            monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+            with pytest.raises(ValueError, match=rf"SLURM job 7, restart 1 works; wait; if it is dead .* rm {tmp_path}/lock"):
+                FolderLock(tmp_path, doing="works", remedy="wait")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+        with FolderLock(tmp_path, doing="works", remedy="wait"), pytest.raises(subprocess.CalledProcessError), holding(tmp_path):
+            pass
+
+
 def test_a_later_submission_is_the_runs_job(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", jobs=[{"slurm_job_id": "7", "log": "a", "started": "2026-01-01T00:00:00+0000"}])
     (run / "slurm").mkdir()
     note = {"job": "9", "cluster": "slurm", "submitted": "2026-01-02T00:00:00+0000", "log": "b"}
     (run / "slurm" / "9.json").write_text(json.dumps(note))
     (found,) = job_list.find(tmp_path)
-    assert (found.job, found.log, found.restarted) == ("9", "b", False)
+    assert (found.job, found.log, found.begun) == ("9", "b", None)
     assert job_list.state(found, {"9": State("PENDING", "Priority")}) == "PENDING (Priority)"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import socket
 import struct
 import time
 from pathlib import Path
+
+from megakd.runtime import slurm_job
 
 LOCK = "lock"
 
@@ -18,8 +21,9 @@ log = logging.getLogger("megakd.runtime")
 class FolderLock:
     """Held from creation to the end of the block, or to the end of this process, however it ends: the kernel forgets the locks of the dead.
 
-    A POSIX record lock, which child processes do not inherit, so that no loader worker can hold it longer than the job; it works over
-    NFS. Where the file system has no locks the job is warned and goes on without.
+    A POSIX record lock, which child processes do not inherit, so that no loader worker can hold it longer than the job. Over NFS it works
+    too, but a server of version 3 does not notice that a client died: a job that SLURM starts again, and has ended before, takes the
+    lock from its former life. Where the file system has no locks the job is warned and goes on without.
     """
 
     def __init__(self, folder: Path, *, doing: str, remedy: str, error: type[ValueError] = ValueError, patience: float = 0.0) -> None:
@@ -39,11 +43,17 @@ class FolderLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise error(f"{folder}: {holder} {doing}; {remedy}") from reason
+            if not _is_former_life(holder):
+                dead = f"if it is dead and the file system has not noticed (NFS), rm {path}"
+                raise error(f"{folder}: {holder} {doing}; {remedy}; {dead}") from reason
+            log.warning("%s: taken from this job's former life, %s", path, holder)
+            path.unlink(missing_ok=True)
+            self._file = path.open("a+", encoding="utf-8")
+            self._take(time.monotonic())
         except OSError as reason:
             log.warning("%s: no locks on this file system (%s): see to it that no second job works in this folder", path, reason)
         self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.write(f"{_me()}\n")
         self._file.flush()
 
     def _take(self, deadline: float) -> None:
@@ -64,12 +74,29 @@ class FolderLock:
         self._file.close()
 
 
-def held(folder: Path) -> bool:
-    """Whether a process holds the folder's lock, asked without taking it. Of this process's own locks the kernel says nothing."""
+def _me() -> str:
+    job = slurm_job.job_id(os.environ)
+    slurm = f", SLURM job {job}, restart {slurm_job.restarts(os.environ)}" if job else ""
+    return f"process {os.getpid()} on {socket.gethostname()}{slurm}"
+
+
+def _is_former_life(holder: str) -> bool:
+    """Whether a lock's holder is an earlier start of this SLURM job."""
+    found = re.search(r", SLURM job (\S+), restart (\d+)$", holder)
+    return found is not None and found[1] == slurm_job.job_id(os.environ) and int(found[2]) < slurm_job.restarts(os.environ)
+
+
+def held(folder: Path) -> bool | None:
+    """Whether a process holds the folder's lock, asked without taking it; None on a file system without locks.
+
+    Of this process's own locks the kernel says nothing.
+    """
     try:
         with (folder / LOCK).open("rb") as file:
             # struct flock of 64-bit Linux: type, whence, start, length (0: to the end), process
             asked = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
-    except OSError:  # no such file, or a file system without locks
+    except FileNotFoundError:
         return False
+    except OSError:
+        return None
     return bool(struct.unpack_from("h", asked)[0] != fcntl.F_UNLCK)
