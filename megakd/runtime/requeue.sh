@@ -1,10 +1,6 @@
 # shellcheck shell=bash
 # How a job's batch shell ends, on the first node and outside any container. slurm/*.sh read this file, `megakd submit` sends its text.
 
-# As squeue calls this job. The last task of an array has the array's own number as SLURM_JOB_ID, by which scontrol means all of them.
-job=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=${job:-$SLURM_JOB_ID}
-
 # finish CODE HOW: the end of a job whose ranks ended with CODE. 85 says: saved after a signal, to be gone on with. SIGUSR1 and SIGUSR2
 # (138, 140) end ranks that have not come to their first line; a preemption's SIGTERM those that still start, which the job's record tells
 # from the one that --kill-on-bad-exit sends after a crash.
@@ -17,9 +13,14 @@ finish() {
 }
 
 # record: what SLURM knows of this job; nothing, where its controller does not answer for two minutes. It is busy when it preempts many.
+# The last task of an array has the array's own number as SLURM_JOB_ID, by which scontrol means all of them.
 record() {
+    local found
     for _ in {1..24}; do
-        ! scontrol --oneliner show job "$job" || return 0
+        if found=$(scontrol --oneliner show job "$SLURM_JOB_ID"); then
+            grep "^JobId=$SLURM_JOB_ID " <<<"$found"
+            return
+        fi
         sleep 5
     done
 }
@@ -28,8 +29,13 @@ record() {
 # said HOW to go on by hand, and when the job is known to be ending anyway: one that its user cancelled gets SIGTERM as well, and must not
 # come back. During a preemption's grace a job still counts as running; SLURM's own requeue finds nothing left to do then.
 requeue() {
-    local found state='' refused=0
+    local found job=$SLURM_JOB_ID state='' refused=0
     found=$(record)
+    if [[ $found =~ \ ArrayJobId=([0-9]+)\ ArrayTaskId=([0-9]+)\  ]]; then
+        job=${BASH_REMATCH[1]}_${BASH_REMATCH[2]}
+    elif [ -z "$found" ] && [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then # which a job has too that was submitted from such a task
+        job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    fi
     [[ $found =~ \ JobState=([A-Z_]+) ]] && state=${BASH_REMATCH[1]}
     if [ "${state:-RUNNING}" != RUNNING ]; then
         echo "job $job is ending by itself (JobState=$state), it is not requeued"

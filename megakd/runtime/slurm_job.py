@@ -32,7 +32,7 @@ def restarts(environ: Mapping[str, str]) -> int:
 def has_come_back(environ: Mapping[str, str], starts: Iterable[Any]) -> bool:
     """Whether an earlier start of this same job, after which it was requeued, is among a run's (`jobs` in run.json)."""
     known = [start for start in starts if isinstance(start, dict) and start.get("slurm_job_id") == job_id(environ)]
-    return any(start.get("restarts", 0) < restarts(environ) for start in known)
+    return restarts(environ) > 0 and any(start.get("restarts", 0) != restarts(environ) for start in known)
 
 
 def describe(ranks: int, started: str) -> dict[str, Any]:

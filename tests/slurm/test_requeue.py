@@ -86,11 +86,16 @@ def test_other_ends_ask_nothing(here: Path, code: int) -> None:
     assert end(here, code, [RUNNING], [""]) == (code, "", [])
 
 
-def test_a_task_of_an_array_means_itself_alone(here: Path) -> None:
-    """The last one of an array has SLURM_JOB_ID = SLURM_ARRAY_JOB_ID, by which scontrol would requeue all of them."""
-    _, said, asked = end(here, 85, [RUNNING], [""], SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="0")
+TASK = RUNNING.replace("JobId=7", "JobId=7 ArrayJobId=7 ArrayTaskId=2")
+
+
+@pytest.mark.parametrize(("record", "array", "named"), [(TASK, "7", "7_2"), ("FAIL", "7", "7_2"), (RUNNING, "3", "7")])
+def test_a_task_of_an_array_means_itself_alone(here: Path, record: str, array: str, named: str) -> None:
+    """The last one of an array has SLURM_JOB_ID = SLURM_ARRAY_JOB_ID, by which scontrol would requeue all of them. A job that was submitted
+    from such a task has its variables, and another record."""
+    _, said, asked = end(here, 85, [record], [""], SLURM_ARRAY_JOB_ID=array, SLURM_ARRAY_TASK_ID="2")
     assert said.splitlines()[-1] == "requeued"
-    assert asked == ["--oneliner show job 7_0", "requeue 7_0"]
+    assert asked[-1] == f"requeue {named}"
 
 
 def test_the_advice_names_the_folder_that_the_arguments_name() -> None:
