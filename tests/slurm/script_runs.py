@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import struct
@@ -14,6 +15,8 @@ from pathlib import Path
 from cluster import NODES, Cluster
 from cluster_jobs import sbatch, until
 from tiny_runs import REPOSITORY, rows, settings
+
+from megakd.runtime import checkpoint
 
 STEPS = 100
 
@@ -91,6 +94,14 @@ def scontrol(*arguments: str) -> None:
 def ranks_of(cluster: Cluster, script: Script) -> dict[str, int]:
     """By node, the process that trains: the eldest of the node's interpreters that carry the run's name."""
     return {node: cluster.node_processes(node, rf"^\S*python\S* megakd/train.py .*--out runs/{script.run.name} ")[0] for node in NODES}
+
+
+def lost(log: str, run: Path) -> tuple[int, float]:
+    """Steps since the newest checkpoint and their seconds, from the log: what a stop without a warning costs."""
+    saved = max((int(path.name.removeprefix("step_")) for path in checkpoint.available(run)), default=0)
+    lines = re.findall(r"^step (\d+)/.* seconds: (.*)$", log, re.MULTILINE)
+    seconds = [sum(map(float, parts.split()[1::2])) for number, parts in lines if int(number) > saved]
+    return len(seconds), sum(seconds)
 
 
 def send(number: signal.Signals, pids: Iterable[int]) -> None:

@@ -1,5 +1,5 @@
 """One job that is stopped in every way a cluster has, one whose disk fills, and one that goes on with fewer nodes: the curve is that of
-an undisturbed run. `pytest tests/slurm/test_faults.py -k lost -s` prints what each stop cost."""
+an undisturbed run. `pytest tests/slurm -k "lost or full_disk" -s` prints what each stop cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from cluster_jobs import job, until, wait
-from script_runs import SMALL, Script, scontrol, submit_higher
+from script_runs import SMALL, Script, lost, scontrol, submit_higher
 from tiny_runs import curve, rows, settings
 
 from megakd.runtime import checkpoint
@@ -143,6 +143,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_same_command_goes_on(
     assert "make room there or choose another --out" in full.log
     saved = checkpoint.latest_valid(run, print)
     assert saved is not None
+    steps, seconds = lost(full.log, run)
+    print(f"\n| the disk is full | {steps} | {seconds:.1f} |")
     subprocess.run(["mount", "-o", "remount,size=100m", slurm.disk], check=True)
     again = Script(site, "distill_vitbigG", *more)
     assert wait(again.id, timeout=250)["JobState"] == "COMPLETED", again.log

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from cluster_jobs import job, sbatch, wait
-from script_runs import SMALL, STEPS, Script, connections, ranks_of, scontrol, send
+from script_runs import SMALL, STEPS, Script, connections, lost, ranks_of, scontrol, send
 from tiny_runs import TINY_LLAMA, answering, curve, settings
 
 from megakd.runtime.launch import port
@@ -28,13 +28,14 @@ class Together:
     limited: Script
     intruder: Script
     hung: Script
+    crashed: Script
     answers: dict[str, dict[str, str]]
     reached: list[tuple[str, int]]
 
 
 @pytest.fixture(scope="module")
 def together(slurm: Cluster, site: Path, arguments: list[str]) -> Together:
-    """A run whose folder a second job tries to take; one that reaches its time limit; one of whose ranks stops for ever."""
+    """A run whose folder a second job tries to take; one that reaches its time limit; two, a rank of which stops for ever or is killed."""
     calm = Script(site, "distill_vitbigG", *arguments)
     limited = Script(site, "distill_vitbigG", *arguments, options=(*SMALL, "--signal=USR1@119"))
     limited.reach(5, 200)
@@ -52,11 +53,13 @@ def together(slurm: Cluster, site: Path, arguments: list[str]) -> Together:
     refused = wait(intruder.id, timeout=150)
     send(signal.SIGCONT, holders)
     hung = Script(site, "distill_vitbigG", *arguments, *settings("watchdog.limit=10"))
-    hung.reach(5, 200)
-    send(signal.SIGSTOP, [ranks_of(slurm, hung)["node2"]])
-    answers = {script.id: wait(script.id, ("COMPLETED", "FAILED", "TIMEOUT"), 250) for script in (calm, limited, hung)}
+    crashed = Script(site, "distill_vitbigG", *arguments)
+    for script, number in ((hung, signal.SIGSTOP), (crashed, signal.SIGKILL)):
+        script.reach(5, 200)
+        send(number, [ranks_of(slurm, script)["node2"]])
+    answers = {script.id: wait(script.id, ("COMPLETED", "FAILED", "TIMEOUT"), 250) for script in (calm, limited, hung, crashed)}
     answers[intruder.id] = refused
-    return Together(calm, limited, intruder, hung, answers, reached)
+    return Together(calm, limited, intruder, hung, crashed, answers, reached)
 
 
 def test_the_script_distils_on_two_nodes_to_a_model_and_its_scores(together: Together) -> None:
@@ -105,6 +108,22 @@ def test_a_hung_rank_ends_the_job_with_the_stacks_of_the_others(together: Togeth
     written = list((hung.run / "hung").glob("rank_*.txt"))
     assert [path.name for path in written] == ["rank_00000.txt"]
     assert "on node1" in written[0].read_text()
+
+
+def test_a_killed_rank_ends_the_job_which_is_not_requeued(together: Together) -> None:
+    crashed = together.crashed
+    ended = together.answers[crashed.id]
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), crashed.log
+    assert "Killed" in crashed.log
+
+
+def test_work_lost(together: Together) -> None:
+    """What ends a job for good loses the steps since the last checkpoint: all, as the default interval is longer than these runs."""
+    print("\n| fault | steps lost | seconds: work lost |")
+    for what, script in (("a rank hangs, without watchdog.limit", together.hung), ("a rank is killed", together.crashed)):
+        steps, seconds = lost(script.log, script.run)
+        print(f"| {what} | {steps} | {seconds:.1f} |")
+        assert steps >= 5
 
 
 def test_a_sweep_runs_each_combination_in_its_own_folder(
