@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -182,12 +183,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def commit() -> str | None:
-    """Commit of the source tree this package runs from, with '+' for uncommitted changes; None outside a checkout."""
-    here = Path(__file__).parent
-    found = subprocess.run(["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    """Commit of the source tree this package runs from, with '+' for uncommitted changes; None outside a checkout or without git."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    here = [git, "-C", str(Path(__file__).parent)]
+    found = subprocess.run([*here, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
     if found.returncode:
         return None
-    changed = subprocess.run(["git", "-C", str(here), "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*here, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
     return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 

@@ -128,3 +128,9 @@ def test_what_is_set_aside_is_kept_in_numbered_folders(tmp_path: Path) -> None:
     assert (tmp_path / "previous" / "1" / "a.txt").read_text() == "first"
     assert (tmp_path / "previous" / "2" / "a.txt").read_text() == "second"
     assert runlog.set_aside(tmp_path, []) is None
+
+
+def test_a_machine_without_git_has_no_commit_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runlog.commit() is not None
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert runlog.commit() is None
