@@ -102,7 +102,9 @@ def submit(
     ] = None,
     cluster: Annotated[str, typer.Option(help="slurm; local: processes on this machine; debug: in this process")] = "slurm",
     nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
-    gpus_per_node: Annotated[int, typer.Option("--gpus_per_node", min=0, help="GPUs of each, one rank a GPU; 0 trains on the CPU")] = 0,
+    gpus_per_node: Annotated[
+        int | None, typer.Option("--gpus_per_node", min=0, help="GPUs of each, one rank a GPU; 0 trains on the CPU")
+    ] = None,
     tasks_per_node: Annotated[int | None, typer.Option("--tasks_per_node", min=1, help="ranks of each; default: its GPUs, or 1")] = None,
     cpus_per_task: Annotated[int | None, typer.Option("--cpus_per_task", min=1, help="CPUs a rank")] = None,
     mem: Annotated[str | None, typer.Option(help="memory a node, e.g. 480G")] = None,
@@ -131,7 +133,7 @@ def submit(
     wanted = submission.Resources(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
-        tasks_per_node=tasks_per_node or max(1, gpus_per_node),
+        tasks_per_node=tasks_per_node,
         time=time,
         signal_delay=signal_delay,
         cpus_per_task=cpus_per_task,

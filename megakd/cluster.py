@@ -41,19 +41,23 @@ class Nodes:
         return f"{self.partition}: {self.count} nodes with {self.gpus} GPUs, {self.cpus} CPUs, {self.memory_mb} MB each"
 
 
-def check(partition: str | None, nodes: int, gpus_per_node: int) -> None:
+def check(partition: str | None, nodes: int, gpus_per_node: int | None, there: list[Nodes] | None = None) -> None:
     """Raise ValueError where SLURM is not here or does not answer, lacks a partition, or has too few nodes with so many GPUs in it.
 
     partition: as for sbatch, also several with commas, of which one has to do. sbatch lets a job of too many nodes wait for ever.
+    gpus_per_node: None, nothing said, will do where there are none. there: what `partitions` has found, if it was asked.
     """
-    there = partitions()
+    there = partitions() if there is None else there
     wanted = partition.split(",") if partition else [found.partition for found in there if found.default]
     for name in wanted:
         if name not in {found.partition for found in there}:
             raise ValueError(f"--partition {name}: this cluster has no such partition; it has\n{listing(there)}")
-    if not wanted or any(_has(there, name, nodes, gpus_per_node) for name in wanted):
+    idle = [found for found in there if found.partition in wanted and found.gpus]
+    if gpus_per_node is None and idle:
+        raise ValueError(f"--gpus_per_node: say how many, 0 to train on the CPU; there are\n{listing(idle)}")
+    if not wanted or any(_has(there, name, nodes, gpus_per_node or 0) for name in wanted):
         return
-    what = f"--nodes {nodes} --gpus_per_node {gpus_per_node}"
+    what = f"--nodes {nodes} --gpus_per_node {gpus_per_node or 0}"
     raise ValueError(f"{what}: partition {','.join(wanted)} does not have {nodes} nodes of so many GPUs; there are\n{listing(there)}")
 
 

@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,17 +35,24 @@ LOOK, ASK = 2.0, 30.0
 # Seconds that a result may be on its way over a shared file system after SLURM has called the job ended.
 LATE = 20.0
 Where = Literal["slurm", "local", "debug"]
+# What has no meaning there, so that no option is taken and left unused.
+NOT_LOCAL = ("cpus_per_task", "mem", "partition", "constraint", "account", "qos", "container_image", "container_mounts")
+UNUSED: dict[Where, tuple[str, ...]] = {
+    "slurm": (),
+    "local": NOT_LOCAL,
+    "debug": (*NOT_LOCAL, "gpus_per_node", "tasks_per_node", "time", "signal_delay", "setup", "python"),
+}
 
 
 @dataclass(frozen=True)
 class Resources:
     """What a job asks for, in SLURM's words; None leaves it to the cluster's default."""
 
-    nodes: int
-    gpus_per_node: int
-    tasks_per_node: int
-    time: str
-    signal_delay: int
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    tasks_per_node: int | None = None
+    time: str = "24:00:00"
+    signal_delay: int = 180
     cpus_per_task: int | None = None
     mem: str | None = None
     partition: str | None = None
@@ -56,6 +63,10 @@ class Resources:
     container_mounts: str | None = None
     setup: tuple[str, ...] = ()
     python: str | None = None
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or max(1, self.gpus_per_node or 0)
 
     @property
     def minutes(self) -> int:
@@ -114,30 +125,47 @@ def requests(
 
 def check(runs: Sequence[Request], wanted: Resources, where: Where) -> None:
     """Raise ValueError for whatever can be known to be wrong before the job queues; make the log folders."""
-    ranks = wanted.nodes * wanted.tasks_per_node if where != "debug" else 1
-    raw, config_name = ds_config.read(runs[0].ds_config, cuda=wanted.gpus_per_node > 0)
+    _check_used(wanted, where)
+    ranks = wanted.nodes * wanted.ranks_per_node
+    raw, config_name = ds_config.read(runs[0].ds_config, cuda=bool(wanted.gpus_per_node))
     for run in runs:
         recipe, origin = recipe_files.load(run.recipe, run.overrides)
         ds_config.resolve(raw, recipe, ranks, config_name=config_name, recipe_name=origin)
         runlog.check_resume(run.out, run.resume, recipe)
-    if wanted.gpus_per_node and wanted.tasks_per_node > wanted.gpus_per_node:
+    if wanted.gpus_per_node and wanted.ranks_per_node > wanted.gpus_per_node:
         raise ValueError(f"--tasks_per_node {wanted.tasks_per_node}: more ranks than --gpus_per_node {wanted.gpus_per_node}")
-    if where == "slurm":
-        cluster.check(wanted.partition, wanted.nodes, wanted.gpus_per_node)
-    elif wanted.nodes > 1:
+    if where != "slurm" and wanted.nodes > 1:
         raise ValueError(f"--nodes {wanted.nodes}: --cluster {where} is this machine alone")
     if where == "local" and len(runs) > 1:
         raise ValueError("--array: on --cluster slurm alone; here one run after another, with --set")
 
 
-def executor(top: Path, name: str, wanted: Resources, where: Where) -> submitit.core.core.PicklingExecutor:
+def _check_used(wanted: Resources, where: Where) -> None:
+    idle = [field.name for field in fields(wanted) if field.name in UNUSED[where] and getattr(wanted, field.name) != field.default]
+    if idle:
+        raise ValueError(f"--{idle[0]}: not used by --cluster {where}; leave it out")
+    if wanted.container_mounts and not wanted.container_image:
+        raise ValueError(f"--container_mounts {wanted.container_mounts}: there is no --container_image")
+
+
+class _Unsent(submitit.SlurmExecutor):
+    """For a batch file that is looked at alone, which needs no SLURM."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
+
+
+def executor(
+    top: Path, name: str, wanted: Resources, where: Where, slurm_executor: type[submitit.SlurmExecutor] = submitit.SlurmExecutor
+) -> submitit.core.core.PicklingExecutor:
     """submitit's executor with everything set; it has not touched the disk, but for a local one."""
     folder = top / SUBMISSIONS
     if where == "local":
         local = submitit.LocalExecutor(folder, max_num_timeout=MAX_TIMEOUTS, python=wanted.python)
         devices = {"gpus_per_node": wanted.gpus_per_node} if wanted.gpus_per_node else {}
         local.update_parameters(
-            tasks_per_node=wanted.tasks_per_node,
+            tasks_per_node=wanted.ranks_per_node,
             timeout_min=wanted.minutes,
             signal_delay_s=wanted.signal_delay,
             setup=list(wanted.setup),
@@ -146,12 +174,12 @@ def executor(top: Path, name: str, wanted: Resources, where: Where) -> submitit.
         return local
     container = wanted.container_image is not None
     python = wanted.python or ("python" if container else None)
-    slurm = submitit.SlurmExecutor(folder, max_num_timeout=MAX_TIMEOUTS, python=python)
+    slurm = slurm_executor(folder, max_num_timeout=MAX_TIMEOUTS, python=python)
     optional = {key: getattr(wanted, key) for key in ("cpus_per_task", "mem", "partition", "constraint", "account", "qos")}
     slurm.update_parameters(
         job_name=name,
         nodes=wanted.nodes,
-        ntasks_per_node=wanted.tasks_per_node,
+        ntasks_per_node=wanted.ranks_per_node,
         time=wanted.minutes,
         signal_delay_s=wanted.signal_delay,
         comment=str(top),
@@ -194,7 +222,7 @@ def _container(top: Path, wanted: Resources) -> list[str]:
 
 def preview(top: Path, runs: Sequence[Request], wanted: Resources) -> str:
     """The batch file as submitit would send it."""
-    sender = executor(top, runs[0].name, wanted, "slurm")
+    sender = executor(top, runs[0].name, wanted, "slurm", _Unsent)
     if len(runs) > 1:
         sender.parameters["map_count"] = len(runs)
     return sender._make_submission_file_text(sender._submitit_command_str, "")
@@ -291,8 +319,10 @@ def run(top: Path, runs: Sequence[Request], wanted: Resources, where: Where, *, 
     """The whole verb. Returns the exit code."""
     check(runs, wanted, where)
     if dry_run:
-        print(preview(top, runs, wanted) if where == "slurm" else "\n".join(map(_command, runs)))
+        _say(top, runs, wanted, where)
         return 0
+    if where == "slurm":
+        cluster.check(wanted.partition, wanted.nodes, wanted.gpus_per_node)
     if where == "debug":
         return _here(runs)
     jobs = submit(top, runs, wanted, where)
@@ -302,6 +332,21 @@ def run(top: Path, runs: Sequence[Request], wanted: Resources, where: Where, *, 
         return wait(jobs, where)
     print("`megakd jobs` shows where they are" + (f"; `scancel {jobs[0].job_id.split('_')[0]}` ends them" if where == "slurm" else ""))
     return 0
+
+
+def _say(top: Path, runs: Sequence[Request], wanted: Resources, where: Where) -> None:
+    """Print what would be sent or run, and what of it could not be checked here."""
+    if where != "slurm":
+        ranks = f"  # {wanted.ranks_per_node} ranks, by submitit" if wanted.ranks_per_node > 1 else ""
+        print("\n".join([*wanted.setup, *(_command(request) + ranks for request in runs)]))
+        return
+    print(preview(top, runs, wanted))
+    try:
+        there = cluster.partitions()
+    except ValueError as error:
+        print(f"not checked: partition, nodes and GPUs ({error})", file=sys.stderr)
+    else:
+        cluster.check(wanted.partition, wanted.nodes, wanted.gpus_per_node, there)
 
 
 def _here(runs: Sequence[Request]) -> int:

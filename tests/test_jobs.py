@@ -170,6 +170,9 @@ def test_what_is_wrong_with_a_run_is_said_before_it_is_submitted(
         (("--nodes", 2), "--nodes 2"),
         (("--array", "seed"), "--array seed: write KEY=VALUE"),
         (("--cluster", "moon"), "--cluster moon"),
+        (("--qos", "high"), "--qos: not used by --cluster local; leave it out"),
+        (("--cluster", "debug", "--time", "10"), "--time: not used by --cluster debug"),
+        (("--cluster", "slurm", "--container_mounts", "/data"), "--container_mounts /data: there is no --container_image"),
     ):
         code = command("submit", "--recipe", recipe_file, "--out", tmp_path / "run", "--cluster", "local", *options)
         said = capsys.readouterr().err
@@ -183,7 +186,20 @@ def test_without_slurm_the_way_to_run_here_is_said(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert command("submit", "--recipe", recipe_file, "--out", tmp_path / "run") == 2
-    assert "no SLURM on this machine; submit on a login node, or run here with --cluster local" in capsys.readouterr().err
+    answer = "no SLURM on this machine; submit on a login node, or run here with --cluster local"
+    assert answer in capsys.readouterr().err
+    assert command("submit", "--recipe", recipe_file, "--out", tmp_path / "run", "--nodes", 2, "--dry_run") == 0
+    said = capsys.readouterr()
+    assert "#SBATCH --nodes=2" in said.out
+    assert f"not checked: partition, nodes and GPUs (sinfo: {answer})" in said.err
+
+
+def test_a_local_dry_run_says_what_would_run(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--cluster", "local", "--tasks_per_node", 2, "--setup", "module load cuda", "--dry_run")
+    assert command("submit", "--recipe", recipe_file, "--out", tmp_path / "run", *options) == 0
+    setup, run = capsys.readouterr().out.splitlines()
+    assert setup == "module load cuda"
+    assert run == f"python megakd/train.py --recipe {recipe_file} --out {tmp_path}/run --resume auto  # 2 ranks, by submitit"
 
 
 @pytest.mark.parametrize(

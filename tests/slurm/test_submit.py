@@ -20,7 +20,7 @@ from megakd.runtime import checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_jobs_left")
 LONG = ("optim.steps=500", "checkpoint.every=100000")
-TWO_NODES = ("--nodes", "2", "--cpus_per_task", "1", "--mem", "1G", "--time", "15")
+TWO_NODES = ("--nodes", "2", "--gpus_per_node", "0", "--cpus_per_task", "1", "--mem", "1G", "--time", "15")
 
 
 @pytest.fixture(autouse=True)
@@ -156,8 +156,9 @@ def test_what_the_cluster_lacks_is_said_in_one_message_before_anything_is_made(
             "--partition nowhere: this cluster has no such partition; it has\n  main: 2 nodes with 8 GPUs, 64 CPUs",
         ),
         (("--gpus_per_node", "9"), "--gpus_per_node 9: partition main does not have 1 nodes of so many GPUs"),
-        (("--constraint", "h300"), "sbatch refuses the job"),
-        (("--nodes", "3"), "--nodes 3 --gpus_per_node 0: partition main does not have 3 nodes"),
+        ((), "--gpus_per_node: say how many, 0 to train on the CPU; there are\n  main: 2 nodes with 8 GPUs"),
+        (("--constraint", "h300", "--gpus_per_node", "0"), "sbatch refuses the job"),
+        (("--nodes", "3", "--gpus_per_node", "0"), "--nodes 3 --gpus_per_node 0: partition main does not have 3 nodes"),
     ):
         code = megakd("submit", "--recipe", recipe_file, *settings("optim.batch=72"), "--out", tmp_path / "run", *options)
         said = capsys.readouterr().err
@@ -207,7 +208,8 @@ def test_an_array_is_one_job_with_a_run_folder_for_each_combination(
 ) -> None:
     """Held in the queue: its tasks' training is what the other tests run."""
     arrays = ("--array", "seed=0,1", "--array", "optim.lr=1e-3,1e-4")
-    assert megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "sweep", *arrays, "--setup", "sleep 60", "--nodes", "2") == 0
+    options = ("--setup", "sleep 60", "--nodes", "2", "--gpus_per_node", "0")
+    assert megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "sweep", *arrays, *options) == 0
     runs = [tmp_path / "sweep" / f"seed={seed},optim.lr={lr}" for seed, lr in itertools.product("01", ("1e-3", "1e-4"))]
     ids = [submitted(run)["job"] for run in runs]
     main = ids[0].split("_")[0]
