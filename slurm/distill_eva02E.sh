@@ -6,7 +6,8 @@
 #     sbatch --partition=gpu --account=me --nodes=2 slurm/distill_eva02E.sh --set optim.lr=5e-4
 #
 # sbatch's own options come before the script's name and win over the lines below; what follows it goes to megakd/train.py.
-# Needs: paths of your data in the recipe or by --set; what your site wants in slurm/env.sh. Check first, in seconds, on one machine:
+# Needs: the path of your shards, in the recipe or by --set, and those of evaluation sets if the student is to be scored; what your site
+# wants in slurm/env.sh. Check first, in seconds, on one machine:
 #     python megakd/train.py --recipe distill_eva02E --ds_config ds_configs/zero1_bf16.json --dry_run
 # Memory: 23.4 GB of 80 a GPU, 22.5 of them the student's activations; the teacher's share 0.17 GB, its gathered blocks 0.24 GB
 #         (megakd plan --recipe distill_eva02E --gpus 32 --gpu_memory 80 --ds_config ds_configs/zero1_bf16.json)

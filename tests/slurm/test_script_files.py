@@ -36,15 +36,12 @@ def test_each_job_is_requeued_signalled_and_logged_to_a_place_that_exists(script
 def test_the_recipe_and_the_json_that_a_script_names_pass_the_dry_run(
     name: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the script calls it, full-size models included; only the data are others, and the batch is that of one process."""
+    """As README calls it, full-size models included; only the data are others, and the batch is that of one process."""
     monkeypatch.chdir(REPOSITORY)
     command = re.search(r"megakd/train.py --recipe (\S+) --ds_config (\S+)", (REPOSITORY / "slurm" / f"{name}.sh").read_text())
     assert command is not None
     data = (
         f"data.train={world}/train/*.tar",
-        f"data.cache={tmp_path}/cache",
-        f"evaluation.zero_shot={{ imagenet = '{world}/zeroshot' }}",
-        f"evaluation.retrieval={{ coco = '{world}/test/*.tar' }}",
         "optim.batch=4",
     )
     done = train(command[1], "--ds_config", command[2], "--out", tmp_path / "run", "--dry_run", *settings(*data))
