@@ -56,6 +56,14 @@ def holding(folder: Path) -> Iterator[None]:
             holder.communicate("")
 
 
+def answering(folder: Path, monkeypatch: pytest.MonkeyPatch, squeue: str) -> None:
+    """A cluster without accounting, whose `squeue` is this shell text; a real one may be up for the tests of tests/slurm."""
+    for name, text in {"squeue": squeue, "sacct": "exit 1"}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
 def local(time: str) -> str:
     """As squeue writes it: in this machine's time, without a zone."""
     return datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%dT%H:%M:%S")
@@ -124,10 +132,7 @@ def test_waiting_goes_on_when_slurm_does_not_answer_once(
     """Only the answers of `squeue` are set here."""
     for name, seconds in {"LOOK": 0.01, "ASK": 0.01, "LATE": 0.05}.items():
         monkeypatch.setattr(submission, name, seconds)
-    squeue = tmp_path / "squeue"
-    squeue.write_text('#!/bin/sh\n[ -e "$0.asked" ] && exec echo "7|CANCELLED|N/A|None"\n> "$0.asked"; echo busy >&2; exit 1\n')
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    answering(tmp_path, monkeypatch, '[ -e "$0.asked" ] && exec echo "7|CANCELLED|N/A|None"\n> "$0.asked"; echo busy >&2; exit 1')
     job: submitit.SlurmJob[int] = submitit.SlurmJob(tmp_path, "7")
     assert submission.wait([job], "slurm") == 1
     said = capsys.readouterr().err
@@ -298,10 +303,7 @@ def test_a_file_system_without_locks_leaves_slurms_word(tmp_path: Path) -> None:
 
 def test_slurm_is_asked_neither_about_ended_jobs_again_nor_about_finished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the answers of `squeue` are set here."""
-    squeue = tmp_path / "squeue"
-    squeue.write_text('#!/bin/sh\necho "$*" >> "$0.asked"\nprintf "7|FAILED|N/A|None\\n8|RUNNING|N/A|None\\n"\n')
-    squeue.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    answering(tmp_path, monkeypatch, 'echo "$*" >> "$0.asked"\nprintf "7|FAILED|N/A|None\\n8|RUNNING|N/A|None\\n"')
     for job in "789":
         started = [{"slurm_job_id": job, "log": None, "started": "2026-01-01T12:00:00+0000"}]
         run = write_run(tmp_path / "runs" / job, jobs=started)
