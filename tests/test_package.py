@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -33,6 +35,15 @@ def test_the_wheel_holds_both_packages_and_the_recipes(archives: tuple[Path, Pat
     names = set(zipfile.ZipFile(archives[0]).namelist())
     assert {"megakd/train.py", "megakd/recipes/smoke.toml", "megakd_kernels/__init__.py", "megakd/py.typed"} <= names
     assert not any(name.startswith(("kernels/", "tests/")) for name in names)
+
+
+def test_no_message_sends_people_to_an_index_that_has_no_megakd() -> None:
+    sources = {path: path.read_text(encoding="utf-8") for folder in ("megakd", "kernels") for path in (ROOT / folder).rglob("*.py")}
+    assert [str(path) for path, text in sources.items() if re.search(r"pip install ['\"]?megakd", text)] == []
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = [name for text in sources.values() for names in re.findall(r"-e '\.\[(.+?)\]'", text) for name in names.split(",")]
+    assert named
+    assert set(named) <= set(extras)
 
 
 def test_the_sdist_builds_the_same_wheel(archives: tuple[Path, Path], tmp_path: Path) -> None:

@@ -22,7 +22,9 @@ def check(settings: Lora, language: PreTrainedModel) -> None:
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise ValueError("decoder.adapt = 'lora' needs peft: pip install 'megakd[vlm]', or set it to 'none' or 'full'") from error
+        raise ValueError(
+            "decoder.adapt = 'lora' needs peft: `pip install peft` (or -e '.[vlm]' in the repository), or set it to 'none' or 'full'"
+        ) from error
     if settings.targets == "linear":
         return
     if not settings.targets:

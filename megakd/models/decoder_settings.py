@@ -166,7 +166,7 @@ def _check_quantise(settings: Decoder) -> None:
     if settings.model is None:
         raise ValueError(f"decoder.quantise = {settings.quantise!r}: random weights of an architecture are not worth it; set it to 'none'")
     if importlib.util.find_spec("accelerate") is None:
-        raise ValueError(f"decoder.quantise = {settings.quantise!r} needs accelerate: pip install 'megakd[vlm]', or set it to 'none'")
+        raise ValueError(f"decoder.quantise = {settings.quantise!r} needs accelerate: `pip install accelerate`; or set it to 'none'")
 
 
 def _nearest(word: object, known: Iterable[str]) -> str:
