@@ -8,13 +8,30 @@ from typing import Annotated
 
 import typer
 
+from megakd import __version__
 from megakd.runtime.signals import EXIT_USER_ERROR
 
 app = typer.Typer(
-    help="Distil CLIP-style teachers into small students.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    epilog="Training is a program of its own: deepspeed megakd/train.py --recipe NAME; its flags: python megakd/train.py --help",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 bench = typer.Typer(help="Side-by-side benchmarks against the field's own tools.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"megakd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and leave")] = False,
+) -> None:
+    """Distil CLIP-style teachers into small students."""
 
 
 @app.command()
@@ -24,9 +41,11 @@ def shapes(
     test: Annotated[int, typer.Option(help="pairs for retrieval and hard negatives")] = 2000,
     seed: Annotated[int, typer.Option(help="another seed is another world of the same kind")] = 0,
     caption_noise: Annotated[
-        float, typer.Option(help="fraction of wrong captions in train_noisy/, as on the web; 0 leaves that split out")
+        float, typer.Option("--caption_noise", help="fraction of wrong captions in train_noisy/, as on the web; 0 leaves that split out")
     ] = 0.5,
-    image_size: Annotated[int | None, typer.Option(help="pixels a side; default: 36, twelve for each of 3 x 3 cells")] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image_size", help="pixels a side; default: 36, twelve for each of 3 x 3 cells")
+    ] = None,
 ) -> None:
     """Write the procedural image-text set as tar shards."""
     from megakd.data.shapes import IMAGE_SIZE, write_world
@@ -169,9 +188,16 @@ def smoke(
     data: Annotated[
         Path | None, typer.Option(help="folder of the shapes world; written when it is not there; default: data/shapes or data/shapes_vqa")
     ] = None,
-    vqa: Annotated[bool, typer.Option("--vqa", help="judge the vision towers by what a small decoder answers about images")] = False,
+    vqa: Annotated[
+        bool,
+        typer.Option("--vqa", help="judge the vision towers by what a small decoder answers about images"),
+    ] = False,
 ) -> None:
-    """The main job on this machine: train a tiny teacher, distil it, train the same student without it, compare."""
+    """The main job on this machine: train a tiny teacher, distil it, train the same student without it, compare.
+
+    With --vqa, a tiny decoder that can read is adapted to each of four towers (random, without KD, with KD, the teacher's) and to none,
+    and its answers are compared. Two CPU cores took ten minutes for --seeds 3, and eight for --vqa with one seed.
+    """
     from megakd import smoke as images_and_texts
     from megakd import smoke_vqa as questions
 
