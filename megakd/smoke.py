@@ -27,7 +27,7 @@ from megakd.data.shapes import write_world
 from megakd.runtime.runlog import read_metrics
 
 TRAIN_PAIRS, TEST_PAIRS, CAPTION_NOISE = 20000, 2000, 0.5
-SHIPPED_DATA, SHIPPED_TEACHER = "data/shapes", "runs/smoke_teacher"
+SHIPPED_DATA = "data/shapes"
 WITHOUT_KD = "objectives.similarity=0.0"
 
 

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ import torch.distributed as dist
 from open_clip.factory import _find_checkpoint_in_dir
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
-from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor, nn
 
 from megakd.models import int8 as int8_towers
 from megakd.models import towers
+from megakd.models.identity import preprocessing
 from megakd.models.weights import INDEX_SUFFIX, InMemory, Shape, Weights, listed, open_weights
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
@@ -86,7 +86,7 @@ def load(
             failure = error
     _raise_everywhere(failure, world)
     fill(clip, conversions, match, world, place)
-    return replace(built, preprocess=_preprocess(built))
+    return replace(built, preprocess=preprocessing(description))
 
 
 def _raise_everywhere(failure: Exception | None, world: World) -> None:
@@ -123,17 +123,6 @@ def weights_file(description: towers.Description) -> Path:
     if not found:
         raise ValueError(f"{description.role}: there are no weights for {name} {pretrained}")
     return Path(found)
-
-
-def _preprocess(built: towers.Towers) -> PreprocessCfg:
-    """What open_clip adds for a pretrained tag, which building without weights leaves out."""
-    settings = built.description.settings
-    if not settings.model or ":" in settings.model or not settings.pretrained:
-        return built.preprocess
-    tag: dict[str, Any] = get_pretrained_cfg(settings.model.replace("/", "-"), settings.pretrained) or {}
-    known = asdict(built.preprocess)
-    merged = merge_preprocess_dict(known, tag)
-    return PreprocessCfg(**{**merged, "size": known["size"]})
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def describe(settings: Model, role: str) -> Description:
     Raises ValueError naming the key and the remedy: unknown name, missing folder or file, an architecture that does not parse,
     a tokenizer with more words than the text tower's vocabulary.
     """
-    config, preprocess = _configuration(settings, role)
+    config, preprocess = configuration(settings, role)
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
         if key not in config:
             raise ValueError(f"{role}.architecture.{key}: missing; an open_clip model configuration has embed_dim, vision_cfg and text_cfg")
@@ -81,7 +81,8 @@ def describe(settings: Model, role: str) -> Description:
     return Description(role, settings, config, preprocess, _tokenizer(settings, config, role))
 
 
-def _configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """open_clip's `model_cfg` and `preprocess_cfg` of a model, without its tokenizer. Raises ValueError as `describe` does."""
     if settings.architecture is not None:
         config = copy.deepcopy(settings.architecture)
         return config, config.pop("preprocess_cfg", {})

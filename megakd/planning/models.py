@@ -123,7 +123,7 @@ def describe(settings: Model, role: str) -> towers.Description:
         assert first is not None, "a teacher's recipe trains a student"
         return describe(first, role)
     with _quiet():
-        config, preprocess = towers._configuration(settings, role)
+        config, preprocess = towers.configuration(settings, role)
     return towers.Description(role, settings, config, preprocess, _no_tokenizer)
 
 

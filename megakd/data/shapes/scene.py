@@ -17,7 +17,6 @@ SIZES = ("small", "large")
 # Row by row; every name is one place and no name is a place's whole row or column.
 CELLS = ("top left", "top center", "top right", "middle left", "center", "middle right", "bottom left", "bottom center", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 # Few single things: there are only 630 such scenes, and the retrieval set wants distinct ones.
 NUMBERS, NUMBER_WEIGHTS = (1, 2, 3), (20, 40, 40)
