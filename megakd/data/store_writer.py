@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from megakd.data.store import (
     read_manifest,
     read_part,
 )
+from megakd.runtime.disk import sync
 from megakd.runtime.locks import LOCK, FolderLock
 
 log = logging.getLogger("megakd.data")
@@ -116,8 +116,8 @@ def write_part(folder: Path, manifest: Manifest, number: int, image_NVD: Tensor,
     try:
         with atomic_file(path) as partial:
             save_file(tensors, partial, {NOTE: json.dumps(note, sort_keys=True)})
-            _sync(partial)
-        _sync(path.parent)
+            sync(partial)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise StoreError(
             f"could not write {path}: {error}; the parts written before are kept: make room and start the same command again"
@@ -141,19 +141,11 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
     try:
         with atomic_file(folder / MANIFEST) as partial:
             partial.write_text(json.dumps(manifest.to_json(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            _sync(partial)
-        _sync(folder)
+            sync(partial)
+        sync(folder)
     except OSError as error:
         raise StoreError(f"could not write {folder / MANIFEST}: {error}; make room and start the same command again") from error
 
 
 def _bits(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

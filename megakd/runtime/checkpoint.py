@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megakd.runtime.disk import sync
 from megakd.runtime.engine import State
 from megakd.runtime.signals import LossNotFinite
 
@@ -75,10 +75,10 @@ def save(run: Path, progress: Progress, state: State, keep: int) -> Path:
         content = {"format": FORMAT, **asdict(progress), "updates": state.updates, "files": files}
         (partial / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
         for name in (WEIGHTS, MOMENTS, STATE):
-            _sync(partial / name)
+            sync(partial / name)
         _remove(target)
         partial.rename(target)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -157,14 +157,6 @@ def _progress(content: dict[str, Any]) -> Progress:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:
