@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-HeadKind = Literal["linear", "mlp"]
+HeadKind = Annotated[
+    Literal["linear", "mlp"], Field(description="projection of each modality to the teacher's width; mlp: with one hidden layer")
+]
 TeacherMode = Literal["replicated", "replicated_int8", "zero3", "zero3_int8"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -120,12 +122,12 @@ class Teacher(Model):
 class Objectives(Section):
     """name = weight; 0 leaves an objective out."""
 
-    contrastive: Weight = 0.0
-    similarity: Weight = 0.0
-    sigmoid_contrastive: Weight = 0.0
-    sigmoid_similarity: Weight = 0.0
-    interactive: Weight = 0.0
-    feature: Weight = 0.0
+    contrastive: Weight = Field(0.0, description="CLIP's InfoNCE, without a teacher")
+    similarity: Weight = Field(0.0, description="similarity-matrix KD, see [similarity]")
+    sigmoid_contrastive: Weight = Field(0.0, description="SigLIP's loss, without a teacher; for models with a logit bias")
+    sigmoid_similarity: Weight = Field(0.0, description="the same with the teacher's probabilities as labels")
+    interactive: Weight = Field(0.0, description="interactive contrastive learning, see [interactive]")
+    feature: Weight = Field(0.0, description="feature KD, see [feature]")
 
     def active(self) -> dict[str, float]:
         return {name: weight for name, weight in self if weight > 0}
@@ -160,9 +162,9 @@ class Kernels(Section):
 class Lora(Section):
     """Low-rank adapters on the decoder's linear layers (arXiv 2106.09685), through peft."""
 
-    rank: Positive = 16
+    rank: Positive = Field(16, description="width of the two factors that are added to each adapted layer's weight")
     alpha: PositiveFloat = Field(32.0, description="the adapter's output is scaled by alpha / rank")
-    dropout: Fraction = 0.05
+    dropout: Fraction = Field(0.05, description="fraction of an adapter's inputs set to 0 in training")
     targets: Literal["linear"] | list[str] = Field(
         "linear",
         description="linear: every Linear layer of the language model but its output layer; or names of layers, e.g. ['q_proj', 'v_proj']",
@@ -226,11 +228,11 @@ class QuestionSource(Section):
 
 
 class LearningRates(Section):
-    """Peak learning rates by group; all follow optim's schedule. None: optim.lr."""
+    """Peak learning rates by group; all follow optim's schedule."""
 
-    tower: PositiveFloat | None = None
-    projector: PositiveFloat | None = None
-    decoder: PositiveFloat | None = None
+    tower: PositiveFloat | None = Field(None, description="of the student's vision tower; default: optim.lr")
+    projector: PositiveFloat | None = Field(None, description="of the projector from patch to image tokens; default: optim.lr")
+    decoder: PositiveFloat | None = Field(None, description="of the adapters, or of a language model trained whole; default: optim.lr")
 
 
 class Answers(Section):
@@ -245,14 +247,16 @@ class Answers(Section):
 
 
 class Optim(Section):
-    steps: Positive
+    """AdamW, its schedule, and the length of the run."""
+
+    steps: Positive = Field(description="optimiser steps of the whole run")
     batch: Positive = Field(description="global batch: pairs in one optimiser step, over all ranks")
-    lr: PositiveFloat
+    lr: PositiveFloat = Field(description="peak learning rate: after the warm-up")
     warmup: NonNegative = Field(0, description="steps of linear warm-up")
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="of the learning rate after the warm-up")
     final_lr: Fraction = Field(0.0, description="learning rate at the end of the cosine, as a fraction of lr")
-    betas: FloatPair = (0.9, 0.98)
-    eps: PositiveFloat = 1e-6
+    betas: FloatPair = Field((0.9, 0.98), description="decay of AdamW's averages of the gradient and of its square")
+    eps: PositiveFloat = Field(1e-6, description="AdamW's addend to the root of the second average")
     weight_decay: Weight = Field(0.2, description="on matrices alone: norms, biases, embeddings' scales have none")
     clip: Weight = Field(1.0, description="largest global gradient norm; 0 does not clip")
 
@@ -264,14 +268,20 @@ class Optim(Section):
 
 
 class Evaluation(Section):
-    """Named evaluation sets. A zero-shot set is a folder as CLIP_benchmark lays it out; the others are shard patterns."""
+    """Evaluation sets by name; shard patterns are written as in data.train."""
 
     every: NonNegative = Field(0, description="steps between evaluations; 0 evaluates at the end alone")
-    batch: Positive = 256
-    zero_shot: dict[str, str] = Field(default_factory=dict)
-    retrieval: dict[str, str] = Field(default_factory=dict)
-    hard_negatives: dict[str, str] = Field(default_factory=dict)
-    vqa: dict[Name, QuestionSource] = Field(default_factory=dict)
+    batch: Positive = Field(256, description="images, or texts, that a rank encodes at once")
+    zero_shot: dict[str, str] = Field(
+        default_factory=dict,
+        description="folders as CLIP_benchmark's: classnames.txt, zeroshot_classification_templates.txt, test/*.tar with .jpg and .cls",
+    )
+    retrieval: dict[str, str] = Field(default_factory=dict, description="shards of pairs: each caption among all images, and back")
+    hard_negatives: dict[str, str] = Field(
+        default_factory=dict,
+        description='shards whose samples have in their .json {"negatives": {KIND: FALSE CAPTION, ...}}; scored by kind, of any names',
+    )
+    vqa: dict[Name, QuestionSource] = Field(default_factory=dict, description="questions for the decoder, as in answers.train")
     vqa_batch: Positive = Field(64, description="questions answered at once")
     answer_tokens: Positive = Field(10, description="longest answer that the decoder generates")
 
@@ -294,8 +304,8 @@ class Watchdog(Section):
 
 
 class Recipe(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    seed: NonNegative = 0
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="runs/NAME is the run's folder unless --out says another")
+    seed: NonNegative = Field(0, description="of every draw: initial weights, order of the data, augmentation, dropout")
     data: Data = Data()
     views: Views = Views()
     student: Student | None = Field(None, description="absent: a decoder that learns from text alone, the blind control")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import pytest
+from pydantic.fields import FieldInfo
 
 from megakd import recipe_files
 from megakd.objectives.registry import FAMILIES, WITH_BIAS, WITHOUT_TEACHER
-from megakd.recipe import Objectives, Recipe
+from megakd.recipe import Objectives, Recipe, Section
 
 
 def _load(path: Path | str, *overrides: str) -> Recipe:
@@ -33,6 +36,31 @@ def test_the_registry_has_an_objective_for_each_key_of_the_recipe() -> None:
     names = [name for family in FAMILIES for name in family]
     assert set(names) == set(Objectives.model_fields)
     assert set(names) > WITH_BIAS | WITHOUT_TEACHER
+
+
+def _leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key that a value can be given to, a table of names among them, with its field; sections in such tables as `key.NAME.`."""
+    for name, field in section.model_fields.items():
+        inner = [part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, Section)]
+        table = any(get_origin(part) is dict for part in _parts(field.annotation))
+        if table or not inner:
+            yield prefix + name, field
+        for part in inner:
+            yield from _leaves(part, f"{prefix}{name}.{'NAME.' if table else ''}")
+
+
+def _parts(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for argument in get_args(annotation):
+        yield from _parts(argument)
+
+
+def test_every_key_says_what_it_means() -> None:
+    """README sends people to the recipe's fields for all of them."""
+    leaves = dict(_leaves(Recipe))
+    assert {"seed", "optim.lr", "decoder.lora.rank", "answers.lr.tower", "answers.train.NAME.format", "ensemble.NAME.mode"} <= leaves.keys()
+    assert {"evaluation.vqa", "evaluation.hard_negatives", "student.architecture", "objectives.feature"} <= leaves.keys()
+    assert [key for key, field in leaves.items() if not field.description] == []
 
 
 @pytest.mark.parametrize(
