@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -133,7 +134,10 @@ class Engine:
             self._engine.monitor.write_events([(f"Train/{name}", value, samples) for name, value in values.items()])
 
     def export(self, *, moments: bool, everywhere: bool) -> State:
-        """Full fp32 state on the CPU: of rank 0, or `everywhere`; elsewhere an empty one. A collective: every rank calls it."""
+        """Full fp32 state on the CPU: on rank 0, or `everywhere`; elsewhere an empty one. A collective: every rank calls it.
+
+        Buffers are rank 0's on every rank: batch norm counts each rank's own images, and one of these counts is saved.
+        """
         kept = State({}, {}, self.updates)
         keep = everywhere or self._engine.global_rank == 0
         for parameter in self._trained():
@@ -143,8 +147,11 @@ class Engine:
                 if keep:
                     destination, label = (kept.weights, name) if key is None else (kept.moments, f"{key}/{name}")
                     destination[label] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
-        if keep:
-            kept.weights.update({name: buffer.detach().cpu().clone() for name, buffer in persistent_buffers(self.module).items()})
+        for name, buffer in persistent_buffers(self.module).items() if keep else ():
+            first = buffer.detach().clone()
+            if everywhere:
+                dist.broadcast(first, 0)
+            kept.weights[name] = first.cpu()
         return kept
 
     def _trained(self) -> list[nn.Parameter]:

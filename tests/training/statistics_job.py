@@ -1,0 +1,44 @@
+"""Started on two ranks by `test_rank_statistics`: runs one after the other, and the batch norm statistics that each rank went by.
+
+`statistics_job.py JOBS.json OUTCOMES`: JOBS has command lines of the training program by name; each rank writes OUTCOMES.RANK.json, for
+each run its exit code and the running means of its tower's first batch norm, in training and in evaluation mode, in the order of forwards.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ranks_job import _run
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from megakd.runtime import launch
+from megakd.runtime.signals import StopRequest
+
+
+def main() -> None:
+    jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    seen: dict[bool, list[list[float]]] = {}
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, nn.BatchNorm2d) and module.num_features == 4:  # the stem's first two, where the tower has a width of 8
+            found = seen.setdefault(module.training, [])
+            if module.running_mean is not None and (mean := module.running_mean.tolist()) not in found:
+                found.append(mean)
+
+    register_module_forward_pre_hook(note)
+    world, stop = launch.start(), StopRequest()
+    outcomes = {}
+    for name, arguments in jobs.items():
+        seen.clear()
+        outcome = _run(arguments, None, world, stop)
+        outcomes[name] = {**outcome, "trained": seen.get(True, []), "judged": seen.get(False, [])}
+    Path(f"{sys.argv[2]}.{world.rank}.json").write_text(json.dumps(outcomes), encoding="utf-8")
+    launch.stop()
+
+
+if __name__ == "__main__":
+    main()
