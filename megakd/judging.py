@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megakd import export
 from megakd.assembly import Learners, conversations, eyes
@@ -19,7 +17,7 @@ from megakd.evaluation.encoder import Encoder
 from megakd.evaluation.suite import Suite
 from megakd.models.answering import AnsweringStudent
 from megakd.preparation import Plan
-from megakd.runtime.engine import Engine, load_weights, persistent_buffers
+from megakd.runtime.engine import Engine, load_weights
 from megakd.runtime.interruptions import Interruptions
 from megakd.runtime.launch import World
 
@@ -56,9 +54,7 @@ class Judge:
             found |= self._image_text(weights)
         if self._asks:
             identity = {"step": step, "weights": _digest(weights)}
-            module = self.answering(engine, weights)
-            with _with_buffers(module, weights):
-                found["vqa"] = self._questions(module, identity, folder)
+            found["vqa"] = self._questions(self.answering(engine, weights), identity, folder)
         return found
 
     def answering(self, engine: Engine, weights: dict[str, Tensor]) -> AnsweringStudent:
@@ -115,17 +111,6 @@ class Judge:
         results = Suite(self._plan.sets, encoder, self._world, recipe.data.workers, self._interruptions).run()
         self._clip.to("cpu")
         return results
-
-
-@contextlib.contextmanager
-def _with_buffers(module: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """`module` with the exported buffers, the same on every rank. Its own come back: training may read a frozen tower with them."""
-    own = {name: buffer.clone() for name, buffer in persistent_buffers(module).items()}
-    load_weights(module, {name: weights[name] for name in own})
-    try:
-        yield
-    finally:
-        load_weights(module, own)
 
 
 def _digest(weights: dict[str, Tensor]) -> str:

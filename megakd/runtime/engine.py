@@ -84,6 +84,8 @@ class Engine:
         self.micro_batch = int(config["train_micro_batch_size_per_gpu"])
         self.accumulation = int(config["gradient_accumulation_steps"])
         self._norm: Tensor | float = math.nan
+        norms = [part for part in self.module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        self._statistics = [own for part in norms for own in (part.running_mean, part.running_var) if own is not None]
         self.updates = 0 if start is None else start.updates
         self._make_moments()
         if start is not None:
@@ -113,7 +115,16 @@ class Engine:
         self._engine.step()
         if self.stage > 0:
             self._norm = self._engine.get_global_grad_norm()
+        self._share_statistics()
         self.updates += 1
+
+    def _share_statistics(self) -> None:
+        """Give every rank rank 0's running statistics of batch norm, as DistributedDataParallel does: they are what is saved and judged."""
+        if self._statistics and self._engine.world_size > 1:
+            shared = nn.utils.parameters_to_vector(self._statistics)
+            dist.broadcast(shared, 0)
+            for own, first in zip(self._statistics, shared.split([own.numel() for own in self._statistics]), strict=True):
+                own.copy_(first.view_as(own))
 
     @property
     def gradient_norm(self) -> float:
@@ -134,10 +145,7 @@ class Engine:
             self._engine.monitor.write_events([(f"Train/{name}", value, samples) for name, value in values.items()])
 
     def export(self, *, moments: bool, everywhere: bool) -> State:
-        """Full fp32 state on the CPU: on rank 0, or `everywhere`; elsewhere an empty one. A collective: every rank calls it.
-
-        Buffers are rank 0's on every rank: batch norm counts each rank's own images, and one of these counts is saved.
-        """
+        """Full fp32 state on the CPU: on rank 0, or `everywhere`; elsewhere an empty one. A collective: every rank calls it."""
         kept = State({}, {}, self.updates)
         keep = everywhere or self._engine.global_rank == 0
         for parameter in self._trained():
@@ -147,11 +155,8 @@ class Engine:
                 if keep:
                     destination, label = (kept.weights, name) if key is None else (kept.moments, f"{key}/{name}")
                     destination[label] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
-        for name, buffer in persistent_buffers(self.module).items() if keep else ():
-            first = buffer.detach().clone()
-            if everywhere:
-                dist.broadcast(first, 0)
-            kept.weights[name] = first.cpu()
+        if keep:
+            kept.weights.update({name: buffer.detach().cpu().clone() for name, buffer in persistent_buffers(self.module).items()})
         return kept
 
     def _trained(self) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""A tower with batch norm on two ranks: each keeps running statistics of its own images, and all are judged with those that are saved."""
+"""A tower with batch norm on two ranks: all go by rank 0's running statistics, which are saved, judged and resumed from."""
 
 from __future__ import annotations
 
@@ -39,11 +39,14 @@ def runs(recipe_file: Path, world: Path, tmp_path_factory: pytest.TempPathFactor
         "questions_stage3": questions,
         "frozen_often": (*frozen, "evaluation.every=1"),
         "frozen_seldom": frozen,
+        "frozen_resumed": frozen,
     }
+    resumed = ("--resume", str(folder / "frozen_seldom" / "checkpoints" / "step_00000002"))
     commands = {
         name: [
             *("--recipe", str(recipe_file), "--out", str(folder / name), *settings(RESNET, *STEPS, *own)),
             *(("--ds_config", str(partitioned)) if name.endswith("stage3") else ()),
+            *(resumed if name.endswith("resumed") else ()),
         ]
         for name, own in jobs.items()
     }
@@ -55,17 +58,26 @@ def runs(recipe_file: Path, world: Path, tmp_path_factory: pytest.TempPathFactor
     return Runs(folder, ranks)
 
 
+def test_every_step_begins_with_rank_0s_statistics(runs: Runs) -> None:
+    first, second = runs.of("pairs", "trained")
+    assert len(first) > 2
+    assert first == second
+
+
 @pytest.mark.parametrize("name", ["pairs", "questions", "questions_stage3"])
 def test_every_rank_is_judged_with_the_statistics_that_are_saved(runs: Runs, name: str) -> None:
-    first, second = runs.of(name, "trained")
-    assert first[-1] != second[-1], "or nothing is shown here"
     judged = runs.of(name, "judged")
     assert judged[0] == judged[1]
     saved = load_file(runs.folder / name / "model" / "open_clip_model.safetensors")
     assert judged[0][-2:] == [saved[f"visual.bn{number}.running_mean"].tolist() for number in (1, 2)]
 
 
-def test_evaluations_leave_each_ranks_own_statistics_as_they_were(runs: Runs) -> None:
+def test_evaluations_change_no_statistics(runs: Runs) -> None:
     """A frozen tower is read with them in training."""
     assert losses(runs.folder / "frozen_often") == losses(runs.folder / "frozen_seldom")
     assert runs.of("frozen_often", "trained") == runs.of("frozen_seldom", "trained")
+
+
+def test_a_resumed_run_goes_on_with_the_statistics_of_an_undisturbed_one(runs: Runs) -> None:
+    whole, resumed = (losses(runs.folder / name) for name in ("frozen_seldom", "frozen_resumed"))
+    assert resumed == whole[2:]
