@@ -74,7 +74,6 @@ def _module(plan: Plan, student: towers.Towers | None, heads: dict[str, nn.Modul
     if plan.asking is None or recipe.decoder is None or recipe.answers is None:
         assert student is not None
         return Student(student.clip, heads, max_scale)
-    assert plan.asking.decoder is not None, "the run that trains the decoder came first"
     dtype = torch.bfloat16 if ds_config.is_bf16(plan.config) else torch.float32
     # Quantised weights are made where they stay; others go to the device with the engine, after the judge has made its copies.
     device = device if recipe.decoder.quantise != "none" else torch.device("cpu")
@@ -102,7 +101,6 @@ def conversations(plan: Plan, module: AnsweringStudent) -> Conversations:
     """How this run's decoder is asked: in training, in evaluation and from its bundle alike."""
     recipe, asking = plan.request.recipe, plan.asking
     assert asking is not None
-    assert asking.decoder is not None
     assert recipe.decoder is not None
     assert recipe.answers is not None
     return Conversations(asking.decoder.tokenizer, recipe.decoder, module.decoder.image_tokens, recipe.answers.max_length)

@@ -13,7 +13,7 @@ A reference names a language model or tower that the run did not change, with th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -240,10 +240,7 @@ def _check_same_language(folder: Path, manifest: dict[str, Any], settings: Setti
 
 def _check_same_view(manifest: dict[str, Any], settings: Settings, tower: towers.Description, key: str) -> None:
     """What a projector makes image tokens of means something for the tower, the block and the grid that it was trained on alone."""
-    for name in ("layer", "image_tokens"):
-        before, now = manifest["decoder"][name], getattr(settings, name)
-        if before != now:
-            raise ValueError(f"{key}: its projector was trained with decoder.{name} = {before}, and this run has {now}: set it to {before}")
+    check_same_grid(manifest["decoder"], settings, key)
     known = manifest["tower"]
     if known is None or known["inside"]:
         return
@@ -251,6 +248,14 @@ def _check_same_view(manifest: dict[str, Any], settings: Settings, tower: towers
     if file is None or bundle_files.digest(file) != known["sha256"]:
         before = known["settings"]["model"] or known["settings"]["pretrained"]
         raise ValueError(f"{key}: its projector was trained on another vision tower ({before!r}) than this run's: make that the student")
+
+
+def check_same_grid(before: Mapping[str, Any], settings: Settings, key: str) -> None:
+    """Raises ValueError when a projector that was trained by the decoder settings `before` reads another block or another grid."""
+    for name in ("layer", "image_tokens"):
+        was, now = before[name], getattr(settings, name)
+        if was != now:
+            raise ValueError(f"{key}: its projector was trained with decoder.{name} = {was}, and this run has {now}: set it to {was}")
 
 
 def _tower_reference(description: towers.Description) -> dict[str, Any]:

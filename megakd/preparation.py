@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from megakd import bundle_files, recipe_files, teaching
+from megakd import bundle, bundle_files, foreseen, recipe_files, teaching
+from megakd.data.conversations import Conversations
 from megakd.data.order import Order
 from megakd.data.questions import Mixture, open_mixture, question_order
 from megakd.data.shards import ShardSet
@@ -20,8 +22,8 @@ from megakd.data.store import Store
 from megakd.evaluation import vqa
 from megakd.evaluation.suite import Sets, open_sets
 from megakd.models import decoder, towers
-from megakd.models.decoder import DecoderDescription
-from megakd.recipe import Recipe
+from megakd.models.decoder import Decoder, DecoderDescription
+from megakd.recipe import Answers, Recipe, Student
 from megakd.runtime import collectives, ds_config, runlog
 from megakd.runtime.launch import World
 from megakd.tasks.distill import Distill
@@ -51,9 +53,10 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Asking:
-    """What answers are learned from and judged by. decoder: None while the run that trains it is still to come."""
+    """What answers are learned from and judged by. outline: the decoder on torch's meta device, for the student's tower."""
 
-    decoder: DecoderDescription | None
+    decoder: DecoderDescription
+    outline: Decoder
     train: Mixture
     order: Order
     sets: dict[str, vqa.Opened]
@@ -63,7 +66,7 @@ class Asking:
 class Plan:
     """A request whose settings, data and models' configurations were found to be sound. Nothing expensive has happened.
 
-    student: None for a decoder that sees nothing, and while the run that trains the student is still to come.
+    student: None for a decoder that sees nothing. What is still to come is described as the recipe that will train it has it.
     """
 
     request: Request
@@ -91,13 +94,26 @@ def prepare(request: Request, world: World, to_come: frozenset[str] = frozenset(
     raw, config_name = ds_config.read(request.ds_config, cuda=world.device.type == "cuda")
     config = ds_config.resolve(raw, recipe, world.size, config_name=config_name, recipe_name=request.recipe_name)
     runlog.check_resume(request.out, request.resume, recipe)
-    known = recipe.student is not None and "student" not in to_come
-    student = towers.describe(recipe.student, "student") if known and recipe.student is not None else None
+    student = None if recipe.student is None else _student(recipe.student, "student" in to_come)
     pairs = _pairs(recipe, world, student, "teacher" not in to_come) if recipe.objectives.active() else None
-    asking = _asking(recipe, world, "decoder" not in to_come)
     _check_answers(recipe, config, world)
-    _check_length(recipe, asking)
+    asking = _asking(recipe, world, student, "decoder" in to_come)
     return Plan(request, config, config_name, student, pairs, asking, open_sets(recipe, world))
+
+
+def on_meta(description: towers.Description) -> towers.Towers:
+    """The model's shapes, without one weight, on torch's meta device."""
+    with torch.device("meta"):
+        return towers.build(description, torch.device("meta"), load_weights=False)
+
+
+def _student(settings: Student, is_to_come: bool) -> towers.Description:
+    if not is_to_come:
+        return towers.describe(settings, "student")
+    try:
+        return towers.describe(foreseen.model(settings, "student"), "student")
+    except ValueError as error:
+        raise ValueError(f"{error}\n(as recipe {settings.recipe!r}, which trains the student first, has it)") from error
 
 
 def _pairs(recipe: Recipe, world: World, student: towers.Description | None, teacher_is_there: bool) -> Pairs:
@@ -111,15 +127,28 @@ def _pairs(recipe: Recipe, world: World, student: towers.Description | None, tea
     return Pairs(task, shards, order, teachers, teaching.open_stores(recipe, teachers, shards, world))
 
 
-def _asking(recipe: Recipe, world: World, decoder_is_there: bool) -> Asking | None:
+def _asking(recipe: Recipe, world: World, student: towers.Description | None, decoder_is_to_come: bool) -> Asking | None:
     if recipe.answers is None or recipe.decoder is None:
         return None
-    description = decoder.describe(recipe.decoder) if decoder_is_there else None
-    if decoder_is_there and recipe.decoder.start is not None:
-        bundle_files.read(Path(recipe.decoder.start))
+    description = decoder.describe(foreseen.decoder(recipe.decoder) if decoder_is_to_come else recipe.decoder)
+    outline = _outline(recipe.answers, description, student)
+    _check_length(recipe, recipe.answers, description)
+    if recipe.decoder.start is not None:
+        start = Path(recipe.decoder.start)
+        before = foreseen.before(recipe.decoder).model_dump() if decoder_is_to_come else bundle_files.read(start)["decoder"]
+        if student is not None:
+            bundle.check_same_grid(before, recipe.decoder, f"decoder.start = {str(start)!r}")
     train = open_mixture(recipe.answers.train, "answers.train", recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     order = question_order(train, questions_in_a_step(recipe), recipe.seed)
-    return Asking(description, train, order, vqa.open_sets(recipe, world))
+    return Asking(description, outline, train, order, vqa.open_sets(recipe, world))
+
+
+def _outline(answers: Answers, description: DecoderDescription, student: towers.Description | None) -> Decoder:
+    """The decoder as it will be built for this tower. Raises ValueError for what does not fit: block, image tokens, conversations."""
+    visual: Any = None if student is None else on_meta(student).clip.visual
+    built = decoder.build(description, visual, torch.device("meta"))
+    Conversations(description.tokenizer, description.settings, built.image_tokens, answers.max_length)
+    return built
 
 
 def _check_answers(recipe: Recipe, config: dict[str, Any], world: World) -> None:
@@ -140,16 +169,14 @@ def _check_answers(recipe: Recipe, config: dict[str, Any], world: World) -> None
         )
 
 
-def _check_length(recipe: Recipe, asking: Asking | None) -> None:
+def _check_length(recipe: Recipe, answers: Answers, description: DecoderDescription) -> None:
     """A model with learned positions fails beyond its last; others only become worse."""
-    if asking is None or asking.decoder is None or recipe.answers is None or asking.decoder.positions is None:
-        return
     generated = recipe.evaluation.answer_tokens if recipe.evaluation.vqa else 0
-    if recipe.answers.max_length + generated > asking.decoder.positions:
+    if description.positions is not None and answers.max_length + generated > description.positions:
         raise ValueError(
-            f"answers.max_length = {recipe.answers.max_length}{f' + evaluation.answer_tokens = {generated}' if generated else ''}: the "
-            f"language model takes {asking.decoder.positions} tokens (max_position_embeddings); set answers.max_length to "
-            f"{asking.decoder.positions - generated} at most"
+            f"answers.max_length = {answers.max_length}{f' + evaluation.answer_tokens = {generated}' if generated else ''}: the language "
+            f"model takes {description.positions} tokens (max_position_embeddings); set answers.max_length to "
+            f"{description.positions - generated} at most"
         )
 
 

@@ -9,7 +9,8 @@ import torch
 from megakd.data.loader import train_batches
 from megakd.data.views import TowerView
 from megakd.models import towers
-from megakd.preparation import Asking, Pairs, Plan
+from megakd.preparation import Asking, Pairs, Plan, on_meta
+from megakd.recipe import Recipe
 from megakd.runtime.launch import World
 
 
@@ -26,15 +27,13 @@ def show(plan: Plan, world: World) -> str:
     if plan.pairs is not None:
         parts += _first_batch(plan, plan.pairs, world)
     if plan.asking is not None:
-        parts += _questions(plan.asking)
+        parts += [_decoder(plan.asking, plan.request.recipe), *_questions(plan.asking)]
     return "\n".join(parts)
 
 
 def _first_batch(plan: Plan, pairs: Pairs, world: World) -> list[str]:
-    descriptions = ({"student": plan.student} if plan.student is not None else {}) | pairs.teachers
-    if not descriptions:
-        return [f"data: {len(pairs.shards)} samples in {len(pairs.shards.names)} shards; every model is still to come"]
-    built = {role: _on_meta(description) for role, description in descriptions.items()}
+    assert plan.student is not None, "pairs are for a student to learn from"
+    built = {role: on_meta(description) for role, description in {"student": plan.student, **pairs.teachers}.items()}
     views = {role: TowerView(found.preprocess, found.description.tokenize) for role, found in built.items()}
     with train_batches(
         pairs.shards,
@@ -53,15 +52,22 @@ def _first_batch(plan: Plan, pairs: Pairs, world: World) -> list[str]:
     return parts + [_shapes(role, found, batch.pixels[role][:2], batch.tokens[role][:2]) for role, found in built.items()]
 
 
+def _decoder(asking: Asking, recipe: Recipe) -> str:
+    assert recipe.answers is not None
+    settings, outline = asking.decoder.settings, asking.outline
+    learned = sum(parameter.numel() for parameter in outline.parameters() if parameter.requires_grad)
+    budget = recipe.answers.max_length - outline.image_tokens
+    return (
+        f"decoder: {settings.model or 'own architecture'}, {towers.parameters_in(outline.language):,} parameters with its adapters, "
+        f"{learned:,} trained with the projector; an image becomes {outline.image_tokens} tokens, which leaves {budget} of "
+        f"{recipe.answers.max_length} to question and answer"
+    )
+
+
 def _questions(asking: Asking) -> list[str]:
     first = asking.train[0]
     parts = [f"questions to learn: {len(asking.train)}, for example {first.text!r} -> {first.answer!r}"]
     return parts + [f"questions to be judged by: {name}, {len(opened.questions)}" for name, opened in asking.sets.items()]
-
-
-def _on_meta(description: towers.Description) -> towers.Towers:
-    with torch.device("meta"):
-        return towers.build(description, torch.device("meta"), load_weights=False)
 
 
 def _shapes(role: str, found: towers.Towers, pixels: torch.Tensor, tokens: torch.Tensor) -> str:

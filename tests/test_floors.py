@@ -28,6 +28,7 @@ FLOORS: dict[str, tuple[int, ...]] = {
     "megakd.export": (5,),
     "megakd.job": (5,),
     "megakd.preparation": (5,),
+    "megakd.foreseen": (5,),
     "megakd.assembly": (5,),
     "megakd.judging": (5,),
     "megakd.bundle": (5,),

@@ -155,6 +155,7 @@ class Decoder(nn.Module):
 def build(description: DecoderDescription, tower: nn.Module | None, device: torch.device, dtype: torch.dtype = torch.float32) -> Decoder:
     """The decoder with its weights on `device`, for this vision tower (open_clip's `clip.visual`) or, with None, without eyes.
 
+    On the meta device it has its shapes alone: nothing is read, and every mistake is found all the same but one in the weights.
     dtype: of the language model; projector and adapters are float32 until an engine says otherwise. Random weights draw from torch's
     global generator: seed it before. What `decoder.adapt` leaves out does not require gradients.
     Raises ValueError when weights do not fit, and for a tower that the settings do not (see `patches.measure`, `Projector`).
@@ -163,16 +164,17 @@ def build(description: DecoderDescription, tower: nn.Module | None, device: torc
     projector = None
     if tower is not None:
         projector = Projector(measure(tower, settings.layer), settings.image_tokens, description.width).to(device)
-    language = _language(description, device, dtype)
-    language.requires_grad_(settings.adapt == "full")
-    if settings.adapt == "lora":
-        language = adapters.with_lora(language, settings.lora)
+    with device if device.type == "meta" else contextlib.nullcontext():
+        language = _language(description, device, dtype)
+        language.requires_grad_(settings.adapt == "full")
+        if settings.adapt == "lora":
+            language = adapters.with_lora(language, settings.lora)
     return Decoder(description, projector, language).train()
 
 
 def _language(description: DecoderDescription, device: torch.device, dtype: torch.dtype) -> Any:
     settings = description.settings
-    if settings.model is None:
+    if settings.model is None or device.type == "meta":
         return AutoModelForCausalLM.from_config(description.config, dtype=dtype).to(device)
     try:
         with _no_progress_bar():

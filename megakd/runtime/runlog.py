@@ -27,6 +27,8 @@ from megakd.recipe_files import differences, load
 from megakd.runtime import slurm_job
 
 RUN, METRICS = "run.json", "metrics.jsonl"
+# What a run folder holds when something was trained in it: checkpoints, or what was made of the last one.
+TRAINED = ("checkpoints/step_*", "model", "bundle")
 PACKAGES = ("megakd", "torch", "deepspeed", "open_clip_torch", "transformers", "triton")
 
 
@@ -129,7 +131,10 @@ def _earlier_jobs(run: Path) -> list[dict[str, Any]]:
 
 
 def check_resume(run: Path, resume: str, recipe: Recipe) -> None:
-    """Raise ValueError when `--resume` names no checkpoint, or when `run` is the folder of another recipe."""
+    """Raise ValueError when `--resume` names no checkpoint, or when `run` is the folder of another recipe.
+
+    A folder without a checkpoint and a result is nobody's: a recipe that could not run starts there once it is corrected.
+    """
     if resume not in ("auto", "none") and not Path(resume).is_dir():
         raise ValueError(f"--resume {resume}: give auto, none, or the folder of a checkpoint (RUN/checkpoints/step_00000500)")
     path = run / RUN
@@ -140,7 +145,7 @@ def check_resume(run: Path, resume: str, recipe: Recipe) -> None:
     except ValueError as error:
         raise ValueError(f"--out {run}: {error}\nchoose another --out, or --resume none to set that run aside") from error
     changed = differences(earlier, recipe)
-    if changed:
+    if changed and any(next(run.glob(pattern), None) for pattern in TRAINED):
         raise ValueError(
             f"--out {run}: this folder belongs to a run of another recipe:\n  " + "\n  ".join(changed[:12]) + "\n"
             "choose another --out, or give the recipe that run was started with (RUN/run.json is one), "

@@ -92,8 +92,10 @@ def test_a_row_that_finds_no_room_is_noted_with_its_file_and_nothing_is_written_
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_a_folder_of_another_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path, recipe_file: Path) -> None:
+@pytest.mark.parametrize("trained", ["checkpoints/step_00000002", "model", "bundle"])
+def test_a_folder_of_another_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path, recipe_file: Path, trained: str) -> None:
     _run_json(tmp_path, recipe_file, "optim.lr=0.5", "seed=3")
+    (tmp_path / trained).mkdir(parents=True)
     with pytest.raises(ValueError, match="belongs to a run of another recipe") as caught:
         runlog.check_resume(tmp_path, "auto", recipe_files.load(str(recipe_file))[0])
     message = str(caught.value)
@@ -101,6 +103,15 @@ def test_a_folder_of_another_recipe_is_refused_with_the_keys_that_differ(tmp_pat
     assert "optim.lr: 0.5 -> 0.001" in message
     assert "seed: 3 -> 0" in message
     runlog.check_resume(tmp_path, "none", recipe_files.load(str(recipe_file))[0])
+
+
+def test_a_recipe_may_be_corrected_while_nothing_is_trained(tmp_path: Path, recipe_file: Path) -> None:
+    """What a start leaves that ended before its first checkpoint, or at a full disk while it wrote that."""
+    _run_json(tmp_path, recipe_file, "optim.lr=0.5")
+    _metrics(tmp_path, '{"step": 1, "loss": 0.1}\n')
+    (tmp_path / "lock").touch()
+    (tmp_path / "checkpoints" / ".partial_step_00000002").mkdir(parents=True)
+    runlog.check_resume(tmp_path, "auto", recipe_files.load(str(recipe_file))[0])
 
 
 def test_a_folder_of_the_same_recipe_watched_otherwise_is_taken(tmp_path: Path, recipe_file: Path) -> None:
