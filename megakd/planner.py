@@ -1,7 +1,7 @@
 """`megakd plan`: what a job will need before it queues: memory a GPU, traffic, FLOPs and time, for each way to hold the teacher.
 
 1. The DeepSpeed JSON is resolved against the recipe, as a run would.
-2. Teacher and student are built on `meta` and watched through a step: activations, temporaries, FLOPs (`planning.models`).
+2. Teacher, student and decoder are built on `meta` and watched through a step: activations, temporaries, FLOPs (`planning.models`).
 3. DeepSpeed's share comes from formulas that a test counts again on real engines (`planning.zero`), the losses' from `planning.loss`.
 4. Each teacher mode adds its weights, gathered blocks and temporaries; the peak is that of the worst place in the step.
 5. What fits and is fastest is recommended.
@@ -13,6 +13,7 @@ Legend: W ranks, N pairs of a step, B of a micro-batch. GB are 1e9 bytes.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from megakd.planning import loss, models, rates, report, zero
 from megakd.planning.modes import STORE, Job, Mode, Row, modes, row
 from megakd.planning.result import GB, IN_PIECES, OUTSIDE, Cluster, Plan
+from megakd.preparation import questions_in_a_step
 from megakd.recipe import Recipe
 from megakd.runtime import ds_config, partition
 from megakd.tasks.distill import Distill
@@ -44,7 +46,7 @@ def run(
 
 
 def plan(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster, *, teacher_zero: dict[str, Any] | None = None) -> Plan:
-    """Everything known of the job without weights, data or a GPU.
+    """Everything known of the job without weights, data or a GPU; a decoder's vocabulary is its tokenizer's, which has to be there.
 
     teacher_zero: the DeepSpeed configuration of a partitioned teacher; None for the built-in one.
     Raises ValueError for what a run would refuse in its settings, and for an unknown model or GPU, with the nearest.
@@ -57,29 +59,30 @@ def plan(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster,
 
 
 def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster, teacher_zero: dict[str, Any]) -> Job:
-    if recipe.decoder is not None:
-        raise ValueError("[decoder]: the plan counts towers and losses, no language decoder yet; plan without [decoder] and [answers]")
     cuda = cluster.kind != "cpu"
     device = torch.device("cuda" if cuda else "cpu")
     raw, config_name = ds_config.read(config, cuda=cuda)
     resolved = ds_config.resolve(raw, recipe, cluster.gpus, config_name=config_name, recipe_name=recipe_name)
-    micro, local = resolved["train_micro_batch_size_per_gpu"], recipe.optim.batch // cluster.gpus
+    rounds, pairs = resolved["gradient_accumulation_steps"], recipe.optim.batch if recipe.objectives.active() else 0
+    questions = 0 if recipe.answers is None else questions_in_a_step(recipe)
+    local, asked = pairs // cluster.gpus, math.ceil(questions / cluster.gpus)
+    shares = models.Shares(local // rounds, local, math.ceil(asked / rounds), asked)
     task = Distill(recipe, device, None)
     student_zero, teacher_settings = (
         zero.Settings.of(resolved, 2 if ds_config.is_bf16(resolved) else 4),
         zero.Settings.of(teacher_zero, 2 if cuda else 4),
     )
     taught = recipe.teachers().values() if task.needs_teacher else ()
-    teachers = tuple(models.teacher(settings, micro, local, cuda, teacher_settings) for settings in taught)
+    teachers = tuple(models.teacher(settings, shares.micro, local, cuda, teacher_settings) for settings in taught)
     widths = [teacher.width for teacher in teachers]
     student = models.student(
-        recipe, lambda own: task.heads(own, widths), micro, local, bf16=ds_config.is_bf16(resolved), drop=student_zero.stage > 1
+        recipe, lambda own: task.heads(own, widths), shares, bf16=ds_config.is_bf16(resolved), drop=student_zero.stage > 1
     )
     elements = (student.element, teacher_settings.element)
-    shape = loss.Shape(recipe.optim.batch, cluster.gpus, (student.width, sum(widths)), elements, len(teachers), recipe.kernels.ring, device)
+    shape = loss.Shape(pairs, cluster.gpus, (student.width, sum(widths)), elements, len(teachers), recipe.kernels.ring, device)
     return Job(
         student, teachers, loss.cost(recipe.objectives, task.backends, shape), task.backends, student_zero, teacher_settings,
-        recipe.optim.batch, cluster.gpus, micro, rates.gpu(cluster.kind), cluster.per_node,
+        pairs, cluster.gpus, questions, rounds, rates.gpu(cluster.kind), cluster.per_node,
     )  # fmt: skip
 
 

@@ -7,10 +7,9 @@ Legend: B pairs of a micro-batch, L tokens of a caption.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +18,13 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from megakd import recipe_files
+from megakd import foreseen
 from megakd.data.views import normalise
 from megakd.models import towers
 from megakd.models.int8 import quantise
 from megakd.models.sharded_teacher import TextTower
 from megakd.models.student import Student
+from megakd.planning import answers
 from megakd.planning.watch import Watch, fused_attention
 from megakd.planning.zero import Settings
 from megakd.recipe import Model, Recipe
@@ -76,12 +76,24 @@ class TeacherCost:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """Of one rank: pairs of a micro-batch and of a step, questions of both; 0 where there are none."""
+
+    micro: int
+    local: int
+    asked: int
+    asked_local: int
+
+
+@dataclass(frozen=True)
 class StudentCost:
     """A training step of one micro-batch. Bytes beside weights, by place in the step.
 
     sizes: elements of each trained parameter. forward: peak; saved: what the backward will need; backward: peak, with gradients that
     stay or that leave as soon as they are there, as asked for. input, raw: as in `TeacherCost`.
-    flops: of one sample's forward; recomputed: whether the backward runs the blocks once more.
+    flops: of one pair's forward; recomputed: whether the backward runs the blocks once more.
+    frozen: elements of each weight that the engine holds and does not train. asked_flops: of one question's forward; asked_backward: how
+    often its backward costs as much.
     """
 
     name: str
@@ -95,6 +107,9 @@ class StudentCost:
     flops: int
     recomputed: bool
     width: int
+    frozen: tuple[int, ...]
+    asked_flops: int
+    asked_backward: int
 
     @property
     def numel(self) -> int:
@@ -117,11 +132,7 @@ def describe(settings: Model, role: str) -> towers.Description:
 
     Raises ValueError for an unknown name, with the nearest, and for an incomplete architecture.
     """
-    recipe, folder = getattr(settings, "recipe", None), Path((settings.model or "").removeprefix("local-dir:"))
-    if recipe is not None and not (folder / towers.CONFIG_FILE).is_file():
-        first = recipe_files.load(recipe)[0].student
-        assert first is not None, "a teacher's recipe trains a student"
-        return describe(first, role)
+    settings = foreseen.model(settings, role)
     with _quiet():
         config, preprocess = towers.configuration(settings, role)
     return towers.Description(role, settings, config, preprocess, _no_tokenizer)
@@ -149,7 +160,7 @@ def teacher(settings: Model, micro: int, local: int, cuda: bool, partition: Sett
     built = _build(description, "bf16" if cuda else "fp32")
     clip, dtype = built.clip.eval().requires_grad_(False), torch.bfloat16 if cuda else torch.float32
     pixels, tokens = _inputs(built, micro, dtype)
-    flops = [_flops(call, given[:1]) for call, given in _calls(clip, pixels, tokens)]
+    flops = [_flops(call, [given[:1]]) for call, given in _calls(clip, pixels, tokens)]
     wide = _forms(clip, pixels, tokens, partition)
     with _quiet():
         quantise(clip)
@@ -171,27 +182,52 @@ def _forms(clip: Any, pixels: Tensor, tokens: Tensor, partition: Settings) -> li
     ]
 
 
-def student(recipe: Recipe, heads: Callable[[int], dict[str, nn.Module]], micro: int, local: int, *, bf16: bool, drop: bool) -> StudentCost:
-    """Cost of the recipe's student, activation checkpointing and heads included.
+def student(recipe: Recipe, heads: Callable[[int], dict[str, nn.Module]], batch: Shares, *, bf16: bool, drop: bool) -> StudentCost:
+    """Cost of what the recipe trains: the student with its heads, the decoder, or both; activation checkpointing included.
 
     heads: from the student's width. drop: gradients leave as soon as they are there.
     """
-    assert recipe.student is not None, "a recipe with objectives has a student"
-    description = describe(recipe.student, "student")
-    built = _build(description, "fp32")
-    dtype, recomputed = torch.bfloat16 if bf16 else torch.float32, recipe.student.activation_checkpointing
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    built = None if recipe.student is None else _build(describe(recipe.student, "student"), "fp32")
+    recomputed = recipe.student is not None and recipe.student.activation_checkpointing
+    width, name = 0, "no student"
+    if built is not None and recipe.student is not None:
+        width, name = built.description.width, name_of(recipe.student)
     with META:
-        module = Student(built.clip, heads(description.width), recipe.student.max_scale).train().to(dtype)
-    pixels, tokens = _inputs(built, 1, dtype)
-    flops = _flops(lambda one: module(one, tokens), pixels)
-    if recomputed:
+        module = _module(recipe, None if built is None else built.clip, heads(width)).train().to(dtype)
+
+    def inputs(pairs: int, questions: int) -> list[Tensor | None]:
+        given: list[Tensor | None] = [None, None] if built is None or not pairs else [*_inputs(built, pairs, dtype)]
+        if not isinstance(module, answers.Learner):
+            return given
+        ids_BL = torch.empty(questions, module.length, dtype=torch.int64, device=META)
+        return [*given, None if built is None else _inputs(built, questions, dtype)[0], ids_BL]
+
+    flops, asked_flops = _flops(module, inputs(1, 1)), 0
+    if batch.asked:
+        asked_flops = _flops(module, inputs(0, 1))
+        flops = flops - asked_flops if batch.micro else 0
+    if recomputed and built is not None:
         built.clip.set_grad_checkpointing(True)  # type: ignore[operator]
-    forward, saved, backward = _step(module, built, micro, dtype, drop=drop)
-    made, _, raw = _input_bytes(built.preprocess, local, dtype)
+    forward, saved, backward = _step(module, lambda: inputs(batch.micro, batch.asked), drop=drop)
+    given = inputs(batch.local, batch.asked_local)
+    made = raw = 0
+    if built is not None:
+        made, _, raw = _input_bytes(built.preprocess, batch.local + batch.asked_local, dtype)
+    raw += sum(one.nbytes for one in given if one is not None and one.dtype == torch.int64)
+    trained, frozen = ([p.numel() for p in module.parameters() if p.requires_grad is learned] for learned in (True, False))
+    full = recipe.decoder is not None and recipe.decoder.adapt == "full"
     return StudentCost(
-        name_of(recipe.student), tuple(p.numel() for p in module.parameters() if p.requires_grad), dtype.itemsize, forward, saved,
-        backward, made, raw + tokens[0].nbytes * local, flops, recomputed, description.width,
+        name, tuple(trained), dtype.itemsize, forward, saved, backward, made, raw, flops, recomputed, width,
+        tuple(frozen), asked_flops, BACKWARD_FLOPS if full else BACKWARD_FLOPS - 1,
     )  # fmt: skip
+
+
+def _module(recipe: Recipe, clip: Any, heads: dict[str, nn.Module]) -> nn.Module:
+    if recipe.decoder is not None:
+        return answers.learner(recipe, clip, heads)
+    assert recipe.student is not None, "a recipe with objectives has a student"
+    return Student(clip, heads, recipe.student.max_scale)
 
 
 def _inputs(built: towers.Towers, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -239,13 +275,14 @@ def _forward_peak(module: nn.Module, call: Callable[[Tensor], Tensor], given: Te
     return watch.peak
 
 
-def _step(module: nn.Module, built: towers.Towers, count: int, dtype: torch.dtype, *, drop: bool) -> tuple[int, int, int]:
+def _step(module: nn.Module, inputs: Callable[[], Sequence[Tensor | None]], *, drop: bool) -> tuple[int, int, int]:
     """Bytes beside weights: peak of the forward, held after it, peak of the backward."""
     watch = Watch("meta")
     watch.ignore([*module.parameters(), *module.buffers()])
-    hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in module.parameters() if drop]
+    dropped = [parameter for parameter in module.parameters() if drop and parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in dropped]
     with fused_attention(), watch:
-        outputs = module(*_inputs(built, count, dtype))
+        outputs = module(*inputs())
         forward, saved = watch.peak, watch.live
         watch.restart()
         moved = [value for value in outputs.values() if value.requires_grad]
@@ -260,8 +297,8 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _flops(call: Callable[[Tensor], object], one: Tensor) -> int:
+def _flops(call: Callable[..., object], one: Sequence[Tensor | None]) -> int:
     """Of one sample's forward: 2 a multiply-add of products and convolutions, attention's included (as products, on meta)."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call(one)
+        call(*one)
     return int(counter.get_total_flops())

@@ -41,7 +41,10 @@ STORE, NONE = "store", "no teacher"
 
 @dataclass(frozen=True)
 class Job:
-    """What of a run is the same in every mode. student_zero and teacher_zero: how DeepSpeed is set for each."""
+    """What of a run is the same in every mode. student_zero and teacher_zero: how DeepSpeed is set for each.
+
+    pairs, questions: of a step, over all ranks; 0 where there are none. rounds: micro-batches of a step.
+    """
 
     student: StudentCost
     teachers: tuple[TeacherCost, ...]
@@ -51,18 +54,14 @@ class Job:
     teacher_zero: zero.Settings
     pairs: int
     ranks: int
-    micro: int
+    questions: int
+    rounds: int
     gpu: rates.Gpu
     per_node: int
 
     @property
     def local(self) -> int:
         return self.pairs // self.ranks
-
-    @property
-    def rounds(self) -> int:
-        """Micro-batches of a step."""
-        return self.local // self.micro
 
 
 @dataclass(frozen=True)
@@ -122,19 +121,22 @@ class _Held:
 
 def row(job: Job, mode: Mode) -> Row:
     teacher = _together([_teacher(job, mode, cost) for cost in job.teachers if mode.tower])
-    student, of = job.student, zero.held(job.student.sizes, job.ranks, job.student_zero)
+    student, of = job.student, zero.held(job.student.sizes, job.ranks, job.student_zero, job.student.frozen)
     batch = student.raw + sum(cost.raw for cost in job.teachers)
     standing = of.weights + of.optimizer + of.standing + teacher.weights + batch
-    accumulated = job.rounds > 1
+    # Only losses over pairs need all micro-batches at once; those of answers add up.
+    accumulated = job.rounds > 1 and job.pairs > 0
     backward = student.backward + (0 if of.keeps else of.gradients)
     # Several micro-batches: the losses see cached embeddings alone, and activations are made again afterwards.
     at_loss = 0 if accumulated else student.saved
-    inputs = student.input if accumulated else 0
+    inputs = student.input if job.rounds > 1 else 0
+    # From the second micro-batch on there are gradients already.
+    forward = student.forward + (of.gradients if of.keeps and job.rounds > 1 else 0)
     places = {
         "teacher": standing + teacher.input + teacher.activations + teacher.gathered,
-        "student forward": standing + of.gathered + inputs + max(student.forward, student.input),
+        "student forward": standing + of.gathered + inputs + max(forward, student.input),
         "loss": standing + of.gathered + inputs + at_loss + job.loss.memory,
-        "backward": standing + of.gathered + inputs + max(backward, of.gradients + of.reducing),
+        "backward": standing + of.gathered + inputs + max(forward, backward, of.gradients + of.reducing),
         "update": standing + of.updating,
     }
     parts = {
@@ -144,16 +146,17 @@ def row(job: Job, mode: Mode) -> Row:
         "teacher activations": teacher.activations + teacher.input,
         "loss": job.loss.memory, "batch": batch,
     }  # fmt: skip
-    forwards, backwards = (2 * job.rounds if accumulated else 1), job.rounds
+    forwards, backwards = (2 * job.rounds if accumulated else job.rounds), job.rounds
     wire = {
-        "student": zero.wire(student.numel, job.ranks, job.student_zero, forwards, backwards),
+        "student": zero.wire(student.numel, job.ranks, job.student_zero, forwards, backwards, sum(student.frozen)),
         "teacher": teacher.wire * job.rounds,
         "loss": job.loss.wire,
     }
     passes = 1 + BACKWARD_FLOPS + student.recomputed + accumulated
+    asked_passes = 1 + student.asked_backward + accumulated
     flops = {
         "teacher": float(teacher.flops * job.local),
-        "student": float(student.flops * passes * job.local),
+        "student": float(student.flops * passes * job.local + student.asked_flops * asked_passes * job.questions / job.ranks),
         "loss": float(job.loss.flops),
     }
     return Row(mode, parts, places, of.host + teacher.host, wire, flops, _seconds(job, mode, flops, wire, teacher))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from megakd.planning.modes import Row
+from megakd.planning.modes import Job, Row
 from megakd.planning.result import GB, Plan
 
 Cell = Callable[[Row], str]
@@ -46,14 +46,21 @@ def _job(plan: Plan) -> list[str]:
     zero = job.student_zero
     offload = " with offload" if zero.offload_optimizer or zero.offload_weights else ""
     teachers = "; ".join(f"{one.name}, {_billions(one.image.wide.numel + one.text.wide.numel)}" for one in job.teachers) or "none"
+    frozen = f" trained and {_billions(sum(job.student.frozen))} not" if job.student.frozen else ""
     losses = ", ".join(f"{name} by {backend}" for name, backend in job.backends.items())
     return [
         f"{cluster.gpus} x {cluster.kind} of {cluster.memory:g} GB ({plan.cluster.usable / GB:.1f} usable), {cluster.per_node} a node; "
-        f"batch {job.pairs} = {job.ranks} ranks x {job.rounds} x {job.micro}",
-        f"student: {job.student.name}, {_billions(job.student.numel)}, ZeRO {zero.stage}{offload}, "
+        f"{_batch(job)}",
+        f"student: {job.student.name}, {_billions(job.student.numel)}{frozen}, ZeRO {zero.stage}{offload}, "
         f"{'bf16' if zero.element == 2 else 'fp32'}; teacher: {teachers}",
         f"losses: {losses or 'none over the similarity matrix'}",
     ]
+
+
+def _batch(job: Job) -> str:
+    pairs = [f"batch {job.pairs} = {job.ranks} ranks x {job.rounds} x {job.local // job.rounds}"] if job.pairs else []
+    questions = [f"{job.questions} questions of answers.max_length tokens, over {job.ranks} ranks x {job.rounds}"] if job.questions else []
+    return "; ".join(pairs + questions)
 
 
 def _student(row: Row) -> list[str]:
@@ -84,7 +91,7 @@ def _work(plan: Plan) -> Table:
         "forward s": lambda row: f"{row.seconds.teacher:.3f}",
         "all communication s": lambda row: f"{row.seconds.communication:.3f}",
         "whole step s": lambda row: f"{row.seconds.total:.3f}",
-        "pairs/s": lambda row: f"{plan.job.pairs / row.seconds.total:.0f}",
+        "pairs/s" if plan.job.pairs else "questions/s": lambda row: f"{(plan.job.pairs or plan.job.questions) / row.seconds.total:.0f}",
     }
     return _table("teacher a step and GPU; whole step (estimates)", plan, columns)
 

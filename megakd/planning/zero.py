@@ -7,7 +7,7 @@ Legend: P trained parameters, W ranks, e bytes of the computing dtype.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # fp32 master copy (ZeRO only) and AdamW's two moments
@@ -64,14 +64,19 @@ class Held:
     keeps: bool
 
 
-def held(sizes: tuple[int, ...], ranks: int, of: Settings) -> Held:
-    """Bytes of a student whose trained parameters have these numbers of elements."""
+def held(sizes: tuple[int, ...], ranks: int, of: Settings, frozen: tuple[int, ...] = ()) -> Held:
+    """Bytes of a student whose trained parameters have these numbers of elements, and of weights beside them that are not trained."""
+    if of.stage == 3:
+        return _partitioned(sizes, ranks, of, frozen)
+    found = _replicated(sizes, ranks, of)
+    return replace(found, weights=found.weights + of.element * sum(frozen))
+
+
+def _replicated(sizes: tuple[int, ...], ranks: int, of: Settings) -> Held:
     whole, e = sum(sizes), of.element
     if of.stage == 0:
         # DeepSpeed averages through a flat copy, which it makes of up to 500 million gradients at a time.
         return Held(e * whole, MOMENTS * whole, 0, 0, e * whole, e * min(whole, BUCKET), e * whole, 0, True)
-    if of.stage == 3:
-        return _partitioned(sizes, ranks, of)
     share = math.ceil(whole / ranks)
     bucket = e * min(of.reduce_bucket, whole)
     optimizer = (MASTER + MOMENTS) * share
@@ -88,13 +93,13 @@ def held(sizes: tuple[int, ...], ranks: int, of: Settings) -> Held:
     return Held(e * whole, 0, e * max(sizes), 0, e * whole if keeps else 0, reducing, e * max(sizes), host, keeps)
 
 
-def _partitioned(sizes: tuple[int, ...], ranks: int, of: Settings) -> Held:
+def _partitioned(sizes: tuple[int, ...], ranks: int, of: Settings, frozen: tuple[int, ...]) -> Held:
     e = of.element
     share = sum(math.ceil(size / ranks) for size in sizes)
-    persistent = sum(size for size in sizes if size < of.persistence)
-    gatherable = sum(sizes) - persistent
+    persistent = sum(size for size in (*sizes, *frozen) if size < of.persistence)
+    gatherable = sum(sizes) + sum(frozen) - persistent
     bucket = e * min(of.reduce_bucket, sum(sizes))
-    weights, optimizer, gradients = e * share, (MASTER + MOMENTS) * share, e * share
+    weights, optimizer, gradients = e * (share + sum(math.ceil(size / ranks) for size in frozen)), (MASTER + MOMENTS) * share, e * share
     # A weight stays gathered after the forward when the backward comes to it within the reuse distance, which counts it twice.
     gathered = e * min(gatherable, of.reuse // 2 + of.prefetch) + e * persistent
     updating = MASTER * share if e == MASTER else (e + MASTER) * share
@@ -109,16 +114,18 @@ def _partitioned(sizes: tuple[int, ...], ranks: int, of: Settings) -> Held:
     return Held(weights, optimizer, standing, gathered, 0, 2 * bucket, updating, host, False)
 
 
-def wire(numel: int, ranks: int, of: Settings, forwards: int, backwards: int) -> int:
+def wire(numel: int, ranks: int, of: Settings, forwards: int, backwards: int, frozen: int = 0) -> int:
     """Bytes that one rank sends in a step (and receives), by ring collectives: 2 (W - 1) / W of an all-reduce, half of that otherwise.
 
     Stage 0: gradients all-reduced. 1, 2: all-reduced by bucket (DeepSpeed's default), then updated weights gathered; stage 2 in every
     backward. 3: weights gathered in every forward and, where they were released, every backward; gradients scattered in every backward.
+    frozen: elements that are not trained, which are gathered alone.
     """
     part, one = (ranks - 1) / ranks, of.element * numel
     if of.stage == 0:
         return round(2 * part * one)
     if of.stage < 3:
         return round(2 * part * one * (backwards if of.stage == 2 else 1) + part * one)
-    released = 0.0 if numel <= of.reuse // 2 + of.prefetch else 1 - (of.reuse // 2 + of.prefetch) / numel
-    return round(part * one * (forwards + backwards * (1 + released)))
+    every = numel + frozen
+    released = 0.0 if every <= of.reuse // 2 + of.prefetch else 1 - (of.reuse // 2 + of.prefetch) / every
+    return round(part * (of.element * every * (forwards + backwards * released) + one * backwards))
