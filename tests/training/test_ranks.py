@@ -1,6 +1,6 @@
 """One rank, two ranks, micro-batches, ZeRO stages, recomputed activations: the same training, seen in the run folders.
 
-The two ranks start as srun starts them, with a stand-in for `scontrol`; other tests use torchrun and deepspeed. Gradients are read from
+The two ranks start as srun starts them; other tests use torchrun and deepspeed. Gradients are read from
 AdamW's first moment after the first step, which is (1 - beta1) times the gradient.
 """
 
@@ -127,15 +127,10 @@ def _half(whole: Path, half: Path) -> None:
 
 
 def _as_srun(folder: Path, command: list[str]) -> list[list[dict[str, Any]]]:
-    programs = folder / "programs"
-    programs.mkdir()
-    (programs / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
-    (programs / "scontrol").chmod(0o755)
-    shared = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": str(os.getpid())}
+    shared = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid())}
     ranks = []
     for rank in ("0", "1"):
         env = environment(SLURM_PROCID=rank, SLURM_LOCALID=rank, PYTHONPATH=str(REPOSITORY), **shared)
-        env["PATH"] = f"{programs}{os.pathsep}{env['PATH']}"
         ranks.append(subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
         printed = [process.communicate(timeout=240)[0] for process in ranks]
