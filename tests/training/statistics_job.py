@@ -24,9 +24,10 @@ def main() -> None:
     seen: dict[bool, list[list[float]]] = {}
 
     def note(module: nn.Module, inputs: Any) -> None:
-        if isinstance(module, nn.BatchNorm2d) and module.num_features == 4:  # the stem's first two, where the tower has a width of 8
+        # the stem's first two, where the tower has a width of 8; on meta the run only measures its shapes
+        if isinstance(module, nn.BatchNorm2d) and module.num_features == 4 and module.running_mean is not None:
             found = seen.setdefault(module.training, [])
-            if module.running_mean is not None and (mean := module.running_mean.tolist()) not in found:
+            if not module.running_mean.is_meta and (mean := module.running_mean.tolist()) not in found:
                 found.append(mean)
 
     register_module_forward_pre_hook(note)
