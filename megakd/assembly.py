@@ -20,7 +20,7 @@ from megakd.models.answering import AnsweringStudent, freeze_all_but
 from megakd.models.identity import preprocessing
 from megakd.models.stored_teacher import StoredTeacher
 from megakd.models.student import Student, decay_groups
-from megakd.preparation import Plan, questions_in_a_step
+from megakd.preparation import Plan
 from megakd.recipe import Recipe
 from megakd.runtime import ds_config, watchdog
 from megakd.runtime.checkpoint import Progress
@@ -138,7 +138,7 @@ def open_batches(plan: Plan, learners: Learners, teachers: Mapping[str, AnyTeach
             eyes(plan, learners.student),
             rank=world.rank,
             world=world.size,
-            start_position=progress.step * questions_in_a_step(recipe),
+            start_position=progress.step * recipe.questions_in_a_step(),
             workers=workers,
             pin_memory=pin,
         )

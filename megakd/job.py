@@ -18,7 +18,7 @@ from megakd.evaluation import report
 from megakd.judging import Judge
 from megakd.models import towers
 from megakd.models.identity import preprocessing, weights_file
-from megakd.preparation import Plan, questions_in_a_step
+from megakd.preparation import Plan
 from megakd.runtime import checkpoint, collectives, ds_config, engine, launch, runlog, slurm_job, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine, State, trained_shapes
@@ -130,7 +130,7 @@ class Run:
         if asking is not None and self.recipe.answers is not None and self.recipe.decoder is not None:
             tower = "no tower" if self.recipe.student is None else f"{self.recipe.answers.tower} tower"
             adapted = {"lora": "LoRA", "none": "frozen", "full": "all weights"}[self.recipe.decoder.adapt]
-            batch = f"batch {questions_in_a_step(self.recipe)}"
+            batch = f"batch {self.recipe.questions_in_a_step()}"
             weight = f"weight {self.recipe.answers.weight:g}"
             parts.append(f"questions: {len(asking.train)}, {batch}, {weight}; {tower}; decoder: {adapted}")
         return "\n".join(parts)

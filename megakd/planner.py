@@ -22,7 +22,6 @@ import torch
 from megakd.planning import loss, models, rates, report, zero
 from megakd.planning.modes import STORE, Job, Mode, Row, modes, row
 from megakd.planning.result import GB, IN_PIECES, OUTSIDE, Cluster, Plan
-from megakd.preparation import questions_in_a_step
 from megakd.recipe import Recipe
 from megakd.runtime import ds_config, partition
 from megakd.tasks.distill import Distill
@@ -64,7 +63,7 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     raw, config_name = ds_config.read(config, cuda=cuda)
     resolved = ds_config.resolve(raw, recipe, cluster.gpus, config_name=config_name, recipe_name=recipe_name)
     rounds, pairs = resolved["gradient_accumulation_steps"], recipe.optim.batch if recipe.objectives.active() else 0
-    questions = 0 if recipe.answers is None else questions_in_a_step(recipe)
+    questions = recipe.questions_in_a_step()
     local, asked = pairs // cluster.gpus, math.ceil(questions / cluster.gpus)
     shares = models.Shares(local // rounds, local, math.ceil(asked / rounds), asked)
     task = Distill(recipe, device, None)

@@ -139,7 +139,7 @@ def _asking(recipe: Recipe, world: World, student: towers.Description | None, de
         if student is not None:
             bundle.check_same_grid(before, recipe.decoder, f"decoder.start = {str(start)!r}")
     train = open_mixture(recipe.answers.train, "answers.train", recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
-    order = question_order(train, questions_in_a_step(recipe), recipe.seed)
+    order = question_order(train, recipe.questions_in_a_step(), recipe.seed)
     return Asking(description, outline, train, order, vqa.open_sets(recipe, world))
 
 
@@ -159,7 +159,7 @@ def _check_answers(recipe: Recipe, config: dict[str, Any], world: World) -> None
         raise ValueError(
             f"decoder.quantise = {recipe.decoder.quantise!r}: ZeRO-3 would part what bitsandbytes reads as a whole; use stage 1 or 2"
         )
-    batch = questions_in_a_step(recipe)
+    batch = recipe.questions_in_a_step()
     if batch % world.size:
         raise ValueError(f"answers.batch = {batch} does not divide by {world.size} ranks: make it a multiple of the number of ranks")
     if batch < world.size * rounds:
@@ -178,12 +178,6 @@ def _check_length(recipe: Recipe, answers: Answers, description: DecoderDescript
             f"model takes {description.positions} tokens (max_position_embeddings); set answers.max_length to "
             f"{description.positions - generated} at most"
         )
-
-
-def questions_in_a_step(recipe: Recipe) -> int:
-    """Over all ranks."""
-    assert recipe.answers is not None
-    return recipe.answers.batch or recipe.optim.batch
 
 
 def prerequisites(request: Request) -> list[Request]:

@@ -326,8 +326,11 @@ class Recipe(Section):
 
     def samples_in_a_step(self) -> int:
         """Pairs, or questions where nothing is learned from pairs; over all ranks."""
-        questions = None if self.answers is None or self.objectives.active() else self.answers.batch
-        return questions or self.optim.batch
+        return self.optim.batch if self.objectives.active() else self.questions_in_a_step()
+
+    def questions_in_a_step(self) -> int:
+        """Over all ranks; 0 where nothing is learned from answers."""
+        return 0 if self.answers is None else self.answers.batch or self.optim.batch
 
     def teachers(self) -> dict[str, Teacher]:
         """By role: "teacher", then "ensemble.NAME" in the recipe's order."""

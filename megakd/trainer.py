@@ -25,7 +25,6 @@ from megakd.models.answering import Questions
 from megakd.models.embeddings import Embeddings
 from megakd.models.stored_teacher import StoredTeacher, TextStoredTeacher
 from megakd.models.teacher import Teacher
-from megakd.preparation import questions_in_a_step
 from megakd.recipe import Optim, Recipe
 from megakd.runtime import collectives, watchdog
 from megakd.runtime.checkpoint import Progress
@@ -271,8 +270,7 @@ class Trainer:
     def _judge_data(self, bad: Skipped) -> None:
         """The same numbers on every rank, so every rank stops or none."""
         self._bad.merge(bad)
-        questions = 0 if self.recipe.answers is None else questions_in_a_step(self.recipe)
-        self._bad.check(self.recipe.data.max_bad_fraction, self.recipe.optim.batch, questions)
+        self._bad.check(self.recipe.data.max_bad_fraction, self.recipe.optim.batch, self.recipe.questions_in_a_step())
 
     def _write_row(self, step: int, agreed: Agreed, images_per_second: float, elapsed: float) -> None:
         losses = dict(agreed.losses)
