@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install smoke test test-slow lint types bench bench-kernels gpu clean
+.PHONY: help install smoke test test-slow faults lint types bench bench-kernels gpu clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -27,6 +27,9 @@ test: $(INSTALLED)  ## run the tests (no network, no GPU)
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+faults: $(INSTALLED)  ## thousands of damaged files and mistaken settings, a fixed seed and a fresh one (FAULTS="--family tars --seed 7")
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PYTHONPATH=tests:tests/faults $(BIN)/python tests/faults/campaign.py $(FAULTS)
 
 lint: $(INSTALLED)  ## ruff, formatting included
 	$(BIN)/ruff check .
