@@ -1,34 +1,28 @@
 """A recipe says what is learned: data, models, objectives, optimisation. One frozen, typed tree; no other module has defaults.
 
 How a run is carried out (ZeRO stage, precision, micro-batch, monitors) is the DeepSpeed JSON's to say; see `runtime/engine.py`.
-Reading, overriding and comparing recipes is in `recipe_files.py`.
+Reading, overriding and comparing recipes is in `recipe_files.py`; the sections about questions are in `recipe/vqa.py`.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-HeadKind = Annotated[
-    Literal["linear", "mlp"], Field(description="projection of each modality to the teacher's width; mlp: with one hidden layer")
-]
-TeacherMode = Literal["replicated", "replicated_int8", "zero3", "zero3_int8"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-# A list in TOML becomes a fixed-length tuple; strict mode alone would refuse the list.
-FloatPair = Annotated[tuple[float, float], Field(strict=False)]
-
-
-class Section(BaseModel):
-    """Unknown keys are errors and values keep their type: a recipe never means something else than it says."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+from megakd.recipe.section import (
+    FloatPair,
+    Fraction,
+    HeadKind,
+    Name,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+    TeacherMode,
+    Weight,
+)
+from megakd.recipe.vqa import Answers, Decoder, QuestionSource
 
 
 class Data(Section):
@@ -157,93 +151,6 @@ class Kernels(Section):
 
     backend: Literal["auto", "eager", "compiled", "chunked", "triton"] = Field("auto", description="auto: the fastest as measured")
     ring: bool = Field(False, description="pass texts around the ranks instead of gathering them: for batches that do not fit")
-
-
-class Lora(Section):
-    """Low-rank adapters on the decoder's linear layers (arXiv 2106.09685), through peft."""
-
-    rank: Positive = Field(16, description="width of the two factors that are added to each adapted layer's weight")
-    alpha: PositiveFloat = Field(32.0, description="the adapter's output is scaled by alpha / rank")
-    dropout: Fraction = Field(0.05, description="fraction of an adapter's inputs set to 0 in training")
-    targets: Literal["linear"] | list[str] = Field(
-        "linear",
-        description="linear: every Linear layer of the language model but its output layer; or names of layers, e.g. ['q_proj', 'v_proj']",
-    )
-
-
-class Decoder(Section):
-    """A causal language model that reads image tokens: the student's patch tokens, pooled and projected to its width."""
-
-    model: str | None = Field(None, description="any AutoModelForCausalLM: a Hugging Face name, or a folder")
-    architecture: dict[str, Any] | None = Field(
-        None, description="a transformers configuration: model_type, hidden_size, num_hidden_layers, ..."
-    )
-    tokenizer: str | None = Field(None, description="folder of a Hugging Face tokenizer; default: the model's own")
-    adapt: Literal["lora", "none", "full"] = Field("lora", description="what of the language model is trained; the projector always is")
-    lora: Lora = Lora()
-    quantise: Literal["none", "int8", "nf4"] = Field("none", description="hold the frozen weights in 8 or 4 bit by bitsandbytes")
-    image_tokens: NonNegative = Field(
-        0, description="tokens an image becomes: a square number, averaged over a grid; 0: every patch is one"
-    )
-    layer: int = Field(-2, description="the vision tower's block whose output is read; -1 is the last, LLaVA takes -2")
-    template: str = Field("USER: {question} ASSISTANT: ", description="what the decoder is given; the image tokens come before it")
-    instruction: str = Field(
-        "\nAnswer the question using a single word or phrase.", description="follows each question of a set with short answers"
-    )
-    start: str | None = Field(None, description="bundle of an earlier run (RUN/bundle): its projector and adapter are gone on with")
-    recipe: str | None = Field(None, description="recipe that trains what `model` or `start` names first, when it is not there yet")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Decoder:
-        if (self.model is None) == (self.architecture is None):
-            raise ValueError("give either `model` (a name or a folder) or `architecture` (a table), not both and not neither")
-        if self.quantise != "none" and self.adapt == "full":
-            raise ValueError(f"quantise = {self.quantise!r} holds frozen weights: set adapt to 'lora' or 'none', it is 'full'")
-        if self.recipe is not None and self.start is None and not (self.model or "").endswith("/bundle/language"):
-            raise ValueError(
-                f"recipe = {self.recipe!r} trains into a run folder: give start = 'RUN/bundle' or model = 'RUN/bundle/language' of that run"
-            )
-        if "{question}" not in self.template:
-            raise ValueError(f"template = {self.template!r}: it must hold {{question}}")
-        root = math.isqrt(self.image_tokens)
-        if root * root != self.image_tokens:
-            raise ValueError(f"image_tokens = {self.image_tokens}: a square number (1, 4, 9, ...), or 0 for every patch")
-        return self
-
-
-class QuestionSource(Section):
-    """Questions with answers and images, in the files their benchmark publishes."""
-
-    format: Literal["vqav2", "textvqa", "vizwiz", "gqa", "scienceqa", "pope", "llava", "captions"] = Field(
-        description="vqav2 is OK-VQA's too; llava: conversations, also without images; captions: shards, the caption is the answer"
-    )
-    questions: str | None = Field(None, description="the questions' file; captions have none")
-    annotations: str | None = Field(None, description="vqav2: the file of the answers")
-    images: str | None = Field(None, description="a folder of image files, or image-text shards (*.tar); none: text alone")
-    image_name: str | None = Field(
-        None,
-        description="file name or shard key from the entry's fields, e.g. 'COCO_val2014_{image_id:012d}.jpg'; default: the benchmark's",
-    )
-    split: str | None = Field(None, description="scienceqa: train, val or test, by its own pid_splits.json beside the file")
-
-
-class LearningRates(Section):
-    """Peak learning rates by group; all follow optim's schedule."""
-
-    tower: PositiveFloat | None = Field(None, description="of the student's vision tower; default: optim.lr")
-    projector: PositiveFloat | None = Field(None, description="of the projector from patch to image tokens; default: optim.lr")
-    decoder: PositiveFloat | None = Field(None, description="of the adapters, or of a language model trained whole; default: optim.lr")
-
-
-class Answers(Section):
-    """The decoder learns to answer. With active objectives alongside them, in the same step; without, alone."""
-
-    train: dict[Name, QuestionSource] = Field(min_length=1, description="by name; all are mixed in proportion to their size")
-    weight: PositiveFloat = Field(1.0, description="of the answer loss beside the objectives")
-    batch: Positive | None = Field(None, description="questions in one step, over all ranks; default: optim.batch")
-    max_length: Positive = Field(512, description="tokens of a conversation, image tokens included; further turns are dropped")
-    tower: Literal["frozen", "trained"] = Field("frozen", description="whether the answers' gradient reaches the vision tower")
-    lr: LearningRates = LearningRates()
 
 
 class Optim(Section):

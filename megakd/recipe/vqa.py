@@ -1,0 +1,97 @@
+"""The sections about questions: the decoder that answers them, its adapters, and where questions come from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megakd.recipe.section import Fraction, Name, NonNegative, Positive, PositiveFloat, Section
+
+
+class Lora(Section):
+    """Low-rank adapters on the decoder's linear layers (arXiv 2106.09685), through peft."""
+
+    rank: Positive = Field(16, description="width of the two factors that are added to each adapted layer's weight")
+    alpha: PositiveFloat = Field(32.0, description="the adapter's output is scaled by alpha / rank")
+    dropout: Fraction = Field(0.05, description="fraction of an adapter's inputs set to 0 in training")
+    targets: Literal["linear"] | list[str] = Field(
+        "linear",
+        description="linear: every Linear layer of the language model but its output layer; or names of layers, e.g. ['q_proj', 'v_proj']",
+    )
+
+
+class Decoder(Section):
+    """A causal language model that reads image tokens: the student's patch tokens, pooled and projected to its width."""
+
+    model: str | None = Field(None, description="any AutoModelForCausalLM: a Hugging Face name, or a folder")
+    architecture: dict[str, Any] | None = Field(
+        None, description="a transformers configuration: model_type, hidden_size, num_hidden_layers, ..."
+    )
+    tokenizer: str | None = Field(None, description="folder of a Hugging Face tokenizer; default: the model's own")
+    adapt: Literal["lora", "none", "full"] = Field("lora", description="what of the language model is trained; the projector always is")
+    lora: Lora = Lora()
+    quantise: Literal["none", "int8", "nf4"] = Field("none", description="hold the frozen weights in 8 or 4 bit by bitsandbytes")
+    image_tokens: NonNegative = Field(
+        0, description="tokens an image becomes: a square number, averaged over a grid; 0: every patch is one"
+    )
+    layer: int = Field(-2, description="the vision tower's block whose output is read; -1 is the last, LLaVA takes -2")
+    template: str = Field("USER: {question} ASSISTANT: ", description="what the decoder is given; the image tokens come before it")
+    instruction: str = Field(
+        "\nAnswer the question using a single word or phrase.", description="follows each question of a set with short answers"
+    )
+    start: str | None = Field(None, description="bundle of an earlier run (RUN/bundle): its projector and adapter are gone on with")
+    recipe: str | None = Field(None, description="recipe that trains what `model` or `start` names first, when it is not there yet")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Decoder:
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError("give either `model` (a name or a folder) or `architecture` (a table), not both and not neither")
+        if self.quantise != "none" and self.adapt == "full":
+            raise ValueError(f"quantise = {self.quantise!r} holds frozen weights: set adapt to 'lora' or 'none', it is 'full'")
+        if self.recipe is not None and self.start is None and not (self.model or "").endswith("/bundle/language"):
+            raise ValueError(
+                f"recipe = {self.recipe!r} trains into a run folder: give start = 'RUN/bundle' or model = 'RUN/bundle/language' of that run"
+            )
+        if "{question}" not in self.template:
+            raise ValueError(f"template = {self.template!r}: it must hold {{question}}")
+        root = math.isqrt(self.image_tokens)
+        if root * root != self.image_tokens:
+            raise ValueError(f"image_tokens = {self.image_tokens}: a square number (1, 4, 9, ...), or 0 for every patch")
+        return self
+
+
+class QuestionSource(Section):
+    """Questions with answers and images, in the files their benchmark publishes."""
+
+    format: Literal["vqav2", "textvqa", "vizwiz", "gqa", "scienceqa", "pope", "llava", "captions"] = Field(
+        description="vqav2 is OK-VQA's too; llava: conversations, also without images; captions: shards, the caption is the answer"
+    )
+    questions: str | None = Field(None, description="the questions' file; captions have none")
+    annotations: str | None = Field(None, description="vqav2: the file of the answers")
+    images: str | None = Field(None, description="a folder of image files, or image-text shards (*.tar); none: text alone")
+    image_name: str | None = Field(
+        None,
+        description="file name or shard key from the entry's fields, e.g. 'COCO_val2014_{image_id:012d}.jpg'; default: the benchmark's",
+    )
+    split: str | None = Field(None, description="scienceqa: train, val or test, by its own pid_splits.json beside the file")
+
+
+class LearningRates(Section):
+    """Peak learning rates by group; all follow optim's schedule."""
+
+    tower: PositiveFloat | None = Field(None, description="of the student's vision tower; default: optim.lr")
+    projector: PositiveFloat | None = Field(None, description="of the projector from patch to image tokens; default: optim.lr")
+    decoder: PositiveFloat | None = Field(None, description="of the adapters, or of a language model trained whole; default: optim.lr")
+
+
+class Answers(Section):
+    """The decoder learns to answer. With active objectives alongside them, in the same step; without, alone."""
+
+    train: dict[Name, QuestionSource] = Field(min_length=1, description="by name; all are mixed in proportion to their size")
+    weight: PositiveFloat = Field(1.0, description="of the answer loss beside the objectives")
+    batch: Positive | None = Field(None, description="questions in one step, over all ranks; default: optim.batch")
+    max_length: Positive = Field(512, description="tokens of a conversation, image tokens included; further turns are dropped")
+    tower: Literal["frozen", "trained"] = Field("frozen", description="whether the answers' gradient reaches the vision tower")
+    lr: LearningRates = LearningRates()
