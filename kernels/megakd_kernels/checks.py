@@ -1,54 +1,113 @@
-"""Inputs are judged before any large work, and on several ranks together: a fault of one rank raises on all of them."""
+"""Inputs are judged before any large work, and on several ranks together: a fault of one rank raises on all of them.
+
+A rank that raised by itself would leave the others waiting for it in the next collective, for ever or until the group's time limit; and
+ranks that were asked for different things would enter different collectives, which ends in a hang or an abort.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from megakd_kernels.contract import Pair
 from megakd_kernels.ranks import Ranks
+
+Facts = Mapping[str, Any]
+"""What must be alike on every rank, by the name that a message calls it; values that compare by their repr."""
 
 
 def _shapes(name: str, pair: Pair) -> str:
     return f"{name}.image {tuple(pair.image.shape)}, {name}.text {tuple(pair.text.shape)}"
 
 
-def _fault_of_pair(name: str, pair: Pair) -> str | None:
+def _check_pair(name: str, pair: Pair) -> None:
     if pair.image.ndim != 2 or pair.image.shape != pair.text.shape:
-        return f"image and text must be matrices of one shape (rows, width), got {_shapes(name, pair)}"
+        raise ValueError(f"image and text must be matrices of one shape (rows, width), got {_shapes(name, pair)}")
     if 0 in pair.image.shape:
-        return f"the batch is empty: {_shapes(name, pair)}"
+        raise ValueError(f"the batch is empty: {_shapes(name, pair)}")
     if pair.scale.numel() != 1:
-        return f"{name}.scale must hold one number, got shape {tuple(pair.scale.shape)}"
+        raise ValueError(f"{name}.scale must hold one number, got shape {tuple(pair.scale.shape)}")
     tensors = {"image": pair.image, "text": pair.text, "scale": pair.scale}
     odd = [f"{name}.{key} is {tensor.dtype}" for key, tensor in tensors.items() if not tensor.is_floating_point()]
-    return f"embeddings and scale must be floating point: {', '.join(odd)}" if odd else None
+    if odd:
+        raise ValueError(f"embeddings and scale must be floating point: {', '.join(odd)}")
+    places = {f"{name}.{key}": tensor.device for key, tensor in tensors.items()}
+    if pair.image.device != pair.text.device or pair.scale.device not in (pair.image.device, torch.device("cpu")):
+        raise ValueError(f"embeddings and scale must be on one device, got {', '.join(f'{key} on {at}' for key, at in places.items())}")
 
 
-def _fault(student: Pair, teachers: Sequence[Pair]) -> str | None:
-    """What is wrong with this rank's inputs, in a sentence; None when nothing is."""
-    fault = _fault_of_pair("student", student)
+def facts_of_pairs(student: Pair, teachers: Sequence[Pair]) -> Facts:
+    """Raises ValueError for pairs that are faulty by themselves or do not fit each other; returns what all ranks must have alike."""
+    _check_pair("student", student)
     for place, teacher in enumerate(teachers):
         name = "teacher" if len(teachers) == 1 else f"teacher[{place}]"
-        fault = fault or _fault_of_pair(name, teacher)
-        if fault is None and len(teacher.image) != len(student.image):
-            fault = f"student and teacher must hold the same pairs, got {_shapes('student', student)}, {_shapes(name, teacher)}"
-    return fault
+        _check_pair(name, teacher)
+        if len(teacher.image) != len(student.image):
+            raise ValueError(f"student and teacher must hold the same pairs, got {_shapes('student', student)}, {_shapes(name, teacher)}")
+        if teacher.image.device != student.image.device:
+            raise ValueError(f"student and teacher must be on one device, got {student.image.device} and {teacher.image.device}")
+    return {
+        "rows": len(student.image),
+        "number of teachers": len(teachers),
+        "widths of student and teachers": [pair.image.shape[1] for pair in (student, *teachers)],
+        "dtypes of image, text and scale": [_dtypes(pair.image, pair.text, pair.scale) for pair in (student, *teachers)],
+        "gradients of the student's image, text and scale": wanted(student.image, student.text, student.scale),
+        "device": student.image.device.type,
+    }
 
 
-def check_pairs(student: Pair, teachers: Sequence[Pair], ranks: Ranks) -> None:
-    """Raise ValueError on every rank when the inputs of any rank are faulty, or differ in rows or width between ranks.
+def _dtypes(*tensors: Tensor) -> list[str]:
+    return [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
 
-    The faulty rank takes part in the exchange before it raises: otherwise the others would wait for it for ever. All ranks must
-    name as many teachers.
+
+def wanted(*inputs: Tensor) -> tuple[bool, ...]:
+    """Which of the inputs need a gradient. Asked before autograd.Function hides the grad mode."""
+    return tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs)
+
+
+def agree(examine: Callable[[], Facts], ranks: Ranks, student: Pair) -> None:
+    """Raise on every rank where `examine` raises on any of them, or where what it returns differs between them.
+
+    One small exchange; a second one, of the texts that the message shows, where something differs. Every rank must call it. Raises what
+    `examine` raised on the rank itself, and ValueError on the others. student: shows the device that the group speaks for.
     """
-    fault = _fault(student, teachers)
-    sizes = [-1] * (2 + len(teachers)) if fault else [*student.image.shape, *(teacher.image.shape[1] for teacher in teachers)]
-    table = ranks.exchange(sizes, student.image.device)
-    if fault:
-        raise ValueError(fault)
-    faulty = [rank for rank, row in enumerate(table) if row[0] < 0]
-    if faulty:
-        raise ValueError(f"rank {faulty[0]} was given faulty embeddings; its own error names the shapes")
-    if any(row != table[0] for row in table):
-        listed = "; ".join(f"rank {rank}: {', '.join(map(str, row))}" for rank, row in enumerate(table))
-        raise ValueError(f"every rank must hold as many pairs of the same widths; rows, student width, teacher widths are {listed}")
+    device = getattr(getattr(student, "image", None), "device", torch.device("cpu"))
+    facts: Facts = {}
+    fault: Exception | None = None
+    try:
+        facts = examine()
+    except Exception as error:
+        fault = error
+    if ranks.world > 1:
+        known = {name: repr(value) for name, value in facts.items()}
+        table = ranks.exchange([int(fault is not None), _digest(sorted(known)), _digest(sorted(known.items()))], device)
+        faulty = [rank for rank, (is_faulty, *_) in enumerate(table) if is_faulty]
+        if fault is None and faulty:
+            raise ValueError(f"rank {faulty[0]} was given faulty arguments or embeddings; its own error says what is wrong")
+        if fault is None and len({names for _, names, _ in table}) > 1:
+            raise ValueError("the ranks compute different losses: every rank must call the same one")
+        if fault is None and len({values for *_, values in table}) > 1:
+            raise ValueError(_difference(known, ranks, device))
+    if fault is not None:
+        raise fault
+
+
+def _digest(known: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(known).encode(), digest_size=7).digest(), "big")
+
+
+def _difference(known: Mapping[str, str], ranks: Ranks, device: torch.device) -> str:
+    """What differs between the ranks, each named once with every rank's value. A collective."""
+    parts = []
+    longest = max(max(len(value.encode()) for value in known.values()), 1)
+    longest = max(row[0] for row in ranks.exchange([longest], device))
+    for name, value in sorted(known.items()):  # the same names on every rank that came here
+        table = ranks.exchange(list(value.encode().ljust(longest)), device)
+        values = [bytes(row).decode().strip() for row in table]
+        if len(set(values)) > 1:
+            parts.append(f"{name}: " + ", ".join(f"{each} on rank {rank}" for rank, each in enumerate(values)))
+    return "every rank must compute the same loss of as many pairs; these differ: " + "; ".join(parts)

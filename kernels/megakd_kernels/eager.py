@@ -8,7 +8,7 @@ Legend: B local rows, N rows of all ranks, D width, W ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import kl_div
 
 from megakd_kernels.contract import SimilarityLoss, Towers, compute_dtype
+from megakd_kernels.precision import product, run
 from megakd_kernels.ranks import Ranks
 
 
@@ -54,16 +55,11 @@ def _divergence_N(soft_NN: Tensor, target_NN: Tensor, dim: int) -> Tensor:
 
 
 def _losses(
-    student: tuple[Tensor, Tensor],
-    teachers: Sequence[tuple[Tensor, Tensor]],
-    temperature: float,
-    hard: bool,
-    directions: tuple[float, float],
+    logits_NN: Tensor, teachers: Sequence[Tensor], temperature: float, hard: bool, directions: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
-    logits_NN = student[0] @ student[1].T
     kd = infonce = logits_NN.new_zeros(())
-    for image_ND, text_ND in teachers:
-        soft_NN, target_NN = logits_NN / temperature, image_ND @ text_ND.T / temperature
+    for teacher_NN in teachers:
+        soft_NN, target_NN = logits_NN / temperature, teacher_NN / temperature
         by_row, by_column = (_divergence_N(soft_NN, target_NN, dim).sum() * weight for dim, weight in zip((1, 0), directions, strict=True))
         kd = kd + (by_row + by_column) * (temperature**2 / (len(teachers) * len(logits_NN)))
     if hard:
@@ -72,9 +68,15 @@ def _losses(
     return kd, infonce
 
 
+def _losses_of_flat(temperature: float, hard: bool, directions: tuple[float, float], *sides: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides of each model, one after the other, the student's first."""
+    logits = [left_ND @ right_ND.T for left_ND, right_ND in zip(sides[::2], sides[1::2], strict=True)]
+    return _losses(logits[0], logits[1:], temperature, hard, directions)
+
+
 @cache
 def _compiled_losses() -> Any:
-    return torch.compile(_losses, dynamic=False)
+    return torch.compile(_losses_of_flat, dynamic=False)
 
 
 def eager(
@@ -90,5 +92,8 @@ def eager(
     """See `similarity_kd`. About ten N x N matrices live until the backward pass has run, about four where it is compiled."""
     dtype = compute_dtype(*student, *(tensor for towers in teachers for tensor in towers))
     sides = [_towers_ND(towers, ranks, dtype) for towers in (student, *teachers)]
-    losses = _compiled_losses() if compiled else _losses
-    return SimilarityLoss(*losses(sides[0], tuple(sides[1:]), temperature, hard, directions))
+    if compiled:
+        losses = partial(_compiled_losses(), temperature, hard, directions)
+        return SimilarityLoss(*run(losses, [tensor for side in sides for tensor in side]))
+    student_NN, *teacher_NN = (product(*side) for side in sides)
+    return SimilarityLoss(*_losses(student_NN, teacher_NN, temperature, hard, directions))

@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import logsigmoid
 
-from megakd_kernels.checks import check_pairs
+from megakd_kernels.checks import Facts, agree, facts_of_pairs, wanted
 from megakd_kernels.contract import Pair, Towers, compute_dtype
 from megakd_kernels.dispatch import choose
 from megakd_kernels.eager import gather
 from megakd_kernels.elementwise import Elementwise, half_gain
 from megakd_kernels.panels import Logits, add_product
+from megakd_kernels.precision import full_precision, product, run
 from megakd_kernels.ranks import Ranks
-from megakd_kernels.single_pass import Gradients, differentiable, own_columns, panels_for, wanted
+from megakd_kernels.single_pass import Gradients, differentiable, own_columns, panels_for
 from megakd_kernels.sweep import Sweep
 
 
@@ -60,22 +61,32 @@ def interactive_kd(
     Source: ICL of CLIP-KD (arXiv 2307.12732).
     """
     ranks = Ranks.of(group)
-    check_pairs(student, [teacher], ranks)
-    if student.image.shape[1] != teacher.image.shape[1]:
-        raise ValueError(
-            f"student and teacher meet in one matrix and need one width, got {student.image.shape[1]} and {teacher.image.shape[1]}: "
-            "project the student's embeddings to the teacher's width"
-        )
+
+    def pick() -> str:
+        dtype = compute_dtype(student.image, student.text, student.scale, teacher.text, teacher.image)
+        pairs, device = len(student.image) * ranks.world, student.image.device
+        return choose("interactive_kd", pairs, device, dtype, backend=backend, ring=ring, chunk=chunk)
+
+    def examine() -> Facts:
+        facts = facts_of_pairs(student, [teacher])
+        if student.image.shape[1] != teacher.image.shape[1]:
+            raise ValueError(
+                f"student and teacher meet in one matrix and need one width, got {student.image.shape[1]} and {teacher.image.shape[1]}: "
+                "project the student's embeddings to the teacher's width"
+            )
+        return {**facts, "ring": ring, "backend": pick()}
+
+    agree(examine, ranks, student)
     own = Towers(student.image, student.text, student.scale.reshape(()))
     guide = _Columns(teacher.text.detach(), teacher.image.detach())
     dtype, device = compute_dtype(*own, *guide), own.image.device
     rows, columns = len(own.image), len(own.image) * ranks.world
-    backend = choose("interactive_kd", columns, device, dtype, backend=backend, ring=ring, chunk=chunk)
-    with torch.autocast(device.type, enabled=False):
-        if backend in ("eager", "compiled"):
-            return _eager(own, guide, ranks, dtype, compiled=backend == "compiled")
-        panels = panels_for(backend, rows, rows if ring else columns, device, dtype, chunk)
-        needs = wanted(own)
+    chosen = pick()
+    with full_precision(device):
+        if chosen in ("eager", "compiled"):
+            return _eager(own, guide, ranks, dtype, compiled=chosen == "compiled")
+        panels = panels_for(chosen, rows, rows if ring else columns, device, dtype, chunk)
+        needs = wanted(*own)
         with torch.no_grad():
             loss, gradients = _pass(own, guide, Sweep(guide, ranks, ring=ring, share=None), panels, ranks, dtype, needs)
         return differentiable((loss,), (gradients,), own)[0]
@@ -88,15 +99,20 @@ class _Columns(NamedTuple):
     of_texts: Tensor
 
 
-def _loss(sides: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """sides: each direction's anchors, scaled, and columns."""
-    by_image, by_text = ((left_ND @ right_ND.T).log_softmax(1).diagonal().mean() for left_ND, right_ND in sides)
+def _loss(logits: Sequence[Tensor]) -> Tensor:
+    """logits: (N, N) of each direction's anchors, by its columns."""
+    by_image, by_text = (logits_NN.log_softmax(1).diagonal().mean() for logits_NN in logits)
     return (by_image + by_text) / -2
+
+
+def _loss_of_flat(*sides: Tensor) -> tuple[Tensor]:
+    """Both directions' anchors, scaled, and columns, one after the other."""
+    return (_loss([left_ND @ right_ND.T for left_ND, right_ND in zip(sides[::2], sides[1::2], strict=True)]),)
 
 
 @cache
 def _compiled_loss() -> Any:
-    return torch.compile(_loss, dynamic=False)
+    return torch.compile(_loss_of_flat, dynamic=False)
 
 
 def _eager(student: Towers, teacher: _Columns, ranks: Ranks, dtype: torch.dtype, compiled: bool) -> Tensor:
@@ -105,8 +121,9 @@ def _eager(student: Towers, teacher: _Columns, ranks: Ranks, dtype: torch.dtype,
         (gather(left_BD.to(dtype) * student.scale.to(dtype), ranks), ranks.gather(right_BD).to(dtype))
         for left_BD, right_BD in zip((student.image, student.text), teacher, strict=True)
     ]
-    loss: Tensor = (_compiled_loss() if compiled else _loss)(sides)
-    return loss
+    if compiled:
+        return run(_compiled_loss(), [tensor for side in sides for tensor in side])[0]
+    return _loss([product(*side) for side in sides])
 
 
 class _Anchors(NamedTuple):

@@ -6,7 +6,7 @@ Legend: B local rows, N rows of all ranks, D width, M columns of a block, c rows
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import logsigmoid
 
-from megakd_kernels.checks import check_pairs
+from megakd_kernels.checks import Facts, agree, facts_of_pairs, wanted
 from megakd_kernels.contract import Pair, SimilarityLoss, compute_dtype
 from megakd_kernels.dispatch import choose
 from megakd_kernels.eager import gather
 from megakd_kernels.elementwise import Biased, Elementwise, Part, half_gain
 from megakd_kernels.panels import Logits, add_product
+from megakd_kernels.precision import full_precision, product, run
 from megakd_kernels.ranks import Ranks
-from megakd_kernels.single_pass import Gradients, differentiable, own_columns, panels_for, wanted
+from megakd_kernels.single_pass import Gradients, differentiable, own_columns, panels_for
 from megakd_kernels.sweep import Block, Sweep
 
 
@@ -70,21 +71,35 @@ def sigmoid_kd(
     Source: SigLIP (arXiv 2303.15343).
     """
     ranks = Ranks.of(group)
-    teachers = _listed(teacher)
-    _check(student, teachers, ranks)
+    teachers = [] if teacher is None else teacher if isinstance(teacher, list) else [teacher]
+
+    def pick() -> str:
+        numbers = [
+            tensor for pair in (student, *teachers) for tensor in (pair.image, pair.text, pair.scale, pair.bias) if tensor is not None
+        ]
+        pairs, device = len(student.image) * ranks.world, student.image.device
+        return choose("sigmoid_kd", pairs, device, compute_dtype(*numbers), backend=backend, ring=ring, chunk=chunk)
+
+    def examine() -> Facts:
+        if isinstance(teacher, list) and not teacher:
+            raise ValueError("the list of teachers is empty: pass None for no teacher")
+        facts = {**facts_of_pairs(student, teachers), **_facts_of_biases(student, teachers)}
+        return {**facts, "hard": hard, "ring": ring, "backend": pick()}
+
+    agree(examine, ranks, student)
     own = _BiasedTowers.of(student)
     guides = [_BiasedTowers(*(tensor.detach() for tensor in _BiasedTowers.of(each))) for each in teachers]
     dtype, device = compute_dtype(*own, *(tensor for guide in guides for tensor in guide)), own.image.device
     rows, columns = len(own.image), len(own.image) * ranks.world
-    backend = choose("sigmoid_kd", columns, device, dtype, backend=backend, ring=ring, chunk=chunk)
-    with torch.autocast(device.type, enabled=False):
-        if backend in ("eager", "compiled"):
-            return _eager(own, guides, hard, ranks, dtype, compiled=backend == "compiled")
-        panels = panels_for(backend, rows, rows if ring else columns, device, dtype, chunk)
+    chosen = pick()
+    with full_precision(device):
+        if chosen in ("eager", "compiled"):
+            return _eager(own, guides, hard, ranks, dtype, compiled=chosen == "compiled")
+        panels = panels_for(chosen, rows, rows if ring else columns, device, dtype, chunk)
         zero = torch.zeros((), dtype=dtype, device=device)
         if not guides and not hard:
             return SimilarityLoss(zero, zero)
-        needs = wanted(own)
+        needs = wanted(*own)
         with torch.no_grad():
             found = _Pass(own, guides, hard, ranks, dtype, needs).run(panels, ring)
         losses = list(differentiable(*found, own))
@@ -105,33 +120,16 @@ class _BiasedTowers(NamedTuple):
         return cls(pair.image, pair.text, pair.scale.reshape(()), bias.reshape(()))
 
 
-def _listed(teacher: BiasedPair | list[BiasedPair] | None) -> list[BiasedPair]:
-    if isinstance(teacher, list):
-        if not teacher:
-            raise ValueError("the list of teachers is empty: pass None for no teacher")
-        return teacher
-    return [] if teacher is None else [teacher]
-
-
-def _fault_of_bias(name: str, bias: Tensor | None) -> str | None:
-    if bias is None or (bias.numel() == 1 and bias.is_floating_point()):
-        return None
-    return f"{name}.bias must hold one floating point number, got shape {tuple(bias.shape)} of {bias.dtype}"
-
-
-def _check(student: BiasedPair, teachers: Sequence[BiasedPair], ranks: Ranks) -> None:
-    """Raise ValueError on every rank when the inputs of any rank are faulty; see `check_pairs`."""
-    named = [("student", student), *(("teacher", each) for each in teachers)]
-    faults = [fault for name, each in named if (fault := _fault_of_bias(name, each.bias))]
-    table = ranks.exchange([len(teachers), len(faults)], student.image.device)
-    if faults:
-        raise ValueError(faults[0])
-    faulty = [rank for rank, (_, count) in enumerate(table) if count]
-    if faulty:
-        raise ValueError(f"rank {faulty[0]} was given a faulty bias; its own error names the shape")
-    if any(count != table[0][0] for count, _ in table):
-        raise ValueError(f"every rank must have as many teachers, got {', '.join(str(count) for count, _ in table)}")
-    check_pairs(student, teachers, ranks)
+def _facts_of_biases(student: BiasedPair, teachers: Sequence[BiasedPair]) -> Facts:
+    """Raises ValueError for a bias that is no number; what all ranks must have alike of them."""
+    for name, pair in (("student", student), *(("teacher", each) for each in teachers)):
+        if pair.bias is not None and not (pair.bias.numel() == 1 and pair.bias.is_floating_point()):
+            raise ValueError(f"{name}.bias must hold one floating point number, got shape {tuple(pair.bias.shape)} of {pair.bias.dtype}")
+    biases = [pair.bias for pair in (student, *teachers)]
+    return {
+        "dtypes of the biases": [None if bias is None else str(bias.dtype) for bias in biases],
+        "gradient of the student's bias": student.bias is not None and wanted(student.bias),
+    }
 
 
 class _Sides(NamedTuple):
@@ -148,9 +146,6 @@ class _Sides(NamedTuple):
         bias_B1 = towers.bias.to(dtype).expand(len(image_BD), 1)
         return cls(gather(image_BD * towers.scale.to(dtype), ranks), gather(bias_B1, ranks), gather(towers.text.to(dtype), ranks))
 
-    def logits_NN(self) -> Tensor:
-        return self.left_ND @ self.right_ND.T + self.bias_N1
-
 
 def _divergence(a_NN: Tensor, b_NN: Tensor) -> Tensor:
     """Sum of KL(Bernoulli(sigmoid b) || Bernoulli(sigmoid a)).
@@ -163,21 +158,26 @@ def _divergence(a_NN: Tensor, b_NN: Tensor) -> Tensor:
     return terms_NN.sum(1).sum()
 
 
-def _losses(student: _Sides, teachers: Sequence[_Sides], hard: bool) -> tuple[Tensor, Tensor]:
-    logits_NN = student.logits_NN()
+def _losses(logits_NN: Tensor, teachers: Sequence[Tensor], hard: bool) -> tuple[Tensor, Tensor]:
     rows = len(logits_NN)
     kd = siglip = logits_NN.new_zeros(())
-    for teacher in teachers:
-        kd = kd + _divergence(logits_NN, teacher.logits_NN()) / (rows * len(teachers))
+    for target_NN in teachers:
+        kd = kd + _divergence(logits_NN, target_NN) / (rows * len(teachers))
     if hard:
         agreement_NN = 2 * torch.eye(rows, dtype=logits_NN.dtype, device=logits_NN.device) - 1
         siglip = -logsigmoid(agreement_NN * logits_NN).sum(1).sum() / rows
     return kd, siglip
 
 
+def _losses_of_flat(hard: bool, *sides: Tensor) -> tuple[Tensor, Tensor]:
+    """The fields of each model's `_Sides`, one after the other, the student's first."""
+    logits = [left_ND @ right_ND.T + bias_N1 for left_ND, bias_N1, right_ND in zip(sides[::3], sides[1::3], sides[2::3], strict=True)]
+    return _losses(logits[0], logits[1:], hard)
+
+
 @cache
 def _compiled_losses() -> Any:
-    return torch.compile(_losses, dynamic=False)
+    return torch.compile(_losses_of_flat, dynamic=False)
 
 
 def _eager(
@@ -185,7 +185,10 @@ def _eager(
 ) -> SimilarityLoss:
     """By plain autograd: about six N x N matrices live until the backward pass has run, and three more for each further teacher."""
     sides = [_Sides.of(towers, ranks, dtype) for towers in (student, *teachers)]
-    return SimilarityLoss(*(_compiled_losses() if compiled else _losses)(sides[0], sides[1:], hard))
+    if compiled:
+        return SimilarityLoss(*run(partial(_compiled_losses(), hard), [tensor for side in sides for tensor in side]))
+    student_NN, *teacher_NN = (product(side.left_ND, side.right_ND) + side.bias_N1 for side in sides)
+    return SimilarityLoss(*_losses(student_NN, teacher_NN, hard))
 
 
 class _Totals(NamedTuple):

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megakd_kernels.checks import check_pairs
+from megakd_kernels.checks import Facts, agree, facts_of_pairs
 from megakd_kernels.contract import Pair, SimilarityLoss, Towers, compute_dtype
 from megakd_kernels.dispatch import choose, kernels_for
 from megakd_kernels.eager import eager
+from megakd_kernels.precision import full_precision
 from megakd_kernels.ranks import Ranks
 from megakd_kernels.stripe import Plan, stripe
 
@@ -86,18 +87,26 @@ def similarity_kd(
     for the CPU.
     Source: CRD of CLIP-KD (arXiv 2307.12732), eq. 5; affinity mimicking of TinyCLIP (arXiv 2309.12314).
     """
-    _check_request(temperature, directions, scale_limit)
     ranks = Ranks.of(group)
     given = [] if teacher is None else teacher if isinstance(teacher, list) else [teacher]
-    check_pairs(student, given, ranks)
+
+    def pick() -> str:
+        loss, pairs = "similarity_kd" if given else "contrastive", len(student.image) * ranks.world
+        dtype = compute_dtype(*(tensor for pair in (student, *given) for tensor in (pair.image, pair.text, pair.scale)))
+        return choose(loss, pairs, student.image.device, dtype, backend=backend, ring=ring, chunk=chunk)
+
+    def examine() -> Facts:
+        _check_request(temperature, directions, scale_limit)
+        asked = {"temperature": temperature, "hard": hard, "directions": directions, "scale_limit": scale_limit, "ring": ring}
+        return {**facts_of_pairs(student, given), **asked, "backend": pick()}
+
+    agree(examine, ranks, student)
     own = _towers(student)
     teachers = tuple(Towers(*(tensor.detach() for tensor in _towers(guide))) for guide in given)
     dtype = compute_dtype(*own, *(tensor for towers in teachers for tensor in towers))
     rows, device = len(own.image), own.image.device
-    chosen = choose(
-        "similarity_kd" if teachers else "contrastive", rows * ranks.world, device, dtype, backend=backend, ring=ring, chunk=chunk
-    )
-    with torch.autocast(device.type, enabled=False):
+    chosen = pick()
+    with full_precision(device):
         if chosen in ("eager", "compiled"):
             compiled = chosen == "compiled"
             return eager(own, teachers, temperature=temperature, hard=hard, directions=directions, ranks=ranks, compiled=compiled)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from megakd_kernels.elementwise import Elementwise, Torch
 from megakd_kernels.panels import chunk_rows
+from megakd_kernels.precision import ONCE
 from megakd_kernels.sweep import Block
 
 Gradients = tuple[Tensor | None, ...]
@@ -26,11 +27,6 @@ def panels_for(backend: str, rows: int, columns: int, device: torch.device, dtyp
 
         return Fused.of(rows, columns, chunk)
     return Torch(chunk or chunk_rows(rows, columns, dtype, device))
-
-
-def wanted(inputs: Sequence[Tensor]) -> tuple[bool, ...]:
-    """Which of the inputs need a gradient. Asked before autograd.Function hides the grad mode."""
-    return tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs)
 
 
 def own_columns(block: Block, first: int) -> int | None:
@@ -51,7 +47,7 @@ class _Known(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         # `once_differentiable` raises only where the upstream gradient carries a graph; after a plain loss it would drop the term.
         if torch.is_grad_enabled():
-            raise RuntimeError("only backend 'eager' on one process has a second derivative (create_graph=True)")
+            raise RuntimeError(ONCE)
         gradients: tuple[Gradients, ...] = tree_unflatten(ctx.saved_tensors, ctx.layout)
         totals: list[Tensor | None] = []
         for place, dtype in enumerate(ctx.dtypes):

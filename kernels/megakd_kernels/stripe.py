@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from megakd_kernels.contract import SimilarityLoss, Towers, compute_dtype
 from megakd_kernels.normalisers import Normalisers, join, merge, merge_over_ranks
 from megakd_kernels.panels import Logits, add_product
+from megakd_kernels.precision import ONCE, full_precision
 from megakd_kernels.ranks import Ranks
 from megakd_kernels.softmaxes import SLOPE_GAIN, Pull, Softmaxes
 from megakd_kernels.sweep import Block, Sweep
@@ -174,12 +175,12 @@ class _SimilarityLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_kd: Tensor, grad_hard: Tensor) -> tuple[Tensor | None, ...]:
         # `once_differentiable` raises only where the upstream gradient carries a graph; after a plain loss it would drop the term.
         if torch.is_grad_enabled():
-            raise RuntimeError("only backend 'eager' on one process has a second derivative (create_graph=True)")
+            raise RuntimeError(ONCE)
         plan: Plan = ctx.plan
         saved: _Saved = tree_unflatten(ctx.saved_tensors, ctx.layout)
         student, dtype = saved.student, saved.statistics.diagonal_B.dtype
         wants = ctx.needs_input_grad[:3]
-        with torch.autocast(student.image.device.type, enabled=False):
+        with full_precision(student.image.device):
             share = student.text.new_empty((0, student.text.shape[1]), dtype=dtype) if wants[1] else None
             sweep = _sweep(student, saved.teachers, plan, share, saved.columns)
             pull = Pull.of(grad_kd, grad_hard, plan.temperature)

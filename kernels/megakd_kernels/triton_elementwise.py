@@ -181,22 +181,23 @@ class Fused(NamedTuple):
             cosine_cM = panel[: rows.stop - rows.start]
             _cosines(logits, rows, cosine_cM)
             top_c, sum_c, own_c = (torch.empty_like(top_B[rows]) for _ in range(3))
-            _weigh[(len(cosine_cM),)](
-                cosine_cM,
-                logits.gain,
-                top_B[rows],
-                top_c,
-                sum_c,
-                own_c,
-                panel if weights is None else weights,
-                cosine_cM.shape[1],
-                (diagonal or 0) + rows.start,
-                half_gain(logits.left_BD.dtype),
-                OWN=diagonal is not None,
-                SLOPES=slopes,
-                BLOCK=_block(cosine_cM),
-                num_warps=WARPS,
-            )
+            with torch.cuda.device_of(cosine_cM):  # Triton launches on the current device, whichever holds the panel
+                _weigh[(len(cosine_cM),)](
+                    cosine_cM,
+                    logits.gain,
+                    top_B[rows],
+                    top_c,
+                    sum_c,
+                    own_c,
+                    panel if weights is None else weights,
+                    cosine_cM.shape[1],
+                    (diagonal or 0) + rows.start,
+                    half_gain(logits.left_BD.dtype),
+                    OWN=diagonal is not None,
+                    SLOPES=slopes,
+                    BLOCK=_block(cosine_cM),
+                    num_warps=WARPS,
+                )
             yield Weighed(rows, None if diagonal is None else own_c, top_c, sum_c, None if weights is None else weights[: len(cosine_cM)])
 
     def judge(
@@ -214,26 +215,27 @@ class Fused(NamedTuple):
             for each, out_cM in zip(every, (cosine_cM, *(guide[:height] for guide in guides)), strict=True):
                 _cosines(each.logits, rows, out_cM)
             sums_4c = panel.new_empty((4, height))
-            _judge[(height,)](
-                cosine_cM,
-                guides if teachers else panel,
-                gains,
-                biases,
-                sums_4c,
-                panel if made[0] is None else made[0],
-                panel if made[-1] is None else made[-1],
-                height,
-                len(panel),
-                cosine_cM.shape[1],
-                (diagonal or 0) + rows.start,
-                half_gain(left_BD.dtype),
-                OWN=diagonal is not None,
-                TEACHERS=len(teachers),
-                HARD=hard,
-                SLOPES=slopes,
-                BLOCK=_block(cosine_cM),
-                num_warps=WARPS,
-            )
+            with torch.cuda.device_of(cosine_cM):
+                _judge[(height,)](
+                    cosine_cM,
+                    guides if teachers else panel,
+                    gains,
+                    biases,
+                    sums_4c,
+                    panel if made[0] is None else made[0],
+                    panel if made[-1] is None else made[-1],
+                    height,
+                    len(panel),
+                    cosine_cM.shape[1],
+                    (diagonal or 0) + rows.start,
+                    half_gain(left_BD.dtype),
+                    OWN=diagonal is not None,
+                    TEACHERS=len(teachers),
+                    HARD=hard,
+                    SLOPES=slopes,
+                    BLOCK=_block(cosine_cM),
+                    num_warps=WARPS,
+                )
             kd_c, kd_total_c, hard_c, hard_total_c = sums_4c.unbind()
             sums = ([(kd_c, kd_total_c)] if teachers else []) + ([(hard_c, hard_total_c)] if hard else [])
             parts = [

@@ -84,9 +84,23 @@ def _truth(name: str, ranks: int) -> list[torch.Tensor]:
     return _results(SimilarityLoss(loss, loss.new_zeros(())), encoder)
 
 
-def _complaint(loss: str, student: Batch, *teachers: Batch) -> str:
+def _unlike(rank: int) -> dict[str, tuple[Batch, tuple[Batch, ...], dict]]:
+    """What each rank passes where rank 1 does something of its own: student, teachers and options, by what differs."""
+    first, pair, teacher = rank != 1, batch(ROWS, 16, 50.0), batch(ROWS, 16, 30.0, seed=3)
+    leaves = pair.leaves()
+    return {
+        "dtype": (pair if first else Batch(*(tensor.double() for tensor in pair)), (teacher,), {}),
+        "gradient": (leaves if first else leaves._replace(text=pair.text), (teacher,), {}),
+        "no gradient": (leaves if first else pair, (teacher,), {}),
+        "backend": (pair, (teacher,), {"backend": "eager" if first else "chunked"}),
+        "unknown backend": (pair, (teacher,), {"backend": "eager" if first else "eagre"}),
+        "ring": (pair, (teacher,), {"backend": "chunked", "ring": first}),
+    }
+
+
+def _complaint(loss: str, student: Batch, *teachers: Batch, **options) -> str:
     try:
-        forward(Case(loss, student, teachers), student, group=dist.group.WORLD)
+        forward(Case(loss, student, teachers), student, group=dist.group.WORLD, **options)
     except ValueError as error:
         return str(error)
     return "no error"
@@ -110,6 +124,8 @@ def _work(rank: int, world: int, folder: str) -> None:
             found[loss, name] = _step(loss, rank, everyone, torch.float32, options, group)
         whole = batch(ROWS, 16, 50.0)
         found[loss, "faulty"] = _complaint(loss, whole, whole._replace(text=whole.text[rank:]) if rank == 1 else whole)
+        asked = _unlike(rank).items()
+        found[loss, "unlike"] = {what: _complaint(loss, student, *teachers, **options) for what, (student, teachers, options) in asked}
         if world == 4 and rank in (1, 3):
             subgroup = dist.new_group([1, 3], use_local_synchronization=True)
             for name, options in OPTIONS.items():
@@ -203,9 +219,17 @@ def test_a_faulty_rank_raises_on_every_rank(outcomes, loss):
 
 def test_a_faulty_bias_or_number_of_teachers_raises_on_every_rank(outcomes):
     assert "student.bias must hold one floating point number, got shape (2,)" in outcomes[1]["bias"]
-    assert all("rank 1 was given a faulty bias" in outcome["bias"] for rank, outcome in enumerate(outcomes) if rank != 1)
-    counts = ", ".join("2" if rank == 1 else "1" for rank in range(len(outcomes)))
-    assert all(outcome["teachers"] == f"every rank must have as many teachers, got {counts}" for outcome in outcomes)
+    assert all("rank 1 was given faulty" in outcome["bias"] for rank, outcome in enumerate(outcomes) if rank != 1)
+    counts = ", ".join(f"{2 if rank == 1 else 1} on rank {rank}" for rank in range(len(outcomes)))
+    assert all(f"number of teachers: {counts}" in outcome["teachers"] for outcome in outcomes)
+
+
+@BOTH
+@pytest.mark.parametrize("what", _unlike(0))
+def test_ranks_that_are_asked_for_different_things_all_raise(outcomes, loss, what):
+    said = [outcome[loss, "unlike"][what] for outcome in outcomes]
+    assert "no error" not in said
+    assert all("these differ" in text or "rank 1 was given faulty" in text for rank, text in enumerate(said) if rank != 1), said
 
 
 @BOTH

@@ -80,10 +80,32 @@ def _truth(ranks: int, temperature: float) -> list[torch.Tensor]:
     return [*(part.detach() for part in loss), *(parameter.grad for parameter in encoder.parameters())]
 
 
-def _complaint(student: Batch, teacher: Batch) -> str:
+def _unlike(rank: int) -> dict[str, tuple[Batch, list[Batch] | Batch | None, dict]]:
+    """What each rank passes where rank 1 does something of its own: student, teachers and options, by what differs."""
+    first, pair, teacher = rank != 1, batch(ROWS, 16, 50.0), batch(ROWS, 20, 30.0)
+    leaves = pair.leaves()
+    return {
+        "number of teachers": (pair, [teacher] if first else [teacher, teacher], {}),
+        "no teacher": (pair, teacher if first else None, {"hard": True}),
+        "dtype": (pair if first else Batch(*(tensor.double() for tensor in pair)), teacher, {}),
+        "teacher's dtype": (pair, teacher if first else Batch(*(tensor.half() for tensor in teacher)), {}),
+        "gradient": (leaves if first else leaves._replace(text=pair.text), teacher, {}),
+        "no gradient": (leaves if first else pair, teacher, {}),
+        "backend": (pair, teacher, {"backend": "eager" if first else "chunked"}),
+        "unknown backend": (pair, teacher, {"backend": "eager" if first else "eagre"}),
+        "backend that cannot run": (pair, teacher, {"backend": "chunked" if first else "triton"}),
+        "ring": (pair, teacher, {"backend": "chunked", "ring": first}),
+        "temperature": (pair, teacher, {"temperature": 1.0 if first else 2.0}),
+        "temperature out of range": (pair, teacher, {"temperature": 1.0 if first else -1.0}),
+        "hard": (pair, teacher, {"hard": first}),
+        "no embeddings": (pair if first else Batch(None, None, None), teacher, {}),
+    }
+
+
+def _complaint(student: Batch, teacher: Batch | list[Batch] | None, **options) -> str:
     try:
-        similarity_kd(student, teacher, group=dist.group.WORLD)
-    except ValueError as error:
+        similarity_kd(student, teacher, group=dist.group.WORLD, **options)
+    except (ValueError, AttributeError) as error:
         return str(error)
     return "no error"
 
@@ -106,6 +128,7 @@ def _work(rank: int, world: int, folder: str) -> None:
     results["ragged"] = _complaint(ragged, ragged)
     whole = batch(ROWS, 16, 50.0)
     results["faulty"] = _complaint(whole, whole._replace(text=whole.text[rank:]) if rank == 1 else whole)
+    results["unlike"] = {what: _complaint(student, teachers, **options) for what, (student, teachers, options) in _unlike(rank).items()}
     if world == 4:
         members = [1, 3]
         subgroup = dist.new_group(members)
@@ -166,13 +189,22 @@ def test_without_a_group_a_rank_computes_by_itself(outcomes, name):
 
 def test_unequal_batches_raise_on_every_rank(outcomes):
     for outcome in outcomes:
-        assert outcome["ragged"].startswith("every rank must hold as many pairs")
-        assert f"rank 0: {ROWS}, 16, 16; rank 1: {ROWS + 1}, 16, 16" in outcome["ragged"]
+        assert outcome["ragged"].startswith("every rank must compute the same loss of as many pairs; these differ: rows: ")
+        assert f"rows: {ROWS} on rank 0, {ROWS + 1} on rank 1" in outcome["ragged"]
 
 
 def test_a_faulty_rank_raises_on_every_rank(outcomes):
     assert f"teacher.text ({ROWS - 1}, 16)" in outcomes[1]["faulty"]
     assert all("rank 1 was given faulty" in outcome["faulty"] for rank, outcome in enumerate(outcomes) if rank != 1)
+
+
+@pytest.mark.parametrize("what", _unlike(0))
+def test_ranks_that_are_asked_for_different_things_all_raise(outcomes, what):
+    said = [outcome["unlike"][what] for outcome in outcomes]
+    assert "no error" not in said
+    assert all("these differ" in text or "rank 1 was given faulty" in text for rank, text in enumerate(said) if rank != 1), said
+    if what in ("number of teachers", "backend", "temperature", "ring"):
+        assert all(f"{what}: " in text and " on rank 1" in text for text in said), said
 
 
 @pytest.mark.parametrize("name", OPTIONS)
