@@ -14,12 +14,12 @@ from torch import Tensor
 
 from megakd import assembly, export, teaching
 from megakd.bundle import Bundle
-from megakd.evaluation import report
+from megakd.evaluation import report, vqa
 from megakd.judging import Judge
 from megakd.models import towers
 from megakd.models.identity import preprocessing, weights_file
 from megakd.preparation import Plan
-from megakd.runtime import checkpoint, collectives, ds_config, engine, launch, runlog, slurm_job, watchdog
+from megakd.runtime import checkpoint, collectives, ds_config, engine, files, launch, runlog, slurm_job, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine, State, trained_shapes
 from megakd.runtime.interruptions import Interruptions
@@ -79,6 +79,9 @@ class Run:
     def _lock(self, held: contextlib.ExitStack) -> None:
         remedy = "end it first, or choose another --out"
         held.enter_context(FolderLock(self.folder, doing="is at work on this run now", remedy=remedy, patience=PATIENCE))
+        if left := files.clear(self.folder, checkpoint.folder_of(self.folder), self.folder / vqa.ANSWERS):
+            names = ", ".join(path.name for path in left[:4]) + f" and {len(left) - 4} more" * (len(left) > 4)
+            self.log.say(f"{self.folder}: cleared what an earlier start had half written or half removed: {names}")
         # Stacks of an earlier start: the rank without a file would be looked for among all that were ever written.
         runlog.set_aside(self.folder, list(self.folder.glob(HUNG)))
 
@@ -170,6 +173,16 @@ class Run:
         assert isinstance(path, Path)
         self._resumed_from = path
         progress, state = checkpoint.load(path)
+        if progress.step > self.recipe.optim.steps:
+            raise ValueError(
+                f"optim.steps = {self.recipe.optim.steps}: {path} has {progress.step} steps behind it; give that many at least, or start "
+                f"over with --resume none or another --out"
+            )
+        if progress.seed != self.recipe.seed:
+            raise ValueError(
+                f"seed = {self.recipe.seed}: {path} was written with seed {progress.seed}, and the order of the data follows from it; give "
+                f"--set seed={progress.seed}, or start over with --resume none or another --out"
+            )
         if progress.data != self.plan.signature:
             raise ValueError(
                 f"{self._data()}: the data have changed since {path} was written, so its position in them means nothing; "
@@ -190,7 +203,7 @@ class Run:
             path = checkpoint.latest_valid(self.folder, self.log.say)
         else:
             path = Path(resume)
-            checkpoint.load_weights(path)  # refuses a damaged one before anything is moved for it
+            checkpoint.load(path)  # refuses a damaged one before anything is moved for it
         # What is newer than the chosen one is damaged or given up; left in place, it would be taken for this run's future.
         newer = [entry for entry in checkpoint.available(self.folder) if path is None or entry.name > path.name]
         if aside := runlog.set_aside(self.folder, newer):

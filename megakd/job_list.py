@@ -74,9 +74,11 @@ def _read(run: Path) -> Found:
     content = _json(run / RUN) if (run / RUN).exists() else {}
     damaged = None if isinstance(content, dict) else str(content)
     about: dict[str, Any] = content if isinstance(content, dict) else {}
-    starts = [start for start in about.get("jobs") or [] if isinstance(start, dict)]
+    jobs = about.get("jobs")
+    starts = [start for start in jobs if isinstance(start, dict)] if isinstance(jobs, list) else []
     newest, log = _newest(_submissions(run), starts)
     row = _last_row(run / METRICS)
+    speed, loss = (value if isinstance(value := row.get(name), int | float) else None for name in ("images_per_second", "loss"))
     settings = about.get("recipe")
     optim = settings.get("optim") if isinstance(settings, dict) else None
     return Found(
@@ -85,8 +87,8 @@ def _read(run: Path) -> Found:
         log=log,
         step=row.get("step", 0),
         steps=optim.get("steps") if isinstance(optim, dict) else None,
-        images_per_second=row.get("images_per_second"),
-        loss=row.get("loss"),
+        images_per_second=speed,
+        loss=loss,
         begun=_last_start(starts, newest),
         held=held(run),
         results=any((run / name).exists() for name in RESULTS),
@@ -113,7 +115,7 @@ def _json(path: Path) -> Any:
     """The file's content, or in a string why there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{path.name}: {error}"
 
 
@@ -128,7 +130,7 @@ def _last_row(path: Path) -> dict[str, Any]:
     for line in reversed(lines):
         try:
             row = json.loads(line)
-        except ValueError:  # cut by the seek, or by a crash
+        except (ValueError, RecursionError):  # cut by the seek, or by a crash
             continue
         if isinstance(row, dict) and "loss" in row:
             return row

@@ -20,7 +20,8 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.data.storage import Stat, atomic_file, file_label, filesystem, is_remote, local_path, mirror, retry
+from megakd.data.storage import Stat, file_label, filesystem, is_remote, local_path, mirror, retry
+from megakd.runtime.files import atomic_file
 
 Slot = Literal["image", "caption", "json", "cls"]
 SLOTS: tuple[Slot, ...] = ("image", "caption", "json", "cls")

@@ -8,16 +8,17 @@ import hashlib
 import os
 import random
 import re
-import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+
+from megakd.runtime.files import atomic_file
 
 T = TypeVar("T")
 
@@ -113,23 +114,6 @@ def file_label(name: str, more: str = "") -> str:
     """A file name for what is kept about `name` in a folder shared by many shards: unique by digest, readable by base name."""
     digest = hashlib.sha256(f"{name}\0{more}".encode()).hexdigest()[:16]
     return f"{digest}-{re.sub(r'[^A-Za-z0-9._-]', '_', name.split('?')[0].rsplit('/', 1)[-1])[-80:]}"
-
-
-@contextlib.contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write to; it takes target's place on success and is removed on failure."""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name[:80]}.", dir=target.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp gives 0600, but indexes are shared with other users of the data
-        os.replace(name, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
 
 
 def mirror(url: str, known: Stat, folder: str) -> str:

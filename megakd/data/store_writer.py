@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megakd.data.storage import atomic_file
 from megakd.data.store import (
     MANIFEST,
     NOTE,
@@ -35,7 +34,7 @@ from megakd.data.store import (
     read_manifest,
     read_part,
 )
-from megakd.runtime.disk import sync
+from megakd.runtime.files import atomic_file, sync
 from megakd.runtime.locks import LOCK, FolderLock
 
 log = logging.getLogger("megakd.data")

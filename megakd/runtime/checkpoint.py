@@ -3,32 +3,39 @@
     checkpoints/step_00000500/
         weights.safetensors     every trained parameter, fp32
         moments.safetensors     AdamW's moments, fp32
-        state.json              step, updates, position in the data, generator seeds, sizes and SHA-256 of the two files
+        state.json              step, updates, position in the data, generator seeds, sizes and SHA-256 of the two files and of itself
 
 A checkpoint is written to a hidden folder beside it, synced to the disk and renamed: a crash at any moment leaves the previous ones
 untouched. Random numbers need no stored state: every step seeds torch's generators from (seed, step, rank), see `trainer.py`.
+
+Nothing of it is believed unchecked. Format 1, which had no checksum of `state.json`, is read as well: its numbers are held against each
+other and against the folder's name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megakd.runtime.disk import sync
+from megakd.runtime import files
+from megakd.runtime.engine import MOMENTS as KINDS
 from megakd.runtime.engine import State
 from megakd.runtime.signals import LossNotFinite
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, MOMENTS, STATE = "weights.safetensors", "moments.safetensors", "state.json"
+# Under a kilobyte as we write it; what is larger is not ours, and is not parsed.
+_LARGEST_STATE = 1 << 20
+_NAME = re.compile(r"step_(\d{8,})")
 Log = Callable[[str], None]
 
 
@@ -65,41 +72,37 @@ def save(run: Path, progress: Progress, state: State, keep: int) -> Path:
         raise LossNotFinite(f"step {progress.step}: not saved, because {shown} became NaN or infinite in the last update")
     folder = folder_of(run)
     target = folder / f"step_{progress.step:08d}"
-    partial = folder / f".partial_{target.name}"
     try:
-        _remove(partial)
-        partial.mkdir(parents=True)
-        save_file(state.weights, partial / WEIGHTS)
-        save_file(state.moments, partial / MOMENTS)
-        files = {name: {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)} for name in (WEIGHTS, MOMENTS)}
-        content = {"format": FORMAT, **asdict(progress), "updates": state.updates, "files": files}
-        (partial / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        for name in (WEIGHTS, MOMENTS, STATE):
-            sync(partial / name)
-        _remove(target)
-        partial.rename(target)
-        sync(folder)
+        files.clear(folder)  # a run has one writer
+        with files.atomic_folder(target) as partial:
+            save_file(state.weights, partial / WEIGHTS)
+            save_file(state.moments, partial / MOMENTS)
+            content = {"format": FORMAT, **asdict(progress), "updates": state.updates}
+            content["files"] = {
+                name: {"bytes": (partial / name).stat().st_size, "sha256": files.sha256(partial / name)} for name in (WEIGHTS, MOMENTS)
+            }
+            text = json.dumps({**content, "sha256": files.json_sha256(content)}, indent=1)
+            (partial / STATE).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
             f"could not save {target}: {error}; the earlier checkpoints in {folder} are untouched: "
             f"free some space and start the same command again"
         ) from error
     for old in available(run)[:-keep]:
-        _remove(old)
+        files.remove(old)
     return target
 
 
 def available(run: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first, by name alone: `load` checks what is in them."""
-    return sorted(folder_of(run).glob("step_????????"))
+    return sorted(path for path in folder_of(run).glob("step_*") if _NAME.fullmatch(path.name))
 
 
 def latest_valid(run: Path, log: Log) -> Path | None:
-    """The newest checkpoint whose files are complete and unchanged, or None. Damaged ones are passed over and said."""
+    """The newest checkpoint that `load` reads, or None. Damaged ones are passed over and said."""
     for candidate in reversed(available(run)):
         try:
-            _verify(candidate)
+            load(candidate)
         except CheckpointError as error:
             log(f"passing over a damaged checkpoint: {error}")
             continue
@@ -108,14 +111,23 @@ def latest_valid(run: Path, log: Log) -> Path | None:
 
 
 def load(path: Path) -> tuple[Progress, State]:
-    """Read a checkpoint. Raises CheckpointError naming the file when it is missing, damaged or of another format."""
-    content = _verify(path)
-    return _progress(content), State(load_file(path / WEIGHTS), load_file(path / MOMENTS), content["updates"])
+    """Read a checkpoint. Raises CheckpointError naming the file when it is missing, damaged, or of another format."""
+    progress, content = _verified(path)
+    weights, moments = _tensors(path / WEIGHTS), _tensors(path / MOMENTS)
+    trained = {name.partition("/")[2] for name in moments}
+    for name, value in moments.items():
+        kind, _, parameter = name.partition("/")
+        of = weights.get(parameter)
+        if kind not in KINDS or of is None or value.shape != of.shape or {value.dtype, of.dtype} != {torch.float32}:
+            raise CheckpointError(f"{path / MOMENTS}: {name} is no moment, in float32, of a tensor in {WEIGHTS}; {_ELSEWHERE}")
+    if len(moments) != len(KINDS) * len(trained) or any(bool((moments[f"exp_avg_sq/{name}"] < 0).any()) for name in trained):
+        raise CheckpointError(f"{path / MOMENTS}: moments are missing, or squares are negative; {_ELSEWHERE}")
+    return progress, State(weights, moments, content["updates"])
 
 
 def load_weights(path: Path) -> tuple[Progress, dict[str, Tensor]]:
     """As `load`, without the optimizer's moments: for evaluation and export."""
-    return _progress(_verify(path)), load_file(path / WEIGHTS)
+    return _verified(path)[0], _tensors(path / WEIGHTS)
 
 
 def check_fits(path: Path, weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
@@ -134,35 +146,71 @@ def check_fits(path: Path, weights: dict[str, Tensor], expected: dict[str, tuple
         )
 
 
-def _verify(path: Path) -> dict[str, Any]:
+_ELSEWHERE = "resume from another checkpoint"
+
+
+def _verified(path: Path) -> tuple[Progress, dict[str, Any]]:
+    """What `state.json` says, after it and both files were checked."""
     if not (path / STATE).is_file():
         raise CheckpointError(f"{path}: no checkpoint there (it has no {STATE}); a run's checkpoints are in RUN/checkpoints/step_*")
     try:
-        content = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {content['format']}, this version reads format {FORMAT}")
+        content = _state(path)
         for name, facts in content["files"].items():
             file = path / name
-            if not file.is_file() or file.stat().st_size != facts["bytes"] or _digest(file) != facts["sha256"]:
-                raise CheckpointError(f"{path}: {name} is missing or was changed after it was written; resume from another checkpoint")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: {STATE} cannot be read ({error}); resume from another checkpoint") from error
-    return content  # type: ignore[no-any-return]
+            if not file.is_file() or file.stat().st_size != facts["bytes"] or files.sha256(file) != facts["sha256"]:
+                raise CheckpointError(f"{path}: {name} is missing or was changed after it was written; {_ELSEWHERE}")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); {_ELSEWHERE}") from error
+    return Progress(content["step"], content["position"], content["seed"], content["data"]), content
 
 
-def _progress(content: dict[str, Any]) -> Progress:
-    return Progress(step=content["step"], position=content["position"], seed=content["seed"], data=content["data"])
+def _state(path: Path) -> dict[str, Any]:
+    file = path / STATE
+    try:
+        if file.stat().st_size > _LARGEST_STATE:
+            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, a checkpoint's has under a thousand; {_ELSEWHERE}")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {STATE} cannot be read ({error}); {_ELSEWHERE}") from error
+    if not isinstance(content, dict) or type(version := content.get("format")) is not int:
+        raise CheckpointError(f"{path}: {STATE} says no format, as a checkpoint's does; {_ELSEWHERE}")
+    if version not in (1, FORMAT):
+        raise CheckpointError(f"{path}: format {version}, this version reads format {FORMAT}")
+    said = content.pop("sha256", None)
+    if (said is not None or version == FORMAT) and said != files.json_sha256(content):
+        raise CheckpointError(f"{path}: {STATE} was changed after it was written; {_ELSEWHERE}")
+    if problem := _contradiction(path.name, content):
+        raise CheckpointError(f"{path}: {STATE} cannot be true: {problem}; {_ELSEWHERE}")
+    return content
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _contradiction(folder: str, content: dict[str, Any]) -> str | None:
+    """What of the numbers cannot be: of format 1 nothing else tells that they were changed."""
+    for key in ("step", "position", "seed", "data", "updates"):
+        if type(content.get(key)) is not int or content[key] < 0:
+            return f"{key} = {content.get(key)!r} is no count"
+    named = _NAME.fullmatch(folder)
+    if named and int(named[1]) != content["step"]:
+        return f"step = {content['step']} in the folder {folder}"
+    if content["format"] == 1 and content["updates"] != content["step"]:
+        return f"updates = {content['updates']} after step {content['step']}"
+    listed = content.get("files")
+    if not isinstance(listed, dict) or set(listed) != {WEIGHTS, MOMENTS}:
+        return f"files are not {WEIGHTS} and {MOMENTS}"
+    if any(not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys() for facts in listed.values()):
+        return "files have no size or checksum"
+    return None
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder so that a crash halfway never leaves it under its valid name."""
-    if folder.exists():
-        doomed = folder.with_name(f".removed_{folder.name.lstrip('.')}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """A file's tensors, all finite."""
+    try:
+        found = load_file(file)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}); {_ELSEWHERE}") from error
+    for name, value in found.items():
+        if not bool(value.isfinite().all()):
+            raise CheckpointError(f"{file}: {name} holds NaN or infinity; {_ELSEWHERE}")
+    return found

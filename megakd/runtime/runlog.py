@@ -8,6 +8,7 @@ metrics.jsonl    a row each `log.every` steps and one for each event; a resumed 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import resource
 import shutil
@@ -25,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megakd.recipe import Recipe
 from megakd.recipe_files import differences, load
 from megakd.runtime import slurm_job
+from megakd.runtime.files import atomic_file, sync
 
 RUN, METRICS = "run.json", "metrics.jsonl"
 # What a run folder holds when something was trained in it: checkpoints, or what was made of the last one.
@@ -76,14 +78,16 @@ class RunLog:
         write_json(self.run / RUN, content)
 
     def keep_until(self, step: int) -> None:
-        """Drop the metrics past `step`: the resumed run writes them again."""
+        """Drop the metrics past `step`, which the resumed run writes again, and lines that are no rows, which is said."""
         path = self.run / METRICS
         if not self._main or not path.exists():
             return
-        rows = [row for row in read_metrics(self.run) if row["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(path)
+        rows, damaged = _rows(path)
+        if damaged:
+            self.say(f"{path}: {damaged} damaged lines were dropped; what they said of the run is lost")
+        with atomic_file(path, alone=True) as partial:
+            partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step), encoding="utf-8")
+            sync(partial)
 
     def row(self, row: dict[str, Any], total_steps: int) -> None:
         """One row of metrics.jsonl, and its line or progress bar on the console."""
@@ -106,7 +110,7 @@ class RunLog:
         path = self.run / METRICS
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(_finite(row)) + "\n")
         except OSError as error:
             self.failure = OSError(error.errno, error.strerror, str(path))
 
@@ -125,9 +129,13 @@ class RunLog:
 
 
 def _earlier_jobs(run: Path) -> list[dict[str, Any]]:
-    """`jobs` of the run.json that is there; of one by an earlier version of megakd, or of none, an empty list."""
-    path = run / RUN
-    return list(json.loads(path.read_text(encoding="utf-8")).get("jobs", [])) if path.exists() else []
+    """`jobs` of the run.json that is there; of one by an earlier version of megakd, of a damaged one or of none, an empty list."""
+    try:
+        content = json.loads((run / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    jobs = content.get("jobs") if isinstance(content, dict) else None
+    return [job for job in jobs if isinstance(job, dict)] if isinstance(jobs, list) else []
 
 
 def check_resume(run: Path, resume: str, recipe: Recipe) -> None:
@@ -154,35 +162,49 @@ def check_resume(run: Path, resume: str, recipe: Recipe) -> None:
 
 
 def set_aside(run: Path, entries: list[Path]) -> Path | None:
-    """Move entries of a run's folder to RUN/previous/N, so that nothing is lost; None when there are none."""
+    """Move entries of a run's folder to RUN/previous/N, so that nothing is lost; None when there are none.
+
+    run.json goes last: as long as anything of a run is there, so is what tells it from another recipe's, wherever a kill comes.
+    """
     if not entries:
         return None
-    number = len(list((run / "previous").glob("*"))) + 1
-    target = run / "previous" / str(number)
+    earlier = [int(path.name) for path in (run / "previous").glob("*") if path.name.isdecimal()]
+    target = run / "previous" / str(max(earlier, default=0) + 1)
     target.mkdir(parents=True)
-    for entry in entries:
+    for entry in sorted(entries, key=lambda entry: (entry.name == RUN, entry.name)):
         entry.rename(target / entry.name)
     return target
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All complete rows; a last line cut by a crash is left out."""
-    rows = []
-    for line in (run / METRICS).read_text(encoding="utf-8").splitlines():
+    """All whole rows; a last line cut by a crash, and what else is no row, is left out."""
+    return _rows(run / METRICS)[0]
+
+
+def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of metrics.jsonl, and how many lines are none. A last line without its end, as a crash leaves it, is not counted."""
+    rows: list[dict[str, Any]] = []
+    damaged = 0
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line, parse_constant=lambda _: None)  # NaN, as earlier versions wrote it
+        except (ValueError, RecursionError):
+            damaged += line.endswith(b"\n") and bool(line.strip())
             continue
-    return rows
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
+        else:
+            damaged += 1
+    return rows, damaged
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        with atomic_file(path, alone=True) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            sync(partial)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
@@ -212,6 +234,15 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _finite(value: Any) -> Any:
+    """null for NaN and infinity, which JSON does not have: a gradient norm may be one in a run's last row."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _summary(row: dict[str, Any]) -> str:

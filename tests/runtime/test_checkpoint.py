@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_runs import environment
 
-from megakd.runtime import checkpoint
+from megakd.runtime import checkpoint, files
 from megakd.runtime.checkpoint import CheckpointError, Progress
 from megakd.runtime.engine import State
 from megakd.runtime.signals import LossNotFinite
@@ -100,6 +101,96 @@ def test_one_changed_byte_is_noticed(tmp_path: Path) -> None:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
     assert _latest(tmp_path)[0] == older
+
+
+def _rewritten(path: Path, formerly: bool, **changes: object) -> None:
+    """A checkpoint's state.json with other values; formerly: as versions wrote it that knew no checksum of it."""
+    content = json.loads((path / "state.json").read_text()) | changes
+    if formerly:
+        content = {key: value for key, value in content.items() if key != "sha256"} | {"format": 1}
+    (path / "state.json").write_text(json.dumps(content))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    (path,) = _save(tmp_path, 7)
+    _rewritten(path, formerly=True)
+    assert checkpoint.load(path)[0] == _progress(7)
+    assert _latest(tmp_path) == (path, [])
+
+
+@pytest.mark.parametrize("formerly", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"step": 19}, {"step": 2.0}, {"step": True}, {"updates": 1}, {"position": -3}, {"seed": None}, {"data": "x"}),
+        *({"files": {}}, {"files": {"weights.safetensors": 1, "moments.safetensors": 2}}),
+    ],
+    ids=str,
+)
+def test_a_changed_state_is_passed_over(tmp_path: Path, changes: dict[str, object], formerly: bool) -> None:
+    older, newest = _save(tmp_path, 1, 2)
+    _rewritten(newest, formerly, **changes)
+    path, said = _latest(tmp_path)
+    assert path == older
+    assert "state.json" in said[0]
+    with pytest.raises(CheckpointError, match="resume from another checkpoint"):
+        checkpoint.load(newest)
+
+
+@pytest.mark.parametrize("key", ["format", "step", "position", "seed", "data", "updates", "files", "sha256"])
+def test_a_missing_key_of_the_state_is_passed_over(tmp_path: Path, key: str) -> None:
+    older, newest = _save(tmp_path, 1, 2)
+    content = json.loads((newest / "state.json").read_text())
+    del content[key]
+    (newest / "state.json").write_text(json.dumps(content))
+    assert _latest(tmp_path)[0] == older
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"step": ' + "9" * 10**5 + "}", " " * (2 << 20)], ids=["deep", "huge", "long"])
+def test_a_state_that_is_no_json_of_ours_is_passed_over(tmp_path: Path, text: str) -> None:
+    older, newest = _save(tmp_path, 1, 2)
+    (newest / "state.json").write_text(text)
+    assert _latest(tmp_path)[0] == older
+
+
+def _forge(path: Path, file: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Other tensors, with their checksums everywhere: what no run of ours saves."""
+    save_file(tensors, path / file)
+    content = json.loads((path / "state.json").read_text())
+    content["files"][file] = {"bytes": (path / file).stat().st_size, "sha256": files.sha256(path / file)}
+    del content["sha256"]
+    (path / "state.json").write_text(json.dumps({**content, "sha256": files.json_sha256(content)}))
+
+
+@pytest.mark.parametrize("what", ["nan", "bf16", "shape", "negative", "missing", "unknown"])
+def test_a_whole_checkpoint_that_nobody_can_go_on_from_is_passed_over(tmp_path: Path, what: str) -> None:
+    older, newest = _save(tmp_path, 1, 2)
+    weights, moments = _state(2).weights, _state(2).moments
+    if what == "nan":
+        weights["clip.a"][3, 1] = torch.nan
+    elif what == "bf16":
+        weights["clip.a"] = weights["clip.a"].bfloat16()
+    elif what == "shape":
+        moments["exp_avg/clip.a"] = torch.zeros(3)
+    elif what == "negative":
+        moments["exp_avg_sq/clip.b"][1] = -1
+    elif what == "missing":
+        del moments["exp_avg/clip.b"]
+    else:
+        moments["exp_avg/clip.c"] = torch.zeros(3)
+    _forge(newest, "weights.safetensors", weights)
+    _forge(newest, "moments.safetensors", moments)
+    path, said = _latest(tmp_path)
+    assert path == older
+    assert str(newest) in said[0]
+
+
+def test_a_folder_whose_name_is_no_step_is_no_checkpoint(tmp_path: Path) -> None:
+    (path,) = _save(tmp_path, 1)
+    (checkpoint.folder_of(tmp_path) / "step_00000002.copy").mkdir()
+    (checkpoint.folder_of(tmp_path) / "step_newest01").mkdir()
+    assert _latest(tmp_path) == (path, [])
+    assert _steps(tmp_path) == [1]
 
 
 def test_another_format_is_refused_by_number(tmp_path: Path) -> None:

@@ -36,6 +36,26 @@ def test_a_last_line_cut_by_a_crash_is_left_out_and_cleared(tmp_path: Path) -> N
     assert [row["step"] for row in runlog.read_metrics(tmp_path)] == [1, 2]
 
 
+@pytest.mark.parametrize("line", ["garbage", "[1]", "{}", '{"step": "2"}', "[" * 10**5, "\x00\x00"])
+def test_a_line_that_is_no_row_is_dropped_and_said(tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _metrics(tmp_path, f'{{"step": 1, "loss": 0.1}}\n{line}\n{{"step": 3, "loss": 0.1}}\n')
+    assert [row["step"] for row in runlog.read_metrics(tmp_path)] == [1, 3]
+    RunLog(tmp_path, main=True).keep_until(3)
+    assert "metrics.jsonl: 1 damaged lines were dropped" in capsys.readouterr().out.replace("\n", "")
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_bytes_that_are_no_text_are_a_damaged_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\n{"step": 2}\n')
+    assert [row["step"] for row in runlog.read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_number_that_json_does_not_have_is_written_as_null(tmp_path: Path) -> None:
+    RunLog(tmp_path, main=True).event(1, "x", {"norm": float("nan"), "all": [float("inf"), 1.0]})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["content"] == {"norm": None, "all": [None, 1.0]}
+
+
 def test_the_other_ranks_write_nothing(tmp_path: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(tmp_path, main=False)
     log.open(recipe_files.load(str(recipe_file))[0], {}, 2)
@@ -139,6 +159,20 @@ def test_what_is_set_aside_is_kept_in_numbered_folders(tmp_path: Path) -> None:
     assert (tmp_path / "previous" / "1" / "a.txt").read_text() == "first"
     assert (tmp_path / "previous" / "2" / "a.txt").read_text() == "second"
     assert runlog.set_aside(tmp_path, []) is None
+
+
+def test_the_next_number_is_free_also_where_one_was_deleted(tmp_path: Path) -> None:
+    (tmp_path / "previous" / "7").mkdir(parents=True)
+    (tmp_path / "a.txt").write_text("x")
+    assert runlog.set_aside(tmp_path, [tmp_path / "a.txt"]) == tmp_path / "previous" / "8"
+
+
+def test_run_json_is_set_aside_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in between leaves what tells the rest from another recipe's."""
+    moved: list[str] = []
+    monkeypatch.setattr(Path, "rename", lambda self, target: moved.append(self.name))
+    runlog.set_aside(tmp_path, [tmp_path / name for name in ("run.json", "model", "checkpoints", "zzz")])
+    assert moved == ["checkpoints", "model", "zzz", "run.json"]
 
 
 def test_a_machine_without_git_has_no_commit_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,138 @@
+"""Files and folders that are there whole or not at all, whatever is killed and however full the disk is; and what such a kill leaves.
+
+While it is written, `NAME` is `.NAME.*partial` beside its place. A folder that is being replaced waits as `.NAME.replaced` until the new
+one is there, one that is being deleted is `.NAME.removed`. `clear` knows these names: who holds a folder calls it at the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PARTIAL, REMOVED, REPLACED = ".partial", ".removed", ".replaced"
+# What versions before 0.2 had under way.
+_FORMERLY = (".partial_*", ".removed_*", "metrics.partial")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, have left the system's memory. Raises OSError when they cannot be written."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_sha256(content: Any) -> str:
+    """Of plain JSON, whatever the order of its keys: what a file says of itself, so that a changed value in it is noticed."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path, *, alone: bool = False) -> Iterator[Path]:
+    """A path beside `target` to write to; it takes target's place on success and is removed on failure.
+
+    alone: one process at a time writes this file. What an attempt left is written over by the next one, or cleared at the next start.
+    """
+    name = target.with_name(f".{target.name}{PARTIAL}")
+    if not alone:
+        handle, random = tempfile.mkstemp(prefix=f".{target.name[:80]}.", suffix=PARTIAL, dir=target.parent)
+        os.close(handle)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(random, 0o666 & ~umask)  # mkstemp gives 0600, but such files are shared with other users of the data
+        name = Path(random)
+    try:
+        yield name
+        os.replace(name, target)
+    except BaseException:
+        if not alone:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` to fill; synced, it takes target's place on success, and is removed on failure.
+
+    What was at `target` is there until then. For one writer at a time.
+    """
+    partial, replaced = _beside(target, PARTIAL), _beside(target, REPLACED)
+    try:
+        _settle(target)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            sync(path)
+        sync(partial)
+        if target.exists():
+            target.rename(replaced)
+        partial.rename(target)
+        sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _settle(target)
+        raise
+    if replaced.exists():
+        remove(replaced)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder so that a crash halfway never leaves it under its valid name."""
+    if folder.exists():
+        doomed = _beside(folder, REMOVED)
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def clear(*folders: Path) -> list[Path]:
+    """Remove what killed writers left directly in these folders, and put back what one was about to replace. Returns what was found.
+
+    Nobody else may be writing there. A folder that is not there holds nothing.
+    """
+    found: list[Path] = []
+    for folder in folders:
+        for kept in sorted(folder.glob(f".*{REPLACED}")):
+            _settle(kept.with_name(kept.name[1 : -len(REPLACED)]))
+            found.append(kept)
+        for pattern in (f".*{PARTIAL}", f".*{REMOVED}", *_FORMERLY):
+            for path in sorted(folder.glob(pattern)):
+                if path.is_symlink():
+                    continue  # no writer of ours makes one
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+                found.append(path)
+    return found
+
+
+def _settle(target: Path) -> None:
+    """Put back what was being replaced when its successor did not come; remove it when that did."""
+    replaced = _beside(target, REPLACED)
+    if replaced.exists():
+        if target.exists():
+            remove(replaced)
+        else:
+            replaced.rename(target)
+
+
+def _beside(path: Path, end: str) -> Path:
+    return path.with_name(f".{path.name.lstrip('.')}{end}")
