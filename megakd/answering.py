@@ -11,6 +11,7 @@ from megakd.bundle import Bundle
 from megakd.data.bad import BadSample
 from megakd.data.views import decode
 from megakd.recipe import Data, Evaluation
+from megakd.runtime import precision
 
 _MAX_PIXELS: int = Data.model_fields["max_pixels"].default
 _MAX_NEW_TOKENS: int = Evaluation.model_fields["answer_tokens"].default
@@ -26,7 +27,7 @@ def run(bundle: Path, image: Path | None, question: str, max_new_tokens: int = _
         raise ValueError("the question is empty: write it in quotes, as the last argument")
     picture = None if image is None else read_image(image)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = Bundle.load(bundle, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    loaded = Bundle.load(bundle, device, precision.dtype(precision.of(device)))
     if picture is not None and loaded.towers is None:
         raise ValueError(f"{bundle}: this decoder was trained without a vision tower and sees no image: ask without {image}")
     print(loaded.answer([picture], [question], max_new_tokens, short=True)[0])

@@ -36,7 +36,7 @@ from megakd.models.embeddings import Embeddings
 from megakd.models.identity import preprocessing
 from megakd.models.teacher import Teacher
 from megakd.recipe import Recipe
-from megakd.runtime import collectives, ds_config, launch
+from megakd.runtime import collectives, ds_config, launch, precision
 from megakd.runtime.launch import World
 from megakd.teaching import live_teacher, open_store, store_key
 
@@ -137,8 +137,11 @@ class Job:
         teacher = self.recipe.teacher
         assert teacher is not None
         int8 = teacher.mode.endswith("_int8")
-        precision = "bf16" if self.world.device.type == "cuda" else "fp32"
-        return {"precision": precision, "int8": int8, "outlier_threshold": teacher.outlier_threshold if int8 else None}
+        return {
+            "precision": precision.of(self.world.device),
+            "int8": int8,
+            "outlier_threshold": teacher.outlier_threshold if int8 else None,
+        }
 
     def _embed(self, manifest: Manifest | None, todo: list[int]) -> Manifest:
         world, layout, folder = self.world, self._layout(), self.request.out
@@ -252,7 +255,7 @@ class Job:
 
 def images_a_forward(recipe: Recipe, config: str | None, world: World) -> int:
     """The JSON's micro-batch where it has one, else evaluation.batch: never a rank's share of the batch, which depends on the ranks."""
-    literal = ds_config.read(config, cuda=world.device.type == "cuda")[0].get("train_micro_batch_size_per_gpu", "auto")
+    literal = ds_config.read(config, precision.of(world.device))[0].get("train_micro_batch_size_per_gpu", "auto")
     return literal if isinstance(literal, int) and literal > 0 else recipe.evaluation.batch
 
 

@@ -23,7 +23,7 @@ from megakd.planning import loss, models, rates, report, zero
 from megakd.planning.modes import STORE, Job, Mode, Row, modes, row
 from megakd.planning.result import GB, IN_PIECES, OUTSIDE, Cluster, Plan
 from megakd.recipe import Recipe
-from megakd.runtime import ds_config, partition
+from megakd.runtime import ds_config, partition, precision
 from megakd.tasks.distill import Distill
 
 
@@ -58,9 +58,8 @@ def plan(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster,
 
 
 def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster, teacher_zero: dict[str, Any]) -> Job:
-    cuda = cluster.kind != "cpu"
-    device = torch.device("cuda" if cuda else "cpu")
-    raw, config_name = ds_config.read(config, cuda=cuda)
+    device = torch.device("cpu" if cluster.kind == "cpu" else "cuda")
+    raw, config_name = ds_config.read(config, precision.of(device))
     resolved = ds_config.resolve(raw, recipe, cluster.gpus, config_name=config_name, recipe_name=recipe_name)
     rounds, pairs = resolved["gradient_accumulation_steps"], recipe.optim.batch if recipe.objectives.active() else 0
     questions = recipe.questions_in_a_step()
@@ -69,10 +68,10 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     task = Distill(recipe, device, None)
     student_zero, teacher_settings = (
         zero.Settings.of(resolved, 2 if ds_config.is_bf16(resolved) else 4),
-        zero.Settings.of(teacher_zero, 2 if cuda else 4),
+        zero.Settings.of(teacher_zero, precision.dtype(precision.of(device)).itemsize),
     )
     taught = recipe.teachers().values() if task.needs_teacher else ()
-    teachers = tuple(models.teacher(settings, shares.micro, local, cuda, teacher_settings) for settings in taught)
+    teachers = tuple(models.teacher(settings, shares.micro, local, precision.of(device), teacher_settings) for settings in taught)
     widths = [teacher.width for teacher in teachers]
     student = models.student(
         recipe, lambda own: task.heads(own, widths), shares, bf16=ds_config.is_bf16(resolved), drop=student_zero.stage > 1

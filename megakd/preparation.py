@@ -24,7 +24,7 @@ from megakd.evaluation.suite import Sets, open_sets
 from megakd.models import decoder, towers
 from megakd.models.decoder import Decoder, DecoderDescription
 from megakd.recipe import Answers, Recipe, Student
-from megakd.runtime import collectives, ds_config, runlog
+from megakd.runtime import collectives, ds_config, precision, runlog
 from megakd.runtime.launch import World
 from megakd.tasks.distill import Distill
 
@@ -91,7 +91,7 @@ def prepare(request: Request, world: World, to_come: frozenset[str] = frozenset(
     to_come: of "teacher", "student" and "decoder" those that another recipe is about to train, so that they need not be there yet.
     """
     recipe = request.recipe
-    raw, config_name = ds_config.read(request.ds_config, cuda=world.device.type == "cuda")
+    raw, config_name = ds_config.read(request.ds_config, precision.of(world.device))
     config = ds_config.resolve(raw, recipe, world.size, config_name=config_name, recipe_name=request.recipe_name)
     runlog.check_resume(request.out, request.resume, recipe)
     student = None if recipe.student is None else _student(recipe.student, "student" in to_come)

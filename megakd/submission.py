@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Literal
 
 import submitit
+import torch
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from megakd import cluster, recipe_files
 from megakd.jobs import Training
-from megakd.runtime import ds_config, runlog
+from megakd.runtime import ds_config, precision, runlog
 from megakd.runtime.launch import TORCH_VARIABLES
 from megakd.runtime.slurm_job import LOG_VARIABLE, SUBMISSIONS
 
@@ -127,7 +128,7 @@ def check(runs: Sequence[Request], wanted: Resources, where: Where) -> None:
     """Raise ValueError for whatever can be known to be wrong before the job queues; make the log folders."""
     _check_used(wanted, where)
     ranks = wanted.nodes * wanted.ranks_per_node
-    raw, config_name = ds_config.read(runs[0].ds_config, cuda=bool(wanted.gpus_per_node))
+    raw, config_name = ds_config.read(runs[0].ds_config, precision.of(torch.device("cuda" if wanted.gpus_per_node else "cpu")))
     for run in runs:
         recipe, origin = recipe_files.load(run.recipe, run.overrides)
         ds_config.resolve(raw, recipe, ranks, config_name=config_name, recipe_name=origin)

@@ -24,7 +24,7 @@ from megakd.models.stored_teacher import StoredTeacher, StoreMiss, TextStoredTea
 from megakd.models.teacher import ReplicatedTeacher, build_teacher
 from megakd.recipe import Recipe
 from megakd.recipe import Teacher as Settings
-from megakd.runtime import collectives, partition
+from megakd.runtime import collectives, partition, precision
 from megakd.runtime.launch import World
 
 T = TypeVar("T")
@@ -50,8 +50,7 @@ def live_teacher(
         )
     if int8 is None and not without_text:
         return build_teacher(description, world.device)
-    precision: towers.Precision = "bf16" if world.device.type == "cuda" else "fp32"
-    return ReplicatedTeacher(streaming.load(description, world, precision, int8=int8, without_text=without_text))
+    return ReplicatedTeacher(streaming.load(description, world, precision.of(world.device), int8=int8, without_text=without_text))
 
 
 def settings_of(description: towers.Description) -> Settings:
@@ -124,7 +123,7 @@ def stored_teacher(
         width=store.layout.width,
         scale=store.manifest.scale,
         bias=store.manifest.bias,
-        dtype=torch.bfloat16 if world.device.type == "cuda" else torch.float32,
+        dtype=precision.dtype(precision.of(world.device)),
         world=world,
         miss=recipe.teacher.store_miss,
         build=lambda: live_teacher(recipe, description, world),

@@ -18,7 +18,7 @@ from megakd.models import streaming, towers
 from megakd.models.sharded_teacher import build_sharded_teacher
 from megakd.models.teacher import ReplicatedTeacher, Teacher
 from megakd.recipe import Model
-from megakd.runtime import collectives, launch, partition
+from megakd.runtime import collectives, launch, partition, precision
 from megakd.runtime.launch import World
 
 
@@ -36,8 +36,7 @@ def build(model: str, weights: str, mode: str, offload: bool, world: World) -> T
     int8 = streaming.Int8() if mode.endswith("int8") else None
     if mode.startswith("zero3"):
         return build_sharded_teacher(described, world, partition.settings(offload=offload), int8=int8)
-    precision: towers.Precision = "bf16" if world.device.type == "cuda" else "fp32"
-    return ReplicatedTeacher(streaming.load(described, world, precision, int8=int8))
+    return ReplicatedTeacher(streaming.load(described, world, precision.of(world.device), int8=int8))
 
 
 def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakd.benchmarks import comparison
-from megakd.models import int8, int8_products, streaming
-from megakd.runtime import runlog
+from megakd.models import casts, int8, int8_products, streaming
+from megakd.runtime import precision, runlog
 
 PACKAGES = ("torch", "open_clip_torch", "timm", "bitsandbytes", "triton")
 
@@ -47,7 +47,7 @@ def run(model: str, batch: int, rounds: int, file: Path | None = None) -> list[d
 
 def measure(model: str, batch: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """One row a way to hold and multiply the weights, 16 bit first. They take turns, because machines are noisy in phases."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = precision.dtype(precision.of(device))
     whole = _tower(model, dtype, device)
     size = whole.image_size if isinstance(whole.image_size, tuple) else (whole.image_size, whole.image_size)
     pixels = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -81,7 +81,9 @@ def measure(model: str, batch: int, rounds: int, device: torch.device) -> list[d
 def _tower(model: str, dtype: torch.dtype, device: torch.device) -> Any:
     """The image tower alone, drawn on the device: a CPU would take minutes for two billion weights."""
     with streaming.empty_parameters():
-        clip = open_clip.create_model(model, precision="bf16" if dtype == torch.bfloat16 else "fp32", pretrained_hf=False)
+        clip = open_clip.create_model(model, pretrained_hf=False)
+        if dtype == torch.bfloat16:
+            casts.to_bf16(clip)
     tower: Any = clip.visual
     torch.manual_seed(0)
     for module in tower.modules():

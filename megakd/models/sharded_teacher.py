@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megakd.models import streaming, towers
 from megakd.models.embeddings import Embeddings
 from megakd.models.student import normalised
+from megakd.runtime import precision
 from megakd.runtime.launch import World
 from megakd.runtime.partition import Partitioned, Partitioner
 
@@ -51,7 +52,7 @@ class ShardedTeacher:
         self._scale = clip.logit_scale.detach().float().exp().reshape(())
         bias = getattr(clip, "logit_bias", None)
         self._bias = None if bias is None else bias.detach().float().reshape(())
-        self.dtype = next(p.dtype for p in image.module.parameters() if p.dtype.is_floating_point)
+        self.dtype = built.dtype
 
     @property
     def width(self) -> int:
@@ -94,14 +95,15 @@ def build_sharded_teacher(
 ) -> ShardedTeacher:
     """The partitioned teacher of a recipe with its weights loaded: a collective.
 
-    config: from `partition.settings`. int8: None keeps 16 bits on a GPU and float32 on a CPU. without_text: for images alone.
+    config: from `partition.settings`. int8: None keeps bf16 or float32, as `precision.of` says. without_text: for images alone.
     Raises ValueError on every rank as `streaming.load` does.
     """
     if "multimodal_cfg" in description.config:
         raise ValueError(f"{description.role}: a CoCa model's towers cannot be partitioned; set teacher.mode to a replicated one")
-    precision: towers.Precision = "bf16" if world.device.type == "cuda" else "fp32"
     partitioner = Partitioner(config, world)
-    built = streaming.load(description, world, precision, int8=int8, place=partitioner.partition, without_text=without_text)
+    built = streaming.load(
+        description, world, precision.of(world.device), int8=int8, place=partitioner.partition, without_text=without_text
+    )
     clip: Any = built.clip
     text = None
     if without_text:

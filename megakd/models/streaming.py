@@ -30,6 +30,7 @@ from megakd.models.identity import preprocessing
 from megakd.models.weights import INDEX_SUFFIX, InMemory, Shape, Weights, listed, open_weights
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
+from megakd.runtime.precision import Precision
 
 log = logging.getLogger("megakd.models")
 
@@ -58,7 +59,7 @@ class Int8:
 def load(
     description: towers.Description,
     world: World,
-    precision: towers.Precision,
+    precision: Precision,
     *,
     int8: Int8 | None = None,
     place: Place | None = None,
@@ -96,7 +97,7 @@ def _raise_everywhere(failure: Exception | None, world: World) -> None:
         raise heard
 
 
-def _weights(description: towers.Description, precision: towers.Precision) -> Weights:
+def _weights(description: towers.Description, precision: Precision) -> Weights:
     if description.settings.pretrained == towers.RANDOM:
         drawn = towers.build(description, torch.device("cpu"), precision).clip
         return InMemory(drawn.state_dict(), "random weights")

@@ -1,4 +1,4 @@
-"""One interface for teachers, whatever runs behind it: here a frozen replica on every rank, bf16 on a GPU and fp32 on a CPU.
+"""One interface for teachers, whatever runs behind it: here a frozen replica on every rank.
 
 A teacher that is sharded, quantised or read from a store implements the same two attributes and one method.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 from megakd.models import towers
 from megakd.models.embeddings import Embeddings
 from megakd.models.student import encode_images, encode_texts
+from megakd.runtime import precision
 
 
 class Teacher(Protocol):
@@ -42,7 +43,7 @@ class ReplicatedTeacher:
         self._scale = self._clip.logit_scale.detach().float().exp().reshape(())  # type: ignore[operator, union-attr]
         bias = getattr(self._clip, "logit_bias", None)
         self._bias = None if bias is None else bias.detach().float().reshape(())
-        self.dtype = next(p.dtype for p in self._clip.parameters() if p.is_floating_point())
+        self.dtype = built.dtype
 
     @property
     def width(self) -> int:
@@ -58,5 +59,4 @@ class ReplicatedTeacher:
 
 def build_teacher(description: towers.Description, device: torch.device) -> ReplicatedTeacher:
     """The teacher of a recipe with its weights loaded. Raises ValueError as `towers.build` does."""
-    precision: towers.Precision = "bf16" if device.type == "cuda" else "fp32"
-    return ReplicatedTeacher(towers.build(description, device, precision))
+    return ReplicatedTeacher(towers.build(description, device, precision.of(device)))

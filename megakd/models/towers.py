@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import open_clip
 import torch
@@ -24,13 +24,15 @@ from open_clip.transform import PreprocessCfg
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from megakd.models import casts
 from megakd.models.weights import INDEX_SUFFIX
 from megakd.recipe import Model
+from megakd.runtime import precision as precisions
+from megakd.runtime.precision import Precision
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 RANDOM = "random"
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,15 @@ class Description:
 
 @dataclass(frozen=True)
 class Towers:
-    """A built model with what its data needs. `config` and `preprocess` are open_clip's, so `export` can write them back."""
+    """A built model with what its data needs. `config` and `preprocess` are open_clip's, so `export` can write them back.
+
+    dtype: of the pixels that the model takes. Its parameters do not tell: some of a bf16 model's are float32 (see `casts.to_bf16`).
+    """
 
     clip: nn.Module
     description: Description
     preprocess: PreprocessCfg
+    dtype: torch.dtype = torch.float32
 
 
 def describe(settings: Model, role: str) -> Description:
@@ -172,7 +178,7 @@ def _vocabulary_size(tokenizer: Any) -> int | None:
 def build(description: Description, device: torch.device, precision: Precision = "fp32", *, load_weights: bool = True) -> Towers:
     """The model with its weights on `device`. Random initialisation draws from torch's global generator: seed it before.
 
-    load_weights: False makes the architecture alone, on torch's meta device for example.
+    load_weights: False makes the architecture alone, on torch's meta device for example. precision: see `casts.to_bf16`.
 
     Raises ValueError when the weights do not fit the architecture, with open_clip's list of the tensors that differ.
     """
@@ -181,7 +187,7 @@ def build(description: Description, device: torch.device, precision: Precision =
     pretrained = settings.pretrained if load_weights else None
     try:
         if settings.architecture is not None:
-            clip = _from_architecture(description, precision, device)
+            clip = _from_architecture(description, device)
             if pretrained is not None:
                 load_checkpoint(clip, pretrained, strict=True, weights_only=True, device="cpu")
         else:
@@ -190,7 +196,6 @@ def build(description: Description, device: torch.device, precision: Precision =
                 settings.model or "",
                 pretrained=pretrained,
                 load_weights=load_weights,
-                precision=precision,
                 device=device,
                 require_pretrained=required,
             )
@@ -204,16 +209,18 @@ def build(description: Description, device: torch.device, precision: Precision =
     except (RuntimeError, KeyError) as error:
         source = settings.pretrained or settings.model
         raise ValueError(f"{description.role}: {source!r} does not give a model: {error}") from error
+    if precision == "bf16":
+        casts.to_bf16(clip)  # with its weights: the logit scale is read in float32
     visual: Any = clip.visual
     preprocess = {field.name: visual.preprocess_cfg[field.name] for field in fields(PreprocessCfg)}
-    return Towers(clip, description, PreprocessCfg(**preprocess))
+    return Towers(clip, description, PreprocessCfg(**preprocess), precisions.dtype(precision))
 
 
-def _from_architecture(description: Description, precision: Precision, device: torch.device) -> nn.Module:
+def _from_architecture(description: Description, device: torch.device) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         config = {"model_cfg": description.config, "preprocess_cfg": description.preprocess}
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-        model: nn.Module = open_clip.create_model(f"local-dir:{folder}", precision=precision, device=device)
+        model: nn.Module = open_clip.create_model(f"local-dir:{folder}", device=device)
     return model
 
 

@@ -29,6 +29,7 @@ from megakd.planning.watch import Watch, fused_attention
 from megakd.planning.zero import Settings
 from megakd.recipe import Model, Recipe
 from megakd.runtime.partition import gathered_together
+from megakd.runtime.precision import Precision
 
 META = torch.device("meta")
 # A Linear multiplies two operands, and its gradient is two products of the same size.
@@ -146,19 +147,19 @@ def name_of(settings: Model) -> str:
     return settings.model or "own architecture"
 
 
-def _build(description: towers.Description, precision: towers.Precision) -> towers.Towers:
+def _build(description: towers.Description, precision: Precision) -> towers.Towers:
     with _quiet(), META:
         return towers.build(description, META, precision, load_weights=False)
 
 
-def teacher(settings: Model, micro: int, local: int, cuda: bool, partition: Settings) -> TeacherCost:
-    """Cost of a teacher on `local` pairs a rank in pieces of `micro`, bf16 on CUDA and fp32 on a CPU as `build_teacher` has it.
+def teacher(settings: Model, micro: int, local: int, precision: Precision, partition: Settings) -> TeacherCost:
+    """Cost of a teacher on `local` pairs a rank in pieces of `micro`.
 
     partition: how DeepSpeed would partition it.
     """
     description = describe(settings, "teacher")
-    built = _build(description, "bf16" if cuda else "fp32")
-    clip, dtype = built.clip.eval().requires_grad_(False), torch.bfloat16 if cuda else torch.float32
+    built = _build(description, precision)
+    clip, dtype = built.clip.eval().requires_grad_(False), built.dtype
     pixels, tokens = _inputs(built, micro, dtype)
     flops = [_flops(call, [given[:1]]) for call, given in _calls(clip, pixels, tokens)]
     wide = _forms(clip, pixels, tokens, partition)

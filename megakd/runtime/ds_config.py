@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from megakd.recipe import Recipe
+from megakd.runtime.precision import Precision
 
 BUILT_IN = "(built-in default)"
 
 
-def read(path: str | None, *, cuda: bool) -> tuple[dict[str, Any], str]:
-    """The JSON at `path`, or the built-in default: ZeRO-1 in bf16 on a GPU, no ZeRO in fp32 on a CPU. Returns it with its name."""
+def read(path: str | None, precision: Precision) -> tuple[dict[str, Any], str]:
+    """The JSON at `path`, or the built-in default: ZeRO-1 in bf16, or no ZeRO in fp32, as `precision` says. Returns it with its name."""
     if path is None:
-        default = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}} if cuda else {}
+        default = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}} if precision == "bf16" else {}
         return default, BUILT_IN
     if not Path(path).is_file():
         raise ValueError(f"--ds_config {path}: no such file; the repository's are in ds_configs/")

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from timm.models import register_model
+from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
+from timm.models.fastvit import FastVit
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -40,6 +43,47 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 
+_NATIVE = {"image_size": 48, "patch_size": 16, "width": 48, "layers": 2, "head_width": 16}
+_POOLED = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 4}
+# What else open_clip builds, each with layers or buffers of its own kind.
+OTHERS: dict[str, dict[str, Any]] = {
+    "ResNet": {"embed_dim": 32, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}, "text_cfg": TEXT},
+    "ConvNeXt": {"embed_dim": 32, "vision_cfg": _timm("megakd_narrow_convnext", "avg", None), "text_cfg": TEXT},
+    "timm ViT": {"embed_dim": 32, "vision_cfg": _timm("megakd_narrow_siglip", "avg", None), "text_cfg": TEXT},
+    "Swin": {"embed_dim": 32, "vision_cfg": _timm("megakd_narrow_swin", "avg", None), "text_cfg": TEXT},
+    "MobileCLIP": {"embed_dim": 32, "vision_cfg": _timm("megakd_narrow_fastvit", "avg", None), "text_cfg": TEXT, "custom_text": True},
+    "layer scales": {
+        "embed_dim": 32,
+        "vision_cfg": {**_NATIVE, "ls_init_value": 0.1, "pos_embed_type": "sin_cos_2d"},
+        "text_cfg": {**TEXT, "ls_init_value": 0.1, "embed_cls": True, "pad_id": 0},
+        "custom_text": True,
+    },
+    "CoCa": {
+        "embed_dim": 32,
+        "vision_cfg": {**_NATIVE, **_POOLED, "output_tokens": True},
+        "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {"context_length": 24, "vocab_size": WORDS, "width": 48, "heads": 3, "layers": 1},
+        "custom_text": True,
+    },
+}
+KINDS = ARCHITECTURES | OTHERS
+
+
+@register_model
+def megakd_narrow_convnext(pretrained: bool = False, **settings: Any) -> nn.Module:
+    return ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 32, 48), **_known(settings))
+
+
+@register_model
+def megakd_narrow_swin(pretrained: bool = False, **settings: Any) -> nn.Module:
+    shape = {"img_size": 48, "patch_size": 4, "window_size": 3, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2)}
+    return SwinTransformer(**shape, **_known(settings))
+
+
+@register_model
+def megakd_narrow_fastvit(pretrained: bool = False, **settings: Any) -> nn.Module:
+    return FastVit(layers=(1, 1, 1, 1), embed_dims=(8, 16, 32, 64), mlp_ratios=(2, 2, 2, 2), **_known(settings))
+
 
 @register_model
 def megakd_narrow_eva(pretrained: bool = False, **settings: Any) -> nn.Module:
@@ -64,7 +108,7 @@ def _known(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe(name: str, pretrained: str) -> towers.Description:
-    return described(ARCHITECTURES[name], pretrained)
+    return described(KINDS[name], pretrained)
 
 
 def described(architecture: dict[str, Any], pretrained: str) -> towers.Description:
@@ -83,10 +127,10 @@ def build(name: str, seed: int = 5) -> nn.Module:
     return clip
 
 
-def inputs(rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels (rows, 3, 48, 48) and tokens (rows, 24) with an end of text, the largest number, somewhere."""
+def inputs(rows: int, seed: int = 0, size: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels (rows, 3, size, size) and tokens (rows, 24) with an end of text, the largest number, somewhere."""
     generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randn(rows, 3, 48, 48, generator=generator)
+    pixels = torch.randn(rows, 3, size, size, generator=generator)
     tokens = torch.randint(1, WORDS - 1, (rows, 24), generator=generator)
     ends = torch.randint(4, 24, (rows,), generator=generator)
     tokens[torch.arange(24) > ends[:, None]] = 0

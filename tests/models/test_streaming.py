@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megakd.models import streaming, towers
 from megakd.models.weights import SafetensorsFiles
 from megakd.runtime.launch import World
+from megakd.runtime.precision import Precision
 
 HERE = World(0, 1, torch.device("cpu"))
 NAMES = sorted(ARCHITECTURES)
@@ -49,7 +50,7 @@ def _assert_same(a: nn.Module, b: nn.Module, dtype: torch.dtype = torch.float32)
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_streamed_model_is_the_one_that_open_clip_loads(name: str, precision: towers.Precision, files: dict[str, str]) -> None:
+def test_a_streamed_model_is_the_one_that_open_clip_loads(name: str, precision: Precision, files: dict[str, str]) -> None:
     teacher = describe(name, files[name])
     streamed = streaming.load(teacher, HERE, precision)
     loaded = towers.build(teacher, HERE.device, precision)

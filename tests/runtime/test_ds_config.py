@@ -34,7 +34,7 @@ def _error(config: dict[str, Any], recipe: Recipe, ranks: int = 2) -> str:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_json_resolves_to_a_config_without_auto(path: Path, recipe: Recipe) -> None:
-    config, name = ds_config.read(str(path), cuda=False)
+    config, name = ds_config.read(str(path), "fp32")
     resolved = ds_config.resolve(config, recipe, 2, config_name=name, recipe_name="r.toml")
     assert '"auto"' not in json.dumps(resolved)
     assert resolved["train_batch_size"] == 16
@@ -134,11 +134,11 @@ def test_what_megakd_does_not_run_is_refused_with_key_and_remedy(config: dict[st
 
 def test_a_missing_or_broken_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
-        ds_config.read(str(tmp_path / "none.json"), cuda=False)
+        ds_config.read(str(tmp_path / "none.json"), "fp32")
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     with pytest.raises(ValueError, match=r"broken\.json: not valid JSON"):
-        ds_config.read(str(broken), cuda=False)
+        ds_config.read(str(broken), "fp32")
     broken.write_text("[]")
     with pytest.raises(ValueError, match="an object"):
-        ds_config.read(str(broken), cuda=False)
+        ds_config.read(str(broken), "fp32")
