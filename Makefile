@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install smoke test test-slow faults lint types bench bench-kernels gpu clean
+.PHONY: help install smoke test test-slow faults lint types bench bench-kernels gpu gpu-wheels clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -45,18 +45,32 @@ bench: $(INSTALLED)  ## the two comparisons with open_clip
 bench-kernels: $(INSTALLED)  ## the losses of kernels/ against each other and against others' (BENCH="--sizes 1k 8k --budget 120")
 	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/run.py $(BENCH)
 
-# Such a machine may be lent for minutes, without a network: nothing is installed, and the limits add up to less than 9 minutes.
-gpu:  ## on a machine with a CUDA device: the kernels' gpu tests and benchmarks, with its own python (OUT=folder for copies)
+# Such a machine may be lent for minutes, without a network. What its python lacks may be carried there: `make gpu-wheels` here, for the
+# Python GPU_TARGET, fills .gpu-wheels (50 MB), which `make gpu` there installs beside itself. The limits add up to less than 9 minutes.
+GPU_TARGET ?= 3.12
+GPU_NEEDS := open_clip_torch ftfy wcwidth pydantic pydantic_core annotated-types typing-inspection submitit bitsandbytes
+GPU_BUILT := deepspeed hjson
+pinned = $(foreach name,$(1),$(shell grep -iE '^$(subst -,[-_],$(name))==' constraints.txt || echo $(name)))
+
+gpu-wheels: $(INSTALLED)  ## wheels that `make gpu` needs on a machine without a network, into .gpu-wheels
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_TARGET) \
+	$(foreach tag,manylinux_2_28 manylinux_2_24 manylinux_2_17 manylinux2014,--platform $(tag)_x86_64) -d .gpu-wheels $(call pinned,$(GPU_NEEDS))
+	$(BIN)/python -m pip wheel --quiet --no-deps -w .gpu-wheels $(call pinned,$(GPU_BUILT))
+
+gpu: export PYTHONPATH := kernels:.:$(CURDIR)/.gpu-site
+gpu:  ## on a machine with a CUDA device: gpu tests, benchmarks and whole runs, with its own python (OUT=folder for copies)
 	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no CUDA device: torch " + torch.__version__ + " of " + sys.executable + " sees none")'
 	@nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
+	@test ! -d .gpu-wheels || $(GPU_PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target .gpu-site .gpu-wheels/*.whl
 	@status=0; parallel=$$($(GPU_PYTHON) -c 'import xdist; print("-n 6")' 2>/dev/null); \
-	PYTHONPATH=kernels:. timeout 190 $(GPU_PYTHON) -m pytest tests/kernels -m gpu --noconftest --continue-on-collection-errors -p no:cacheprovider --timeout 120 -q $$parallel || status=$$?; \
-	PYTHONPATH=kernels timeout 250 $(GPU_PYTHON) kernels/benchmarks/run.py --device cuda --budget 200 $(if $(OUT),--copy-to $(OUT)) $(BENCH) || status=$$?; \
-	PYTHONPATH=kernels timeout 20 $(GPU_PYTHON) kernels/benchmarks/run.py --device cuda --check || true; \
-	if $(GPU_PYTHON) -c 'import open_clip, pydantic, typer, bitsandbytes'; then \
-	PYTHONPATH=kernels:. timeout 70 $(GPU_PYTHON) -m megakd.cli bench teacher-speed $(if $(OUT),--json $(OUT)/teacher-speed.json) || status=$$?; \
-	else echo 'int8 teachers: not measured, this python lacks what the line above names'; fi; \
+	timeout 150 $(GPU_PYTHON) -m pytest tests/kernels -m gpu --noconftest --continue-on-collection-errors -p no:cacheprovider --timeout 120 -q $$parallel || status=$$?; \
+	timeout 180 $(GPU_PYTHON) kernels/benchmarks/run.py --device cuda --budget 140 $(if $(OUT),--copy-to $(OUT)) $(BENCH) || status=$$?; \
+	timeout 20 $(GPU_PYTHON) kernels/benchmarks/run.py --device cuda --check || true; \
+	if $(GPU_PYTHON) -c 'import bitsandbytes, deepspeed, open_clip, pydantic, submitit, typer'; then \
+	timeout 120 $(GPU_PYTHON) -m pytest tests/training/test_gpu_runs.py -m gpu -p no:cacheprovider --durations 0 -q $$parallel || status=$$?; \
+	timeout 60 $(GPU_PYTHON) -m megakd.cli bench teacher-speed $(if $(OUT),--json $(OUT)/teacher-speed.json) || status=$$?; \
+	else echo 'whole runs and int8 teachers: not run, this python lacks what the line above names; `make gpu-wheels` elsewhere fetches it'; fi; \
 	exit $$status
 
 clean:  ## remove the environment and what building left behind
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .gpu-wheels .gpu-site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
