@@ -14,6 +14,7 @@ Source: PythonEvaluationTools/vqaEvaluation/vqaEval.py of https://github.com/GT-
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = ("a", "an", "the")
@@ -47,6 +48,22 @@ def _contractions() -> dict[str, str]:
 
 
 CONTRACTIONS = _contractions()
+# VizWiz's program has the same words with a typographic apostrophe on both sides, but for eight meanings and two spellings.
+_APOSTROPHE, _STRAIGHT = "’", ("aint", "arent", "cant", "couldve", "couldnt", "weve", "wheres", "whove")
+_STRAIGHT_WRITTEN = ("couldn'tve", "hadn'tve")
+
+
+def _vizwiz_contractions() -> dict[str, str]:
+    def curled(word: str) -> str:
+        return word.replace("'", _APOSTROPHE)
+
+    return {
+        written if written in _STRAIGHT_WRITTEN else curled(written): meant if written in _STRAIGHT else curled(meant)
+        for written, meant in CONTRACTIONS.items()
+    }
+
+
+VIZWIZ_CONTRACTIONS = _vizwiz_contractions()
 
 
 def trimmed(answer: str) -> str:
@@ -64,15 +81,23 @@ def without_punctuation(answer: str) -> str:
     return _FULL_STOP.sub("", result, count=_STOPS_AT_MOST)
 
 
-def without_articles(answer: str) -> str:
+def without_articles(answer: str, contractions: Mapping[str, str] = CONTRACTIONS) -> str:
     """The second half: lower case, number words as digits, articles dropped, contractions with their apostrophe."""
     words = [NUMBER_WORDS.get(word, word) for word in answer.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    return " ".join(contractions.get(word, word) for word in words if word not in ARTICLES)
 
 
 def normalised(answer: str) -> str:
     """VQAv2's processing, of a trimmed answer, where the people disagree."""
     return without_articles(without_punctuation(answer))
+
+
+def vizwiz_normalised(answer: str) -> str:
+    """VizWiz's processing: VQAv2's with its own table, by which "dont" becomes "don’t", and "don't" stays as it is.
+
+    Source: vqaEvaluation/vqaEval.py of VizWiz's Python API, https://vizwiz.org/tasks-and-datasets/vqa/ ("Code")
+    """
+    return without_articles(without_punctuation(answer), VIZWIZ_CONTRACTIONS)
 
 
 def textvqa_normalised(answer: str) -> str:

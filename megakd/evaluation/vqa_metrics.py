@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megakd.data.question_formats import LETTERS, Question
-from megakd.evaluation.answer_normalisation import normalised, textvqa_normalised, trimmed
+from megakd.evaluation.answer_normalisation import normalised, textvqa_normalised, trimmed, vizwiz_normalised
 
 UNANSWERABLE = "unanswerable"
 _FULL_SCORE = 3  # people besides the one left out who must agree
-_LLAVA_LETTERS = 5
+_LLAVA_LETTERS = "ABCDE"
 
 
 class Answered(NamedTuple):
@@ -51,12 +51,12 @@ def textvqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def vizwiz_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """The same formula with the prediction always processed, by VQAv2's rules, and the people's answers never.
+    """The same formula with the prediction always processed, by VizWiz's own table of contractions, and the people's answers never.
 
     They are published processed; an answer that is not ("don't know.") cannot be matched. Source: VQAEval of VizWiz's Python API,
     https://vizwiz.org/tasks-and-datasets/vqa/ ("Code")
     """
-    said = normalised(trimmed(prediction))
+    said = vizwiz_normalised(trimmed(prediction))
     return float(said == answers[0]) if len(answers) == 1 else _leave_one_out(said, answers)
 
 
@@ -81,15 +81,17 @@ def pope_says_yes(prediction: str) -> bool:
 
 
 def scienceqa_letter(prediction: str, choices: int) -> str | None:
-    """The option that a prediction names, as LLaVA reads it: "B", "B. ...", or "The answer is B"; None of anything else.
+    """The option that a prediction names, as LLaVA reads it: "B", "B. ...", or "The answer is B" once and with any sign after it.
 
-    A line break counts as a full stop; "The answer is B." is looked for before the same without its full stop; a letter that the
-    problem does not have is None, even if another one follows. Source: LLaVA llava/eval/eval_science_qa.py
+    None of anything else: white space before the letter, "B." alone, two answers, a letter beyond E or that the problem does not have.
+    Source: LLaVA llava/eval/eval_science_qa.py
     """
-    text, letters = prediction.replace("\n", ". "), LETTERS[: max(choices, _LLAVA_LETTERS)]
-    patterns = (rf"\s*([{letters}])\s*$", rf"([{letters}])\. ", rf".*?The answer is ([{letters}])\.", rf".*?The answer is ([{letters}])")
-    found = next(filter(None, (re.match(pattern, text, re.DOTALL) for pattern in patterns)), None)
-    return found[1] if found and found[1] in LETTERS[:choices] else None
+    if prediction[:1] in _LLAVA_LETTERS and (len(prediction) == 1 or prediction[1:3] == ". "):
+        found = prediction[0]
+    else:
+        named = re.findall(r"The answer is ([A-Z]).", prediction)
+        found = named[0] if len(named) == 1 else ""
+    return found if found and found in _LLAVA_LETTERS[:choices] else None
 
 
 def _exact(question: Question, prediction: str) -> float:
@@ -133,7 +135,7 @@ def _answerability(pairs: Sequence[Answered]) -> dict[str, Any]:
     for question, said, asked in pairs:
         if "answerable" in question.meta:
             truth = question.meta["answerable"] == 0
-            known.append((normalised(trimmed(said)) == UNANSWERABLE if asked else not truth, truth))
+            known.append((vizwiz_normalised(trimmed(said)) == UNANSWERABLE if asked else not truth, truth))
     if not known:
         return {}
     tp, fp, fn = (known.count(case) for case in ((True, True), (True, False), (False, True)))
@@ -243,7 +245,10 @@ METRICS: Mapping[str, Metric] = {
             "answerable": lambda question: ["yes" if question.meta["answerable"] else "no"] if "answerable" in question.meta else [],
         },
         _answerability,
-        caveats=("unanswerable: from the answer alone; VizWiz's answerability task ranks by a confidence, which answers do not have",),
+        caveats=(
+            "unanswerable: from the answer alone; VizWiz's answerability task ranks by a confidence, which answers do not have",
+            "contractions as in VizWiz's program: most get a typographic apostrophe, which no straight one of the people matches",
+        ),
     ),
     "gqa": Metric(
         "exact match",
@@ -268,7 +273,10 @@ METRICS: Mapping[str, Metric] = {
             "context": _context,
             "grade": lambda question: [grade] if (grade := _grade(question)) else [],
         },
-        caveats=("an answer that names no option is wrong, as in LLaVA's program; ScienceQA's own draws one at random",),
+        caveats=(
+            "an answer that names no option is wrong, as in LLaVA's program; ScienceQA's own draws one at random",
+            "as in LLaVA's program 'B', 'B. ...' and one 'The answer is B.' name an option, and nothing else; a sixth option has no letter",
+        ),
     ),
     "pope": Metric(
         "accuracy",

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from megakd.data.question_formats import Question
-from megakd.evaluation.answer_normalisation import CONTRACTIONS, NUMBER_WORDS, normalised, textvqa_normalised, trimmed
+from megakd.evaluation.answer_normalisation import (
+    CONTRACTIONS,
+    NUMBER_WORDS,
+    normalised,
+    textvqa_normalised,
+    trimmed,
+    vizwiz_normalised,
+)
 from megakd.evaluation.vqa_metrics import (
     METRICS,
     Answered,
@@ -63,6 +70,38 @@ def test_vizwiz_never_processes_the_peoples_answers_and_always_the_prediction() 
     assert vizwiz_accuracy("Yes.", ("yes",) * 10) == 1.0
     assert vizwiz_accuracy("yes", ("Yes",) * 9 + ("no",)) == 0.0
     assert vizwiz_accuracy("Yes", ("Yes",) * 9 + ("no",)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("Dont know.", "don’t know"),
+        ("don't know", "don't know"),  # already spelled: nothing is done
+        ("cant", "can't"),  # eight words gain a straight one
+        ("weve wheres whove", "we've where's who've"),
+        ("aint arent couldve couldnt", "ain't aren't could've couldn't"),
+        ("couldn'tve hadn'tve", "couldn’t’ve hadn’t’ve"),
+        ("couldn’tve", "couldn’tve"),  # the two whose written form has a straight one alone
+        ("couldnt’ve she’dve", "couldn’t’ve she’d’ve"),
+        ("couldnt've she'dve", "couldnt've she'dve"),
+        ("somebody’d", "somebodyd"),
+        ("twas", "’twas"),
+        ("Im Ive", "im ive"),
+        ("two cans, the red ones", "2 cans red ones"),
+        ("unanswerable.", "unanswerable"),
+    ],
+)
+def test_vizwiz_has_a_table_of_contractions_of_its_own(said: str, expected: str) -> None:
+    assert vizwiz_normalised(said) == expected
+    assert vizwiz_accuracy(said, (expected,) * 10) == 1.0
+
+
+def test_a_contraction_that_vqav2_spells_out_scores_nothing_in_vizwiz() -> None:
+    people = ("don't know",) * 9 + ("dunno",)
+    assert vqa_accuracy("dont know", people) == 1.0
+    assert vizwiz_accuracy("dont know", people) == 0.0
+    assert vizwiz_accuracy("cant", ("can't",) * 10) == 1.0
+    assert any("typographic apostrophe" in caveat for caveat in METRICS["vizwiz"].caveats)
 
 
 def test_a_sole_answer_is_an_exact_match() -> None:
@@ -243,23 +282,46 @@ def test_pope_of_a_model_that_never_says_yes_is_defined() -> None:
     ("said", "letter"),
     [
         ("B", "B"),
-        (" B ", "B"),
+        (" B", None),  # the answers' file is read as it is; our answers have no white space at their ends
+        ("B ", None),
         ("B. blue", "B"),
+        ("B.  ", "B"),
+        ("B. ", "B"),
         ("B.", None),  # LLaVA wants a space after the full stop
-        ("B\nblue", "B"),  # a line break is a full stop
+        ("B.\nblue", None),
+        ("B\nblue", None),
+        ("B: blue", None),
+        ("(B)", None),
+        ("C. The answer is A.", "C"),  # what it begins with counts first
         ("The answer is C.", "C"),
-        ("I think. The answer is C", "C"),
-        ("The answer is A or rather The answer is B.", "B"),  # the one with a full stop first
-        ("The answer is E. The answer is A", None),  # three choices: E is none of them
+        ("The answer is C", None),  # it wants one more sign
+        ("The answer is C!", "C"),
+        ("The answer is C\nbecause", None),  # but no line break
+        ("The answer is Blue.", "B"),  # any sign
+        ("I think. The answer is C, for it is green", "C"),
+        ("the answer is C.", None),
+        ("The answer is  C.", None),
+        ("The answer is A or rather The answer is B.", None),  # two answers are none
+        ("The answer is A. The answer is A.", None),
+        ("The answer is E. The answer is A", None),  # the one with a sign after it is E, of three choices
+        ("The answer is D.", None),
         ("D", None),
         ("b", None),
         ("blue", None),
         ("", None),
         ("AB", None),
+        ("FAILED", None),
     ],
 )
 def test_scienceqa_letters_are_read_as_llava_reads_them(said: str, letter: str | None) -> None:
     assert scienceqa_letter(said, 3) == letter
+
+
+def test_scienceqa_has_five_letters_whatever_the_problem_has() -> None:
+    assert [scienceqa_letter(letter, 7) for letter in "DEF"] == ["D", "E", None]
+    assert scienceqa_letter("The answer is F.", 7) is None
+    assert scienceqa_letter("F. six", 7) is None
+    assert any("a sixth option has no letter" in caveat for caveat in METRICS["scienceqa"].caveats)
 
 
 def test_scienceqa_by_subject_context_and_grade() -> None:
