@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,16 +11,38 @@ from torch import Tensor
 from megakd.evaluation.encoder import Encoder
 
 # Legend: N images, D embedding width.
+KEY = "negatives"
+
+
+def negatives_of(own: dict[str, Any], where: str) -> dict[str, str]:
+    """A sample's false captions by kind, {} where it has none. Raises ValueError for another form than {KIND: FALSE CAPTION}."""
+    found = own.get(KEY, {})
+    form = f'its .json needs {{"{KEY}": {{KIND: FALSE CAPTION, ...}}}}, a text for each kind; name several of one kind KIND_1, KIND_2'
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: its negatives are a {type(found).__name__}: {form}")
+    for kind, text in found.items():
+        if not isinstance(text, str) or not text.strip():
+            held = "no text" if isinstance(text, str) else f"a {type(text).__name__}"
+            raise ValueError(f"{where}: its negative {kind!r} holds {held}: {form}")
+    return found
+
+
+def margins(encoder: Encoder, image_ND: Tensor, captions: Sequence[str], negatives: Sequence[dict[str, str]]) -> dict[str, Tensor]:
+    """By kind of negative: how much nearer the true caption is than the false one, (n,) for the n samples that have one; NaN of a NaN."""
+    true_N = (image_ND * encoder.texts(captions)).sum(dim=1)
+    found = {}
+    for kind in sorted({kind for own in negatives for kind in own}):
+        rows = [index for index, own in enumerate(negatives) if kind in own]
+        false_n = (image_ND[rows] * encoder.texts([negatives[index][kind] for index in rows])).sum(dim=1)
+        found[kind] = true_N[torch.tensor(rows)] - false_n
+    return found
 
 
 def choices(
     encoder: Encoder, image_ND: Tensor, captions: Sequence[str], negatives: Sequence[dict[str, str]]
 ) -> dict[str, dict[str, float]]:
     """By kind of negative: {"accuracy": fraction where the true caption wins, "pairs": how many}. Chance is 0.5; a tie is a loss."""
-    true_N = (image_ND * encoder.texts(captions)).sum(dim=1)
-    results = {}
-    for kind in sorted({kind for own in negatives for kind in own}):
-        rows = [index for index, own in enumerate(negatives) if kind in own]
-        false_n = (image_ND[rows] * encoder.texts([negatives[index][kind] for index in rows])).sum(dim=1)
-        results[kind] = {"accuracy": (true_N[torch.tensor(rows)] > false_n).double().mean().item(), "pairs": len(rows)}
-    return results
+    return {
+        kind: {"accuracy": (margin_n > 0).double().mean().item(), "pairs": len(margin_n)}
+        for kind, margin_n in margins(encoder, image_ND, captions, negatives).items()
+    }

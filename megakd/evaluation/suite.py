@@ -1,63 +1,62 @@
 """All evaluations that a recipe names, over all ranks, as one nested dict: what `evaluation.json` holds.
 
-Images are split over the ranks and their embeddings gathered; every rank then scores the whole set, so that all return the same.
+Images are split over the ranks and what they give is gathered; every rank then scores the whole set, so that all return the same.
+A sample that cannot be read is wrong in every number of its set. Raises ValueError, on every rank, when more than
+data.max_bad_fraction of a set are unreadable, and when an embedding is not finite: no comparison with NaN becomes a score.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megakd.data.evaluation_loader import EvaluationBatch, Field, evaluation_batches
+from megakd.data.bad import BadCounter
+from megakd.data.evaluation_loader import EvaluationBatch, Field, Unreadable, evaluation_batches
 from megakd.data.shards import ShardSet
 from megakd.data.views import TowerView
 from megakd.evaluation import compositional, retrieval, zeroshot
 from megakd.evaluation.encoder import Encoder
+from megakd.evaluation.sets import Sets, check_label, lost_in, open_sets
 from megakd.models.towers import parameters_in
-from megakd.recipe import Recipe
 from megakd.runtime import collectives
 from megakd.runtime.interruptions import Interruptions
 from megakd.runtime.launch import World
+
+__all__ = ["Sets", "Suite", "open_sets"]
 
 # Legend: N samples of a set, D embedding width.
 
 
 @dataclass
-class Sets:
-    """The opened evaluation sets of a recipe, by kind and name."""
+class _Facts:
+    """What ranks have found out about the samples of a set, but for their embeddings. In the set's order.
 
-    zero_shot: dict[str, tuple[ShardSet, zeroshot.ClassSet]] = field(default_factory=dict)
-    retrieval: dict[str, ShardSet] = field(default_factory=dict)
-    hard_negatives: dict[str, ShardSet] = field(default_factory=dict)
+    contents, captions, labels: of each readable sample. margins, repeated: by kind of hard negative, see `compositional`.
+    """
 
-    def __bool__(self) -> bool:
-        return bool(self.zero_shot or self.retrieval or self.hard_negatives)
+    bad: BadCounter = field(default_factory=BadCounter)
+    unreadable: list[Unreadable] = field(default_factory=list)
+    contents: list[tuple[int, int]] = field(default_factory=list)
+    captions: list[list[str]] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    margins: dict[str, list[float]] = field(default_factory=dict)
+    repeated: dict[str, int] = field(default_factory=dict)
 
-
-def open_sets(recipe: Recipe, world: World) -> Sets:
-    """Index every evaluation set. Raises ValueError naming the recipe's key when one is missing or empty."""
-    sets = Sets()
-
-    def shards(patterns: str, key: str) -> ShardSet:
-        try:
-            return ShardSet.open_set(patterns, recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
-
-    for name, folder in recipe.evaluation.zero_shot.items():
-        key = f"evaluation.zero_shot.{name}"
-        classes = zeroshot.read_class_set(folder, key)
-        sets.zero_shot[name] = (shards(f"{folder.rstrip('/')}/test/*.tar", key), classes)
-    for name, patterns in recipe.evaluation.retrieval.items():
-        sets.retrieval[name] = shards(patterns, f"evaluation.retrieval.{name}")
-    for name, patterns in recipe.evaluation.hard_negatives.items():
-        sets.hard_negatives[name] = shards(patterns, f"evaluation.hard_negatives.{name}")
-    return sets
+    def merge(self, other: _Facts) -> None:
+        self.bad.merge(other.bad)
+        self.unreadable += other.unreadable
+        self.contents += other.contents
+        self.captions += other.captions
+        self.labels += other.labels
+        for kind, margins in other.margins.items():
+            self.margins.setdefault(kind, []).extend(margins)
+        for kind, count in other.repeated.items():
+            self.repeated[kind] = self.repeated.get(kind, 0) + count
 
 
 class Suite:
@@ -71,68 +70,108 @@ class Suite:
 
     def run(self) -> dict[str, Any]:
         """{"zero_shot": {set: ...}, "retrieval": ..., "hard_negatives": ..., "parameters": n, "images_per_second": ...}"""
+        sets = self._sets
         results: dict[str, Any] = {
-            "zero_shot": {name: self._zero_shot(*opened) for name, opened in self._sets.zero_shot.items()},
-            "retrieval": {name: self._retrieval(shards) for name, shards in self._sets.retrieval.items()},
-            "hard_negatives": {name: self._hard_negatives(shards) for name, shards in self._sets.hard_negatives.items()},
+            "zero_shot": {name: self._zero_shot(*opened, f"evaluation.zero_shot.{name}") for name, opened in sets.zero_shot.items()},
+            "retrieval": {name: self._retrieval(shards, f"evaluation.retrieval.{name}") for name, shards in sets.retrieval.items()},
+            "hard_negatives": {
+                name: self._hard_negatives(shards, f"evaluation.hard_negatives.{name}") for name, shards in sets.hard_negatives.items()
+            },
         }
         results["parameters"] = parameters_in(self._encoder.clip)
         results["images_per_second"] = self._images / self._seconds if self._seconds else None
         return results
 
-    def _zero_shot(self, shards: ShardSet, classes: zeroshot.ClassSet) -> dict[str, float]:
-        images, labels = [], []
-        for batch in self._batches(shards, ("pixels", "cls")):
-            assert batch.cls is not None
-            images.append(self._encode(batch))
-            labels.append(batch.cls)
-        label_N = self._gather(labels, torch.zeros(0, dtype=torch.int64))
-        if len(label_N) == 0 or int(label_N.max()) >= len(classes.names) or int(label_N.min()) < 0:
-            raise ValueError(
-                f"{shards.names[0]}: its labels (.cls) must be numbers from 0 to {len(classes.names) - 1}, "
-                f"one for each line of {zeroshot.CLASSES}"
-            )
-        return zeroshot.accuracies(self._gather(images), label_N, zeroshot.class_embeddings(self._encoder, classes))
+    def _zero_shot(self, shards: ShardSet, classes: zeroshot.ClassSet, key: str) -> dict[str, Any]:
+        def check(batch: EvaluationBatch) -> EvaluationBatch:
+            for index, label in zip(batch.index.tolist(), _listed(batch.cls), strict=True):
+                check_label(label, classes, shards.where(index))
+            return batch
 
-    def _retrieval(self, shards: ShardSet) -> dict[str, Any]:
-        images, texts = [], []
-        for batch in self._batches(shards, ("pixels", "captions")):
+        images, own = [], _Facts()
+        for batch in self._batches(shards, ("pixels", "cls"), own, check):
             images.append(self._encode(batch))
-            texts.append(self._encoder.texts(batch.captions or []))
-        image_ND, text_ND = self._gather(images), self._gather(texts)
-        if len(image_ND) == 0:
-            raise ValueError(f"{shards.names[0]}: no sample of this evaluation set could be read")
-        both = retrieval.recalls(image_ND, text_ND)
-        return {**both, "mean_R@1": (both["image_to_text"]["R@1"] + both["text_to_image"]["R@1"]) / 2, "pairs": len(image_ND)}
+            own.labels += _listed(batch.cls)
+        facts, lost = self._everyones(own, shards, key)
+        image_ND = self._gather(images, f"{key}: image")
+        class_CD = _finite(zeroshot.class_embeddings(self._encoder, classes), f"{key}: class")
+        scores = zeroshot.accuracies(image_ND, torch.tensor(facts.labels, dtype=torch.int64), class_CD, lost)
+        return {**scores, "unreadable": lost, "repeated_classes": len(classes.names) - len(set(classes.names))}
 
-    def _hard_negatives(self, shards: ShardSet) -> dict[str, dict[str, float]]:
-        images: list[Tensor] = []
-        captions: list[str] = []
-        negatives: list[dict[str, str]] = []
-        for batch in self._batches(shards, ("pixels", "captions", "json")):
+    def _retrieval(self, shards: ShardSet, key: str) -> dict[str, Any]:
+        """Each line of a sample's text is a caption of its image, as in CLIP_benchmark; samples of equal images share one image."""
+        images, texts, own = [], [], _Facts()
+        for batch in self._batches(shards, ("pixels", "content", "captions"), own):
             images.append(self._encode(batch))
-            captions += batch.captions or []
-            negatives += [own.get("negatives", {}) for own in batch.json or []]
-        own = compositional.choices(self._encoder, torch.cat(images), captions, negatives) if captions else {}
-        kinds = sorted(set().union(*self._everyones(sorted(own))))
-        if not kinds:
-            raise ValueError(f'{shards.names[0]}: no sample has hard negatives; its .json members need {{"negatives": {{KIND: CAPTION}}}}')
-        none = {"accuracy": 0.0, "pairs": 0}
-        pairs = torch.tensor([own.get(kind, none)["pairs"] for kind in kinds], dtype=torch.float64)
-        right = pairs * torch.tensor([own.get(kind, none)["accuracy"] for kind in kinds], dtype=torch.float64)
-        totals = collectives.start_sum(torch.cat([pairs, right]), self._world).read()
+            captions = [text.splitlines() for text in batch.captions or []]
+            texts.append(self._encoder.texts([line for lines in captions for line in lines]))
+            own.captions += captions
+            own.contents += [(high, low) for high, low in _listed(batch.content)]
+        facts, unreadable = self._everyones(own, shards, key)
+        image_ND, text_ND = self._gather(images, f"{key}: image"), self._gather(texts, f"{key}: caption")
+        first_image, image_of = _distinct(facts.contents)
+        lines = [line for captions in facts.captions for line in captions]
+        first_text, text_of = _distinct(lines)
+        image_of_T = torch.tensor(image_of, dtype=torch.int64).repeat_interleave(torch.tensor([len(own) for own in facts.captions]).long())
+        lost_images, lost_captions = _lost(facts, unreadable)
+        both = retrieval.recalls(
+            image_ND[first_image],
+            text_ND[first_text],
+            image_of_T,
+            torch.tensor(text_of).long(),
+            lost_images=lost_images,
+            lost_captions=lost_captions,
+        )
         return {
-            kind: {"accuracy": totals[len(kinds) + number] / totals[number], "pairs": int(totals[number])}
-            for number, kind in enumerate(kinds)
+            **both,
+            "mean_R@1": (both["image_to_text"]["R@1"] + both["text_to_image"]["R@1"]) / 2,
+            "pairs": len(lines) + lost_captions,
+            "images": len(first_image) + lost_images,
+            "unreadable": unreadable,
+            "repeated_captions": len(lines) - len(first_text),
+            "repeated_images": len(facts.contents) - len(first_image),
+            "blank_captions": sum(not line.strip() for line in lines),
+            "ties": retrieval.TIES,
         }
 
-    def _everyones(self, names: list[str]) -> list[list[str]]:
-        gathered: list[Any] = [names] * self._world.size
-        if self._world.size > 1:
-            torch.distributed.all_gather_object(gathered, names)
-        return gathered
+    def _hard_negatives(self, shards: ShardSet, key: str) -> dict[str, dict[str, float]]:
+        def check(batch: EvaluationBatch) -> EvaluationBatch:
+            for index, own in [*zip(batch.index.tolist(), batch.json or [], strict=True), *_known_json(batch.unreadable)]:
+                compositional.negatives_of(own, shards.where(index))
+            return batch
 
-    def _batches(self, shards: ShardSet, fields: tuple[Field, ...]) -> Iterator[EvaluationBatch]:
+        own = _Facts()
+        for batch in self._batches(shards, ("pixels", "captions", "json"), own, check):
+            captions, negatives = batch.captions or [], [found.get(compositional.KEY, {}) for found in batch.json or []]
+            image_nD = self._encode(batch)
+            for kind, margins in compositional.margins(self._encoder, image_nD, captions, negatives).items():
+                own.margins.setdefault(kind, []).extend(margins.tolist())
+            for caption, found in zip(captions, negatives, strict=True):
+                for kind, text in found.items():
+                    own.repeated[kind] = own.repeated.get(kind, 0) + (text.strip() == caption.strip())
+        facts, lost = self._everyones(own, shards, key)
+        known = [found.get(compositional.KEY, {}) for _, found in _known_json(facts.unreadable)]
+        kinds = sorted(set(facts.margins).union(*known))
+        if not kinds:
+            raise ValueError(f'{key}: no sample has hard negatives; its .json members need {{"negatives": {{KIND: FALSE CAPTION}}}}')
+        results = {}
+        for kind in kinds:
+            margins = _finite(torch.tensor(facts.margins.get(kind, []), dtype=torch.float64), f"{key}, {kind}: similarity")
+            wrong = lost - sum(kind not in found for found in known)
+            pairs = len(margins) + wrong
+            results[kind] = {"accuracy": (margins > 0).sum().item() / pairs, "pairs": pairs, "unreadable": wrong}
+            if repeated := facts.repeated.get(kind, 0):
+                results[kind]["same_as_caption"] = repeated
+        return results
+
+    def _batches(
+        self,
+        shards: ShardSet,
+        fields: tuple[Field, ...],
+        own: _Facts,
+        check: Callable[[EvaluationBatch], EvaluationBatch] = lambda batch: batch,
+    ) -> Iterator[EvaluationBatch]:
+        """This rank's batches; what is bad in them goes to `own`. check: may raise ValueError, which every rank then raises."""
         world, encoder = self._world, self._encoder
         batches = evaluation_batches(
             shards,
@@ -144,7 +183,23 @@ class Suite:
             workers=self._workers,
             pin_memory=world.device.type == "cuda",
         )
-        return self._interruptions.between(batches, len(shards), encoder.batch)
+        for batch in self._interruptions.between(map(check, batches), len(shards), encoder.batch):
+            own.bad.merge(batch.bad)
+            own.unreadable += batch.unreadable
+            if len(batch):
+                yield batch
+
+    def _everyones(self, own: _Facts, shards: ShardSet, key: str) -> tuple[_Facts, int]:
+        """The facts of all ranks in one, and how many samples could not be read. Raises ValueError when those are too many."""
+        facts = _Facts()
+        for found in collectives.everyones(own, self._world):
+            facts.merge(found)
+        facts.bad.merge(lost_in(shards))
+        try:
+            facts.bad.check(shards.data.max_bad_fraction, at_least=1)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+        return facts, facts.bad.total
 
     def _encode(self, batch: EvaluationBatch) -> Tensor:
         assert batch.pixels is not None
@@ -154,7 +209,45 @@ class Suite:
         self._images += len(image_nD)
         return image_nD
 
-    def _gather(self, pieces: list[Tensor], empty: Tensor | None = None) -> Tensor:
-        width = self._encoder.texts(["a"]).shape[1] if empty is None else 0
-        none = torch.zeros(0, width) if empty is None else empty
-        return collectives.gather_rows(torch.cat(pieces) if pieces else none, self._world)
+    def _gather(self, pieces: list[Tensor], what: str) -> Tensor:
+        """(N, D), of all ranks in rank order. Raises ValueError on every rank when one is not finite."""
+        here = torch.cat(pieces) if pieces else torch.zeros(0, self._encoder.texts(["a"]).shape[1])
+        return _finite(collectives.gather_rows(here, self._world), what)
+
+
+def _listed(values: Tensor | None) -> list[Any]:
+    return [] if values is None else values.tolist()
+
+
+def _finite(values: Tensor, what: str) -> Tensor:
+    good = values.isfinite() if values.ndim == 1 else values.isfinite().all(dim=1)
+    if not good.all():
+        raise ValueError(
+            f"{what} embeddings are not finite, {int((~good).sum())} of {len(values)} (NaN or infinite): no score means anything. "
+            "The weights are damaged or the training has diverged: take an earlier checkpoint, or lower optim.lr"
+        )
+    return values
+
+
+def _distinct(values: list[Any]) -> tuple[list[int], list[int]]:
+    """Where each different value comes first, and for each value the number of its own among those."""
+    number: dict[Any, int] = {}
+    first: list[int] = []
+    for place, value in enumerate(values):
+        if value not in number:
+            number[value] = len(first)
+            first.append(place)
+    return first, [number[value] for value in values]
+
+
+def _known_json(unreadable: Iterable[Unreadable]) -> list[tuple[int, dict[str, Any]]]:
+    return [(one.sample, one.json) for one in unreadable if one.json is not None]
+
+
+def _lost(facts: _Facts, unreadable: int) -> tuple[int, int]:
+    """Images and captions of a retrieval set that could not be read; one of each for a sample of which nothing is known."""
+    known = set(facts.contents)
+    contents = {one.content for one in facts.unreadable if one.content is not None} - known
+    nameless = unreadable - sum(one.content is not None for one in facts.unreadable)
+    captions = sum(len(one.caption.splitlines()) - 1 for one in facts.unreadable if one.caption is not None)
+    return len(contents) + nameless, unreadable + captions

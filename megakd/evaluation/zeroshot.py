@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from megakd.evaluation.encoder import Encoder
 
 # Legend: n images, C classes, T templates, D embedding width.
 
+# Control signs, line and paragraph separators: other programs end a line at some of them, and then number the classes otherwise.
+_NO_TEXT = ("Cc", "Zl", "Zp")
 CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 
 
@@ -24,32 +27,57 @@ class ClassSet:
 
 
 def read_class_set(folder: str, key: str) -> ClassSet:
-    """The two text files of a set laid out as CLIP_benchmark's. Raises ValueError naming the recipe's key and the file."""
-    lines = []
-    for file in (CLASSES, TEMPLATES):
-        path = Path(folder) / file
-        if not path.is_file():
+    """The two text files of a set laid out as CLIP_benchmark's. Raises ValueError naming the recipe's key, the file and the line."""
+    names, templates = (_lines(Path(folder) / file, f"{key} = {folder!r}") for file in (CLASSES, TEMPLATES))
+    for number, template in enumerate(templates, start=1):
+        if "{c}" not in template or set("{}") & set(template.replace("{c}", "")):
             raise ValueError(
-                f"{key} = {folder!r}: no {file} there; a zero-shot set has {CLASSES}, {TEMPLATES} and test/*.tar with .jpg and .cls"
+                f"{key} = {folder!r}: line {number} of {TEMPLATES} is {template[:80]!r}: it must hold {{c}}, which the class's "
+                "name takes the place of, and no other braces (not {} either), as in 'a photo of a {c}'"
             )
-        lines.append([line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()])
-    names, templates = lines
-    if not names or not all("{c}" in template for template in templates) or not templates:
-        raise ValueError(
-            f"{key} = {folder!r}: {CLASSES} has {len(names)} names, and every line of {TEMPLATES} must hold {{c}} for the name"
-        )
     return ClassSet(names, templates)
 
 
+def _lines(path: Path, key: str) -> list[str]:
+    """The lines, of which the last ones may be empty: an empty line between names would give all that follow another number."""
+    if not path.is_file():
+        raise ValueError(
+            f"{key}: no {path.name} there; a zero-shot set has {CLASSES} (a name for each class, in the order of their numbers), "
+            f"{TEMPLATES} (as 'a photo of a {{c}}') and test/*.tar with .jpg and .cls (the class's number, from 0)"
+        )
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{key}: {path.name} is no UTF-8 text ({error}); convert it, for example with `iconv -f latin1 -t utf8`"
+        ) from error
+    lines = [line.strip() for line in text.replace("\r\n", "\n").replace("\r", "\n").rstrip().split("\n")]
+    if lines == [""]:
+        raise ValueError(f"{key}: {path.name} is empty; it needs a line for each {'class' if path.name == CLASSES else 'template'}")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            raise ValueError(f"{key}: line {number} of {path.name} is empty, and lines that follow count from it; remove it")
+        if odd := next((sign for sign in line if unicodedata.category(sign) in _NO_TEXT and sign != "\t"), None):
+            raise ValueError(f"{key}: line {number} of {path.name} holds the control character {odd!r}: {line[:80]!r}; remove it")
+    return lines
+
+
 def class_embeddings(encoder: Encoder, classes: ClassSet) -> Tensor:
-    """(C, D): for each class the mean of its templates' unit embeddings, again of unit length."""
-    sentences = [template.replace("{c}", name) for name in classes.names for template in classes.templates]
-    rows_CTD = encoder.texts(sentences).unflatten(0, (len(classes.names), len(classes.templates)))
-    return F.normalize(rows_CTD.mean(dim=1), dim=-1)
+    """(C, D): for each class the mean of its templates' unit embeddings, again of unit length. Classes of one name get one embedding."""
+    names = list(dict.fromkeys(classes.names))
+    sentences = [template.replace("{c}", name) for name in names for template in classes.templates]
+    rows_UTD = encoder.texts(sentences).unflatten(0, (len(names), len(classes.templates)))
+    place = {name: number for number, name in enumerate(names)}
+    return F.normalize(rows_UTD.mean(dim=1), dim=-1)[[place[name] for name in classes.names]]
 
 
-def accuracies(image_nD: Tensor, label_n: Tensor, class_CD: Tensor) -> dict[str, float]:
-    """Fractions of n: {"top1": ..., "top5": ...}."""
-    best = (image_nD @ class_CD.T).topk(min(5, len(class_CD)), dim=1).indices
-    hits = best == label_n.unsqueeze(1)
-    return {"top1": hits[:, 0].double().mean().item(), "top5": hits.any(dim=1).double().mean().item(), "images": len(label_n)}
+def accuracies(image_nD: Tensor, label_n: Tensor, class_CD: Tensor, lost: int = 0) -> dict[str, float]:
+    """{"top1": ..., "top5": ..., "images": n + lost}, fractions of all images. Embeddings have to be finite.
+
+    lost: images that could not be read, on top of the rows: they count as wrong. A tie does, too: classes as near as the right one come
+    before it.
+    """
+    scores_nC = image_nD @ class_CD.T
+    before_n = (scores_nC >= scores_nC.gather(1, label_n.unsqueeze(1))).sum(dim=1) - 1
+    images = len(label_n) + lost
+    return {f"top{most}": (before_n < most).sum().item() / images for most in (1, 5)} | {"images": images}

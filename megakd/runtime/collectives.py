@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,14 @@ def share(value: object, world: World) -> object:
     if world.size > 1:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+def everyones(value: T, world: World) -> list[T]:
+    """The `value` of every rank, in rank order, on every rank."""
+    gathered: list[Any] = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def by_main(call: Callable[[], T], world: World) -> T:

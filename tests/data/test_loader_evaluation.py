@@ -107,6 +107,42 @@ def test_a_missing_or_broken_label_is_an_error_that_names_the_sample(tmp_path: P
     assert multiprocessing.active_children() == []
 
 
+def classed(folder: Path, content: bytes) -> str:
+    return str(write_tar(folder / "0.tar", [("a.jpg", jpeg(0)), ("a.cls", content)]))
+
+
+@pytest.mark.parametrize("content", [b"7", b"7\n", b" 7\r\n", b"\xef\xbb\xbf7", b"007"])
+def test_a_class_is_a_number_in_digits(tmp_path: Path, content: bytes) -> None:
+    (batch,) = batches(open_set(classed(tmp_path, content)), fields=("pixels", "cls"))
+    assert batch.cls.tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"cat", b"-1", b"7.0", b"1_0", "٣".encode(), b"9" * 30, b"9" * 9999, b"7\0", b"\x80\x03K\x07.", b"[7]"]
+)
+def test_anything_else_is_told_what_a_class_is(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"0\.tar: a: its \.cls member cannot be read: ") as found:
+        batches(open_set(classed(tmp_path, content)), fields=("pixels", "cls"))
+    assert "written in digits, from 0" in str(found.value) or "utf-8" in str(found.value)
+    assert len(str(found.value)) < 400 + len(str(tmp_path))
+
+
+def test_what_is_sound_in_a_bad_sample_comes_along(tmp_path: Path) -> None:
+    members = [
+        ("a.jpg", b"x"),
+        ("a.txt", b"b"),
+        ("a.json", b'{"n": 1}'),
+        ("b.jpg", jpeg(0)),
+        ("b.json", b"{"),
+    ]
+    (batch,) = batches(open_set(str(write_tar(tmp_path / "0.tar", members))), fields=("captions", "content", "json"))
+    first, second = batch.unreadable
+    assert first == (0, None, "b", {"n": 1})
+    assert (second.sample, second.caption, second.json) == (1, None, None)
+    (whole,) = batches(open_set(str(write_tar(tmp_path / "1.tar", [("c.jpg", jpeg(0)), ("c.txt", b"c")]))), fields=("captions", "content"))
+    assert tuple(whole.content[0].tolist()) == second.content
+
+
 def test_leaving_the_loop_early_ends_the_workers(tmp_path: Path) -> None:
     stream = evaluation_batches(
         open_set(write_set(tmp_path, 13, 2)), VIEW, rank=0, world=1, batch=2, fields=ALL, workers=2, pin_memory=False

@@ -28,7 +28,8 @@ def test_the_cutoff_counts_candidates_before_the_partner() -> None:
     similarity = torch.eye(12)
     similarity[0, 1:5] = 2
     similarity[1, 2:7] = 2
-    assert retrieval.recalls(similarity, torch.eye(12))["image_to_text"] == {"R@1": 10 / 12, "R@5": 11 / 12, "R@10": 1.0}
+    found = retrieval.recalls(similarity, torch.eye(12))["image_to_text"]
+    assert found == {cutoff: float(torch.tensor(right / 12)) for cutoff, right in {"R@1": 10, "R@5": 11, "R@10": 12}.items()}
 
 
 def test_equal_embeddings_retrieve_nothing() -> None:
@@ -111,9 +112,47 @@ def test_a_class_set_is_read_as_clip_benchmark_lays_it_out(world: Path) -> None:
     assert all("{c}" in template for template in classes.templates)
 
 
-@pytest.mark.parametrize(("names", "templates"), [("", "a {c}\n"), ("cat\n", ""), ("cat\n", "a photo\n")])
-def test_a_class_set_without_names_or_places_for_them_is_refused(tmp_path: Path, names: str, templates: str) -> None:
-    (tmp_path / "classnames.txt").write_text(names)
-    (tmp_path / "zeroshot_classification_templates.txt").write_text(templates)
-    with pytest.raises(ValueError, match=r"evaluation\.zero_shot\.mine"):
+def class_set(folder: Path, names: bytes, templates: bytes = b"a {c}\n") -> zeroshot.ClassSet:
+    (folder / "classnames.txt").write_bytes(names)
+    (folder / "zeroshot_classification_templates.txt").write_bytes(templates)
+    return zeroshot.read_class_set(str(folder), "evaluation.zero_shot.mine")
+
+
+@pytest.mark.parametrize(
+    "names", [b"cat\ndog", b"cat\r\ndog\r\n", b"\xef\xbb\xbfcat\ndog\n\n \n", b" cat \t\ndog", b"cat\rdog", b"cat\x0c\ndog\x0c\n"]
+)
+def test_class_names_are_the_lines_however_they_end(tmp_path: Path, names: bytes) -> None:
+    assert class_set(tmp_path, names).names == ["cat", "dog"]
+
+
+def test_class_names_may_have_braces_and_signs_of_any_language(tmp_path: Path) -> None:
+    names = ["{c}", "crème brûlée", "キャット", "👩‍🔬", "a, b; c"]
+    assert class_set(tmp_path, "\n".join(names).encode()).names == names
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "said"),
+    [
+        (b"", b"a {c}\n", r"classnames\.txt is empty"),
+        (b"\n \n", b"a {c}\n", r"classnames\.txt is empty"),
+        (b"cat\n", b"", r"templates\.txt is empty"),
+        (b"cat\n\ndog\n", b"a {c}", r"line 2 of classnames\.txt is empty, and lines that follow count from it"),
+        (b"caf\xe9\n", b"a {c}", r"classnames\.txt is no UTF-8 text.*iconv"),
+        (b"c\0a\0t\0", b"a {c}", r"line 1 of classnames\.txt holds the control character '\\x00'"),
+        (b"cat\nsea\x0clion\n", b"a {c}", r"line 2 of classnames\.txt holds the control character '\\x0c'"),
+        ("sea\u2028lion".encode(), b"a {c}", r"holds the control character '\\u2028'"),
+        (b"cat", b"a photo\n", r"line 1 of zeroshot_classification_templates\.txt is 'a photo': it must hold \{c\}"),
+        (b"cat", b"a {c}\na {}\n", r"line 2 of .* is 'a \{\}': it must hold \{c\}.*not \{\} either"),
+        (b"cat", b"a {{c}}", r"it must hold \{c\}"),
+        (b"cat", b"a {c} {", r"no other braces"),
+        (b"cat", b"a {C}", r"it must hold \{c\}"),
+    ],
+)
+def test_a_damaged_class_set_is_refused_with_the_line(tmp_path: Path, names: bytes, templates: bytes, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"evaluation\.zero_shot\.mine.*{said}"):
+        class_set(tmp_path, names, templates)
+
+
+def test_a_folder_that_is_no_zero_shot_set_is_told_what_one_has(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no classnames\.txt there.*\.jpg and \.cls \(the class's number, from 0\)"):
         zeroshot.read_class_set(str(tmp_path), "evaluation.zero_shot.mine")

@@ -11,9 +11,9 @@ sys.path.append(str(Path(__file__).parents[1] / "data"))
 @pytest.fixture(scope="session")
 def harness_python() -> Path:
     """A python that imports lmms-eval; skips, with the reason, where none can be made."""
-    from lmms_environment import set_up
+    from library_environments import LMMS_EVAL, set_up
 
     try:
-        return set_up()
+        return set_up(LMMS_EVAL)
     except ValueError as error:
         pytest.skip(str(error))

@@ -1,0 +1,111 @@
+"""The image-text evaluation sets that a recipe names, opened and tried before anything is trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from megakd.data.bad import BadCounter, BadSample
+from megakd.data.evaluation_loader import labelled
+from megakd.data.index import Slot
+from megakd.data.loader import caption, located
+from megakd.data.shards import Sample, ShardSet
+from megakd.data.views import decode
+from megakd.evaluation import compositional, zeroshot
+from megakd.recipe import Recipe
+from megakd.runtime import collectives
+from megakd.runtime.launch import World
+
+# So many samples of a set are tried at the start, where the first ones cannot be read.
+_TRIED = 16
+# What the indexes know and no sample that is read will tell again.
+_LOST = ("truncated_tar",)
+
+
+@dataclass
+class Sets:
+    """The opened evaluation sets of a recipe, by kind and name."""
+
+    zero_shot: dict[str, tuple[ShardSet, zeroshot.ClassSet]] = field(default_factory=dict)
+    retrieval: dict[str, ShardSet] = field(default_factory=dict)
+    hard_negatives: dict[str, ShardSet] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.zero_shot or self.retrieval or self.hard_negatives)
+
+
+def open_sets(recipe: Recipe, world: World) -> Sets:
+    """Index every evaluation set and read its first sample with all that its evaluation needs. A collective.
+
+    Raises ValueError, on every rank and naming the recipe's key, when a set is missing, empty or of another kind, and when more of its
+    samples are known to be unreadable than data.max_bad_fraction allows.
+    """
+    sets = Sets()
+
+    def shards(patterns: str, key: str, needs: tuple[Slot, ...], look: Callable[[Sample], None]) -> ShardSet:
+        try:
+            found = ShardSet.open_set(patterns, recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
+            collectives.by_main(lambda: _try(found, needs, look), world)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+        return found
+
+    for name, folder in recipe.evaluation.zero_shot.items():
+        key = f"evaluation.zero_shot.{name}"
+        classes = zeroshot.read_class_set(folder, key)
+
+        def labels(sample: Sample, classes: zeroshot.ClassSet = classes) -> None:
+            check_label(labelled(sample, "cls"), classes, sample.where)
+
+        sets.zero_shot[name] = (shards(f"{folder.rstrip('/')}/test/*.tar", key, ("image", "cls"), labels), classes)
+    for name, patterns in recipe.evaluation.retrieval.items():
+        sets.retrieval[name] = shards(patterns, f"evaluation.retrieval.{name}", ("image", "caption"), lambda _: None)
+    for name, patterns in recipe.evaluation.hard_negatives.items():
+        key = f"evaluation.hard_negatives.{name}"
+        sets.hard_negatives[name] = shards(patterns, key, ("image", "caption", "json"), _negatives)
+    return sets
+
+
+def check_label(label: int, classes: zeroshot.ClassSet, where: str) -> None:
+    """Raises ValueError for a label that is no line of the class names."""
+    if not 0 <= label < len(classes.names):
+        raise ValueError(
+            f"{where}: its label (.cls) is {label}; labels must be numbers from 0 to {len(classes.names) - 1}, "
+            f"one for each line of {zeroshot.CLASSES}"
+        )
+
+
+def _negatives(sample: Sample) -> None:
+    compositional.negatives_of(labelled(sample, "json"), sample.where)
+
+
+def lost_in(shards: ShardSet) -> BadCounter:
+    """Samples that are in no row of the set's indexes, as far as those know of them."""
+    known = shards.known_bad
+    lost = {reason: count for reason, count in known.counts.items() if reason in _LOST and count}
+    return BadCounter(sum(lost.values()), lost, {reason: known.examples.get(reason, "") for reason in lost})
+
+
+def _try(shards: ShardSet, needs: tuple[Slot, ...], look: Callable[[Sample], None]) -> None:
+    """Read the first sample that can be read, with all that is needed of it. Rank 0 alone.
+
+    Raises ValueError for one whose label is not what `look` wants, and when what cannot be read is already too much of the set.
+    """
+    bad = lost_in(shards)
+    for index in range(min(len(shards), _TRIED)):
+        try:
+            sample = shards.read(index, needs)
+            with located(sample.where):
+                decode(sample.members["image"], shards.data.max_pixels)
+                if "caption" in needs:
+                    caption(sample.members["caption"])
+        except BadSample as error:
+            bad.add(error.reason, str(error))
+            with contextlib.suppress(BadSample):
+                look(shards.read(index, tuple(slot for slot in needs if slot not in ("image", "caption"))))
+            continue
+        look(sample)
+        break
+    bad.seen += len(shards)
+    bad.check(shards.data.max_bad_fraction, at_least=1)

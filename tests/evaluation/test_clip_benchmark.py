@@ -1,0 +1,77 @@
+"""Retrieval as CLIP_benchmark scores it: by its numbers, frozen here, and by the package itself on a set in its own layout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from clip_benchmark_job import embeddings
+from library_environments import CLIP_BENCHMARK, set_up
+from tiny_runs import environment, train
+
+from megakd.evaluation import retrieval
+
+JOB = Path(__file__).with_name("clip_benchmark_job.py")
+# `python tests/evaluation/clip_benchmark_job.py table SEED`, by clip_benchmark 1.6.2
+FROZEN = {
+    0: {
+        "image_to_text": {"R@1": 0.5666666626930237, "R@5": 0.9333333373069763, "R@10": 0.9666666388511658},
+        "text_to_image": {"R@1": 0.4954954981803894, "R@5": 0.8288288116455078, "R@10": 0.9459459185600281},
+    },
+    1: {
+        "image_to_text": {"R@1": 0.6000000238418579, "R@5": 0.8333333134651184, "R@10": 1.0},
+        "text_to_image": {"R@1": 0.4126984179019928, "R@5": 0.8253968358039856, "R@10": 0.9285714030265808},
+    },
+}
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    for way in ("image_to_text", "text_to_image"):
+        assert ours[way] == pytest.approx(theirs[way], abs=1e-9, rel=0)
+
+
+@pytest.mark.parametrize("seed", FROZEN)
+def test_several_captions_an_image_score_what_clip_benchmark_makes_of_them(seed: int) -> None:
+    images, texts, image_of_text = embeddings(seed)
+    assert_equal(retrieval.recalls(images, texts, torch.tensor(image_of_text)), FROZEN[seed])
+
+
+@pytest.fixture(scope="module")
+def clip_benchmark() -> Path:
+    try:
+        return set_up(CLIP_BENCHMARK)
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def _job(python: Path, *arguments: object) -> Any:
+    command = [str(python), str(JOB), *map(str, arguments)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    recalls = [line for line in done.stdout.splitlines() if line.startswith("RECALLS ")]
+    return json.loads(recalls[0].removeprefix("RECALLS ")) if recalls else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", FROZEN)
+def test_the_frozen_numbers_are_those_of_the_package(clip_benchmark: Path, seed: int) -> None:
+    assert _job(clip_benchmark, "table", seed) == FROZEN[seed]
+
+
+@pytest.mark.slow
+def test_a_run_scores_its_set_as_clip_benchmark_scores_the_runs_model(clip_benchmark: Path, recipe_file: Path, tmp_path: Path) -> None:
+    _job(clip_benchmark, "write", tmp_path / "set")
+    sets = (f"evaluation.retrieval={{ mine = '{tmp_path}/set/test/*.tar' }}", "optim.steps=8", "optim.lr=1e-2", "evaluation.batch=16")
+    finished = train(recipe_file, "--out", tmp_path / "run", sets=sets)
+    assert finished.code == 0, finished.err
+    ours = json.loads((tmp_path / "run" / "evaluation.json").read_text())["retrieval"]["mine"]
+    assert ours["images"] == 50
+    assert ours["pairs"] > 100
+    assert ours["repeated_captions"] == ours["unreadable"] == 0
+    theirs = _job(clip_benchmark, "score", tmp_path / "set", tmp_path / "run" / "model")
+    assert_equal(ours, theirs)
+    assert 0 < theirs["text_to_image"]["R@10"] < 1
