@@ -6,9 +6,9 @@ Errors are `ValueError`s that name the key, the value, the file and the remedy, 
 from __future__ import annotations
 
 import difflib
-import json
+import itertools
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import UnionType
@@ -16,13 +16,16 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from megakd.recipe import Recipe
+from megakd.recipe import Recipe, texts
 
 # Keys that say how a run is watched and stored, not what it learns: a run may be resumed with other values of these.
 FREE_ON_RESUME = (
     *("checkpoint.", "log.", "watchdog.", "evaluation.", "kernels.", "teacher.offload", "teacher.ds_config", "decoder.recipe"),
     *("data.workers", "data.cache", "data.max_bad_fraction"),
 )
+
+# Of one recipe that a message lists.
+MOST_PROBLEMS = 12
 
 
 def shipped() -> list[str]:
@@ -39,85 +42,146 @@ def load(source: str, overrides: Iterable[str] = ()) -> tuple[Recipe, str]:
     applied = list(overrides)
     for override in applied:
         _apply(settings, override)
-    origin_in_messages = f"{origin} with {' '.join(f'--set {o}' for o in applied)}" if applied else origin
+    told = " ".join(f"--set {texts.shown(o)[1:-1] if len(o) > 400 else o}" for o in applied)
+    origin_in_messages = f"{origin} with {told}" if applied else origin
+    if problems := list(itertools.islice(texts.impossible(settings), MOST_PROBLEMS)):
+        raise ValueError(f"recipe {origin_in_messages}:\n" + "\n".join(f"  {problem}" for problem in problems))
     try:
         return Recipe.model_validate(settings), origin
     except ValidationError as error:
-        raise ValueError(f"recipe {origin_in_messages}:\n" + "\n".join(_explain(problem) for problem in error.errors())) from None
+        found = error.errors()
+        more = [f"  and {len(found) - MOST_PROBLEMS} more"] if len(found) > MOST_PROBLEMS else []
+        lines = [*map(_explain, found[:MOST_PROBLEMS]), *more]
+        raise ValueError(f"recipe {origin_in_messages}:\n" + "\n".join(lines)) from None
 
 
 def _read(source: str) -> tuple[dict[str, Any], str]:
     path = Path(source)
-    if path.suffix == ".toml" or path.suffix == ".json" or "/" in source:
-        if not path.is_file():
+    if path.suffix in (".toml", ".json") or "/" in source:
+        if not _exists(path):
             raise ValueError(
                 f"recipe {source}: no such file; give a path to a .toml file, or one of the shipped names: {', '.join(shipped())}"
             )
-        return _parse(path.read_text(encoding="utf-8"), path), str(path)
+        return _parse(texts.read_text(path, f"recipe {path}"), path), str(path)
     if source not in shipped():
-        nearest = difflib.get_close_matches(source, shipped(), n=1, cutoff=0.4)
-        suggestion = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise ValueError(f"recipe {source!r}: not a shipped recipe; {suggestion}shipped: {', '.join(shipped())}; a path must end in .toml")
+        nearest = _nearest(source, shipped(), 0.4)
+        suggestion = f"did you mean {nearest!r}? " if nearest else ""
+        shown = texts.shown(source)
+        raise ValueError(f"recipe {shown}: not a shipped recipe; {suggestion}shipped: {', '.join(shipped())}; a path must end in .toml")
     text = (resources.files("megakd.recipes") / f"{source}.toml").read_text(encoding="utf-8")
     return _parse(text, Path(f"{source}.toml")), f"megakd/recipes/{source}.toml"
 
 
-def _parse(text: str, path: Path) -> dict[str, Any]:
+def _exists(path: Path) -> bool:
     try:
-        parsed = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"recipe {path}: not valid {path.suffix[1:].upper()}: {error}") from None
-    if path.suffix == ".json":
-        if "recipe" not in parsed:
-            raise ValueError(f"recipe {path}: a .json recipe is the run.json of a run folder, and this file has no key 'recipe'")
-        return dict(parsed["recipe"])
-    return parsed
+        return path.exists()
+    except (OSError, ValueError):  # a name too long for the file system, or one with a NUL in it
+        return False
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    named = f"recipe {path}"
+    if path.suffix != ".json":
+        return texts.parse_toml(text, named)
+    parsed = texts.parse_json(text, named)
+    settings = parsed.get("recipe") if isinstance(parsed, dict) else None
+    if settings is None:
+        raise ValueError(f"{named}: a .json recipe is the run.json of a run folder, and this file has no key 'recipe'")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{named}: recipe = {texts.shown(settings)}: a table of settings is needed, as megakd writes it into run.json")
+    return settings
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:
+    shown = override if len(override) <= 400 else texts.shown(override)[1:-1]
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ValueError(f"--set {override}: write key=value, for example --set optim.lr=3e-4")
-    *sections, last = key.strip().split(".")
+        raise ValueError(f"--set {shown}: write key=value, for example --set optim.lr=3e-4")
+    *sections, last = _parts(key.strip(), shown)
     for name in sections:
         inner = settings.setdefault(name, {})
         if not isinstance(inner, dict):
-            raise ValueError(f"--set {override}: '{name}' is a value, not a section")
+            raise ValueError(f"--set {shown}: '{name}' is a value, not a section")
         settings = inner
-    settings[last] = _value(text.strip())
+    settings[last] = _value(text.strip(), shown)
 
 
-def _value(text: str) -> Any:
+def _parts(key: str, override: str) -> list[str]:
+    """Of a.b."c.d", the names a, b and c.d; names without quotes may be of any characters but dots."""
+    parts = key.split(".")
+    if '"' in key or "'" in key:
+        try:
+            inner: Any = tomllib.loads(f"{key} = 0")
+        except (ValueError, RecursionError):
+            raise ValueError(f'--set {override}: the key {texts.shown(key)} is not TOML\'s; quote a name that has dots: a."b.c"') from None
+        parts = []
+        while isinstance(inner, dict):
+            ((name, inner),) = inner.items()
+            parts.append(name)
+    if not all(part.strip() for part in parts):
+        raise ValueError(f"--set {override}: the key {texts.shown(key)} has an empty part; write key=value, for example optim.lr=3e-4")
+    if len(parts) > texts.DEEPEST:
+        raise ValueError(f"--set {override}: the key has {len(parts)} parts, more than any setting")
+    return parts
+
+
+def _value(text: str, override: str) -> Any:
     """A TOML value (3e-4, true, [1, 2], "text"); what is none is taken as a bare string, so that paths need no quotes."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    except RecursionError:
+        raise ValueError(f"--set {override}: nested deeper than {texts.DEEPEST} levels") from None
+    except ValueError:
+        raise ValueError(f"--set {override}: an integer of thousands of digits; integers have 64 bits") from None
+    # More than one value: a line break in the text, or a comment that would be dropped.
+    return found["value"] if found.keys() == {"value"} and _is_whole(text) else text
+
+
+def _is_whole(text: str) -> bool:
+    if "#" not in text:
+        return True
+    try:
+        tomllib.loads(f"value = [ {text} ]")
+    except tomllib.TOMLDecodeError:  # the comment has swallowed the bracket
+        return "\n" in text
+    return True
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(location) or "(recipe)"
+    key = texts.shown(".".join(location) or "(recipe)")[1:-1]
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
-        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        suggestion = f"did you mean {'.'.join([*location[:-1], nearest[0]])!r}? " if nearest else ""
+        nearest = _nearest(location[-1], known, 0.5)
+        suggestion = f"did you mean {'.'.join([*location[:-1], nearest])!r}? " if nearest else ""
         return f"  {key}: unknown key; {suggestion}known here: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"  {key}: missing; every recipe has to give it"
     reason = problem["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(problem["input"], dict) else f" = {problem['input']!r}"
+    value = "" if isinstance(problem["input"], dict) else f" = {texts.shown(problem['input'])}"
     return f"  {key}{value}: {reason}"
 
 
+def _nearest(name: str, known: Sequence[str], cutoff: float) -> str | None:
+    """Comparing takes the square of the length, and no name of ours is long."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None) if len(name) <= 100 else None
+
+
 def _known_keys(section: list[str]) -> list[str]:
-    model: Any = Recipe
-    for name in section:
-        field = model.model_fields.get(name) if isinstance(model, type) and issubclass(model, BaseModel) else None
+    model: type[BaseModel] | None = Recipe
+    names = iter(section)
+    for name in names:
+        field = None if model is None else model.model_fields.get(name)
         if field is None:
             return []
-        model = next((option for option in _options(field.annotation) if isinstance(option, type) and issubclass(option, BaseModel)), None)
-    return list(model.model_fields) if model is not None else []
+        annotations: Sequence[Any] = _options(field.annotation)
+        if tables := [get_args(option)[1] for option in annotations if get_origin(option) is dict]:
+            next(names, None)  # the name that the recipe gave to an entry of this table
+            annotations = tables
+        model = next((option for option in annotations if isinstance(option, type) and issubclass(option, BaseModel)), None)
+    return [] if model is None else list(model.model_fields)
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:

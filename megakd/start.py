@@ -7,28 +7,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import json
 import logging
 import os
 import sys
 import time
-import traceback
 import warnings
 from pathlib import Path
 
 import torch
 
-import megakd
-import megakd_kernels
 from megakd import recipe_files
-from megakd.runtime import launch, slurm_job
+from megakd.runtime import failures, launch, peers, slurm_job
 from megakd.runtime.launch import World
 from megakd.runtime.signals import EXIT_NOT_FINITE, EXIT_USER_ERROR, LossNotFinite, StopRequest
 
 DEFAULT_RECIPE = "smoke"
-# A full or read-only disk, a quota, a file too large, no permission, a file where a folder should be.
-STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.ENOTDIR, errno.EEXIST)
+EXIT_INTERRUPTED, EXIT_LOST_PEER = 130, 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,23 +75,32 @@ def _guarded(flags: argparse.Namespace, until_stopped: contextlib.ExitStack) -> 
         world = launch.start()
         return _run(flags, world, until_stopped)
     except KeyboardInterrupt:
-        _complain(world, "interrupted; what was trained since the last checkpoint is lost, the same command goes on from that checkpoint")
-        return 130
+        text = "interrupted; what was trained since the last checkpoint is lost, the same command goes on from that checkpoint"
+        return _end(world, text, EXIT_INTERRUPTED)
     except LossNotFinite as error:
-        _complain(world, f"{error}\nThe last checkpoint is from before that. Lower optim.lr or look at the data, then start again.")
-        return EXIT_NOT_FINITE
-    except OSError as error:
-        if error.errno not in STORAGE_ERRORS:
-            raise
-        _complain(world, f"error: {error}; make room there or choose another --out; checkpoints written before are untouched")
-        return EXIT_USER_ERROR
-    except ValueError as error:
-        if not _is_ours(error):
-            raise
-        _complain(world, f"error: {error}")
-        return EXIT_USER_ERROR
+        text = f"{error}\nThe last checkpoint is from before that. Lower optim.lr or look at the data, then start again."
+        return _end(world, text, EXIT_NOT_FINITE)
+    except Exception as error:
+        # Of a lost connection, what the other rank said is the cause.
+        lost = failures.is_lost_peer(error)
+        if other := launch.heard(5.0 if lost else 0.0) if not failures.is_ours(error) else None:
+            return _end(world, peers.of_another(other), other.code)
+        explained = failures.explain(error)
+        if explained is not None:
+            return _end(world, f"error: {explained}", EXIT_LOST_PEER if lost else EXIT_USER_ERROR)
+        launch.tell(f"error: {type(error).__name__}: {error}\n(a fault of the program, not of the settings: its log has the traceback)", 1)
+        raise
     finally:
         launch.stop()
+
+
+def _end(world: World | None, text: str, code: int) -> int:
+    """Say why the run ends, on the main rank at once and on every other one later, and let none of them wait for this one."""
+    launch.tell(text, code)
+    if world is not None and not world.is_main:
+        launch.stop()  # before the wait in `_complain`: the others' collectives with this rank fail now
+    _complain(world, text)
+    return code
 
 
 def _run(flags: argparse.Namespace, world: World, until_stopped: contextlib.ExitStack) -> int:
@@ -147,12 +151,6 @@ def _resume(asked: str, out: Path) -> str:
     past = "" if asked in ("auto", "none") else Path(asked).name
     saved = any(found.name > past for found in checkpoint.available(out))
     return "auto" if saved and slurm_job.has_come_back(os.environ, starts) else asked
-
-
-def _is_ours(error: ValueError) -> bool:
-    """Raised by megakd itself, whose ValueErrors are written for users; a library's deserves its traceback."""
-    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-    return any(Path(innermost).is_relative_to(Path(package.__file__ or "").parent) for package in (megakd, megakd_kernels))
 
 
 def quiet_libraries() -> None:

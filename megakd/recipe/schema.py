@@ -19,6 +19,7 @@ from megakd.recipe.section import (
     Positive,
     PositiveFloat,
     Section,
+    SetName,
     TeacherMode,
     Weight,
 )
@@ -32,11 +33,11 @@ class Data(Section):
         None, min_length=1, description="paths or URLs; braces expand, '::' joins; the objectives need it, answers alone do not"
     )
     caption: str = Field("txt", description="extension of the caption's member in the tar")
-    workers: NonNegative = Field(2, description="decoding processes of each rank; 0 decodes in the trainer's own")
+    workers: NonNegative = Field(2, le=1024, description="decoding processes of each rank; 0 decodes in the trainer's own")
     block: Positive = Field(64, description="consecutive samples that the shuffle keeps together until the last stage")
     window: Positive = Field(256, description="blocks that are mixed with each other; block * window samples are shuffled as one")
     max_bad_fraction: Fraction = Field(0.01, description="the run fails when more of the samples seen are unreadable")
-    max_pixels: Positive = Field(50_000_000, description="a larger image is refused before it is decoded")
+    max_pixels: int = Field(50_000_000, gt=0, le=10**12, description="a larger image is refused before it is decoded")
     cache: str | None = Field(None, description="folder for the shards' indexes and for local copies of remote shards")
 
 
@@ -52,8 +53,8 @@ class Views(Section):
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale = [{low}, {high}]: give two fractions of the area with 0 < low <= high <= 1")
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError(f"crop_ratio = {list(self.crop_ratio)}: give two positive ratios, the smaller first")
+        if not 0.01 <= self.crop_ratio[0] <= self.crop_ratio[1] <= 100:
+            raise ValueError(f"crop_ratio = {list(self.crop_ratio)}: give two ratios between 0.01 and 100, the smaller first")
         return self
 
 
@@ -168,6 +169,12 @@ class Optim(Section):
     clip: Weight = Field(1.0, description="largest global gradient norm; 0 does not clip")
 
     @model_validator(mode="after")
+    def _betas_decay(self) -> Optim:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {list(self.betas)}: give two decays of at least 0 and below 1, for example [0.9, 0.98]")
+        return self
+
+    @model_validator(mode="after")
     def _warmup_fits(self) -> Optim:
         if self.warmup >= self.steps:
             raise ValueError(f"warmup = {self.warmup} does not end before steps = {self.steps}: lower warmup or raise steps")
@@ -178,19 +185,19 @@ class Evaluation(Section):
     """Evaluation sets by name; shard patterns are written as in data.train."""
 
     every: NonNegative = Field(0, description="steps between evaluations; 0 evaluates at the end alone")
-    batch: Positive = Field(256, description="images, or texts, that a rank encodes at once")
-    zero_shot: dict[str, str] = Field(
+    batch: Positive = Field(256, le=10**6, description="images, or texts, that a rank encodes at once")
+    zero_shot: dict[SetName, str] = Field(
         default_factory=dict,
         description="folders as CLIP_benchmark's: classnames.txt, zeroshot_classification_templates.txt, test/*.tar with .jpg and .cls",
     )
-    retrieval: dict[str, str] = Field(default_factory=dict, description="shards of pairs: each caption among all images, and back")
-    hard_negatives: dict[str, str] = Field(
+    retrieval: dict[SetName, str] = Field(default_factory=dict, description="shards of pairs: each caption among all images, and back")
+    hard_negatives: dict[SetName, str] = Field(
         default_factory=dict,
         description='shards whose samples have in their .json {"negatives": {KIND: FALSE CAPTION, ...}}; scored by kind, of any names',
     )
     vqa: dict[Name, QuestionSource] = Field(default_factory=dict, description="questions for the decoder, as in answers.train")
-    vqa_batch: Positive = Field(64, description="questions answered at once")
-    answer_tokens: Positive = Field(10, description="longest answer that the decoder generates")
+    vqa_batch: Positive = Field(64, le=10**6, description="questions answered at once")
+    answer_tokens: Positive = Field(10, le=10**6, description="longest answer that the decoder generates")
 
 
 class Checkpoint(Section):
@@ -211,8 +218,12 @@ class Watchdog(Section):
 
 
 class Recipe(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$", description="runs/NAME is the run's folder unless --out says another")
-    seed: NonNegative = Field(0, description="of every draw: initial weights, order of the data, augmentation, dropout")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*$",
+        max_length=100,
+        description="runs/NAME is the run's folder unless --out says another; letters, digits, '.', '_' and '-'",
+    )
+    seed: int = Field(0, ge=0, lt=2**63 - 1, description="of every draw: initial weights, order of the data, augmentation, dropout")
     data: Data = Data()
     views: Views = Views()
     student: Student | None = Field(None, description="absent: a decoder that learns from text alone, the blind control")

@@ -6,14 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+# Counts end where no run can be meant any more: a loader of 10^20 processes would only hang.
+MOST = 10**9
+Positive = Annotated[int, Field(gt=0, le=MOST)]
+NonNegative = Annotated[int, Field(ge=0, le=MOST)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 HeadKind = Annotated[
     Literal["linear", "mlp"], Field(description="projection of each modality to the teacher's width; mlp: with one hidden layer")
 ]
 TeacherMode = Literal["replicated", "replicated_int8", "zero3", "zero3_int8"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+# Names become parts of file names, which end at 255 bytes.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=100)]
+SetName = Annotated[str, Field(min_length=1, max_length=100)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 # A list in TOML becomes a fixed-length tuple; strict mode alone would refuse the list.

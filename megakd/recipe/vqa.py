@@ -13,7 +13,7 @@ from megakd.recipe.section import Fraction, Name, NonNegative, Positive, Positiv
 class Lora(Section):
     """Low-rank adapters on the decoder's linear layers (arXiv 2106.09685), through peft."""
 
-    rank: Positive = Field(16, description="width of the two factors that are added to each adapted layer's weight")
+    rank: Positive = Field(16, le=2**16, description="width of the two factors that are added to each adapted layer's weight")
     alpha: PositiveFloat = Field(32.0, description="the adapter's output is scaled by alpha / rank")
     dropout: Fraction = Field(0.05, description="fraction of an adapter's inputs set to 0 in training")
     targets: Literal["linear"] | list[str] = Field(
@@ -34,9 +34,9 @@ class Decoder(Section):
     lora: Lora = Lora()
     quantise: Literal["none", "int8", "nf4"] = Field("none", description="hold the frozen weights in 8 or 4 bit by bitsandbytes")
     image_tokens: NonNegative = Field(
-        0, description="tokens an image becomes: a square number, averaged over a grid; 0: every patch is one"
+        0, le=10**6, description="tokens an image becomes: a square number, averaged over a grid; 0: every patch is one"
     )
-    layer: int = Field(-2, description="the vision tower's block whose output is read; -1 is the last, LLaVA takes -2")
+    layer: int = Field(-2, ge=-1000, le=1000, description="the vision tower's block whose output is read; -1 is the last, LLaVA takes -2")
     template: str = Field("USER: {question} ASSISTANT: ", description="what the decoder is given; the image tokens come before it")
     instruction: str = Field(
         "\nAnswer the question using a single word or phrase.", description="follows each question of a set with short answers"
@@ -92,6 +92,6 @@ class Answers(Section):
     train: dict[Name, QuestionSource] = Field(min_length=1, description="by name; all are mixed in proportion to their size")
     weight: PositiveFloat = Field(1.0, description="of the answer loss beside the objectives")
     batch: Positive | None = Field(None, description="questions in one step, over all ranks; default: optim.batch")
-    max_length: Positive = Field(512, description="tokens of a conversation, image tokens included; further turns are dropped")
+    max_length: Positive = Field(512, le=10**7, description="tokens of a conversation, image tokens included; further turns are dropped")
     tower: Literal["frozen", "trained"] = Field("frozen", description="whether the answers' gradient reaches the vision tower")
     lr: LearningRates = LearningRates()

@@ -1,4 +1,4 @@
-"""Which rank am I? The one place that knows torchrun, `deepspeed`, `srun`, submitit and a plain `python`.
+"""Which rank am I? The one place that knows torchrun, `deepspeed`, `srun`, `mpirun`, submitit and a plain `python`.
 
 Each launcher tells a process its rank in its own variables; `start` reads them, writes torch's (RANK, WORLD_SIZE, LOCAL_RANK,
 MASTER_ADDR, MASTER_PORT, which DeepSpeed reads as well) and joins the process group: NCCL for CUDA tensors, gloo for CPU ones.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megakd.runtime import peers
+
+_peers: peers.Peers | None = None  # of the process group that `start` has joined, where there are several ranks
 _before: dict[str, str | None] = {}  # what `start` has overwritten in the environment, None for what was not there
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -23,6 +27,10 @@ TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PO
 # (net.ipv4.ip_local_port_range). The strides keep the neighbours of a job, of a restart and of a step of one job apart.
 FIRST_PORT, PORTS = 10240, 22003
 RESTART_STRIDE, STEP_STRIDE = 1009, 7919
+# From here on steps are SLURM's own: the batch script, the shell of salloc, what holds the node (slurm.h, SLURM_INTERACTIVE_STEP).
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+# What names one mpirun: Open MPI's (PRRTE, ORTE), then MPICH's and Intel MPI's.
+MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "HYDRA_JOBID", "PMI_JOBID")
 # The process group waits this much longer than the watchdog, which says more about a hang than a timeout in NCCL or gloo does.
 AFTER_WATCHDOG = timedelta(minutes=5)
 
@@ -43,20 +51,70 @@ class World:
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
     """torch's five rendezvous variables as the launcher that started this process means them, and LOCAL_WORLD_SIZE where it is known.
 
-    A task of submitit on SLURM is a task of srun. Raises ValueError when a launcher set only some of its variables, and when SLURM's
-    list of nodes does not say where the ranks meet.
+    A task of submitit on SLURM is a task of srun. Raises ValueError when a launcher set only some of its variables or nonsense, and when
+    SLURM's list of nodes, or mpirun, does not say where the ranks meet.
     """
     if "RANK" in environ:
         found = _as_given(environ)
     elif environ.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_GLOBALID" in environ:
         found = _submitit_local(environ)
-    # Only a step started by srun has SLURM_STEP_ID; a batch script's own `python` has SLURM_PROCID too, but it is one process.
-    elif "SLURM_STEP_ID" in environ and "SLURM_PROCID" in environ:
+    # Before SLURM: mpirun starts its daemons by srun, whose variables the ranks inherit.
+    elif "OMPI_COMM_WORLD_RANK" in environ:
+        found = _mpirun(environ, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+    elif "PMI_RANK" in environ and "MPI_LOCALRANKID" in environ:  # of MPICH and Intel MPI; srun --mpi=pmi2 sets the first alone
+        found = _mpirun(environ, "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+    elif _is_task_of_srun(environ):
         found = _slurm(environ)
     else:
-        return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+        return _alone(environ)
     # An IPv6 address as URLs write it: torch's store would look for a host of that name.
-    return {**found, "MASTER_ADDR": re.sub(r"^\[(.*)\]$", r"\1", found["MASTER_ADDR"])}
+    return _checked({**found, "MASTER_ADDR": re.sub(r"^\[(.*)\]$", r"\1", found["MASTER_ADDR"])})
+
+
+def _checked(found: dict[str, str]) -> dict[str, str]:
+    """Raises ValueError for numbers that are none, and ranks that cannot be."""
+    rank, size = _number(found, "RANK"), _number(found, "WORLD_SIZE")
+    local, port_ = _number(found, "LOCAL_RANK"), _number(found, "MASTER_PORT")
+    if size < 1 or not 0 <= rank < size:
+        raise ValueError(
+            f"RANK = {rank} and WORLD_SIZE = {size}: ranks count from 0 to WORLD_SIZE - 1; start with torchrun, deepspeed or srun"
+        )
+    if not 0 <= local < size:
+        raise ValueError(f"LOCAL_RANK = {local} of {size} ranks: they count from 0; start with torchrun, deepspeed or srun")
+    if not 0 <= port_ < 65536 or (port_ == 0 and size > 1):
+        raise ValueError(f"MASTER_PORT = {port_}: give a port from 1024 to 65535, the same on all ranks")
+    if not found["MASTER_ADDR"].strip():
+        raise ValueError("MASTER_ADDR is empty: give the name or the address of the machine of rank 0, or unset it")
+    return found
+
+
+def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
+    text = environ.get(name, default)
+    if text is None:
+        raise ValueError(f"{name} is not set, though other variables of its launcher are: start with torchrun, deepspeed, srun or mpirun")
+    if not re.fullmatch(r"\s*[+-]?\d{1,18}\s*", text, re.ASCII):
+        raise ValueError(f"{name} = {text!r}: not an integer; it is for the launcher to set (torchrun, deepspeed, srun or mpirun)")
+    return int(text)
+
+
+def _alone(environ: Mapping[str, str]) -> dict[str, str]:
+    if environ.get("WORLD_SIZE") and _number(environ, "WORLD_SIZE") > 1:
+        raise ValueError(
+            f"WORLD_SIZE = {environ['WORLD_SIZE']} is set but RANK is not: start with torchrun, deepspeed or srun, or unset WORLD_SIZE for "
+            f"one process"
+        )
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+
+
+def _is_task_of_srun(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this process as one of several.
+
+    A batch script's own `python` has SLURM_PROCID too, but no SLURM_STEP_ID: it is one process. So is what is started in the shell that
+    salloc gives, a step of SLURM's own with a number of its own.
+    """
+    if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
+        return False
+    return _number(environ, "SLURM_STEP_ID") < FIRST_SPECIAL_STEP
 
 
 def _as_given(environ: Mapping[str, str]) -> dict[str, str]:
@@ -70,33 +128,60 @@ def _as_given(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: environ[name] for name in TORCH_VARIABLES} | ({"LOCAL_WORLD_SIZE": here} if here else {})
 
 
+def _mpirun(environ: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> dict[str, str]:
+    """A rank of mpirun, which says who is who and not where they meet: on one machine that is known, on several the user says."""
+    ranks, here = _number(environ, size), _number(environ, local_size)
+    host, port_ = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    if ranks > here and not host:
+        raise ValueError(
+            f"mpirun started {ranks} ranks, {here} of them on this machine, and does not say where they meet: "
+            f"mpirun -x MASTER_ADDR=$(hostname) -x MASTER_PORT=29500 ... (Intel MPI, MPICH: -genv NAME VALUE), on rank 0's machine; or "
+            f"start with srun or torchrun"
+        )
+    # the same for all ranks of one mpirun, and another for the next
+    job = next((environ[name] for name in MPI_JOBS if environ.get(name)), str(os.getppid()))
+    return {
+        "RANK": environ[rank],
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(_number(environ, local_rank)),
+        "LOCAL_WORLD_SIZE": str(here),
+        "MASTER_ADDR": host or "localhost",
+        "MASTER_PORT": port_ or str(port(zlib.crc32(job.encode()))),
+    }
+
+
 def _submitit_local(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         "RANK": environ["SUBMITIT_LOCAL_GLOBALID"],
-        "WORLD_SIZE": environ["SUBMITIT_LOCAL_NTASKS"],
-        "LOCAL_RANK": environ["SUBMITIT_LOCAL_LOCALID"],
+        "WORLD_SIZE": str(_number(environ, "SUBMITIT_LOCAL_NTASKS")),
+        "LOCAL_RANK": str(_number(environ, "SUBMITIT_LOCAL_LOCALID")),
         "LOCAL_WORLD_SIZE": environ["SUBMITIT_LOCAL_NTASKS"],
         "MASTER_ADDR": environ.get("MASTER_ADDR") or "localhost",
-        "MASTER_PORT": environ.get("MASTER_PORT") or str(port(int(environ["SUBMITIT_LOCAL_JOB_ID"]))),
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(port(_number(environ, "SUBMITIT_LOCAL_JOB_ID"))),
     }
 
 
 def _slurm(environ: Mapping[str, str]) -> dict[str, str]:
-    tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ["SLURM_NTASKS"]
-    nodes = int(environ.get("SLURM_STEP_NUM_NODES") or environ.get("SLURM_JOB_NUM_NODES") or "1")
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS" if environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS")
+    nodes = _number(environ, "SLURM_STEP_NUM_NODES" if environ.get("SLURM_STEP_NUM_NODES") else "SLURM_JOB_NUM_NODES", "1")
     if nodes > 1 and environ.get("MASTER_ADDR", "").strip("[]") in LOOPBACK:
         raise ValueError(
             f"MASTER_ADDR = {environ['MASTER_ADDR']!r} in a job on {nodes} nodes: each would look for the others on itself; unset it "
             f"where the job is submitted, and the first node's name is taken"
         )
     # An array's tasks have job ids of their own here. A restarted job must not meet a stale peer of its former life.
-    meeting = port(int(environ["SLURM_JOB_ID"]), int(environ.get("SLURM_RESTART_COUNT", "0")), int(environ["SLURM_STEP_ID"]))
+    meeting = port(_number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_RESTART_COUNT", "0"), _number(environ, "SLURM_STEP_ID"))
+    where = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if not where and not environ.get("MASTER_ADDR"):
+        raise ValueError(
+            "SLURM_JOB_NODELIST is not set, so nobody says where the ranks meet: hand it on (srun --export=ALL), or set MASTER_ADDR"
+        )
     return {
         "RANK": environ["SLURM_PROCID"],
-        "WORLD_SIZE": tasks,
-        "LOCAL_RANK": environ["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(_tasks_on_this_node(environ, int(tasks))),
-        "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]),
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_RANK": str(_number(environ, "SLURM_LOCALID")),
+        "LOCAL_WORLD_SIZE": str(_tasks_on_this_node(environ, tasks)),
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(where or ""),
         "MASTER_PORT": environ.get("MASTER_PORT") or str(meeting),
     }
 
@@ -111,7 +196,7 @@ def _tasks_on_this_node(environ: Mapping[str, str], tasks: int) -> int:
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [int(count)] * int(times or 1)
-    node = int(environ.get("SLURM_NODEID", "0"))
+    node = _number(environ, "SLURM_NODEID", "0")
     return counts[node] if node < len(counts) else tasks
 
 
@@ -130,9 +215,15 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     """Join the process group and choose this rank's device. Returns this process's place in the world.
 
     timeout: how long a collective waits for the others, until `wait_longer_than` says otherwise.
+    Raises ValueError, with the remedy, for what the launcher's variables do not say, and where the ranks do not meet; see `peers.meet`.
     """
+    global _peers
     found = variables(os.environ)
     rank, size, local_rank = int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"])
+    if size > 1 and not dist.is_initialized():
+        place = _meeting(found, os.environ)
+        store, connection = peers.meet(place)
+        _peers = peers.Peers(rank, size, store, connection, place.attempt)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         index = device_index(local_rank, int(found.get("LOCAL_WORLD_SIZE", local_rank + 1)), torch.cuda.device_count())
@@ -144,11 +235,33 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     os.environ.update(found)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        else:
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+        common = dist.HashStore() if size == 1 else dist.PrefixStore("group", store)
+        dist.init_process_group(backend, store=common, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, device)
+
+
+def _meeting(found: Mapping[str, str], environ: Mapping[str, str]) -> peers.Meeting:
+    return peers.Meeting(
+        rank=int(found["RANK"]),
+        size=int(found["WORLD_SIZE"]),
+        host=found["MASTER_ADDR"],
+        port=int(found["MASTER_PORT"]),
+        agent=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        # In a shell of `srun --pty`, one process takes itself for one of several tasks.
+        patience=peers.PATIENCE_AT_A_TERMINAL if "SLURM_PTY_PORT" in environ and "RANK" not in environ else peers.PATIENCE,
+    )
+
+
+def tell(text: str, code: int) -> None:
+    """Let the other ranks know that this one ends, so that they end as well."""
+    if _peers is not None:
+        _peers.tell(text, code)
+
+
+def heard(seconds: float) -> peers.Failure | None:
+    """Why another rank has ended, if it said so before or does within so many seconds."""
+    return None if _peers is None else _peers.heard(seconds)
 
 
 def device_index(local_rank: int, local_size: int, visible: int) -> int:
@@ -180,12 +293,22 @@ def wait_longer_than(watchdog: float) -> None:
 def stop() -> None:
     """Leave the process group; without it torch warns at exit, and NCCL may hang. The environment is as it was before `start`: a calling
     program may start other jobs, whose ranks would meet where this one's did."""
+    global _peers
     for name, value in _before.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
     _before.clear()
+    try:
+        _leave_group()
+    finally:
+        if _peers is not None:
+            _peers.close()
+            _peers = None
+
+
+def _leave_group() -> None:
     if not dist.is_initialized():
         return
     # DeepSpeed, where the engine has loaded it, remembers groups made from this one and must forget them, or no second start works.

@@ -1,0 +1,163 @@
+"""What an error is to the person at the keyboard: megakd's own message, a known trouble of the machine with its remedy, or a bug.
+
+`explain` gives the message of the first two kinds; a bug keeps its traceback. An error that crosses a process (a loader's worker, another
+rank) loses the frames that tell, so who hands it on says before whose it is: see `told`.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+import traceback
+from pathlib import Path
+
+import torch
+
+import megakd
+import megakd_kernels
+
+OURS = tuple(Path(package.__file__ or "").parent for package in (megakd, megakd_kernels))
+# A full or read-only disk, a quota, a file too large, no permission, a name that is too long, a file where a folder should be, or back.
+STORAGE = "make room there or choose another --out; checkpoints written before are untouched"
+PLACE = "check the path and its permissions, or choose another --out; checkpoints written before are untouched"
+NETWORK = (
+    "check the address and the network of this machine; compute nodes often have none: download beforehand, then set HF_HUB_OFFLINE=1 or "
+    "name files"
+)
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS), STORAGE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP), PLACE),
+    errno.ENOENT: "it is not there, or no longer: put it back, or correct the path",
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE), "too many files are open at once: raise the limit (ulimit -n 65536), or lower data.workers"
+    ),
+    errno.EAGAIN: "the system gives no further process or thread: raise the limit (ulimit -u), or lower data.workers",
+    errno.ENOMEM: "the machine's memory is used up: lower data.workers or train_micro_batch_size_per_gpu, or ask for more (--mem)",
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "the disk or the file server failed: look at its state, then start again"),
+    errno.EPIPE: "who read this output has gone",
+    errno.EADDRINUSE: "another program has this port: set MASTER_PORT to a free one",
+    **dict.fromkeys(
+        (
+            *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT),
+            *(errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN),
+        ),
+        NETWORK,
+    ),
+}
+LESS_MEMORY = (
+    "lower train_micro_batch_size_per_gpu in the DeepSpeed JSON (the result stays the same, by accumulation), set "
+    "student.activation_checkpointing = true, hold the teacher in parts (teacher.mode = 'zero3_int8'), or use more GPUs; `megakd plan` "
+    "says what each needs"
+)
+SHARED_MEMORY = (
+    "loader processes hand over batches in /dev/shm, and it is full: give the container more (docker --shm-size=16g or --ipc=host), or "
+    "lower data.workers; 0 needs none"
+)
+LOST_PEER = r"Connection (closed|reset|refused)|Broken pipe|Socket closed|remote process exited|Application timeout caused pair closure"
+# What libraries raise as RuntimeError or a class of their own, by their text: (pattern, remedy).
+KNOWN = (
+    (r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|can't allocate memory|Cannot allocate memory|cudaErrorMemoryAllocation", LESS_MEMORY),
+    (
+        r"killed by signal: Bus error|out of shared memory|(torch_|shared memory|/dev/shm).*No space left|unable to (mmap|write to file)",
+        SHARED_MEMORY,
+    ),
+    (
+        r"DataLoader worker \(pid",
+        "a decoding process was ended from outside, most often because memory ran out: lower data.workers, or ask for more memory (--mem)",
+    ),
+    (
+        r"Too many open files|received 0 items of ancdata",
+        "too many files are open at once: raise the limit (ulimit -n 65536), or lower data.workers",
+    ),
+    (
+        r"[Ee]rror building extension|Unable to JIT load|CUDA_HOME does not exist|[Nn]inja is required|Unable to find a C\+\+ compiler",
+        "DeepSpeed compiles this operator at its first use and could not: load a C++ compiler (and CUDA's, on a GPU), with ninja on PATH; "
+        "slurm/env.sh is the place; or leave out the offload that asks for it",
+    ),
+    (
+        LOST_PEER,
+        "another rank has ended or cannot be reached: its own last lines say why; it may have been killed for memory",
+    ),
+    (r"Timed out waiting|Operation timed out|collective.*[Tt]imeout|Wait timeout", "another rank did not answer: look at the logs of all"),
+)
+# Libraries whose errors are those of a network.
+NETWORKED = ("requests", "urllib3", "httpx", "httpcore", "huggingface_hub", "aiohttp", "ssl", "urllib")
+
+
+def explain(error: BaseException) -> str | None:
+    """One message with a remedy, or None for a bug, whose traceback is wanted."""
+    chain = _chain(error)
+    for cause in chain:
+        if isinstance(cause, ValueError) and is_ours(cause):
+            return str(cause)
+    for cause in chain:
+        if found := _known(cause):
+            return found
+    return None
+
+
+def is_ours(error: BaseException) -> bool:
+    """Raised by megakd itself, whose ValueErrors are written for users; a library's deserves its traceback."""
+    marked = getattr(error, "raised_by_megakd", None)
+    if marked is not None:
+        return bool(marked)
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and any(Path(frames[-1].filename).is_relative_to(folder) for folder in OURS)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has gone."""
+    return isinstance(error, RuntimeError) and re.search(LOST_PEER, str(error)) is not None
+
+
+def told(error: BaseException) -> BaseException:
+    """The error itself, with a note whose it is, which survives pickling: for one that goes to another process."""
+    error.raised_by_megakd = is_ours(error)  # type: ignore[attr-defined]
+    return error
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from: libraries wrap what megakd's functions raise within them."""
+    found = [error]
+    while (cause := found[-1].__cause__) is not None and cause not in found:
+        found.append(cause)
+    return found
+
+
+def _known(error: BaseException) -> str | None:
+    text = _first_lines(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{text}\nOut of GPU memory: {LESS_MEMORY}"
+    if isinstance(error, MemoryError):
+        return f"out of memory{f' ({text})' if text else ''}: {REMEDIES[errno.ENOMEM]}"
+    if isinstance(error, ImportError):
+        return _not_installed(error, text)
+    if type(error).__module__.split(".")[0] in NETWORKED or isinstance(error, (socket.gaierror, TimeoutError)):
+        return f"{text}; {NETWORK}"
+    if isinstance(error, RuntimeError):
+        # DataLoader's error has the worker's own traceback in its text; what it is about is in the last line.
+        whole = str(error)
+        return next((f"{text}; {remedy}" for pattern, remedy in KNOWN if re.search(pattern, whole)), None)
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.errno == errno.ENOSPC and "/dev/shm" in str(error.filename or text):
+            return f"{text}; {SHARED_MEMORY}"
+        return f"{text}; {REMEDIES.get(error.errno, 'look at what the system says of it, then start again')}"
+    return None
+
+
+def _not_installed(error: ImportError, text: str) -> str | None:
+    name = (error.name or "").split(".")[0]
+    if not name or name in ("megakd", "megakd_kernels"):
+        return None
+    if isinstance(error, ModuleNotFoundError):
+        return f"the Python package {name!r} is needed for this and not installed: pip install {name} in the environment that runs megakd"
+    return f"the Python package {name!r} cannot be loaded ({text}): install a version of it that fits the others (pip install -U {name})"
+
+
+def _first_lines(error: BaseException, most: int = 600) -> str:
+    lines = str(error).strip().splitlines()
+    if lines and lines[0].startswith("Caught "):  # of a worker: the frames are between this and what it says
+        lines = lines[-1:]
+    kept = [line for line in lines[:4] if line.strip()]
+    return "\n".join(kept)[:most] or type(error).__name__

@@ -1,0 +1,292 @@
+"""How ranks find each other, and end together: where they meet is checked with words, and the error of one is the error of all.
+
+`meet` joins the ranks at MASTER_ADDR:MASTER_PORT and says who is missing. `Peers.tell` lets the others know that this rank ends and why;
+each looks once a second, in a thread, because a rank that waits in a collective of the GPU never hears that another one has gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megakd.runtime.signals import EXIT_USER_ERROR
+
+# Seconds: of one attempt to reach the meeting point, until waiting is said, and until it ends: nodes of one job start minutes apart,
+# ranks in a shell of `srun --pty` never do.
+ATTEMPT, SAID, PATIENCE, PATIENCE_AT_A_TERMINAL = 10.0, 10.0, 600.0, 30.0
+LOOK, GRACE, LINGER, LAST = 0.5, 5.0, 10.0, 30.0
+FAILED, REFUSED, GONE = "failed", "refused", "gone"
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where `size` ranks meet. agent: torchrun keeps the store, in a process of its own; attempt: how often it has started the ranks."""
+
+    rank: int
+    size: int
+    host: str
+    port: int
+    agent: bool = False
+    attempt: str = "0"
+    patience: float = PATIENCE
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port} (MASTER_ADDR, MASTER_PORT)"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank ended: its words for people and its exit code."""
+
+    rank: int
+    text: str
+    code: int
+
+
+def meet(place: Meeting) -> tuple[dist.Store, dist.TCPStore]:
+    """The ranks' common store, and its connection. Every rank is there when this returns.
+
+    Raises ValueError with the remedy for a host nobody knows, a port that something else has, two processes of one rank, and ranks that do
+    not come.
+    """
+    end = time.monotonic() + place.patience
+    _resolve(place)
+    serves = place.rank == 0 and not place.agent
+    connection = _serve(place) if serves else _reach(place, end)
+    # torch's own name for the attempts of torchrun, so that a restarted rank does not meet its former life
+    store = dist.PrefixStore(f"/worker/attempt_{place.attempt}", connection)
+    try:
+        _register(place, store)
+    except ValueError as error:
+        # Those who are there wait for this rank. Not FAILED, which a run reads that has begun: it may be another job's.
+        _tell(store, Failure(place.rank, str(error), EXIT_USER_ERROR), REFUSED)
+        raise
+    _await(place, store, end)
+    return store, connection
+
+
+def _resolve(place: Meeting) -> None:
+    for attempt in range(3):
+        try:
+            socket.getaddrinfo(place.host, place.port, proto=socket.IPPROTO_TCP)
+        except socket.gaierror as error:
+            if error.errno == socket.EAI_AGAIN and attempt < 2:
+                time.sleep(1)
+                continue
+            raise ValueError(
+                f"MASTER_ADDR = {place.host!r}: no machine of that name is known here ({error.strerror}); give the name or the address of "
+                f"the machine of rank 0, or unset it"
+            ) from None
+        except (UnicodeError, ValueError) as error:
+            raise ValueError(f"MASTER_ADDR = {place.host!r}: not a name of a machine ({error})") from None
+        return
+
+
+def _serve(place: Meeting) -> dist.TCPStore:
+    try:
+        return _store(place, serves=True)
+    except dist.DistError as error:
+        text = str(error)
+        if "EADDRINUSE" in text or "address already in use" in text.lower():
+            raise ValueError(
+                f"MASTER_PORT = {place.port}: another program on this machine has this port (a run that has not ended, a second rank 0?); "
+                f"end it, or set MASTER_PORT to a free one (torchrun and deepspeed: --master_port)"
+            ) from None
+        if "EACCES" in text or "permission denied" in text.lower():
+            raise ValueError(f"MASTER_PORT = {place.port}: the system does not give this port; set it to one from 1024 on") from None
+        raise ValueError(
+            f"rank 0 does not reach itself at {place}: MASTER_ADDR must be the machine of rank 0 ({socket.gethostname()}), and no firewall "
+            f"between the machines may close the port"
+        ) from None
+
+
+def _reach(place: Meeting, end: float) -> dist.TCPStore:
+    said = time.monotonic() + SAID
+    while True:
+        found = _attempt(place)
+        if isinstance(found, dist.TCPStore):
+            return found
+        if found is None or _answers(place):
+            again = None if found is None else _attempt(place)  # rank 0 may have begun to answer just now
+            if isinstance(again, dist.TCPStore):
+                return again
+            raise ValueError(
+                f"something answers at {place} that is not rank 0 of this run: another program has the port; end it, or set MASTER_PORT "
+                f"to a free one on all ranks (torchrun and deepspeed: --master_port)"
+            )
+        if time.monotonic() > end:
+            raise ValueError(
+                f"rank {place.rank} of {place.size}: nobody answers at {place} for {place.patience:.0f} s; rank 0 has not started or has "
+                f"ended (see its log), MASTER_ADDR names another machine, or a firewall closes the port"
+            ) from found
+        if time.monotonic() > said:
+            print(f"[rank {place.rank}] waiting for rank 0 at {place}", file=sys.stderr, flush=True)
+            said = time.monotonic() + 60
+
+
+def _attempt(place: Meeting) -> dist.TCPStore | Exception | None:
+    """The connection, why there is none, or None where something took the connection and says nothing: torch would wait for ever."""
+    done: list[dist.TCPStore | Exception] = []
+
+    def connect() -> None:
+        try:
+            done.append(_store(place, serves=False))
+        except dist.DistError as error:
+            done.append(error)
+
+    thread = threading.Thread(target=connect, name="meeting", daemon=True)
+    thread.start()
+    thread.join(ATTEMPT + 5)
+    return done[0] if done else None
+
+
+def _store(place: Meeting, *, serves: bool) -> dist.TCPStore:
+    # not longer than an attempt: torch looks for the host again and again by itself
+    limit = timedelta(seconds=min(ATTEMPT, place.patience))
+    return dist.TCPStore(place.host, place.port, place.size, serves, timeout=limit, wait_for_workers=False, multi_tenant=serves)
+
+
+def _answers(place: Meeting) -> bool:
+    try:
+        socket.create_connection((place.host, place.port), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def _register(place: Meeting, store: dist.Store) -> None:
+    me = f"{socket.gethostname()}, process {os.getpid()}"
+    if place.rank == 0:
+        store.set("size", str(place.size))
+    else:
+        try:
+            store.wait(["size"], timedelta(seconds=2 * ATTEMPT))
+        except dist.DistError:
+            raise ValueError(
+                f"the ranks of another job meet at {place}: set MASTER_PORT to a port of this job's own, the same on all ranks"
+            ) from None
+    size = store.get("size").decode()
+    if size != str(place.size):
+        raise ValueError(
+            f"WORLD_SIZE = {place.size} on rank {place.rank}, and {size} on rank 0: another job meets at {place}, or the ranks were "
+            f"started with different numbers"
+        )
+    there = store.compare_set(f"rank/{place.rank}", "", me).decode()
+    if there != me:
+        raise ValueError(f"RANK = {place.rank} twice: {there} is it already, and {me} would be too; give each process its own")
+    store.add("joined", 1)
+
+
+def _await(place: Meeting, store: dist.Store, end: float) -> None:
+    said = time.monotonic() + SAID
+    pause = 0.02
+    while (joined := store.add("joined", 0)) < place.size:
+        if (failure := _heard(store, place.rank, REFUSED)) is not None:
+            raise ValueError(of_another(failure))
+        if time.monotonic() > min(end, said):
+            absent = [rank for rank in range(min(place.size, 256)) if not store.check([f"rank/{rank}"])]
+            missing = f"{place.size - joined} of {place.size} ranks are missing at {place}: {', '.join(map(str, absent[:8]))}" + (
+                ", ..." if len(absent) > 8 else ""
+            )
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"{missing}; waited {place.patience:.0f} s. Start as many processes as WORLD_SIZE says (under SLURM: srun python "
+                    f"megakd/train.py ..., with --pty one task alone); for one process in such a shell: WORLD_SIZE=1 RANK=0 LOCAL_RANK=0 "
+                    f"MASTER_ADDR=localhost MASTER_PORT=0 python megakd/train.py ..."
+                )
+            if place.rank == 0:
+                print(f"waiting: {missing}", file=sys.stderr, flush=True)
+            said = time.monotonic() + 60
+        time.sleep(pause)
+        pause = min(0.5, pause * 1.5)
+
+
+class Peers:
+    """The other ranks of this run. After `tell` on one of them, each of the others ends within GRACE seconds with the same words."""
+
+    def __init__(self, rank: int, size: int, store: dist.Store, connection: dist.TCPStore, attempt: str = "0") -> None:
+        self._rank, self._size, self._store, self._connection = rank, size, store, connection
+        # A connection of its own: a wait of the main thread in the other one would hold up the question whether it waits in vain.
+        self._own = dist.PrefixStore(f"/worker/attempt_{attempt}", connection.clone())
+        self._closed, self._ending = threading.Event(), threading.Event()
+        self._said: Failure | None = None
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._thread.start()
+
+    def tell(self, text: str, code: int) -> None:
+        """Let the others know that this rank ends; the first to tell is the one they hear."""
+        self._said = Failure(self._rank, text, code)
+        self._ending.set()
+        try:
+            _tell(self._store, self._said)
+            self._store.add(GONE, 1)
+        except dist.DistError:  # rank 0 has gone, and the store with it
+            return
+
+    def heard(self, seconds: float = 0.0) -> Failure | None:
+        """What another rank has told, now or within so many seconds."""
+        end = time.monotonic() + seconds
+        while True:
+            found = _heard(self._store, self._rank)
+            if found is not None or time.monotonic() >= end:
+                return found
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        """No more looking. Rank 0 stays until the others have heard: it keeps what they read."""
+        failed = self._ending.is_set()
+        self._closed.set()
+        if failed and self._rank == 0:
+            end = time.monotonic() + LINGER
+            try:
+                while self._store.add(GONE, 0) < self._size and time.monotonic() < end:
+                    time.sleep(0.05)
+            except dist.DistError:
+                pass
+        self._thread.join(timeout=2 * LOOK)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(LOOK):
+            if self._ending.is_set():
+                if not self._closed.wait(LAST) and self._said is not None:
+                    os._exit(self._said.code)  # what was to be closed waits for a device or a peer
+                return
+            failure = _heard(self._own, self._rank)
+            if failure is None:
+                continue
+            # The main thread hears it by itself where its collective fails; it may also wait for ever.
+            if self._closed.wait(GRACE) or self._ending.is_set():
+                continue
+            print(f"[rank {self._rank}] {of_another(failure)}", file=sys.stderr, flush=True)
+            try:
+                self._own.add(GONE, 1)
+            finally:
+                os._exit(failure.code)
+
+
+def _tell(store: dist.Store, failure: Failure, key: str = FAILED) -> None:
+    store.compare_set(key, "", json.dumps({"rank": failure.rank, "text": failure.text[:20_000], "code": failure.code}))
+
+
+def _heard(store: dist.Store, rank: int, key: str = FAILED) -> Failure | None:
+    """What another rank than `rank` has told; None also where the store has gone with rank 0."""
+    try:
+        if not store.check([key]):
+            return None
+        found = json.loads(store.get(key))
+    except RuntimeError:
+        return None
+    return None if found["rank"] == rank else Failure(found["rank"], found["text"], found["code"])
+
+
+def of_another(failure: Failure) -> str:
+    """Another rank's failure in this one's words."""
+    return f"{failure.text}\n(found by rank {failure.rank}; all ranks end with it)"
