@@ -23,7 +23,7 @@ from megakd.planning import loss, models, rates, report, zero
 from megakd.planning.modes import STORE, Job, Mode, Row, modes, row
 from megakd.planning.result import GB, IN_PIECES, OUTSIDE, Cluster, Plan
 from megakd.recipe import Recipe
-from megakd.runtime import ds_config, partition, precision
+from megakd.runtime import ds_check, ds_config, partition, precision
 from megakd.tasks.distill import Distill
 
 
@@ -61,6 +61,7 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     device = torch.device("cpu" if cluster.kind == "cpu" else "cuda")
     raw, config_name = ds_config.read(config, precision.of(device))
     resolved = ds_config.resolve(raw, recipe, cluster.gpus, config_name=config_name, recipe_name=recipe_name)
+    ds_check.check(resolved, config_name)
     rounds, pairs = resolved["gradient_accumulation_steps"], recipe.optim.batch if recipe.objectives.active() else 0
     questions = recipe.questions_in_a_step()
     local, asked = pairs // cluster.gpus, math.ceil(questions / cluster.gpus)

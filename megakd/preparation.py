@@ -24,7 +24,7 @@ from megakd.evaluation.suite import Sets, open_sets
 from megakd.models import decoder, towers
 from megakd.models.decoder import Decoder, DecoderDescription
 from megakd.recipe import Answers, Recipe, Student
-from megakd.runtime import collectives, ds_config, precision, runlog
+from megakd.runtime import collectives, ds_check, ds_config, partition, precision, runlog
 from megakd.runtime.launch import World
 from megakd.tasks.distill import Distill
 
@@ -93,6 +93,10 @@ def prepare(request: Request, world: World, to_come: frozenset[str] = frozenset(
     recipe = request.recipe
     raw, config_name = ds_config.read(request.ds_config, precision.of(world.device))
     config = ds_config.resolve(raw, recipe, world.size, config_name=config_name, recipe_name=request.recipe_name)
+    ds_check.check(config, config_name)
+    for teacher in recipe.teachers().values():
+        if teacher.mode.startswith("zero3"):
+            partition.settings(teacher.ds_config, offload=teacher.offload)
     runlog.check_resume(request.out, request.resume, recipe)
     student = None if recipe.student is None else _student(recipe.student, "student" in to_come)
     pairs = _pairs(recipe, world, student, "teacher" not in to_come) if recipe.objectives.active() else None

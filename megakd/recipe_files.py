@@ -58,7 +58,7 @@ def load(source: str, overrides: Iterable[str] = ()) -> tuple[Recipe, str]:
 def _read(source: str) -> tuple[dict[str, Any], str]:
     path = Path(source)
     if path.suffix in (".toml", ".json") or "/" in source:
-        if not _exists(path):
+        if not texts.exists(path):
             raise ValueError(
                 f"recipe {source}: no such file; give a path to a .toml file, or one of the shipped names: {', '.join(shipped())}"
             )
@@ -70,13 +70,6 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
         raise ValueError(f"recipe {shown}: not a shipped recipe; {suggestion}shipped: {', '.join(shipped())}; a path must end in .toml")
     text = (resources.files("megakd.recipes") / f"{source}.toml").read_text(encoding="utf-8")
     return _parse(text, Path(f"{source}.toml")), f"megakd/recipes/{source}.toml"
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name too long for the file system, or one with a NUL in it
-        return False
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from megakd import cluster, recipe_files
 from megakd.jobs import Training
-from megakd.runtime import ds_config, precision, runlog
+from megakd.runtime import ds_check, ds_config, precision, runlog
 from megakd.runtime.launch import TORCH_VARIABLES
 from megakd.runtime.slurm_job import LOG_VARIABLE, SUBMISSIONS
 
@@ -131,7 +131,7 @@ def check(runs: Sequence[Request], wanted: Resources, where: Where) -> None:
     raw, config_name = ds_config.read(runs[0].ds_config, precision.of(torch.device("cuda" if wanted.gpus_per_node else "cpu")))
     for run in runs:
         recipe, origin = recipe_files.load(run.recipe, run.overrides)
-        ds_config.resolve(raw, recipe, ranks, config_name=config_name, recipe_name=origin)
+        ds_check.check(ds_config.resolve(raw, recipe, ranks, config_name=config_name, recipe_name=origin), config_name)
         runlog.check_resume(run.out, run.resume, recipe)
     if wanted.gpus_per_node and wanted.ranks_per_node > wanted.gpus_per_node:
         raise ValueError(f"--tasks_per_node {wanted.tasks_per_node}: more ranks than --gpus_per_node {wanted.gpus_per_node}")

@@ -7,11 +7,11 @@ micro-batch, buckets and monitors are the JSON's. A key that both have is "auto"
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
-from megakd.recipe import Recipe
+from megakd.recipe import Recipe, texts
+from megakd.runtime import ds_sections
 from megakd.runtime.precision import Precision
 
 BUILT_IN = "(built-in default)"
@@ -22,12 +22,9 @@ def read(path: str | None, precision: Precision) -> tuple[dict[str, Any], str]:
     if path is None:
         default = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}} if precision == "bf16" else {}
         return default, BUILT_IN
-    if not Path(path).is_file():
+    if not texts.exists(Path(path)):
         raise ValueError(f"--ds_config {path}: no such file; the repository's are in ds_configs/")
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--ds_config {path}: not valid JSON: {error}") from None
+    config = texts.parse_json(texts.read_text(Path(path), f"--ds_config {path}"), f"--ds_config {path}")
     if not isinstance(config, dict):
         raise ValueError(f"--ds_config {path}: a DeepSpeed configuration is an object, this is a {type(config).__name__}")
     return config, path
@@ -39,8 +36,8 @@ def resolve(config: dict[str, Any], recipe: Recipe, ranks: int, *, config_name: 
     Raises ValueError that names the key, both values and both files where a literal disagrees, and where the global batch does
     not divide over `ranks` and micro-batches.
     """
+    ds_sections.check(config, config_name)
     merge = _Merge(copy.deepcopy(config), config_name, recipe_name)
-    merge.refuse()
     optim = recipe.optim
     merge.fill("train_batch_size", "optim.batch", optim.batch)
     micro = merge.micro_batch(optim.batch, ranks)
@@ -68,14 +65,6 @@ class _Merge:
                 f'write "auto" in the JSON, or change the recipe'
             )
         section[key] = value
-
-    def refuse(self) -> None:
-        if "scheduler" in self.config:
-            raise ValueError(
-                f"scheduler in {self.config_name}: the schedule is the recipe's (optim.schedule, optim.warmup); remove this section"
-            )
-        if self.config.get("fp16", {}).get("enabled", False):
-            raise ValueError(f"fp16.enabled in {self.config_name}: only bf16 and fp32 are supported; enable bf16 instead")
 
     def micro_batch(self, batch: int, ranks: int) -> int:
         """Pairs of one rank in one forward: the JSON's literal, or the whole share of a rank."""
@@ -116,7 +105,7 @@ class _Merge:
             "eps": recipe.optim.eps,
             "weight_decay": recipe.optim.weight_decay,
         }
-        params = section.get("params", {})
+        params = section.get("params") or {}
         for key, value in params.items():
             if key not in owned:
                 raise ValueError(f"optimizer.params.{key} = {value!r} in {self.config_name}: unknown; the recipe owns {', '.join(owned)}")
@@ -124,7 +113,7 @@ class _Merge:
 
     def precision(self) -> None:
         stage = self.config.get("zero_optimization", {}).get("stage", 0)
-        if stage not in (0, 1, 2, 3):
+        if not isinstance(stage, int) or isinstance(stage, bool) or stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_optimization.stage = {stage!r} in {self.config_name}: give 0, 1, 2 or 3")
         if is_bf16(self.config) and stage == 0:
             raise ValueError(

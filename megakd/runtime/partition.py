@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import json
 import logging
 import sys
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megakd.recipe import texts
+from megakd.runtime import ds_check, ds_sections
 from megakd.runtime.engine import deepspeed
 from megakd.runtime.launch import World
 
@@ -36,12 +37,17 @@ BUILT_IN: dict[str, Any] = {
     },
 }
 # What would not do what it says in a frozen module, or do it to the student as well.
+_MODE, _FROZEN = "the recipe's teacher.mode says in which precision a teacher runs", "a teacher is frozen"
+_ONCE = "the student's DeepSpeed JSON has it, for the whole run"
 NOT_OURS = {
-    "bf16": "the recipe's teacher.mode says in which precision a teacher runs",
-    "fp16": "the recipe's teacher.mode says in which precision a teacher runs",
-    "optimizer": "a teacher is frozen",
-    "scheduler": "a teacher is frozen",
+    **dict.fromkeys(("bf16", "fp16", "data_types"), _MODE),
+    **dict.fromkeys(
+        ("optimizer", "scheduler", "gradient_clipping", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"), _FROZEN
+    ),
+    **dict.fromkeys(("tensorboard", "csv_monitor", "wandb", "comet", "comms_logger", "flops_profiler", "wall_clock_breakdown"), _ONCE),
 }
+# DeepSpeed asks for one of them; a forward takes any number of rows. "auto" says the same as nothing.
+BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def settings(path: str | None = None, *, offload: bool = False) -> dict[str, Any]:
@@ -51,25 +57,32 @@ def settings(path: str | None = None, *, offload: bool = False) -> dict[str, Any
     Raises ValueError naming key, file and remedy for what is not a configuration of a frozen ZeRO-3 module.
     """
     config = copy.deepcopy(BUILT_IN)
+    name = "(built-in)"
     if path is not None:
-        try:
-            config = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: no readable DeepSpeed JSON ({error}); ds_configs/teacher_zero3.json is an example") from None
-    name = path or "(built-in)"
+        name = f"teacher.ds_config = {path!r}"
+        if not texts.exists(Path(path)):
+            raise ValueError(f"{name}: no such file; ds_configs/teacher_zero3.json is an example")
+        config = texts.parse_json(texts.read_text(Path(path), name), name)
+        if not isinstance(config, dict):
+            raise ValueError(f"{name}: a DeepSpeed configuration is an object, this is a {type(config).__name__}")
     for key in NOT_OURS.keys() & config.keys():
-        raise ValueError(f"{key} in {name}: {NOT_OURS[key]}; remove this section")
+        raise ValueError(f"{key} in {name}: {NOT_OURS[key]}; remove it")
+    for key in BATCHES:
+        if config.pop(key, "auto") not in ("auto", 1):
+            raise ValueError(f'{key} in {name}: a teacher embeds whatever the student trains on; remove it, or write "auto"')
+    ds_sections.check(config, name)
     zero = config.get("zero_optimization", {})
-    if zero.get("stage") != 3:
+    if type(zero.get("stage")) is not int or zero["stage"] != 3:
         raise ValueError(f"zero_optimization.stage = {zero.get('stage')!r} in {name}: a partitioned teacher needs 3")
     if zero.setdefault("memory_efficient_linear", False):
         raise ValueError(
             f"zero_optimization.memory_efficient_linear = true in {name}: DeepSpeed would replace torch's linear function for the student "
             f"as well; write false"
         )
-    config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed asks for one; a forward takes any number of rows
+    config["train_micro_batch_size_per_gpu"] = 1
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    ds_check.check(config, name, frozen=True)
     return config
 
 

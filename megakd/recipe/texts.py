@@ -1,0 +1,140 @@
+"""Small text files and values that people write: TOML and JSON with one message for whatever is wrong with them.
+
+What a parser takes and no setting can mean is refused here, by key: a key that is there twice, NaN and infinity, integers beyond 64 bits,
+dates, control characters, tables within tables without an end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MOST_BYTES = 16_000_000
+DEEPEST = 40
+# Tab and line breaks are text; a lone surrogate is a byte that was no UTF-8.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+LARGEST = 2**63 - 1
+
+
+def exists(path: Path) -> bool:
+    """False also for a name that is too long for the file system or has a NUL in it."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def read_text(path: Path, named: str) -> str:
+    """The file in UTF-8, without a byte order mark. Raises ValueError that begins with `named`, what the file is to its reader."""
+    try:
+        if path.is_dir():
+            raise ValueError(f"{named}: this is a folder; name the file in it")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{named}: cannot be read ({error.strerror or error}); check the path and its permissions") from None
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{named}: larger than {MOST_BYTES // 10**6} MB, so it is something else; check the path")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{named}: byte {content[error.start]:#04x} in line {line} is not UTF-8; save the file as UTF-8") from None
+
+
+def parse_json(text: str, named: str) -> Any:
+    """The value in `text`. Raises ValueError that begins with `named` for what is no JSON, and for what the module's docstring lists."""
+    try:
+        value = json.loads(text, object_pairs_hook=_once)
+    except json.JSONDecodeError as error:
+        hint = "; JSON has no comments" if re.search(r"^\s*(//|#|/\*)", text, re.MULTILINE) else ""
+        raise ValueError(f"{named}: not valid JSON: {error}{hint}") from None
+    except RecursionError:
+        raise ValueError(f"{named}: nested deeper than {DEEPEST} levels") from None
+    except ValueError as error:
+        raise ValueError(f"{named}: not valid JSON: {_brief(error)}") from None
+    check_values(value, named)
+    return value
+
+
+def parse_toml(text: str, named: str) -> dict[str, Any]:
+    """The table in `text`; raises as `parse_json` does."""
+    try:
+        value = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(f"{named}: nested deeper than {DEEPEST} levels") from None
+    except ValueError as error:
+        raise ValueError(f"{named}: not valid TOML: {_brief(error)}") from None
+    check_values(value, named)
+    return value
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """A value for a message, on one line and cut where it is long."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # Python refuses to print integers of more than 4300 digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def check_values(value: Any, named: str) -> None:
+    """Raise ValueError for what no setting can mean; see the module's docstring."""
+    if found := next(impossible(value), None):
+        raise ValueError(f"{named}: {found}")
+
+
+def impossible(value: Any) -> Iterator[str]:
+    """A line, KEY = VALUE: reason, for each value inside that no setting can mean."""
+    for key, inner, depth in _walk(value):
+        where = shown(key)[1:-1] if key else "(all)"
+        if depth > DEEPEST:
+            yield f"{where}: nested deeper than {DEEPEST} levels"
+            return
+        if isinstance(inner, dict):
+            for name in map(str, inner):
+                if not name.strip():
+                    yield f"{where}: the key {name!r} in it is empty; give it a name"
+                elif UNPRINTABLE.search(name):
+                    yield f"{where}: the key {shown(name)} in it holds a control character; take it out"
+        elif isinstance(inner, str) and (found := UNPRINTABLE.search(inner)):
+            yield f"{where} = {shown(inner)}: holds the control character {found[0]!r}; take it out"
+        elif isinstance(inner, float) and not math.isfinite(inner):
+            yield f"{where} = {inner}: not a finite number; write one"
+        elif isinstance(inner, int) and abs(inner) > LARGEST:
+            yield f"{where} = {shown(inner, 40)}: too large; integers have 64 bits"
+        elif inner is not None and not isinstance(inner, (str, bool, int, float, list)):
+            yield f'{where} = {inner}: a {type(inner).__name__}, which no setting is; as a name it stands in quotes: "{inner}"'
+
+
+def _walk(value: Any) -> Iterator[tuple[str, Any, int]]:
+    """(dotted key, value, depth) of everything inside, without recursion: the depth is what is to be found out."""
+    waiting: list[tuple[str, Any, int]] = [("", value, 0)]
+    while waiting:
+        key, inner, depth = waiting.pop()
+        yield key, inner, depth
+        if depth > DEEPEST:
+            continue
+        if isinstance(inner, dict):
+            waiting += [(f"{key}.{name}" if key else str(name), below, depth + 1) for name, below in inner.items()]
+        elif isinstance(inner, list):
+            waiting += [(f"{key}[{number}]", below, depth + 1) for number, below in enumerate(inner)]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} is there twice; keep one")
+        found[key] = value
+    return found
+
+
+def _brief(error: ValueError) -> str:
+    text = str(error)
+    return "an integer of thousands of digits" if "integer string conversion" in text else text[:300]
