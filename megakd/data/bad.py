@@ -14,12 +14,16 @@ Reason = Literal[
     "empty_caption",
     "corrupt_image",
     "too_large",
+    "too_thin",
+    "bad_pixels",
     "bad_text",
     "too_long",
     "truncated_tar",
+    "unused_members",
     "read_error",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
+# truncated_tar: lost in a tar that is cut short or damaged inside. unused_members: a sample's members are there and none can be used.
 
 log = logging.getLogger("megakd.data")
 

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from megakd.data.bad import BadCounter, BadSample
-from megakd.data.index import Slot
 from megakd.data.loader import caption, located
+from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.views import TowerView, decode, evaluation_pixels
 from megakd.data.workers import WorkerStream, reported

@@ -1,99 +1,146 @@
-"""The index of one tar: where each sample's members lie, read once with tarfile and kept as a memory-mapped `.npy`.
+"""The index of one tar: where each sample's members lie, read once and kept as a memory-mapped `.npy`.
 
 The rows of ten million samples then cost page cache, shared by all workers, and no memory of each worker's own.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 import re
-import struct
-import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.data.storage import Stat, file_label, filesystem, is_remote, local_path, mirror, retry
+from megakd.data import tar_members
+from megakd.data.samples import SLOTS, Losses, Row, Samples
+from megakd.data.storage import Stat, file_label, filesystem, is_remote, local_path, mirror, retry, shown
 from megakd.runtime.files import atomic_file
 
-Slot = Literal["image", "caption", "json", "cls"]
-SLOTS: tuple[Slot, ...] = ("image", "caption", "json", "cls")
-IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"})
 Rows = NDArray[np.void]
 
 # Row 0 of the file is about the tar itself and not a sample, so that one file, replaced at once, holds all there is to know:
-# key = magic, image = (size, stamp), caption = (missing images, missing captions), json = (empty captions, cut or not),
-# cls = (checksum of the caption's extension, 0).
-_MAGIC = b"megakd-index-1"
+# key = magic, image = (size of the tar, checksum of the caption's extension, checksum of this file), caption = (stamp of the tar,
+# report's bytes, 0), json = (rows of the report, digest of the content, 0). The report's rows follow: JSON, `Known` without counts
+# that rows tell.
+_MAGIC = b"megakd-index-2"
 _LONGEST_KEY = 64
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
-# webdataset's rule: the key is the folder and the base name up to its first dot, the extension is the rest
-_NAME = re.compile(r"^((?:.*/|)[^./][^./]*)\.([^/]*)$", re.DOTALL)
-# What tarfile raises for damaged headers, beside its own errors. OSError is not among them: the network may be at fault.
-_DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, struct.error, RecursionError)
+# Of an offset: the member is sparse, and its bytes are those of its headers and packed data.
+SPARSE = 1 << 63
+# Of each member, `check` is the checksum of the 512 bytes before its data: its header, which is read along with it.
+HEADER = tar_members.BLOCK
+SUFFIX = ".index.npy"
+# Of each image and caption so many bytes enter the digest of the content: what differs, differs in size or here.
+_DIGESTED = 4096
 
 log = logging.getLogger("megakd.data")
 
 
 @dataclass(frozen=True)
 class Known:
-    """What an index says of its tar before any sample is read."""
+    """What an index says of its tar before any sample is read. Counts come with an example's key.
+
+    expected: samples by the shard's `_stats.json`, None without one. digest: a checksum of keys, sizes and the content's beginnings.
+    """
 
     samples: int
-    missing_image: int
-    missing_caption: int
-    empty_caption: int
-    truncated: bool
+    missing_image: tuple[int, str]
+    missing_caption: tuple[int, str]
+    empty_caption: tuple[int, str]
+    losses: Losses
+    expected: int | None
+    digest: int
+
+    def lost(self, elsewhere: int | None, alike: bool) -> int:
+        """Samples that damage took, as well as can be told. elsewhere: how many a sound shard of the same set holds on average;
+        alike: all of them hold as many."""
+        dropped = sum(count for count, _ in self.losses.dropped.values())
+        if self.expected is not None:
+            return max(0, self.expected - self.samples - dropped)
+        losses = self.losses
+        if elsewhere is not None and (losses.open_end or (losses.lost > losses.certain and alike)):
+            return max(losses.certain, elsewhere - self.samples - dropped)
+        return self.losses.lost
 
 
 def known(rows: Rows) -> Known:
     head = rows[0]
-    counts = (int(head["caption_offset"]), int(head["caption_size"]), int(head["json_offset"]))
-    return Known(len(rows) - 1, *counts, truncated=bool(head["json_size"]))
+    report = json.loads(np.ascontiguousarray(rows[1 : 1 + int(head["json_offset"])]).tobytes()[: int(head["caption_size"])])
+    missing = {name: (int(count), str(key)) for name, (count, key) in report.pop("missing").items()}
+    losses = Losses(**{**report["losses"], **{name: _pairs(report["losses"][name]) for name in ("dropped", "unused")}})
+    return Known(len(samples(rows)), **missing, losses=losses, expected=report["expected"], digest=int(head["json_size"]))
+
+
+def samples(rows: Rows) -> Rows:
+    """The rows of the samples alone."""
+    return rows[1 + int(rows[0]["json_offset"]) :]
 
 
 def load(name: str, stat: Stat, caption: str, cache: str | None) -> Rows | None:
-    """The stored index, memory-mapped, header row included; None when none is there that fits the tar as it is now."""
+    """The stored index, memory-mapped, header rows included; None when none is there that fits the tar as it is now."""
+    return next(_stored(name, stat, caption, cache, say=False), None)
+
+
+def load_checked(name: str, stat: Stat, caption: str, cache: str | None) -> Rows | None:
+    """As `load`, with all of it read for its checksum: an index that is damaged is said and not used."""
+    for rows in _stored(name, stat, caption, cache, say=True):
+        if int(rows[0]["image_check"]) == _checksum(rows) and _is_readable(rows):
+            return rows
+        log.warning("the index of %s is damaged and is built anew", shown(name))
+    return None
+
+
+def _stored(name: str, stat: Stat, caption: str, cache: str | None, *, say: bool) -> Iterator[Rows]:
     for path in _places(name, caption, cache):
         try:
             rows: Rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError, SyntaxError):  # missing, cut short, or no .npy: it is built anew
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, EOFError, SyntaxError, OverflowError):  # cut short, or no .npy: it is built anew
+            if say and path.is_file():
+                log.warning("the index of %s is damaged and is built anew", shown(name))
             continue
         if _fits(rows, stat, caption):
-            return rows
-    return None
+            yield rows
 
 
 def build(name: str, stat: Stat, caption: str, cache: str | None) -> Rows:
     """Reads the tar from end to end, stores its index in the first place that can be written, and returns it.
 
-    Raises ValueError for a compressed tar and for a file that is no tar.
+    Raises ValueError for a compressed tar, for a file that is no tar, and for one that may not be read.
     """
-    rows = retry(lambda: _scan(name, stat, caption, cache), name)
+    try:
+        rows = retry(lambda: _scan(name, stat, caption, cache), name)
+    except PermissionError as error:
+        raise ValueError(f"{shown(name)} may not be read ({error.strerror}): change its permissions, or who starts the run") from error
     for path in _places(name, caption, cache):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as partial, partial.open("wb") as file:
                 np.save(file, rows, allow_pickle=False)
         except OSError as error:
-            log.debug("index of %s cannot be stored as %s: %s", name, path, error)
+            log.debug("index of %s cannot be stored as %s: %s", shown(name), path, error)
             continue
         stored = load(name, stat, caption, cache)
         return rows if stored is None else stored
-    log.warning("the index of %s cannot be stored anywhere and is kept in memory: set data.cache to a folder that can be written", name)
+    log.warning(
+        "the index of %s cannot be stored anywhere and is kept in memory: set data.cache to a folder that can be written", shown(name)
+    )
     return rows
 
 
 def _places(name: str, caption: str, cache: str | None) -> list[Path]:
     """Where the index may be, best first: data.cache, beside the tar, the user's cache folder."""
-    suffix = f".{re.sub(r'[^A-Za-z0-9_-]', '_', caption)}.index.npy"
+    suffix = f".{re.sub(r'[^A-Za-z0-9_-]', '_', caption)}{SUFFIX}"
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megakd" / "indexes"
     absolute = name if is_remote(name) else os.path.abspath(local_path(name))
     places = [Path(local_path(cache)) / "indexes" / (file_label(absolute) + suffix)] if cache else []
@@ -103,8 +150,8 @@ def _places(name: str, caption: str, cache: str | None) -> list[Path]:
 
 
 def _dtype(width: int) -> np.dtype[np.void]:
-    fields: list[tuple[str, str]] = [("key", f"S{width}")]
-    return np.dtype(fields + [(f"{slot}_{what}", "<u8") for slot in SLOTS for what in ("offset", "size")])
+    kinds = (("offset", "<u8"), ("size", "<u4"), ("check", "<u4"))
+    return np.dtype([("key", f"S{width}"), *((f"{slot}_{what}", kind) for slot in SLOTS for what, kind in kinds)])
 
 
 def _fits(rows: Any, stat: Stat, caption: str) -> bool:
@@ -113,15 +160,30 @@ def _fits(rows: Any, stat: Stat, caption: str) -> bool:
     if rows.dtype != _dtype(rows.dtype["key"].itemsize if "key" in rows.dtype.names else 1) or rows[0]["key"] != _MAGIC:
         return False
     head = rows[0]
-    return (int(head["image_offset"]), int(head["image_size"]), int(head["cls_offset"])) == (
-        stat.size,
-        stat.stamp,
-        zlib.crc32(caption.lower().lstrip(".").encode()),
-    )
+    return (int(head["image_offset"]), int(head["caption_offset"]), int(head["image_size"])) == (stat.size, stat.stamp, _of(caption))
 
 
-class _Cut(Exception):
-    """The tar ends, or stops making sense, before its end marker."""
+def _of(caption: str) -> int:
+    return zlib.crc32(extension(caption).encode())
+
+
+def extension(caption: str) -> str:
+    """`data.caption` as members' names have it."""
+    return caption.lower().lstrip(".")
+
+
+def _checksum(rows: Rows) -> int:
+    head = np.array(rows[:1])
+    head["image_check"] = 0
+    return zlib.crc32(np.ascontiguousarray(rows[1:]).view(np.uint8).data, zlib.crc32(head.tobytes()))
+
+
+def _is_readable(rows: Rows) -> bool:
+    try:
+        known(rows)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+    return True
 
 
 def _scan(name: str, stat: Stat, caption: str, cache: str | None) -> Rows:
@@ -133,118 +195,92 @@ def _scan(name: str, stat: Stat, caption: str, cache: str | None) -> Rows:
         else:
             local = mirror(name, stat, cache) if is_remote(name) and cache else local_path(name)
             file = stack.enter_context(open(local, "rb"))
-        samples = _Samples(caption)
-        truncated = False
-        try:
-            for member, offset, size in _members(file, stat.size, name):
-                samples.add(member, offset, size)
-        except _Cut as cut:
-            truncated = True
-            samples.drop_cut()
-            log.warning("%s is truncated (%s): the %d samples before the cut are used", name, cut, len(samples.rows))
-    return samples.table(stat, truncated)
+        _refuse_others(file, name, stat.size)
+        found, measured = Samples(extension(caption)), {}
+        for member in tar_members.members(file, stat.size):
+            if isinstance(member, tar_members.Hole):
+                found.damage(member)
+                continue
+            if member.kind in ("file", "sparse"):
+                measured[member.offset] = _measured(file, member)
+            found.add(member)
+        found.finish()
+        return _table(found, measured, stat, caption, _expected(name, damaged=bool(found.losses.why)))
 
 
-def _members(file: IO[bytes], length: int, name: str) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each plain file in the tar. Raises _Cut, or ValueError for what is no uncompressed tar."""
-    start = file.read(512)
+def _refuse_others(file: IO[bytes], name: str, length: int) -> None:
+    """Raises ValueError for what is no uncompressed tar."""
+    start = file.read(tar_members.BLOCK)
     for magic, command in _COMPRESSED.items():
         if start.startswith(magic):
-            raise ValueError(f"{name} is compressed: samples cannot be read out of order; unpack it with `{command}` and use the .tar")
-    file.seek(0)
-    if length < 512:
-        raise _Cut(f"{length} bytes")
+            raise ValueError(
+                f"{shown(name)} is compressed: samples cannot be read out of order; unpack it with `{command}` and use the .tar"
+            )
+    if not any(start) or len(start) < tar_members.BLOCK or tar_members.is_header(start):
+        return
+    if not any(isinstance(member, tar_members.Member) for member in tar_members.members(file, length)):
+        raise ValueError(f"{shown(name)} is no tar file: was its download cut short or answered with an error page?")
+
+
+def _expected(name: str, damaged: bool) -> int | None:
+    """The samples that img2dataset wrote, by the `_stats.json` beside the shard; a remote one is asked for where it matters."""
+    beside = re.sub(r"\.tar$", "_stats.json", name)
+    if beside == name or (is_remote(name) and not damaged):
+        return None
     try:
-        # it is the caller's file that has to be closed, and is
-        tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
-    except tarfile.ReadError as error:
-        if not any(start):  # an archive without members is nothing but its end marker
-            return
-        raise ValueError(f"{name} is no tar file ({error}): was its download cut short or answered with an error page?") from error
-    reached = -1
-    while (member := _next(tar)) is not None:
-        # a negative size in a header would send tarfile backwards for ever (CVE-2025-8194)
-        if member.size < 0 or tar.offset <= reached:
-            raise _Cut(f"damaged header at byte {member.offset}")
-        reached = tar.offset
-        vars(tar)["members"] = []  # tarfile would keep every header it has seen
-        if member.offset_data + member.size > length:
-            raise _Cut(f"{member.name!r} ends at byte {member.offset_data + member.size} of {length}")
-        if member.isreg() and not member.issparse():
-            yield member.name, member.offset_data, member.size
-    file.seek(tar.offset)
-    end = file.read(512)
-    if len(end) < 512 or any(end):
-        raise _Cut(f"no end marker at byte {tar.offset}")
+        if is_remote(name):
+            fs, path = filesystem(beside)
+            text = fs.cat_file(path)
+        else:
+            text = Path(local_path(beside)).read_bytes()
+        successes = json.loads(text)["successes"]
+    except Exception:  # absent or damaged; and fsspec's backends raise their libraries' own types
+        return None
+    return successes if type(successes) is int and 0 <= successes < 1 << 40 else None
 
 
-def _next(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    try:
-        return tar.next()
-    except _DAMAGE as error:
-        raise _Cut(f"{type(error).__name__}: {error}") from error
+def _measured(file: IO[bytes], member: tar_members.Member) -> tuple[int, int]:
+    """(check, checksum of the content's beginning)"""
+    is_sparse = member.kind == "sparse"
+    file.seek(member.offset if is_sparse else member.offset - HEADER)
+    return zlib.crc32(file.read(HEADER)), zlib.crc32(file.read(min(member.size - HEADER * is_sparse, _DIGESTED)))
 
 
-class _Samples:
-    """Members grouped into samples by their key, over the whole tar and in order of first appearance.
+def _table(found: Samples, measured: dict[int, tuple[int, int]], stat: Stat, caption: str, expected: int | None) -> Rows:
+    # the end of a long key tells more than its beginning; it is a label for people and joins nothing
+    keys = [row.key.encode("utf-8", "surrogateescape")[-_LONGEST_KEY:] for row in found.rows]
+    table = np.zeros(len(keys), _dtype(max(len(_MAGIC), *map(len, keys), 1)))
+    digest = 0
+    for number, (key, row) in enumerate(zip(keys, found.rows, strict=True)):
+        table[number]["key"] = key
+        for slot, place in row.slots.items():
+            assert not isinstance(place, str), "links are followed"
+            (offset, size, is_sparse), (check, content) = place, measured[place[0]]
+            table[number][f"{slot}_offset"] = offset | SPARSE if is_sparse else offset
+            table[number][f"{slot}_size"], table[number][f"{slot}_check"] = size, check
+            if slot in ("image", "caption"):
+                digest = zlib.crc32(repr((key, slot, size, content)).encode(), digest)
+    report = {"missing": _missing(table, found.rows), "losses": dataclasses.asdict(found.losses), "expected": expected}
+    text = json.dumps(report).encode()
+    head = np.zeros(1, table.dtype)
+    told = np.frombuffer(text.ljust(-(-len(text) // table.dtype.itemsize) * table.dtype.itemsize), table.dtype)
+    head["key"] = _MAGIC
+    head["image_offset"], head["image_size"], head["caption_offset"] = stat.size, _of(caption), stat.stamp
+    head["caption_size"], head["json_offset"], head["json_size"] = len(text), len(told), digest
+    rows = np.concatenate([head, told, table])
+    rows[0]["image_check"] = _checksum(rows)
+    return rows
 
-    The same name once more (shards appended to each other, say) begins another sample of that key, so that nothing is lost
-    and images keep their own captions. A second image of a sample under another extension is ignored: the first one counts.
-    """
 
-    def __init__(self, caption: str) -> None:
-        self.rows: list[tuple[bytes, dict[Slot, tuple[int, int]]]] = []
-        self._caption = caption.lower().lstrip(".")
-        self._row_of: dict[str, int] = {}
-        self._extensions: list[set[str]] = []
-        self._latest = -1
+def _missing(table: Rows, rows: list[Row]) -> dict[str, tuple[int, str]]:
+    pictured, captioned = table["image_offset"] > 0, table["caption_offset"] > 0  # offset 0 is the first header's
+    lacking = {
+        "missing_image": ~pictured,
+        "missing_caption": pictured & ~captioned,
+        "empty_caption": pictured & captioned & (table["caption_size"] == 0),
+    }
+    return {name: (int(mask.sum()), rows[int(mask.argmax())].key if mask.any() else "") for name, mask in lacking.items()}
 
-    def add(self, name: str, offset: int, size: int) -> None:
-        match = _NAME.match(name)
-        slot = self._slot(match.group(2).lower()) if match else None
-        if match is None or slot is None:
-            return
-        key, extension = match.group(1), match.group(2).lower()
-        row = self._row_of.get(key)
-        if row is None or extension in self._extensions[row]:
-            row = self._row_of[key] = len(self.rows)
-            # the end of a long key tells more than its beginning; it is a label for people and joins nothing
-            self.rows.append((key.encode("utf-8", "surrogateescape")[-_LONGEST_KEY:], {}))
-            self._extensions.append(set())
-        self._latest = row
-        self._extensions[row].add(extension)
-        self.rows[row][1].setdefault(slot, (offset, size))
 
-    def _slot(self, extension: str) -> Slot | None:
-        if extension == self._caption:
-            return "caption"
-        if extension in IMAGES:
-            return "image"
-        return "json" if extension == "json" else "cls" if extension == "cls" else None
-
-    def drop_cut(self) -> None:
-        """Forgets the sample that the cut went through: the latest, unless it has all that the one before it has."""
-        if self._latest != len(self.rows) - 1 or not self.rows:
-            return
-        slots = set(self.rows[-1][1])
-        expected = set(self.rows[-2][1]) if len(self.rows) > 1 else {"image", "caption"}
-        if not expected <= slots:
-            self.rows.pop()
-
-    def table(self, stat: Stat, truncated: bool) -> Rows:
-        width = max(len(_MAGIC), *(len(key) for key, _ in self.rows), 1)
-        table = np.zeros(len(self.rows) + 1, _dtype(width))
-        for row, (key, slots) in enumerate(self.rows, start=1):
-            table[row]["key"] = key
-            for slot, (offset, size) in slots.items():
-                table[row][f"{slot}_offset"], table[row][f"{slot}_size"] = offset, size
-        samples = table[1:]
-        pictured, captioned = samples["image_offset"] > 0, samples["caption_offset"] > 0  # offset 0 is the first header's
-        head = table[0]
-        head["key"] = _MAGIC
-        head["image_offset"], head["image_size"] = stat.size, stat.stamp
-        head["caption_offset"] = np.count_nonzero(~pictured)
-        head["caption_size"] = np.count_nonzero(pictured & ~captioned)
-        head["json_offset"] = np.count_nonzero(pictured & captioned & (samples["caption_size"] == 0))
-        head["json_size"], head["cls_offset"] = truncated, zlib.crc32(self._caption.encode())
-        return table
+def _pairs(counts: dict[str, list[Any]]) -> dict[str, tuple[int, str]]:
+    return {name: (int(count), str(example)) for name, (count, example) in counts.items()}

@@ -111,7 +111,7 @@ def _keys(shards: ShardSet, number: int) -> NDArray[np.bytes_]:
     rows = tar_index.load(shards.names[number], shards.stats[number], shards.data.caption, shards.data.cache)
     if rows is None:
         rows = tar_index.build(shards.names[number], shards.stats[number], shards.data.caption, shards.data.cache)
-    return np.asarray(rows["key"][1:], dtype=f"S{_KEY_BYTES}")
+    return np.asarray(tar_index.samples(rows)["key"], dtype=f"S{_KEY_BYTES}")
 
 
 def _refuse_missing(missing: list[str], where: str) -> None:

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from megakd.data import index as tar_index
-from megakd.data.bad import BadCounter, BadSample
-from megakd.data.index import Rows, Slot
+from megakd.data.bad import BadCounter, BadSample, Reason
+from megakd.data.index import HEADER, SPARSE, Known, Rows
 from megakd.data.patterns import expand, expand_with_stats
-from megakd.data.storage import Reader, Stat
+from megakd.data.samples import Slot
+from megakd.data.storage import Reader, Stat, shown
+from megakd.data.tar_members import expand as expand_sparse
 from megakd.recipe import Data
 
 __all__ = ["Sample", "ShardSet", "expand"]
@@ -31,6 +33,7 @@ __all__ = ["Sample", "ShardSet", "expand"]
 _OPEN_INDEXES = 1024
 # Members of one sample lie side by side in a tar; one read of all is cheaper than two as long as little lies between them.
 _LARGEST_GAP = 64 << 10
+_CHANGED = "the shard has changed since it was indexed"
 # Requests under way at a time where every read is a round trip.
 _REMOTE_READS = 16
 
@@ -54,6 +57,7 @@ class ShardSet:
     data: Data
     starts: np.ndarray[Any, np.dtype[np.int64]]  # first sample of each shard, and the number of all samples
     known_bad: BadCounter  # what the indexes say, without one image read
+    digest: int  # of the samples' keys, sizes and first bytes
     _reader: Reader
     _rows: OrderedDict[int, Rows] = field(default_factory=OrderedDict)
 
@@ -84,31 +88,36 @@ class ShardSet:
         """Any set, an evaluation's for example, without a word about captions; `data` gives caption, cache and max_pixels.
 
         Each rank indexes the shards [rank::world], waits at the barrier, then loads all; it builds those that it still misses,
-        which happens where the ranks do not share a disk.
+        which happens where the ranks do not share a disk. What is lost or not used is said at every start, by rank 0.
+        Raises ValueError for shards that cannot be read, and where there is not one sample.
         """
         named = expand_with_stats(patterns)
         failure: ValueError | OSError | None = None
         try:
             for name, stat in named[rank::world]:
-                _index(name, stat, data)
+                _index(name, stat, data, tar_index.load_checked)
         except (ValueError, OSError) as error:  # the others wait: they must come through before this rank fails
             failure = error
         barrier()
+        if isinstance(failure, OSError):
+            raise ValueError(f"a shard cannot be read: {failure}; check the disk or the network, and its permissions") from failure
         if failure is not None:
             raise failure
-        bad, samples = BadCounter(), []
-        for name, stat in named:
-            known = tar_index.known(_index(name, stat, data))
-            samples.append(known.samples)
-            bad.seen += known.samples + known.truncated
-            for reason in ("missing_image", "missing_caption", "empty_caption"):
-                bad.add(reason, name, getattr(known, reason))
-            bad.add("truncated_tar", name, int(known.truncated))
+        try:
+            found = [tar_index.known(_index(name, stat, data, tar_index.load_checked)) for name, stat in named]
+        except OSError as error:
+            raise ValueError(f"a shard cannot be read: {error}; check the disk or the network, and its permissions") from error
+        bad = _known_bad([name for name, _ in named], found)
+        samples = [known.samples for known in found]
+        if rank == 0:
+            _say(patterns, bad, [name for name, _ in named], found)
         if sum(samples) == 0:
-            raise ValueError(f"{patterns!r}: {len(named)} shards, but not one sample in them (the first is {named[0][0]})")
+            lost = f"; {bad.by_reason()}, for example {bad.example}" if bad.total else ""
+            raise ValueError(f"{patterns!r}: {len(named)} shards, but not one sample in them (the first is {shown(named[0][0])}){lost}")
         starts = np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
         log.info("%d samples in %d shards", starts[-1], len(named))
-        return cls([name for name, _ in named], [stat for _, stat in named], data, starts, bad, Reader(data.cache))
+        digest = zlib.crc32(repr([known.digest for known in found]).encode())
+        return cls([name for name, _ in named], [stat for _, stat in named], data, starts, bad, digest, Reader(data.cache))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -118,9 +127,17 @@ class ShardSet:
 
     @property
     def signature(self) -> int:
-        """A checksum of the shards' base names and lengths. Equal on all ranks and at resume, or a position means nothing."""
+        """A checksum of the shards' base names, lengths and content. Equal on all ranks and at resume, or a position means nothing.
+
+        Neither dates nor folders enter it: a set that was copied to another disk is the same.
+        """
+        return zlib.crc32(self.digest.to_bytes(4, "little"), self.signature_of_names)
+
+    @property
+    def signature_of_names(self) -> int:
+        """The signature as checkpoints and stores have it that were written before the content was a part of it."""
         text = "\n".join(os.path.basename(name) for name in self.names)
-        return zlib.crc32(text.encode(), zlib.crc32(self.starts.tobytes()))
+        return zlib.crc32(text.encode("utf-8", "surrogateescape"), zlib.crc32(self.starts.tobytes()))
 
     def where(self, index: int) -> str:
         """'shard: key' of a sample, for people to read."""
@@ -137,18 +154,18 @@ class ShardSet:
 
     def _read(self, shard: int, row: np.void, needs: tuple[Slot, ...]) -> Sample:
         where = self._label(shard, row)
-        spans = {slot: (int(row[f"{slot}_offset"]), int(row[f"{slot}_size"])) for slot in needs}
-        spans = {slot: span for slot, span in spans.items() if span[0] > 0}
-        if "image" in needs and "image" not in spans:
+        places = {slot: _Place(*(int(row[f"{slot}_{what}"]) for what in ("offset", "size", "check"))) for slot in needs}
+        places = {slot: place for slot, place in places.items() if place.offset > 0}
+        if "image" in needs and "image" not in places:
             raise BadSample("missing_image", "no image member", where)
-        if "caption" in needs and "caption" not in spans:
+        if "caption" in needs and "caption" not in places:
             raise BadSample("missing_caption", f"no .{self.data.caption} member", where)
-        if "caption" in spans and spans["caption"][1] == 0:
+        if "caption" in places and places["caption"].size == 0:
             raise BadSample("empty_caption", f"its .{self.data.caption} member has no bytes", where)
         try:
-            return Sample(where, self._fetch(shard, spans))
+            return Sample(where, self._fetch(shard, places))
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{self.names[shard]} is gone since the run began") from error
+            raise FileNotFoundError(f"{shown(self.names[shard])} is gone since the run began") from error
         except OSError as error:
             raise BadSample("read_error", str(error), where) from error
 
@@ -170,20 +187,19 @@ class ShardSet:
         with ThreadPoolExecutor(_REMOTE_READS) as pool:
             yield from pool.map(one, places)
 
-    def _fetch(self, shard: int, spans: dict[Slot, tuple[int, int]]) -> dict[Slot, bytes]:
-        if not spans:
+    def _fetch(self, shard: int, places: dict[Slot, _Place]) -> dict[Slot, bytes]:
+        if not places:
             return {}
-        first = min(offset for offset, _ in spans.values())
-        end = max(offset + size for offset, size in spans.values())
-        if end - first > sum(size for _, size in spans.values()) + _LARGEST_GAP:
-            return {slot: self._bytes(shard, offset, size) for slot, (offset, size) in spans.items()}
-        data = self._bytes(shard, first, end - first)
-        return {slot: data[offset - first : offset - first + size] for slot, (offset, size) in spans.items()}
+        first, end = min(place.start for place in places.values()), max(place.end for place in places.values())
+        if end - first > sum(place.end - place.start for place in places.values()) + _LARGEST_GAP:
+            return {slot: _content(place, self._bytes(shard, place.start, place.end)) for slot, place in places.items()}
+        data = self._bytes(shard, first, end)
+        return {slot: _content(place, data[place.start - first : place.end - first]) for slot, place in places.items()}
 
-    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        data = self._reader.read(self.names[shard], self.stats[shard], offset, size)
-        if len(data) != size:
-            raise OSError(f"{len(data)} bytes instead of {size} at {offset}: the shard has changed since it was indexed")
+    def _bytes(self, shard: int, start: int, end: int) -> bytes:
+        data = self._reader.read(self.names[shard], self.stats[shard], start, end - start)
+        if len(data) != end - start:
+            raise OSError(f"{len(data)} bytes instead of {end - start} at {start}: {_CHANGED}")
         return data
 
     def _locate(self, index: int) -> tuple[int, np.void]:
@@ -192,18 +208,71 @@ class ShardSet:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         rows = self._rows.get(shard)
         if rows is None:
-            rows = _index(self.names[shard], self.stats[shard], self.data)
+            rows = tar_index.samples(_index(self.names[shard], self.stats[shard], self.data))
             while len(self._rows) >= _OPEN_INDEXES:
                 self._rows.popitem(last=False)
             self._rows[shard] = rows
-        row: np.void = rows[index - int(self.starts[shard]) + 1]  # row 0 is the tar's own
+        row: np.void = rows[index - int(self.starts[shard])]
         return shard, row
 
     def _label(self, shard: int, row: np.void) -> str:
         key = bytes(row["key"]).decode("utf-8", "backslashreplace")
-        return f"{self.names[shard]}: {key.encode('unicode_escape').decode()}"  # a key may hold terminal escapes
+        return f"{shown(self.names[shard])}: {key.encode('unicode_escape').decode()}"  # a key may hold terminal escapes
 
 
-def _index(name: str, stat: Stat, data: Data) -> Rows:
-    rows = tar_index.load(name, stat, data.caption, data.cache)
+@dataclass(frozen=True)
+class _Place:
+    """Of one member, as its index has it. It is read from `start` to `end`, with the 512 bytes whose checksum is `check`."""
+
+    offset: int
+    size: int
+    check: int
+
+    @property
+    def start(self) -> int:
+        return self.offset & ~SPARSE if self.offset & SPARSE else self.offset - HEADER
+
+    @property
+    def end(self) -> int:
+        return (self.offset & ~SPARSE) + self.size
+
+
+def _content(place: _Place, data: bytes) -> bytes:
+    """The member's bytes out of those from its `start` to its `end`. Raises OSError when its header is not the one that was indexed."""
+    if zlib.crc32(data[:HEADER]) != place.check:
+        raise OSError(f"another member lies at byte {place.start}: {_CHANGED}")
+    return expand_sparse(data) if place.offset & SPARSE else data[HEADER:]
+
+
+def _index(name: str, stat: Stat, data: Data, load: Callable[..., Rows | None] | None = None) -> Rows:
+    rows = (load or tar_index.load)(name, stat, data.caption, data.cache)
     return tar_index.build(name, stat, data.caption, data.cache) if rows is None else rows
+
+
+def _known_bad(names: list[str], found: list[Known]) -> BadCounter:
+    """Of samples that the indexes know, and of those that they know to be lost."""
+    sound = [known.samples for known in found if not known.losses.why]
+    elsewhere = round(sum(sound) / len(sound)) if sound else None
+    bad = BadCounter()
+    for name, known in zip(names, found, strict=True):
+        lost = known.lost(elsewhere, alike=len(set(sound)) == 1)
+        counts: list[tuple[Reason, int, str]] = [("truncated_tar", lost, known.losses.why or "its _stats.json tells of more samples")]
+        counts += [("missing_image", *known.missing_image), ("missing_caption", *known.missing_caption)]
+        counts += [("empty_caption", *known.empty_caption)]
+        counts += [("unused_members", count, f"{example}, {why}") for why, (count, example) in known.losses.dropped.items()]
+        for reason, count, example in counts:
+            bad.add(reason, f"{shown(name)}: {shown(example)}", count)
+        bad.seen += known.samples + lost + sum(count for count, _ in known.losses.dropped.values())
+    return bad
+
+
+def _say(patterns: str | list[str], bad: BadCounter, names: list[str], found: list[Known]) -> None:
+    for reason, count in bad.counts.items():
+        log.warning("%r: %d of %d samples cannot be used, %s: %s", patterns, count, bad.seen, reason, bad.examples[reason])
+    unused: dict[str, tuple[int, str]] = {}
+    for name, known in zip(names, found, strict=True):
+        for kind, (count, example) in known.losses.unused.items():
+            before, first = unused.get(kind, (0, f"{shown(name)}: {shown(example)}"))
+            unused[kind] = (before + count, first)
+    for kind, (count, example) in unused.items():
+        log.warning("%r: %d members that look like data are not used: %s. The first: %s", patterns, count, kind, example)

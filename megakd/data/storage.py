@@ -8,6 +8,7 @@ import hashlib
 import os
 import random
 import re
+import stat as stat_module
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -29,6 +30,7 @@ FIRST_DELAY = 0.1
 # Below the usual limit of 1024 open files, which torch's shared tensors need as well.
 _OPEN_FILES = 256
 _STAT_THREADS = 32
+_STAMP = (1 << 63) - 1
 # Errors that another attempt cannot change.
 _PERMANENT = (
     FileNotFoundError,
@@ -48,6 +50,12 @@ class Stat:
 
     size: int
     stamp: int
+
+
+def shown(name: str | os.PathLike[str]) -> str:
+    """A shard's name in a message: it may hold line breaks, terminal escapes, and bytes that are no text."""
+    text = str(name)
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 def is_remote(name: str) -> bool:
@@ -89,7 +97,11 @@ def stat(name: str) -> Stat | None:
             status = os.stat(local_path(name))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        return Stat(status.st_size, status.st_mtime_ns)
+        except (OSError, ValueError) as error:  # no right to look, a name that is too long or holds a NUL
+            raise ValueError(f"{shown(name)} cannot be looked at ({error}): check the path and its permissions") from error
+        if not stat_module.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise ValueError(f"{shown(name)} is no file but a folder, a pipe or a device: give .tar files")
+        return Stat(status.st_size, status.st_mtime_ns & _STAMP)  # a date before 1970 is negative
     fs, path = filesystem(name)
     try:
         info = retry(lambda: fs.info(path), name)
@@ -112,7 +124,7 @@ def stat_all(names: list[str]) -> list[Stat | None]:
 
 def file_label(name: str, more: str = "") -> str:
     """A file name for what is kept about `name` in a folder shared by many shards: unique by digest, readable by base name."""
-    digest = hashlib.sha256(f"{name}\0{more}".encode()).hexdigest()[:16]
+    digest = hashlib.sha256(f"{name}\0{more}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return f"{digest}-{re.sub(r'[^A-Za-z0-9._-]', '_', name.split('?')[0].rsplit('/', 1)[-1])[-80:]}"
 
 

@@ -1,0 +1,224 @@
+"""From the members of a tar to its samples, and what was lost on the way: webdataset's keys, one row a sample."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from megakd.data.tar_members import Hole, Member
+
+Slot = Literal["image", "caption", "json", "cls"]
+SLOTS: tuple[Slot, ...] = get_args(Slot)
+IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"})
+# webdataset's rule: the key is the folder and the base name up to its first dot, the extension is the rest
+_NAME = re.compile(r"^((?:.*/|)[^./][^./]*)\.([^/]*)$", re.DOTALL)
+
+# Where a member's bytes are: (offset, size, sparse or not).
+Place = tuple[int, int, bool]
+
+
+@dataclass
+class Row:
+    """One sample: its members by slot, a link's target where its bytes are not known yet; `start` .. `end` span the tar's bytes."""
+
+    key: str
+    slots: dict[Slot, Place | str] = field(default_factory=dict)
+    extensions: set[str] = field(default_factory=set)
+    start: int = 0
+    end: int = 0
+
+
+@dataclass
+class Losses:
+    """lost: samples that damage took from the tar. certain: those of them that are not an estimate by bytes. open_end: the tar's end is missing, and how
+    many samples it held cannot be told. why: the first damage. dropped: samples whose members are there and not used, by reason;
+    unused: such members of samples that are used; each with an example."""
+
+    lost: int = 0
+    certain: int = 0
+    open_end: bool = False
+    why: str = ""
+    dropped: dict[str, tuple[int, str]] = field(default_factory=dict)
+    unused: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+
+class Samples:
+    """Members grouped into samples by their key, over the whole tar and in order of first appearance.
+
+    The same name once more (shards appended to each other, say) begins another sample of that key, so that nothing is lost
+    and images keep their own captions. Of two images of a sample under different extensions the first one counts.
+    Links are followed inside the tar. A sample that damage made incomplete is dropped and counted as lost.
+    """
+
+    def __init__(self, caption: str) -> None:
+        self.rows: list[Row] = []
+        self.losses = Losses()
+        self._caption = caption
+        self._row_of: dict[str, int] = {}
+        self._places: dict[str, Place] = {}
+        self._links: list[tuple[int, Slot, str]] = []
+        self._dotted: dict[str, tuple[str, set[str], str]] = {}
+        self._homeless: dict[str, tuple[str, str]] = {}
+        self._holes: list[tuple[Hole, int, int | None]] = []  # with the rows before and after it
+        self._latest = -1
+        self._members = 0
+
+    def add(self, member: Member) -> None:
+        if member.kind == "folder":
+            return
+        self._members += 1
+        if member.kind in ("file", "sparse"):
+            self._places[_plain(member.name)] = (member.offset, member.size, member.kind == "sparse")
+        match = _NAME.match(member.name)
+        if match is None:
+            if self._looks_like_data(member.name.rpartition("/")[2].rpartition(".")[2]):
+                self._count_unused("names that begin with a dot", member.name)
+            return
+        key, extension = match.group(1), match.group(2).lower()
+        slot = self._slot(extension)
+        if slot is None:
+            self._count_other(key, extension, member.name)
+        elif member.kind == "special" or member.size >= 1 << 32:
+            self._homeless.setdefault(key, ("members that are no plain files", member.name))
+        else:
+            self._place(key, extension, slot, member)
+
+    def damage(self, hole: Hole) -> None:
+        self._holes.append((hole, self._latest, None))
+        self.losses.why = self.losses.why or hole.why
+
+    def finish(self) -> None:
+        """Follow the links, drop what damage made incomplete, and count."""
+        self._follow_links()
+        empty = {number for number, row in enumerate(self.rows) if not row.slots}  # nothing but links that lead nowhere
+        broken = self._lost_to_damage(empty)
+        kept = [row for number, row in enumerate(self.rows) if number not in empty | broken]
+        self._count_dropped({row.key for row in kept})
+        self.rows = kept
+
+    def _place(self, key: str, extension: str, slot: Slot, member: Member) -> None:
+        number = self._row_of.get(key)
+        if number is None or extension in self.rows[number].extensions:
+            number = self._row_of[key] = len(self.rows)
+            self.rows.append(Row(key, start=member.start))
+        row, self._latest = self.rows[number], number
+        if self._holes and self._holes[-1][2] is None:
+            self._holes = [(hole, before, number if after is None else after) for hole, before, after in self._holes]
+        row.extensions.add(extension)
+        row.end = max(row.end, member.end)
+        if slot in row.slots:
+            self._count_unused(f"further {slot}s of a sample", member.name)
+        elif member.kind == "link":
+            row.slots[slot] = member.target
+            self._links.append((number, slot, member.name))
+        else:
+            row.slots[slot] = (member.offset, member.size, member.kind == "sparse")
+
+    def _slot(self, extension: str) -> Slot | None:
+        if extension == self._caption:
+            return "caption"
+        if extension in IMAGES:
+            return "image"
+        return "json" if extension == "json" else "cls" if extension == "cls" else None
+
+    def _looks_like_data(self, extension: str) -> bool:
+        return extension.lower() in IMAGES or extension.lower() == self._caption.rpartition(".")[2]
+
+    def _count_other(self, key: str, extension: str, name: str) -> None:
+        """A member of another kind, or one whose key holds a dot: webdataset takes the key to end at the first one."""
+        more, dot, last = extension.rpartition(".")
+        if dot and self._looks_like_data(last):
+            _, kinds, _ = self._dotted.setdefault(f"{key}.{more}", (key, set(), name))
+            kinds.add("image" if last in IMAGES else "caption")
+
+    def _count_unused(self, kind: str, name: str, count: int = 1) -> None:
+        before, example = self.losses.unused.get(kind, (0, name))
+        self.losses.unused[kind] = (before + count, example)
+
+    def _follow_links(self) -> None:
+        nowhere: list[tuple[int, str]] = []
+        for number, slot, name in self._links:
+            place = self._places.get(_plain(str(self.rows[number].slots[slot])))
+            if place is None:
+                del self.rows[number].slots[slot]
+                nowhere.append((number, name))
+            else:
+                self.rows[number].slots[slot] = place
+        for number, name in nowhere:
+            if self.rows[number].slots:
+                self._count_unused("links that lead nowhere", name)
+            else:
+                self._homeless.setdefault(self.rows[number].key, ("links that lead nowhere", name))
+
+    def _count_dropped(self, keys: set[str]) -> None:
+        """Samples of which no member is used, by why; what belongs to a sample that is used is only told."""
+        lost: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        for key, (why, name) in self._homeless.items():
+            if key in keys:
+                self._count_unused(why, name)
+            else:
+                lost[why] += 1
+                examples.setdefault(why, name)
+        why = "keys with dots (webdataset ends a key at the first dot)"
+        for base, kinds, name in self._dotted.values():
+            if base in keys and len(kinds) == 1:
+                self._count_unused(f"members with {why}", name)
+            else:
+                lost[why] += 1
+                examples.setdefault(why, name)
+        self.losses.dropped = {why: (count, examples[why]) for why, count in lost.items()}
+
+    def _lost_to_damage(self, empty: set[int]) -> set[int]:
+        """The rows that lie at a hole and lack what most others have; sets what the holes took."""
+        if not self._holes:
+            return set()
+        near = {number for _, before, after in self._holes for number in (before, after) if number is not None and number >= 0}
+        whole = [row for number, row in enumerate(self.rows) if number not in near | empty]
+        there = [row for number, row in enumerate(self.rows) if number not in empty]
+        expected = {slot for slot in SLOTS if there and sum(slot in row.slots for row in there) * 2 >= len(there)} or {"image", "caption"}
+        partial = {number for number, row in enumerate(self.rows) if number not in empty and not expected <= set(row.slots)}
+        # where all images come first and then all captions, a hole's neighbours say nothing
+        apart = sum(later.start < earlier.end for earlier, later in zip(self.rows, self.rows[1:], strict=False)) * 10 > len(self.rows)
+        broken = partial & near if not apart else set()
+        each = max(1, round(self._members / len(self.rows)) if self.rows else len(expected))
+        missing = {number: len(expected - set(self.rows[number].slots)) for number in (partial if apart else broken)}
+        footprint = _median(row.end - row.start for row in whole) or _median(row.end - row.start for row in self.rows)
+        certain, guessed, members, beside_known = len(broken), 0, 0, set(missing) if apart else set()
+        for hole, before, after in self._holes:
+            beside = {number for number in (before, after) if number in broken}
+            if hole.members is not None:
+                members, beside_known = members + hole.members, beside_known | beside
+            elif not hole.cut:
+                guessed += self._wholly_lost(hole, beside, footprint)
+            self.losses.open_end |= hole.cut or hole.tail
+        # what the holes' neighbours lack was in the holes; the rest were samples of which nothing is left
+        certain += -(-max(0, members - sum(missing[number] for number in beside_known)) // each)
+        pairs = [{"image", "caption"} <= set(row.slots) for row in self.rows]
+        told = (apart and not all(pairs)) or not any(pairs)
+        if not certain + guessed and not told and any(hole.cut for hole, _, _ in self._holes):
+            certain = 1
+        self.losses.lost, self.losses.certain = certain + guessed, certain
+        return broken
+
+    def _wholly_lost(self, hole: Hole, beside: set[int], footprint: int) -> int:
+        """Samples of which a hole left no member, by its bytes."""
+        start = min([hole.start, *(self.rows[number].start for number in beside if self.rows[number].start < hole.start)])
+        end = max([hole.end, *(self.rows[number].end for number in beside)])
+        if not footprint:
+            return 0 if beside else 1
+        return max(0 if beside else 1, round((end - start) / footprint) - len(beside))
+
+
+def _median(values: Iterable[int]) -> int:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2] if ordered else 0
+
+
+def _plain(name: str) -> str:
+    """A member's name as links give it: without leading './' or '/' and without detours. It never becomes a path."""
+    return posixpath.normpath("/" + name.lstrip("/")).lstrip("/")

@@ -1,0 +1,272 @@
+"""The members of a tar, and the places where it is damaged: a damaged header costs its own member, not all that follow it.
+
+`tarfile` reads each header, with pax records, GNU's long names and sparse maps. After one that it cannot read, the next block of
+512 bytes whose checksum is right is where reading goes on; archives that were appended to each other are read as one.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 512
+# Python's and GNU's writers fill the last record of an archive with zeros.
+_RECORD = 20 * BLOCK
+_MARKER = 2 * BLOCK
+# A sparse member may claim any size in a few bytes: no image or caption is larger than this.
+LARGEST_SPARSE = 1 << 28
+# Bytes other than zero behind an end marker: what is left of a member has more.
+_NOISE = 8
+_CHUNK = 2048 * BLOCK
+# What tarfile raises for damaged headers, beside its own errors. OSError is not among them: the network may be at fault.
+_DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, struct.error, RecursionError, IndexError)
+# Headers that hold the name or the size of the next one, by their type and by their own name.
+_EXTENSIONS = b"xgLK"
+_EXTENSION_NAMES = (b"PaxHeader", b"@LongLink")
+
+Kind = Literal["file", "sparse", "link", "folder", "special"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """kind "file": `size` bytes at `offset`. "sparse": its headers and packed data, for `expand`. "link": to `target`, no bytes.
+    "special": a device, a pipe, or of a type that is not known. start .. end: with its headers and padding."""
+
+    name: str
+    kind: Kind
+    offset: int
+    size: int
+    start: int
+    end: int
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Hole:
+    """Bytes start .. end that hold no readable member. members: how many they held, None where that cannot be told.
+
+    cut: the tar ends here, before its end marker. tail: zeros to the end of the file, more than any writer pads with.
+    """
+
+    start: int
+    end: int
+    members: int | None
+    why: str
+    cut: bool = False
+    tail: bool = False
+
+
+def members(file: IO[bytes], length: int) -> Iterator[Member | Hole]:
+    """Every member and every hole of an uncompressed tar of `length` bytes, in order. Raises OSError for what cannot be read."""
+    reader = _Reader(file, length)
+    at, doubtful = 0, False
+    while at + BLOCK <= length:
+        block = reader.block(at)
+        if not any(block):
+            end = reader.first_used(at)
+            if end is None:
+                if length - at >= _MARKER + _padding(length):
+                    yield Hole(at, length, None, f"zeros from byte {at} to the end", tail=True)
+                return
+            if is_header(reader.block(end)) and _ends_archive(at, end):
+                at = end
+                continue
+            found = reader.next_header(end)
+            if found is None and reader.is_noise(at):
+                return
+            yield (hole := reader.hole(at, found, f"zeros at byte {at}"))
+            if hole.cut:
+                return
+            at, doubtful = hole.end, True
+            continue
+        try:
+            info, after = reader.member(at, block)
+        except _DAMAGE as error:
+            found = reader.next_header(at + BLOCK)
+            if found is None and reader.is_noise(at):
+                return
+            if found is None and isinstance(error, _Beyond):
+                yield Hole(at, length, 1, str(error), cut=True)
+                return
+            yield (hole := reader.hole(at, found, f"damaged header at byte {at} ({error})"))
+            if hole.cut:
+                return
+            at, doubtful = hole.end, True
+            continue
+        # a record before it may have held its whole name, and be damaged or lost
+        if (doubtful or info.offset_data - at > BLOCK) and reader.is_cut_short(info):
+            yield Hole(at, after, 1, f"the name of {info.name!r} at byte {at} is not whole")
+        else:
+            yield _member(info, at, after)
+        at, doubtful = after, False
+    yield Hole(at, length, None, f"no end marker at byte {at}", cut=True)
+
+
+def expand(data: bytes) -> bytes:
+    """The content of a sparse member, from its headers and packed data. Raises OSError when they cannot be read."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data + bytes(_MARKER)), mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+            info = tar.next()
+            content = tar.extractfile(info) if info is not None and info.size <= LARGEST_SPARSE else None
+            if content is None:
+                raise OSError("no sparse member")
+            return content.read()
+    except _DAMAGE as error:
+        raise OSError(f"its sparse map cannot be read: {error}") from error
+
+
+def _member(info: tarfile.TarInfo, at: int, after: int) -> Member:
+    kind: Kind = "special"
+    offset, size, target = info.offset_data, 0, ""
+    if info.issparse():
+        if info.size <= LARGEST_SPARSE:
+            kind, offset, size = "sparse", at, after - at
+    elif info.isreg():
+        kind, size = "file", info.size
+    elif info.islnk() or info.issym():
+        kind, target = "link", info.linkname if info.islnk() else f"{info.name.rpartition('/')[0]}/{info.linkname}"
+    elif info.isdir():
+        kind = "folder"
+    return Member(info.name, kind, offset, size, at, after, target)
+
+
+class _Beyond(tarfile.HeaderError):
+    """A member ends behind the end of the file."""
+
+
+class _Reader:
+    def __init__(self, file: IO[bytes], length: int) -> None:
+        self._file, self._length = file, length
+        # a TarFile for its settings alone: it is not asked to look for members, since it ends at the first that is damaged
+        self._tar = tarfile.open(fileobj=io.BytesIO(bytes(_RECORD)), mode="r:", encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
+        self._tar.fileobj = file
+
+    def block(self, at: int) -> bytes:
+        self._file.seek(at)
+        return self._file.read(BLOCK)
+
+    def member(self, at: int, block: bytes) -> tuple[tarfile.TarInfo, int]:
+        """The member whose headers begin at `at` with `block`, and where the next ones do. Raises one of _DAMAGE."""
+        if block[156] in _EXTENSIONS and tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size > _CHUNK:
+            raise tarfile.HeaderError("a name or record of more than a megabyte")
+        self._file.seek(at)
+        info = tarfile.TarInfo.fromtarfile(self._tar)
+        after = int(self._tar.offset)
+        # a negative size would send the reader backwards for ever (CVE-2025-8194)
+        if info.size < 0 or after <= at or info.offset_data > after:
+            raise tarfile.HeaderError("impossible size")
+        if after > self._length:
+            # the last block's padding may be missing, its bytes may not
+            if info.issparse() or info.offset_data + info.size > self._length:
+                raise _Beyond(f"{info.name!r} ends at byte {after} of {self._length}")
+            after = self._length
+        return info, after
+
+    def is_cut_short(self, info: tarfile.TarInfo) -> bool:
+        """Whether a name is its header's own, and one that writers put there when they have written the whole one before it."""
+        if info.issparse():
+            return False
+        own = self.block(info.offset_data - BLOCK)[:100]
+        whole = own.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        return info.name == whole and (len(own.rstrip(b"\0")) == len(own) or "?" in whole)
+
+    def first_used(self, at: int) -> int | None:
+        """The first block from `at` on that is not all zeros."""
+        for start, blocks in self._chunks(at):
+            used = blocks.any(axis=1)
+            if used.any():
+                return start + int(used.argmax()) * BLOCK
+        rest = self._length % BLOCK  # less than a block at the very end
+        self._file.seek(self._length - rest)
+        return self._length - rest if rest and self._length - rest >= at and any(self._file.read(rest)) else None
+
+    def is_noise(self, at: int) -> bool:
+        """Whether there is an end marker at `at`, and in it and behind it a few flipped bits and no more."""
+        used = sum(int(np.count_nonzero(blocks)) for _, blocks in self._chunks(at))
+        return self._length - at >= _MARKER and used <= _NOISE
+
+    def next_header(self, at: int) -> int | None:
+        """Where the next block from `at` on is that is a header by its checksum."""
+        for start, blocks in self._chunks(at):
+            field = blocks[:, 148:156]
+            # octal digits, blanks and zeros: all else is no checksum, and one block in thousands is looked at further
+            octal = (((field >= 0x30) & (field <= 0x37)) | (field == 0x20) | (field == 0)).all(axis=1) & (field >= 0x30).any(axis=1)
+            for number in np.flatnonzero(octal).tolist():
+                if is_header(blocks[number].tobytes()):
+                    return start + number * BLOCK
+        return None
+
+    def _chunks(self, at: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        while at + BLOCK <= self._length:
+            self._file.seek(at)
+            data = self._file.read(min(_CHUNK, (self._length - at) // BLOCK * BLOCK))
+            blocks = np.frombuffer(data[: len(data) // BLOCK * BLOCK], np.uint8).reshape(-1, BLOCK)
+            if not len(blocks):
+                return
+            yield at, blocks
+            at += len(blocks) * BLOCK
+
+    def hole(self, start: int, found: int | None, why: str) -> Hole:
+        if found is None:
+            end = self._zeros_before_end(start)
+            if end is None:
+                return Hole(start, self._length, self._lost(start, self._length), why, cut=True)
+            return Hole(start, end, self._lost(start, end), why)
+        return Hole(start, found, self._lost(start, found), why)
+
+    def _zeros_before_end(self, start: int) -> int | None:
+        """Where the zeros of an end marker begin that closes the file, at or after the block behind `start`; None without one."""
+        last = None
+        for at, blocks in self._chunks(start + BLOCK):
+            used = np.flatnonzero(blocks.any(axis=1))
+            if len(used):
+                last = at + int(used[-1]) * BLOCK
+        begin = start + BLOCK if last is None else last + BLOCK
+        return begin if self._length - begin >= BLOCK and self._length % BLOCK == 0 else None
+
+    def _lost(self, start: int, end: int) -> int | None:
+        """Members whose headers lie between: by the sizes that damaged headers still tell. None where headers are gone altogether."""
+        count, at = 0, start
+        while at < end:
+            block = self.block(at)
+            if sum(one == other for one, other in zip(block[257:262], b"ustar", strict=False)) < 4:
+                return None
+            extension = block[156] in _EXTENSIONS or any(name in block[:100] for name in _EXTENSION_NAMES)
+            count += not extension
+            try:
+                size = int(block[124:136].rstrip(b"\0 ") or b"0", 8)
+            except ValueError:
+                return max(count, 1) if count else None
+            after = at + BLOCK + -(-size // BLOCK) * BLOCK
+            if after > end:  # its size is what was damaged, or the end of the file came first
+                return max(count, 1)
+            at = after
+        return count
+
+
+def is_header(block: bytes) -> bool:
+    """Whether the checksum in these 512 bytes is theirs."""
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except _DAMAGE:
+        return False
+    return True
+
+
+def _ends_archive(at: int, end: int) -> bool:
+    """Whether zeros from `at` to `end` are what a writer ends an archive with, before another one that was appended."""
+    return end - at == _MARKER or (end - at >= _MARKER and end % _RECORD == 0 and end - at < _MARKER + _RECORD)
+
+
+def _padding(length: int) -> int:
+    """The largest record that a file of `length` bytes can have been filled up to: tar's own, or a power of two up to a megabyte."""
+    smallest = 128 * BLOCK if length % _RECORD == 0 else BLOCK
+    powers = [record for record in (BLOCK << power for power in range(12)) if record >= smallest and length % record == 0]
+    return max([_RECORD if length % _RECORD == 0 else 0, *powers])
