@@ -84,6 +84,13 @@ class Plan:
         parts += [self.asking.train.signature] if self.asking else []
         return parts[0] if len(parts) == 1 else zlib.crc32(repr(parts).encode())
 
+    @property
+    def signature_of_names(self) -> int:
+        """As `signature`, of the pairs' shards by name and length alone: what checkpoints of versions before 0.2 hold."""
+        parts = [self.pairs.shards.signature_of_names] if self.pairs else []
+        parts += [self.asking.train.signature] if self.asking else []
+        return parts[0] if len(parts) == 1 else zlib.crc32(repr(parts).encode())
+
 
 def prepare(request: Request, world: World, to_come: frozenset[str] = frozenset()) -> Plan:
     """Check everything that needs no model. Raises ValueError with key, value, file and remedy.

@@ -105,7 +105,7 @@ def _stored(name: str, stat: Stat, caption: str, cache: str | None, *, say: bool
             rows: Rows = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, EOFError, SyntaxError, OverflowError):  # cut short, or no .npy: it is built anew
+        except Exception:  # cut short, or no .npy, whose header np.load reads as Python: it is built anew
             if say and path.is_file():
                 log.warning("the index of %s is damaged and is built anew", shown(name))
             continue

@@ -34,9 +34,9 @@ class Row:
 
 @dataclass
 class Losses:
-    """lost: samples that damage took from the tar. certain: those of them that are not an estimate by bytes. open_end: the tar's end is missing, and how
-    many samples it held cannot be told. why: the first damage. dropped: samples whose members are there and not used, by reason;
-    unused: such members of samples that are used; each with an example."""
+    """lost: samples that damage took from the tar. certain: those of them that are not an estimate by bytes. open_end: the tar's end is
+    missing, and how many samples it held cannot be told. why: the first damage. dropped: samples whose members are there and not used, by
+    reason; unused: such members of samples that are used; each with an example."""
 
     lost: int = 0
     certain: int = 0

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from megakd.data.bad import BadCounter, BadSample
 from megakd.data.evaluation_loader import labelled
-from megakd.data.index import Slot
 from megakd.data.loader import caption, located
+from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.views import decode
 from megakd.evaluation import compositional, zeroshot
