@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from open_clip.transform import PreprocessCfg
+from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,6 +63,20 @@ def test_zero_shot_top_1_and_top_5_by_hand() -> None:
         ]
     )
     assert zeroshot.accuracies(scores, torch.tensor([0, 2, 5, 6]), torch.eye(7)) == {"top1": 0.5, "top5": 0.75, "images": 4}
+
+
+def test_of_classes_with_one_name_the_lower_number_is_right_as_for_two_pairs_of_imagenets() -> None:
+    assert [name for name, count in Counter(IMAGENET_CLASSNAMES).items() if count > 1] == ["missile", "sunglasses"]
+    twins = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    found = zeroshot.accuracies(torch.tensor([[0.0, 1.0]] * 4), torch.tensor([1, 2, 1, 2]), twins)
+    assert found["top1"] == 0.5
+    stable = twins @ torch.tensor([0.0, 1.0])
+    assert stable.sort(descending=True, stable=True).indices[0] == 1
+
+
+def test_a_model_that_tells_nothing_apart_scores_what_one_guess_scores() -> None:
+    found = zeroshot.accuracies(torch.ones(10, 2), torch.arange(10), torch.ones(10, 2))
+    assert (found["top1"], found["top5"]) == (0.1, 0.5)
 
 
 def test_top_5_of_fewer_classes_is_of_all_of_them() -> None:
