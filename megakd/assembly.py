@@ -44,14 +44,15 @@ def build_teachers(plan: Plan, world: World, log: RunLog) -> dict[str, AnyTeache
     if recipe.teacher is not None and not (pairs and pairs.teachers):
         log.say("the teacher is not loaded: no objective with a positive weight uses it")
     built: dict[str, AnyTeacher] = {}
+    piece = plan.config["train_micro_batch_size_per_gpu"]
     for role, description in pairs.teachers.items() if pairs else ():
         watchdog.beat(f"loading {role}")
         if pairs is not None and pairs.store is not None:
             log.say(pairs.store.outline())
-            piece = plan.config["train_micro_batch_size_per_gpu"]
-            built[role] = teaching.stored_teacher(pairs.store, recipe, description, pairs.shards, world, piece=piece)
+            built[role] = teaching.stored_teacher(pairs.store, recipe, description, pairs.shards, world, piece=piece, say=log.say)
         else:
-            built[role] = teaching.live_teacher(recipe, description, world)
+            shards = None if pairs is None else pairs.shards
+            built[role] = teaching.live_teacher(recipe, description, world, shards, piece=piece, say=log.say)
     return built
 
 

@@ -33,8 +33,9 @@ from megakd.data.stored_views import Seen, StoredViews
 from megakd.data.views import TowerView, normalise
 from megakd.models import towers
 from megakd.models.embeddings import Embeddings
-from megakd.models.identity import preprocessing
-from megakd.models.teacher import Teacher
+from megakd.models.identity import computation, preprocessing
+from megakd.models.sharded_teacher import ShardedTeacher
+from megakd.models.teacher import ReplicatedTeacher, Teacher
 from megakd.recipe import Recipe
 from megakd.runtime import collectives, ds_config, launch, precision
 from megakd.runtime.launch import World
@@ -134,18 +135,14 @@ class Job:
 
     def _made(self) -> dict[str, Any]:
         """How the embeddings are computed: parts that were computed otherwise do not go into one store."""
-        teacher = self.recipe.teacher
-        assert teacher is not None
-        int8 = teacher.mode.endswith("_int8")
-        return {
-            "precision": precision.of(self.world.device),
-            "int8": int8,
-            "outlier_threshold": teacher.outlier_threshold if int8 else None,
-        }
+        return computation(self.description, self.world.device)
+
+    def _teacher(self) -> ReplicatedTeacher | ShardedTeacher:
+        return live_teacher(self.recipe, self.description, self.world, self.shards, piece=self.images, say=self._say)
 
     def _embed(self, manifest: Manifest | None, todo: list[int]) -> Manifest:
         world, layout, folder = self.world, self._layout(), self.request.out
-        teacher = live_teacher(self.recipe, self.description, world)
+        teacher = self._teacher()
         if manifest is None:
             blank = self._forward(teacher, None)
             scale, bias = float(blank.scale), None if blank.bias is None else float(blank.bias)
@@ -214,7 +211,7 @@ class Job:
         step = max(1, self.images // store.layout.views)
         chunks = [_Chunk(0, chosen[start : start + step], False) for start in range(0, len(chosen), step)]
         asked = [chunks[rank :: world.size] for rank in range(world.size)]
-        teacher = live_teacher(self.recipe, self.description, world)
+        teacher = self._teacher()
         compared = [_compared(store, seen, found) for _, seen, found in self._run(teacher, asked, store.layout.views)]
         rows = collectives.gather_rows(torch.cat(compared) if compared else torch.zeros((0, 3), dtype=torch.float64), world)
         return self._judge(store, rows, len(chosen))

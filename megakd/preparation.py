@@ -23,6 +23,7 @@ from megakd.evaluation import vqa
 from megakd.evaluation.suite import Sets, open_sets
 from megakd.models import decoder, towers
 from megakd.models.decoder import Decoder, DecoderDescription
+from megakd.models.identity import computation
 from megakd.recipe import Answers, Recipe, Student
 from megakd.runtime import collectives, ds_check, ds_config, partition, precision, runlog
 from megakd.runtime.launch import World
@@ -133,6 +134,8 @@ def _pairs(recipe: Recipe, world: World, student: towers.Description | None, tea
     teachers = {role: towers.describe(settings, role) for role, settings in recipe.teachers().items() if use_teacher}
     for model in (*([student] if student else []), *teachers.values()):
         task.check_bias(model.role, model.has_bias)
+    for description in teachers.values():
+        computation(description, world.device)  # a product of int8 that this machine lacks
     shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
     return Pairs(task, shards, order, teachers, teaching.open_stores(recipe, teachers, shards, world))

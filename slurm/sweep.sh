@@ -46,7 +46,11 @@ weight=${weights[index % ${#weights[@]}]}
 seed=${seeds[index / ${#weights[@]} % ${#seeds[@]}]}
 teacher=${teachers[index / ${#weights[@]} / ${#seeds[@]}]}
 
-table="model = '${teacher%%@*}', mode = '${MODE:-zero3_int8}'"
+mode=${MODE:-zero3_int8}
+table="model = '${teacher%%@*}', mode = '$mode'"
+if [[ $mode == *int8 ]]; then
+    table+=", calibration = 64" # in 8 bit alone, where outliers would cost much
+fi
 if [[ $teacher == *@* ]]; then
     table+=", pretrained = '${teacher#*@}'"
 fi

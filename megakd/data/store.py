@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 FORMAT = 1
+INTEGER_PRODUCTS = ("int_mm", "bitsandbytes")
 MANIFEST, PARTS = "manifest.json", "parts"
 NOTE = "megakd"  # the one metadata entry of a part's header: the order of several is not the same in every process
 StoreType = Literal["bf16", "fp32"]
@@ -149,6 +150,14 @@ def differences(store: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     return [f"{key}: {mine.get(key)!r} in the store, {theirs.get(key)!r} in the recipe" for key in keys]
 
 
+def made_as_wanted(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """How a store was computed, with what older ones did not write down as it was then: one of two ways with integers, no calibration."""
+    then: dict[str, Any] = dict.fromkeys(wanted)
+    if made.get("int8"):
+        then["product"] = asked if (asked := wanted.get("product")) in INTEGER_PRODUCTS else " or ".join(INTEGER_PRODUCTS)
+    return {**then, **made}
+
+
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
@@ -250,9 +259,15 @@ class Store:
     def layout(self) -> Layout:
         return self.manifest.layout
 
-    def check_matches(self, wanted: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> None:
-        """Raises StoreError with every difference between the store's key and the recipe's, but for keys that begin as `ignore` says."""
-        if lines := [line for line in differences(self.manifest.key, wanted) if not line.startswith(ignore)]:
+    def check_matches(self, wanted: Mapping[str, Any], ignore: tuple[str, ...] = (), made: Mapping[str, Any] | None = None) -> None:
+        """Raises StoreError with every difference between the store's key and the recipe's, but for keys that begin as `ignore` says.
+
+        made: how the recipe would compute embeddings here; None leaves that open.
+        """
+        lines = [line for line in differences(self.manifest.key, wanted) if not line.startswith(ignore)]
+        if made is not None:
+            lines += differences({"made": made_as_wanted(self.manifest.made, made)}, {"made": made})
+        if lines:
             raise StoreError(
                 f"{self.folder}: this store holds other embeddings than the recipe asks for:\n  " + "\n  ".join(lines) + "\n"
                 "give the store of this recipe, change the recipe to the store's settings, or make one with `megakd embed`"
@@ -262,6 +277,8 @@ class Store:
         """For people: what is used, and what is not there."""
         layout, known = self.layout, sum(part.known for part in self.parts.values())
         lines = [f"teacher's embeddings from {self.folder}: {known} of {layout.samples} samples, {layout.views} views each, {layout.dtype}"]
+        if self.manifest.made.get("outlier_threshold") and "product" not in self.manifest.made:
+            lines += ["made by an older version with an outlier_threshold: samples depended on their neighbours in the batch, by up to 3 %"]
         if self.defects:
             lines += [f"{len(self.defects)} of {layout.parts} parts are not usable: {'; '.join(self.defects[:2])}"]
         return "\n".join(lines)

@@ -30,6 +30,7 @@ from megakd.data.store import (
     StoreError,
     content_digest,
     differences,
+    made_as_wanted,
     part_path,
     read_manifest,
     read_part,
@@ -67,8 +68,9 @@ def existing(folder: Path, key: dict[str, Any], made: dict[str, Any], layout: La
         if other := sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK):
             raise StoreError(f"{folder}: holds {', '.join(other[:4])} and no {MANIFEST}; give --out a new folder or a store")
         return None
+    before = made_as_wanted(found.made, made)
     mine, theirs = (
-        {**one, "made": how, "layout": vars(shape)} for one, how, shape in ((found.key, found.made, found.layout), (key, made, layout))
+        {**one, "made": how, "layout": vars(shape)} for one, how, shape in ((found.key, before, found.layout), (key, made, layout))
     )
     if lines := differences(mine, theirs):
         raise StoreError(f"{folder}: a store of other embeddings is there:\n  " + "\n  ".join(lines) + "\nchoose another --out")

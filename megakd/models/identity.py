@@ -13,13 +13,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from open_clip.factory import _find_checkpoint_in_dir
 from open_clip.pretrained import get_pretrained_cfg
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import Tensor
 
+from megakd.models import int8_products
+from megakd.models.int8_migration import METHOD
 from megakd.models.towers import RANDOM, WEIGHT_SUFFIXES, Description
+from megakd.recipe import Teacher
+from megakd.runtime import precision
 
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # Set by open_clip while it builds, not by whoever describes the model.
@@ -41,6 +46,25 @@ def identity(description: Description, seed: int) -> dict[str, Any]:
         "weights": _weights(description, seed),
         "preprocess": {key: list(value) if isinstance(value, tuple) else value for key, value in preprocess.items()},
         "tokenizer": behaviour(description.tokenize),
+    }
+
+
+def computation(description: Description, device: torch.device) -> dict[str, Any]:
+    """How a teacher's embeddings are computed on this device, as far as they depend on it: plain values, None where there is no choice.
+
+    A teacher gives the same bits whole on every rank and partitioned, so that is not told. Calibration pairs are known by their number:
+    they lie evenly in the training set, which a store's key holds. Raises ValueError for a product that this machine lacks.
+    """
+    settings = description.settings
+    assert isinstance(settings, Teacher), "described from [teacher] or [ensemble] of a recipe"
+    told: dict[str, Any] = {"precision": precision.of(device), "int8": settings.mode.endswith("_int8")}
+    if not told["int8"]:
+        return {**told, "outlier_threshold": None, "product": None, "calibration": None}
+    return {
+        **told,
+        "outlier_threshold": settings.outlier_threshold,
+        "product": int8_products.resolved(settings.int8_product, device),
+        "calibration": f"{settings.calibration} pairs, {METHOD}" if settings.calibration else None,
     }
 
 

@@ -77,19 +77,21 @@ def quantise(
     threshold: float = 0.0,
     device_of_products: torch.device | None = None,
     product: int8_products.Product | None = None,
+    migrated: bool = False,
 ) -> Report:
     """Replace the linear layers and attentions of a tower, or of a whole open_clip model, by int8 ones, in place. Works on meta.
 
-    threshold: columns of activations with a magnitude of at least this stay in 16 bits (see `int8_products.linear`); 0 for none.
+    threshold: activations with a magnitude of at least this stay in 16 bits (see `int8_products.linear`); 0 for none.
     device_of_products: chooses the way of products for this device now, instead of at each forward for the device at hand.
-    product: overrides that choice. Large matrices that stay behind are named in the log, unexpected ones as a warning.
+    product: overrides that choice. migrated: layers have room for the factors of `int8_migration`.
+    Large matrices that stay behind are named in the log, unexpected ones as a warning.
     Raises ValueError for a negative threshold.
     """
     if threshold < 0:
         raise ValueError(f"outlier_threshold = {threshold}: a magnitude is at least 0; 0 quantises all activations, 6.0 is usual")
     if product is None and device_of_products is not None:
         product = int8_products.choose(device_of_products)
-    _Conversion(module, threshold, product).convert(module, "")
+    _Conversion(module, threshold, product, migrated).convert(module, "")
     report = _report(module, product)
     for name, size in report.kept.items():
         expected = JOINT.fullmatch(name.removesuffix(".weight")) or PATCHES.fullmatch(name)
@@ -100,8 +102,8 @@ def quantise(
 class _Conversion:
     """One walk over a model. A layer that appears twice is converted once."""
 
-    def __init__(self, root: nn.Module, threshold: float, product: int8_products.Product | None) -> None:
-        self._threshold, self._product = threshold, product
+    def __init__(self, root: nn.Module, threshold: float, product: int8_products.Product | None, migrated: bool) -> None:
+        self._settings = (threshold, product, migrated)
         self._tied = {id(module.weight) for module in root.modules() if isinstance(module, nn.Embedding)}
         self._done: dict[int, nn.Module] = {}
 
@@ -131,12 +133,12 @@ class _Conversion:
                 return child
             return self._linear(child.weight, child.bias).train(child.training)  # type: ignore[arg-type]
         if _is_pointwise(child) and type(parent).__name__.endswith("Mlp"):
-            return Int8PointwiseConv(child.weight, child.bias, self._threshold, self._product).train(child.training)  # type: ignore[arg-type]
+            return Int8PointwiseConv(child.weight, child.bias, *self._settings).train(child.training)  # type: ignore[arg-type]
         self.convert(child, f"{name}.")
         return child
 
     def _linear(self, weight: Tensor, bias: nn.Parameter | None) -> Int8Linear:
-        return Int8Linear(weight, bias, self._threshold, self._product)
+        return Int8Linear(weight, bias, *self._settings)
 
 
 def _is_pointwise(module: nn.Module) -> bool:

@@ -5,6 +5,9 @@ Three ways, all with weights of 8 bits and a float32 scale a row:
 - "bitsandbytes": activations are quantised row by row, the product is of integers; bitsandbytes' kernels (LLM.int8, arXiv 2208.07339).
 - "int_mm": the same with torch's own `_int_mm` and plain torch operations around it.
 
+What a row becomes depends on that row alone, whatever lies beside it in the batch: each has its own scale, and outliers are elements, not
+columns of the batch. Infinite and NaN activations make their row not finite in every way.
+
 Legend: M rows of activations (batch x tokens), I inputs, O outputs, C columns with outliers.
 """
 
@@ -14,7 +17,7 @@ import functools
 import importlib
 import importlib.util
 from types import ModuleType
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +26,9 @@ from torch.nn import functional as F
 Product = Literal["dequantise", "bitsandbytes", "int_mm"]
 
 LEVELS = 127  # symmetric: -128 is not used
+# Of integers at once: their 32 bits and the float32 beside them would be several times what the product itself takes.
+PIECE_ELEMENTS = 1 << 25
+FEWEST_ROWS = 32  # cuBLASLt multiplies integers from 17 rows up; fewer are filled up with zeros
 
 
 def choose(device: torch.device) -> Product:
@@ -52,22 +58,28 @@ def choose(device: torch.device) -> Product:
     return "dequantise"
 
 
+def resolved(asked: str, device: torch.device) -> Product:
+    """The recipe's teacher.int8_product, "auto" as `choose` does. Raises ValueError for one that this machine does not have."""
+    found = choose(device) if asked == "auto" else cast(Product, asked)
+    if found == "bitsandbytes" and bitsandbytes() is None:
+        raise ValueError("teacher.int8_product = 'bitsandbytes': not installed; `pip install bitsandbytes`, or set it to auto")
+    return found
+
+
 def linear(
     x: Tensor, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None, threshold: float = 0.0, product: Product | None = None
 ) -> Tensor:
     """x (..., I) times the transposed matrix plus bias: (..., O) in x's type.
 
-    threshold: columns of activations with a magnitude of at least this are not quantised but multiplied in x's type; 0 quantises all.
+    threshold: activations with a magnitude of at least this are not quantised but multiplied in x's type; 0 quantises all.
     It has no effect on "dequantise", which quantises none. product: None takes `choose(x.device)`.
     """
     chosen = product or choose(x.device)
     x_MI = x.reshape(-1, x.shape[-1])
     if chosen == "dequantise" or not _takes_integers(x_MI, weight_OI):
         product_MO = F.linear(x_MI, _widened(weight_OI, scale_O, x.dtype))
-    elif chosen == "bitsandbytes":
-        product_MO = _bitsandbytes(x_MI, weight_OI, scale_O, threshold)
     else:
-        product_MO = _int_mm(x_MI, weight_OI, scale_O, threshold)
+        product_MO = _in_pieces(x_MI, weight_OI, scale_O, threshold, chosen)
     if bias_O is not None:
         product_MO = product_MO + bias_O.to(x.dtype)
     return product_MO.reshape(*x.shape[:-1], len(weight_OI))
@@ -90,10 +102,10 @@ def bitsandbytes() -> ModuleType | None:
 
 
 def _takes_integers(x_MI: Tensor, weight_OI: Tensor) -> bool:
-    """cuBLASLt multiplies integers from 17 rows up, with sizes that 8 divides."""
-    if x_MI.device.type != "cuda":
-        return x_MI.device.type != "meta" and len(x_MI) > 0
-    return len(x_MI) > 16 and weight_OI.shape[0] % 8 == 0 and weight_OI.shape[1] % 8 == 0
+    """cuBLASLt multiplies integers of sizes that 8 divides. On meta, which measures memory, as on CUDA."""
+    if len(x_MI) == 0:
+        return False
+    return x_MI.device.type == "cpu" or (weight_OI.shape[0] % 8 == 0 and weight_OI.shape[1] % 8 == 0)
 
 
 def _widened(weight_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,32 +116,50 @@ def _widened(weight_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(weight_OI, scale_O[:, None], out=torch.empty(weight_OI.shape, dtype=dtype, device=weight_OI.device))
 
 
-def _bitsandbytes(x_MI: Tensor, weight_OI: Tensor, scale_O: Tensor, threshold: float) -> Tensor:
+def _in_pieces(x_MI: Tensor, weight_OI: Tensor, scale_O: Tensor, threshold: float, way: Product) -> Tensor:
+    rows = max(FEWEST_ROWS, PIECE_ELEMENTS // max(weight_OI.shape))
+    if len(x_MI) <= rows:
+        return _piece(x_MI, weight_OI, scale_O, threshold, way)
+    product_MO = x_MI.new_empty(len(x_MI), len(weight_OI))
+    for start in range(0, len(x_MI), rows):
+        product_MO[start : start + rows] = _piece(x_MI[start : start + rows], weight_OI, scale_O, threshold, way)
+    return product_MO
+
+
+def _piece(x_MI: Tensor, weight_OI: Tensor, scale_O: Tensor, threshold: float, way: Product) -> Tensor:
+    """One piece's product, in x's type."""
+    outlier_MI = None
+    regular_MI = x_MI
+    if threshold > 0:
+        outlier_MI = x_MI.abs() >= threshold  # never true of NaN, which so stays and spoils its row
+        regular_MI = x_MI.masked_fill(outlier_MI, 0.0)
+    missing = FEWEST_ROWS - len(x_MI) if x_MI.device.type != "cpu" else 0
+    if missing > 0:
+        regular_MI = F.pad(regular_MI, (0, 0, 0, missing))
+    # A plan's machine may lack bitsandbytes, and in pieces of this size the two need nearly the same.
+    multiply = _bitsandbytes if way == "bitsandbytes" and x_MI.device.type != "meta" else _int_mm
+    product_MO = multiply(regular_MI, weight_OI, scale_O)[: len(x_MI)]
+    if outlier_MI is not None and x_MI.device.type != "meta":
+        columns_C = outlier_MI.any(dim=0).nonzero().flatten()
+        if len(columns_C):
+            outlier_MC = x_MI[:, columns_C].where(outlier_MI[:, columns_C], 0.0)
+            product_MO = product_MO + F.linear(outlier_MC, _widened(weight_OI[:, columns_C], scale_O, x_MI.dtype))
+    return product_MO
+
+
+def _bitsandbytes(x_MI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
     """On CUDA its kernels read and write float16: activations and products of a magnitude above 65504 become infinite."""
     library = bitsandbytes()
     if library is None:
         raise ValueError("product = 'bitsandbytes': not installed; `pip install bitsandbytes`, or ask for 'dequantise'")
     narrow_MI = x_MI.half() if x_MI.device.type == "cuda" else x_MI
-    x8_MI, absmax_M, columns_C = library.functional.int8_vectorwise_quant(narrow_MI.contiguous(), threshold=threshold)
+    x8_MI, absmax_M, _ = library.functional.int8_vectorwise_quant(narrow_MI.contiguous(), threshold=0.0)
     integers_MO = library.functional.int8_linear_matmul(x8_MI, weight_OI)
-    product_MO = torch.ops.bitsandbytes.int8_mm_dequant(integers_MO, absmax_M, scale_O * LEVELS, dtype=x_MI.dtype)
-    return _with_columns(product_MO, x_MI, columns_C, weight_OI, scale_O)
+    # Its kernels pass NaN by when they look for the largest.
+    absmax_M = torch.where(narrow_MI.abs().amax(dim=1).isfinite(), absmax_M, torch.nan)
+    return torch.ops.bitsandbytes.int8_mm_dequant(integers_MO, absmax_M, scale_O * LEVELS, dtype=x_MI.dtype)  # type: ignore[no-any-return]
 
 
-def _int_mm(x_MI: Tensor, weight_OI: Tensor, scale_O: Tensor, threshold: float) -> Tensor:
-    columns_C = None
-    regular_MI = x_MI
-    if threshold > 0:
-        outlier_MI = x_MI.abs() >= threshold
-        columns_C = outlier_MI.any(dim=0).nonzero().flatten()
-        regular_MI = x_MI.index_fill(1, columns_C, 0.0)
-    x8_MI, x_scale_M = quantise_rows(regular_MI)
-    product_MO = torch._int_mm(x8_MI, weight_OI.t()).float().mul_(x_scale_M[:, None]).mul_(scale_O)
-    return _with_columns(product_MO.to(x_MI.dtype), x_MI, columns_C, weight_OI, scale_O)
-
-
-def _with_columns(product_MO: Tensor, x_MI: Tensor, columns_C: Tensor | None, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
-    """Adds the product of the columns that were left out of the integers."""
-    if columns_C is None or len(columns_C) == 0:
-        return product_MO
-    return product_MO + F.linear(x_MI[:, columns_C], _widened(weight_OI[:, columns_C], scale_O, x_MI.dtype))
+def _int_mm(x_MI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
+    x8_MI, x_scale_M = quantise_rows(x_MI)
+    return torch._int_mm(x8_MI, weight_OI.t()).float().mul_(x_scale_M[:, None]).mul_(scale_O).to(x_MI.dtype)

@@ -25,8 +25,10 @@ from open_clip.pretrained import download_pretrained, download_pretrained_from_h
 from torch import Tensor, nn
 
 from megakd.models import int8 as int8_towers
-from megakd.models import towers
+from megakd.models import int8_products, towers
 from megakd.models.identity import preprocessing
+from megakd.models.int8_linear import Int8Linear
+from megakd.models.originals import Originals
 from megakd.models.weights import INDEX_SUFFIX, InMemory, Shape, Weights, listed, open_weights
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
@@ -51,9 +53,11 @@ Place = Callable[[list[nn.Parameter]], None]
 
 @dataclass(frozen=True)
 class Int8:
-    """How the towers are made int8. outlier_threshold: see `int8.quantise`."""
+    """How the towers are made int8: see `int8.quantise`. migrated: `int8_migration.migrate` will follow."""
 
     outlier_threshold: float = 0.0
+    product: int8_products.Product | None = None
+    migrated: bool = False
 
 
 def load(
@@ -79,15 +83,30 @@ def load(
     conversions = _as_they_are(clip) if int8 is None else _quantised(clip, int8)
     if without_text:
         conversions = [conversion for conversion in conversions if not conversion.names[0].startswith(TEXT)]
+    drawing = torch.get_rng_state()
+
+    def opened() -> Match:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(drawing)  # random weights are drawn again as they were
+            return Match(clip, expected, _weights(description, precision))
+
     match, failure = None, None
     if world.is_main:
         try:
-            match = Match(clip, expected, _weights(description, precision))
+            match = opened()
         except (ValueError, OSError) as error:
             failure = error
     _raise_everywhere(failure, world)
     fill(clip, conversions, match, world, place)
-    return replace(built, preprocess=preprocessing(description))
+    originals = None if int8 is None else Originals(_matrices(clip, without_text), opened, world)
+    return replace(built, preprocess=preprocessing(description), originals=originals)
+
+
+def _matrices(model: nn.Module, without_text: bool) -> dict[Int8Linear, str]:
+    """The layers of an int8 model, in the model's order, and what their matrices are called in the original."""
+    made_of = int8_towers.sources(model)
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, Int8Linear)}
+    return {layer: made_of[f"{path}.weight"].tensor for path, layer in layers.items() if not (without_text and path.startswith(TEXT))}
 
 
 def _raise_everywhere(failure: Exception | None, world: World) -> None:
@@ -271,7 +290,10 @@ def _as_they_are(model: nn.Module) -> list[Conversion]:
 
 def _quantised(model: nn.Module, int8: Int8) -> list[Conversion]:
     """Makes the empty model int8 and tells how it is filled: a matrix of the file becomes int8 codes and their scales at once."""
-    int8_towers.quantise(model, threshold=int8.outlier_threshold)
+    int8_towers.quantise(model, threshold=int8.outlier_threshold, product=int8.product, migrated=int8.migrated)
+    for layer in model.modules():
+        if isinstance(layer, Int8Linear) and layer.factor is not None:
+            layer.factor = torch.ones(layer.in_features)  # no file fills it
     made_of: dict[str, list[tuple[str, int8_towers.Source]]] = {}
     known = _Slots(model).tensors
     for name, source in int8_towers.sources(model).items():

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from megakd.models import casts
+from megakd.models.originals import Originals
 from megakd.models.weights import INDEX_SUFFIX
 from megakd.recipe import Model
 from megakd.runtime import precision as precisions
@@ -65,12 +66,14 @@ class Towers:
     """A built model with what its data needs. `config` and `preprocess` are open_clip's, so `export` can write them back.
 
     dtype: of the pixels that the model takes. Its parameters do not tell: some of a bf16 model's are float32 (see `casts.to_bf16`).
+    originals: the matrices of an int8 model that was read from weights, for whoever wants to read them again.
     """
 
     clip: nn.Module
     description: Description
     preprocess: PreprocessCfg
     dtype: torch.dtype = torch.float32
+    originals: Originals | None = None
 
 
 def describe(settings: Model, role: str) -> Description:

@@ -14,6 +14,7 @@ from megakd.recipe.section import (
     FloatPair,
     Fraction,
     HeadKind,
+    Int8Product,
     Name,
     NonNegative,
     Positive,
@@ -93,6 +94,13 @@ class Teacher(Model):
         description="replicated: whole on every rank; zero3: partitioned over the ranks; _int8: in 8 bit (else bf16, on a CPU fp32)",
     )
     outlier_threshold: Weight = Field(0.0, description="int8: activations above it are multiplied in 16 bit; 0 multiplies all in 8 bit")
+    int8_product: Int8Product = Field("auto", description="how int8 weights are multiplied; auto: the fastest way of the device")
+    calibration: NonNegative = Field(
+        0, description="int8: pairs of the training set that show which activations are outliers, which move into the weights; 0: none do"
+    )
+    int8_agreement: Fraction = Field(
+        0.98, description="int8: least centred cosine to the teacher in 16 bit, of a batch compared at start; 0 compares nothing"
+    )
     offload: bool = Field(False, description="zero3: keep this rank's part in CPU memory between uses")
     ds_config: str | None = Field(None, description="zero3: the teacher's DeepSpeed JSON; default: as ds_configs/teacher_zero3.json")
     store: str | None = Field(None, description="folder of embeddings that `megakd embed` wrote: read instead of running the teacher")
@@ -105,8 +113,17 @@ class Teacher(Model):
     def _nothing_is_ignored(self) -> Teacher:
         if not self.mode.startswith("zero3") and (self.offload or self.ds_config is not None):
             raise ValueError(f"offload and ds_config are for a partitioned teacher: set mode to zero3 or zero3_int8, it is {self.mode!r}")
-        if not self.mode.endswith("int8") and self.outlier_threshold:
-            raise ValueError(f"outlier_threshold is for int8 weights: set mode to replicated_int8 or zero3_int8, it is {self.mode!r}")
+        if not self.mode.endswith("int8"):
+            for key in ("outlier_threshold", "calibration", "int8_product", "int8_agreement"):
+                if getattr(self, key) != (default := type(self).model_fields[key].default):
+                    raise ValueError(
+                        f"{key} is for int8 weights, and mode is {self.mode!r}: set mode to replicated_int8 or zero3_int8, or {key} to "
+                        f"{default}"
+                    )
+        if self.int8_product == "dequantise" and self.outlier_threshold:
+            raise ValueError(
+                "int8_product = 'dequantise' multiplies all activations in 16 bit: set outlier_threshold to 0, or int8_product to int_mm"
+            )
         if self.store_of == "text" and (self.store is None or self.store_miss != "fail"):
             raise ValueError(
                 "store_of = 'text' drops the text tower: it needs a store, and store_miss = 'fail', as there is nothing to ask"

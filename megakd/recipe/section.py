@@ -15,6 +15,7 @@ HeadKind = Annotated[
     Literal["linear", "mlp"], Field(description="projection of each modality to the teacher's width; mlp: with one hidden layer")
 ]
 TeacherMode = Literal["replicated", "replicated_int8", "zero3", "zero3_int8"]
+Int8Product = Literal["auto", "dequantise", "bitsandbytes", "int_mm"]
 # Names become parts of file names, which end at 255 bytes.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=100)]
 SetName = Annotated[str, Field(min_length=1, max_length=100)]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megakd.recipe import texts
@@ -102,6 +103,13 @@ class Partitioner:
         """
         assert all(parameter.ndim > 0 and parameter.is_contiguous() for parameter in parameters)
         deepspeed.zero.Init(module=nn.ParameterList(parameters), config_dict_or_path=self.config)
+
+
+def overwrite(parameter: nn.Parameter, value: Tensor) -> None:
+    """Put the first rank's `value` into a parameter, which may be partitioned. A collective where it is."""
+    with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if not hasattr(parameter, "ds_id") or dist.get_rank() == 0:
+            parameter.data.copy_(value)
 
 
 def _return_freed_memory() -> None:

@@ -166,11 +166,54 @@ def test_another_number_of_views_is_refused(recipe: Recipe, store: Path) -> None
         job(recipe, store, views=3).check()
 
 
-def test_a_store_of_another_mode_is_not_gone_on_with_but_may_be_used(recipe: Recipe, store: Path) -> None:
-    quantised = job(changed(recipe, "teacher.mode=replicated_int8"), store)
-    with pytest.raises(StoreError, match=r"made\.int8: False in the store, True in the recipe"):
-        quantised.embed()
-    assert open_store(store, quantised.recipe, quantised.description, quantised.shards, ALONE).layout.views == 2
+INT8 = "teacher.mode=replicated_int8"
+
+
+@pytest.mark.parametrize(
+    ("made_by", "used_by", "line"),
+    [
+        ((), (INT8,), "made.int8: False in the store, True in the recipe"),
+        ((), ("teacher.mode=zero3_int8", "teacher.calibration=8"), "made.calibration: None in the store, '8 pairs, SmoothQuant"),
+        ((INT8,), (), "made.int8: True in the store, False in the recipe"),
+        ((INT8,), (INT8, "teacher.outlier_threshold=6.0"), "made.outlier_threshold: 0.0 in the store, 6.0 in the recipe"),
+        ((INT8,), (INT8, "teacher.int8_product=dequantise"), "made.product: "),
+        ((INT8, "teacher.calibration=8"), (INT8, "teacher.calibration=9"), "made.calibration: '8 pairs, SmoothQuant"),
+    ],
+)
+def test_a_store_that_was_computed_otherwise_is_neither_gone_on_with_nor_used(
+    recipe: Recipe, store: Path, made_by: tuple[str, ...], used_by: tuple[str, ...], line: str
+) -> None:
+    first, second = (job(changed(recipe, *how), store) for how in (made_by, used_by))
+    found = read_manifest(store)
+    assert found is not None
+    store_writer.start(store, replace(found, made=first._made(), parts=()))
+    for attempt in (second.embed, lambda: open_store(store, second.recipe, second.description, second.shards, ALONE)):
+        with pytest.raises(StoreError) as caught:
+            attempt()
+        assert line in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["replicated", "zero3", "replicated_int8", "zero3_int8"])
+def test_a_store_from_before_calibration_is_that_of_the_same_mode_whole_or_partitioned(recipe: Recipe, store: Path, mode: str) -> None:
+    int8 = mode.endswith("int8")
+    old = {"precision": "fp32", "int8": int8, "outlier_threshold": 0.0 if int8 else None}
+    found = read_manifest(store)
+    assert found is not None
+    store_writer.start(store, replace(found, made=old))
+    asked = job(changed(recipe, f"teacher.mode={mode}"), store)
+    assert open_store(store, asked.recipe, asked.description, asked.shards, ALONE).layout.views == 2
+    other = job(changed(recipe, "teacher.mode=replicated" if int8 else INT8), store)
+    with pytest.raises(StoreError, match=r"made\.int8"):
+        open_store(store, other.recipe, other.description, other.shards, ALONE)
+
+
+def test_an_old_store_with_a_threshold_is_read_and_says_what_it_is(recipe: Recipe, store: Path) -> None:
+    found = read_manifest(store)
+    assert found is not None
+    store_writer.start(store, replace(found, made={"precision": "fp32", "int8": True, "outlier_threshold": 6.0}))
+    asked = job(changed(recipe, INT8, "teacher.outlier_threshold=6.0"), store)
+    opened = open_store(store, asked.recipe, asked.description, asked.shards, ALONE)
+    assert "samples depended on their neighbours in the batch" in opened.outline()
 
 
 def test_a_check_recomputes_rows_and_finds_them_equal_to_rounding(recipe: Recipe, store: Path, capsys) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megakd.models import int8, streaming, towers
+from megakd.models.int8_migration import Reference, migrate
 from megakd.models.sharded_teacher import ShardedTeacher, build_sharded_teacher
 from megakd.models.student import Student, decay_groups, embeddings
 from megakd.models.teacher import ReplicatedTeacher, Teacher
@@ -52,6 +53,37 @@ def replicated(name: str, folder: Path, world: World, bits: int) -> ReplicatedTe
     if bits == 8:
         int8.quantise(built.clip)
     return ReplicatedTeacher(built)
+
+
+def migrated(teacher: ReplicatedTeacher | ShardedTeacher) -> dict[str, Any]:
+    """Move outliers of some pairs into the weights. Returns the factors' digest and what the teacher gave with its original matrices."""
+    originals = teacher.towers.originals
+    with Reference(originals) as reference:
+        reference.noting = True
+        teacher.embed(*inputs(8, seed=50))
+        reference.noting = False
+        expected = teacher.embed(*inputs(4, seed=60))
+    return {"digest": migrate(originals, reference.largest, partition.overwrite), "original": expected.image.tolist()}
+
+
+def migrations(folder: Path, world: World) -> dict[str, Any]:
+    """Migrated teachers, partitioned against whole, and against what they are in 32 bits."""
+    found: dict[str, Any] = {}
+    int8, (pixels, _) = streaming.Int8(migrated=True), inputs(4, seed=60)
+    for name in sorted(ARCHITECTURES):
+        described = describe(name, str(folder / f"{name}.safetensors"))
+        whole = ReplicatedTeacher(streaming.load(described, world, "fp32", int8=int8))
+        plain = whole.embed(*inputs(3)).image
+        parts = build_sharded_teacher(described, world, config(offload=name == "SigLIP"), int8=int8)
+        first, second = migrated(whole), migrated(parts)
+        entry = compare(whole, parts, world)
+        entry["changed"] = not torch.equal(plain, whole.embed(*inputs(3)).image)
+        entry["digests"] = [first["digest"], second["digest"]]
+        exact = replicated(name, folder, world, 32).embed_images(pixels)
+        entry["from_exact"] = [float((torch.tensor(side["original"]) - exact).abs().max()) for side in (first, second)]
+        entry["after"] = float(F.cosine_similarity(whole.embed_images(pixels), exact).min())
+        found[name] = entry
+    return found
 
 
 def compare(one: Teacher, other: Teacher, world: World, batches: int = 3) -> dict[str, Any]:
@@ -199,6 +231,7 @@ def slowly(folder: Path, world: World) -> dict[str, Any]:
 
 TASKS: dict[str, Callable[[Path, World], dict[str, Any]]] = {
     "teachers": teachers,
+    "migrations": migrations,
     "students": students,
     "errors": errors,
     "slowly": slowly,

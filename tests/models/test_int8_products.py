@@ -91,6 +91,73 @@ def test_a_threshold_that_nothing_reaches_changes_nothing(way: int8_products.Pro
     assert torch.equal(int8_products.linear(x, codes, scale, None, 100.0, way), int8_products.linear(x, codes, scale, None, 0.0, way))
 
 
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_row_does_not_depend_on_its_neighbours(way: int8_products.Product, threshold: float) -> None:
+    x = _random(40, 64)
+    x[::3, 5] *= 60
+    x[7, 9] = 200.0
+    codes, scale = quantise_weight(_random(48, 64, seed=1))
+    together = int8_products.linear(x, codes, scale, None, threshold, way)
+    for row in range(len(x)):
+        alone = int8_products.linear(x[row : row + 1], codes, scale, None, threshold, way)
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_not_finite_spoils_its_row_and_no_other(
+    way: int8_products.Product, threshold: float, bad: float, dtype: torch.dtype
+) -> None:
+    x = _random(20, 64).to(dtype)
+    codes, scale = quantise_weight(_random(48, 64, seed=1))
+    clean = int8_products.linear(x, codes, scale, None, threshold, way)
+    x[3, 5] = bad
+    found = int8_products.linear(x, codes, scale, None, threshold, way)
+    assert not found[3].isfinite().any()
+    assert torch.equal(found[:3], clean[:3])
+    assert torch.equal(found[4:], clean[4:])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_of_zeros_stay_zeros(way: int8_products.Product) -> None:
+    x = _random(3, 64)
+    x[1] = 0
+    codes, scale = quantise_weight(_random(48, 64, seed=1))
+    found = int8_products.linear(x, codes, scale, None, 0.0, way)
+    assert not found[1].any()
+    assert found[0].all()
+
+
+@pytest.mark.parametrize("way", ["int_mm", "bitsandbytes"])
+def test_many_rows_go_through_in_pieces_and_come_out_the_same(way: int8_products.Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = _random(333, 64)
+    x[5, 5] *= 60
+    codes, scale = quantise_weight(_random(48, 64, seed=1))
+    whole = int8_products.linear(x, codes, scale, None, 6.0, way)
+    monkeypatch.setattr(int8_products, "PIECE_ELEMENTS", 64 * 50)
+    torch.testing.assert_close(int8_products.linear(x, codes, scale, None, 6.0, way), whole, rtol=1e-6, atol=1e-5)
+
+
+def test_few_rows_are_filled_up_on_a_gpu_and_so_measured_on_meta() -> None:
+    """cuBLASLt refuses up to 16 rows of integers: they are not computed otherwise than the same rows in a larger batch."""
+    meta = torch.device("meta")
+    codes, scale = torch.empty(48, 64, dtype=torch.int8, device=meta), torch.empty(48, device=meta)
+    for rows in (1, 16, 17, 100):
+        found = int8_products.linear(torch.empty(rows, 64, device=meta), codes, scale, None, 6.0, "bitsandbytes")
+        assert found.shape == (rows, 48)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_activations_of_another_width_are_an_error(way: int8_products.Product) -> None:
+    codes, scale = quantise_weight(_random(48, 64))
+    for width in (63, 65, 1):
+        with pytest.raises((RuntimeError, ValueError)):
+            int8_products.linear(_random(4, width), codes, scale, None, 0.0, way)
+
+
 def test_the_recipes_threshold_reaches_every_layer() -> None:
     tower = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
     quantise(tower, threshold=6.0, product="int_mm")

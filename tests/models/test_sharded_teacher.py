@@ -44,7 +44,7 @@ def _outcomes(folder: Path, *tasks: str) -> Outcomes:
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> Outcomes:
-    return _outcomes(folder, "teachers", "students", "memory50", "errors")
+    return _outcomes(folder, "teachers", "migrations", "students", "memory50", "errors")
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -59,6 +59,22 @@ def test_a_partitioned_teacher_gives_what_a_replicated_one_gives_bit_for_bit(nam
 
 def test_an_offloaded_one_does_so_too(outcomes: Outcomes) -> None:
     assert all(rank["offload"]["equal"] for rank in outcomes["teachers"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outliers_move_into_a_partitioned_teachers_weights_as_into_a_whole_ones_bit_for_bit(name: str, outcomes: Outcomes) -> None:
+    for rank in outcomes["migrations"]:
+        found = rank[name]
+        assert found["equal"]
+        assert found["changed"]
+        assert found["after"] > 0.999
+    assert len({digest for rank in outcomes["migrations"] for digest in rank[name]["digests"]}) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_forward_with_original_matrices_is_that_of_the_teacher_that_was_never_in_8_bit(name: str, outcomes: Outcomes) -> None:
+    for rank in outcomes["migrations"]:
+        assert max(rank[name]["from_exact"]) < 1e-6
 
 
 @pytest.mark.parametrize("name", NAMES)
