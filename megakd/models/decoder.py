@@ -18,6 +18,7 @@ H the decoder's width, N learned tokens of the batch, W words of the vocabulary.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from transformers.utils import logging as transformers_logging
 
 from megakd import recipe
-from megakd.models import adapters
+from megakd.models import adapters, decoder_tokenizer
 from megakd.models.decoder_settings import DecoderDescription, describe
 from megakd.models.patches import measure
 from megakd.models.projector import Projector
@@ -51,9 +52,10 @@ class Decoder(nn.Module):
         self.description = description
         self.projector, self.language = projector, language
         # A model from the hub may come with sampling, penalties and lengths of its own, which `generate` would mix with what it is given.
-        words = description.tokenizer
+        # Its end tokens stay: a chat model ends its turns by one that its tokenizer does not call the end.
+        words, ends = description.tokenizer, description.ends
         self._plain.generation_config = GenerationConfig(
-            bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id
+            bos_token_id=words.bos_token_id, eos_token_id=ends[0] if len(ends) == 1 else list(ends), pad_token_id=words.pad_token_id
         )
 
     def train(self, mode: bool = True) -> Decoder:
@@ -109,9 +111,11 @@ class Decoder(nn.Module):
     def generate(
         self, visual_tokens_BVC: Tensor | None, ids_BL: Tensor, attend_BL: Tensor, image_mask_BL: Tensor, max_new_tokens: int
     ) -> list[list[int]]:
-        """Greedy answers to prompts that are padded on the left: token ids up to the end token, which is not among them."""
-        end = self.tokenizer.eos_token_id
-        settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=end, pad_token_id=end)
+        """Greedy answers to prompts that are padded on the left: token ids up to the first end token, which is not among them."""
+        ends = self.description.ends
+        settings = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=list(ends), pad_token_id=ends[0]
+        )
         training = self.training
         self.eval()
         try:
@@ -122,7 +126,7 @@ class Decoder(nn.Module):
             )
         finally:
             self.train(training)
-        return [row[: row.index(end)] if end in row else row for row in generated.tolist()]
+        return [list(itertools.takewhile(lambda one: one not in ends, row)) for row in generated.tolist()]
 
     def _embed(self, visual_BVC: Tensor | None, ids_BL: Tensor, image_mask_BL: Tensor) -> Tensor:
         """(B, L, H): token embeddings, with the image tokens of a row in its marked places, in order."""
@@ -149,7 +153,7 @@ class Decoder(nn.Module):
         assert self.settings.quantise == "none", "quantised weights are known by their source, not written"
         with _no_progress_bar():
             self._plain.save_pretrained(folder, state_dict=adapters.own_weights(self._plain))
-        self.tokenizer.save_pretrained(folder)
+        decoder_tokenizer.write(self.tokenizer, folder)
 
 
 def build(description: DecoderDescription, tower: nn.Module | None, device: torch.device, dtype: torch.dtype = torch.float32) -> Decoder:

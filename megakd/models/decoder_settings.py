@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from megakd.models import adapters
+from megakd.models import adapters, decoder_tokenizer
 from megakd.recipe import Decoder
 
 
@@ -27,6 +27,7 @@ class DecoderDescription:
     tokenizer: PreTrainedTokenizerBase
     width: int  # H, of the token embeddings; OPT-350m's blocks are wider
     positions: int | None  # the longest sequence that the language model takes; None: no limit is known
+    ends: tuple[int, ...]  # tokens that end an answer: the tokenizer's first, which is the one that is learned, then the model's own
 
 
 def describe(settings: Decoder) -> DecoderDescription:
@@ -54,7 +55,33 @@ def describe(settings: Decoder) -> DecoderDescription:
         adapters.check(settings.lora, outline)
     positions = getattr(outline.config, "max_position_embeddings", None) or 0
     width = int(outline.get_input_embeddings().embedding_dim)
-    return DecoderDescription(settings, config, tokenizer, width, positions if positions > 0 else None)
+    return DecoderDescription(settings, config, tokenizer, width, positions if positions > 0 else None, _ends(settings, config, tokenizer))
+
+
+def _ends(settings: Decoder, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokenizer's end token and those of the model's generation_config.json and config.json, as Llama 3's <|eot_id|>.
+
+    A configuration class has an end token of its own where config.json names none, which may be any word here: special ones alone count.
+    """
+    special = {*tokenizer.all_special_ids, *(one for one, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    configured = [one for one in _listed(config.get_text_config().eos_token_id) if one in special]
+    generating = [] if settings.model is None else _listed(_generation_ends(settings.model))
+    found = [int(tokenizer.eos_token_id), *(one for one in generating if 0 <= one < len(tokenizer)), *configured]
+    return tuple(dict.fromkeys(found))
+
+
+def _listed(value: Any) -> list[int]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [one for one in values if isinstance(one, int) and not isinstance(one, bool)]
+
+
+def _generation_ends(model: str) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # there is none
+        return None
+    except Exception as error:
+        raise ValueError(f"decoder.model = {model!r}: its generation_config.json cannot be read: {_first_line(error)}") from error
 
 
 def _source(settings: Decoder) -> str:
@@ -70,7 +97,7 @@ def _tokenizer(settings: Decoder) -> PreTrainedTokenizerBase:
     if settings.tokenizer is None:
         _check_folder(name)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = decoder_tokenizer.read(name)
     except Exception as error:  # a folder of another kind fails in as many ways as there are tokenizer classes
         key = "decoder.tokenizer" if settings.tokenizer is not None else "decoder.model"
         raise ValueError(f"{key} = {name!r}: no tokenizer of transformers: {_first_line(error)}") from error

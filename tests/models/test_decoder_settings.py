@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_decoders import CPU, LLAMA, make_decoder, settings
+from transformers import AutoTokenizer
 
 from megakd import recipe
 from megakd.models import decoder
@@ -87,6 +88,39 @@ def test_the_width_is_the_embeddings_and_the_positions_are_the_configurations(to
     assert decoder.describe(settings(tokenizer, architecture=gpt)).positions == 12
     bloom = {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 2}
     assert decoder.describe(settings(tokenizer, architecture=bloom)).positions is None
+
+
+def test_end_tokens_of_the_generation_config_end_answers_and_are_written(language: Path, tmp_path: Path) -> None:
+    """Llama 3's chat models end a turn by <|eot_id|>, of which only generation_config.json tells; a word that config.json names is none."""
+    folder = Path(shutil.copytree(language, tmp_path / "chat"))
+    ids = torch.tensor([[2, 20, 21]])
+    prompt = (None, ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool), 5)
+    plain = make_decoder(None, None, model=str(folder), adapt="none")
+    (said,) = plain.generate(*prompt)
+    assert len(said) == 5
+    end, last = plain.tokenizer.eos_token_id, said[2]
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "eos_token_id": [end, last]}), encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": said[0]}), encoding="utf-8")
+    module = make_decoder(None, None, model=str(folder), adapt="none")
+    assert module.description.ends == (end, last)
+    assert module.generate(*prompt) == [said[: said.index(last)]]
+    module.write_language(tmp_path / "again")
+    assert decoder.describe(settings(None, model=str(tmp_path / "again"))).ends == (end, last)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "phi3", "llama"])
+def test_a_tokenizer_of_ones_own_is_read_back_from_the_language_models_folder(kind: str, tokenizer: Path, tmp_path: Path) -> None:
+    """transformers' AutoTokenizer takes Qwen2's class for qwen2 whatever the folder says, which made another tokenizer of it."""
+    module = make_decoder(tokenizer, None, architecture={**LLAMA, "model_type": kind, "pad_token_id": 0}, adapt="none")
+    module.write_language(tmp_path)
+    text = "what colour is the star? blue, 2 of them"
+    ids = module.tokenizer(text).input_ids
+    assert len(set(ids)) > 8
+    for read in (decoder.describe(settings(None, model=str(tmp_path))).tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert read(text).input_ids == ids
+        assert (read.eos_token_id, read.bos_token_id) == (module.tokenizer.eos_token_id, module.tokenizer.bos_token_id)
 
 
 def test_an_architecture_needs_a_tokenizer(tmp_path: Path) -> None:
