@@ -16,7 +16,8 @@ from megakd import assembly, export, teaching
 from megakd.bundle import Bundle
 from megakd.evaluation import report, vqa
 from megakd.judging import Judge
-from megakd.models import towers
+from megakd.models import adapters, towers
+from megakd.models.answering import AnsweringStudent
 from megakd.models.identity import preprocessing, weights_file
 from megakd.preparation import Plan
 from megakd.runtime import checkpoint, collectives, ds_config, engine, files, launch, runlog, slurm_job, watchdog
@@ -136,6 +137,7 @@ class Run:
             batch = f"batch {self.recipe.questions_in_a_step()}"
             weight = f"weight {self.recipe.answers.weight:g}"
             parts.append(f"questions: {len(asking.train)}, {batch}, {weight}; {tower}; decoder: {adapted}")
+            parts += asking.said
         return "\n".join(parts)
 
     def _finish(self) -> None:
@@ -238,9 +240,20 @@ class Run:
             preprocess["student"] = self._learners.student.preprocess
         answer = None if self.recipe.answers is None else Answer(self.recipe.answers.weight, world)
         task = Joint(plan.pairs.task if plan.pairs else None, answer)
+        self._watch = adapters.Watch(self._engine.module)
         trainer = Trainer(self.recipe, world, self._engine, task, self._teachers, preprocess, self.log, self._stop)
         with assembly.open_batches(plan, self._learners, self._teachers, progress, world) as batches:
             trainer.fit(batches, progress, self)
+
+    def stepped(self) -> None:
+        """Refuse adapters that no gradient reached on any rank: they would be trained in name alone."""
+        module, reached = self._learners.module, self._watch.close()
+        if reached:
+            assert isinstance(module, AnsweringStudent)
+            sums = collectives.start_sum(
+                torch.tensor([float(was) for was in reached.values()], device=self.world.device), self.world
+            ).read()
+            adapters.refuse_unreached(dict(zip(reached, map(bool, sums), strict=True)), module.decoder.language)
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint; every rank learns whether it is there before it goes on."""

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megakd import bundle, bundle_files, foreseen, recipe_files, teaching
+from megakd.data import question_check
 from megakd.data.conversations import Conversations
 from megakd.data.order import Order
 from megakd.data.questions import Mixture, open_mixture, question_order
@@ -21,7 +22,7 @@ from megakd.data.shards import ShardSet
 from megakd.data.store import Store
 from megakd.evaluation import vqa
 from megakd.evaluation.suite import Sets, open_sets
-from megakd.models import decoder, towers
+from megakd.models import adapters, decoder, decoder_check, decoder_tokenizer, towers
 from megakd.models.decoder import Decoder, DecoderDescription
 from megakd.models.identity import computation
 from megakd.recipe import Answers, Recipe, Student
@@ -54,13 +55,17 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Asking:
-    """What answers are learned from and judged by. outline: the decoder on torch's meta device, for the student's tower."""
+    """What answers are learned from and judged by. outline: the decoder on torch's meta device, for the student's tower.
+
+    said: what the user should know of decoder and questions before the run: what is not covered, cut or left out.
+    """
 
     decoder: DecoderDescription
     outline: Decoder
     train: Mixture
     order: Order
     sets: dict[str, vqa.Opened]
+    said: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,10 @@ def _asking(recipe: Recipe, world: World, student: towers.Description | None, de
     description = decoder.describe(foreseen.decoder(recipe.decoder) if decoder_is_to_come else recipe.decoder)
     outline = _outline(recipe.answers, description, student)
     _check_length(recipe, recipe.answers, description)
+    collectives.by_main(lambda: decoder_tokenizer.check_export(description.tokenizer, description.config), world)
+    said = [decoder_check.check(description, outline.plain)]
+    if outline.adapted:
+        said.append(adapters.coverage(outline.language))
     if recipe.decoder.start is not None:
         start = Path(recipe.decoder.start)
         before = foreseen.before(recipe.decoder).model_dump() if decoder_is_to_come else bundle_files.read(start)["decoder"]
@@ -154,7 +163,23 @@ def _asking(recipe: Recipe, world: World, student: towers.Description | None, de
             bundle.check_same_grid(before, recipe.decoder, f"decoder.start = {str(start)!r}")
     train = open_mixture(recipe.answers.train, "answers.train", recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     order = question_order(train, recipe.questions_in_a_step(), recipe.seed)
-    return Asking(description, outline, train, order, vqa.open_sets(recipe, world))
+    sets = vqa.open_sets(recipe, world)
+    said += collectives.by_main(lambda: _tried_questions(recipe, outline, train, sets), world)
+    return Asking(description, outline, train, order, sets, tuple(filter(None, said)))
+
+
+def _tried_questions(recipe: Recipe, outline: Decoder, train: Mixture, sets: dict[str, vqa.Opened]) -> list[str]:
+    """What is to be said of the questions' lengths and answers. Raises ValueError for sets of which too much is unusable."""
+    assert recipe.answers is not None
+    talk = Conversations(outline.tokenizer, outline.settings, outline.image_tokens, recipe.answers.max_length)
+    eyes, most, said = outline.projector is not None, recipe.data.max_bad_fraction, []
+    for name, part in train.sets.items():
+        key = f"answers.train.{name}"
+        said += question_check.try_training(part, talk, eyes, key, most).said(key, learned=True)
+    for name, opened in sets.items():
+        key = f"evaluation.vqa.{name}"
+        said += question_check.try_prompts(opened.questions, talk, eyes, key, most).said(key, learned=False)
+    return said
 
 
 def _outline(answers: Answers, description: DecoderDescription, student: towers.Description | None) -> Decoder:

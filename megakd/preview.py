@@ -66,7 +66,7 @@ def _decoder(asking: Asking, recipe: Recipe) -> str:
 
 def _questions(asking: Asking) -> list[str]:
     first = asking.train[0]
-    parts = [f"questions to learn: {len(asking.train)}, for example {first.text!r} -> {first.answer!r}"]
+    parts = [*asking.said, f"questions to learn: {len(asking.train)}, for example {first.text!r} -> {first.answer!r}"]
     return parts + [f"questions to be judged by: {name}, {len(opened.questions)}" for name, opened in asking.sets.items()]
 
 

@@ -42,7 +42,10 @@ _NO_SCALE = torch.zeros(())  # where nothing but answers is learned
 
 
 class Hooks(Protocol):
-    """What the job does at step boundaries; every rank calls both."""
+    """What the job does at step boundaries; every rank calls all."""
+
+    def stepped(self) -> None:
+        """After the first step of this start."""
 
     def save(self, progress: Progress) -> None: ...
 
@@ -106,6 +109,8 @@ class Trainer:
             with self.clock.host("data"):
                 batch = next(batches)
             agreed = self.step(batch, step)
+            if step == start.step:
+                hooks.stepped()
             step, images = step + 1, images + recipe.samples_in_a_step()
             last = step == recipe.optim.steps
             if step % recipe.log.every == 0 or last or agreed.stop:

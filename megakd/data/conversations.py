@@ -43,6 +43,10 @@ _CHARACTERS = 200  # of a token, on average: no language has as many
 _TAIL = 12  # characters before white space that may have a say in how it is tokenised
 
 
+class SilentAnswer(BadSample):
+    """An answer of which no token would be learned but the end's."""
+
+
 class Encoded(NamedTuple):
     """One conversation: L ids, L labels (-100: not learned), and how many of the ids, from `image_start` on, are image places."""
 
@@ -180,7 +184,7 @@ class Conversations:
         if not self._says(answered):  # prompt and answer became one word
             answered = self._words.ids(answer, ((0, len(answer)),))
         if not self._says(answered):
-            raise BadSample("bad_text", f"the answer {answer!r} encodes to nothing{' but unknown words' if answered else ''}")
+            raise SilentAnswer("bad_text", f"the answer {answer!r} encodes to nothing{' but unknown words' if answered else ''}")
         return (self._without_begin(asked) if first else asked), [*answered, self.end]
 
     def _says(self, ids: list[int]) -> bool:

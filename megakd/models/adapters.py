@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from megakd.recipe import Lora
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_SHOWN = 3
 _WRAPPED = ".base_layer"  # peft moves an adapted layer's own weights one name down
 
 
@@ -55,7 +58,90 @@ def with_lora(language: PreTrainedModel, settings: Lora) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(language, config)
+    try:
+        return get_peft_model(language, config)
+    except ValueError as error:  # layers whose weight some classes read by themselves, Mamba's output projection for example
+        if "lora_dropout" in str(error):  # of experts that are one tensor
+            raise ValueError(f"decoder.lora.dropout = {settings.dropout}: peft has none for this model ({error}); set it to 0.0") from error
+        others = sorted({leaf for name in linear_layers(language) if repr(leaf := name.rpartition(".")[2]) not in str(error)})
+        raise ValueError(f"decoder.lora.targets: peft does not take them all ({error}); set them to {others}") from error
+
+
+def coverage(language: Any) -> str:
+    """A sentence for people: how much of a language model the adapters reach, and what stays as it is, by name.
+
+    Counted are matrices of weights between embeddings and output layer; of experts that are one tensor, each is one. Mixtral's are no
+    layers that could be adapted, and hold nearly all of its weights.
+    """
+    plain = language.get_base_model()
+    output = plain.get_output_embeddings()
+    adapted = _adapted_weights(plain)
+    reached, every, missed = [0, 0], [0, 0], dict[str, int]()
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.Embedding) or module is output or ".lora_" in name:
+            continue
+        for own, weight in module.named_parameters(recurse=False):
+            if weight.ndim < 2:
+                continue
+            count = weight.shape[0] if weight.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd) else 1
+            every = [every[0] + count, every[1] + weight.numel()]
+            if id(weight) in adapted:
+                reached = [reached[0] + count, reached[1] + weight.numel()]
+            else:
+                kind = re.sub(r"\.\d+(?=\.|$)", ".*", f"{name}.{own}".replace(_WRAPPED, ""))
+                missed[kind] = missed.get(kind, 0) + weight.numel()
+    largest = sorted(missed, key=lambda kind: -missed[kind])
+    shown = ", ".join(largest[:_SHOWN]) + (f" and {len(largest) - _SHOWN} more kinds" if len(largest) > _SHOWN else "")
+    share = 100 * reached[1] / every[1] if every[1] else 0.0
+    return f"LoRA on {reached[0]} of {every[0]} matrices, {share:.3g} % of their weights" + (f"; not covered: {shown}" if shown else "")
+
+
+def _adapted_weights(plain: nn.Module) -> set[int]:
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in plain.modules() if isinstance(module, LoraLayer)]
+    return {id(getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))) for layer in layers}
+
+
+class Watch:
+    """Which adapters a backward has reached since it was made."""
+
+    def __init__(self, language: nn.Module) -> None:
+        self._reached: dict[str, bool] = {}
+        self._handles = []
+        for name, parameter in language.named_parameters():
+            if "lora_B" in name and parameter.requires_grad:
+                group = _group(name)
+                self._reached.setdefault(group, False)
+                self._handles.append(parameter.register_hook(functools.partial(self._note, group)))
+
+    def _note(self, group: str, slope: Tensor) -> None:
+        self._reached[group] = True
+
+    def close(self) -> dict[str, bool]:
+        """Layers by name, of experts one for all of a layer's, since few are chosen at once; and whether their adapters got a gradient."""
+        for handle in self._handles:
+            handle.remove()
+        return self._reached
+
+
+def _group(name: str) -> str:
+    layer = name.split(".lora_B")[0].rpartition("base_model.model.")[2]
+    return re.sub(r"experts\.\d+\.", "experts.*.", layer)
+
+
+def refuse_unreached(reached: dict[str, bool], language: Any) -> None:
+    """Raises ValueError for adapters without a gradient: code that reads a layer's weight without calling the layer passes them by."""
+    unreached = [name for name, was in reached.items() if not was]
+    if not unreached:
+        return
+    passed = {name.rpartition(".")[2] for name in unreached}
+    others = sorted({name.rpartition(".")[2] for name in reached} - passed)
+    raise ValueError(
+        f"decoder.lora.targets: no gradient reaches the adapters of {', '.join(unreached[:_SHOWN])}"
+        f"{', ...' if len(unreached) > _SHOWN else ''} ({len(unreached)} layers), which {type(language.get_base_model()).__name__} does not "
+        f"call; {f'set them to {others}' if others else 'set decoder.adapt to none or full'}"
+    )
 
 
 def load_adapter(language: Any, folder: Path) -> None:

@@ -54,7 +54,7 @@ class Decoder(nn.Module):
         # A model from the hub may come with sampling, penalties and lengths of its own, which `generate` would mix with what it is given.
         # Its end tokens stay: a chat model ends its turns by one that its tokenizer does not call the end.
         words, ends = description.tokenizer, description.ends
-        self._plain.generation_config = GenerationConfig(
+        self.plain.generation_config = GenerationConfig(
             bos_token_id=words.bos_token_id, eos_token_id=ends[0] if len(ends) == 1 else list(ends), pad_token_id=words.pad_token_id
         )
 
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         return 0 if self.projector is None else self.projector.image_tokens
 
     @property
-    def _plain(self) -> Any:
+    def plain(self) -> Any:
         """transformers' own model."""
         return self.language.get_base_model() if self.adapted else self.language
 
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
 
     def _embed(self, visual_BVC: Tensor | None, ids_BL: Tensor, image_mask_BL: Tensor) -> Tensor:
         """(B, L, H): token embeddings, with the image tokens of a row in its marked places, in order."""
-        words_BLH: Tensor = self._plain.get_input_embeddings()(ids_BL)
+        words_BLH: Tensor = self.plain.get_input_embeddings()(ids_BL)
         if self.projector is None:
             assert visual_BVC is None, "a decoder without eyes was given visual tokens"
             return words_BLH
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         """
         assert self.settings.quantise == "none", "quantised weights are known by their source, not written"
         with _no_progress_bar():
-            self._plain.save_pretrained(folder, state_dict=adapters.own_weights(self._plain))
+            self.plain.save_pretrained(folder, state_dict=adapters.own_weights(self.plain))
         decoder_tokenizer.write(self.tokenizer, folder)
 
 

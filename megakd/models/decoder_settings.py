@@ -39,7 +39,7 @@ def describe(settings: Decoder) -> DecoderDescription:
     tokenizer = _tokenizer(settings)
     config = _own_architecture(settings.architecture, tokenizer) if settings.architecture is not None else _stored(settings.model or "")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{_source(settings)}: model_type {config.model_type!r} is no causal language model of transformers")
+        raise ValueError(f"{source(settings)}: model_type {config.model_type!r} is no causal language model of transformers")
     words = _text_part(config, settings).vocab_size
     if len(tokenizer) > words:
         raise ValueError(
@@ -84,7 +84,7 @@ def _generation_ends(model: str) -> Any:
         raise ValueError(f"decoder.model = {model!r}: its generation_config.json cannot be read: {_first_line(error)}") from error
 
 
-def _source(settings: Decoder) -> str:
+def source(settings: Decoder) -> str:
     return "decoder.architecture" if settings.model is None else f"decoder.model = {settings.model!r}"
 
 
@@ -171,11 +171,11 @@ def _outline(config: PreTrainedConfig, settings: Decoder) -> PreTrainedModel:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # sizes that do not divide, unknown activations: each model class has its own errors
-        raise ValueError(f"{_source(settings)} does not give a model: {_first_line(error)}") from error
+        raise ValueError(f"{source(settings)} does not give a model: {_first_line(error)}") from error
     text = _text_part(model.config, settings)
     if text is not model.config:
         raise ValueError(
-            f"{_source(settings)}: {type(model).__name__} is more than a language model; save its text part (model_type "
+            f"{source(settings)}: {type(model).__name__} is more than a language model; save its text part (model_type "
             f"{text.model_type!r}) as a folder of its own, or name another"
         )
     return model
@@ -186,7 +186,7 @@ def _text_part(config: PreTrainedConfig, settings: Decoder) -> PreTrainedConfig:
     try:
         return config.get_text_config()
     except ValueError as error:
-        raise ValueError(f"{_source(settings)}: model_type {config.model_type!r} has several language models: name one of them") from error
+        raise ValueError(f"{source(settings)}: model_type {config.model_type!r} has several language models: name one of them") from error
 
 
 def _check_quantise(settings: Decoder) -> None:

@@ -1,0 +1,111 @@
+"""Questions as they will be asked and learned, tried before a run: what is too long, what says nothing, what is dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megakd.data.bad import BadCounter, BadSample
+from megakd.data.conversations import Conversations, SilentAnswer
+from megakd.data.questions import CaptionSet, Question, Questions, QuestionSet
+
+_MOST = 5000  # questions of a set that are tried, evenly spread over it: a few seconds
+_MOST_CAPTIONS = 50  # each is read from its shard, which may be far away
+
+
+@dataclass
+class Tried:
+    """What was found in one set. cut: conversations that lose turns, and how many turns. unseen: questions that name an image, and are
+    asked without, as the source has no `images`."""
+
+    bad: BadCounter = field(default_factory=BadCounter)
+    cut: tuple[int, int] = (0, 0)
+    unseen: int = 0
+
+    @property
+    def looked_at(self) -> int:
+        return self.bad.seen
+
+    def said(self, name: str, learned: bool) -> list[str]:
+        """Sentences for people, none where all is well."""
+        lines = []
+        if self.unseen:
+            lines.append(
+                f"{name}: {self.unseen} of {self.looked_at} questions looked at name an image, and none is shown: images is not set"
+            )
+        if self.bad.total:
+            what = "are replaced by others" if learned else "count as wrong"
+            lines.append(
+                f"{name}: {self.bad.total} of {self.looked_at} questions looked at {what}: {self.bad.by_reason()}; {self.bad.example}"
+            )
+        if self.cut[0]:
+            lines.append(
+                f"{name}: {self.cut[0]} of {self.looked_at} conversations looked at are longer than answers.max_length: {self.cut[1]} turns "
+                f"at their ends are dropped"
+            )
+        return lines
+
+
+def try_training(questions: Questions, conversations: Conversations, eyes: bool, key: str, max_bad_fraction: float) -> Tried:
+    """A part of what is to be learned, encoded without reading its images. eyes: whether the decoder has any.
+
+    Raises ValueError naming the question for an answer that encodes to nothing, and when more than `max_bad_fraction` cannot be learned.
+    """
+    found = Tried()
+    for question in _spread(questions):
+        found.bad.seen += 1
+        try:
+            encoded = conversations.training(question, _shown(questions, question, eyes, found))
+        except SilentAnswer as bad:
+            raise ValueError(
+                f"{key}: question {question.question_id!r}: {bad.detail}, so that the decoder would learn to say nothing: is "
+                f"decoder.tokenizer the language model's own? Otherwise take the question out"
+            ) from bad
+        except BadSample as bad:
+            found.bad.add(bad.reason, f"question {question.question_id!r} ({bad.detail})")
+            continue
+        turns, kept = len(question.conversation), encoded.labels.count(conversations.end)
+        if kept < turns:
+            found.cut = (found.cut[0] + 1, found.cut[1] + turns - kept)
+    _check(found, key, max_bad_fraction)
+    return found
+
+
+def try_prompts(questions: Questions, conversations: Conversations, eyes: bool, key: str, max_bad_fraction: float) -> Tried:
+    """A part of what is to be asked. Raises ValueError when more than `max_bad_fraction` cannot be."""
+    found = Tried()
+    for question in _spread(questions):
+        found.bad.seen += 1
+        try:
+            conversations.prompt(question.text, question.short, _shown(questions, question, eyes, found))
+        except BadSample as bad:
+            found.bad.add(bad.reason, f"question {question.question_id!r} ({bad.detail})")
+    _check(found, key, max_bad_fraction)
+    return found
+
+
+def _shown(questions: Questions, question: Question, eyes: bool, found: Tried) -> bool:
+    if not eyes or question.image is None:
+        return False
+    shown = not isinstance(questions, QuestionSet) or questions.images is not None
+    found.unseen += not shown
+    return shown
+
+
+def _spread(questions: Questions) -> list[Question]:
+    """Those that can be read; a caption that cannot is counted where it is met."""
+    most = _MOST_CAPTIONS if isinstance(questions, CaptionSet) else _MOST
+    step = max(1, -(-len(questions) // most))
+    found = []
+    for index in range(0, len(questions), step):
+        try:
+            found.append(questions[index])
+        except BadSample:
+            continue
+    return found
+
+
+def _check(found: Tried, key: str, max_bad_fraction: float) -> None:
+    try:
+        found.bad.check(max_bad_fraction, at_least=1, what="questions")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
