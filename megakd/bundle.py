@@ -17,59 +17,111 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from pydantic import ValidationError
+from safetensors.torch import save_file
 from torch import Tensor
 
 import megakd
 from megakd import bundle_files, export
-from megakd.bundle_files import fingerprint
+from megakd.bundle_files import ADAPTER, LANGUAGE, PROJECTOR, TOKENIZER, TOWER, fingerprint
 from megakd.data.bad import BadSample
-from megakd.data.conversations import Conversations, stack
+from megakd.data.conversations import RULES, Conversations, Stacked, stack
 from megakd.data.views import evaluation_pixels, normalise
-from megakd.models import adapters, towers
+from megakd.models import adapters, decoder_tokenizer, towers
 from megakd.models.decoder import Decoder, build, describe
 from megakd.models.identity import weights_file
 from megakd.models.patches import image_size, patch_tokens
 from megakd.models.towers import Towers
 from megakd.recipe import Decoder as Settings
 from megakd.recipe import Model
+from megakd.recipe.section import Section
+from megakd.runtime.files import sha256
 
-if TYPE_CHECKING:
-    from PIL import Image
-
+S = TypeVar("S", bound=Section)
 # Legend: B questions, V patches of the tower, C its width.
 
-PROJECTOR, ADAPTER, LANGUAGE, TOWER, TOKENIZER = "projector.safetensors", "adapter", "language", "tower", "tokenizer"
+# Asked of a bundle that was just written, besides what its run brings: short, so that they fit any length.
+_SAMPLES = ("what colour is it?", "is there a red circle?", "how many?")
+_SAID = 5  # tokens of the answers to them
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A decoder with the vision tower it reads, None where it reads none. max_length: tokens of a conversation (answers.max_length)."""
+    """A decoder with the vision tower it reads, None where it reads none. max_length: tokens of a conversation (answers.max_length).
+
+    rules: how its prompts become ids, see `conversations.RULES`.
+    """
 
     decoder: Decoder
     towers: Towers | None
     max_length: int
+    rules: int = RULES
 
     @cached_property
     def conversations(self) -> Conversations:
-        return Conversations(self.decoder.tokenizer, self.decoder.settings, self.decoder.image_tokens, self.max_length)
+        return Conversations(self.decoder.tokenizer, self.decoder.settings, self.decoder.image_tokens, self.max_length, self.rules)
 
     @property
     def device(self) -> torch.device:
         return next(self.decoder.parameters()).device
 
-    def save(self, folder: Path, *, tower_inside: bool, language_inside: bool = False) -> None:
-        """Write the bundle; its weights must be whole, of a model that ZeRO-3 does not partition.
+    def save(self, folder: Path, *, tower_inside: bool, language_inside: bool = False, samples: Sequence[str] = ()) -> None:
+        """Write the bundle; its weights must be whole, of a model that ZeRO-3 does not partition. It is read back once, and compared.
 
         tower_inside: False for a tower that was loaded and not trained, which is then known by reference. language_inside: the language
         model comes in even if it was only loaded; one that the run has made or trained always does.
-        Raises ValueError when `folder` holds something else, and when there is no file that a reference could name.
+        samples: texts of the run's own that tokenizers are compared on. Raises ValueError when `folder` holds something else, when there
+        is no file that a reference could name, and when another decoder is read back than was written: an earlier bundle is left then.
         """
-        bundle_files.write(folder, lambda partial: self._fill(partial, tower_inside, language_inside))
+        texts = (*_SAMPLES, *samples)
+        bundle_files.write(
+            folder,
+            lambda partial: self._fill(partial, tower_inside, language_inside),
+            lambda partial: self._check_written(partial, folder, texts),
+        )
+
+    def _check_written(self, partial: Path, folder: Path, texts: Sequence[str]) -> None:
+        """Load what was written and compare tokenizer, weights, and what it says to questions with and without an image."""
+        quantised = self.decoder.settings.quantise != "none"  # bitsandbytes' layers differ from device to device
+        device = self.device if quantised else torch.device("cpu")
+        read = Bundle.load(partial, device, self.decoder.plain.get_input_embeddings().weight.dtype)
+        found = decoder_tokenizer.differences(self.decoder.tokenizer, read.decoder.tokenizer, [*decoder_tokenizer.SAMPLES, *texts])
+        found += _other_weights(self.decoder, read.decoder)
+        if not found and self.device.type == "cpu":
+            found += self._other_answers(read)
+        if found:
+            raise ValueError(
+                f"{folder}: the bundle that was written is read back as another decoder ({found[0]}), and was removed; the checkpoints are "
+                f"untouched, from which the same command writes it once decoder.model and decoder.tokenizer fit each other"
+            )
+
+    def _other_answers(self, read: Bundle) -> list[str]:
+        """Differences in logits of the questions, and in answers to them. Both are on the CPU, where sums have one order."""
+        picture = Image.linear_gradient("L").convert("RGB")
+        images = [picture if place % 2 == 0 else None for place in range(len(_SAMPLES))]
+        if self.decoder.settings.quantise == "none":  # bitsandbytes repacks other weights when they are first asked
+            logits = [one._logits(images).float() for one in (self, read)]
+            if not bool(((logits[0] - logits[1]).abs() <= 1e-3 * logits[0].std() + 1e-6).all()):
+                return ["its logits differ"]
+        answers = [one.answer(images, _SAMPLES, _SAID) for one in (self, read)]
+        return [] if answers[0] == answers[1] else [f"it answered {answers[0]}, then {answers[1]}"]
+
+    @torch.no_grad()
+    def _logits(self, images: Sequence[Image.Image | None]) -> Tensor:
+        """Of the samples, as generation begins with them."""
+        batch, training = self._asked(images, _SAMPLES, short=False), self.decoder.training
+        self.decoder.eval()
+        try:
+            embeddings = self.decoder.embed(self.look(images), batch.ids_BL, batch.image_mask_BL)
+            logits: Tensor = self.decoder.language(inputs_embeds=embeddings, attention_mask=batch.attend_BL.long(), use_cache=False).logits
+        finally:
+            self.decoder.train(training)
+        return logits
 
     def _fill(self, partial: Path, tower_inside: bool, language_inside: bool) -> dict[str, Any]:
         decoder, settings = self.decoder, self.decoder.settings
@@ -82,11 +134,12 @@ class Bundle:
             decoder.language.save_pretrained(partial / ADAPTER, save_embedding_layers=False)
         if inside:
             decoder.write_language(partial / LANGUAGE)
-        decoder.tokenizer.save_pretrained(partial / TOKENIZER)
+        decoder_tokenizer.write(decoder.tokenizer, partial / TOKENIZER)
         return {
             "versions": {"megakd": megakd.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
             "decoder": settings.model_dump(mode="json"),
             "max_length": self.max_length,
+            "prompt": self.rules,
             "language": None if inside else _language_reference(settings.model or ""),
             "tower": None if self.towers is None else self._tower(partial, self.towers, tower_inside),
         }
@@ -115,19 +168,22 @@ class Bundle:
         short: the recipe's `decoder.instruction` follows each question, as in training on sets with short answers. A decoder without
         eyes is asked without the images. Raises ValueError for a question that does not fit `max_length`, naming it.
         """
-        assert len(images) == len(prompts)
         if not prompts:
             return []
+        batch = self._asked(images, prompts, short=short)
+        answers = self.decoder.generate(self.look(images), *batch[:3], max_new_tokens)
+        return [str(self.decoder.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
+
+    def _asked(self, images: Sequence[Image.Image | None], prompts: Sequence[str], *, short: bool) -> Stacked:
+        """The prompts as a batch that is padded on the left, on the decoder's device."""
+        assert len(images) == len(prompts)
         encoded = []
         for number, (image, text) in enumerate(zip(images, prompts, strict=True)):
             try:
                 encoded.append(self.conversations.prompt(text, short, image is not None and self.towers is not None))
             except BadSample as bad:
                 raise ValueError(f"question {number}, {text[:80]!r}: {bad}") from bad
-        batch = stack(encoded, self.conversations.padding, left=True)
-        ids_BL, attend_BL, image_mask_BL = (tensor.to(self.device) for tensor in batch[:3])
-        answers = self.decoder.generate(self.look(images), ids_BL, attend_BL, image_mask_BL, max_new_tokens)
-        return [str(self.decoder.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
+        return Stacked(*(tensor.to(self.device) for tensor in stack(encoded, self.conversations.padding, left=True)))
 
     @torch.no_grad()
     def look(self, images: Sequence[Image.Image | None]) -> Tensor | None:
@@ -153,7 +209,9 @@ def merge(folder: Path, out: Path) -> None:
     loaded = _load(folder, torch.device("cpu"), torch.float32, "none")
     old = loaded.decoder
     language = old.language.merge_and_unload() if old.adapted else old.language
-    language.to(old.description.config.get_text_config().dtype or torch.float32)
+    dtype = old.description.config.get_text_config().dtype or torch.float32
+    for weight in language.parameters():  # buffers keep theirs: rotary tables are float32 in a bf16 model too
+        weight.data = weight.data.to(dtype)
     settings = old.settings.model_copy(update={"adapt": "none"})
     merged = Decoder(dataclasses.replace(old.description, settings=settings), old.projector, language)
     dataclasses.replace(loaded, decoder=merged).save(out, tower_inside=True, language_inside=True)
@@ -191,19 +249,41 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype, quantise: str 
         changed |= {"model": _found_language(folder, manifest["language"])}
     if quantise is not None:
         changed["quantise"] = quantise
-    settings = Settings.model_validate({**manifest["decoder"], **changed})
+    settings = _valid(Settings, {**manifest["decoder"], **changed}, folder, "decoder")
     built = None if manifest["tower"] is None else _load_tower(folder, manifest["tower"], device)
     decoder = build(describe(settings), None if built is None else built.clip.visual, device, dtype)  # type: ignore[arg-type]
     if decoder.adapted:
         adapters.load_adapter(decoder.language, folder / ADAPTER)
     _load_projector(folder, decoder, str(folder))
-    return Bundle(decoder.eval(), built, manifest["max_length"])
+    return Bundle(decoder.eval(), built, manifest["max_length"], manifest["prompt"])
+
+
+def _other_weights(written: Decoder, read: Decoder) -> list[str]:
+    """A weight that differs in a bit, if any; of a quantised language model its adapters alone."""
+    own, other = written.state_dict(), read.state_dict()
+    if own.keys() != other.keys():
+        return [f"it has no {min(own.keys() ^ other.keys())}"]
+    for name, value in own.items():
+        if written.settings.quantise != "none" and name.startswith("language.") and "lora_" not in name:
+            continue
+        if value.is_floating_point() and not torch.equal(value.to(other[name]), other[name]):
+            return [f"{name} differs"]
+    return []
+
+
+def _valid(kind: type[S], values: dict[str, Any], folder: Path, key: str) -> S:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (key, *first["loc"])))
+        raise ValueError(f"{folder / bundle_files.MANIFEST}: {where}: {first['msg']}; copy the bundle again") from error
 
 
 def _load_projector(folder: Path, decoder: Decoder, key: str) -> None:
     if decoder.projector is None:
         return
-    stored, own = load_file(folder / PROJECTOR), decoder.projector.state_dict()
+    stored, own = adapters.finite_weights(folder / PROJECTOR), decoder.projector.state_dict()
     for name in sorted(stored.keys() | own.keys()):
         shapes = [tuple(weights[name].shape) if name in weights else None for weights in (stored, own)]
         if shapes[0] != shapes[1]:
@@ -245,7 +325,7 @@ def _check_same_view(manifest: dict[str, Any], settings: Settings, tower: towers
     if known is None or known["inside"]:
         return
     file = None if tower.settings.pretrained == towers.RANDOM else weights_file(tower)
-    if file is None or bundle_files.digest(file) != known["sha256"]:
+    if file is None or sha256(file) != known["sha256"]:
         before = known["settings"]["model"] or known["settings"]["pretrained"]
         raise ValueError(f"{key}: its projector was trained on another vision tower ({before!r}) than this run's: make that the student")
 
@@ -265,7 +345,7 @@ def _tower_reference(description: towers.Description) -> dict[str, Any]:
         raise ValueError("the vision tower has no file of weights that a bundle could refer to: save it with the tower inside")
     known = {name: getattr(settings, name) for name in Model.model_fields}
     known |= {"model": _resolved(settings.model), "pretrained": _resolved(settings.pretrained), "tokenizer": _resolved(settings.tokenizer)}
-    return {"settings": known | {"recipe": None}, "sha256": bundle_files.digest(file)}
+    return {"settings": known | {"recipe": None}, "sha256": sha256(file)}
 
 
 def _resolved(name: str | None) -> str | None:
@@ -278,14 +358,14 @@ def _resolved(name: str | None) -> str | None:
 
 
 def _load_tower(folder: Path, known: dict[str, Any], device: torch.device) -> Towers:
-    settings = Model(model=f"local-dir:{folder / TOWER}") if known["inside"] else Model.model_validate(known["settings"])
+    settings = Model(model=f"local-dir:{folder / TOWER}") if known["inside"] else _valid(Model, known["settings"], folder, "tower.settings")
     try:
         description = towers.describe(settings, "tower")
     except ValueError as error:
         raise ValueError(f"{folder}: its vision tower cannot be found; put it where it was, or take a merged bundle: {error}") from error
     if not known["inside"]:
         file = weights_file(description)
-        if file is None or bundle_files.digest(file) != known["sha256"]:
+        if file is None or sha256(file) != known["sha256"]:
             raise ValueError(
                 f"{folder}: its vision tower ({settings.model or 'an architecture'}, {settings.pretrained}) is not here, or another one "
                 f"(SHA-256 differs): put the one it was trained with back"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megakd import assembly, export, teaching
 from megakd.bundle import Bundle
+from megakd.data import question_check
 from megakd.evaluation import report, vqa
 from megakd.judging import Judge
 from megakd.models import adapters, towers
@@ -37,6 +38,7 @@ T = TypeVar("T")
 EVALUATION, MODEL, BUNDLE = "evaluation.json", "model", "bundle"
 # Seconds in which the ranks of a job that was just killed are gone, so that the same command may follow at once.
 PATIENCE = 20.0
+_COMPARED = 20  # questions on which the bundle's tokenizer is compared with the run's
 
 
 def _called(description: towers.Description) -> str:
@@ -156,15 +158,18 @@ class Run:
         self.log.say(f"done: {self.folder}")
 
     def _write_bundle(self, weights: dict[str, Tensor]) -> None:
-        answers, student = self.recipe.answers, self._learners.student
+        answers, student, asking = self.recipe.answers, self._learners.student, self.plan.asking
         assert answers is not None
+        assert asking is not None
         module = self._judge.learned(self._engine, weights)
         trained = self.plan.pairs is not None or answers.tower == "trained"
         known = student is not None and student.description.settings.pretrained != towers.RANDOM
         loaded = known and student is not None and weights_file(student.description) is not None
         # what the engine holds may be in parts
         whole = None if student is None else dataclasses.replace(student, clip=module.clip)
-        Bundle(module.decoder, whole, answers.max_length).save(self.folder / BUNDLE, tower_inside=trained or not loaded)
+        texts = [text for one in question_check.examples(asking.train, _COMPARED) for text in (one.text, one.answer)]
+        made = Bundle(module.decoder, whole, answers.max_length)
+        made.save(self.folder / BUNDLE, tower_inside=trained or not loaded, samples=texts)
 
     def _starting_point(self) -> tuple[Progress, State | None]:
         """Where to go on. Rank 0 looks and clears the way, then all ranks read the same checkpoint."""
@@ -250,9 +255,8 @@ class Run:
         module, reached = self._learners.module, self._watch.close()
         if reached:
             assert isinstance(module, AnsweringStudent)
-            sums = collectives.start_sum(
-                torch.tensor([float(was) for was in reached.values()], device=self.world.device), self.world
-            ).read()
+            flags = torch.tensor([float(was) for was in reached.values()], device=self.world.device)
+            sums = collectives.start_sum(flags, self.world).read()
             adapters.refuse_unreached(dict(zip(reached, map(bool, sums), strict=True)), module.decoder.language)
 
     def save(self, progress: Progress) -> None:

@@ -27,21 +27,14 @@ class Tried:
 
     def said(self, name: str, learned: bool) -> list[str]:
         """Sentences for people, none where all is well."""
-        lines = []
+        lines, of = [], f"of {self.looked_at} questions looked at"
         if self.unseen:
-            lines.append(
-                f"{name}: {self.unseen} of {self.looked_at} questions looked at name an image, and none is shown: images is not set"
-            )
+            lines.append(f"{name}: {self.unseen} {of} name an image, and none is shown: images is not set")
         if self.bad.total:
             what = "are replaced by others" if learned else "count as wrong"
-            lines.append(
-                f"{name}: {self.bad.total} of {self.looked_at} questions looked at {what}: {self.bad.by_reason()}; {self.bad.example}"
-            )
+            lines.append(f"{name}: {self.bad.total} {of} {what}: {self.bad.by_reason()}; {self.bad.example}")
         if self.cut[0]:
-            lines.append(
-                f"{name}: {self.cut[0]} of {self.looked_at} conversations looked at are longer than answers.max_length: {self.cut[1]} turns "
-                f"at their ends are dropped"
-            )
+            lines.append(f"{name}: {self.cut[0]} {of} are conversations longer than answers.max_length; {self.cut[1]} turns are dropped")
         return lines
 
 
@@ -92,8 +85,11 @@ def _shown(questions: Questions, question: Question, eyes: bool, found: Tried) -
 
 
 def _spread(questions: Questions) -> list[Question]:
-    """Those that can be read; a caption that cannot is counted where it is met."""
-    most = _MOST_CAPTIONS if isinstance(questions, CaptionSet) else _MOST
+    return examples(questions, _MOST_CAPTIONS if isinstance(questions, CaptionSet) else _MOST)
+
+
+def examples(questions: Questions, most: int) -> list[Question]:
+    """At most so many, evenly spread, of those that can be read; a caption that cannot is counted where it is met."""
     step = max(1, -(-len(questions) // most))
     found = []
     for index in range(0, len(questions), step):

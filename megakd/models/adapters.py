@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -137,11 +138,23 @@ def refuse_unreached(reached: dict[str, bool], language: Any) -> None:
         return
     passed = {name.rpartition(".")[2] for name in unreached}
     others = sorted({name.rpartition(".")[2] for name in reached} - passed)
+    shown, name = ", ".join(unreached[:_SHOWN]), type(language.get_base_model()).__name__
     raise ValueError(
-        f"decoder.lora.targets: no gradient reaches the adapters of {', '.join(unreached[:_SHOWN])}"
-        f"{', ...' if len(unreached) > _SHOWN else ''} ({len(unreached)} layers), which {type(language.get_base_model()).__name__} does not "
-        f"call; {f'set them to {others}' if others else 'set decoder.adapt to none or full'}"
+        f"decoder.lora.targets: no gradient reaches the adapters of {shown}{', ...' if len(unreached) > _SHOWN else ''} ({len(unreached)} "
+        f"layers), which {name} does not call; {f'set them to {others}' if others else 'set decoder.adapt to none or full'}"
     )
+
+
+def finite_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ValueError naming the file for one that cannot be read, and for NaN or infinity in it."""
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); copy it again, or write it anew by resuming its run") from error
+    for name, value in weights.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{path}: {name} holds NaN or infinity; take an earlier checkpoint of the run that wrote it")
+    return weights
 
 
 def load_adapter(language: Any, folder: Path) -> None:
@@ -151,7 +164,7 @@ def load_adapter(language: Any, folder: Path) -> None:
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    stored, own = load_file(folder / WEIGHTS_FILE), get_peft_model_state_dict(language)
+    stored, own = finite_weights(folder / WEIGHTS_FILE), get_peft_model_state_dict(language)
     wrong = {name for name in stored.keys() | own.keys() if name not in stored or name not in own or stored[name].shape != own[name].shape}
     if wrong:
         raise ValueError(

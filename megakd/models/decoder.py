@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         that all ranks run the same modules whichever of them has images. None without eyes.
         Differentiated: the visual tokens, the projector, and of the language model what is trained.
         """
-        embeddings_BLH = self._embed(visual_tokens_BVC, ids_BL, image_mask_BL)
+        embeddings_BLH = self.embed(visual_tokens_BVC, ids_BL, image_mask_BL)
         output = self.language(inputs_embeds=embeddings_BLH, attention_mask=attend_BL.long(), use_cache=False)
         learned_BL, next_BL = labels_BL[:, 1:] != IGNORED, labels_BL[:, 1:]
         # float32 for these rows alone: of all B * L, with a vocabulary of 152,000, it is what fills the memory.
@@ -120,7 +120,7 @@ class Decoder(nn.Module):
         self.eval()
         try:
             generated = self.language.generate(
-                inputs_embeds=self._embed(visual_tokens_BVC, ids_BL, image_mask_BL),
+                inputs_embeds=self.embed(visual_tokens_BVC, ids_BL, image_mask_BL),
                 attention_mask=attend_BL.long(),
                 generation_config=settings,
             )
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
             self.train(training)
         return [list(itertools.takewhile(lambda one: one not in ends, row)) for row in generated.tolist()]
 
-    def _embed(self, visual_BVC: Tensor | None, ids_BL: Tensor, image_mask_BL: Tensor) -> Tensor:
+    def embed(self, visual_BVC: Tensor | None, ids_BL: Tensor, image_mask_BL: Tensor) -> Tensor:
         """(B, L, H): token embeddings, with the image tokens of a row in its marked places, in order."""
         words_BLH: Tensor = self.plain.get_input_embeddings()(ids_BL)
         if self.projector is None:

@@ -104,7 +104,7 @@ def _copies(config: PreTrainedConfig, layers: nn.Module) -> Iterator[tuple[PreTr
             changed = _shrunk(config, layers, way)
             with torch.device("meta"):
                 size = _size(AutoModelForCausalLM.from_config(changed))
-        except Exception:  # noqa: S112 - each class has its own errors, and the next way may do
+        except Exception:
             continue
         if size <= _MOST:
             yield changed, way.narrow

@@ -28,7 +28,7 @@ CAN: dict[str, dict[str, Any]] = {
 CANNOT: dict[str, tuple[dict[str, Any], str]] = {
     "rwkv": (
         {"model_type": "rwkv", "hidden_size": 32, "num_hidden_layers": 2},
-        "padded on the left it begins other answers than to a question",
+        "padded on the left it begins other answers",
     ),
     "bamba": (
         {"model_type": "bamba", **SMALL, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "attn_layer_indices": [1]},

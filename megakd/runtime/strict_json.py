@@ -1,0 +1,57 @@
+"""JSON that means one thing: what Python's reader lets through, or gives up on with other errors than its own, is refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class NotStrict(ValueError):
+    """Why a text is not taken; for people, to be followed by a file's name or put behind it."""
+
+
+def loads(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises NotStrict: no JSON; a key that an object has twice, of which one would be lost; NaN and infinity; thousands of digits; nesting
+    that is deeper than Python goes; half a surrogate pair, which is no text that could be written again.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except NotStrict:
+        raise
+    except json.JSONDecodeError as error:
+        raise NotStrict(f"is no JSON ({error})") from error
+    except UnicodeEncodeError as error:
+        raise NotStrict("holds half a surrogate pair (\\ud800 to \\udfff), which is no character") from error
+    except RecursionError as error:
+        raise NotStrict("is nested too deeply") from error
+    except ValueError as error:  # int() of more than 4300 digits
+        raise NotStrict(f"holds a number that cannot be read ({str(error)[:80]})") from error
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise NotStrict(f"has the key {twice[:80]!r} twice in one object")
+    return found
+
+
+def _constant(name: str) -> Any:
+    raise NotStrict(f"holds {name}, which is no number of JSON")
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise NotStrict(f"holds {digits[:80]}, which is no finite number")
+    return value
