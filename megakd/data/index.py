@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from megakd.data import tar_members
 from megakd.data.samples import SLOTS, Losses, Row, Samples
-from megakd.data.storage import Stat, file_label, filesystem, is_remote, local_path, mirror, retry, shown
+from megakd.data.storage import INDEX, Stat, file_label, filesystem, is_remote, local_path, mirror, retry, shown
 from megakd.runtime.files import atomic_file
 
 Rows = NDArray[np.void]
@@ -38,7 +38,6 @@ _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d",
 SPARSE = 1 << 63
 # Of each member, `check` is the checksum of the 512 bytes before its data: its header, which is read along with it.
 HEADER = tar_members.BLOCK
-SUFFIX = ".index.npy"
 # Of each image and caption so many bytes enter the digest of the content: what differs, differs in size or here.
 _DIGESTED = 4096
 
@@ -140,7 +139,7 @@ def build(name: str, stat: Stat, caption: str, cache: str | None) -> Rows:
 
 def _places(name: str, caption: str, cache: str | None) -> list[Path]:
     """Where the index may be, best first: data.cache, beside the tar, the user's cache folder."""
-    suffix = f".{re.sub(r'[^A-Za-z0-9_-]', '_', caption)}{SUFFIX}"
+    suffix = f".{re.sub(r'[^A-Za-z0-9_-]', '_', caption)}{INDEX}"
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megakd" / "indexes"
     absolute = name if is_remote(name) else os.path.abspath(local_path(name))
     places = [Path(local_path(cache)) / "indexes" / (file_label(absolute) + suffix)] if cache else []

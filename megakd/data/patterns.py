@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 import glob
+import itertools
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from megakd.data.storage import Stat, is_remote, local_path, stat_all
+from megakd.data.storage import INDEX, Stat, is_remote, local_path, shown, stat_all
 
-_BRACES = re.compile(r"\{([^{}]*(?:\.\.|,)[^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+# {00000..01243}, {10..1}, {0..90..10}, {a..e}
+_NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
+_LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])")
 # A typo such as {0..99999999999} must not fill the memory; the largest public sets have some 10**5 shards.
 _MOST_SHARDS = 1_000_000
+_COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))$")
+
+_CHAINED = ("simplecache", "filecache", "blockcache", "cached")
+
+log = logging.getLogger("megakd.data")
 
 
 def expand(patterns: str | list[str]) -> list[str]:
     """The shards that the patterns name, in order; every one of them exists.
 
-    `{00000..01243}` (zero-padded), `{a,b}`, lists, `::` between sources, `*`, `?` and `[]` in local paths; local paths and
-    fsspec URLs. A local path keeps its form. Raises ValueError for a missing shard and for an empty set.
+    Braces as in bash (`{00000..01243}` keeps its zeros, steps and letters, `{a,b}`, nested), lists, `::` between sources; in local paths
+    `*`, `?`, `[]`, `**` for folders at any depth, and `~`; local paths and fsspec URLs. A local path keeps its form. Of what a `*` finds,
+    the .tar files are taken, and the rest is named once. Raises ValueError for a missing shard, for one that is named twice, for a
+    pattern that would not be followed, and for an empty set.
     """
     return [name for name, _ in expand_with_stats(patterns)]
 
 
 def expand_with_stats(patterns: str | list[str]) -> list[tuple[str, Stat]]:
     """As `expand`, with the size and stamp of each shard, so that remote ones are asked once."""
-    found = [(name, pattern) for pattern in _sources(patterns) for name in _names(pattern)]
+    found = []
+    for pattern in _sources(patterns):
+        try:
+            found += [(name, pattern) for name in _names(pattern)]
+        except RecursionError as error:
+            raise ValueError(f"{pattern[:60]!r}...: its braces are nested too deeply") from error
+        if len(found) > _MOST_SHARDS:
+            raise ValueError(f"{pattern!r} brings the set to more than {_MOST_SHARDS} shards: check its braces")
     if not found:
         raise ValueError(f"data: {patterns!r} names no shard; give paths or URLs of .tar files")
+    _refuse_twice(found)
     shards: list[tuple[str, Stat]] = []
     for (name, pattern), stat in zip(found, stat_all([name for name, _ in found]), strict=True):
         if stat is None:
@@ -42,56 +60,117 @@ def _sources(patterns: str | list[str]) -> list[str]:
     return [part.strip() for pattern in listed for part in pattern.split("::") if part.strip()]
 
 
+def _refuse_twice(found: list[tuple[str, str]]) -> None:
+    first: dict[str, str] = {}
+    for name, pattern in found:
+        same = name if is_remote(name) else os.path.abspath(name)
+        if same in first:
+            by = repr(pattern) if first[same] == pattern else f"{first[same]!r} and by {pattern!r}"
+            raise ValueError(f"{shown(name)} is named twice, by {by}: its samples would count double; name it once")
+        first[same] = pattern
+
+
 def _names(pattern: str) -> Iterator[str]:
-    for name in _braces(pattern):
-        if not is_remote(name):
-            name = local_path(name)
-            if os.path.isdir(name):
-                raise ValueError(f"{name} (of {pattern!r}) is a folder: name its shards, for example {os.path.join(name, '*.tar')}")
-        if not glob.has_magic(name) or (not is_remote(name) and os.path.exists(name)):
-            yield name
-        elif is_remote(name):
+    for number, name in enumerate(_braces(pattern)):
+        if number >= _MOST_SHARDS:
+            raise ValueError(f"{pattern!r} names more than {_MOST_SHARDS} shards: check its braces")
+        if is_remote(name):
             # '?' also begins the query of a signed URL; only a star is surely meant as a glob
             if "*" in name:
                 raise ValueError(f"{name}: globs work for local paths alone; name remote shards with braces, as in {{00000..00099}}.tar")
             yield name
+            continue
+        name = local_path(name)
+        if os.path.isdir(name):
+            raise ValueError(f"{name} (of {pattern!r}) is a folder: name its shards, for example {os.path.join(name, '*.tar')}")
+        if not glob.has_magic(name) or os.path.exists(name):
+            yield name
         else:
-            matches = sorted(glob.glob(name))
-            if not matches:
-                raise ValueError(_missing(name, pattern))
-            yield from matches
+            yield from _matches(name, pattern)
+
+
+def _matches(name: str, pattern: str) -> list[str]:
+    """The tars that a glob finds; where it finds none that is called so, all files, as sets without that ending have them."""
+    if any("**" in part and part != "**" for part in name.split("/")):
+        raise ValueError(
+            f"{pattern!r}: '**' stands for folders at any depth and has to be a whole part of the path, as in 'shards/**/*.tar'"
+        )
+    found = [match for match in sorted(glob.glob(name, recursive=True)) if not match.endswith(INDEX)]
+    if packed := [match for match in found if _COMPRESSED.search(match.lower())]:
+        raise ValueError(
+            f"{pattern!r} finds {len(packed)} compressed tars ({shown(packed[0])}), samples of which cannot be read out of order: "
+            f"unpack them, or name the .tar files alone"
+        )
+    tars = [match for match in found if match.lower().endswith(".tar")] or found
+    if left := sorted(set(found) - set(tars)):
+        log.warning("%r: %d files are no .tar and are left out: %s", pattern, len(left), ", ".join(map(shown, left[:3])))
+    if not tars:
+        raise ValueError(_missing(name, pattern))
+    return tars
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    match = _BRACES.search(pattern)
-    if match is None:
-        yield pattern
+    """The words of a pattern, as bash expands braces; one without a comma and a range in it stays as it is."""
+    for start, end, commas in _pairs(pattern):
+        inside, tail = pattern[start + 1 : end], pattern[end + 1 :]
+        if commas:
+            edges = [start, *commas, end]
+            words = (word for one, other in itertools.pairwise(edges) for word in _braces(pattern[one + 1 : other]))
+        elif (span := _span(inside)) is not None:
+            words = iter(span)
+        else:
+            continue
+        for word in words:
+            for rest in _braces(tail):
+                yield pattern[:start] + word + rest
         return
-    head, tail = pattern[: match.start()], pattern[match.end() :]
-    for word in _words(match.group(1)):
-        for rest in _braces(tail):
-            yield head + word + rest
+    if ".." in pattern and re.search(r"\{[^{}]*\.\.|\.\.[^{}]*\}", pattern):
+        raise ValueError(f"{pattern!r}: its braces are no list and no range; write {{00000..00099}}, {{a,b}}, or both as {{{{0..9}},20}}")
+    yield pattern
 
 
-def _words(inside: str) -> Iterator[str]:
-    span = _RANGE.fullmatch(inside)
-    if span is None:
-        yield from inside.split(",")
-        return
-    first, last = span.groups()
-    if abs(int(last) - int(first)) >= _MOST_SHARDS:
-        raise ValueError(f"{{{inside}}} names more than {_MOST_SHARDS} shards: check the range")
-    padded = any(len(bound) > 1 and bound.startswith("0") for bound in (first, last))
-    width = max(len(first), len(last)) if padded else 0
-    step = 1 if int(first) <= int(last) else -1
-    for number in range(int(first), int(last) + step, step):
-        yield f"{number:0{width}d}"
+def _pairs(pattern: str) -> Iterator[tuple[int, int, list[int]]]:
+    """(opening, closing, its own commas) of each pair of braces, in order of opening."""
+    open_at: list[tuple[int, list[int]]] = []
+    found: list[tuple[int, int, list[int]]] = []
+    for place, letter in enumerate(pattern):
+        if letter == "{":
+            open_at.append((place, []))
+        elif letter == "," and open_at:
+            open_at[-1][1].append(place)
+        elif letter == "}" and open_at:
+            start, commas = open_at.pop()
+            found.append((start, place, commas))
+    return iter(sorted(found))
+
+
+def _span(inside: str) -> Sequence[str] | Iterator[str] | None:
+    """The words of a range, None for what is none."""
+    if (letters := _LETTERS.fullmatch(inside)) is not None:
+        first, last = map(ord, letters.groups())
+        step = 1 if first <= last else -1
+        return [chr(code) for code in range(first, last + step, step)]
+    numbers = _NUMBERS.fullmatch(inside)
+    if numbers is None:
+        return None
+    lower, upper, by = numbers.groups()
+    if max(len(lower), len(upper)) > 18 or abs(int(upper) - int(lower)) >= _MOST_SHARDS * abs(int(by or 1)):
+        raise ValueError(f"{{{inside}}} names more than {_MOST_SHARDS} shards, or a step of 0: check the range")
+    padded = any(len(bound.lstrip("-")) > 1 and bound.lstrip("-").startswith("0") for bound in (lower, upper))
+    width = max(len(lower), len(upper)) if padded else 0
+    step = abs(int(by or 1)) * (1 if int(lower) <= int(upper) else -1)
+    return (f"{number:0{width}d}" for number in range(int(lower), int(upper) + (1 if step > 0 else -1), step))
 
 
 def _missing(name: str, pattern: str) -> str:
+    name = shown(name)
     of = "" if name == pattern else f" (of {pattern!r})"
     if "data/shapes" in name.replace(os.sep, "/"):
         remedy = "make the procedural set with `megakd shapes data/shapes --train 20000 --test 2000`"
+    elif "$" in name:
+        remedy = "variables such as $HOME are not replaced: write the path out"
+    elif name in _CHAINED:
+        remedy = "'::' joins sources here; fsspec's chained URLs are not read: set data.cache for local copies of remote shards"
     elif is_remote(name):
         remedy = "check the URL, the braces' range and the credentials"
     else:

@@ -31,6 +31,8 @@ FIRST_DELAY = 0.1
 _OPEN_FILES = 256
 _STAT_THREADS = 32
 _STAMP = (1 << 63) - 1
+# The end of the name of a shard's index, which lies beside it.
+INDEX = ".index.npy"
 # Errors that another attempt cannot change.
 _PERMANENT = (
     FileNotFoundError,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megakd.recipe.section import (
     FloatPair,
@@ -40,6 +40,19 @@ class Data(Section):
     max_bad_fraction: Fraction = Field(0.01, description="the run fails when more of the samples seen are unreadable")
     max_pixels: int = Field(50_000_000, gt=0, le=10**12, description="a larger image is refused before it is decoded")
     cache: str | None = Field(None, description="folder for the shards' indexes and for local copies of remote shards")
+
+    @field_validator("caption")
+    @classmethod
+    def _caption_is_text(cls, caption: str) -> str:
+        name = caption.lower().lstrip(".")
+        if name in ("json", "cls", "jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "npy", "npz", "pth", "parquet"):
+            raise ValueError(
+                f"caption = {caption!r} would train on what is no plain text; write the captions into .txt members (img2dataset's "
+                f"--caption_col does), or give the extension that they have"
+            )
+        if not name or not all(letter.isalnum() or letter in "._-+" for letter in name):
+            raise ValueError(f"caption = {caption!r}: give the extension of the captions' members, such as txt; patterns are not read")
+        return caption
 
 
 class Views(Section):

@@ -156,7 +156,7 @@ def test_an_index_with_one_flipped_bit_is_built_anew_and_said(tmp_path: Path, ca
     open_set(path)
     (stored,) = tmp_path.glob("*.npy")
     content = bytearray(stored.read_bytes())
-    for place in range(128, len(content), 37):
+    for place in range(5, len(content), 131):
         spoiled = bytearray(content)
         spoiled[place] ^= 4
         stored.write_bytes(spoiled)
