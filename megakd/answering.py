@@ -9,7 +9,7 @@ from PIL import Image
 
 from megakd.bundle import Bundle
 from megakd.data.bad import BadSample
-from megakd.data.views import decode
+from megakd.data.views import rgb_image
 from megakd.recipe import Data, Evaluation
 from megakd.runtime import precision
 
@@ -36,7 +36,7 @@ def run(bundle: Path, image: Path | None, question: str, max_new_tokens: int = _
 def read_image(path: Path) -> Image.Image:
     """The image, decoded. Raises ValueError naming the file: missing, no image, damaged, larger than data.max_pixels' default."""
     try:
-        return decode(path.read_bytes(), _MAX_PIXELS)
+        return rgb_image(path.read_bytes(), _MAX_PIXELS)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except BadSample as bad:

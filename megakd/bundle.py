@@ -31,7 +31,7 @@ from megakd import bundle_files, export
 from megakd.bundle_files import ADAPTER, LANGUAGE, PROJECTOR, TOKENIZER, TOWER, fingerprint
 from megakd.data.bad import BadSample
 from megakd.data.conversations import RULES, Conversations, Stacked, stack
-from megakd.data.views import evaluation_pixels, normalise
+from megakd.data.views import as_rgb, evaluation_pixels, normalise
 from megakd.models import adapters, decoder_tokenizer, towers
 from megakd.models.decoder import Decoder, build, describe
 from megakd.models.identity import weights_file
@@ -193,7 +193,7 @@ class Bundle:
         visual: Any = self.towers.clip.visual
         blank = torch.zeros(3, *image_size(visual), dtype=torch.uint8)
         preprocess = self.towers.preprocess
-        rows = [blank if image is None else torch.from_numpy(evaluation_pixels(image, preprocess).copy()) for image in images]
+        rows = [blank if image is None else torch.from_numpy(evaluation_pixels(as_rgb(image), preprocess).copy()) for image in images]
         pixels = normalise(torch.stack(rows).to(self.device), preprocess, next(visual.parameters()).dtype)
         return patch_tokens(visual, pixels, self.decoder.settings.layer)
 

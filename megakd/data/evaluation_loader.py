@@ -18,7 +18,7 @@ from megakd.data.bad import BadCounter, BadSample
 from megakd.data.loader import caption, located
 from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
-from megakd.data.views import TowerView, decode, evaluation_pixels
+from megakd.data.views import TowerView, evaluation_pixels, rgb_image
 from megakd.data.workers import WorkerStream, reported
 
 Field = Literal["pixels", "tokens", "captions", "json", "cls", "content"]
@@ -118,7 +118,7 @@ class _EvaluationSet:
         parsed: dict[Slot, Any] = {}
         with located(sample.where):
             if "image" in needs:
-                image = decode(sample.members["image"], self.shards.data.max_pixels)
+                image = rgb_image(sample.members["image"], self.shards.data.max_pixels)
                 parsed["image"] = evaluation_pixels(image, self.view.preprocess), self._content(image)
             if "caption" in needs:
                 parsed["caption"] = caption(sample.members["caption"])
@@ -146,7 +146,7 @@ class _EvaluationSet:
                 elif slot == "caption":
                     found = found._replace(caption=caption(sample.members[slot]))
                 elif slot == "image":
-                    found = found._replace(content=self._content(decode(sample.members[slot], self.shards.data.max_pixels)))
+                    found = found._replace(content=self._content(rgb_image(sample.members[slot], self.shards.data.max_pixels)))
         return found
 
     def _batch(self, rows: list[tuple[int, dict[Slot, Any]]], bad: BadCounter, unreadable: tuple[Unreadable, ...]) -> EvaluationBatch:

@@ -22,7 +22,7 @@ from megakd.data.bad import BadCounter, BadLog, BadSample, Reason
 from megakd.data.order import Order, Positions
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.store import Rows, Store
-from megakd.data.views import Augmentation, Tokenize, TowerView, decode, draw, draw_stored, train_pixels
+from megakd.data.views import Augmentation, Tokenize, TowerView, draw, draw_stored, rgb_image, train_pixels
 from megakd.data.workers import WorkerStream
 from megakd.recipe import Views
 
@@ -234,8 +234,7 @@ def decoded(sample: Sample | BadSample, max_pixels: int) -> tuple[Image.Image, s
         raise sample
     with located(sample.where):
         text = caption(sample.members["caption"])
-        image = decode(sample.members["image"], max_pixels)
-        return image if image.mode == "RGB" else image.convert("RGB"), text
+        return rgb_image(sample.members["image"], max_pixels), text
 
 
 @contextlib.contextmanager

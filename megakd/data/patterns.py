@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from megakd.data.storage import INDEX, Stat, is_remote, local_path, shown, stat_all
 
@@ -115,9 +115,9 @@ def _braces(pattern: str) -> Iterator[str]:
         inside, tail = pattern[start + 1 : end], pattern[end + 1 :]
         if commas:
             edges = [start, *commas, end]
-            words = (word for one, other in itertools.pairwise(edges) for word in _braces(pattern[one + 1 : other]))
+            words: Iterator[str] = (word for one, other in itertools.pairwise(edges) for word in _braces(pattern[one + 1 : other]))
         elif (span := _span(inside)) is not None:
-            words = iter(span)
+            words = span
         else:
             continue
         for word in words:
@@ -144,12 +144,12 @@ def _pairs(pattern: str) -> Iterator[tuple[int, int, list[int]]]:
     return iter(sorted(found))
 
 
-def _span(inside: str) -> Sequence[str] | Iterator[str] | None:
+def _span(inside: str) -> Iterator[str] | None:
     """The words of a range, None for what is none."""
     if (letters := _LETTERS.fullmatch(inside)) is not None:
         first, last = map(ord, letters.groups())
         step = 1 if first <= last else -1
-        return [chr(code) for code in range(first, last + step, step)]
+        return (chr(code) for code in range(first, last + step, step))
     numbers = _NUMBERS.fullmatch(inside)
     if numbers is None:
         return None

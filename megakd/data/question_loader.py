@@ -22,7 +22,7 @@ from megakd.data.conversations import Conversations, Encoded, stack
 from megakd.data.loader import located
 from megakd.data.order import Order, Positions
 from megakd.data.questions import Asked, Question, Questions
-from megakd.data.views import decode, evaluation_pixels
+from megakd.data.views import evaluation_pixels, rgb_image
 from megakd.data.workers import WorkerStream, reported
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Eyes:
 
     def pixels(self, image: bytes) -> NDArray[np.uint8]:
         """(3, H, W). Raises BadSample: corrupt_image, too_large."""
-        return evaluation_pixels(decode(image, self.max_pixels), self.preprocess)
+        return evaluation_pixels(rgb_image(image, self.max_pixels), self.preprocess)
 
     def blank(self) -> NDArray[np.uint8]:
         """(3, H, W) of zeros, in the place of an image that is not there."""

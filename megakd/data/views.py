@@ -40,6 +40,20 @@ _CROP_ATTEMPTS = 10
 _DRAWS = 1 + 4 * _CROP_ATTEMPTS
 
 
+# A thinner image has hardly a row of pixels to see; resized by its shorter side, one of 312 bytes would take 13 GB.
+_THINNEST = 200
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """A crop (left, top, right, bottom) in pixels of the stored image, mirrored after it if `flip`."""
@@ -91,11 +105,15 @@ class TowerView:
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """The image in the mode it was stored in, decoded. Raises BadSample: corrupt_image or too_large."""
+    """The image in the mode it was stored in, decoded; of several frames or pages the first. Raises BadSample: corrupt_image, too_large
+    or too_thin.
+    """
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         if image.width * image.height > max_pixels:  # the header's word, before any pixel is decoded
             raise BadSample("too_large", f"{image.width} x {image.height} pixels, data.max_pixels = {max_pixels}")
+        if max(image.size) > _THINNEST * min(image.size):
+            raise BadSample("too_thin", f"{image.width} x {image.height} pixels: one side is more than {_THINNEST} times the other")
         image.load()
     except (BadSample, MemoryError):
         raise
@@ -104,6 +122,63 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError, ...
         raise BadSample("corrupt_image", f"{type(error).__name__}: {error}") from error
     return image
+
+
+def rgb_image(data: bytes, max_pixels: int) -> Image.Image:
+    """`decode`, then `as_rgb`. Raises BadSample."""
+    return as_rgb(decode(data, max_pixels))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image as every tower sees it, in training, evaluation and answering alike: upright RGB.
+
+    It is turned as its EXIF orientation says. What is transparent lies on white, as img2dataset has it. 16-bit grey is divided by 257,
+    floats in [0, 1] are multiplied by 255, integers and floats in [0, 255] are taken as they are. Palettes, CMYK and the rest become RGB
+    by PIL; colour profiles are not applied. Raises BadSample, bad_pixels, for values that are none of these.
+    """
+    try:
+        return _on_white(_eight_bits(_upright(image)))
+    except (BadSample, MemoryError):
+        raise
+    except Exception as error:  # PIL has no conversion of LAB, for example, and fails inside damaged palettes
+        raise BadSample("bad_pixels", f"{image.mode} cannot become RGB: {type(error).__name__}: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # EXIF of a damaged or odd kind tells nothing
+        return image
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info = {name: value for name, value in image.info.items() if name == "transparency"}  # or it would be turned again
+    return turned
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values: NDArray[Any] = np.asarray(image, dtype=np.float32)
+    low, high = (float(values.min()), float(values.max())) if np.isfinite(values).all() else (math.nan, math.nan)
+    if image.mode != "F" and (image.mode != "I" or image.format == "PNG" or high > 255) and low >= 0 and high <= 65535:
+        values = values / 257
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        values = values * 255
+    elif not (low >= 0 and high <= 255):
+        raise BadSample("bad_pixels", f"{image.mode} pixels from {low:g} to {high:g}: no known range, so what is white cannot be told")
+    return Image.fromarray(np.rint(values).astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        seen = image.convert("RGBA")
+        if seen.getchannel("A").getextrema() != (255, 255):
+            return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+        return seen.convert("RGB")
+    return image.convert("RGB")
 
 
 def draw(views: Views, seed: int, position: int, width: int, height: int) -> Augmentation:
@@ -157,7 +232,7 @@ def train_pixels(image: Image.Image, augmentation: Augmentation, view: tuple[int
 def evaluation_pixels(image: Image.Image, preprocess: PreprocessCfg) -> NDArray[np.uint8]:
     """open_clip's `image_transform_v2(preprocess, is_train=False)` before its normalisation: (3, H, W) uint8.
 
-    As there, the image is resized and cropped in its stored mode and becomes RGB last, so that published scores are met.
+    As there, the image is resized and cropped in the mode that it has and becomes RGB last, so that published scores are met.
     """
     height, width = _size(preprocess)
     resample = _filter(preprocess)
@@ -171,7 +246,8 @@ def evaluation_pixels(image: Image.Image, preprocess: PreprocessCfg) -> NDArray[
         ratio = pick(image.height / height, image.width / width)
         # open_clip takes bicubic for non-square towers, whatever the configuration says
         filter_ = resample if mode == "longest" else Image.Resampling.BICUBIC
-        image = image.resize((round(image.width / ratio), round(image.height / ratio)), filter_)
+        # open_clip fails where a thin image's shorter side rounds to nothing
+        image = image.resize((max(1, round(image.width / ratio)), max(1, round(image.height / ratio))), filter_)
         image = _crop_or_pad(image, height, width, preprocess.fill_color if mode == "longest" else 0)
     else:
         raise ValueError(f"resize_mode = {mode!r}: open_clip knows shortest, longest and squash")

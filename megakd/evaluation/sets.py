@@ -11,7 +11,7 @@ from megakd.data.evaluation_loader import labelled
 from megakd.data.loader import caption, located
 from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
-from megakd.data.views import decode
+from megakd.data.views import rgb_image
 from megakd.evaluation import compositional, zeroshot
 from megakd.recipe import Recipe
 from megakd.runtime import collectives
@@ -97,7 +97,7 @@ def _try(shards: ShardSet, needs: tuple[Slot, ...], look: Callable[[Sample], Non
         try:
             sample = shards.read(index, needs)
             with located(sample.where):
-                decode(sample.members["image"], shards.data.max_pixels)
+                rgb_image(sample.members["image"], shards.data.max_pixels)
                 if "caption" in needs:
                     caption(sample.members["caption"])
         except BadSample as error:
