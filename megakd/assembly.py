@@ -15,7 +15,7 @@ from megakd.data.joint import JointBatches
 from megakd.data.loader import train_batches
 from megakd.data.question_loader import Eyes, question_batches
 from megakd.data.views import TowerView
-from megakd.models import decoder, towers
+from megakd.models import casts, decoder, towers
 from megakd.models.answering import AnsweringStudent, freeze_all_but
 from megakd.models.identity import preprocessing
 from megakd.models.stored_teacher import StoredTeacher
@@ -66,6 +66,8 @@ def build_learners(plan: Plan, teachers: Mapping[str, AnyTeacher], device: torch
     if plan.pairs is not None and plan.student is not None:
         heads = plan.pairs.task.heads(plan.student.width, [teacher.width for teacher in teachers.values()])
     module = _module(plan, student, heads, device)
+    if ds_config.is_bf16(plan.config) and student is not None:
+        casts.for_engine(student.clip)
     return Learners(module, decay_groups(module, recipe.optim.weight_decay, _rates(recipe)), student)
 
 

@@ -33,6 +33,7 @@ from megakd.data.bad import BadSample
 from megakd.data.conversations import RULES, Conversations, Stacked, stack
 from megakd.data.views import as_rgb, evaluation_pixels, normalise
 from megakd.models import adapters, decoder_tokenizer, towers
+from megakd.models.casts import pixel_dtype
 from megakd.models.decoder import Decoder, build, describe
 from megakd.models.identity import weights_file
 from megakd.models.patches import image_size, patch_tokens
@@ -194,7 +195,7 @@ class Bundle:
         blank = torch.zeros(3, *image_size(visual), dtype=torch.uint8)
         preprocess = self.towers.preprocess
         rows = [blank if image is None else torch.from_numpy(evaluation_pixels(as_rgb(image), preprocess).copy()) for image in images]
-        pixels = normalise(torch.stack(rows).to(self.device), preprocess, next(visual.parameters()).dtype)
+        pixels = normalise(torch.stack(rows).to(self.device), preprocess, pixel_dtype(visual))
         return patch_tokens(visual, pixels, self.decoder.settings.layer)
 
 

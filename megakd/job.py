@@ -122,6 +122,8 @@ class Run:
         micro, rounds = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
         how = f"{self.world.size} x {self.world.device.type}, ZeRO {config.get('zero_optimization', {}).get('stage', 0)}"
         how += f", {'bf16' if ds_config.is_bf16(config) else 'fp32'}"
+        if ds_config.accumulates_in_bf16(config):
+            how += " (gradients add up in bf16, as data_types.grad_accum_dtype says: fp32 loses nothing)"
         if self.plan.pairs is not None:
             how += f", batch {recipe.optim.batch} = {self.world.size} ranks x {rounds} x {micro}"
         return f"{recipe.optim.steps} steps, {how}\n{self._sources()}"

@@ -54,7 +54,7 @@ class Judge:
             found |= self._image_text(weights)
         if self._asks:
             identity = {"step": step, "weights": _digest(weights)}
-            found["vqa"] = self._questions(self.answering(engine, weights), identity, folder)
+            found["vqa"] = self._questions(engine, weights, identity, folder)
         return found
 
     def answering(self, engine: Engine, weights: dict[str, Tensor]) -> AnsweringStudent:
@@ -73,12 +73,15 @@ class Judge:
         for name, parameter in module.named_parameters():
             if name in weights and (not name.startswith("decoder.language.") or "lora_" in name):
                 parameter.data = weights[name]
+            elif hasattr(parameter, "in_float32"):  # a frozen logit scale
+                parameter.data = parameter.in_float32.reshape(parameter.shape)
         return module
 
-    def _questions(self, module: AnsweringStudent, identity: dict[str, Any], folder: Path) -> dict[str, Any]:
+    def _questions(self, engine: Engine, weights: dict[str, Tensor], identity: dict[str, Any], folder: Path) -> dict[str, Any]:
+        module = self.answering(engine, weights)
         plan, recipe, student = self._plan, self._plan.request.recipe, self._learners.student
         assert plan.asking is not None
-        dtype = next(module.parameters()).dtype  # the towers', where there are any: a replica has them in float32
+        dtype = torch.float32 if self._whole is not None else engine.dtype  # of the towers: a replica has them in float32
         if self._whole is not None:
             module.to(self._world.device)
         answerer = vqa.Answerer(

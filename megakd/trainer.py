@@ -196,7 +196,8 @@ class Trainer:
     def _exact_accumulation(
         self, pieces: list[Inputs], batch: JointBatch, taught: list[Embeddings], learned: float, step: int
     ) -> collectives.Pending:
-        with torch.no_grad():
+        # A piece's second forward is the one that counts: batch norm would move its statistics twice for one step.
+        with torch.no_grad(), self.engine.unmoved_buffers():
             found = [self._forward(piece, step, number) for number, piece in enumerate(pieces)]
         leaves = {name: value.detach().requires_grad_() for name, value in _joined(found).items()}
         losses, total = self._losses(leaves, taught, learned)

@@ -10,6 +10,7 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
 from megakd.data.views import normalise
+from megakd.models.casts import pixel_dtype
 from megakd.models.student import encode_images, encode_texts
 from megakd.runtime import watchdog
 
@@ -28,7 +29,7 @@ class Encoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.clip.parameters()).dtype
+        return pixel_dtype(self.clip.visual)  # type: ignore[arg-type]
 
     def images(self, pixels: Tensor) -> Tensor:
         """uint8 pixels (n, 3, H, W) -> unit rows (n, D), float32 on the CPU."""

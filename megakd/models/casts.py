@@ -3,13 +3,18 @@
 open_clip's own "bf16" converts a list of layers that it knows; layer scales, pooling queries and the text towers of transformers stay
 behind and meet bf16 in sums and products that torch refuses. For timm's models it rounds everything, the logit scale and rotary tables
 too. Here, as a rule without names of models: parameters are bf16 but for those whose layer takes them in float32.
+
+A student in DeepSpeed's engine is another matter: the engine casts all parameters, and `for_engine` makes the module ready for that.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from open_clip.transformer import LayerNorm, LayerNormFp32
-from torch import nn
+from torch import Tensor, nn
 
 from megakd.models.student import SCALARS
 
@@ -49,3 +54,43 @@ def cast_exact_buffers(module: nn.Module) -> None:
             narrow = buffer.to(torch.bfloat16)
             if buffer.is_meta or torch.equal(narrow.to(buffer.dtype), buffer):
                 owner._buffers[key] = narrow
+
+
+def for_engine(module: nn.Module) -> None:
+    """Make a module ready, in place, for an engine that rounds every parameter to bf16 and leaves buffers as they are.
+
+    Batch norm then has bf16 weights beside float32 statistics, which torch takes on a GPU and refuses on a CPU: it reads its weights in
+    float32 on both. Masks and zero biases become bf16, as in `to_bf16`.
+    """
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            wide: Any = type(norm)
+            norm.__class__ = _reading_float32(wide)
+    cast_exact_buffers(module)
+
+
+@functools.cache
+def _reading_float32(kind: type[Any]) -> type[Any]:
+    """A class of batch norm, torch's or timm's, whose forward finds its weights in float32. The parameters stay what they are."""
+
+    def widened(name: str) -> property:
+        def read(norm: nn.Module) -> Tensor | None:
+            own = norm._parameters[name]
+            return own if own is None or own.is_meta else own.float()
+
+        return property(read)
+
+    return type(kind.__name__, (kind,), {"weight": widened("weight"), "bias": widened("bias")})
+
+
+def pixel_dtype(tower: nn.Module) -> torch.dtype:
+    """Type of the pixels that a vision tower takes: that of its first convolution or matrix.
+
+    Not of its first parameter: class embeddings, norms and positions of a bf16 tower may be float32.
+    """
+    for module in tower.modules():
+        if (kept := getattr(module, "int8_original_dtype", None)) is not None:
+            return kept  # type: ignore[no-any-return]
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.is_floating_point():
+            return module.weight.dtype
+    return next((own.dtype for own in tower.parameters() if own.is_floating_point()), torch.float32)

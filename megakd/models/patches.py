@@ -15,6 +15,8 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from megakd.models.casts import pixel_dtype
+
 _STAGES = ("layer1", "layer2", "layer3", "layer4")  # a ResNet's
 
 
@@ -47,11 +49,11 @@ def patch_tokens(visual: nn.Module, pixels: Tensor, layer: int) -> Tensor:
 def measure(visual: nn.Module, layer: int) -> Patches:
     """What `patch_tokens` gives for this tower, found by a blank image. Raises ValueError as `blocks` does."""
     height, width = image_size(visual)
-    parameter = next(visual.parameters())
+    device = next(visual.parameters()).device
     training = visual.training
     visual.eval()  # batch norm learns nothing from a blank image
     with torch.no_grad():
-        output = _output(visual, torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype), layer)
+        output = _output(visual, torch.zeros(1, 3, height, width, device=device, dtype=pixel_dtype(visual)), layer)
     visual.train(training)
     rows = _rows(visual, output)
     count = rows.shape[1]

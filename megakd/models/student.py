@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakd.models.embeddings import Embeddings
+from megakd.runtime.precision import exact
 
 # Legend: B local batch, D embedding width.
 
@@ -32,16 +33,19 @@ class Student(nn.Module):
                 # DeepSpeed 0.19.8 broadcasts parameters as bytes, which torch refuses for those without a dimension.
                 setattr(clip, name, nn.Parameter(scalar.detach().reshape(1)))
         self.heads = nn.ModuleDict(heads)
-        self.max_log_scale = math.log(max_scale)
+        self.max_scale = max_scale
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Named outputs, a flat dict of tensors so that gradients can be cached per output; `embeddings` gives them their contract."""
+        """Named outputs, a flat dict of tensors so that gradients can be cached per output; `embeddings` gives them their contract.
+
+        Scale and bias are float32, in an engine of bf16 too, and the scale is never above `max_scale`.
+        """
         image_BD = self.clip.encode_image(pixels)  # type: ignore[operator]
         text_BD = self.clip.encode_text(tokens)  # type: ignore[operator]
         outputs: dict[str, Tensor] = {"image": normalised(image_BD), "text": normalised(text_BD), "scale": self._scale()}
         bias = getattr(self.clip, "logit_bias", None)
         if bias is not None:
-            outputs["bias"] = bias.reshape(())
+            outputs["bias"] = exact(bias).reshape(())
         for name, head in self.heads.items():
             outputs[f"{name}.image"] = normalised(head.image(image_BD))  # type: ignore[operator]
             outputs[f"{name}.text"] = normalised(head.text(text_BD))  # type: ignore[operator]
@@ -49,9 +53,10 @@ class Student(nn.Module):
 
     def _scale(self) -> Tensor:
         # Clamped in value, not in gradient: a hard clamp would have no gradient above the bound and so never come back.
-        log_scale = self.clip.logit_scale.reshape(())  # type: ignore[operator, union-attr]
-        excess = (log_scale - self.max_log_scale).clamp(min=0).detach()
-        return (log_scale - excess).exp()  # type: ignore[no-any-return]
+        log_scale = exact(self.clip.logit_scale).reshape(())  # type: ignore[arg-type]
+        excess = (log_scale - math.log(self.max_scale)).clamp(min=0).detach()
+        scale = (log_scale - excess).exp()
+        return scale - (scale - self.max_scale).clamp(min=0).detach()  # exp rounds: exp(log(100)) may be 100.00001
 
 
 class Head(nn.Module):

@@ -37,7 +37,7 @@ class Softmax:
         guides: list[Pair] = list(teachers) if SIMILARITY in self.names else []
         if self._scale_limit is None:  # once: teachers are frozen, and reading a scale waits for the device
             scales = [self._fixed_scale or self._max_scale, *(float(guide.scale) for guide in guides)]
-            self._scale_limit = 1.001 * max(scales)  # the student's scale is clamped as a logarithm, in its own precision
+            self._scale_limit = 1.001 * max(scales)  # for the rounding of exp and of the products
         if self._fixed_scale is not None:
             student = student._replace(scale=student.scale.new_tensor(self._fixed_scale))
         loss = similarity_kd(

@@ -6,11 +6,13 @@ fp32 weights and optimizer moments, whatever the ZeRO stage. Checkpoints made of
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 _PROGRAMS = str(Path(sys.executable).parent)
 if not os.environ.get("PATH", "").startswith(_PROGRAMS):
     os.environ["PATH"] = f"{_PROGRAMS}{os.pathsep}{os.environ.get('PATH', '')}"
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# Not its level, which DeepSpeed sets anew in initialize().
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.WARNING)
 
 import deepspeed  # noqa: E402
 from deepspeed.runtime.zero import parameter_offload  # noqa: E402
@@ -72,24 +75,29 @@ class Engine:
         if start is not None:
             load_weights(module, start.weights)
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+        self.dtype = torch.bfloat16 if is_bf16(config) else torch.float32
+        if self.dtype != torch.float32:
+            for parameter in module.parameters():
+                if parameter.numel() == 1 and parameter.is_floating_point():  # trained ones follow the optimizer
+                    parameter.in_float32 = parameter.detach().float().clone()  # type: ignore[attr-defined]
         optimizer = _adamw(groups, optim, config)
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         # Without ZeRO, DeepSpeed clips and does not tell the norm; `update` does both.
         self._clip = float(config["gradient_clipping"]) if self.stage == 0 else 0.0
         handed_over = {**config, "gradient_clipping": 0.0} if self.stage == 0 else config
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=handed_over)
-        # DeepSpeed sets its logger's level anew in initialize().
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self.dtype = torch.bfloat16 if is_bf16(config) else torch.float32
         self.micro_batch = int(config["train_micro_batch_size_per_gpu"])
         self.accumulation = int(config["gradient_accumulation_steps"])
         self._norm: Tensor | float = math.nan
         norms = [part for part in self.module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        self._persistent = list(persistent_buffers(self.module).values())
         self._statistics = [own for part in norms for own in (part.running_mean, part.running_var) if own is not None]
         self.updates = 0 if start is None else start.updates
         self._make_moments()
         if start is not None:
             self._restore(start)
+        self._scalars = [parameter for parameter in self._trained() if hasattr(parameter, "in_float32")]
+        self._refresh_scalars()
 
     @property
     def module(self) -> nn.Module:
@@ -100,7 +108,8 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, whose mean over ranks and sum over accumulation steps is the global batch's."""
-        self._engine.backward(loss * self.accumulation)
+        with self.unmoved_buffers():  # activation checkpointing runs forwards once more in here
+            self._engine.backward(loss * self.accumulation)
 
     def accumulated(self) -> None:
         """Close one accumulation step that is not the last: DeepSpeed counts them in `step`."""
@@ -116,7 +125,13 @@ class Engine:
         if self.stage > 0:
             self._norm = self._engine.get_global_grad_norm()
         self._share_statistics()
+        self._refresh_scalars()
         self.updates += 1
+
+    def _refresh_scalars(self) -> None:
+        """Leave the optimizer's float32 value with each rounded parameter of one number, for `precision.exact`. A small collective each."""
+        for parameter in self._scalars:
+            parameter.in_float32 = self._full(parameter, None).detach().to(parameter.device)  # type: ignore[attr-defined]
 
     def _share_statistics(self) -> None:
         """Give every rank rank 0's running statistics of batch norm, as DistributedDataParallel does: they are what is saved and judged."""
@@ -158,6 +173,17 @@ class Engine:
         if keep:
             kept.weights.update({name: buffer.detach().cpu().clone() for name, buffer in persistent_buffers(self.module).items()})
         return kept
+
+    @contextlib.contextmanager
+    def unmoved_buffers(self) -> Iterator[None]:
+        """Forwards in here leave no trace in what a checkpoint holds of the module's buffers, batch norm's running statistics above all:
+        for a forward that another one repeats."""
+        before = [buffer.clone() for buffer in self._persistent]
+        try:
+            yield
+        finally:
+            for buffer, kept in zip(self._persistent, before, strict=True):
+                buffer.copy_(kept)
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]

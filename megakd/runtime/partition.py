@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,8 +134,6 @@ class Partitioned:
         for leaf in gathered_together(module, int(config["zero_optimization"].get("stage3_max_live_parameters", 10**9)) // 2):
             deepspeed.utils.set_z3_leaf_module(leaf, True)
         self._engine, _, _, _ = deepspeed.initialize(model=module, config=config)
-        # DeepSpeed sets its logger's level anew in initialize().
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._engine.eval()
 
     def __call__(self, *inputs: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import os
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 Precision = Literal["fp32", "bf16"]
 
@@ -37,3 +38,14 @@ def of(device: torch.device) -> Precision:
 def dtype(precision: Precision) -> torch.dtype:
     """torch's name for it."""
     return _DTYPES[precision]
+
+
+def exact(scalar: Tensor) -> Tensor:
+    """A parameter of one number in float32, as its optimizer holds it; what is differentiated is the parameter.
+
+    An engine in bf16 rounds its module's parameters. bf16 has steps of 0.8 % and more: a logit scale's logarithm of 4.6 moves by 0.03,
+    the scale by 3 %. The engine leaves the optimizer's own value with the parameter (`Engine`), and this reads it.
+    """
+    rounded = scalar.float()
+    own: Tensor | None = getattr(scalar, "in_float32", None)
+    return rounded if own is None else rounded + (own.reshape(rounded.shape) - rounded).detach()

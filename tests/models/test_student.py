@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,28 @@ def test_the_scale_stops_at_its_bound_but_can_come_back() -> None:
     parameter = dict(student.named_parameters())["clip.logit_scale"]
     assert parameter.grad is not None
     assert parameter.grad.item() > 0
+
+
+@pytest.mark.parametrize("bound", [50.0, 100.0, 33.3, 7.0])
+@pytest.mark.parametrize("start", [1.0, 1.0005, 1.01, 30.0])
+def test_no_loss_sees_a_scale_above_its_bound_whatever_the_type_of_the_parameter(bound: float, start: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        student = Student(Towers(math.log(bound * start)), {}, bound)
+        student.clip.logit_scale.data = student.clip.logit_scale.data.to(dtype)  # type: ignore[union-attr, operator]
+        scale = _forward(student)["scale"]
+        assert scale.dtype == torch.float32
+        assert scale.item() <= torch.tensor(bound).item()
+
+
+def test_a_rounded_parameter_is_read_as_its_optimizer_holds_it_and_still_learns() -> None:
+    student = Student(Towers(1.0, bias=-10.0), {}, 100.0)
+    scale: Any = student.clip.logit_scale
+    scale.data, scale.in_float32 = scale.data.bfloat16(), torch.tensor([1.0037])
+    outputs = _forward(student)
+    assert outputs["scale"].item() == torch.tensor(1.0037).exp().item()
+    outputs["scale"].backward()
+    assert scale.grad.dtype == torch.bfloat16
+    assert scale.grad.item() == pytest.approx(math.exp(1.0037), rel=2**-8)
 
 
 def test_a_scale_below_its_bound_is_exact() -> None:

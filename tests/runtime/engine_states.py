@@ -21,6 +21,7 @@ from megakd.recipe import Optim
 from megakd.runtime import launch
 from megakd.runtime.engine import Engine, State, forget
 from megakd.runtime.launch import World
+from megakd.runtime.precision import exact
 
 
 def why_not_compile() -> str | None:
@@ -46,6 +47,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 if why_not_compile():
     del CONFIGURATIONS[OFFLOADED]
+# In two pieces, added up as `ds_config.resolve` has it.
+ACCUMULATED = [f"stage{stage}_bf16_accumulated" for stage in STAGES_BF16]
+CONFIGURATIONS |= {
+    name: {**CONFIGURATIONS[name.removesuffix("_accumulated")], "data_types": {"grad_accum_dtype": "fp32"}} for name in ACCUMULATED
+}
+CONFIGURATIONS[ACCUMULATED[0]]["communication_data_type"] = "fp32"
 
 
 class Odd(nn.Module):
@@ -59,11 +66,13 @@ class Odd(nn.Module):
         self.register_buffer("offset", torch.full((3,), 0.25))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"y": (self.last(torch.tanh(self.norm(self.first(x)))) + self.offset.to(x.dtype)) * self.log_scale.exp()}
+        scale = exact(self.log_scale).exp()
+        return {"y": (self.last(torch.tanh(self.norm(self.first(x)))) + self.offset.to(x.dtype)) * scale, "scale": scale}
 
 
 def config_of(name: str, ranks: int) -> dict[str, Any]:
-    shared = {"train_batch_size": ROWS, "train_micro_batch_size_per_gpu": ROWS // ranks, "gradient_accumulation_steps": 1}
+    pieces = 2 if name in ACCUMULATED else 1
+    shared = {"train_batch_size": ROWS, "train_micro_batch_size_per_gpu": ROWS // ranks // pieces, "gradient_accumulation_steps": pieces}
     return {**CONFIGURATIONS[name], **shared, "gradient_clipping": OPTIM.clip, "steps_per_print": 10**9}
 
 
@@ -82,8 +91,11 @@ def advance(engine: Engine, world: World, first: int, last: int) -> list[float]:
     norms = []
     own = slice(world.rank * ROWS // world.size, (world.rank + 1) * ROWS // world.size)
     for step in range(first, last):
-        x, y = (part[own] for part in data(step))
-        engine.backward((engine.forward(x.to(engine.dtype))["y"].float() - y).square().mean())
+        pieces = list(zip(*(part[own].tensor_split(engine.accumulation) for part in data(step)), strict=True))
+        for number, (x, y) in enumerate(pieces, 1):
+            engine.backward((engine.forward(x.to(engine.dtype))["y"].float() - y).square().mean() / len(pieces))
+            if number < len(pieces):
+                engine.accumulated()
         engine.update(OPTIM.lr)
         norms.append(engine.gradient_norm)
     return norms
@@ -91,14 +103,18 @@ def advance(engine: Engine, world: World, first: int, last: int) -> list[float]:
 
 def measure(name: str, world: World, foreign: State | None) -> dict[str, Any]:
     engine = make(name, world, None)
-    norms = advance(engine, world, 0, 2)
+    norms = advance(engine, world, 0, 1)
+    first = engine.export(moments=True, everywhere=True)
+    norms += advance(engine, world, 1, 2)
     middle = engine.export(moments=True, everywhere=True)
     norms += advance(engine, world, 2, 4)
     end = engine.export(moments=True, everywhere=True)
+    with torch.no_grad():
+        scale = engine.forward(data(0)[0].to(engine.dtype))["scale"]
     engine.close()
     again = make(name, world, middle)
     restored = again.export(moments=True, everywhere=True)
-    found = {"norms": norms, "middle": vars(middle), "end": vars(end), "restored": vars(restored)}
+    found = {"norms": norms, "middle": vars(middle), "end": vars(end), "restored": vars(restored), "scale": scale, "first": vars(first)}
     found["norms_resumed"] = norms[:2] + advance(again, world, 2, 4)
     found["end_resumed"] = vars(again.export(moments=True, everywhere=True))
     again.close()

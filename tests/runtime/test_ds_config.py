@@ -68,6 +68,29 @@ def test_a_literal_micro_batch_or_accumulation_gives_the_other(config: dict[str,
     assert resolved["train_micro_batch_size_per_gpu"] == 8 // accumulation
 
 
+BF16 = {"bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 2}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_micro_batches_of_a_run_in_bf16_add_up_in_float32(stage: int, recipe: Recipe) -> None:
+    resolved = _resolve({**BF16, "zero_optimization": {"stage": stage}}, recipe)
+    assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert resolved.get("communication_data_type") == ("fp32" if stage == 1 else None)
+    assert not ds_config.accumulates_in_bf16(resolved)
+
+
+def test_a_run_without_accumulation_or_in_float32_needs_no_second_type(recipe: Recipe) -> None:
+    whole = {**BF16, "train_micro_batch_size_per_gpu": "auto"}
+    for config in ({**whole, "zero_optimization": {"stage": 1}}, {"train_micro_batch_size_per_gpu": 2}):
+        assert "data_types" not in _resolve(config, recipe)
+
+
+def test_a_json_may_save_the_memory_of_float32_sums_and_no_other_type_is_taken(recipe: Recipe) -> None:
+    config = {**BF16, "zero_optimization": {"stage": 2}}
+    assert ds_config.accumulates_in_bf16(_resolve({**config, "data_types": {"grad_accum_dtype": "bf16"}}, recipe))
+    assert "data_types.grad_accum_dtype = 'fp16'" in _error({**config, "data_types": {"grad_accum_dtype": "fp16"}}, recipe)
+
+
 def test_literals_that_agree_are_taken(recipe: Recipe) -> None:
     optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.98], "eps": "auto", "weight_decay": 0.2}}
     resolved = _resolve({"train_batch_size": 16, "gradient_clipping": 1, "optimizer": optimizer}, recipe)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_states import CONFIGURATIONS, OFFLOADED, OPTIM, Odd, data, measure, measure_all, why_not_compile
+from engine_states import ACCUMULATED, CONFIGURATIONS, OFFLOADED, OPTIM, Odd, data, measure, measure_all, why_not_compile
 from tiny_runs import finish, launch
 
 from megakd.models.student import decay_groups
@@ -134,6 +134,33 @@ def test_bf16_keeps_fp32_weights_that_stay_near_the_fp32_run(name: str, measured
         torch.testing.assert_close(found[key], value, rtol=0.1, atol=0.05)
     matrix = found["first.weight"]
     assert not torch.equal(matrix, matrix.bfloat16().float()), "the master weights have more bits than bf16"
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_forward_sees_the_scale_that_the_optimizer_holds_in_float32(name: str, measured: Measured) -> None:
+    held = measured[name]["end"]["weights"]["log_scale"]
+    assert not torch.equal(held, held.bfloat16().float()), "else bf16 would show nothing"
+    assert measured[name]["scale"].dtype == torch.float32
+    assert torch.equal(measured[name]["scale"], held.exp())
+
+
+@pytest.mark.parametrize("name", ACCUMULATED)
+def test_gradients_of_pieces_add_up_in_float32(name: str, on_one: Path) -> None:
+    """The reference: torch alone, each piece's gradient in bf16, their sum in float32."""
+    first = _read(on_one)[name]["first"]
+    module = Odd().bfloat16()
+    total = {key: torch.zeros(value.shape) for key, value in module.named_parameters()}
+    for x, y in zip(*(part.tensor_split(2) for part in data(0)), strict=True):
+        module.zero_grad()
+        ((module(x.bfloat16())["y"].float() - y).square().mean() / 2).backward()
+        for key, parameter in module.named_parameters():
+            assert parameter.grad is not None
+            total[key] += parameter.grad.float()
+    norm = torch.cat([value.flatten() for value in total.values()]).norm()
+    assert norm > OPTIM.clip, "the data must make clipping act"
+    for key, value in total.items():
+        found = first["moments"][f"exp_avg/{key}"] / (1 - OPTIM.betas[0])
+        torch.testing.assert_close(found, value * (OPTIM.clip / norm), rtol=2e-5, atol=0)
 
 
 def test_weight_decay_falls_on_matrices_alone() -> None:
