@@ -344,7 +344,7 @@ def _tower_reference(description: towers.Description) -> dict[str, Any]:
     file = None if settings.pretrained == towers.RANDOM else weights_file(description)
     if file is None:
         raise ValueError("the vision tower has no file of weights that a bundle could refer to: save it with the tower inside")
-    known = {name: getattr(settings, name) for name in Model.model_fields}
+    known = settings.model_dump(mode="json", include=set(Model.model_fields))
     known |= {"model": _resolved(settings.model), "pretrained": _resolved(settings.pretrained), "tokenizer": _resolved(settings.tokenizer)}
     return {"settings": known | {"recipe": None}, "sha256": sha256(file)}
 

@@ -27,7 +27,8 @@ def model(settings: M, role: str) -> M:
         raise ValueError(f"{role}.recipe = {settings.recipe!r}: has no [student], and so trains no {role}: name another recipe")
     found = model(first, "student")
     source = {name: getattr(found, name) for name in ("model", "architecture", "pretrained", "recipe")}
-    return settings.model_copy(update={**source, "tokenizer": settings.tokenizer or found.tokenizer})
+    kept = {name: getattr(settings, name) or getattr(found, name) for name in ("tokenizer", "preprocess")}
+    return settings.model_copy(update={**source, **kept})
 
 
 def decoder(settings: Decoder) -> Decoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -32,7 +33,10 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
         if not sets:
             raise ValueError(f"{run}: its recipe names no evaluation set; add one with --set evaluation.retrieval.NAME=SHARDS")
         progress, weights = checkpoint.load_weights(path)
-        description = towers.describe(recipe.student.model_copy(update={"pretrained": None}), "student")
+        # The weights that the run started from may be gone; how their images were prepared still holds.
+        _, preprocess = towers.configuration(recipe.student, "student")
+        described = towers.describe(recipe.student.model_copy(update={"pretrained": None}), "student")
+        description = dataclasses.replace(described, preprocess=preprocess)
         built = towers.build(description, torch.device("cpu"), load_weights=False)
         export.load_clip(built.clip, weights)
         encoder = Encoder(built.clip.to(world.device).eval(), built.preprocess, description.tokenize, world.device, recipe.evaluation.batch)

@@ -156,12 +156,9 @@ def _resume(asked: str, out: Path) -> str:
 def quiet_libraries() -> None:
     """Leave the console to the run: libraries speak from warnings up, and torch's deprecations inside DeepSpeed are not the user's."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    # open_clip speaks through the root logger, of random weights for example, which the recipe asked for.
-    logging.getLogger().addFilter(lambda record: record.name != "root" or record.levelno >= logging.ERROR)
     for chatty in ("torch.utils.cpp_extension", "bitsandbytes.backends.cpu.ops"):  # the latter misses a package that nothing here calls
         logging.getLogger(chatty).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.|transformers\.|peft\.")
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.|deepspeed\.|open_clip\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")

@@ -9,7 +9,7 @@ import os
 import signal
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -104,7 +104,7 @@ def _as_it_is(item: T) -> T:
     return item
 
 
-def _quiet_worker(_: int) -> None:
+def _quiet_worker(worker: int) -> None:
     """Signals are the main process's to answer: Slurm and a terminal send them to every process of the job.
 
     A worker that died of one would fail the run while the trainer is writing its last checkpoint. `close` ends workers, and
@@ -113,4 +113,20 @@ def _quiet_worker(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # PIL's word on an odd file would be printed by every worker; what matters is counted
+    if worker == 0:
+        warnings.simplefilter("always")
+        warnings.showwarning = _once_a_place(warnings.showwarning)
+    else:
+        warnings.simplefilter("ignore")  # what the first one says of odd files stands for all
+
+
+def _once_a_place(show: Callable[..., None]) -> Callable[..., None]:
+    """Warnings of one line of a library are one kind, whatever numbers and names of files their texts have: each is said once."""
+    said: set[tuple[str, int]] = set()
+
+    def shown(message: Any, category: Any, filename: str, lineno: int, *more: Any) -> None:
+        if (filename, lineno) not in said:
+            said.add((filename, lineno))
+            show(message, category, filename, lineno, *more)
+
+    return shown

@@ -14,19 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from open_clip.factory import _find_checkpoint_in_dir
-from open_clip.pretrained import get_pretrained_cfg
-from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from megakd.models import int8_products
+from megakd.models import int8_products, source
 from megakd.models.int8_migration import METHOD
-from megakd.models.towers import RANDOM, WEIGHT_SUFFIXES, Description
+from megakd.models.preprocessing import complete
+from megakd.models.towers import Description
 from megakd.recipe import Teacher
 from megakd.runtime import precision
 
-_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # Set by open_clip while it builds, not by whoever describes the model.
 _SET_BY_BUILDING = ("timm_model_pretrained", "hf_model_pretrained")
 
@@ -69,14 +66,8 @@ def computation(description: Description, device: torch.device) -> dict[str, Any
 
 
 def preprocessing(description: Description) -> PreprocessCfg:
-    """The preprocessing that the built model has: open_clip's defaults, then the tag's or the folder's, the size the image tower's."""
-    found: dict[str, Any] = merge_preprocess_dict(asdict(PreprocessCfg()), description.preprocess)
-    if (tag := _tag(description)) is not None:
-        found = merge_preprocess_dict(found, tag)
-    size = description.config["vision_cfg"].get("image_size", 224)
-    # timm's towers and open_clip's own ViT keep (height, width); a ResNet keeps the number
-    found["size"] = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    return PreprocessCfg(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
+    """The preprocessing that the built model has."""
+    return complete(description.preprocess, description.config)
 
 
 def behaviour(tokenize: Callable[[list[str]], Tensor]) -> str:
@@ -105,40 +96,15 @@ def behaviour(tokenize: Callable[[list[str]], Tensor]) -> str:
 def _weights(description: Description, seed: int) -> dict[str, Any]:
     """name: for people, and for comparing where no file is at hand; sha256: of the file that would be loaded, where it is here."""
     settings = description.settings
-    if settings.pretrained == RANDOM or (settings.pretrained is None and ":" not in (settings.model or "")):
+    if source.is_random(settings):
         return {"name": f"random, seed {seed}", "sha256": None}
     file = weights_file(description)
     name = " ".join(part for part in (settings.model, settings.pretrained) if part)
     if file is None:
         return {"name": name, "sha256": None}
-    with file.open("rb") as opened:
-        return {"name": name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+    return {"name": name, "sha256": source.digest(file)}
 
 
 def weights_file(description: Description) -> Path | None:
     """The file that building would load, as far as it is on this machine: nothing is downloaded."""
-    settings = description.settings
-    name, pretrained = settings.model or "", settings.pretrained or ""
-    if name.startswith("local-dir:"):
-        found = _find_checkpoint_in_dir(Path(name.removeprefix("local-dir:")))
-        return None if found is None else Path(found)
-    if name.startswith("hf-hub:"):
-        return _cached(name.removeprefix("hf-hub:"))
-    if pretrained.endswith(WEIGHT_SUFFIXES):
-        return Path(pretrained)
-    tag = _tag(description) or {}
-    return _cached(tag["hf_hub"].rstrip("/")) if tag.get("hf_hub") else None
-
-
-def _tag(description: Description) -> dict[str, Any] | None:
-    settings = description.settings
-    if settings.model is None or ":" in settings.model or settings.pretrained is None:
-        return None
-    return get_pretrained_cfg(settings.model.replace("/", "-"), settings.pretrained) or None
-
-
-def _cached(repository: str) -> Path | None:
-    for name in _HUB_FILES:
-        if isinstance(found := try_to_load_from_cache(repository, name), str):
-            return Path(found)
-    return None
+    return source.local_file(description.settings)

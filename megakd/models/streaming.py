@@ -10,44 +10,29 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from open_clip.factory import _find_checkpoint_in_dir
-from open_clip.model import resize_pos_embed, resize_text_pos_embed
-from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
 from torch import Tensor, nn
 
 from megakd.models import int8 as int8_towers
 from megakd.models import int8_products, towers
-from megakd.models.identity import preprocessing
+from megakd.models import source as sources
 from megakd.models.int8_linear import Int8Linear
+from megakd.models.matching import SCALARS, Match, named
+from megakd.models.names import OLD_TEXT
 from megakd.models.originals import Originals
-from megakd.models.weights import INDEX_SUFFIX, InMemory, Shape, Weights, listed, open_weights
+from megakd.models.weights import InMemory, Weights, open_weights
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
 from megakd.runtime.precision import Precision
 
-log = logging.getLogger("megakd.models")
-
 # Handed over together: fewer collectives, and still less than the largest single tensor of a giant teacher.
 BATCH_BYTES = 64 << 20
-SCALARS = ("logit_scale", "logit_bias")
-# Older transformers saved this counter with a text tower; open_clip drops it as well.
-DROPPED = re.compile(r"text\.transformer\.embeddings\.position_ids")
-OLD_TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
 TEXT = (*OLD_TEXT, "text.")  # in open_clip's two classes of models
-FOREIGN = {
-    "image_encoder.": "Apple's MobileCLIP",
-    "vision_model.": "transformers' CLIP",
-    "text_model.": "transformers' CLIP",
-}
 Place = Callable[[list[nn.Parameter]], None]
 
 
@@ -80,15 +65,12 @@ def load(
         built = towers.build(description, torch.device("cpu"), precision, load_weights=False)
     clip = built.clip.eval().requires_grad_(False)
     expected = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
-    conversions = _as_they_are(clip) if int8 is None else _quantised(clip, int8)
-    if without_text:
-        conversions = [conversion for conversion in conversions if not conversion.names[0].startswith(TEXT)]
     drawing = torch.get_rng_state()
 
     def opened() -> Match:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), named(description.role):
             torch.set_rng_state(drawing)  # random weights are drawn again as they were
-            return Match(clip, expected, _weights(description, precision))
+            return Match(description.role, description.config, clip, expected, _weights(description, precision))
 
     match, failure = None, None
     if world.is_main:
@@ -97,9 +79,12 @@ def load(
         except (ValueError, OSError) as error:
             failure = error
     _raise_everywhere(failure, world)
+    conversions = _as_they_are(clip) if int8 is None else _quantised(clip, int8)
+    if without_text:
+        conversions = [conversion for conversion in conversions if not conversion.names[0].startswith(TEXT)]
     fill(clip, conversions, match, world, place)
     originals = None if int8 is None else Originals(_matrices(clip, without_text), opened, world)
-    return replace(built, preprocess=preprocessing(description), originals=originals)
+    return replace(built, originals=originals)
 
 
 def _matrices(model: nn.Module, without_text: bool) -> dict[Int8Linear, str]:
@@ -120,29 +105,7 @@ def _weights(description: towers.Description, precision: Precision) -> Weights:
     if description.settings.pretrained == towers.RANDOM:
         drawn = towers.build(description, torch.device("cpu"), precision).clip
         return InMemory(drawn.state_dict(), "random weights")
-    return open_weights(weights_file(description))
-
-
-def weights_file(description: towers.Description) -> Path:
-    """Where the weights of a description are, downloaded by open_clip when they are not here yet. Raises ValueError when there are none."""
-    settings = description.settings
-    name, pretrained = settings.model or "", settings.pretrained or ""
-    try:
-        if name.startswith("local-dir:"):
-            folder = Path(name.removeprefix("local-dir:"))
-            index = next(iter(sorted(folder.glob(f"*{INDEX_SUFFIX}"))), None)
-            found = index or _find_checkpoint_in_dir(folder)
-        elif name.startswith("hf-hub:"):
-            found = download_pretrained_from_hf(name.removeprefix("hf-hub:"))
-        elif pretrained.endswith((*towers.WEIGHT_SUFFIXES, INDEX_SUFFIX)):
-            found = pretrained
-        else:
-            found = download_pretrained(get_pretrained_cfg(name.replace("/", "-"), pretrained))
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{description.role}: no weights of {name} {pretrained} came ({error}); check the network") from error
-    if not found:
-        raise ValueError(f"{description.role}: there are no weights for {name} {pretrained}")
-    return Path(found)
+    return open_weights(sources.weights_file(description.settings))
 
 
 @contextlib.contextmanager
@@ -173,74 +136,6 @@ def empty_parameters() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter, nn.Module._apply = register, apply  # type: ignore[method-assign]
-
-
-class Match:
-    """Which tensor of a file belongs to which name of a model. Only names and shapes are looked at."""
-
-    def __init__(self, model: nn.Module, expected: Mapping[str, Shape], weights: Weights) -> None:
-        """expected: names and shapes of the model's state before it was made int8.
-
-        Raises ValueError with the names that are missing, not of this model, or of another shape.
-        """
-        self._model, self._weights = model, weights
-        self._names = {new: old for old, new in _renamed(weights.shapes, expected, weights.origin).items()}
-        self._expected = expected
-        shapes = {name: weights.shapes[old] for name, old in self._names.items()}
-        absent = expected.keys() - shapes.keys()
-        # A model trained with a sigmoid loss, started from one that was not: open_clip begins at 0.
-        self._zeros = {"logit_bias"} & absent
-        unfit = [name for name in expected if name in shapes and not self._fits(name, shapes)]
-        problems = {
-            "missing": listed(absent - self._zeros),
-            "not of this model": listed(shapes.keys() - expected.keys()),
-            "of another shape": listed(f"{name} {shapes[name]} instead of {expected[name]}" for name in unfit),
-        }
-        found = "; ".join(f"{kind}: {names}" for kind, names in problems.items() if names)
-        if found:
-            raise ValueError(f"{weights.origin}: these are not the weights of this architecture. {found}")
-
-    def _fits(self, name: str, shapes: Mapping[str, Shape]) -> bool:
-        have, want = shapes[name], self._expected[name]
-        if have == want or (name in SCALARS and torch.Size(have).numel() == 1):
-            return True
-        return self._resizer(name) is not None and len(have) == len(want) == 2 and have[1] == want[1]
-
-    def _resizer(self, name: str) -> Callable[[dict[str, Tensor], nn.Module], None] | None:
-        """open_clip's own interpolation for a model of another resolution or context."""
-        if name == "visual.positional_embedding" and hasattr(self._model.visual, "grid_size"):
-            return resize_pos_embed  # type: ignore[no-any-return]
-        return resize_text_pos_embed if name in ("positional_embedding", "text.positional_embedding") else None
-
-    def read(self, name: str) -> Tensor:
-        """The file's tensor in the model's shape, in the file's type."""
-        if name in self._zeros:
-            return torch.zeros(self._expected[name])
-        tensor = self._weights.read(self._names[name])
-        if tuple(tensor.shape) == self._expected[name]:
-            return tensor
-        if name in SCALARS:
-            return tensor.reshape(self._expected[name])
-        resize = self._resizer(name)
-        assert resize is not None
-        resized = {name: tensor.float()}
-        resize(resized, self._model)
-        if tuple(resized[name].shape) != self._expected[name]:
-            raise ValueError(f"{self._weights.origin}: {name} of shape {tuple(tensor.shape)} cannot be resized to {self._expected[name]}")
-        return resized[name]
-
-
-def _renamed(shapes: Mapping[str, Shape], expected: Mapping[str, Shape], origin: str) -> dict[str, str]:
-    """File's names -> open_clip's. What open_clip renames by itself when it loads, and no more."""
-    names = {name: name for name in shapes}
-    if next(iter(shapes), "").startswith("module."):
-        names = {name: name.removeprefix("module.") for name in shapes}
-    foreign = next((kind for start, kind in FOREIGN.items() if any(name.startswith(start) for name in names.values())), None)
-    if foreign is not None:
-        raise ValueError(f"{origin}: named as {foreign} names its tensors; save the model from open_clip (state_dict), and give that file")
-    if "positional_embedding" in names.values() and "positional_embedding" not in expected:
-        names = {old: f"text.{new}" if new.startswith(OLD_TEXT) else new for old, new in names.items()}
-    return {old: new for old, new in names.items() if new in expected or not DROPPED.fullmatch(new)}
 
 
 @dataclass(frozen=True)

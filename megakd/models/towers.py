@@ -6,34 +6,37 @@ open_clip's `local-dir:` form for an architecture given in the recipe, so that o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import json
-import pickle
+import logging
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import get_model_config, load_checkpoint
-from open_clip.tokenizer import HFTokenizer
+from open_clip.factory import get_model_config
+from open_clip.pretrained import list_pretrained_tags_by_model
 from open_clip.transform import PreprocessCfg
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
-from megakd.models import casts
+from megakd.models import architecture, casts, preprocessing, source, tags
+from megakd.models.architecture import CONFIG_FILE
+from megakd.models.matching import Match, named
 from megakd.models.originals import Originals
-from megakd.models.weights import INDEX_SUFFIX
+from megakd.models.source import HUB, LOCAL, RANDOM, WEIGHT_SUFFIXES
+from megakd.models.tokenizing import Tokenize, tokenizer
+from megakd.models.weight_kinds import recognise
+from megakd.models.weights import in_memory
 from megakd.recipe import Model
 from megakd.runtime import precision as precisions
 from megakd.runtime.precision import Precision
 
-CONFIG_FILE = "open_clip_config.json"
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-RANDOM = "random"
+__all__ = ["CONFIG_FILE", "RANDOM", "Description", "Precision", "Towers", "build", "configuration", "describe", "parameters_in"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Description:
     settings: Model
     config: dict[str, Any]
     preprocess: dict[str, Any]
-    tokenize: Callable[[list[str]], Tensor]
+    tokenize: Tokenize
 
     @property
     def width(self) -> int:
@@ -79,43 +82,51 @@ class Towers:
 def describe(settings: Model, role: str) -> Description:
     """Read the model's configuration and tokenizer. role: "student" or "teacher", for messages.
 
-    Raises ValueError naming the key and the remedy: unknown name, missing folder or file, an architecture that does not parse,
-    a tokenizer with more words than the text tower's vocabulary.
+    Raises ValueError naming the key and the remedy: unknown name, missing folder or file, an architecture that open_clip cannot build,
+    weights that were trained with another activation, a tokenizer that does not fit the text tower.
     """
     config, preprocess = configuration(settings, role)
-    for key in ("embed_dim", "vision_cfg", "text_cfg"):
-        if key not in config:
-            raise ValueError(f"{role}.architecture.{key}: missing; an open_clip model configuration has embed_dim, vision_cfg and text_cfg")
     _check_weights(settings, role)
-    return Description(role, settings, config, preprocess, _tokenizer(settings, config, role))
+    found = Description(role, settings, config, preprocess, tokenizer(settings, config, role))
+    if settings.architecture is not None or ":" in (settings.model or ""):
+        _check_buildable(found)
+    return found
 
 
 def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """open_clip's `model_cfg` and `preprocess_cfg` of a model, without its tokenizer. Raises ValueError as `describe` does."""
+    config, stored = _configuration(settings, role)
+    named = f"{role}.architecture" if settings.architecture is not None else f"{role}.model = {settings.model!r}: model_cfg"
+    architecture.check(config, named, written=settings.architecture is not None)
+    tags.check_activation(settings, config, role)
+    return config, preprocessing.chosen(settings, role, stored)
+
+
+def _configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """As `configuration`, unchecked; no preprocessing for an open_clip name, whose weights have it."""
     if settings.architecture is not None:
         config = copy.deepcopy(settings.architecture)
-        return config, config.pop("preprocess_cfg", {})
+        stored = config.pop("preprocess_cfg", {})
+        return architecture.split_config({"model_cfg": config, "preprocess_cfg": stored}, f"{role}.architecture")
     name = settings.model or ""
-    if name.startswith("local-dir:"):
-        path = Path(name.removeprefix("local-dir:")) / CONFIG_FILE
-        if not path.is_file():
-            raise ValueError(f"{role}.model = {name!r}: no {CONFIG_FILE} in that folder; train that model first, or give another folder")
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        return stored["model_cfg"], stored.get("preprocess_cfg", {})
-    if name.startswith("hf-hub:"):
+    key = f"{role}.model = {name!r}"
+    if name.startswith(LOCAL):
+        folder = Path(name.removeprefix(LOCAL))
+        if not (folder / CONFIG_FILE).is_file():
+            raise ValueError(f"{key}: no {CONFIG_FILE} in that folder; train that model first, or give another folder")
+        return architecture.read_config(folder, key)
+    if name.startswith(HUB):
         try:
-            stored = open_clip.factory._get_hf_config(name.removeprefix("hf-hub:"))
-        except Exception as error:
-            raise ValueError(
-                f"{role}.model = {name!r}: the hub gave no open_clip configuration ({error}); check the name and the network"
-            ) from error
-        return stored["model_cfg"], stored.get("preprocess_cfg", {})
-    known = get_model_config(name.replace("/", "-"))
+            content = open_clip.factory._get_hf_config(name.removeprefix(HUB))
+        except (Exception, RecursionError) as error:
+            raise ValueError(f"{key}: the hub gave no open_clip configuration ({error}); check the name and the network") from error
+        return architecture.split_config(content, key)
+    known = get_model_config(source.open_clip_name(name))
     if known is None:
         nearest = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.5)
         suggestion = f"nearest: {', '.join(nearest)}; " if nearest else ""
-        raise ValueError(f"{role}.model = {name!r}: open_clip has no such model; {suggestion}`open_clip.list_models()` lists all")
-    return known, {}
+        raise ValueError(f"{key}: open_clip has no such model; {suggestion}`open_clip.list_models()` lists all")
+    return known, None
 
 
 def _check_weights(settings: Model, role: str) -> None:
@@ -123,59 +134,33 @@ def _check_weights(settings: Model, role: str) -> None:
     if ":" in name:
         if pretrained and pretrained != RANDOM:
             raise ValueError(f"{role}.pretrained = {pretrained!r}: {name!r} brings its own weights; remove one of the two keys")
-        if name.startswith("local-dir:") and not _weights_in(Path(name.removeprefix("local-dir:"))):
-            raise ValueError(f"{role}.model = {name!r}: the folder has a configuration but no weights (open_clip_model.safetensors)")
+        if name.startswith(LOCAL) and pretrained != RANDOM:
+            file = source.in_folder(Path(name.removeprefix(LOCAL)))
+            if file is None:
+                raise ValueError(f"{role}.model = {name!r}: the folder has a configuration but no weights (open_clip_model.safetensors)")
+            recognise(file)
         return
     if pretrained is None or pretrained == RANDOM:
         if role == "teacher" and pretrained is None:
             raise ValueError(f"{role}.pretrained: missing; a teacher needs weights: a tag, a file, or 'random' if that is really meant")
         return
-    if pretrained.endswith(INDEX_SUFFIX) and getattr(settings, "mode", "replicated") == "replicated":
-        raise ValueError(
-            f"{role}.pretrained = {pretrained!r}: several files with an index are read by the streaming load alone; "
-            f"set teacher.mode to replicated_int8, zero3 or zero3_int8, or merge the files"
-        )
-    if pretrained.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)):
-        if not Path(pretrained).is_file():
-            raise ValueError(f"{role}.pretrained = {pretrained!r}: no such file")
-        return
-    tags = open_clip.list_pretrained_tags_by_model(name) if name else []
-    if pretrained not in tags:
+    if source.is_file(pretrained) or Path(pretrained).is_dir():
+        try:
+            recognise(Path(pretrained))
+        except ValueError as error:
+            raise ValueError(f"{role}.pretrained = {pretrained!r}: {error}") from None
+    elif tags.tag_of(settings) is None:
+        known = list_pretrained_tags_by_model(source.open_clip_name(name)) if name else []
         raise ValueError(
             f"{role}.pretrained = {pretrained!r}: neither a file ({', '.join(WEIGHT_SUFFIXES)}) nor a tag of "
-            f"{name or 'this architecture'}; tags: {', '.join(tags) or 'none'}"
+            f"{name or 'this architecture'}; tags: {', '.join(known) or 'none'}"
         )
 
 
-def _weights_in(folder: Path) -> bool:
-    return any((folder / f"open_clip_{kind}").is_file() for kind in ("model.safetensors", "pytorch_model.bin"))
-
-
-def _tokenizer(settings: Model, config: dict[str, Any], role: str) -> Callable[[list[str]], Tensor]:
-    length = config["text_cfg"].get("context_length", 77)
-    try:
-        if settings.tokenizer is not None:
-            if not Path(settings.tokenizer).is_dir():
-                raise ValueError("no such folder; `megakd shapes` writes one beside its shards")
-            tokenizer: Any = HFTokenizer(settings.tokenizer, context_length=length)
-        elif settings.architecture is not None:
-            tokenizer = open_clip.SimpleTokenizer(context_length=length)
-        else:
-            tokenizer = open_clip.get_tokenizer(settings.model or "", context_length=length)
-    except Exception as error:
-        raise ValueError(f"{role}.tokenizer = {settings.tokenizer!r}: {error}") from error
-    words, vocabulary = _vocabulary_size(tokenizer), config["text_cfg"].get("vocab_size", 49408)
-    if words is not None and words > vocabulary:
-        raise ValueError(
-            f"{role}.tokenizer has {words} words, but the text tower's vocab_size is {vocabulary}: raise vocab_size or change the tokenizer"
-        )
-    return tokenizer  # type: ignore[no-any-return]
-
-
-def _vocabulary_size(tokenizer: Any) -> int | None:
-    inner = getattr(tokenizer, "tokenizer", tokenizer)
-    size = getattr(inner, "vocab_size", None)
-    return len(inner) if hasattr(inner, "__len__") else size
+def _check_buildable(description: Description) -> None:
+    """What `architecture.check` does not know of shows when the model is built, here without memory for its weights."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        build(description, torch.device("meta"), load_weights=False)
 
 
 def build(description: Description, device: torch.device, precision: Precision = "fp32", *, load_weights: bool = True) -> Towers:
@@ -183,48 +168,48 @@ def build(description: Description, device: torch.device, precision: Precision =
 
     load_weights: False makes the architecture alone, on torch's meta device for example. precision: see `casts.to_bf16`.
 
-    Raises ValueError when the weights do not fit the architecture, with open_clip's list of the tensors that differ.
+    Raises ValueError when the weights do not fit the architecture, with the tensors that differ.
     """
-    settings = description.settings
-    load_weights = load_weights and settings.pretrained != RANDOM
-    pretrained = settings.pretrained if load_weights else None
+    settings, role = description.settings, description.role
     try:
-        if settings.architecture is not None:
-            clip = _from_architecture(description, device)
-            if pretrained is not None:
-                load_checkpoint(clip, pretrained, strict=True, weights_only=True, device="cpu")
-        else:
-            required = load_weights and (":" in (settings.model or "") or pretrained is not None)
-            clip = open_clip.create_model(
-                settings.model or "",
-                pretrained=pretrained,
-                load_weights=load_weights,
-                device=device,
-                require_pretrained=required,
-            )
-    except (pickle.UnpicklingError, SafetensorError) as error:
-        # torch's own message advises to execute what is in the file.
-        source = settings.pretrained or settings.model
-        raise ValueError(
-            f"{description.role}: {source!r} is no file of plain tensors ({type(error).__name__}), and nothing in it is ever executed; "
-            f"convert it to .safetensors where you trust it"
-        ) from error
-    except (RuntimeError, KeyError) as error:
-        source = settings.pretrained or settings.model
-        raise ValueError(f"{description.role}: {source!r} does not give a model: {error}") from error
+        clip = _architecture(description, device)
+    except Exception as error:  # open_clip's and timm's constructors raise whatever a number inside them does
+        whose = "architecture" if settings.architecture is not None else f"model = {settings.model!r}"
+        raise ValueError(f"{role}.{whose} does not give a model: {type(error).__name__}: {error}") from error
+    if load_weights and not source.is_random(settings):
+        expected = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
+        with named(role):
+            match = Match(role, description.config, clip, expected, in_memory(source.weights_file(settings)))
+        match.read_into(clip)
     if precision == "bf16":
         casts.to_bf16(clip)  # with its weights: the logit scale is read in float32
-    visual: Any = clip.visual
-    preprocess = {field.name: visual.preprocess_cfg[field.name] for field in fields(PreprocessCfg)}
-    return Towers(clip, description, PreprocessCfg(**preprocess), precisions.dtype(precision))
+    prepared = preprocessing.complete(description.preprocess, description.config)
+    return Towers(clip, description, prepared, precisions.dtype(precision))
 
 
-def _from_architecture(description: Description, device: torch.device) -> nn.Module:
-    with tempfile.TemporaryDirectory() as folder:
+def _architecture(description: Description, device: torch.device) -> nn.Module:
+    """As open_clip makes it from a folder without weights: one way for every source of a configuration."""
+    with tempfile.TemporaryDirectory() as folder, _expected_without_weights():
         config = {"model_cfg": description.config, "preprocess_cfg": description.preprocess}
         (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
-        model: nn.Module = open_clip.create_model(f"local-dir:{folder}", device=device)
+        model: nn.Module = open_clip.create_model(f"local-dir:{folder}", device=device, load_weights=False, pretrained_text=False)
     return model
+
+
+@contextlib.contextmanager
+def _expected_without_weights() -> Iterator[None]:
+    """open_clip warns of a folder without weights and of random initialisation, which is the point here; all else it says is heard."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not (record.name == "root" and ("Model initialized randomly" in text or "no CLIP weights found" in text))
+
+    root = logging.getLogger()
+    root.addFilter(wanted)
+    try:
+        yield
+    finally:
+        root.removeFilter(wanted)
 
 
 def parameters_in(module: nn.Module) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +20,9 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from megakd.models.weight_kinds import recognise, unpickled
+from megakd.recipe import texts
 
 Shape = tuple[int, ...]
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -110,15 +112,17 @@ def _bytes(raw: Tensor) -> memoryview:
 
 def _header(path: Path) -> dict[str, _Place]:
     try:
+        recognise(path)
         # The library checks the header against the file's length: overlaps, gaps, a truncated end.
         with safe_open(path, framework="pt"):
             pass
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(length))
-    except (SafetensorError, FileNotFoundError, IsADirectoryError) as error:
+    except (SafetensorError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path}: no complete safetensors file ({error}); it was truncated, or is something else: copy or download it again"
+            f"{path}: no complete safetensors file, and so no file of plain tensors ({error}); it was truncated, or is something else: "
+            f"copy or download it again"
         ) from None
     header.pop("__metadata__", None)
     unknown = {entry["dtype"] for entry in header.values()} - DTYPES.keys()
@@ -131,14 +135,26 @@ def _header(path: Path) -> dict[str, _Place]:
     return places
 
 
-def _indexed(path: Path) -> dict[str, _Place]:
-    try:
-        owners: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: no index of safetensors files ({type(error).__name__}: {error})") from None
+def _owners(path: Path) -> dict[str, str]:
+    """Tensor -> the name of its file, as an index has it."""
+    recognise(path)
+    content = texts.parse_json(texts.read_text(path, str(path)), str(path))
+    owners = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(owners, dict) or not owners or not all(isinstance(file, str) for file in owners.values()):
+        raise ValueError(f"{path}: no index of safetensors files: it has no table weight_map of tensors' names to files' names")
     outside = sorted({name for name in owners.values() if Path(name).name != name})
     if outside:
         raise ValueError(f"{path}: names {outside[0]!r}, which is not beside it; an index and its files share one folder")
+    return owners
+
+
+def shards(path: Path) -> list[Path]:
+    """The files that an index names, in order of their names; none for another file. Raises ValueError as `SafetensorsFiles` does."""
+    return [path.with_name(name) for name in sorted(set(_owners(path).values()))] if path.name.endswith(INDEX_SUFFIX) else []
+
+
+def _indexed(path: Path) -> dict[str, _Place]:
+    owners = _owners(path)
     files = {name: _header(path.with_name(name)) for name in sorted(set(owners.values()))}
     absent = [tensor for tensor, file in owners.items() if tensor not in files[file]]
     if absent:
@@ -184,10 +200,18 @@ def open_weights(path: Path, cache: Path | None = None) -> SafetensorsFiles:
     """
     if path.name.endswith((".safetensors", INDEX_SUFFIX)):
         return SafetensorsFiles(path)
+    recognise(path)
     found = convert(path, cache)
     opened = SafetensorsFiles(found)
     opened.origin = str(path)
     return opened
+
+
+def in_memory(path: Path) -> Weights:
+    """The weights in `path`, a pickled file's all at once: for a model that will be in memory as a whole. Raises as `open_weights` does."""
+    if path.name.endswith((".safetensors", INDEX_SUFFIX)):
+        return SafetensorsFiles(path)
+    return InMemory(unpickled(path, mapped=False), str(path))
 
 
 def convert(path: Path, cache: Path | None = None) -> Path:
@@ -206,7 +230,7 @@ def convert(path: Path, cache: Path | None = None) -> Path:
     if writable is None:
         raise ValueError(f"{path}: its conversion to safetensors can be written neither to {' nor to '.join(map(str, folders))}")
     _remove_abandoned(writable, name)
-    tensors = _unpickled(path)
+    tensors = unpickled(path, mapped=True)
     layout = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
     write(writable / name, layout, tensors.__getitem__)
     return writable / name
@@ -229,27 +253,6 @@ def _remove_abandoned(folder: Path, name: str) -> None:
     for part in folder.glob(f"{name}.*.part"):
         if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
             part.unlink(missing_ok=True)
-
-
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            content = torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6: not mappable
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        # torch's own message advises to execute what is in the file.
-        raise ValueError(
-            f"{path}: no file of plain tensors ({type(error).__name__}), and nothing in it is ever executed; "
-            f"convert it to .safetensors where you trust it"
-        ) from None
-    if isinstance(content, Mapping) and "state_dict" in content:
-        content = content["state_dict"]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path}: neither a state_dict nor a table with one under 'state_dict'; save the model's state_dict alone")
-    return dict(content)
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

@@ -6,9 +6,7 @@ Legend: B pairs of a micro-batch, L tokens of a caption.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,25 +115,13 @@ class StudentCost:
         return sum(self.sizes)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """open_clip warns of every model without weights, which here is the point."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 def describe(settings: Model, role: str) -> towers.Description:
     """As `towers.describe`, but needs neither weights nor a tokenizer. A teacher that a recipe trains first is that recipe's student.
 
     Raises ValueError for an unknown name, with the nearest, and for an incomplete architecture.
     """
     settings = foreseen.model(settings, role)
-    with _quiet():
-        config, preprocess = towers.configuration(settings, role)
+    config, preprocess = towers.configuration(settings, role)
     return towers.Description(role, settings, config, preprocess, _no_tokenizer)
 
 
@@ -148,7 +134,7 @@ def name_of(settings: Model) -> str:
 
 
 def _build(description: towers.Description, precision: Precision) -> towers.Towers:
-    with _quiet(), META:
+    with META:
         return towers.build(description, META, precision, load_weights=False)
 
 
@@ -163,8 +149,7 @@ def teacher(settings: Model, micro: int, local: int, precision: Precision, parti
     pixels, tokens = _inputs(built, micro, dtype)
     flops = [_flops(call, [given[:1]]) for call, given in _calls(clip, pixels, tokens)]
     wide = _forms(clip, pixels, tokens, partition)
-    with _quiet():
-        quantise(clip)
+    quantise(clip)
     image, text = (Tower(one, other, count) for one, other, count in zip(wide, _forms(clip, pixels, tokens, partition), flops, strict=True))
     made, kept, raw = _input_bytes(built.preprocess, local, dtype)
     return TeacherCost(name_of(settings), image, text, description.width, dtype.itemsize, max(made, kept), raw + tokens[0].nbytes * local)

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from megakd.recipe.section import (
     FloatPair,
+    FloatTriple,
     Fraction,
     HeadKind,
     Int8Product,
@@ -72,6 +73,15 @@ class Views(Section):
         return self
 
 
+class Preprocess(Section):
+    """How images were prepared for a model's weights; what is left out is the tag's, the folder's or open_clip's default."""
+
+    mean: FloatTriple | None = Field(None, description="of each colour, subtracted; pixels are 0 to 1")
+    std: FloatTriple | None = Field(None, description="of each colour, divided by")
+    interpolation: Literal["bicubic", "bilinear"] | None = Field(None, description="of the resizing")
+    resize_mode: Literal["shortest", "longest", "squash"] | None = Field(None, description="what is brought to the tower's size")
+
+
 class Model(Section):
     """A CLIP-style pair of towers: `model` names one (open_clip, `hf-hub:`, `local-dir:`), `architecture` describes one."""
 
@@ -79,12 +89,22 @@ class Model(Section):
     architecture: dict[str, Any] | None = Field(None, description="an open_clip model configuration: embed_dim, vision_cfg, text_cfg")
     pretrained: str | None = Field(None, description="open_clip's pretrained tag, or a .safetensors/.pt file")
     tokenizer: str | None = Field(None, description="folder of a Hugging Face tokenizer; default: the model's own")
+    preprocess: Preprocess | str | None = Field(
+        None,
+        description="images for weights of a file: a table, or the tag they are (TAG, MODEL:TAG); default: what all tags share",
+    )
     recipe: str | None = Field(None, description="recipe that trains this model first when the folder of `model` is not there yet")
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:
         if (self.model is None) == (self.architecture is None):
             raise ValueError("give either `model` (a name) or `architecture` (a table), not both and not neither")
+        return self
+
+    @model_validator(mode="after")
+    def _std_is_positive(self) -> Model:
+        if isinstance(self.preprocess, Preprocess) and self.preprocess.std is not None and min(self.preprocess.std) <= 0:
+            raise ValueError(f"preprocess.std = {list(self.preprocess.std)}: pixels are divided by it; give numbers above 0")
         return self
 
     @model_validator(mode="after")

@@ -23,6 +23,8 @@ Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 # A list in TOML becomes a fixed-length tuple; strict mode alone would refuse the list.
 FloatPair = Annotated[tuple[float, float], Field(strict=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+FloatTriple = Annotated[tuple[Number, Number, Number], Field(strict=False)]
 
 
 class Section(BaseModel):

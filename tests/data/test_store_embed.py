@@ -283,7 +283,7 @@ def test_a_part_is_a_function_of_the_data_alone() -> None:
 
 @pytest.mark.parametrize(
     ("model", "tag"),
-    [("ViT-B-32", "laion2b_s34b_b79k"), ("RN50", "openai"), ("EVA02-B-16", "merged2b_s8b_b131k"), ("PE-Core-B-16", "meta")],
+    [("ViT-B-32", "laion2b_s34b_b79k"), ("RN50-quickgelu", "openai"), ("EVA02-B-16", "merged2b_s8b_b131k"), ("PE-Core-B-16", "meta")],
 )
 def test_the_preprocessing_told_from_a_description_is_that_of_the_built_model(model: str, tag: str, monkeypatch) -> None:
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: "")

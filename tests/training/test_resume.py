@@ -231,9 +231,10 @@ def test_the_stacks_of_a_hang_are_set_aside_when_the_run_goes_on(recipe_file: Pa
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(recipe_file: Path, undisturbed: Path, tmp_path: Path) -> None:
     _, weights = checkpoint.load_weights(checkpoint.available(undisturbed)[-1])
     clip = {name.removeprefix("clip."): value for name, value in weights.items() if name.startswith("clip.")}
-    clip["logit_scale"] = torch.tensor(float("nan"))
+    clip["logit_scale"] = torch.tensor(100.0)  # a number as others, whose exponential is infinite in float32
     save_file(clip, tmp_path / "poisoned.safetensors")
-    finished = train(recipe_file, "--out", tmp_path / "run", sets=(*SETTINGS, f"student.pretrained={tmp_path}/poisoned.safetensors"))
+    sets = (*SETTINGS, "student.max_scale=1e300", f"student.pretrained={tmp_path}/poisoned.safetensors")
+    finished = train(recipe_file, "--out", tmp_path / "run", sets=sets)
     assert finished.code == EXIT_NOT_FINITE, finished.err
     assert "step 1: the loss is not finite" in finished.err
     assert "Traceback" not in finished.err

@@ -1,0 +1,247 @@
+"""What an open_clip model configuration may say: checked before anything is built, whoever wrote it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import timm
+from open_clip.coca_model import MultimodalCfg
+from open_clip.hf_model import _POOLERS
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+from megakd.recipe import texts
+
+CONFIG_FILE = "open_clip_config.json"
+REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
+TOP: dict[str, Any] = {
+    "embed_dim": int,
+    "vision_cfg": dict,
+    "text_cfg": dict,
+    "multimodal_cfg": dict,
+    "preprocess_cfg": dict,
+    "quick_gelu": bool,
+    "custom_text": bool,
+    "init_logit_scale": float,
+    "init_logit_bias": float | None,
+    "nonscalar_logit_scale": bool,
+}
+PARTS = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg, "multimodal_cfg": MultimodalCfg}
+# Above these nothing was ever trained, and open_clip would build it until memory ends.
+MOST = {"layers": 512, "width": 65_536, "embed_dim": 65_536, "image_size": 16_384, "patch_size": 16_384, "context_length": 8192}
+MOST |= {"vocab_size": 10_000_000, "heads": 1024, "head_width": 65_536, "mlp_ratio": 64, "attn_pooler_queries": 65_536}
+MOST |= {"attn_pooler_heads": 1024, "n_queries": 65_536, "dim_head": 65_536}
+MOST_PARAMETERS = 10**12
+MOST_PATCHES = 10**6
+FRACTIONS = ("patch_dropout", "timm_drop", "timm_drop_path")
+CHOICES: dict[tuple[str, str], tuple[Any, ...]] = {
+    ("vision_cfg", "pool_type"): ("tok", "avg", "none"),
+    ("text_cfg", "pool_type"): ("first", "last", "argmax", "eos"),
+    ("vision_cfg", "pos_embed_type"): ("learnable", "sin_cos_2d"),
+    ("vision_cfg", "block_type"): (None, "default", "custom"),
+    ("text_cfg", "block_type"): (None, "default", "custom"),
+    ("text_cfg", "proj_type"): ("linear", "none"),
+    ("text_cfg", "tokenizer_mode"): (None, "", "clips"),
+    ("text_cfg", "hf_proj_type"): (None, "linear", "mlp"),
+    ("text_cfg", "hf_pooler_type"): (None, *_POOLERS),
+    ("vision_cfg", "timm_proj"): (None, "", "linear", "mlp", "none"),
+}
+# open_clip's own configurations have nothing there, too: a ResNet has no patches.
+MAY_BE_NONE = ("patch_size", *(key for (_, key), known in CHOICES.items() if None in known))
+# What the parts have in place of open_clip's own layers is not asked for these.
+OF_TIMM = ("timm_model_name", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path", "image_size", "patch_dropout")
+OF_HF = (
+    *("hf_model_name", "hf_proj_type", "hf_pooler_type", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
+    *("context_length", "vocab_size", "output_tokens"),
+)
+
+
+def read_config(folder: Path, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`model_cfg` and `preprocess_cfg` of a folder that open_clip loads. Raises ValueError that begins with `key` for any other file."""
+    path = folder / CONFIG_FILE
+    return split_config(texts.parse_json(texts.read_text(path, f"{key}: {path}"), f"{key}: {path}"), f"{key}: {path}")
+
+
+def split_config(content: Any, named: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two parts of what an open_clip_config.json holds; raises as `read_config`."""
+    if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
+        raise ValueError(f"{named}: no configuration of open_clip: it has no table model_cfg; export the model with open_clip or megakd")
+    preprocess = content.get("preprocess_cfg") or {}
+    if not isinstance(preprocess, dict):
+        raise ValueError(f"{named}: preprocess_cfg = {texts.shown(preprocess)}: a table of mean, std, interpolation, resize_mode")
+    return content["model_cfg"], preprocess
+
+
+def check(config: Mapping[str, Any], named: str, *, written: bool) -> None:
+    """Raises ValueError with every key that is unknown (and the nearest one), of another type, or of a value no model has.
+
+    named: what messages begin with, such as "student.architecture". written: by whoever wrote the recipe, so that what would have no
+    effect is a mistake too; a folder's or open_clip's own configurations carry such keys.
+    """
+    problems = list(_problems(config, written))
+    if problems:
+        more = f"\nand {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise ValueError("\n".join(f"{named}.{problem}" for problem in problems[:12]) + more)
+
+
+def _problems(config: Mapping[str, Any], written: bool) -> Iterator[str]:
+    for key in REQUIRED:
+        if key not in config:
+            yield f"{key}: missing; an open_clip model configuration has embed_dim, vision_cfg and text_cfg"
+    yield from _typed(config, TOP, "")
+    sound = True
+    for name, kind in PARTS.items():
+        part = config.get(name)
+        if isinstance(part, dict):
+            known = get_type_hints(kind) | ({"attentional_pool": bool | str} if name == "vision_cfg" else {})
+            found = [*_typed(part, known, f"{name}."), *_valued(name, part)]
+            sound = sound and not found
+            yield from found
+    width = config.get("embed_dim")
+    if isinstance(width, int) and not isinstance(width, bool):
+        yield from _limited("", "embed_dim", width)
+    scale = config.get("init_logit_scale")
+    if isinstance(scale, (int, float)) and abs(scale) > 20:
+        yield f"init_logit_scale = {scale}: the logarithm of the scale; between -20 and 20, for example 2.66"
+    if sound and all(isinstance(config.get(name), dict) for name in ("vision_cfg", "text_cfg")):
+        yield from _fitting(config["vision_cfg"], config["text_cfg"])
+        if written:
+            yield from _without_effect(config)
+
+
+def _typed(table: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in table.items():
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            suggestion = f"did you mean {prefix}{nearest[0]}? " if nearest else ""
+            yield f"{prefix}{key}: unknown key; {suggestion}known here: {', '.join(known)}"
+        elif value is None and key in MAY_BE_NONE:
+            continue
+        elif not _is_of(value, known[key]):
+            yield f"{prefix}{key} = {texts.shown(value)}: {_called(known[key])} is needed"
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_is_of(value, option) for option in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, (list, tuple)) and len(value) == len(get_args(kind)) and all(map(_is_of, value, get_args(kind)))
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is dict:
+        return value is None or isinstance(value, dict)
+    return value is None if kind is type(None) else isinstance(value, kind)
+
+
+def _called(kind: Any) -> str:
+    names = {
+        int: "a whole number",
+        float: "a finite number",
+        bool: "true or false, without quotes,",
+        str: "a text",
+        dict: "a table",
+        type(None): "nothing",
+    }
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_called(option) for option in get_args(kind) if option is not type(None))
+    if get_origin(kind) is tuple:
+        return f"a list of {len(get_args(kind))} whole numbers"
+    return names.get(kind, str(kind))
+
+
+def _limited(prefix: str, key: str, value: Any) -> Iterator[str]:
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    for number in numbers:
+        if isinstance(number, (int, float)) and not isinstance(number, bool) and not 0 < number <= MOST[key]:
+            yield f"{prefix}{key} = {texts.shown(value)}: above 0 and at most {MOST[key]}"
+            return
+
+
+def _valued(name: str, part: Mapping[str, Any]) -> Iterator[str]:
+    prefix = f"{name}."
+    for key, value in part.items():
+        if key == "attentional_pool" and isinstance(value, str) and value not in ("parallel", "cascade"):
+            yield f"{prefix}{key} = {value!r}: true, false, parallel or cascade"
+        elif key in MOST:
+            yield from _limited(prefix, key, value)
+        elif key in FRACTIONS and isinstance(value, (int, float)) and not 0 <= value < 1:
+            yield f"{prefix}{key} = {value}: a fraction, from 0 to below 1"
+        elif (name, key) in CHOICES and value not in CHOICES[name, key]:
+            known = [option for option in CHOICES[name, key] if option]
+            nearest = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+            yield f"{prefix}{key} = {value!r}: {f'did you mean {nearest[0]!r}? ' if nearest else ''}one of {', '.join(known)}"
+    if (model := part.get("timm_model_name")) and isinstance(model, str) and ":" not in model and not timm.is_model(model):
+        nearest = difflib.get_close_matches(model, timm.list_models(), n=3, cutoff=0.5)
+        yield f"{prefix}timm_model_name = {model!r}: timm has no such model{f'; nearest: {chr(44).join(nearest)}' if nearest else ''}"
+
+
+def _fitting(vision: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
+    """Numbers that are sound alone and not together."""
+    parameters = 0.0
+    if not vision.get("timm_model_name"):
+        seen = {field.name: vision.get(field.name, field.default) for field in fields(CLIPVisionCfg)}
+        sides = list(seen["image_size"]) if isinstance(seen["image_size"], (list, tuple)) else [seen["image_size"]] * 2
+        if isinstance(seen["layers"], (list, tuple)):
+            if any(side % 32 for side in sides) or sides[0] != sides[1]:
+                yield f"vision_cfg.image_size = {seen['image_size']}: a ResNet's images are squares of a multiple of 32 pixels"
+            parameters += sum(seen["layers"]) * 200 * seen["width"] ** 2
+        else:
+            patch = seen["patch_size"]
+            if patch is None:
+                yield "vision_cfg.patch_size: missing; a vision transformer cuts its images into patches"
+            elif min(sides) < patch:
+                yield f"vision_cfg.patch_size = {patch}: larger than the image, image_size = {seen['image_size']}"
+            elif any(side % patch for side in sides):
+                rest = max(side % patch for side in sides)
+                yield f"vision_cfg.image_size = {seen['image_size']}: no multiple of patch_size = {patch}; {rest} pixels would not be seen"
+            elif sides[0] * sides[1] / patch**2 > MOST_PATCHES:
+                yield f"vision_cfg.patch_size = {patch}: more than {MOST_PATCHES} patches of image_size = {seen['image_size']}"
+            if seen["width"] % seen["head_width"]:
+                yield f"vision_cfg.width = {seen['width']}: no multiple of head_width = {seen['head_width']}"
+            parameters += seen["layers"] * (4 + 2 * seen["mlp_ratio"]) * seen["width"] ** 2
+    if not text.get("hf_model_name"):
+        read = {field.name: text.get(field.name, field.default) for field in fields(CLIPTextCfg)}
+        if read["width"] % read["heads"]:
+            yield f"text_cfg.width = {read['width']}: no multiple of heads = {read['heads']}"
+        parameters += read["layers"] * (4 + 2 * read["mlp_ratio"]) * read["width"] ** 2 + read["vocab_size"] * read["width"]
+    if parameters > MOST_PARAMETERS:
+        yield f"vision_cfg.width: with its layers the model has {parameters:.1e} parameters; at most {MOST_PARAMETERS:.0e} are built here"
+
+
+def _without_effect(config: Mapping[str, Any]) -> Iterator[str]:
+    """Keys that open_clip reads and does nothing with: an option that does less than it says."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    remedy = "weights come from `pretrained` alone, a file for the whole model: set it to false or take it out"
+    if vision.get("timm_model_pretrained"):
+        yield f"vision_cfg.timm_model_pretrained = true: loads nothing; {remedy}"
+    if text.get("hf_model_pretrained"):
+        yield f"text_cfg.hf_model_pretrained = true: loads nothing; {remedy}"
+    if vision.get("timm_model_name"):
+        for key in vision.keys() - {*OF_TIMM, "timm_model_pretrained"}:
+            yield f"vision_cfg.{key}: has no effect beside timm_model_name, whose model has its own; take it out"
+    else:
+        for key in (key for key in vision if key.startswith("timm_") and key != "timm_model_pretrained" and vision[key]):
+            yield f"vision_cfg.{key}: has no effect without timm_model_name"
+    if text.get("hf_model_name"):
+        for key in text.keys() - {*OF_HF, "hf_model_pretrained", *(["width"] if "multimodal_cfg" in config else [])}:
+            yield f"text_cfg.{key}: has no effect beside hf_model_name, whose model has its own; take it out"
+    else:
+        for key in (key for key in text if key in ("hf_proj_type", "hf_pooler_type")):
+            yield f"text_cfg.{key}: has no effect without hf_model_name"
+    if text.get("final_ln_after_pool"):
+        yield "text_cfg.final_ln_after_pool = true: open_clip's text tower does not read it; take it out"
+    if "multimodal_cfg" not in config:
+        for name, part in (("vision_cfg", vision), ("text_cfg", text)):
+            if part.get("output_tokens"):
+                yield f"{name}.output_tokens = true: is for a CoCa model's decoder (multimodal_cfg); take it out"
+        if text.get("embed_cls") and not config.get("custom_text"):
+            yield "text_cfg.embed_cls = true: needs custom_text = true beside embed_dim"

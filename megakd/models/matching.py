@@ -1,0 +1,150 @@
+"""Which tensor of a file belongs to which name of a model: one answer, and one refusal, for every way to load weights."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import resize_pos_embed, resize_text_pos_embed
+from torch import Tensor, nn
+
+from megakd.models import names
+from megakd.models.weight_kinds import check_values
+from megakd.models.weights import InMemory, Shape, Weights, listed
+from megakd.recipe import texts
+
+log = logging.getLogger("megakd.models")
+
+SCALARS = ("logit_scale", "logit_bias")
+APPLE = "image_encoder.model."
+
+
+@contextlib.contextmanager
+def named(role: str) -> Iterator[None]:
+    """Messages of what is done inside begin with whose weights they are about, the same from every way to load them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{role}: {error}") from error
+
+
+class Match:
+    """The tensors of a file under the names of a model. Only names and shapes are looked at before `read`."""
+
+    def __init__(self, role: str, config: Mapping[str, Any], model: nn.Module, expected: Mapping[str, Shape], weights: Weights) -> None:
+        """role: for messages; config: open_clip's of the model; model: before it was made int8; expected: names and shapes of its state.
+
+        Raises ValueError with the names that are missing, not of this model, or of another shape, and for weights whose own
+        configuration names another activation than the model's.
+        """
+        _check_activation(config, weights)
+        self._floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        self._model, self._expected, self._role = model, expected, role
+        self._weights = names.as_open_clips(_from_apple(model, weights), expected)
+        shapes = self._weights.shapes
+        absent = expected.keys() - shapes.keys()
+        # A model trained with a sigmoid loss, started from one that was not: open_clip begins at 0.
+        self._zeros = {"logit_bias"} & absent
+        unfit = [name for name in expected if name in shapes and not self._fits(name)]
+        problems = {
+            "missing": listed(absent - self._zeros),
+            "not of this model": listed(shapes.keys() - expected.keys()),
+            "of another shape": listed(f"{name} {shapes[name]} instead of {expected[name]}" for name in unfit),
+        }
+        found = "; ".join(f"{kind}: {tensors}" for kind, tensors in problems.items() if tensors)
+        if found:
+            others = f" Its names are those of {foreign}." if (foreign := names.foreign(weights.shapes)) else ""
+            raise ValueError(f"{weights.origin}: these are not the weights of this architecture. {found}.{others}")
+        for name, shape in expected.items():
+            if name in shapes and shapes[name] != shape and name not in SCALARS:
+                log.warning("%s: %s is interpolated from %s to %s positions", weights.origin, name, shapes[name][0], shape[0])
+
+    def _fits(self, name: str) -> bool:
+        have, want = self._weights.shapes[name], self._expected[name]
+        if have == want or (name in SCALARS and torch.Size(have).numel() == 1):
+            return True
+        if self._resizer(name) is None or not len(have) == len(want) == 2 or have[1] != want[1] or not have[0]:
+            return False
+        return name != "visual.positional_embedding" or (have[0] > 1 and math.isqrt(have[0] - 1) ** 2 == have[0] - 1)
+
+    def _resizer(self, name: str) -> Callable[[dict[str, Tensor], nn.Module], None] | None:
+        """open_clip's own interpolation for a model of another resolution or context."""
+        if name == "visual.positional_embedding" and hasattr(self._model.visual, "grid_size"):
+            return resize_pos_embed  # type: ignore[no-any-return]
+        return resize_text_pos_embed if name in ("positional_embedding", "text.positional_embedding") else None
+
+    def read(self, name: str) -> Tensor:
+        """The file's tensor in the model's shape, in the file's type. Raises ValueError when it holds what no trained model does."""
+        with named(self._role):
+            return self._read(name)
+
+    def _read(self, name: str) -> Tensor:
+        if name in self._zeros:
+            return torch.zeros(self._expected[name])
+        tensor = self._weights.read(name)
+        if tensor.dtype == torch.float64:
+            tensor = tensor.float()  # what is too large for it becomes infinite, and is found
+        if name in self._floating and not tensor.is_floating_point():
+            # codes of a quantised file would be taken for weights
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{self._weights.origin}: {name} is of type {kind}; a model is loaded from weights in 16 or 32 bits")
+        check_values(name, tensor, self._weights.origin)
+        if tuple(tensor.shape) == self._expected[name]:
+            return tensor
+        if name in SCALARS:
+            return tensor.reshape(self._expected[name])
+        resize = self._resizer(name)
+        assert resize is not None
+        resized = {name: tensor.float()}
+        resize(resized, self._model)
+        if tuple(resized[name].shape) != self._expected[name]:
+            raise ValueError(f"{self._weights.origin}: {name} of shape {tuple(tensor.shape)} cannot be resized to {self._expected[name]}")
+        return resized[name]
+
+    def read_into(self, model: nn.Module) -> None:
+        """Give a model that is in memory as a whole its values, in its own types. Raises ValueError as `read` does."""
+        with torch.no_grad():
+            for name, old in model.state_dict().items():
+                old.copy_(self.read(name))
+
+
+def _check_activation(config: Mapping[str, Any], weights: Weights) -> None:
+    """Raises ValueError where a file says by itself which GELU it was trained with, and the model has the other one."""
+    quick = bool(config.get("quick_gelu"))
+    remedy = "take the model's -quickgelu name, or quick_gelu = true in its architecture"
+    if names.is_openais(weights.shapes) and not quick:
+        raise ValueError(f"{weights.origin}: OpenAI's own weights, trained with QuickGELU, and this model has GELU: {remedy}")
+    if not names.is_transformers(weights.shapes) or "timm_model_name" in config["vision_cfg"]:
+        return
+    beside = Path(weights.origin).with_name("config.json")
+    if not beside.is_file():
+        kind = "QuickGELU" if quick else "GELU"
+        log.warning("%s: no config.json beside it says which activation it was trained with; %s is assumed", weights.origin, kind)
+        return
+    settings = texts.parse_json(texts.read_text(beside, str(beside)), str(beside))
+    for tower in ("vision_config", "text_config"):
+        part = settings.get(tower) if isinstance(settings, dict) else None
+        activation = part.get("hidden_act", "quick_gelu") if isinstance(part, dict) else "quick_gelu"  # transformers' default
+        if (activation == "quick_gelu") != quick:
+            told = remedy if not quick else "take the model's name without -quickgelu, or quick_gelu = false in its architecture"
+            raise ValueError(
+                f"{weights.origin}: {beside.name} says hidden_act = {activation!r} in {tower}, and this model has another: {told}"
+            )
+
+
+def _from_apple(model: nn.Module, weights: Weights) -> Weights:
+    """Apple's own files of MobileCLIP, converted as open_clip does it, at once: the models are small."""
+    if not any(name.startswith(APPLE) for name in weights.shapes):
+        return weights
+    state = {name: weights.read(name) for name in weights.shapes}
+    try:
+        converted = convert_state_dict(model, state)
+    except (KeyError, RuntimeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{weights.origin}: named as Apple's MobileCLIP, and not converted ({type(error).__name__}: {error})") from None
+    return InMemory(converted, weights.origin)
