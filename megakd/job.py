@@ -90,7 +90,11 @@ class Run:
 
     def _execute(self) -> int:
         self.log.say(f"{self.recipe.name}: run folder {self.folder}{self._job()}")
+        changed = [] if self.plan.request.resume == "none" else collectives.by_main(self._changes, self.world)
         progress, state = self._starting_point()
+        if state is not None:
+            for line in changed:
+                self.log.say(line)
         collectives.by_main(lambda: self.log.open(self.recipe, self.plan.config, self.world.size), self.world)
         self.log.say(self._outline())
         self._build(state)
@@ -102,6 +106,9 @@ class Run:
             self.log.say(f"stopped by a signal after saving; the same command goes on from there (exit code {EXIT_SAVED})")
             return EXIT_SAVED
         return 0
+
+    def _changes(self) -> list[str]:
+        return runlog.changes(self.folder, self.recipe)
 
     def _train_and_finish(self, progress: Progress) -> None:
         try:

@@ -16,13 +16,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from megakd.recipe import Recipe, texts
-
-# Keys that say how a run is watched and stored, not what it learns: a run may be resumed with other values of these.
-FREE_ON_RESUME = (
-    *("checkpoint.", "log.", "watchdog.", "evaluation.", "kernels.", "teacher.offload", "teacher.ds_config", "decoder.recipe"),
-    *("data.workers", "data.cache", "data.max_bad_fraction"),
-)
+from megakd.recipe import Recipe, resume, texts
 
 # Of one recipe that a message lists.
 MOST_PROBLEMS = 12
@@ -182,10 +176,34 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Lines 'key: old -> new' for each setting that changes what is learned; empty when a run of `old` may go on as `new`."""
+    """Lines 'key: old -> new' for each setting that changes what is learned; empty when a run of `old` goes on as `new` without a word."""
+    return [f"{key}: {before!r} -> {after!r}" for key, before, after in _changed(old, new)]
+
+
+def refused(old: Recipe, new: Recipe) -> list[str]:
+    """The lines of `differences` for which a run of `old` must not go on as `new`, with the reason where the key alone is none."""
+    lines = []
+    for key, before, after in _changed(old, new):
+        if resume.change(key) == "refused":
+            lines.append(f"{key}: {before!r} -> {after!r}")
+        elif key == "optim.steps" and new.optim.schedule != "constant":
+            lines.append(f"{key}: {before!r} -> {after!r} (with schedule = {new.optim.schedule!r} the rate of every step depends on it)")
+    return lines
+
+
+def told(old: Recipe, new: Recipe) -> list[str]:
+    """What is to be said of the settings that may change, when `refused` has none."""
+    lines = []
+    for key, before, after in _changed(old, new):
+        found = resume.entry(key)
+        lines.append(f"{key}: {before!r} -> {after!r}: {resume.TOLD.get(found or '', 'changed')}")
+    return lines
+
+
+def _changed(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    keys = sorted(key for key in before.keys() | after.keys() if not key.startswith(FREE_ON_RESUME))
-    return [f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
+    keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return [(key, before.get(key), after.get(key)) for key in keys if resume.change(key) != "free"]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -245,12 +245,13 @@ class Trainer:
         if isinstance(teacher, StoredTeacher):
             assert batch.stored is not None, "the loader was given the store"
             assert batch.view is not None
-            return teacher.recall(*batch.stored, batch.index, batch.view)
+            found = batch.stored
+            return teacher.recall(found.image, found.text, found.known, batch.index, batch.view, found.damaged)
         pixels, tokens = self._view(batch, role, teacher.dtype)
         if isinstance(teacher, TextStoredTeacher):
             assert batch.stored is not None, "the loader was given the store"
             image_BD = torch.cat([teacher.embed_images(piece) for piece in pixels.split(size)])
-            return teacher.join(image_BD, batch.stored.text, batch.stored.known, batch.index)
+            return teacher.join(image_BD, batch.stored.text, batch.stored.known, batch.index, batch.stored.damaged)
         parts = [teacher.embed(*piece) for piece in zip(pixels.split(size), tokens.split(size), strict=True)]
         return parts[0]._replace(image=torch.cat([part.image for part in parts]), text=torch.cat([part.text for part in parts]))
 

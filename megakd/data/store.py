@@ -8,105 +8,66 @@
 A part is one file, complete or absent: it is renamed into place, and its header names the store it belongs to. Reading maps the
 files into memory, so that the ranks and workers of a node share one page cache, and asks for rows alone.
 
+A value is checked where it is read: a part's header has the CRC-32 of each row, of the V images and then of the text with its byte of
+`known`. Parts of format 1 have none: they are compared with their SHA-256 when a process reads them first. A row that is not as it was
+written is not used; to the reader it is one that the store lacks, and it is counted.
+
 Legend: N samples of a part, V views, D embedding width, B rows asked for.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import math
 import struct
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-FORMAT = 1
-INTEGER_PRODUCTS = ("int_mm", "bitsandbytes")
-MANIFEST, PARTS = "manifest.json", "parts"
+from megakd.data.store_manifest import MANIFEST, Layout, Manifest, StoreError, StoreType, differences, made_as_wanted, read_manifest
+
+__all__ = [
+    "MANIFEST",
+    "Layout",
+    "Manifest",
+    "StoreError",
+    "StoreType",
+    "differences",
+    "made_as_wanted",
+    "read_manifest",
+]  # who reads a store asks here
+
+PARTS = "parts"
 NOTE = "megakd"  # the one metadata entry of a part's header: the order of several is not the same in every process
-StoreType = Literal["bf16", "fp32"]
-_TORCH: dict[StoreType, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _NUMPY: dict[StoreType, type] = {"bf16": np.int16, "fp32": np.float32}  # numpy has no bf16: its bits travel as int16
 _HEADER: dict[StoreType, str] = {"bf16": "BF16", "fp32": "F32"}
 # As for the shards' indexes: far below the kernel's limit of 65530 maps a process.
 _OPEN_PARTS = 1024
 _HEADER_THREADS = 16
-_LARGEST_HEADER = 1 << 16  # ours have less than a kilobyte; a damaged length must not make us read gigabytes
-
-
-class StoreError(ValueError):
-    """A store that cannot be read or written; the message says which file, why, and what to do."""
+_LARGEST_HEADER = 1 << 26  # ours have some 100 KB, of checks; a damaged length must not make us read gigabytes
 
 
 class Rows(NamedTuple):
-    """What a store says of B samples: image and text (B, D) in the store's type, known (B,) bool. Unknown rows are zero."""
+    """What a store says of B samples: image and text (B, D) in the store's type, known (B,) bool. Unknown rows are zero.
+
+    damaged: (B,) bool, of those that are unknown because they are not as they were written.
+    """
 
     image: Tensor
     text: Tensor
     known: Tensor
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How samples lie in parts: part p holds the samples [p * part, (p + 1) * part), the last one fewer."""
-
-    samples: int
-    part: int
-    views: int
-    width: int
-    dtype: StoreType
-
-    @property
-    def parts(self) -> int:
-        return -(-self.samples // self.part)
-
-    def count(self, number: int) -> int:
-        """Samples N of a part."""
-        return min(self.part, self.samples - number * self.part)
-
-    def shapes(self, number: int) -> dict[str, tuple[int, ...]]:
-        count = self.count(number)
-        return {"image": (count, self.views, self.width), "text": (count, self.width), "known": (count,)}
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return _TORCH[self.dtype]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """key: what the embeddings depend on, nested; made: how they were computed, the same for all parts of a store.
-
-    scale, bias: the teacher's, of `Embeddings`. parts: number -> facts of its header; empty until the store is complete.
-    """
-
-    key: dict[str, Any]
-    made: dict[str, Any]
-    layout: Layout
-    scale: float
-    bias: float | None
-    parts: tuple[dict[str, Any], ...] = ()
-
-    @property
-    def digest(self) -> str:
-        """What a part's header holds of its store, so that a part of another one is not taken for its own."""
-        return hashlib.sha256(json.dumps([self.key, self.made, asdict(self.layout)], sort_keys=True).encode()).hexdigest()
-
-    @property
-    def seed(self) -> int:
-        """The augmentation's seed."""
-        return int(self.key["seed"])
-
-    def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self), "parts": list(self.parts)}
+    damaged: Tensor
 
 
 @dataclass(frozen=True)
@@ -122,86 +83,82 @@ def part_path(folder: Path, number: int) -> Path:
     return folder / PARTS / f"{number:06d}.safetensors"
 
 
-def read_manifest(folder: Path) -> Manifest | None:
-    """None where there is none. Raises StoreError for one that cannot be read or is of another format."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise StoreError(f"{path}: format {found['format']}, this version reads format {FORMAT}; make the store anew")
-        layout = Layout(**found["layout"])
-        return Manifest(found["key"], found["made"], layout, found["scale"], found["bias"], tuple(found["parts"]))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise StoreError(f"{path}: no manifest of a store ({error!r}); make the store anew in another folder") from error
-
-
-def differences(store: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Lines 'key: A in the store, B wanted' for every entry of the nested keys that differs; empty when the store may be used.
-
-    Weights are equal when their checksums are; their names count where one side has no checksum, for want of the file.
-    """
-    mine, theirs = _flat(store), _flat(wanted)
-    name, digest = "weights.name", "weights.sha256"
-    by_digest = mine.get(digest) is not None and theirs.get(digest) is not None
-    ignored = {name} if by_digest else {digest}
-    keys = [key for key in sorted(mine.keys() | theirs.keys()) if key not in ignored and mine.get(key) != theirs.get(key)]
-    return [f"{key}: {mine.get(key)!r} in the store, {theirs.get(key)!r} in the recipe" for key in keys]
-
-
-def made_as_wanted(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """How a store was computed, with what older ones did not write down as it was then: one of two ways with integers, no calibration."""
-    then: dict[str, Any] = dict.fromkeys(wanted)
-    if made.get("int8"):
-        then["product"] = asked if (asked := wanted.get("product")) in INTEGER_PRODUCTS else " or ".join(INTEGER_PRODUCTS)
-    return {**then, **made}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
 def read_part(folder: Path, manifest: Manifest, number: int) -> PartFile:
     """The header of a part, checked against the file's length and the manifest. Raises StoreError naming the file and its defect.
 
     The values themselves are not read: `content_digest` tells whether they have changed.
     """
     path, layout = part_path(folder, number), manifest.layout
+    shapes, types = layout.shapes(number), {"image": _HEADER[layout.dtype], "text": _HEADER[layout.dtype], "known": "U8"}
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-            header = json.loads(file.read(min(length, _LARGEST_HEADER)))
-        note = json.loads(header["__metadata__"][NOTE])
-        described = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for name in ("image", "text", "known")}
-        spans = {name: header[name]["data_offsets"] for name in described}
-        facts = PartFile({name: 8 + length + span[0] for name, span in spans.items()}, str(note["sha256"]), int(note["known"]))
+            length, header, note = _header(file)
+            described = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for name in shapes}
+            spans = {name: (int(begin), int(end)) for name in shapes for begin, end in [header[name]["data_offsets"]]}
+            facts = PartFile({name: 8 + length + span[0] for name, span in spans.items()}, str(note["sha256"]), int(note["known"]))
+            file.seek(facts.offsets["known"] if 0 <= facts.offsets["known"] <= size else 0)
+            known = np.frombuffer(file.read(layout.count(number)), np.uint8)
+        owner = (note["store"], note["number"], facts.sha256)
+        _checks(note, layout, number)
     except FileNotFoundError as error:
         raise StoreError(f"{path}: missing") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise StoreError(f"{path}: no part of a store ({error!r})") from error
-    types = {"image": _HEADER[layout.dtype], "text": _HEADER[layout.dtype], "known": "U8"}
-    if described != {name: (types[name], shape) for name, shape in layout.shapes(number).items()}:
+    if described != {name: (types[name], shape) for name, shape in shapes.items()}:
         raise StoreError(f"{path}: its tensors are {described}, not those of the manifest's layout")
     if (expected := 8 + length + max(end for _, end in spans.values())) != size:
         raise StoreError(f"{path}: {size} bytes instead of {expected}")
+    # save_file puts tensors of one type in the order of their names, image before text: swapped, they would be read as each other
+    bytes_of = {"BF16": 2, "F32": 4, "U8": 1}
+    lengths = {name: math.prod(shape) * bytes_of[types[name]] for name, shape in shapes.items()}
+    ordered = sorted(spans.values())
+    tiled = [0, *(end for _, end in ordered)] == [*(begin for begin, _ in ordered), size - 8 - length]
+    if not tiled or any(end - begin != lengths[name] for name, (begin, end) in spans.items()) or spans["image"] > spans["text"]:
+        raise StoreError(f"{path}: its tensors do not lie where they were written: {spans}")
     listed = manifest.parts[number]["sha256"] if manifest.parts else facts.sha256
-    if (note["store"], note["number"], facts.sha256) != (manifest.digest, number, listed):
+    if owner != (manifest.digest, number, listed):
         raise StoreError(f"{path}: a part of another store")
+    if int(known.sum()) != facts.known or int(known.max()) > 1:
+        raise StoreError(f"{path}: which of its samples have embeddings was changed after it was written")
     return facts
 
 
+def _header(file: BinaryIO) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Length and content of a safetensors header, and the note in it. Raises ValueError, KeyError or TypeError for anything else."""
+    (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+    header = json.loads(file.read(min(length, _LARGEST_HEADER)))
+    return length, header, json.loads(header["__metadata__"][NOTE])
+
+
+def _checks(note: Mapping[str, Any], layout: Layout, number: int) -> NDArray[np.int32] | None:
+    """(N, V + 1) from a part's note; None for one of format 1. Raises ValueError where they are of another number."""
+    if "checks" not in note:
+        return None
+    return np.frombuffer(base64.b64decode(note["checks"], validate=True), "<i4").reshape(layout.count(number), layout.views + 1)
+
+
 def map_part(folder: Path, manifest: Manifest, number: int, facts: PartFile) -> dict[str, NDArray[Any]]:
-    """The part's arrays, mapped read-only: image (N, V, D) and text (N, D) of float32 or of bf16 bits as int16, known (N,) uint8."""
+    """The part's arrays, mapped read-only: image (N, V, D) and text (N, D) of float32 or of bf16 bits as int16, known (N,) uint8.
+
+    And, read, where the part has them: checks (N, V + 1) of int32.
+    """
     path, layout = part_path(folder, number), manifest.layout
     types: dict[str, Any] = {"image": _NUMPY[layout.dtype], "text": _NUMPY[layout.dtype], "known": np.uint8}
-    return {
+    arrays: dict[str, NDArray[Any]] = {
         name: np.memmap(path, types[name], "r", offset=facts.offsets[name], shape=shape) for name, shape in layout.shapes(number).items()
     }
+    with path.open("rb") as file:
+        checks = _checks(_header(file)[2], layout, number)
+    return arrays if checks is None else {**arrays, "checks": checks}
+
+
+def row_checks(image_NVD: NDArray[Any], text_ND: NDArray[Any], known_N: NDArray[Any]) -> NDArray[np.int32]:
+    """CRC-32 of each row, (N, V + 1): of the views' bytes, and of the text's with its byte of `known`."""
+    texts = [zlib.crc32(bytes([known]), zlib.crc32(row.tobytes())) for row, known in zip(text_ND, known_N.tolist(), strict=True)]
+    images = [[zlib.crc32(view.tobytes()) for view in views] for views in image_NVD]
+    rows = [[*views, text] for views, text in zip(images, texts, strict=True)]
+    return np.array(rows, "<u4").reshape(len(rows), image_NVD.shape[1] + 1).view("<i4")
 
 
 def content_digest(arrays: Mapping[str, NDArray[Any]]) -> str:
@@ -231,6 +188,7 @@ class Store:
     parts: dict[int, PartFile]
     defects: list[str]  # why parts are not there, in words
     _maps: OrderedDict[int, dict[str, NDArray[Any]]] = field(default_factory=OrderedDict)
+    _compared: dict[int, bool] = field(default_factory=dict)  # parts without checks: whether they are as they were written
 
     @classmethod
     def open(cls, folder: Path) -> Store:
@@ -253,7 +211,7 @@ class Store:
         return cls(folder, manifest, parts, defects)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": OrderedDict()}
+        return {**self.__dict__, "_maps": OrderedDict(), "_compared": {}}
 
     @property
     def layout(self) -> Layout:
@@ -299,19 +257,31 @@ class Store:
         """The embeddings of samples `index_B` in their views `view_B`. Raises StoreError when a part vanishes while it is in use."""
         layout, count = self.layout, len(index_B)
         image_BD = torch.zeros((count, layout.width), dtype=layout.torch_dtype)
-        text_BD, known_B = torch.zeros_like(image_BD), torch.zeros(count, dtype=torch.bool)
+        text_BD, known_B, damaged_B = torch.zeros_like(image_BD), torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
         part_B = index_B // layout.part
         for number in np.unique(part_B).tolist():
             if number not in self.parts:
                 continue
             arrays = self._arrays(number)
             rows = np.flatnonzero(part_B == number)
-            inside = index_B[rows] - number * layout.part
-            where = torch.from_numpy(rows)
-            image_BD[where] = to_tensor(arrays["image"][inside, view_B[rows]])
-            text_BD[where] = to_tensor(arrays["text"][inside])
-            known_B[where] = torch.from_numpy(arrays["known"][inside].astype(np.bool_))
-        return Rows(image_BD, text_BD, known_B)
+            inside, view = index_B[rows] - number * layout.part, view_B[rows]
+            image, text, known = arrays["image"][inside, view], arrays["text"][inside], arrays["known"][inside]
+            if "checks" in arrays:
+                checks = np.stack([arrays["checks"][inside, view], arrays["checks"][inside, -1]], 1)
+                sound = (row_checks(image[:, None], text, known) == checks).all(axis=1)
+            else:
+                sound = np.full(len(rows), self._as_written(number, arrays))
+            damaged_B[torch.from_numpy(rows[~sound])] = True
+            used = sound & (known == 1)
+            where = torch.from_numpy(rows[used])
+            image_BD[where], text_BD[where], known_B[where] = to_tensor(image[used]), to_tensor(text[used]), True
+        return Rows(image_BD, text_BD, known_B, damaged_B)
+
+    def _as_written(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> bool:
+        """Of a whole part, which is read for it once a process."""
+        if number not in self._compared:
+            self._compared[number] = content_digest(arrays) == self.parts[number].sha256
+        return self._compared[number]
 
     def _arrays(self, number: int) -> dict[str, NDArray[Any]]:
         if number not in self._maps:
@@ -319,7 +289,7 @@ class Store:
                 self._maps.popitem(last=False)
             try:
                 self._maps[number] = map_part(self.folder, self.manifest, number, self.parts[number])
-            except (OSError, ValueError) as error:  # ValueError: the file is shorter than the map
+            except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: the file is shorter than the map
                 path = part_path(self.folder, number)
                 raise StoreError(f"{path}: gone or changed since the run began ({error}); put it back, or run `megakd embed`") from error
         self._maps.move_to_end(number)

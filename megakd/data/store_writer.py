@@ -9,6 +9,7 @@ Legend: as in `store`.
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 from dataclasses import replace
@@ -34,8 +35,9 @@ from megakd.data.store import (
     part_path,
     read_manifest,
     read_part,
+    row_checks,
 )
-from megakd.runtime.files import atomic_file, sync
+from megakd.runtime.files import atomic_file, clear, sync
 from megakd.runtime.locks import LOCK, FolderLock
 
 log = logging.getLogger("megakd.data")
@@ -64,8 +66,12 @@ def existing(folder: Path, key: dict[str, Any], made: dict[str, Any], layout: La
     Raises StoreError for a folder with other content and, with every difference, for another store.
     """
     found = read_manifest(folder)
+    if left := clear(folder, folder / PARTS):
+        log.warning("%s: cleared what a killed job had half written: %s", folder, ", ".join(path.name for path in left[:4]))
     if found is None:
-        if other := sorted(entry.name for entry in folder.iterdir() if entry.name != LOCK):
+        # A job that was killed before its first manifest leaves its lock and a folder without parts.
+        began = {LOCK} | ({PARTS} if (folder / PARTS).is_dir() and not any((folder / PARTS).iterdir()) else set())
+        if other := sorted(entry.name for entry in folder.iterdir() if entry.name not in began):
             raise StoreError(f"{folder}: holds {', '.join(other[:4])} and no {MANIFEST}; give --out a new folder or a store")
         return None
     before = made_as_wanted(found.made, made)
@@ -111,8 +117,9 @@ def write_part(folder: Path, manifest: Manifest, number: int, image_NVD: Tensor,
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert shapes == manifest.layout.shapes(number), f"part {number}: {shapes}"
-    digest = content_digest({name: _bits(tensor) for name, tensor in tensors.items()})
-    note = {"store": manifest.digest, "number": number, "known": int(known_N.sum()), "sha256": digest}
+    bits = {name: _bits(tensor) for name, tensor in tensors.items()}
+    checks = base64.b64encode(row_checks(bits["image"], bits["text"], bits["known"]).tobytes()).decode()
+    note = {"store": manifest.digest, "number": number, "known": int(known_N.sum()), "sha256": content_digest(bits), "checks": checks}
     path = part_path(folder, number)
     try:
         with atomic_file(path) as partial:

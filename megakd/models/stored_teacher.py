@@ -21,6 +21,8 @@ StoreMiss = Literal["teacher", "fail"]
 # (samples (M,), view numbers (M,), type of the pixels) -> what `Teacher.embed` takes, on the device; one row of anything for M = 0
 Reread = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
+_REPAIR = "`megakd embed --check` names the parts; remove those, and `megakd embed` writes them anew"
+
 log = logging.getLogger("megakd.models")
 
 
@@ -47,14 +49,15 @@ class TextStoredTeacher:
         self._scale, self._bias = _scalars(scale, bias, world)
         self._world, self._where = world, where
 
-    def join(self, image_BD: Tensor, text_BD: Tensor, known_B: Tensor, index_B: Tensor) -> Embeddings:
-        """What `embed_images` found, with a store's rows of text, valid where known_B, of the samples index_B; the last three on the CPU.
+    def join(self, image_BD: Tensor, text_BD: Tensor, known_B: Tensor, index_B: Tensor, damaged_B: Tensor | None = None) -> Embeddings:
+        """What `embed_images` found, with a store's rows of text, valid where known_B, of the samples index_B; all but images on the CPU.
 
         Every rank calls it. Raises ValueError on every rank when a row is missing.
         """
         missing_M = index_B[~known_B]
-        if total := sum(_misses(len(missing_M), self._world)):
-            raise _missing(total, missing_M, self._where)
+        counts, damaged = _misses(len(missing_M), damaged_B, self._world)
+        if any(counts):
+            raise _missing(sum(counts), damaged, missing_M, self._where)
         return Embeddings(image_BD, text_BD.to(image_BD.device, image_BD.dtype, non_blocking=True), self._scale, self._bias)
 
 
@@ -83,35 +86,41 @@ class StoredTeacher:
 
         where: 'shard: key' of a sample, for messages.
         """
-        self.width, self.dtype, self.misses = width, dtype, 0
+        self.width, self.dtype, self.misses, self.damaged = width, dtype, 0, 0
         self._scale, self._bias = _scalars(scale, bias, world)
         self._world, self._miss, self._build, self._reread, self._where, self._piece = world, miss, build, reread, where, piece
         self._live: Teacher | None = None
 
-    def recall(self, image_BD: Tensor, text_BD: Tensor, known_B: Tensor, index_B: Tensor, view_B: Tensor) -> Embeddings:
+    def recall(
+        self, image_BD: Tensor, text_BD: Tensor, known_B: Tensor, index_B: Tensor, view_B: Tensor, damaged_B: Tensor | None = None
+    ) -> Embeddings:
         """Unit embeddings of a batch, without gradient; every rank calls it for its part of the batch. All arguments are on the CPU.
 
         image_BD, text_BD: a store's rows, valid where known_B (bool); index_B, view_B: which sample and view each row is.
+        damaged_B: (bool) which of the unknown ones are in the store, but not as they were written; for what is said about them.
         Raises ValueError on every rank when a row is missing and misses are to fail.
         """
         missing_M = (~known_B).nonzero().flatten()
-        counts = _misses(len(missing_M), self._world)
+        counts, damaged = _misses(len(missing_M), damaged_B, self._world)
         image, text = (rows.to(self._world.device, self.dtype, non_blocking=True) for rows in (image_BD, text_BD))
         if any(counts):
-            self._refuse_or_say(counts, index_B[missing_M])
+            self._refuse_or_say(counts, damaged, index_B[missing_M])
             live = self._teach(index_B[missing_M], view_B[missing_M], max(counts))
             where = missing_M.to(self._world.device)
             image[where], text[where] = live.image.to(self.dtype), live.text.to(self.dtype)
         return Embeddings(image, text, self._scale, self._bias)
 
-    def _refuse_or_say(self, counts: list[int], index_M: Tensor) -> None:
+    def _refuse_or_say(self, counts: list[int], damaged: int, index_M: Tensor) -> None:
         total = sum(counts)
         if self._miss == "fail":
-            raise _missing(total, index_M, self._where)
+            raise _missing(total, damaged, index_M, self._where)
         example = _example(index_M, self._where)
         if self.misses == 0:
             log.warning("%d samples of this batch are not in the store (%s): the teacher is loaded to embed such samples", total, example)
+        if self.damaged == 0 and damaged:
+            log.warning("%d of them are in the store, but not as they were written: %s", damaged, _REPAIR)
         self.misses += total
+        self.damaged += damaged
 
     def _teach(self, index_M: Tensor, view_M: Tensor, most: int) -> Embeddings:
         """The live teacher's embeddings of M samples. Every rank makes as many calls as the one with `most` samples needs."""
@@ -133,19 +142,22 @@ def _scalars(scale: float, bias: float | None, world: World) -> tuple[Tensor, Te
     return on_device(scale), None if bias is None else on_device(bias)
 
 
-def _misses(mine: int, world: World) -> list[int]:
-    """Of every rank: on the CPU, so that no device is waited for."""
-    counts = torch.zeros(world.size)
+def _misses(mine: int, damaged_B: Tensor | None, world: World) -> tuple[list[int], int]:
+    """Of every rank, and how many of all are damaged: on the CPU, so that no device is waited for."""
+    counts = torch.zeros(world.size + 1)
     counts[world.rank] = mine
-    return [int(count) for count in collectives.start_sum(counts, world).read()]
+    counts[-1] = 0 if damaged_B is None else damaged_B.sum()
+    *each, damaged = (int(count) for count in collectives.start_sum(counts, world).read())
+    return each, damaged
 
 
 def _example(index_M: Tensor, where: Callable[[int], str]) -> str:
     return where(int(index_M[0])) if len(index_M) else "on another rank"
 
 
-def _missing(total: int, index_M: Tensor, where: Callable[[int], str]) -> ValueError:
+def _missing(total: int, damaged: int, index_M: Tensor, where: Callable[[int], str]) -> ValueError:
+    not_as_written = f" {damaged} of them are, but not as they were written: {_REPAIR}." if damaged else ""
     return ValueError(
-        f"teacher.store: {total} samples of this batch are not in the store, and teacher.store_miss is 'fail'. "
+        f"teacher.store: {total} samples of this batch are not in the store, and teacher.store_miss is 'fail'.{not_as_written} "
         f"Example: {_example(index_M, where)}. Complete the store with `megakd embed`, or set teacher.store_miss = 'teacher'"
     )

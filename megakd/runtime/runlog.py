@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megakd.recipe import Recipe
-from megakd.recipe_files import differences, load
+from megakd.recipe_files import differences, load, refused, told
 from megakd.runtime import slurm_job
 from megakd.runtime.files import atomic_file, sync
 
@@ -152,13 +152,28 @@ def check_resume(run: Path, resume: str, recipe: Recipe) -> None:
         earlier, _ = load(str(path))
     except ValueError as error:
         raise ValueError(f"--out {run}: {error}\nchoose another --out, or --resume none to set that run aside") from error
-    changed = differences(earlier, recipe)
-    if changed and any(next(run.glob(pattern), None) for pattern in TRAINED):
+    if (problems := refused(earlier, recipe)) and _trained(run):
+        # what may change is named as well: with the others it is what makes this another recipe
+        lines = problems + [line for line in differences(earlier, recipe) if not any(known.startswith(line) for known in problems)]
+        shown = lines[:12] + [f"and {len(lines) - 12} more"] * (len(lines) > 12)
         raise ValueError(
-            f"--out {run}: this folder belongs to a run of another recipe:\n  " + "\n  ".join(changed[:12]) + "\n"
+            f"--out {run}: this folder belongs to a run of another recipe:\n  " + "\n  ".join(shown) + "\n"
             "choose another --out, or give the recipe that run was started with (RUN/run.json is one), "
             "or --resume none to set that run aside"
         )
+
+
+def _trained(run: Path) -> bool:
+    return any(next(run.glob(pattern), None) for pattern in TRAINED)
+
+
+def changes(run: Path, recipe: Recipe) -> list[str]:
+    """For people: what of the recipe is not as in the run's earlier starts, where something was trained and `check_resume` has passed."""
+    if not _trained(run):
+        return []
+    if not (run / RUN).exists():
+        return [f"{run / RUN} is missing: whether what is there was trained by this recipe cannot be checked"]
+    return [f"the recipe has changed since this run began: {line}" for line in told(load(str(run / RUN))[0], recipe)]
 
 
 def set_aside(run: Path, entries: list[Path]) -> Path | None:

@@ -114,6 +114,27 @@ def test_missing_and_truncated_parts_are_written_again_and_come_out_the_same(rec
     assert_equal_stores(store, reference)
 
 
+@pytest.mark.parametrize(
+    "left", [(), ("parts/",), ("parts/", ".manifest.json.x1y2.partial"), ("parts/", "parts/.000000.safetensors.z.partial")]
+)
+def test_a_job_that_was_killed_before_its_first_manifest_is_gone_on_with(
+    recipe: Recipe, reference: Path, tmp_path: Path, left: tuple[str, ...]
+) -> None:
+    out = tmp_path / "store"
+    out.mkdir()
+    (out / "lock").write_text("process 1 on a machine that is gone\n")
+    for name in left:
+        (out / name).mkdir() if name.endswith("/") else (out / name).write_text("half")
+    job(recipe, out).embed()
+    assert_equal_stores(out, reference)
+
+
+def test_a_folder_with_parts_and_no_manifest_is_somebody_elses(recipe: Recipe, store: Path) -> None:
+    (store / "manifest.json").unlink()
+    with pytest.raises(StoreError, match=r"holds parts and no manifest\.json"):
+        job(recipe, store).embed()
+
+
 def test_a_second_job_is_refused_and_changes_nothing(recipe: Recipe, recipe_file: Path, reference: Path, store: Path) -> None:
     part_path(store, 3).unlink()
     with StoreLock(store):  # a lock is a process's own, so the second job is another process

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pytest
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megakd import recipe_files
 from megakd.objectives.registry import FAMILIES, WITH_BIAS, WITHOUT_TEACHER
-from megakd.recipe import Objectives, Recipe, Section
+from megakd.recipe import Objectives, Recipe, Section, resume
 
 
 def _load(path: Path | str, *overrides: str) -> Recipe:
@@ -241,3 +242,63 @@ def test_differences_name_what_is_learned_and_not_how_it_is_watched(recipe_file:
     assert "optim.lr: 0.001 -> 1.0" in changed
     assert "objectives.feature: 0.0 -> 0.5" in changed
     assert "teacher.model: None -> 'ViT-B-32'" in changed
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        inner = _section(field.annotation)
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from _keys(inner[0], f"{prefix}{name}." + "*." * inner[1])
+
+
+def _section(annotation: Any) -> tuple[type[BaseModel], bool] | None:
+    """The section that a field holds, and whether it holds several by name."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    if get_origin(annotation) is dict:
+        found = _section(get_args(annotation)[1])
+        return None if found is None else (found[0], True)
+    return next(filter(None, map(_section, get_args(annotation))), None)
+
+
+def test_every_key_says_what_a_run_that_goes_on_makes_of_its_change() -> None:
+    assert sorted(resume.ON_RESUME) == sorted(_keys(Recipe))
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("evaluation.vqa.mine.images", "free"),
+        ("evaluation.vqa", "free"),
+        ("evaluation.zero_shot.new", "free"),
+        ("ensemble.second.offload", "free"),
+        ("ensemble.second.architecture.embed_dim", "refused"),
+        ("ensemble", "refused"),
+        ("answers.train.mine.images", "told"),
+        ("answers.train.mine.format", "refused"),
+        ("no.such.key", "refused"),
+    ],
+)
+def test_a_key_with_a_name_of_its_own_is_found_in_the_table(key: str, change: str) -> None:
+    assert resume.change(key) == change
+
+
+# What messages ask people to change, where a run may have checkpoints by then.
+@pytest.mark.parametrize(
+    "override",
+    ["optim.lr=1e-4", "data.max_bad_fraction=0.1", "data.max_pixels=1000", "data.cache=x", "watchdog.limit=3600", "data.train=/b/*.tar"],
+)
+def test_a_remedy_of_a_message_may_be_followed_in_the_same_folder(recipe_file: Path, override: str) -> None:
+    assert recipe_files.refused(_load(recipe_file), _load(recipe_file, override)) == []
+
+
+def test_more_steps_are_taken_where_the_schedule_does_not_depend_on_them(recipe_file: Path) -> None:
+    assert (
+        "optim.steps: 6 -> 9 (with schedule = 'cosine'" in recipe_files.refused(_load(recipe_file), _load(recipe_file, "optim.steps=9"))[0]
+    )
+    constant = _load(recipe_file, "optim.schedule=constant")
+    longer = _load(recipe_file, "optim.schedule=constant", "optim.steps=9")
+    assert recipe_files.refused(constant, longer) == []
+    assert recipe_files.told(constant, longer)[0].startswith("optim.steps: 6 -> 9: with a constant schedule")

@@ -124,6 +124,63 @@ def test_how_it_is_watched_may_change(recipe_file: Path, stopped: Path, undistur
     assert _names(stopped) == [8]
 
 
+def test_a_constant_schedule_takes_more_steps_and_learns_what_it_would_have_with_them_from_the_start(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    sets = ("optim.schedule=constant", "checkpoint.every=100")
+    for run, steps in (("longer", 4), ("longer", 6), ("whole", 6)):
+        finished = train(recipe_file, "--out", tmp_path / run, sets=(*sets, f"optim.steps={steps}"))
+        assert finished.code == 0, finished.err
+        assert ("optim.steps: 4 -> 6: with a constant schedule" in finished.out) == ((run, steps) == ("longer", 6))
+    assert curve(tmp_path / "longer") == curve(tmp_path / "whole")
+    fewer = train(recipe_file, "--out", tmp_path / "longer", sets=(*sets, "optim.steps=3"))
+    assert fewer.code == EXIT_USER_ERROR
+    assert "optim.steps = 3: " in fewer.err
+    assert "has 6 steps behind it" in fewer.err
+
+
+def test_a_lower_rate_may_follow_a_divergence_and_is_said(recipe_file: Path, stopped: Path) -> None:
+    finished = train(recipe_file, "--out", stopped, sets=(*SETTINGS, "optim.lr=1e-4"))
+    assert finished.code == 0, finished.err
+    assert "the recipe has changed since this run began: optim.lr: 0.001 -> 0.0001: from the step that is gone on from" in finished.out
+    assert rows(stopped)[-1]["step"] == STEPS
+
+
+def test_shards_that_have_moved_are_the_same_data(recipe_file: Path, stopped: Path, undisturbed: Path, world: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").symlink_to(world)
+    finished = train(recipe_file, "--out", stopped, sets=(*SETTINGS, f"data.train={tmp_path}/elsewhere/train/*.tar"))
+    assert finished.code == 0, finished.err
+    assert curve(stopped) == curve(undisturbed)
+
+
+def test_checkpoints_without_a_run_json_are_gone_on_with_and_it_is_said(recipe_file: Path, stopped: Path, undisturbed: Path) -> None:
+    (stopped / "run.json").unlink()
+    finished = train(recipe_file, "--out", stopped, sets=SETTINGS)
+    assert finished.code == 0, finished.err
+    assert "run.json is missing" in finished.out
+    assert curve(stopped) == curve(undisturbed)
+
+
+def test_what_a_kill_left_half_written_is_cleared_and_said_once(recipe_file: Path, stopped: Path) -> None:
+    for folder in (stopped / ".model.partial", stopped / "checkpoints" / ".step_00000008.partial", stopped / "checkpoints" / ".removed_x"):
+        folder.mkdir()
+        (folder / "weights.safetensors").write_bytes(b"half")
+    (stopped / ".run.json.partial").write_text("{")
+    finished = train(recipe_file, "--out", stopped, sets=SETTINGS)
+    assert finished.code == 0, finished.err
+    assert finished.out.count("cleared what an earlier start had half written") == 1
+    assert list(stopped.rglob(".*")) == []
+    assert "cleared" not in train(recipe_file, "--out", stopped, sets=SETTINGS).out
+
+
+def test_a_checkpoint_of_another_seed_has_another_order_of_the_data(recipe_file: Path, undisturbed: Path, tmp_path: Path) -> None:
+    path = checkpoint.available(undisturbed)[-1]
+    finished = train(recipe_file, "--out", tmp_path / "run", "--resume", path, sets=(*SETTINGS, "seed=5"))
+    assert finished.code == EXIT_USER_ERROR
+    assert "seed = 5: " in finished.err
+    assert "--set seed=0" in finished.err
+
+
 def test_another_stage_may_go_on(recipe_file: Path, stopped: Path, undisturbed: Path, tmp_path: Path) -> None:
     config = ds_config(tmp_path / "stage3.json", zero_optimization={"stage": 3})
     assert train(recipe_file, "--out", stopped, "--ds_config", config, sets=SETTINGS).code == 0

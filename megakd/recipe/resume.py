@@ -1,0 +1,81 @@
+"""What becomes of a run when its recipe changes and it goes on: every key of a recipe is in this table, and a test holds that.
+
+free      nothing that is learned depends on it
+told      the run goes on otherwise from there, and says how: what its messages ask people to change is among these
+refused   what was trained so far would not be what the new recipe says
+
+`*` stands for a name of the recipe's own. The keys below one that is in the table, those of an architecture, are classed as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+Change = Literal["free", "told", "refused"]
+
+_TEACHER_FREE = ("offload", "ds_config", "recipe")
+_TEACHER_REFUSED = ("model", "architecture", "pretrained", "tokenizer", "mode", "outlier_threshold", "store_of")
+_FROM_HERE = "from the step that is gone on from; what was learned before stays"
+_SAME_DATA = "it has to hold the same data, which is checked by names and counts"
+
+_FREE = (
+    *("name", "data.workers", "data.cache", "data.max_bad_fraction", "kernels.backend", "kernels.ring"),
+    *("student.recipe", "student.activation_checkpointing", "decoder.recipe"),
+    *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_FREE),
+    *(f"evaluation.{key}" for key in ("every", "batch", "zero_shot", "retrieval", "hard_negatives", "vqa_batch", "answer_tokens")),
+    *(f"evaluation.vqa.*.{key}" for key in ("format", "questions", "annotations", "images", "image_name", "split")),
+    *("checkpoint.every", "checkpoint.keep", "log.every", "watchdog.limit"),
+)
+# With what the run says about it.
+TOLD = {
+    "data.train": _SAME_DATA,
+    "data.max_pixels": f"other images may be refused, {_FROM_HERE}",
+    "teacher.store": "its embeddings are of the same teacher and data, or it would have been refused",
+    "ensemble.*.store": "its embeddings are of the same teacher and data, or it would have been refused",
+    "teacher.store_miss": _FROM_HERE,
+    "ensemble.*.store_miss": _FROM_HERE,
+    "optim.lr": _FROM_HERE,
+    "optim.clip": _FROM_HERE,
+    "optim.steps": "with a constant schedule every step is what it would have been with this number from the start",
+    "answers.max_length": f"other conversations fit, {_FROM_HERE}",
+    "answers.lr.tower": _FROM_HERE,
+    "answers.lr.projector": _FROM_HERE,
+    "answers.lr.decoder": _FROM_HERE,
+    **{f"answers.train.*.{key}": _SAME_DATA for key in ("questions", "annotations", "images", "image_name")},
+}
+_REFUSED = (
+    *("seed", "data.caption", "data.block", "data.window", "views.crop_scale", "views.crop_ratio", "views.flip"),
+    *(f"student.{key}" for key in ("model", "architecture", "pretrained", "tokenizer", "max_scale")),
+    *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_REFUSED),
+    *(f"objectives.{key}" for key in ("contrastive", "similarity", "sigmoid_contrastive", "sigmoid_similarity", "interactive", "feature")),
+    *("similarity.temperature", "similarity.student_scale", "interactive.head", "feature.head"),
+    *(f"decoder.{key}" for key in ("model", "architecture", "tokenizer", "adapt", "quantise", "image_tokens", "layer", "template")),
+    *("decoder.instruction", "decoder.start", *(f"decoder.lora.{key}" for key in ("rank", "alpha", "dropout", "targets"))),
+    *("answers.train.*.format", "answers.train.*.split", "answers.weight", "answers.batch", "answers.tower"),
+    *(f"optim.{key}" for key in ("batch", "warmup", "schedule", "final_lr", "betas", "eps", "weight_decay")),
+)
+ON_RESUME: dict[str, Change] = {
+    **dict.fromkeys(_FREE, "free"),
+    **dict.fromkeys(TOLD, "told"),
+    **dict.fromkeys(_REFUSED, "refused"),
+}
+
+
+def entry(key: str) -> str | None:
+    """The table's entry for a key of a recipe, `evaluation.vqa.mine.images`; None for one that it does not have."""
+    parts = key.split(".")
+    return next((found for end in range(len(parts), 0, -1) for found in _spelled(parts[:end]) if found in ON_RESUME), None)
+
+
+def _spelled(parts: list[str]) -> Iterable[str]:
+    yield ".".join(parts)
+    for place in range(1, len(parts)):
+        yield ".".join([*parts[:place], "*", *parts[place + 1 :]])
+
+
+def change(key: str) -> Change:
+    """How a change of this key is taken; one that the table lacks is refused, a section that comes or goes for one."""
+    # A set that is added is named by its own keys, the last one that is taken out by its section's.
+    found = "evaluation.vqa.*.format" if key == "evaluation.vqa" else entry(key)
+    return "refused" if found is None else ON_RESUME[found]

@@ -1,0 +1,166 @@
+"""Damaged stores of embeddings: what training reads from one is what was written, or the run says what it lacks."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import damage
+import numpy as np
+import torch
+from campaign import Mutant, SilentFault
+from torch.nn import functional as F
+
+from megakd.data import store_writer
+from megakd.data.store import Layout, Manifest, Rows, Store, StoreType, part_path
+
+NAME, COUNT, LIMIT = "stores", 500, 20
+SAMPLES, PART, VIEWS, WIDTH = 40, 16, 2, 8
+KEY = {"seed": 3, "weights": {"name": "x", "sha256": "1"}, "views": {"flip": 0.5}, "data": {"samples": SAMPLES, "signature": 5}}
+MADE = {"precision": "fp32", "int8": False}
+SCALE, BIAS = 14.25, -10.0
+
+
+@dataclass(frozen=True)
+class Original:
+    """A store, and what it holds. formerly: as versions wrote it that knew no checks of rows and of the manifest."""
+
+    folder: Path
+    formerly: bool
+    rows: list[Rows]  # of every sample, by view
+
+
+def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
+    kinds: tuple[tuple[StoreType, bool], ...] = (("bf16", False), ("fp32", False), ("bf16", True), ("fp32", True))
+    originals = [_original(folder / f"original_{number}", *kind) for number, kind in enumerate(kinds)]
+    for number in range(count):
+        original = draw.choice(originals)
+        mutant = folder / f"mutant_{number}"
+        shutil.copytree(original.folder, mutant)
+        name = _damaged(mutant, draw)
+
+        def attempt(original: Original = original, mutant: Path = mutant) -> str:
+            try:
+                return _attempt(original, mutant)
+            finally:
+                shutil.rmtree(mutant)
+
+        yield Mutant(f"{original.folder.name}, {name}", attempt)
+
+
+def _original(folder: Path, dtype: StoreType, formerly: bool) -> Original:
+    torch.manual_seed(7)
+    layout = Layout(SAMPLES, PART, VIEWS, WIDTH, dtype)
+    (folder / "parts").mkdir(parents=True)
+    manifest = store_writer.start(folder, Manifest(KEY, MADE, layout, SCALE, BIAS))
+    for number in range(layout.parts):
+        count = layout.count(number)
+        known = torch.arange(count) % 7 != 3
+        image = F.normalize(torch.randn(count, VIEWS, WIDTH), dim=-1) * known[:, None, None]
+        store_writer.write_part(folder, manifest, number, image, F.normalize(torch.randn(count, WIDTH), dim=-1) * known[:, None], known)
+        if formerly:
+            _without_checks(part_path(folder, number))
+    store_writer.finish(folder, manifest)
+    if formerly:
+        path = folder / "manifest.json"
+        content = json.loads(path.read_text()) | {"format": 1}
+        del content["sha256"]
+        path.write_text(json.dumps(content))
+    return Original(folder, formerly, _read(Store.open(folder)))
+
+
+def _without_checks(path: Path) -> None:
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    note = json.loads(header["__metadata__"]["megakd"])
+    del note["checks"]
+    header["__metadata__"]["megakd"] = json.dumps(note)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+
+
+def _read(store: Store) -> list[Rows]:
+    index = np.arange(SAMPLES)
+    return [store.read(index, np.full(SAMPLES, view)) for view in range(VIEWS)]
+
+
+def _damaged(store: Path, draw: random.Random) -> str:
+    parts = sorted((store / "parts").iterdir())
+    kind = draw.choice(("values",) * 6 + ("bytes",) * 4 + ("header",) * 6 + ("manifest",) * 8 + ("files",) * 3)
+    path = draw.choice(parts)
+    if kind == "values":
+        content = bytearray(path.read_bytes())
+        (length,) = struct.unpack("<Q", content[:8])
+        places = [draw.randrange((8 + length) * 8, len(content) * 8) for _ in range(draw.choice((1, 1, 1, 2, 5)))]
+        for place in places:
+            content[place // 8] ^= 1 << place % 8
+        path.write_bytes(content)
+        return f"{path.name}: bits {places} of values flipped"
+    if kind == "bytes":
+        return damage.bytes_of(draw.choice((*parts, store / "manifest.json")), draw)
+    if kind == "header":
+        return damage.header(path, draw)
+    if kind == "manifest":
+        return damage.json_file(store / "manifest.json", draw)
+    return _files(store, path, parts, draw)
+
+
+def _files(store: Path, path: Path, parts: list[Path], draw: random.Random) -> str:
+    kind = draw.choice(("missing", "exchanged", "copied", "folder", "no parts", "no manifest", "manifest folder", "strange"))
+    if kind == "exchanged":
+        other = draw.choice([part for part in parts if part != path])
+        aside = path.with_name("aside")
+        path.rename(aside)
+        other.rename(path)
+        aside.rename(other)
+    elif kind == "copied":
+        shutil.copyfile(path, draw.choice([part for part in parts if part != path]))
+    elif kind in ("missing", "folder"):
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+    elif kind == "no parts":
+        shutil.rmtree(store / "parts")
+        (store / "parts").write_text("a file")
+    elif kind in ("no manifest", "manifest folder"):
+        (store / "manifest.json").unlink()
+        if kind == "manifest folder":
+            (store / "manifest.json").mkdir()
+    else:
+        (store / "parts" / ".000001.safetensors.xyz").write_bytes(b"half")
+        (store / "parts" / "000009.safetensors").write_bytes(b"one too many")
+    return f"{kind}: {path.name}"
+
+
+def _attempt(original: Original, mutant: Path) -> str:
+    store = Store.open(mutant)
+    store.check_matches(KEY)
+    # Of format 1 nothing says which scale was written.
+    if not original.formerly and (store.manifest.scale, store.manifest.bias) != (SCALE, BIAS):
+        raise SilentFault(f"scale {store.manifest.scale}, bias {store.manifest.bias}")
+    if store.parts and (store.layout.samples != SAMPLES or store.layout.views != VIEWS):
+        raise SilentFault(f"{store.layout}")
+    told = False
+    for number, (found, truth) in enumerate(zip(_read(store), original.rows, strict=True)):
+        for name in ("image", "text"):
+            mine, theirs = (getattr(rows, name)[found.known].float() for rows in (found, truth))
+            if not torch.equal(mine, theirs):
+                raise SilentFault(f"view {number}: {name} rows are not what was written")
+        lost = truth.known & ~found.known
+        said = found.damaged.clone()
+        for part in range(store.layout.parts):
+            if part not in store.parts:
+                said[part * PART : (part + 1) * PART] = True
+        if bool((found.known & ~truth.known).any()) or bool((lost & ~said).any()):
+            raise SilentFault(f"view {number}: {int((lost & ~said).sum())} samples are lost without a word")
+        told |= bool(lost.any())
+    if any(part not in store.parts for part in range(store.layout.parts)):
+        assert "parts are not usable" in store.outline()
+        told = True
+    return "told" if told else "sound"
