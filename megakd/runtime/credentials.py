@@ -1,0 +1,71 @@
+"""Credentials that people write into URLs, kept out of files and messages: users in front of the host, and signatures in the query.
+
+What is left out is written as `***`. A recipe that is read back with that in it cannot run until the value is given again; see
+`recipe_files.load`. Two names that differ by their credentials alone name the same file.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+HIDDEN = "***"
+# A user with a password, or in http a token alone, up to the host. A secret may hold slashes, as Amazon's do.
+# '::' joins sources, but for an IPv6 address in brackets.
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<rest>(?:\[[0-9A-Fa-f:]+\]|(?!::)[^\s'\"<>|])+)")
+_PARAMETER = re.compile(r"(?<=[?&;])(?P<name>[^=&;?#\s'\"]+)=(?P<value>(?:(?!::)[^&;#\s'\"<>|])*)")
+_SECRET = re.compile(
+    r"token|secret|passw|signature|credential|api[-_]?key|access[-_]?key|auth|key[-_]?pair|policy|^(sig|key|code|session|jwt|pwd|pass)$", re.I
+)
+# Of a DeepSpeed JSON, the monitors' for example.
+_SECRET_KEYS = frozenset({"api_key", "apikey", "password", "token", "secret", "secret_key", "access_key"})
+
+
+def redact(text: str) -> str:
+    """`text` with the credentials of all URLs in it replaced by HIDDEN."""
+    if "://" in text:
+        text = _URL.sub(lambda found: found["scheme"] + _without_user(found["rest"], found["scheme"]), text)
+    if "=" in text:
+        text = _PARAMETER.sub(lambda found: f"{found['name']}={HIDDEN}" if _SECRET.search(found["name"]) else found[0], text)
+    return text
+
+
+def _without_user(rest: str, scheme: str) -> str:
+    authority, slash, path = rest.partition("/")
+    user, at, host = authority.rpartition("@")
+    if at:
+        return f"{HIDDEN}@{host}{slash}{path}" if ":" in user or scheme.lower().startswith("http") else rest
+    port = authority.partition(":")[2]
+    if port and not port.isdecimal() and not authority.startswith("[") and "@" in path:  # a password with a slash in it
+        return f"{HIDDEN}@{path.partition('@')[2]}"
+    return rest
+
+
+def redacted(content: Any, key: str = "") -> Any:
+    """Plain JSON with `redact` of every string in it, and HIDDEN for those whose key says that they are secret."""
+    if isinstance(content, str):
+        return HIDDEN if key.lower() in _SECRET_KEYS and content else redact(content)
+    if isinstance(content, dict):
+        return {name: redacted(value, str(name)) for name, value in content.items()}
+    return [redacted(value) for value in content] if isinstance(content, list | tuple) else content
+
+
+def is_hidden(text: str) -> bool:
+    """Whether something was left out of this value."""
+    return f"://{HIDDEN}@" in text or f"={HIDDEN}" in text
+
+
+def keep_out_of_logs() -> None:
+    """From here on, what libraries and we log to the root's handlers goes through `redact`."""
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(known, _Redacting) for known in handler.filters):
+            handler.addFilter(_Redacting())
+
+
+class _Redacting(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if (shown := redact(text)) != text:
+            record.msg, record.args = shown, None
+        return True
