@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megakd import __version__
+from megakd.recipe.credentials import redact
 from megakd.runtime.signals import EXIT_USER_ERROR
 
 app = typer.Typer(
@@ -317,7 +318,7 @@ def main() -> int:
     try:
         app()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
 

@@ -16,7 +16,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from megakd.recipe import Recipe, resume, texts
+from megakd.recipe import Recipe, credentials, resume, texts
 
 # Of one recipe that a message lists.
 MOST_PROBLEMS = 12
@@ -27,10 +27,11 @@ def shipped() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in resources.files("megakd.recipes").iterdir() if entry.name.endswith(".toml"))
 
 
-def load(source: str, overrides: Iterable[str] = ()) -> tuple[Recipe, str]:
+def load(source: str, overrides: Iterable[str] = (), *, to_compare: bool = False) -> tuple[Recipe, str]:
     """The recipe called `source` (a shipped name, a `.toml` file, or a run's `run.json`) with `key=value` overrides applied.
 
-    Returns the recipe and the path it was read from, for messages. Raises ValueError as the module's docstring says.
+    Returns the recipe and the path it was read from, for messages. Raises ValueError as the module's docstring says, and for values
+    whose credentials were left out of a run.json, unless the recipe is only `to_compare` with another.
     """
     settings, origin = _read(source)
     applied = list(overrides)
@@ -41,12 +42,25 @@ def load(source: str, overrides: Iterable[str] = ()) -> tuple[Recipe, str]:
     if problems := list(itertools.islice(texts.impossible(settings), MOST_PROBLEMS)):
         raise ValueError(f"recipe {origin_in_messages}:\n" + "\n".join(f"  {problem}" for problem in problems))
     try:
-        return Recipe.model_validate(settings), origin
+        recipe = Recipe.model_validate(settings)
     except ValidationError as error:
         found = error.errors()
         more = [f"  and {len(found) - MOST_PROBLEMS} more"] if len(found) > MOST_PROBLEMS else []
         lines = [*map(_explain, found[:MOST_PROBLEMS]), *more]
         raise ValueError(f"recipe {origin_in_messages}:\n" + "\n".join(lines)) from None
+    if not to_compare:
+        check_given(recipe, origin)
+    return recipe, origin
+
+
+def check_given(section: BaseModel, origin: str, prefix: str = "") -> None:
+    """Raise ValueError for values of a recipe, or of a section, whose credentials were left out when run.json was written."""
+    for key, value in _flat(section.model_dump(mode="json"), prefix).items():
+        if any(isinstance(text, str) and credentials.is_hidden(text) for text in (value if isinstance(value, list) else [value])):
+            raise ValueError(
+                f"recipe {origin}: {key} = {value!r}: run.json holds no credentials ({credentials.HIDDEN}); give the whole value "
+                f"again, with --set {key}=..."
+            )
 
 
 def _read(source: str) -> tuple[dict[str, Any], str]:
@@ -201,7 +215,7 @@ def told(old: Recipe, new: Recipe) -> list[str]:
 
 
 def _changed(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = (_flat(credentials.redacted(recipe.model_dump(mode="json"))) for recipe in (old, new))
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [(key, before.get(key), after.get(key)) for key in keys if resume.change(key) != "free"]
 

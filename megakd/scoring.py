@@ -21,7 +21,8 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
     """Write RUN/evaluation.json and print it. Raises ValueError when the run, a checkpoint or an evaluation set is missing."""
     if not (run / runlog.RUN).is_file():
         raise ValueError(f"{run}: no run folder (it has no {runlog.RUN}); give the --out of a training run, such as runs/smoke")
-    recipe, _ = recipe_files.load(str(run / runlog.RUN), overrides)
+    recipe, _ = recipe_files.load(str(run / runlog.RUN), overrides, to_compare=True)
+    recipe_files.check_given(recipe.evaluation, str(run / runlog.RUN), "evaluation.")
     world = launch.start()
     try:
         if recipe.student is None or not recipe.objectives.active():

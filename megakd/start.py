@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 
 from megakd import recipe_files
+from megakd.recipe import credentials
+from megakd.recipe.credentials import redact
 from megakd.runtime import failures, launch, peers, slurm_job
 from megakd.runtime.launch import World
 from megakd.runtime.signals import EXIT_NOT_FINITE, EXIT_USER_ERROR, LossNotFinite, StopRequest
@@ -88,7 +90,10 @@ def _guarded(flags: argparse.Namespace, until_stopped: contextlib.ExitStack) -> 
         explained = failures.explain(error)
         if explained is not None:
             return _end(world, f"error: {explained}", EXIT_LOST_PEER if lost else EXIT_USER_ERROR)
-        launch.tell(f"error: {type(error).__name__}: {error}\n(a fault of the program, not of the settings: its log has the traceback)", 1)
+        launch.tell(
+            f"error: {type(error).__name__}: {redact(str(error))}\n(a fault of the program, not of the settings; see its log)",
+            1,
+        )
         raise
     finally:
         launch.stop()
@@ -96,6 +101,7 @@ def _guarded(flags: argparse.Namespace, until_stopped: contextlib.ExitStack) -> 
 
 def _end(world: World | None, text: str, code: int) -> int:
     """Say why the run ends, on the main rank at once and on every other one later, and let none of them wait for this one."""
+    text = redact(text)
     launch.tell(text, code)
     if world is not None and not world.is_main:
         launch.stop()  # before the wait in `_complain`: the others' collectives with this rank fail now
@@ -119,7 +125,7 @@ def _run(flags: argparse.Namespace, world: World, until_stopped: contextlib.Exit
         text = preview.show(plan, world)
         if world.is_main:
             print(
-                text
+                redact(text)
                 + "".join(f"\nwould run first: {first.recipe_name} into {first.out}" for first in before)
                 + "\ndry run: all of this is sound"
             )
@@ -156,6 +162,7 @@ def _resume(asked: str, out: Path) -> str:
 def quiet_libraries() -> None:
     """Leave the console to the run: libraries speak from warnings up, and torch's deprecations inside DeepSpeed are not the user's."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    credentials.keep_out_of_logs()
     for chatty in ("torch.utils.cpp_extension", "bitsandbytes.backends.cpu.ops"):  # the latter misses a package that nothing here calls
         logging.getLogger(chatty).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.|transformers\.|peft\.")

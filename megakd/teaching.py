@@ -31,6 +31,7 @@ from megakd.models.stored_teacher import StoredTeacher, StoreMiss, TextStoredTea
 from megakd.models.teacher import ReplicatedTeacher, build_teacher
 from megakd.recipe import Recipe
 from megakd.recipe import Teacher as Settings
+from megakd.recipe.credentials import redacted
 from megakd.runtime import collectives, partition, precision, watchdog
 from megakd.runtime.launch import World
 
@@ -213,7 +214,7 @@ def store_key(recipe: Recipe, description: towers.Description, shards: ShardSet)
     }
     augmentation = {"views": recipe.views.model_dump(mode="json"), "seed": recipe.seed}
     key = {**identity(description, recipe.seed), **augmentation, "data": data}
-    return cast(dict[str, Any], json.loads(json.dumps(key)))  # as it comes back from a manifest: tuples are lists
+    return cast(dict[str, Any], json.loads(json.dumps(redacted(key))))  # as it comes back from a manifest: tuples are lists
 
 
 def open_store(

@@ -26,6 +26,7 @@ from megakd.data.samples import Slot
 from megakd.data.storage import Reader, Stat, shown
 from megakd.data.tar_members import expand as expand_sparse
 from megakd.recipe import Data
+from megakd.recipe.credentials import unsigned
 
 __all__ = ["Sample", "ShardSet", "expand"]
 
@@ -136,7 +137,7 @@ class ShardSet:
     @property
     def signature_of_names(self) -> int:
         """The signature as checkpoints and stores have it that were written before the content was a part of it."""
-        text = "\n".join(os.path.basename(name) for name in self.names)
+        text = "\n".join(os.path.basename(unsigned(name)) for name in self.names)
         return zlib.crc32(text.encode("utf-8", "surrogateescape"), zlib.crc32(self.starts.tobytes()))
 
     def where(self, index: int) -> str:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from megakd.recipe.credentials import redact, unsigned
 from megakd.runtime.files import atomic_file
 
 T = TypeVar("T")
@@ -55,8 +56,8 @@ class Stat:
 
 
 def shown(name: str | os.PathLike[str]) -> str:
-    """A shard's name in a message: it may hold line breaks, terminal escapes, and bytes that are no text."""
-    text = str(name)
+    """A shard's name in a message: it may hold line breaks, terminal escapes, bytes that are no text, and credentials: left out."""
+    text = redact(str(name))
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
@@ -125,7 +126,11 @@ def stat_all(names: list[str]) -> list[Stat | None]:
 
 
 def file_label(name: str, more: str = "") -> str:
-    """A file name for what is kept about `name` in a folder shared by many shards: unique by digest, readable by base name."""
+    """A file name for what is kept about `name` in a folder shared by many shards: unique by digest, readable by base name.
+
+    It holds no credentials, and is the same for a URL that was signed anew.
+    """
+    name = unsigned(name)
     digest = hashlib.sha256(f"{name}\0{more}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return f"{digest}-{re.sub(r'[^A-Za-z0-9._-]', '_', name.split('?')[0].rsplit('/', 1)[-1])[-80:]}"
 

@@ -120,8 +120,10 @@ def _contradiction(manifest: Manifest) -> str | None:
         return f"{layout.parts} parts of {layout.part} samples, {layout.views} views of width {layout.width}"
     if not isinstance(key, dict) or not isinstance(manifest.made, dict) or type(key.get("seed")) is not int:
         return "key and made are not what a store's are"
-    data = key.get("data")
-    if isinstance(data, dict) and data.get("samples", layout.samples) != layout.samples:
+    data = key.get("data", {})
+    if not isinstance(data, dict):
+        return f"key.data = {data!r}"
+    if data.get("samples", layout.samples) != layout.samples:
         return f"layout.samples = {layout.samples}, of data with {data['samples']}"
     bias = 0.0 if manifest.bias is None else manifest.bias
     if not all(isinstance(value, float | int) and math.isfinite(value) for value in (manifest.scale, bias)) or not manifest.scale > 0:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megakd.recipe.credentials import redacted
+
 log = logging.getLogger("megakd.evaluation")
 
 
@@ -82,7 +84,7 @@ class Journal:
         return [path for path in (self.path, *sorted(self.folder.glob(f"{self.name}.rank*.jsonl"))) if path.exists()]
 
     def _header(self) -> str:
-        return json.dumps({"answers_of": self.name, "key": self._key(), **self.identity})
+        return json.dumps(redacted({"answers_of": self.name, "key": self._key(), **self.identity}))
 
     def _key(self) -> str:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()

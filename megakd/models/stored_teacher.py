@@ -55,9 +55,8 @@ class TextStoredTeacher:
         Every rank calls it. Raises ValueError on every rank when a row is missing.
         """
         missing_M = index_B[~known_B]
-        counts, damaged = _misses(len(missing_M), damaged_B, self._world)
-        if any(counts):
-            raise _missing(sum(counts), damaged, missing_M, self._where)
+        if total := sum(_misses(len(missing_M), self._world)):
+            raise _missing(total, _damaged(damaged_B, self._world), missing_M, self._where)
         return Embeddings(image_BD, text_BD.to(image_BD.device, image_BD.dtype, non_blocking=True), self._scale, self._bias)
 
 
@@ -101,10 +100,10 @@ class StoredTeacher:
         Raises ValueError on every rank when a row is missing and misses are to fail.
         """
         missing_M = (~known_B).nonzero().flatten()
-        counts, damaged = _misses(len(missing_M), damaged_B, self._world)
+        counts = _misses(len(missing_M), self._world)
         image, text = (rows.to(self._world.device, self.dtype, non_blocking=True) for rows in (image_BD, text_BD))
         if any(counts):
-            self._refuse_or_say(counts, damaged, index_B[missing_M])
+            self._refuse_or_say(counts, _damaged(damaged_B, self._world), index_B[missing_M])
             live = self._teach(index_B[missing_M], view_B[missing_M], max(counts))
             where = missing_M.to(self._world.device)
             image[where], text[where] = live.image.to(self.dtype), live.text.to(self.dtype)
@@ -142,13 +141,16 @@ def _scalars(scale: float, bias: float | None, world: World) -> tuple[Tensor, Te
     return on_device(scale), None if bias is None else on_device(bias)
 
 
-def _misses(mine: int, damaged_B: Tensor | None, world: World) -> tuple[list[int], int]:
-    """Of every rank, and how many of all are damaged: on the CPU, so that no device is waited for."""
-    counts = torch.zeros(world.size + 1)
+def _misses(mine: int, world: World) -> list[int]:
+    """Of every rank: on the CPU, so that no device is waited for."""
+    counts = torch.zeros(world.size)
     counts[world.rank] = mine
-    counts[-1] = 0 if damaged_B is None else damaged_B.sum()
-    *each, damaged = (int(count) for count in collectives.start_sum(counts, world).read())
-    return each, damaged
+    return [int(count) for count in collectives.start_sum(counts, world).read()]
+
+
+def _damaged(damaged_B: Tensor | None, world: World) -> int:
+    """Of all ranks, asked where there are misses."""
+    return sum(_misses(0 if damaged_B is None else int(damaged_B.sum()), world))
 
 
 def _example(index_M: Tensor, where: Callable[[int], str]) -> str:

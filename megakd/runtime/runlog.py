@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megakd.recipe import Recipe
+from megakd.recipe.credentials import redact, redacted
 from megakd.recipe_files import differences, load, refused, told
 from megakd.runtime import slurm_job
 from megakd.runtime.files import atomic_file, sync
@@ -53,7 +54,7 @@ class RunLog:
 
     def _print(self, text: str) -> None:
         try:
-            self.console.print(text, markup=False)
+            self.console.print(redact(text), markup=False)
         except OSError as error:  # where a job's output goes may be full as well
             self.failure = self.failure or OSError(error.errno, error.strerror, "standard output")
 
@@ -110,7 +111,7 @@ class RunLog:
         path = self.run / METRICS
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(row)) + "\n")
+                file.write(json.dumps(redacted(_finite(row))) + "\n")
         except OSError as error:
             self.failure = OSError(error.errno, error.strerror, str(path))
 
@@ -149,7 +150,7 @@ def check_resume(run: Path, resume: str, recipe: Recipe) -> None:
     if resume == "none" or not path.exists():
         return
     try:
-        earlier, _ = load(str(path))
+        earlier, _ = load(str(path), to_compare=True)
     except ValueError as error:
         raise ValueError(f"--out {run}: {error}\nchoose another --out, or --resume none to set that run aside") from error
     if (problems := refused(earlier, recipe)) and _trained(run):
@@ -173,7 +174,7 @@ def changes(run: Path, recipe: Recipe) -> list[str]:
         return []
     if not (run / RUN).exists():
         return [f"{run / RUN} is missing: whether what is there was trained by this recipe cannot be checked"]
-    return [f"the recipe has changed since this run began: {line}" for line in told(load(str(run / RUN))[0], recipe)]
+    return [f"the recipe has changed since this run began: {line}" for line in told(load(str(run / RUN), to_compare=True)[0], recipe)]
 
 
 def set_aside(run: Path, entries: list[Path]) -> Path | None:
@@ -214,11 +215,11 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    """Write JSON so that a reader sees the old file or the new one, never half of it. Credentials in URLs are left out."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path, alone=True) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(redacted(content), indent=1) + "\n", encoding="utf-8")
             sync(partial)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error

@@ -16,7 +16,8 @@ HIDDEN = "***"
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<rest>(?:\[[0-9A-Fa-f:]+\]|(?!::)[^\s'\"<>|])+)")
 _PARAMETER = re.compile(r"(?<=[?&;])(?P<name>[^=&;?#\s'\"]+)=(?P<value>(?:(?!::)[^&;#\s'\"<>|])*)")
 _SECRET = re.compile(
-    r"token|secret|passw|signature|credential|api[-_]?key|access[-_]?key|auth|key[-_]?pair|policy|^(sig|key|code|session|jwt|pwd|pass)$", re.I
+    r"token|secret|passw|signature|credential|api[-_]?key|access[-_]?key|auth|key[-_]?pair|policy|^(sig|key|code|session|jwt|pwd|pass)$",
+    re.I,
 )
 # Of a DeepSpeed JSON, the monitors' for example.
 _SECRET_KEYS = frozenset({"api_key", "apikey", "password", "token", "secret", "secret_key", "access_key"})
@@ -49,6 +50,12 @@ def redacted(content: Any, key: str = "") -> Any:
     if isinstance(content, dict):
         return {name: redacted(value, str(name)) for name, value in content.items()}
     return [redacted(value) for value in content] if isinstance(content, list | tuple) else content
+
+
+def unsigned(name: str) -> str:
+    """What stays the same of a file's URL when it is signed anew: no credentials and, if it had some in its query, no query."""
+    shown = redact(name)
+    return shown.partition("?")[0] if f"={HIDDEN}" in shown else shown
 
 
 def is_hidden(text: str) -> bool:
