@@ -14,8 +14,12 @@ from typing import Literal
 
 Change = Literal["free", "told", "refused"]
 
-_TEACHER_FREE = ("offload", "ds_config", "recipe")
-_TEACHER_REFUSED = ("model", "architecture", "pretrained", "tokenizer", "mode", "outlier_threshold", "store_of")
+_PREPROCESS = tuple(f"preprocess.{key}" for key in ("mean", "std", "interpolation", "resize_mode"))
+_TEACHER_FREE = ("offload", "ds_config", "recipe", "int8_agreement")
+_TEACHER_REFUSED = (
+    *("model", "architecture", "pretrained", "tokenizer", *_PREPROCESS),
+    *("mode", "outlier_threshold", "int8_product", "calibration", "store_of"),
+)
 _FROM_HERE = "from the step that is gone on from; what was learned before stays"
 _SAME_DATA = "it has to hold the same data, which is checked by names and counts"
 
@@ -46,7 +50,7 @@ TOLD = {
 }
 _REFUSED = (
     *("seed", "data.caption", "data.block", "data.window", "views.crop_scale", "views.crop_ratio", "views.flip"),
-    *(f"student.{key}" for key in ("model", "architecture", "pretrained", "tokenizer", "max_scale")),
+    *(f"student.{key}" for key in ("model", "architecture", "pretrained", "tokenizer", "max_scale", *_PREPROCESS)),
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_REFUSED),
     *(f"objectives.{key}" for key in ("contrastive", "similarity", "sigmoid_contrastive", "sigmoid_similarity", "interactive", "feature")),
     *("similarity.temperature", "similarity.student_scale", "interactive.head", "feature.head"),
