@@ -42,10 +42,11 @@ def recognise(path: Path) -> None:
         )
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise ValueError(f"{path}: {refusal}: it is a web page; open the address in a browser, and download what it leads to")
-    pickled = start.startswith(PICKLES)
+    has_header = start[8:9] == b"{"  # after its length, whose first byte may be that of a pickle
+    pickled = start.startswith(PICKLES) and not has_header
     if path.name.endswith(".safetensors") and pickled:
         raise ValueError(f"{path}: {refusal}: it is a pickled one of PyTorch; rename it to {path.stem}.pt")
-    if path.name.endswith(PICKLED_SUFFIXES) and not pickled and start[8:9] == b"{":
+    if path.name.endswith(PICKLED_SUFFIXES) and has_header:
         raise ValueError(f"{path}: {refusal}: it is a safetensors file under another suffix; rename it to {path.stem}.safetensors")
     if pickled and start.startswith(b"PK") and _is_script(path):
         raise ValueError(

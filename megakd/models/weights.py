@@ -142,9 +142,11 @@ def _owners(path: Path) -> dict[str, str]:
     owners = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(owners, dict) or not owners or not all(isinstance(file, str) for file in owners.values()):
         raise ValueError(f"{path}: no index of safetensors files: it has no table weight_map of tensors' names to files' names")
-    outside = sorted({name for name in owners.values() if Path(name).name != name})
+    outside = sorted({name for name in owners.values() if Path(name).name != name or not name.endswith(".safetensors")})
     if outside:
-        raise ValueError(f"{path}: names {outside[0]!r}, which is not beside it; an index and its files share one folder")
+        raise ValueError(
+            f"{path}: names {outside[0]!r}, which is no .safetensors file and not beside it; an index and its files share one folder"
+        )
     return owners
 
 

@@ -155,6 +155,64 @@ def test_what_is_no_table_of_tensors_is_refused_and_never_executed(
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pt"]
 
 
+LFS = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt", "model.bin", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("content", "told"), [(b"", "empty"), (LFS, "git lfs pull"), (b"<!DOCTYPE html><html>", "web page"), (b"\n<HTML>", "web page")]
+)
+def test_a_file_that_is_something_else_is_told_what_it_is(content: bytes, told: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    for load in (open_weights, weights.in_memory):
+        with pytest.raises(ValueError, match=told):
+            load(tmp_path / name)
+
+
+def test_a_file_under_another_kinds_suffix_is_told_its_own(tmp_path: Path, file: Path) -> None:
+    torch.save(TENSORS, tmp_path / "pickled.safetensors")
+    with pytest.raises(ValueError, match=r"rename it to pickled\.pt"):
+        open_weights(tmp_path / "pickled.safetensors")
+    file.rename(tmp_path / "plain.pt")
+    with pytest.raises(ValueError, match=r"rename it to plain\.safetensors"):
+        open_weights(tmp_path / "plain.pt")
+    with pytest.raises(ValueError, match="a folder; name the file of weights"):
+        open_weights(tmp_path)
+
+
+def test_a_header_whose_length_begins_as_a_pickle_is_no_pickle(tmp_path: Path) -> None:
+    for length in range(1, 60):
+        save_file({"a" * length: torch.ones(1), "b": torch.ones(1)}, tmp_path / "m.safetensors")
+        if (tmp_path / "m.safetensors").read_bytes()[0] == 0x80:
+            break
+    assert open_weights(tmp_path / "m.safetensors").shapes["b"] == (1,)
+
+
+def test_a_program_as_openai_published_them_is_refused(tmp_path: Path) -> None:
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "ViT-B-32.pt"))
+    with pytest.raises(ValueError, match=r"TorchScript archive.*tag 'openai' of the -quickgelu model"):
+        open_weights(tmp_path / "ViT-B-32.pt")
+
+
+@pytest.mark.parametrize("content", [{1: torch.ones(1)}, {"a": torch.ones(1).to_sparse()}, {"a": torch.ones(1, dtype=torch.complex64)}])
+def test_tensors_that_are_not_plain_are_refused(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt: "):
+        open_weights(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 10**5, "{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": ""}}', '{"weight_map": {"a": ".."}}'],
+)
+def test_an_index_that_is_none_is_refused_by_name(text: str, tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"m\.safetensors\.index\.json"):
+        open_weights(tmp_path / "m.safetensors.index.json")
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
