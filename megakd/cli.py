@@ -320,6 +320,14 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Exception as error:
+        from megakd.runtime import failures  # torch's, which --help does not wait for
+
+        explained = failures.explain(error)
+        if explained is None:
+            raise
+        print(f"error: {explained}", file=sys.stderr)
+        return EXIT_USER_ERROR
     return 0
 
 

@@ -26,7 +26,7 @@ from megakd.models import adapters, decoder, decoder_check, decoder_tokenizer, t
 from megakd.models.decoder import Decoder, DecoderDescription
 from megakd.models.identity import computation
 from megakd.recipe import Answers, Recipe, Student
-from megakd.runtime import collectives, ds_check, ds_config, partition, precision, runlog
+from megakd.runtime import collectives, ds_check, ds_config, files, partition, precision, runlog
 from megakd.runtime.launch import World
 from megakd.tasks.distill import Distill
 
@@ -110,6 +110,7 @@ def prepare(request: Request, world: World, to_come: frozenset[str] = frozenset(
     for teacher in recipe.teachers().values():
         if teacher.mode.startswith("zero3"):
             partition.settings(teacher.ds_config, offload=teacher.offload)
+    collectives.by_main(lambda: files.check_place(request.out, "--out"), world)
     runlog.check_resume(request.out, request.resume, recipe)
     student = None if recipe.student is None else _student(recipe.student, "student" in to_come)
     pairs = _pairs(recipe, world, student, "teacher" not in to_come) if recipe.objectives.active() else None

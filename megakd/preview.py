@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import torch
 
@@ -11,24 +12,41 @@ from megakd.data.views import TowerView
 from megakd.models import towers
 from megakd.preparation import Asking, Pairs, Plan, on_meta
 from megakd.recipe import Recipe
+from megakd.runtime import ds_config
 from megakd.runtime.launch import World
 
 
 def show(plan: Plan, world: World) -> str:
-    """The resolved recipe and DeepSpeed configuration, the first samples, and each model's shapes, computed on torch's meta device.
+    """The resolved recipe and DeepSpeed configuration, a line a section; then in a few lines what would run, on what data, and each
+    model's shapes, computed on torch's meta device.
 
     Raises ValueError for what only shows when samples are decoded and shapes meet.
     """
+    recipe = plan.request.recipe
+    told = recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     parts = [
-        f"recipe ({plan.request.recipe_name}):\n{_indented(plan.request.recipe.model_dump(mode='json', exclude_none=True))}",
+        f"recipe ({plan.request.recipe_name}), without defaults:\n{_indented(told)}",
         f"DeepSpeed configuration ({plan.config_name}):\n{_indented(plan.config)}",
         f"run folder: {plan.request.out}",
+        f"would run: {_outline(plan, world)}",
     ]
     if plan.pairs is not None:
         parts += _first_batch(plan, plan.pairs, world)
     if plan.asking is not None:
         parts += [_decoder(plan.asking, plan.request.recipe), *_questions(plan.asking)]
     return "\n".join(parts)
+
+
+def _outline(plan: Plan, world: World) -> str:
+    recipe, config = plan.request.recipe, plan.config
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    precise = "bf16" if ds_config.is_bf16(config) else "fp32"
+    pieces = f"{world.size} ranks x {config['gradient_accumulation_steps']} x {config['train_micro_batch_size_per_gpu']}"
+    seen = recipe.optim.steps * recipe.samples_in_a_step()
+    learned = "pairs" if recipe.objectives.active() else "questions"
+    objectives = ", ".join(f"{weight:g} {name}" for name, weight in recipe.objectives.active().items()) or "answers"
+    how = f"ZeRO {stage}, {precise}; {objectives}"
+    return f"{recipe.optim.steps} steps of batch {recipe.optim.batch} = {pieces}, {seen:,} {learned} in all; {how}"
 
 
 def _first_batch(plan: Plan, pairs: Pairs, world: World) -> list[str]:
@@ -79,5 +97,6 @@ def _shapes(role: str, found: towers.Towers, pixels: torch.Tensor, tokens: torch
     return f"{role}: {count:,} parameters; pixels {shapes[0]} -> {shapes[1]}, tokens {shapes[2]} -> {shapes[3]}"
 
 
-def _indented(content: object) -> str:
-    return "\n".join("  " + line for line in json.dumps(content, indent=2).splitlines())
+def _indented(content: Mapping[str, object]) -> str:
+    """One line a section: a page of braces would hide the lines that matter."""
+    return "\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()) or "  {}"

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from megakd import recipe_files
-from megakd.recipe import credentials
+from megakd.recipe import credentials, texts
 from megakd.recipe.credentials import redact
 from megakd.runtime import failures, launch, peers, slurm_job
 from megakd.runtime.launch import World
@@ -67,6 +67,10 @@ def run_command(arguments: list[str]) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     quiet_libraries()
+    for argument in arguments:
+        if found := texts.UNPRINTABLE.search(argument):
+            _complain(None, f"error: the argument {texts.shown(argument)} holds {found[0]!r}, which no setting or path of megakd's may")
+            return EXIT_USER_ERROR
     with contextlib.ExitStack() as until_stopped:  # signals count as noted until the process group is left
         return _guarded(flags, until_stopped)
 

@@ -10,12 +10,14 @@ import signal
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader
 
 from megakd.data.bad import BadCounter, BadLog
+from megakd.runtime import failures
 
 T = TypeVar("T")
 
@@ -33,7 +35,7 @@ Counted = TypeVar("Counted", bound=HasBad)
 class WorkerStream(Iterator[T], Generic[T]):
     """`dataset.__getitems__(sampled)` for each thing `sampler` yields, in order, made by `workers` processes (0: in this one).
 
-    An error of a worker is raised here, with its message, after the workers have ended; so is Ctrl-C.
+    An error of a worker is raised here, the error itself where megakd or the system raised it, after the workers have ended; so is Ctrl-C.
     """
 
     def __init__(self, dataset: Any, sampler: Iterable[Any], workers: int, pin_memory: bool) -> None:
@@ -41,7 +43,7 @@ class WorkerStream(Iterator[T], Generic[T]):
             # rust tokenizers warn and may deadlock when forked with their threads on; it must be set before the fork
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         loader: DataLoader[Any] = DataLoader(
-            dataset,
+            cast(Any, _Carried(dataset) if workers else dataset),
             batch_sampler=sampler,  # of ranges, which are sequences as lists are
             collate_fn=_as_it_is,
             num_workers=workers,
@@ -58,7 +60,9 @@ class WorkerStream(Iterator[T], Generic[T]):
         if self._iterator is None:
             raise StopIteration
         try:
-            item: T = next(self._iterator)
+            item: T | _Raised = next(self._iterator)
+            if isinstance(item, _Raised):
+                raise item.error
         except BaseException:
             self.close()
             raise
@@ -82,6 +86,31 @@ class WorkerStream(Iterator[T], Generic[T]):
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # at the interpreter's end the modules may be gone
             self.close()
+
+
+@dataclass(frozen=True)
+class _Raised:
+    """In the place of a batch: why there is none."""
+
+    error: Exception
+
+
+class _Carried:
+    """A dataset whose errors for users arrive in the main process as they were raised.
+
+    torch raises another one of the same class there, with the worker's traceback as its message, and no frame of megakd's in it.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, sampled: Any) -> Any:
+        try:
+            return self._dataset.__getitems__(sampled)
+        except (ValueError, OSError, MemoryError, ImportError) as error:
+            if failures.explain(error) is None:
+                raise
+            return _Raised(failures.told(error))
 
 
 def reported(stream: WorkerStream[Counted]) -> Iterator[Counted]:

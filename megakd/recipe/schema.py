@@ -263,8 +263,16 @@ class Watchdog(Section):
     """A run that hangs ends, with the stacks of its threads, instead of holding its machines."""
 
     limit: Weight = Field(
-        1800.0, description="seconds without progress (a phase of a step, a batch scored) after which a rank ends; 0: never"
+        1800.0, le=1e8, description="seconds without progress (a phase of a step, a batch scored) after which a rank ends; 0: never"
     )
+
+    @model_validator(mode="after")
+    def _longer_than_a_breath(self) -> Watchdog:
+        if 0 < self.limit < 1:
+            raise ValueError(
+                f"limit = {self.limit}: a run without progress for so short would always be ended; give seconds, or 0 for never"
+            )
+        return self
 
 
 class Recipe(Section):

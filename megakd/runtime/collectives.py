@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megakd.runtime import failures
 from megakd.runtime.launch import World
 from megakd.runtime.signals import LossNotFinite
 
@@ -72,7 +73,7 @@ def by_main(call: Callable[[], T], world: World) -> T:
         try:
             result = call()
         except (ValueError, OSError, LossNotFinite) as error:
-            failure = error
+            failure = failures.told(error)
     result, failure = share((result, failure), world)  # type: ignore[misc]
     if failure is not None:
         raise failure

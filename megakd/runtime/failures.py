@@ -7,16 +7,20 @@ rank) loses the frames that tell, so who hands it on says before whose it is: se
 from __future__ import annotations
 
 import errno
+import pickle
 import re
 import socket
 import traceback
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 
 import megakd
 import megakd_kernels
 
+NOTE = "raised_by_megakd"
+E = TypeVar("E", bound=BaseException)
 OURS = tuple(Path(package.__file__ or "").parent for package in (megakd, megakd_kernels))
 # A full or read-only disk, a quota, a file too large, no permission, a name that is too long, a file where a folder should be, or back.
 STORAGE = "make room there or choose another --out; checkpoints written before are untouched"
@@ -99,7 +103,7 @@ def explain(error: BaseException) -> str | None:
 
 def is_ours(error: BaseException) -> bool:
     """Raised by megakd itself, whose ValueErrors are written for users; a library's deserves its traceback."""
-    marked = getattr(error, "raised_by_megakd", None)
+    marked = getattr(error, NOTE, None)
     if marked is not None:
         return bool(marked)
     frames = traceback.extract_tb(error.__traceback__)
@@ -111,10 +115,19 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and re.search(LOST_PEER, str(error)) is not None
 
 
-def told(error: BaseException) -> BaseException:
-    """The error itself, with a note whose it is, which survives pickling: for one that goes to another process."""
-    error.raised_by_megakd = is_ours(error)  # type: ignore[attr-defined]
-    return error
+def told(error: E) -> E:
+    """The error, with a note whose it is: for one that goes to another process. One that cannot go there is replaced by its text."""
+    setattr(error, NOTE, is_ours(error))
+    try:
+        type(error)(*error.args)  # as it will be made again there
+        pickle.dumps(error)
+        return error
+    except Exception:  # of whatever its class asks for
+        pass
+    kind = next(kind for kind in (ValueError, OSError, MemoryError, ImportError, Exception) if isinstance(error, kind))
+    plain = kind(str(error))
+    setattr(plain, NOTE, is_ours(error))
+    return cast(E, plain)
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -7,6 +7,7 @@ one is there, one that is being deleted is `.NAME.removed`. `clear` knows these 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,6 +20,24 @@ from typing import Any
 PARTIAL, REMOVED, REPLACED = ".partial", ".removed", ".replaced"
 # What versions before 0.2 had under way.
 _FORMERLY = (".partial_*", ".removed_*", "metrics.partial")
+
+
+def check_place(folder: Path, option: str) -> None:
+    """Raise ValueError naming `option` where `folder` is not there and cannot be made, or cannot be written to. Leaves nothing behind."""
+    try:
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists() or parent.is_symlink())
+        if not there.is_dir():
+            raise ValueError(f"{option} {folder}: {there} is no folder; choose another {option}")
+        os.rmdir(tempfile.mkdtemp(prefix=".megakd-", dir=there))
+        for part in folder.absolute().relative_to(there.absolute()).parts:  # of what is not there yet, the names alone can be wrong
+            if len(os.fsencode(part)) > 255:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    except OSError as error:
+        raise ValueError(f"{option} {_cut(folder)}: cannot be written to ({error.strerror or error}); choose another {option}") from None
+
+
+def _cut(path: Path) -> str:
+    return str(path) if len(str(path)) < 300 else f"{str(path)[:300]}..."
 
 
 def sync(path: Path) -> None:

@@ -143,7 +143,9 @@ def _key(config: dict[str, Any], draw: random.Random) -> str:
 
 def _zero_key(config: dict[str, Any], draw: random.Random) -> str:
     key, value = draw.choice(ZERO_KEYS)
-    config.setdefault("zero_optimization", {"stage": draw.choice([1, 2, 3]), **BUCKETS})[key] = copy.deepcopy(value)
+    if not isinstance(config.get("zero_optimization"), dict):
+        config["zero_optimization"] = {"stage": draw.choice([1, 2, 3]), **BUCKETS}
+    config["zero_optimization"][key] = copy.deepcopy(value)
     return f"zero_optimization.{key} = {value!r}"
 
 
