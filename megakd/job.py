@@ -16,7 +16,7 @@ from megakd import assembly, export, teaching
 from megakd.bundle import Bundle
 from megakd.data import question_check
 from megakd.evaluation import report, vqa
-from megakd.judging import Judge
+from megakd.judging import Judge, sets_of
 from megakd.models import adapters, towers
 from megakd.models.answering import AnsweringStudent
 from megakd.models.identity import preprocessing, weights_file
@@ -55,6 +55,7 @@ class Run:
         self.plan, self.world, self._stop = plan, world, stop
         self.recipe, self.folder = plan.request.recipe, plan.request.out
         self.log = RunLog(self.folder, main=world.is_main)
+        self._is_built = False
 
     def execute(self) -> int:
         """Train to the end and return the process's exit code: 0, or EXIT_SAVED after a signal.
@@ -67,7 +68,8 @@ class Run:
             held.enter_context(Watchdog(self.recipe.watchdog.limit, self.folder, self.world))
             launch.wait_longer_than(self.recipe.watchdog.limit)
             code = self._execute()
-            self._release()
+            if self._is_built:
+                self._release()
             return code
 
     def _release(self) -> None:
@@ -96,8 +98,13 @@ class Run:
             for line in changed:
                 self.log.say(line)
         collectives.by_main(lambda: self.log.open(self.recipe, self.plan.config, self.world.size), self.world)
+        if self._has_finished(progress):
+            self.log.say(f"this run has ended before: its scores are in {self.folder / EVALUATION}")
+            self._say_done()
+            return 0
         self.log.say(self._outline())
         self._build(state)
+        self._is_built = True
         del state
         launch.wait_longer_than(self.recipe.watchdog.limit)
         try:
@@ -152,9 +159,39 @@ class Run:
         return "\n".join(parts)
 
     def _finish(self) -> None:
-        self.evaluate(self.recipe.optim.steps)
+        """What was trained is written before it is scored: an evaluation may take hours, and fail."""
+        steps = self.recipe.optim.steps
         weights = self._engine.export(moments=False, everywhere=False).weights
         collectives.by_main(lambda: self._write_results(weights), self.world)
+        try:
+            if not self.evaluated(steps):
+                self.evaluate(steps)
+        except ValueError as error:
+            written = " and ".join(str(self.folder / name) for name in self._results())
+            raise ValueError(
+                f"{error}\nTraining is done and kept in {written}; once this is put right, the same command evaluates it"
+            ) from error
+        self._say_done()
+
+    def _say_done(self) -> None:
+        self.log.say(f"done: {self.folder}")
+
+    def _results(self) -> list[str]:
+        """What a finished run leaves, by name."""
+        model = [MODEL] if self.plan.pairs is not None and self.recipe.student is not None else []
+        return model + ([BUNDLE] if self.plan.asking is not None else [])
+
+    def _has_finished(self, progress: Progress) -> bool:
+        """Whether an earlier start has come to the end: everything is written and scored on these sets. A collective."""
+        if progress.step < self.recipe.optim.steps or not self._is_scored():
+            return False
+        return self.evaluated(progress.step) and collectives.by_main(self._has_results, self.world)
+
+    def _has_results(self) -> bool:
+        return all((self.folder / name).is_dir() for name in self._results())
+
+    def _is_scored(self) -> bool:
+        return bool(self.plan.sets) or bool(self.plan.asking and self.plan.asking.sets)
 
     def _write_results(self, weights: dict[str, Tensor]) -> None:
         if self.log.failure is not None:
@@ -164,21 +201,20 @@ class Run:
             export.write_model(self.folder / MODEL, weights, student)
         if self.plan.asking is not None:
             self._write_bundle(weights)
-        self.log.say(f"done: {self.folder}")
 
     def _write_bundle(self, weights: dict[str, Tensor]) -> None:
         answers, student, asking = self.recipe.answers, self._learners.student, self.plan.asking
         assert answers is not None
         assert asking is not None
-        module = self._judge.learned(self._engine, weights)
         trained = self.plan.pairs is not None or answers.tower == "trained"
         known = student is not None and student.description.settings.pretrained != towers.RANDOM
         loaded = known and student is not None and weights_file(student.description) is not None
-        # what the engine holds may be in parts
-        whole = None if student is None else dataclasses.replace(student, clip=module.clip)
         texts = [text for one in question_check.examples(asking.train, _COMPARED) for text in (one.text, one.answer)]
-        made = Bundle(module.decoder, whole, answers.max_length)
-        made.save(self.folder / BUNDLE, tower_inside=trained or not loaded, samples=texts)
+        with self._judge.learned(self._engine, weights) as module:
+            # what the engine holds may be in parts
+            whole = None if student is None else dataclasses.replace(student, clip=module.clip)
+            made = Bundle(module.decoder, whole, answers.max_length)
+            made.save(self.folder / BUNDLE, tower_inside=trained or not loaded, samples=texts)
 
     def _starting_point(self) -> tuple[Progress, State | None]:
         """Where to go on. Rank 0 looks and clears the way, then all ranks read the same checkpoint."""
@@ -280,17 +316,22 @@ class Run:
         checkpoint.save(self.folder, progress, state, self.recipe.checkpoint.keep)
 
     def evaluate(self, step: int) -> None:
-        """Score the current weights on the recipe's sets, into metrics.jsonl and evaluation.json."""
+        """Score the current weights on the recipe's sets, into metrics.jsonl, evaluation.json and the JSON's monitors."""
         if self._judge:
             watchdog.beat("evaluating", step)
             results = self._judge.results(self._engine, step, self.folder)
             collectives.by_main(lambda: self._write_evaluation(results), self.world)
+            self._engine.monitor(report.numbers(results), step * self.recipe.samples_in_a_step(), "Evaluation")
 
     def evaluated(self, step: int) -> bool:
-        """Whether metrics.jsonl has the scores of this step. A collective."""
+        """Whether metrics.jsonl has the scores of this step on these sets. A collective. evaluation.json is made of them if it is gone."""
 
         def told() -> bool:
-            return any(row.get("event") == "evaluation" and row["step"] == step for row in runlog.read_metrics(self.folder))
+            rows = [row for row in runlog.read_metrics(self.folder) if row.get("event") == "evaluation" and row["step"] == step]
+            found = [row["content"] for row in rows if row["content"].get("sets") == sets_of(self.recipe)]
+            if found and not (self.folder / EVALUATION).exists():
+                runlog.write_json(self.folder / EVALUATION, found[-1])
+            return bool(found)
 
         return collectives.by_main(told, self.world)
 

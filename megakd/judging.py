@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from megakd.evaluation.encoder import Encoder
 from megakd.evaluation.suite import Suite
 from megakd.models.answering import AnsweringStudent
 from megakd.preparation import Plan
+from megakd.recipe import Recipe
 from megakd.runtime.engine import Engine, load_weights
 from megakd.runtime.interruptions import Interruptions
 from megakd.runtime.launch import World
@@ -49,7 +53,7 @@ class Judge:
         Raises Interrupted, on every rank, when a signal comes to one; answers given before it are kept.
         """
         weights = engine.export(moments=False, everywhere=True).weights
-        found: dict[str, Any] = {"step": step}
+        found: dict[str, Any] = {"step": step, "sets": sets_of(self._plan.request.recipe)}
         if self._clip is not None:
             found |= self._image_text(weights)
         if self._asks:
@@ -66,10 +70,19 @@ class Judge:
         assert isinstance(module, AnsweringStudent)
         return module
 
-    def learned(self, engine: Engine, weights: dict[str, Tensor]) -> AnsweringStudent:
+    @contextlib.contextmanager
+    def learned(self, engine: Engine, weights: dict[str, Tensor]) -> Iterator[AnsweringStudent]:
         """`answering` with the optimizer's float32 weights in towers, projector and adapters, where the engine's module has them rounded to
-        bf16. For the end of a run: the engine does not train on."""
+        bf16; it gets its own back at the end of the block."""
         module = self.answering(engine, weights)
+        rounded = {name: parameter.data for name, parameter in module.named_parameters()}
+        try:
+            yield self._in_float32(module, weights)
+        finally:
+            for name, parameter in module.named_parameters():
+                parameter.data = rounded[name]
+
+    def _in_float32(self, module: AnsweringStudent, weights: dict[str, Tensor]) -> AnsweringStudent:
         for name, parameter in module.named_parameters():
             if name in weights and (not name.startswith("decoder.language.") or "lora_" in name):
                 parameter.data = weights[name]
@@ -114,6 +127,12 @@ class Judge:
         results = Suite(self._plan.sets, encoder, self._world, recipe.data.workers, self._interruptions).run()
         self._clip.to("cpu")
         return results
+
+
+def sets_of(recipe: Recipe) -> str:
+    """A checksum of what a recipe is scored on: scores of other sets are not taken for its own."""
+    settings = recipe.evaluation.model_dump(mode="json", exclude={"every", "batch", "vqa_batch"})
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _digest(weights: dict[str, Tensor]) -> str:

@@ -12,6 +12,7 @@ from megakd.evaluation import report
 from megakd.evaluation.encoder import Encoder
 from megakd.evaluation.suite import Suite, open_sets
 from megakd.job import EVALUATION
+from megakd.judging import sets_of
 from megakd.models import towers
 from megakd.runtime import checkpoint, collectives, launch, runlog
 from megakd.runtime.interruptions import Interruptions
@@ -41,7 +42,11 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
         built = towers.build(description, torch.device("cpu"), load_weights=False)
         export.load_clip(built.clip, weights)
         encoder = Encoder(built.clip.to(world.device).eval(), built.preprocess, description.tokenize, world.device, recipe.evaluation.batch)
-        results = {"step": progress.step, **Suite(sets, encoder, world, recipe.data.workers, Interruptions(world)).run()}
+        results = {
+            "step": progress.step,
+            "sets": sets_of(recipe),
+            **Suite(sets, encoder, world, recipe.data.workers, Interruptions(world)).run(),
+        }
         if world.is_main:
             runlog.write_json(run / EVALUATION, results)
             print(f"{path}\n{report.lines(results)}\nwritten to {run / EVALUATION}")

@@ -154,10 +154,10 @@ class Engine:
         self._engine.destroy()
         del self._engine, self._optimizer
 
-    def monitor(self, values: dict[str, float], samples: int) -> None:
-        """Hand named values to the monitors of the JSON (TensorBoard, W&B, CSV, Comet)."""
+    def monitor(self, values: dict[str, float], samples: int, group: str = "Train") -> None:
+        """Hand named values to the monitors of the JSON (TensorBoard, W&B, CSV, Comet), as GROUP/NAME."""
         if self._engine.monitor.enabled:
-            self._engine.monitor.write_events([(f"Train/{name}", value, samples) for name, value in values.items()])
+            self._engine.monitor.write_events([(f"{group}/{name}", value, samples) for name, value in values.items()])
 
     def export(self, *, moments: bool, everywhere: bool) -> State:
         """Full fp32 state on the CPU: on rank 0, or `everywhere`; elsewhere an empty one. A collective: every rank calls it."""
