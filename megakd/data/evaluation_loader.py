@@ -132,8 +132,7 @@ class _EvaluationSet:
         """Of the pixels: two files of one picture may differ. Of what cannot be decoded nothing is known: error pages are all alike."""
         if "content" not in self.fields:
             return None
-        palette = image.palette.tobytes() if image.palette is not None else b""
-        return _digest(f"{image.mode} {image.size}".encode() + palette + image.tobytes())
+        return _digest(f"{image.size}".encode() + image.tobytes())
 
     def _rest(self, index: int, needs: tuple[Slot, ...]) -> Unreadable:
         """What a sample that cannot be used has beside what is wrong with it."""

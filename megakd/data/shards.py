@@ -72,7 +72,7 @@ class ShardSet:
         if data.train is None:
             raise ValueError("data.train: missing; give image-text shards, such as '/data/cc12m/{00000..01242}.tar'")
         try:
-            shards = cls.open_set(data.train, data, rank, world, barrier)
+            shards = cls.open_set(data.train, data, rank, world, barrier, captions=True)
         except ValueError as error:
             raise ValueError(f"data.train: {error}") from error
         if shards.known_bad.total >= shards.known_bad.seen:
@@ -85,8 +85,11 @@ class ShardSet:
         return shards
 
     @classmethod
-    def open_set(cls, patterns: str | list[str], data: Data, rank: int, world: int, barrier: Callable[[], None]) -> ShardSet:
-        """Any set, an evaluation's for example, without a word about captions; `data` gives caption, cache and max_pixels.
+    def open_set(
+        cls, patterns: str | list[str], data: Data, rank: int, world: int, barrier: Callable[[], None], *, captions: bool = False
+    ) -> ShardSet:
+        """Any set, an evaluation's for example; `data` gives caption, cache and max_pixels. captions: it needs them, and missing ones are
+        said.
 
         Each rank indexes the shards [rank::world], waits at the barrier, then loads all; it builds those that it still misses,
         which happens where the ranks do not share a disk. What is lost or not used is said at every start, by rank 0.
@@ -111,7 +114,7 @@ class ShardSet:
         bad = _known_bad([name for name, _ in named], found)
         samples = [known.samples for known in found]
         if rank == 0:
-            _say(patterns, bad, [name for name, _ in named], found)
+            _say(patterns, bad, [name for name, _ in named], found, captions)
         if sum(samples) == 0:
             lost = f"; {bad.by_reason()}, for example {bad.example}" if bad.total else ""
             raise ValueError(f"{patterns!r}: {len(named)} shards, but not one sample in them (the first is {shown(named[0][0])}){lost}")
@@ -267,8 +270,10 @@ def _known_bad(names: list[str], found: list[Known]) -> BadCounter:
     return bad
 
 
-def _say(patterns: str | list[str], bad: BadCounter, names: list[str], found: list[Known]) -> None:
+def _say(patterns: str | list[str], bad: BadCounter, names: list[str], found: list[Known], captions: bool) -> None:
     for reason, count in bad.counts.items():
+        if reason in ("missing_caption", "empty_caption") and not captions:
+            continue
         log.warning("%r: %d of %d samples cannot be used, %s: %s", patterns, count, bad.seen, reason, bad.examples[reason])
     unused: dict[str, tuple[int, str]] = {}
     for name, known in zip(names, found, strict=True):

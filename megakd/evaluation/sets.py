@@ -20,7 +20,7 @@ from megakd.runtime.launch import World
 # So many samples of a set are tried at the start, where the first ones cannot be read.
 _TRIED = 16
 # What the indexes know and no sample that is read will tell again.
-_LOST = ("truncated_tar",)
+_LOST = ("truncated_tar", "unused_members")
 
 
 @dataclass
@@ -45,7 +45,9 @@ def open_sets(recipe: Recipe, world: World) -> Sets:
 
     def shards(patterns: str, key: str, needs: tuple[Slot, ...], look: Callable[[Sample], None]) -> ShardSet:
         try:
-            found = ShardSet.open_set(patterns, recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
+            found = ShardSet.open_set(
+                patterns, recipe.data, world.rank, world.size, lambda: collectives.barrier(world), captions="caption" in needs
+            )
             collectives.by_main(lambda: _try(found, needs, look), world)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
