@@ -122,5 +122,5 @@ def test_another_decoder_than_was_written_is_noticed(made: Bundle, whole: Path, 
     with torch.no_grad():
         next(value for name, value in other.decoder.named_parameters() if "lora_B" in name).add_(1.0)
     assert other._other_answers(made) == ["its logits differ"]
-    with pytest.raises(ValueError, match="read back as another decoder .*lora_B.* differs"):
+    with pytest.raises(ValueError, match=r"read back as another decoder .*lora_B.* differs"):
         other._check_written(whole, tmp_path / "bundle", ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import random
 import shutil
@@ -48,7 +49,7 @@ def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
         shutil.rmtree(copied, ignore_errors=True)
         shutil.copytree(whole, copied)
         name = _damage(copied, draw, number)
-        yield Mutant(name, lambda: _attempt(copied, right))
+        yield Mutant(name, functools.partial(_attempt, copied, right))
 
 
 def _state(loaded: Bundle) -> dict[str, Any]:
