@@ -181,13 +181,14 @@ class Conversations:
         asked = self._asked(text, short)
         whole = self._words.ids(prompt + answer, (*spans, (len(prompt), len(prompt) + len(answer))))
         answered = whole[len(asked) :] if whole[: len(asked)] == asked else []
-        if not self._says(answered):  # prompt and answer became one word
+        if not self.says(answered):  # prompt and answer became one word
             answered = self._words.ids(answer, ((0, len(answer)),))
-        if not self._says(answered):
-            raise SilentAnswer("bad_text", f"the answer {answer!r} encodes to nothing{' but unknown words' if answered else ''}")
+        if not answered:
+            raise SilentAnswer("bad_text", f"the answer {answer[:80]!r} encodes to nothing")
         return (self._without_begin(asked) if first else asked), [*answered, self.end]
 
-    def _says(self, ids: list[int]) -> bool:
+    def says(self, ids: Sequence[int]) -> bool:
+        """Whether there is more in an answer's ids than unknown words, which are decoded to nothing."""
         return bool(set(ids) - {self.tokenizer.unk_token_id})
 
     def _without_begin(self, asked: list[int]) -> list[int]:

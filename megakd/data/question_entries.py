@@ -5,46 +5,61 @@ A file that is another format's than was said is named with the format that it l
 
 from __future__ import annotations
 
-import json
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megakd.runtime import strict_json
+
 Entry = Mapping[str, Any]
 _SHOWN = 3  # examples in an error
+_LONGEST = 80  # characters of one of them
+_MOST_BYTES = 8 * 10**9  # of a file, which is read whole; GQA's largest has 2.5
 
 
 def _read(path: Path) -> str:
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MOST_BYTES:
+            raise ValueError(f"{path} is no file of questions: {'no file' if not stat.S_ISREG(found.st_mode) else found.st_size} bytes")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} cannot be read: byte {error.start} is not UTF-8 ({error.reason}); save it in UTF-8") from error
+    except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _json(path: Path, expected: str) -> Any:
     text = _read(path)
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        first = next((line for line in text.splitlines() if line.strip()), "")
-        raise _other(path, expected, _loaded(first), f"is no JSON ({error})") from error
+        return strict_json.loads(text)
+    except strict_json.NotStrict as error:
+        first = next((line for line in text.split("\n") if line.strip()), "")
+        raise _other(path, expected, _loaded(first), str(error)) from error
 
 
 def _loaded(line: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:
+        return strict_json.loads(line)
+    except strict_json.NotStrict:
         return None
 
 
 def read_lines(path: Path) -> Iterator[Entry]:
     """POPE's lines, an object each."""
-    for number, line in enumerate(_read(path).splitlines()):
+    # not splitlines: a form feed or U+2028 may stand inside a text
+    for number, line in enumerate(_read(path).split("\n")):
         if not line.strip():
             continue
-        entry = _loaded(line)
+        try:
+            entry = strict_json.loads(line)
+        except strict_json.NotStrict as error:
+            if line.lstrip().startswith("{") and '"label"' in line:
+                raise ValueError(f"{path}: line {number + 1} {error}") from error
+            entry = None
         if not isinstance(entry, dict) or "label" not in entry:
             whole = _loaded(_read(path)) if number == 0 else None
             raise _other(path, "pope", whole, f'line {number + 1} is no JSON object with "text", "image" and "label"')
@@ -66,7 +81,7 @@ def read_mapping(path: Path, expected: str, key: str) -> dict[str, Entry]:
         raise _other(path, expected, value, "is no object of questions by their id")
     for name, entry in value.items():
         if not isinstance(entry, dict) or key not in entry:
-            raise _other(path, expected, value, f'has under "{name}" no object with "{key}"')
+            raise _other(path, expected, value, f'has under "{name[:_LONGEST]}" no object with "{key}"')
     return value
 
 
@@ -113,10 +128,10 @@ def by_id(entries: Iterable[Any], path: Path) -> dict[Any, Entry]:
     found: dict[Any, Entry] = {}
     for number, entry in enumerate(entries):
         question_id = object_of(entry, f"{path}: entry {number}").get("question_id")
-        if not isinstance(question_id, (int, str)):
-            raise ValueError(f"{path}: entry {number} has question_id = {question_id!r}: a number or a text")
+        if not is_id(question_id):
+            raise ValueError(f"{path}: entry {number} has question_id = {shown(question_id)}: a number or a text")
         if question_id in found:
-            raise ValueError(f"{path}: question_id {question_id} is there twice: was the file made of overlapping parts?")
+            raise ValueError(f"{path}: question_id {shown(question_id)} is there twice: was the file made of overlapping parts?")
         found[question_id] = entry
     return found
 
@@ -133,7 +148,20 @@ def same_ids(asked: Mapping[Any, Entry], answered: Mapping[Any, Entry], path: Pa
 
 def some(values: Sequence[Any]) -> str:
     """The first of them, for an error."""
-    return ", ".join(str(value) for value in values[:_SHOWN]) + (", ..." if len(values) > _SHOWN else "") if values else "none"
+    return ", ".join(str(value)[:_LONGEST] for value in values[:_SHOWN]) + (", ..." if len(values) > _SHOWN else "") if values else "none"
+
+
+def is_id(value: Any) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """A value for an error, cut where it is long."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} that is nested deeply"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def object_of(value: Any, where: str) -> Entry:
@@ -174,5 +202,18 @@ def text_of(entry: Entry, key: str, where: str) -> str:
     """The text under `key`, which has to be there."""
     value = entry.get(key)
     if not isinstance(value, str):
-        raise ValueError(f'{where} has "{key}" = {value!r}: a text is expected')
+        raise ValueError(f'{where} has "{key}" = {shown(value)}: a text is expected')
     return value
+
+
+def text_or(entry: Entry, key: str, where: str, default: str = "") -> str:
+    """The text under `key`; the default where it is missing or null."""
+    return default if entry.get(key) is None else text_of(entry, key, where)
+
+
+def asked(entry: Entry, key: str, where: str) -> str:
+    """The text under `key`, in which something has to be asked."""
+    text = text_of(entry, key, where)
+    if not text.strip():
+        raise ValueError(f'{where} asks nothing: "{key}" = {text!r}; take it out')
+    return text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 
 from megakd.data import index as tar_index
 from megakd.data.bad import BadSample
+from megakd.data.question_entries import shown, some
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.storage import local_path
 
@@ -21,6 +24,14 @@ _TAR = re.compile(r"\.tar(?![\w./-])")  # at the end of a part, of a word in bra
 _KEY_BYTES = 64  # of a long key, an index keeps the end
 
 Found = tuple[str, bytes] | BadSample  # (where, the image's bytes)
+
+
+class MissingImages(ValueError):
+    """Images that questions are about and that are not there. there: some names that are."""
+
+    def __init__(self, missing: Sequence[str], where: str, there: Sequence[str]) -> None:
+        super().__init__(f"images = {where!r} lacks {len(missing)} images that questions are about ({some(missing)})")
+        self.there = there
 
 
 class Images(Protocol):
@@ -35,7 +46,7 @@ class Folder:
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
         """Raises ValueError for a folder that is not there, for names that leave it, and when files are missing."""
-        if not folder.is_dir():
+        if not _is_folder(folder):
             raise ValueError(f"images = {str(folder)!r} is no folder: give the folder of the images, or shards (*.tar)")
         self.folder = folder
         below: dict[str, set[str]] = {}
@@ -43,12 +54,16 @@ class Folder:
         for name in dict.fromkeys(names):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts:
-                raise ValueError(f"image {name!r} would be read from outside images = {str(folder)!r}: correct it in the questions' file")
+                raise ValueError(
+                    f"image {shown(name)} would be read from outside images = {str(folder)!r}: correct it in the questions' file"
+                )
             if (parent := str(path.parent)) not in below:  # one listing a folder: a stat for each file takes minutes on a network disk
                 below[parent] = _listed(folder / parent)
             if path.name not in below[parent]:
                 missing.append(name)
-        _refuse_missing(missing, str(folder))
+        if missing:
+            there = (str(path.relative_to(folder)) for path in _files(folder))
+            raise MissingImages(missing, str(folder), list(itertools.islice(there, _SHOWN)))
 
     def read(self, names: Sequence[str]) -> Iterator[Found]:
         for name in names:
@@ -79,11 +94,26 @@ def is_shards(images: str) -> bool:
     return not os.path.isdir(local_path(images)) and _TAR.search(images) is not None
 
 
+def _is_folder(folder: Path) -> bool:
+    try:
+        return folder.is_dir()
+    except OSError as error:  # a name that is longer than names may be
+        raise ValueError(f"images = {shown(str(folder))} cannot be read: {error.strerror}") from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Some files below it, for an error; no order is promised."""
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent) / name for name in sorted(names)[:_SHOWN])
+
+
 def _listed(folder: Path) -> set[str]:
     try:
         return set(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return set()
+        raise ValueError(f"{folder}: cannot be read ({error.strerror}): check its permissions") from error
 
 
 def shard_key(name: str) -> str:
@@ -98,7 +128,10 @@ def _samples(shards: ShardSet, names: list[str], where: str) -> dict[str, int]:
     keys = keys[order]
     wanted = np.array([shard_key(name).encode("utf-8", "surrogateescape")[-_KEY_BYTES:] for name in names], dtype=f"S{_KEY_BYTES}")
     left, right = np.searchsorted(keys, wanted, "left"), np.searchsorted(keys, wanted, "right")
-    _refuse_missing([names[place] for place in np.flatnonzero(left == right)], where)
+    if missing := [names[place] for place in np.flatnonzero(left == right)]:
+        raise MissingImages(missing, where, [key.decode("utf-8", "replace") for key in keys[:_SHOWN].tolist()])
+    if len(np.unique(wanted)) < len({shard_key(name) for name in names}):
+        raise ValueError(f"images = {where!r}: several names have the same last {_KEY_BYTES} bytes, of which an index keeps no more")
     if several := np.flatnonzero(right - left > 1).tolist():
         example = names[several[0]]
         raise ValueError(
@@ -112,12 +145,3 @@ def _keys(shards: ShardSet, number: int) -> NDArray[np.bytes_]:
     if rows is None:
         rows = tar_index.build(shards.names[number], shards.stats[number], shards.data.caption, shards.data.cache)
     return np.asarray(tar_index.samples(rows)["key"], dtype=f"S{_KEY_BYTES}")
-
-
-def _refuse_missing(missing: list[str], where: str) -> None:
-    if missing:
-        shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
-        raise ValueError(
-            f"images = {where!r} lacks {len(missing)} images that questions are about ({shown}): complete it, or say how files are named "
-            f"by image_name, e.g. 'COCO_val2014_{{image_id:012d}}.jpg'; keys of shards go without extension"
-        )

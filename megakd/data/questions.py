@@ -25,8 +25,8 @@ from megakd.data.bad import BadSample
 from megakd.data.loader import caption, located
 from megakd.data.order import Order
 from megakd.data.question_entries import some
-from megakd.data.question_formats import Question, parse
-from megakd.data.question_images import Folder, Found, Images, Shards, is_shards
+from megakd.data.question_formats import Question, Reading, parse
+from megakd.data.question_images import Folder, Found, Images, MissingImages, Shards, is_shards
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.storage import local_path
 from megakd.recipe import Data, QuestionSource
@@ -72,7 +72,10 @@ class QuestionSet:
 
     @classmethod
     def of(cls, name: str, questions: Iterable[Question], images: Images | None) -> QuestionSet:
-        rows = [_ENCODE([getattr(question, field) for field in _FIELDS]).encode() for question in questions]
+        try:
+            rows = [_ENCODE([getattr(question, field) for field in _FIELDS]).encode() for question in questions]
+        except RecursionError as error:
+            raise ValueError("a question has a field that is nested too deeply: take it out") from error
         return cls(name, b"".join(rows), np.cumsum([len(row) for row in rows], dtype=np.int64), images)
 
     def __len__(self) -> int:
@@ -192,15 +195,33 @@ def open_questions(
     try:
         if source.format == "captions":
             return _open_captions(source, key, data, rank, world, barrier)
-        questions = list(parse(source))
+        reading = Reading(source)
+        questions = list(parse(source, reading))
         if not questions:
             raise ValueError(f"questions = {source.questions!r} has not one question")
+        for said in reading.said if rank == 0 else ():
+            log.warning("%s: %s", key, said)
         if to_learn:
             questions = _answered(questions, source, key if rank == 0 else None)
-        names = [question.image for question in questions if question.image is not None]
-        return QuestionSet.of(key, questions, None if source.images is None else _images(source.images, names, data, rank, world, barrier))
+        return QuestionSet.of(key, questions, _found_images(source, reading, questions, data, rank, world, barrier))
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
+
+
+def _found_images(
+    source: QuestionSource, reading: Reading, questions: list[Question], data: Data, rank: int, world: int, barrier: Callable[[], None]
+) -> Images | None:
+    if source.images is None:
+        return None
+    names = [question.image for question in questions if question.image is not None]
+    try:
+        return _images(source.images, names, data, rank, world, barrier)
+    except MissingImages as error:
+        raise ValueError(
+            f"{error}: complete it, or say by image_name how its files are named. Now it is {reading.pattern!r}, with the entries' fields "
+            f"{', '.join(reading.fields) or 'none'}; there are {some(error.there)}{'' if is_shards(source.images) else ' in that folder'}; "
+            f"keys of shards go without extension"
+        ) from error
 
 
 def open_mixture(
@@ -212,14 +233,14 @@ def open_mixture(
 
 def _answered(questions: list[Question], source: QuestionSource, key: str | None) -> list[Question]:
     """Those with an answer. Mixes of conversations have some without; of a benchmark's file they are no training set. key: to warn with."""
-    lacking = [question.question_id for question in questions if not question.answers]
+    lacking = [question.question_id for question in questions if not question.answer.strip()]
     if not lacking:
         return questions
     said = f"{len(lacking)} of {len(questions)} questions have no answer to learn ({some(lacking)})"
     if source.format == "llava" and len(lacking) < len(questions):
         if key is not None:
             log.warning("%s: %s: they are left out", key, said)
-        return [question for question in questions if question.answers]
+        return [question for question in questions if question.answer.strip()]
     if source.format == "vqav2" and source.annotations is None:
         raise ValueError(f"{said}: name the annotations")
     if source.format == "llava":

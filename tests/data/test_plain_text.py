@@ -88,10 +88,10 @@ def test_an_unknown_word_is_no_special_token_unless_the_end_is_called_the_same()
         PlainText(same).ids("is it green", ((0, 11),))
 
 
-@pytest.mark.parametrize("answer", ["", "green violet"])
-def test_an_answer_that_encodes_to_nothing_or_to_unknown_words_is_refused_by_name(answer: str) -> None:
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_an_answer_that_encodes_to_nothing_is_refused_by_name(answer: str) -> None:
     talk = conversations(whole_words(), "{question}")
-    with pytest.raises(BadSample, match=f"the answer '{answer}' encodes to nothing"):
+    with pytest.raises(BadSample, match=r"the answer .* encodes to nothing"):
         talk.training(question("is it ?", answer), image=False)
 
 
