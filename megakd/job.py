@@ -21,7 +21,7 @@ from megakd.models import adapters, towers
 from megakd.models.answering import AnsweringStudent
 from megakd.models.identity import preprocessing, weights_file
 from megakd.preparation import Plan
-from megakd.runtime import checkpoint, collectives, ds_config, engine, files, launch, runlog, slurm_job, watchdog
+from megakd.runtime import checkpoint, collectives, ds_config, engine, files, launch, precision, runlog, slurm_job, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine, State, trained_shapes
 from megakd.runtime.interruptions import Interruptions
@@ -136,6 +136,8 @@ class Run:
         micro, rounds = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
         how = f"{self.world.size} x {self.world.device.type}, ZeRO {config.get('zero_optimization', {}).get('stage', 0)}"
         how += f", {'bf16' if ds_config.is_bf16(config) else 'fp32'}"
+        if (asked := precision.asked()) is not None:
+            how += f" ({precision.VARIABLE}={asked})"
         if ds_config.accumulates_in_bf16(config):
             how += " (gradients add up in bf16, as data_types.grad_accum_dtype says: fp32 loses nothing)"
         if self.plan.pairs is not None:

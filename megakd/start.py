@@ -15,8 +15,6 @@ import time
 import warnings
 from pathlib import Path
 
-import torch
-
 from megakd import recipe_files
 from megakd.recipe import credentials, texts
 from megakd.recipe.credentials import redact
@@ -171,8 +169,6 @@ def quiet_libraries() -> None:
         logging.getLogger(chatty).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.|transformers\.|peft\.")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
 
 
 def _complain(world: World | None, text: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakd.models.embeddings import Embeddings
-from megakd.runtime.precision import exact
+from megakd.runtime.precision import exact, of_towers
 
 # Legend: B local batch, D embedding width.
 
@@ -104,10 +104,10 @@ def decay_groups(module: nn.Module, weight_decay: float, rates: Mapping[str, flo
 
 def encode_images(clip: nn.Module, pixels: Tensor) -> Tensor:
     """(B, D) unit rows, without gradient: for teachers and for evaluation."""
-    with torch.no_grad():
+    with torch.no_grad(), of_towers(pixels.device):
         return normalised(clip.encode_image(pixels))  # type: ignore[operator]
 
 
 def encode_texts(clip: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), of_towers(tokens.device):
         return normalised(clip.encode_text(tokens))  # type: ignore[operator]

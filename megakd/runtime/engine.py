@@ -44,6 +44,7 @@ from deepspeed.utils import (  # noqa: E402
 )
 
 from megakd.recipe import Optim  # noqa: E402
+from megakd.runtime import precision  # noqa: E402
 from megakd.runtime.ds_config import is_bf16  # noqa: E402
 from megakd.runtime.launch import World  # noqa: E402
 
@@ -75,7 +76,7 @@ class Engine:
         if start is not None:
             load_weights(module, start.weights)
         deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
-        self.dtype = torch.bfloat16 if is_bf16(config) else torch.float32
+        self.dtype, self._device = torch.bfloat16 if is_bf16(config) else torch.float32, world.device
         if self.dtype != torch.float32:
             for parameter in module.parameters():
                 if parameter.numel() == 1 and parameter.is_floating_point():  # trained ones follow the optimizer
@@ -104,11 +105,12 @@ class Engine:
         return self._engine.module  # type: ignore[no-any-return]
 
     def forward(self, *inputs: Tensor | None) -> dict[str, Tensor]:
-        return self._engine(*inputs)  # type: ignore[no-any-return]
+        with precision.of_towers(self._device):
+            return self._engine(*inputs)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, whose mean over ranks and sum over accumulation steps is the global batch's."""
-        with self.unmoved_buffers():  # activation checkpointing runs forwards once more in here
+        with precision.of_towers(self._device), self.unmoved_buffers():  # activation checkpointing runs forwards once more in here
             self._engine.backward(loss * self.accumulation)
 
     def accumulated(self) -> None:

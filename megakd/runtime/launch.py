@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megakd.runtime import peers
+from megakd.runtime import peers, precision
 
 _peers: peers.Peers | None = None  # of the process group that `start` has joined, where there are several ranks
 _before: dict[str, str | None] = {}  # what `start` has overwritten in the environment, None for what was not there
@@ -215,7 +215,8 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     """Join the process group and choose this rank's device. Returns this process's place in the world.
 
     timeout: how long a collective waits for the others, until `wait_longer_than` says otherwise.
-    Raises ValueError, with the remedy, for what the launcher's variables do not say, and where the ranks do not meet; see `peers.meet`.
+    Raises ValueError, with the remedy, for what the launcher's variables do not say, and where the ranks do not meet; see `peers.meet`;
+    and on every rank where they would compute in different types.
     """
     global _peers
     found = variables(os.environ)
@@ -237,6 +238,8 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         common = dist.HashStore() if size == 1 else dist.PrefixStore("group", store)
         dist.init_process_group(backend, store=common, rank=rank, world_size=size, timeout=timeout)
+    if size > 1:
+        precision.check_alike(device, size)
     return World(rank, size, device)
 
 

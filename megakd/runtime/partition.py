@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megakd.recipe import texts
-from megakd.runtime import ds_check, ds_sections
+from megakd.runtime import ds_check, ds_sections, precision
 from megakd.runtime.engine import deepspeed
 from megakd.runtime.launch import World
 
@@ -137,7 +137,7 @@ class Partitioned:
         self._engine.eval()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), precision.of_towers(inputs[0].device):
             return self._engine(*inputs)  # type: ignore[no-any-return]
 
     @property
