@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -20,14 +21,17 @@ from PIL import Image
 
 from megakd.data.bad import BadCounter, BadLog, BadSample, Reason
 from megakd.data.order import Order, Positions
+from megakd.data.caption_tokens import Tokenize
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.store import Rows, Store
-from megakd.data.views import Augmentation, Tokenize, TowerView, draw, draw_stored, rgb_image, train_pixels
+from megakd.data.views import Augmentation, TowerView, draw, draw_stored, rgb_image, train_pixels
 from megakd.data.workers import WorkerStream
 from megakd.recipe import Views
 
 # At a bad fraction of .9 one position in a thousand is still without a sample after this many.
 _ATTEMPTS = 64
+# A million letters are no caption; a tokenizer would take seconds for them.
+_LONGEST_CAPTION = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -247,11 +251,16 @@ def located(where: str) -> Iterator[None]:
 
 
 def caption(data: bytes) -> str:
-    """The caption as it is stored. Raises BadSample: bad_text, or empty_caption for nothing but white space."""
+    """The caption as it is stored, without a byte-order mark. Raises BadSample: bad_text, or empty_caption for nothing to be seen."""
+    if len(data) > _LONGEST_CAPTION:
+        raise BadSample("bad_text", f"{len(data)} bytes, more than {_LONGEST_CAPTION}: no caption")
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadSample("bad_text", str(error)) from error
-    if not text.strip():
+    if "\0" in text:
+        raise BadSample("bad_text", "holds a NUL: damaged, or no UTF-8")
+    # white space, and signs that control or format
+    if all(letter.isspace() or unicodedata.category(letter)[0] == "C" for letter in text):
         raise BadSample("empty_caption", "white space alone")
     return text

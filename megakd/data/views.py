@@ -11,7 +11,6 @@ import hashlib
 import io
 import math
 import pickle
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +21,12 @@ from PIL import Image
 
 from megakd.data.bad import BadSample
 from megakd.data.draws import uniform
+from megakd.data.caption_tokens import PlainCaptions, Tokenize, plain_captions
 from megakd.recipe import Views
 
 if TYPE_CHECKING:
     from open_clip.transform import PreprocessCfg
 
-Tokenize = Callable[[list[str]], torch.Tensor]
 Box = tuple[int, int, int, int]
 
 # Only formats that shards hold: PIL would also start Ghostscript for a file that calls itself an EPS.
@@ -73,6 +72,9 @@ class TowerView:
     preprocess: PreprocessCfg
     tokenize: Tokenize
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokenize", plain_captions(self.tokenize))
+
     @property
     def train_pixels(self) -> tuple[int, int, int]:
         """(H, W, resampling filter): all that the training pixels depend on. A random crop is squashed in every resize mode."""
@@ -85,7 +87,7 @@ class TowerView:
     @functools.cached_property
     def tokens(self) -> str:
         """A digest of the tokenizer's content; of its identity where it cannot be pickled, which shares less but never wrongly."""
-        state: Any = self.tokenize
+        state: Any = self.tokenize.wrapped if isinstance(self.tokenize, PlainCaptions) else self.tokenize
         if hasattr(state, "__dict__") and not isinstance(state, type) and not hasattr(state, "__code__"):
             # open_clip's tokenizer remembers the words it has split in `cache`; the same tokenizer, used or not, is equal
             state = (type(state), {name: value for name, value in vars(state).items() if name != "cache"})

@@ -9,6 +9,7 @@ import torch
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
+from megakd.data.caption_tokens import plain_captions
 from megakd.data.views import normalise
 from megakd.models.casts import pixel_dtype
 from megakd.models.student import encode_images, encode_texts
@@ -40,6 +41,7 @@ class Encoder:
     def texts(self, sentences: Sequence[str]) -> Tensor:
         """n sentences -> unit rows (n, D), float32 on the CPU."""
         watchdog.beat("evaluating")
+        tokenize = plain_captions(self.tokenize)
         pieces = [sentences[start : start + self.batch] for start in range(0, len(sentences), self.batch)]
-        rows = [encode_texts(self.clip, self.tokenize(list(piece)).to(self.device)).float().cpu() for piece in pieces]
+        rows = [encode_texts(self.clip, tokenize(list(piece)).to(self.device)).float().cpu() for piece in pieces]
         return torch.cat(rows)
