@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from megakd.data.bad import BadCounter, BadLog, BadSample, Reason
-from megakd.data.order import Order, Positions
 from megakd.data.caption_tokens import Tokenize
+from megakd.data.order import Order, Positions
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.store import Rows, Store
 from megakd.data.views import Augmentation, TowerView, draw, draw_stored, rgb_image, train_pixels

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from megakd.data.bad import BadSample
-from megakd.data.draws import uniform
 from megakd.data.caption_tokens import PlainCaptions, Tokenize, plain_captions
+from megakd.data.draws import uniform
 from megakd.recipe import Views
 
 if TYPE_CHECKING:

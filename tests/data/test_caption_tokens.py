@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from megakd.data.bad import BadSample
-from megakd.data.loader import caption
 from megakd.data.caption_tokens import PlainCaptions, plain_captions
+from megakd.data.loader import caption
 from megakd.data.views import TowerView
 
 WORDS = ["red", "blue", "end", "of", "text", "s", "sep", "pad", "mask", "unk", "cls", "a", "picture", "<", ">", "/", "[", "]", "|", "_"]
