@@ -72,7 +72,7 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
         zero.Settings.of(teacher_zero, precision.dtype(precision.of(device)).itemsize),
     )
     taught = recipe.teachers().values() if task.needs_teacher else ()
-    teachers = tuple(models.teacher(settings, shares.micro, local, precision.of(device), teacher_settings) for settings in taught)
+    teachers = tuple(models.teacher(settings, shares.micro, local, precision.of(device), teacher_settings, device) for settings in taught)
     widths = [teacher.width for teacher in teachers]
     student = models.student(
         recipe, lambda own: task.heads(own, widths), shares, bf16=ds_config.is_bf16(resolved), drop=student_zero.stage > 1

@@ -175,9 +175,10 @@ def test_our_loader_is_timed_for_one_and_two_towers(world: Path) -> None:
 def test_processor_time_counts_the_workers() -> None:
     worker = multiprocessing.get_context("fork").Process(target=_spin)
     worker.start()
-    before = time.process_time()
-    time.sleep(1.0)
-    assert loader_side.processor_seconds() - before > 0.05
+    before, end = time.process_time(), time.monotonic() + 60
+    while loader_side.processor_seconds() - before <= 0.05:  # on a busy machine its turn comes late
+        assert time.monotonic() < end, "the worker's time is not counted"
+        time.sleep(0.05)
     worker.kill()
     worker.join()
 

@@ -18,14 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megakd import foreseen
 from megakd.data.views import normalise
-from megakd.models import towers
+from megakd.models import int8_products, towers
 from megakd.models.int8 import quantise
 from megakd.models.sharded_teacher import TextTower
 from megakd.models.student import Student
 from megakd.planning import answers
 from megakd.planning.watch import Watch, fused_attention
 from megakd.planning.zero import Settings
-from megakd.recipe import Model, Recipe
+from megakd.recipe import Model, Recipe, Teacher
 from megakd.runtime.partition import gathered_together
 from megakd.runtime.precision import Precision
 
@@ -138,10 +138,12 @@ def _build(description: towers.Description, precision: Precision) -> towers.Towe
         return towers.build(description, META, precision, load_weights=False)
 
 
-def teacher(settings: Model, micro: int, local: int, precision: Precision, partition: Settings) -> TeacherCost:
+def teacher(
+    settings: Model, micro: int, local: int, precision: Precision, partition: Settings, device: torch.device | None = None
+) -> TeacherCost:
     """Cost of a teacher on `local` pairs a rank in pieces of `micro`.
 
-    partition: how DeepSpeed would partition it.
+    partition: how DeepSpeed would partition it. device: whose way of multiplying int8 is counted; None widens the matrices.
     """
     description = describe(settings, "teacher")
     built = _build(description, precision)
@@ -149,10 +151,20 @@ def teacher(settings: Model, micro: int, local: int, precision: Precision, parti
     pixels, tokens = _inputs(built, micro, dtype)
     flops = [_flops(call, [given[:1]]) for call, given in _calls(clip, pixels, tokens)]
     wide = _forms(clip, pixels, tokens, partition)
-    quantise(clip)
+    int8 = settings if isinstance(settings, Teacher) else Teacher(model="any", pretrained="any")
+    quantise(clip, threshold=int8.outlier_threshold, product=_product(int8, device), migrated=int8.calibration > 0)
     image, text = (Tower(one, other, count) for one, other, count in zip(wide, _forms(clip, pixels, tokens, partition), flops, strict=True))
     made, kept, raw = _input_bytes(built.preprocess, local, dtype)
     return TeacherCost(name_of(settings), image, text, description.width, dtype.itemsize, max(made, kept), raw + tokens[0].nbytes * local)
+
+
+def _product(settings: Teacher, device: torch.device | None) -> int8_products.Product:
+    """Where the job will run: this machine may lack what that one has."""
+    if device is None:
+        return "dequantise"
+    if settings.int8_product != "auto":
+        return settings.int8_product
+    return "bitsandbytes" if device.type == "cuda" else int8_products.choose(device)
 
 
 def _calls(clip: Any, pixels: Tensor, tokens: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:

@@ -20,6 +20,11 @@ from torch.nn import functional as F
 
 from megakd.models.int8 import quantise, quantise_weight, sources
 from megakd.models.int8_linear import Int8Linear
+from megakd.models.int8_migration import Reference, migrate
+from megakd.models.originals import Originals
+from megakd.models.weights import InMemory
+from megakd.runtime.launch import World
+from megakd.runtime.partition import overwrite
 
 ROWS, TOKENS, WORDS, END, PIXELS = 3, 16, 200, 199, 56
 TEXT = {"context_length": TOKENS, "vocab_size": WORDS, "width": 128, "heads": 2, "layers": 2}
@@ -203,6 +208,28 @@ def test_int8_embeddings_have_a_cosine_of_999_thousandths_with_float32_ones(kind
         for found, exact in zip(_outputs(converted, *given), expected, strict=True):
             assert not torch.equal(found, exact)
             assert F.cosine_similarity(found, exact).min() >= 0.999, way
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outliers_of_every_kind_move_into_its_weights(kind: str, build: Callable[[str], nn.Module]) -> None:
+    """With the original matrices the model is what it was, also where a matrix is called in thirds or over channels."""
+    clip = build(kind)
+    given, expected = _inputs(clip), _outputs(clip, *_inputs(clip))
+    state = clip.state_dict()
+    converted = copy.deepcopy(clip)
+    quantise(converted, product="int_mm", migrated=True)
+    made_of = sources(converted)
+    names = {layer: made_of[f"{path}.weight"].tensor for path, layer in converted.named_modules() if isinstance(layer, Int8Linear)}
+    originals = Originals(names, lambda: InMemory(state, kind), World(0, 1, torch.device("cpu")))
+    with Reference(originals) as reference:
+        reference.noting = True
+        for found, exact in zip(_outputs(converted, *given), expected, strict=True):
+            torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
+    migrate(originals, reference.largest, overwrite)
+    assert set(names) == set(reference.largest)
+    for found, exact in zip(_outputs(converted, *given), expected, strict=True):
+        assert F.cosine_similarity(found, exact).min() >= 0.9985
+    assert converted.state_dict().keys() == made_of.keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)

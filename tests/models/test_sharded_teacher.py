@@ -177,13 +177,14 @@ def test_two_hundred_steps_of_both_engines_take_no_more_memory(folder: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("model", "most_gb"), [("ViT-bigG-14", 3.3), ("EVA02-E-14-plus", 5.0)])
+@pytest.mark.parametrize(("model", "most_gb"), [("ViT-bigG-14", 2.5), ("EVA02-E-14-plus", 4.2)])
 def test_a_giant_in_int8_fits_beside_its_other_half(model: str, most_gb: float, tmp_path: Path) -> None:
+    """Beyond what the process had before it loaded anything. A load is timed against a forward, which reads the same weights."""
     from megakd.benchmarks import teacher_load
 
     for rank in teacher_load.run(model, "zero3_int8", 2, pairs=2, forwards=2, folder=tmp_path):
-        assert rank["peak_gb"] <= most_gb
-        assert model != "ViT-bigG-14" or rank["load_seconds"] <= 60
+        assert rank["peak_gb"] - rank["start_gb"] <= most_gb
+        assert rank["load_seconds"] <= 8 * min(rank["forward_seconds"])
 
 
 def test_blocks_are_gathered_whole_and_attentions_at_least() -> None:

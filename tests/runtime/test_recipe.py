@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from tiny_runs import ENSEMBLE, TEACHER
 
 from megakd import recipe_files
 from megakd.objectives.registry import FAMILIES, WITH_BIAS, WITHOUT_TEACHER
@@ -232,6 +233,16 @@ def test_a_json_that_is_no_run_json_is_refused(tmp_path: Path) -> None:
     assert "no key 'recipe'" in _error(path)
     path.write_text("[1, 2]")
     assert str(path) in _error(path)
+
+
+def test_the_limit_of_a_comparison_may_change_on_resume_and_what_is_computed_may_not(recipe_file: Path) -> None:
+    """The message that stops a run below the limit says to lower it."""
+    roles = {"teacher": (*TEACHER, "teacher.mode=zero3_int8"), "ensemble.second": (*TEACHER, *ENSEMBLE, "ensemble.second.mode=zero3_int8")}
+    for role, teachers in roles.items():
+        old = _load(recipe_file, *teachers)
+        assert recipe_files.differences(old, _load(recipe_file, *teachers, f"{role}.int8_agreement=0.5")) == []
+        assert len(recipe_files.differences(old, _load(recipe_file, *teachers, f"{role}.calibration=64"))) == 1
+        assert len(recipe_files.differences(old, _load(recipe_file, *teachers, f"{role}.int8_product=dequantise"))) == 1
 
 
 def test_differences_name_what_is_learned_and_not_how_it_is_watched(recipe_file: Path) -> None:

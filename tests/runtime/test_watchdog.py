@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_no_beat_within_the_limit_ends_the_process_with_the_stacks_of_all_thread
     with _program(tmp_path, 1.0, "watchdog.beat('waiting for data', 7)\nstand_still()") as process:
         _, said = process.communicate(timeout=30)
         assert process.returncode == EXIT_HUNG, said
-        assert 1.0 <= time.monotonic() - began < 10.0
+        assert time.monotonic() - began >= 1.0  # and `communicate` waits for at most 30
     assert (tmp_path / "hung" / "rank_00003.txt").read_text() == said
     assert f"[rank 3 of 8, process {process.pid} on " in said
     assert "no progress for 1 s: step 8, waiting for data." in said
@@ -133,10 +133,18 @@ def test_a_limit_of_0_watches_nothing(tmp_path: Path) -> None:
 
 
 def test_a_beat_costs_nothing_to_speak_of() -> None:
-    began = time.perf_counter()
-    for number in range(100_000):
-        watchdog.beat("student", number)
-    assert (time.perf_counter() - began) / 100_000 < 5e-6, "seconds; a step beats about ten times"
+    """Against the least that a call of a function can cost here; a step beats about ten times."""
+
+    def nothing(phase: str, step: int) -> None:
+        pass
+
+    def seconds(call: Callable[[str, int], None]) -> float:
+        began = time.process_time()
+        for number in range(100_000):
+            call("student", number)
+        return time.process_time() - began
+
+    assert min(seconds(watchdog.beat) for _ in range(3)) < 10 * min(seconds(nothing) for _ in range(3))
 
 
 def test_the_default_limit_is_half_an_hour() -> None:
@@ -161,7 +169,7 @@ def _wait_for_rows(run: Path, count: int, ranks: list[subprocess.Popen[str]], se
     end = time.monotonic() + seconds
     while len(rows(run)) < count:
         assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0][-4000:]
-        assert time.monotonic() < end
+        assert time.monotonic() < end, "it hangs: this says nothing of how fast it is"
         time.sleep(0.05)
 
 
@@ -194,7 +202,7 @@ def ended(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def test_a_stopped_rank_ends_the_other_soon_after_the_limit(ended: Ended) -> None:
     assert ended.code == EXIT_HUNG, ended.out[-4000:]
-    assert LIMIT <= ended.seconds < LIMIT + 6
+    assert LIMIT <= ended.seconds < 3 * LIMIT  # the stacks are written and the interpreter ends in what is left, on a busy machine too
 
 
 def test_a_run_whose_rank_is_slow_again_and_again_is_not_ended(ended: Ended) -> None:

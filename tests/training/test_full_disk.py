@@ -75,7 +75,7 @@ def story(recipe_file: Path, small_disk: Path, tmp_path_factory: pytest.TempPath
     def fill() -> None:
         end = time.monotonic() + 60
         while len(_jobs(found.disturbed)) < 2 or len(rows(found.disturbed)) < before + 3:
-            assert time.monotonic() < end
+            assert time.monotonic() < end, "it hangs: this says nothing of how fast it is"
             time.sleep(0.01)
         os.link(metrics, kept)  # what is written meanwhile is in both
         (found.disturbed / "full").symlink_to("/dev/full")
