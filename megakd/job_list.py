@@ -34,12 +34,14 @@ COLUMNS = ("run", "job", "state", "step", "images/s", "loss", "log")
 class Found:
     """A run folder as its own files describe it.
 
-    job: SLURM's id of its newest job; begun: when that job started here last, None before; held: whether a process holds its lock, None on
-    a file system without locks; damaged: why run.json could not be read.
+    job: SLURM's id of its newest job; local: the id of that job where submitit runs it on one machine, without SLURM; begun: when that job
+    started here last, None before; held: whether a process holds its lock, None on a file system without locks; damaged: why run.json
+    could not be read.
     """
 
     folder: Path
     job: str | None
+    local: str | None
     log: str | None
     step: int
     steps: int | None
@@ -76,7 +78,10 @@ def _read(run: Path) -> Found:
     about: dict[str, Any] = content if isinstance(content, dict) else {}
     jobs = about.get("jobs")
     starts = [start for start in jobs if isinstance(start, dict)] if isinstance(jobs, list) else []
-    newest, log = _newest(_submissions(run), starts)
+    sent = _submissions(run)
+    newest, log = _newest(sent, starts)
+    # A start knows SLURM's jobs alone; its log is that of the submission it came from.
+    local = next((str(note["job"]) for note in reversed(sent) if newest is None and log and note.get("log") == log), None)
     row = _last_row(run / METRICS)
     speed, loss = (value if isinstance(value := row.get(name), int | float) else None for name in ("images_per_second", "loss"))
     settings = about.get("recipe")
@@ -84,6 +89,7 @@ def _read(run: Path) -> Found:
     return Found(
         folder=run,
         job=newest,
+        local=local,
         log=log,
         step=row.get("step", 0),
         steps=optim.get("steps") if isinstance(optim, dict) else None,
@@ -172,7 +178,9 @@ def table(runs: Sequence[Found], slurm: Mapping[str, cluster.State]) -> Table:
         speed = "-" if run.images_per_second is None else f"{run.images_per_second:.0f}"
         loss = "-" if run.loss is None else f"{run.loss:.4f}"
         step = f"{run.step}/{run.steps or '-'}"
-        shown.add_row(str(run.folder), run.job or "-", state(run, slurm), step, speed, loss, run.log or "-")
+        shown.add_row(
+            str(run.folder), run.job or (f"local:{run.local}" if run.local else "-"), state(run, slurm), step, speed, loss, run.log or "-"
+        )
     return shown
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import os
 import re
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from megakd import cluster, recipe_files
 from megakd.jobs import Training
-from megakd.runtime import ds_check, ds_config, precision, runlog
+from megakd.runtime import batch_words, ds_check, ds_config, precision, runlog
 from megakd.runtime.launch import TORCH_VARIABLES
 from megakd.runtime.slurm_job import LOG_VARIABLE, SUBMISSIONS
 
@@ -33,6 +35,7 @@ from megakd.runtime.slurm_job import LOG_VARIABLE, SUBMISSIONS
 MAX_TIMEOUTS = 1000
 # Seconds between two looks at the results (files), and between two questions to SLURM.
 LOOK, ASK = 2.0, 30.0
+LONGEST_NAME = 255
 # Seconds that a result may be on its way over a shared file system after SLURM has called the job ended.
 LATE = 20.0
 Where = Literal["slurm", "local", "debug"]
@@ -121,12 +124,25 @@ def requests(
     for combination in itertools.product(*varied):
         folder = top / ",".join(combination).replace("/", "_")
         runs.append(replace(first, overrides=(*first.overrides, *combination), out=folder))
+    _check_folders(array, [run.out for run in runs])
     return top, runs
 
 
-def check(runs: Sequence[Request], wanted: Resources, where: Where) -> None:
-    """Raise ValueError for whatever can be known to be wrong before the job queues; make the log folders."""
+def _check_folders(array: Sequence[str], folders: list[Path]) -> None:
+    for folder in folders:
+        if len(os.fsencode(folder.name)) > LONGEST_NAME:
+            raise ValueError(
+                f"--array {' '.join(array)[:200]}: a run's folder is named by its values, and {folder.name[:60]}... is longer than "
+                f"{LONGEST_NAME} bytes; give each recipe a name, or submit the runs one by one with --out"
+            )
+    if twice := [folder for folder, count in Counter(folders).items() if count > 1]:
+        raise ValueError(f"--array {' '.join(array)[:200]}: two runs would share the folder {twice[0]}; give each value once")
+
+
+def check(runs: Sequence[Request], wanted: Resources, where: Where, top: Path) -> None:
+    """Raise ValueError for whatever can be known to be wrong before the job queues."""
     _check_used(wanted, where)
+    batch_words.check(wanted, top if where == "slurm" else None, Path.cwd())
     ranks = wanted.nodes * wanted.ranks_per_node
     raw, config_name = ds_config.read(runs[0].ds_config, precision.of(torch.device("cuda" if wanted.gpus_per_node else "cpu")))
     for run in runs:
@@ -163,7 +179,7 @@ def executor(
     """submitit's executor with everything set; it has not touched the disk, but for a local one."""
     folder = top / SUBMISSIONS
     if where == "local":
-        local = submitit.LocalExecutor(folder, max_num_timeout=MAX_TIMEOUTS, python=wanted.python)
+        local = submitit.LocalExecutor(folder, max_num_timeout=MAX_TIMEOUTS, python=_quoted(wanted.python))
         devices = {"gpus_per_node": wanted.gpus_per_node} if wanted.gpus_per_node else {}
         local.update_parameters(
             tasks_per_node=wanted.ranks_per_node,
@@ -175,7 +191,7 @@ def executor(
         return local
     container = wanted.container_image is not None
     python = wanted.python or ("python" if container else None)
-    slurm = slurm_executor(folder, max_num_timeout=MAX_TIMEOUTS, python=python)
+    slurm = slurm_executor(folder, max_num_timeout=MAX_TIMEOUTS, python=_quoted(python))
     optional = {key: getattr(wanted, key) for key in ("cpus_per_task", "mem", "partition", "constraint", "account", "qos")}
     slurm.update_parameters(
         job_name=name,
@@ -192,6 +208,11 @@ def executor(
         **{key: value for key, value in optional.items() if value is not None},
     )
     return slurm
+
+
+def _quoted(python: str | None) -> str | None:
+    """A word of the batch script's command line, as which submitit takes it."""
+    return None if python is None else shlex.quote(python)
 
 
 def _setup(wanted: Resources) -> list[str]:
@@ -318,7 +339,7 @@ def _no_result(job: submitit.Job[int], state: cluster.State) -> int:
 
 def run(top: Path, runs: Sequence[Request], wanted: Resources, where: Where, *, follow: bool, dry_run: bool) -> int:
     """The whole verb. Returns the exit code."""
-    check(runs, wanted, where)
+    check(runs, wanted, where, top)
     if dry_run:
         _say(top, runs, wanted, where)
         return 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tiny_runs import ds_config, environment, settings, train
 
 from megakd import cli, cluster, job_list, submission
 from megakd.cluster import State
+from megakd.runtime import batch_words
 from megakd.runtime.locks import FolderLock, held
 from megakd.submission import Resources
 
@@ -90,7 +93,8 @@ def test_a_local_job_trains_on_two_ranks_and_is_listed(recipe_file: Path, tmp_pa
     assert content["jobs"][0]["log"] in done.stdout
     assert "step 6/6" in Path(content["jobs"][0]["log"]).read_text()
     _, row = table(tmp_path, capsys)
-    assert row.split()[:4] == [str(run), "-", "finished", "6/6"]
+    (note,) = (json.loads(path.read_text()) for path in (run / "slurm").glob("*.json"))
+    assert row.split()[:4] == [str(run), f"local:{note['job']}", "finished", "6/6"]
     assert content["jobs"][0]["log"] in row
 
 
@@ -184,6 +188,62 @@ def test_what_is_wrong_with_a_run_is_said_before_it_is_submitted(
         assert (code, answer in said) == (2, True), (options, said)
         assert "Traceback" not in said
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+OPTIONS = ("partition", "account", "qos", "constraint", "mem", "time", "container_image", "container_mounts", "python")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("value", ["gpu\ntouch pwned", "a\rb", "a\u2028b", "", "\udcff"])
+def test_no_option_of_submit_breaks_the_line_it_is_written_into(option: str, value: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"--{option} "):
+        batch_words.check(replace(Resources(), **{option: value}), tmp_path, tmp_path)
+
+
+def test_a_line_break_in_an_option_is_refused_before_anything_is_shown(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("submit", "--recipe", recipe_file, "--out", tmp_path / "run", "--partition", "gpu\ntouch pwned", "--dry_run") == 2
+    said = capsys.readouterr()
+    assert ("--partition 'gpu\\ntouch pwned': write" in said.err, said.out) == (True, "")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "it's", 'a"b', "50%", "back\\slash"])
+def test_a_run_folder_that_slurm_would_read_as_something_else_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--out .*choose a folder without it"):
+        batch_words.check(Resources(), tmp_path / name, tmp_path)
+    batch_words.check(Resources(), None, tmp_path)
+
+
+def test_words_with_spaces_and_shell_signs_stay_words_of_the_batch_file(
+    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """bash runs the file with another srun, which writes down what it is called with."""
+    (tmp_path / "bin").mkdir()
+    for name in ("srun", "scontrol"):
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/{name}.txt\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    python, image, folder = "/opt/my env/python; touch pwned", "docker://a b$(touch pwned)", tmp_path / "my runs; touch pwned"
+    options = ("--container_image", image, "--python", python, "--out", folder, "--setup", "cd .")
+    assert command("submit", "--recipe", recipe_file, *options, "--dry_run") == 0
+    text = capsys.readouterr().out
+    (tmp_path / "here").mkdir()
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path / "here", env={"PATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "here").iterdir()) == []
+    words = (tmp_path / "srun.txt").read_text().splitlines()
+    assert f"--container-image={image}" in words
+    assert words[-5:-1] == [python, "-u", "-m", "submitit.core._submit"]
+    assert f"{folder}/slurm" in words[-1]
+    assert all(line.startswith("#SBATCH --") for line in text.splitlines() if "#SBATCH" in line)
+
+
+def test_an_arrays_folders_have_names_that_a_file_system_takes_and_none_twice(recipe_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--array .*longer than 255 bytes"):
+        submission.requests(str(recipe_file), [], None, tmp_path, "auto", [f"data.train={'x' * 300}"])
+    with pytest.raises(ValueError, match="--array seed=1,1: two runs would share"):
+        submission.requests(str(recipe_file), [], None, tmp_path, "auto", ["seed=1,1"])
 
 
 def test_without_slurm_the_way_to_run_here_is_said(

@@ -141,7 +141,7 @@ def _mpirun(environ: Mapping[str, str], rank: str, size: str, local_rank: str, l
     # the same for all ranks of one mpirun, and another for the next
     job = next((environ[name] for name in MPI_JOBS if environ.get(name)), str(os.getppid()))
     return {
-        "RANK": environ[rank],
+        "RANK": str(_number(environ, rank)),
         "WORLD_SIZE": str(ranks),
         "LOCAL_RANK": str(_number(environ, local_rank)),
         "LOCAL_WORLD_SIZE": str(here),
@@ -152,7 +152,7 @@ def _mpirun(environ: Mapping[str, str], rank: str, size: str, local_rank: str, l
 
 def _submitit_local(environ: Mapping[str, str]) -> dict[str, str]:
     return {
-        "RANK": environ["SUBMITIT_LOCAL_GLOBALID"],
+        "RANK": str(_number(environ, "SUBMITIT_LOCAL_GLOBALID")),
         "WORLD_SIZE": str(_number(environ, "SUBMITIT_LOCAL_NTASKS")),
         "LOCAL_RANK": str(_number(environ, "SUBMITIT_LOCAL_LOCALID")),
         "LOCAL_WORLD_SIZE": environ["SUBMITIT_LOCAL_NTASKS"],
@@ -177,7 +177,7 @@ def _slurm(environ: Mapping[str, str]) -> dict[str, str]:
             "SLURM_JOB_NODELIST is not set, so nobody says where the ranks meet: hand it on (srun --export=ALL), or set MASTER_ADDR"
         )
     return {
-        "RANK": environ["SLURM_PROCID"],
+        "RANK": str(_number(environ, "SLURM_PROCID")),
         "WORLD_SIZE": str(tasks),
         "LOCAL_RANK": str(_number(environ, "SLURM_LOCALID")),
         "LOCAL_WORLD_SIZE": str(_tasks_on_this_node(environ, tasks)),

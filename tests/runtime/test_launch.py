@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from tiny_runs import LAUNCHER_VARIABLES, NODE_LISTS, REPOSITORY, environment
 
-from megakd.runtime import launch
+from megakd.runtime import launch, peers
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
 SRUN = {
@@ -124,6 +124,75 @@ def test_a_task_of_submitit_on_slurm_is_a_task_of_srun() -> None:
 def test_python_in_a_batch_script_is_one_process_although_slurm_names_a_rank() -> None:
     batch_script = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}
     assert launch.variables(batch_script)["WORLD_SIZE"] == "1"
+
+
+@pytest.mark.parametrize("special", ["4294967290", "4294967291", "4294967292"])
+def test_python_in_the_shell_that_salloc_gives_is_one_process(special: str) -> None:
+    """With LaunchParameters=use_interactive_step that shell is a step of SLURM's own, and SLURM_NTASKS is the whole allocation's."""
+    shell = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_NUM_TASKS"}
+    assert launch.variables({**shell, "SLURM_STEP_ID": special, "SLURM_NTASKS": "8"})["WORLD_SIZE"] == "1"
+
+
+def test_a_shell_of_srun_with_pty_does_not_wait_long_for_tasks_that_never_come() -> None:
+    found = launch.variables(SRUN)
+    assert launch._meeting(found, {**SRUN, "SLURM_PTY_PORT": "40001"}).patience == peers.PATIENCE_AT_A_TERMINAL == 30
+    assert launch._meeting(found, SRUN).patience == peers.PATIENCE
+
+
+OPEN_MPI = {
+    **{"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+    "PMIX_NAMESPACE": "prterun-node7-4711@1",
+}
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2", "PMI_FD": "9"}
+
+
+@pytest.mark.parametrize("environ", [OPEN_MPI, HYDRA, SRUN | OPEN_MPI, SRUN | HYDRA])
+def test_a_rank_of_mpirun_is_one_also_where_its_daemons_are_tasks_of_srun(environ: dict[str, str]) -> None:
+    found = launch.variables(environ)
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("1", "2", "1", "2")
+    assert found["MASTER_ADDR"] == "localhost"
+    first = {name: "0" if name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK") else value for name, value in environ.items()}
+    assert (launch.variables(first)["RANK"], launch.variables(first)["MASTER_PORT"]) == ("0", found["MASTER_PORT"])
+
+
+def test_srun_with_pmi2_is_srun() -> None:
+    assert launch.variables(SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8"}) == launch.variables(SRUN)
+
+
+@pytest.mark.parametrize("environ", [OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "4"}, HYDRA | {"PMI_SIZE": "4"}])
+def test_mpirun_on_several_machines_is_asked_where_they_meet(environ: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"mpirun started 4 ranks, 2 of them on this machine.*-x MASTER_ADDR"):
+        launch.variables(environ)
+    found = launch.variables({**environ, "MASTER_ADDR": "node7", "MASTER_PORT": "29500"})
+    assert (found["WORLD_SIZE"], found["MASTER_ADDR"], found["MASTER_PORT"]) == ("4", "node7", "29500")
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE = 4 is set but RANK is not"),
+        (TORCHRUN | {"RANK": "8"}, "RANK = 8 and WORLD_SIZE = 8: ranks count from 0 to WORLD_SIZE - 1"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK = -1"),
+        (TORCHRUN | {"RANK": "one"}, "RANK = 'one': not an integer"),
+        (TORCHRUN | {"WORLD_SIZE": ""}, "WORLD_SIZE = '': not an integer"),
+        (TORCHRUN | {"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE = 0"),
+        (TORCHRUN | {"LOCAL_RANK": "9" * 30}, "LOCAL_RANK = '9999"),
+        (TORCHRUN | {"LOCAL_RANK": "-2"}, "LOCAL_RANK = -2"),
+        (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT = 70000: give a port"),
+        (TORCHRUN | {"MASTER_PORT": "tcp://x"}, "MASTER_PORT = 'tcp://x': not an integer"),
+        (TORCHRUN | {"MASTER_PORT": "0"}, "MASTER_PORT = 0"),
+        (TORCHRUN | {"MASTER_ADDR": " "}, "MASTER_ADDR is empty"),
+        (SRUN | {"SLURM_PROCID": "x"}, "SLURM_PROCID = 'x': not an integer"),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "2(x3)"}, r"SLURM_STEP_NUM_TASKS = '2\(x3\)': not an integer"),
+        ({name: value for name, value in SRUN.items() if name != "SLURM_JOB_ID"}, "SLURM_JOB_ID is not set"),
+        ({name: value for name, value in SRUN.items() if name != "SLURM_LOCALID"}, "SLURM_LOCALID is not set"),
+        ({name: value for name, value in SRUN.items() if not name.endswith("NODELIST")}, "SLURM_JOB_NODELIST is not set"),
+        (SUBMITIT | {"SUBMITIT_LOCAL_JOB_ID": "x"}, "SUBMITIT_LOCAL_JOB_ID = 'x'"),
+    ],
+)
+def test_variables_that_say_nothing_or_nonsense_are_named(environ: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        launch.variables(environ)
 
 
 def test_a_plain_process_is_rank_0_of_1() -> None:
