@@ -237,6 +237,12 @@ class Run:
                 f"seed = {self.recipe.seed}: {path} was written with seed {progress.seed}, and the order of the data follows from it; give "
                 f"--set seed={progress.seed}, or start over with --resume none or another --out"
             )
+        if progress.position != progress.step * self.recipe.samples_in_a_step():
+            raise ValueError(
+                f"{path}: stands at sample {progress.position} after {progress.step} steps, which steps of "
+                f"{self.recipe.samples_in_a_step()} do not come to; resume with the batch it was made with or from another checkpoint, or "
+                f"start over with --resume none"
+            )
         if progress.data == self.plan.signature_of_names != self.plan.signature:
             self.log.say(f"{path} knows its shards by name and length alone: whether their content is still the same was not looked at")
             progress = dataclasses.replace(progress, data=self.plan.signature)
@@ -265,6 +271,7 @@ class Run:
         newer = [entry for entry in checkpoint.available(self.folder) if path is None or entry.name > path.name]
         if aside := runlog.set_aside(self.folder, newer):
             self.log.say(f"{len(newer)} checkpoints newer than the one to resume from were moved to {aside}")
+        checkpoint.prune(self.folder, self.recipe.checkpoint.keep)
         return path
 
     def _data(self) -> str:

@@ -88,9 +88,14 @@ def save(run: Path, progress: Progress, state: State, keep: int) -> Path:
             f"could not save {target}: {error}; the earlier checkpoints in {folder} are untouched: "
             f"free some space and start the same command again"
         ) from error
+    prune(run, keep)
+    return target
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep`: after each save, and at a start, for one that was killed before it came to that."""
     for old in available(run)[:-keep]:
         files.remove(old)
-    return target
 
 
 def available(run: Path) -> list[Path]:
@@ -196,6 +201,8 @@ def _contradiction(folder: str, content: dict[str, Any]) -> str | None:
         return f"step = {content['step']} in the folder {folder}"
     if content["format"] == 1 and content["updates"] != content["step"]:
         return f"updates = {content['updates']} after step {content['step']}"
+    if content["format"] == 1 and content["step"] and content["position"] % content["step"]:
+        return f"position = {content['position']} after {content['step']} steps of equal size"
     listed = content.get("files")
     if not isinstance(listed, dict) or set(listed) != {WEIGHTS, MOMENTS}:
         return f"files are not {WEIGHTS} and {MOMENTS}"

@@ -63,6 +63,12 @@ def test_the_newest_few_stay(tmp_path: Path) -> None:
     assert [entry.name for entry in checkpoint.folder_of(tmp_path).iterdir() if entry.name.startswith(".")] == []
 
 
+def test_what_a_kill_before_the_pruning_left_is_pruned_at_the_next_start(tmp_path: Path) -> None:
+    _save(tmp_path, 1, 2, 3, 4)
+    checkpoint.prune(tmp_path, 2)
+    assert _steps(tmp_path) == [3, 4]
+
+
 def test_a_step_that_is_saved_again_is_replaced(tmp_path: Path) -> None:
     _save(tmp_path, 1)
     checkpoint.save(tmp_path, _progress(1), _state(9), 5)
