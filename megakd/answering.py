@@ -33,6 +33,14 @@ def run(bundle: Path, image: Path | None, question: str, max_new_tokens: int = _
     print(loaded.answer([picture], [question], max_new_tokens, short=True)[0])
 
 
+def is_file(text: str) -> bool:
+    """Whether it names a file; a question may be longer than names may be."""
+    try:
+        return Path(text).is_file()
+    except OSError:
+        return False
+
+
 def read_image(path: Path) -> Image.Image:
     """The image, decoded. Raises ValueError naming the file: missing, no image, damaged, larger than data.max_pixels' default."""
     try:

@@ -92,7 +92,7 @@ class Bundle:
         device = self.device if quantised else torch.device("cpu")
         read = Bundle.load(partial, device, self.decoder.plain.get_input_embeddings().weight.dtype)
         found = decoder_tokenizer.differences(self.decoder.tokenizer, read.decoder.tokenizer, [*decoder_tokenizer.SAMPLES, *texts])
-        found += _other_weights(self.decoder, read.decoder)
+        found += _other_weights(self, read)
         if not found and self.device.type == "cpu":
             found += self._other_answers(read)
         if found:
@@ -102,27 +102,28 @@ class Bundle:
             )
 
     def _other_answers(self, read: Bundle) -> list[str]:
-        """Differences in logits of the questions, and in answers to them. Both are on the CPU, where sums have one order."""
+        """Differences in logits of the samples, and in answers to them. Both are on the CPU, where sums have one order."""
         picture = Image.linear_gradient("L").convert("RGB")
-        images = [picture if place % 2 == 0 else None for place in range(len(_SAMPLES))]
+        texts = [text for text in _SAMPLES if self._fits(text)]
+        images = [picture if place % 2 == 0 else None for place in range(len(texts))]
+        if not texts:
+            return []
+        # One tower sees for both: in training its weights may be bf16, which `_other_weights` allows for.
+        batch, visual_BVC = self._asked(images, texts, short=False), read.look(images)
         if self.decoder.settings.quantise == "none":  # bitsandbytes repacks other weights when they are first asked
-            logits = [one._logits(images).float() for one in (self, read)]
+            logits = [_logits(one.decoder, visual_BVC, batch) for one in (self, read)]
             if not bool(((logits[0] - logits[1]).abs() <= 1e-3 * logits[0].std() + 1e-6).all()):
                 return ["its logits differ"]
-        answers = [one.answer(images, _SAMPLES, _SAID) for one in (self, read)]
+        answers = [one.decoder.generate(visual_BVC, *batch[:3], _SAID) for one in (self, read)]
         return [] if answers[0] == answers[1] else [f"it answered {answers[0]}, then {answers[1]}"]
 
-    @torch.no_grad()
-    def _logits(self, images: Sequence[Image.Image | None]) -> Tensor:
-        """Of the samples, as generation begins with them."""
-        batch, training = self._asked(images, _SAMPLES, short=False), self.decoder.training
-        self.decoder.eval()
+    def _fits(self, text: str) -> bool:
+        positions = self.decoder.description.positions
         try:
-            embeddings = self.decoder.embed(self.look(images), batch.ids_BL, batch.image_mask_BL)
-            logits: Tensor = self.decoder.language(inputs_embeds=embeddings, attention_mask=batch.attend_BL.long(), use_cache=False).logits
-        finally:
-            self.decoder.train(training)
-        return logits
+            length = len(self.conversations.prompt(text, False, image=self.towers is not None).ids)
+        except BadSample:
+            return False
+        return positions is None or length + _SAID <= positions
 
     def _fill(self, partial: Path, tower_inside: bool, language_inside: bool) -> dict[str, Any]:
         decoder, settings = self.decoder, self.decoder.settings
@@ -259,16 +260,33 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype, quantise: str 
     return Bundle(decoder.eval(), built, manifest["max_length"], manifest["prompt"])
 
 
-def _other_weights(written: Decoder, read: Decoder) -> list[str]:
-    """A weight that differs in a bit, if any; of a quantised language model its adapters alone."""
-    own, other = written.state_dict(), read.state_dict()
-    if own.keys() != other.keys():
-        return [f"it has no {min(own.keys() ^ other.keys())}"]
-    for name, value in own.items():
-        if written.settings.quantise != "none" and name.startswith("language.") and "lora_" not in name:
-            continue
-        if value.is_floating_point() and not torch.equal(value.to(other[name]), other[name]):
-            return [f"{name} differs"]
+@torch.no_grad()
+def _logits(decoder: Decoder, visual_BVC: Tensor | None, batch: Stacked) -> Tensor:
+    """Float32, of prompts as generation begins with them."""
+    training = decoder.training
+    decoder.eval()
+    try:
+        embeddings = decoder.embed(visual_BVC, batch.ids_BL, batch.image_mask_BL)
+        found: Tensor = decoder.language(inputs_embeds=embeddings, attention_mask=batch.attend_BL.long(), use_cache=False).logits
+    finally:
+        decoder.train(training)
+    return found.float()
+
+
+def _other_weights(written: Bundle, read: Bundle) -> list[str]:
+    """A weight that differs in a bit of the type that it was trained in, if any; of a quantised language model its adapters alone."""
+    pairs: list[tuple[Any, Any]] = [(written.decoder, read.decoder)]
+    if written.towers is not None and read.towers is not None:
+        pairs.append((written.towers.clip.visual, read.towers.clip.visual))
+    for one, another in pairs:
+        own, other = one.state_dict(), another.state_dict()
+        if own.keys() != other.keys():
+            return [f"it has no {min(own.keys() ^ other.keys())}"]
+        for name, value in own.items():
+            if written.decoder.settings.quantise != "none" and name.startswith("language.") and "lora_" not in name:
+                continue
+            if value.is_floating_point() and not torch.equal(value, other[name].to(value)):
+                return [f"{name} differs"]
     return []
 
 

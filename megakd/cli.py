@@ -223,7 +223,7 @@ def answer(
     if merge is not None:
         bundles.merge(bundle, merge)
         print(f"{merge}: {bundle} with its adapter merged")
-    elif image is None or (question is None and Path(image).is_file()):
+    elif image is None or (question is None and answering.is_file(image)):
         raise ValueError("give an image and a question: megakd answer RUN/bundle image.jpg 'How many red squares?'")
     elif question is None:
         answering.run(bundle, None, image)  # the only argument is what is asked

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_decoders import CPU, make_decoder, make_towers
 
-from megakd import recipe
+from megakd import answering, recipe
 from megakd.bundle import Bundle
 from megakd.bundle_files import MANIFEST
 from megakd.runtime.files import json_sha256
@@ -124,3 +124,19 @@ def test_another_decoder_than_was_written_is_noticed(made: Bundle, whole: Path, 
     assert other._other_answers(made) == ["its logits differ"]
     with pytest.raises(ValueError, match=r"read back as another decoder .*lora_B.* differs"):
         other._check_written(whole, tmp_path / "bundle", ())
+
+
+def test_a_frozen_tower_that_training_held_in_bf16_is_the_one_that_is_read_back(world: Path, tmp_path: Path) -> None:
+    """Loaded, it is float32, so that what it sees differs by rounding: that is no other decoder."""
+    built = make_towers(world / "tokenizer")
+    module = make_decoder(world / "tokenizer", built.clip.visual, adapt="none")  # type: ignore[arg-type]
+    built.clip.bfloat16()
+    Bundle(module, built, 24).save(tmp_path / "bundle", tower_inside=True)
+    few = Bundle(module, built, module.image_tokens + 2)
+    few.save(tmp_path / "short", tower_inside=True)
+    assert not any(few._fits(text) for text in ("what colour is it?", "how many?"))
+
+
+def test_a_question_may_be_longer_than_a_files_name() -> None:
+    assert not answering.is_file("how many red squares are there? " * 200)
+    assert answering.is_file(__file__)
