@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import zlib
@@ -169,7 +170,7 @@ class ShardSet:
         try:
             return Sample(where, self._fetch(shard, places))
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{shown(self.names[shard])} is gone since the run began") from error
+            raise FileNotFoundError(errno.ENOENT, f"{shown(self.names[shard])} is gone since the run began") from error
         except OSError as error:
             raise BadSample("read_error", str(error), where) from error
 

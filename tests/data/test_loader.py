@@ -20,6 +20,7 @@ from megakd.data.order import Order
 from megakd.data.shards import ShardSet
 from megakd.data.views import TowerView
 from megakd.recipe import Views
+from megakd.runtime import failures
 
 TOWERS = {
     "student": TowerView(PreprocessCfg(size=16), ByteTokenizer(12)),
@@ -175,11 +176,13 @@ def test_a_bug_in_a_worker_is_raised_with_its_message_and_ends_the_others(clean:
     assert multiprocessing.active_children() == []
 
 
-def test_a_shard_that_vanishes_is_raised_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_vanishes_is_raised_by_name_and_is_an_error_for_users(tmp_path: Path, workers: int) -> None:
     shards = ShardSet.open(data(write_set(tmp_path, 16, 2)), 0, 1, no_barrier)
     (tmp_path / "00001.tar").unlink()
-    with pytest.raises(FileNotFoundError, match=r"00001\.tar"):
-        take(shards, 3, workers=1)
+    with pytest.raises(FileNotFoundError, match=r"00001\.tar is gone since the run began") as caught:
+        take(shards, 3, workers=workers)
+    assert "put it back" in str(failures.explain(caught.value))
 
 
 def test_impossible_settings_are_refused_before_anything_is_read(clean: ShardSet) -> None:
