@@ -280,6 +280,9 @@ def teacher_speed(
     model: Annotated[str, typer.Option(help="open_clip name; only its image tower runs, with random weights")] = "ViT-bigG-14",
     batch: Annotated[int, typer.Option(min=1, help="images a forward")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="how often each way to multiply takes its turn")] = 9,
+    outliers: Annotated[
+        bool, typer.Option("--outliers", help="give activations outliers, as trained giants have, and measure the remedies too")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="write the result to this file as well")] = None,
 ) -> None:
     """Images/s and weight memory of a teacher in int8, by each way to multiply, against 16 bit (on a CPU float32)."""
@@ -287,7 +290,7 @@ def teacher_speed(
     from megakd.start import quiet_libraries
 
     quiet_libraries()
-    benchmark.run(model, batch, rounds, json)
+    benchmark.run(model, batch, rounds, json, outliers=outliers)
 
 
 @bench.command()

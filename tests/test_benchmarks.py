@@ -282,6 +282,17 @@ def test_int8_speed_compares_every_way_to_multiply_on_one_architecture(tmp_path:
         teacher_speed.run("ViT-bigH", 2, 1)
 
 
+def test_int8_with_outliers_is_measured_with_its_remedies(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {row["weights"]: row["centred_cosine"] for row in teacher_speed.run("ViT-S-32-alt", 8, 1, outliers=True)}
+    assert rows["float32"] == pytest.approx(1.0)
+    for product in ("int_mm", "bitsandbytes"):
+        lost = 1 - rows[f"int8, {product}"]
+        assert lost > 0.02
+        assert 1 - rows[f"int8, {product}, threshold 6"] < lost / 3
+        assert 1 - rows[f"int8, {product}, calibrated"] < lost / 20
+    assert "weights random with outliers" in capsys.readouterr().out
+
+
 @pytest.mark.gpu
 def test_bigg_in_int8_is_faster_and_half_as_large_on_a_gpu() -> None:
     rows = {row["weights"]: row for row in teacher_speed.measure("ViT-bigG-14", 64, 9, torch.device("cuda"))}

@@ -1,7 +1,7 @@
 """A teacher's image tower in 16 bit (on a CPU float32) against int8, by each way to multiply: images/s, weight memory, agreement.
 
-Random weights of the full architecture: speed does not depend on values. Agreement with real activations and their outliers is not
-what this shows.
+Random weights of the full architecture: speed does not depend on values. Agreement does: trained giants have outliers in their
+activations and random weights have none, so `outliers` puts some there that change nothing in float, and adds what a recipe can do.
 """
 
 from __future__ import annotations
@@ -22,19 +22,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakd.benchmarks import comparison
+from megakd.benchmarks import outliers as outlier_channels
 from megakd.models import casts, int8, int8_products, streaming
+from megakd.models.agreement import agreement
+from megakd.models.int8_migration import Reference, migrate
+from megakd.models.originals import Originals
+from megakd.models.weights import InMemory
 from megakd.runtime import precision, runlog
+from megakd.runtime.launch import World
 
 PACKAGES = ("torch", "open_clip_torch", "timm", "bitsandbytes", "triton")
 
 
-def run(model: str, batch: int, rounds: int, file: Path | None = None) -> list[dict[str, Any]]:
+def run(model: str, batch: int, rounds: int, file: Path | None = None, *, outliers: bool = False) -> list[dict[str, Any]]:
     """Measure on the GPU, or on the CPU where there is none; print a table and a line of JSON. Raises ValueError for an unknown model."""
     if open_clip.get_model_config(model) is None:
         raise ValueError(f"--model {model}: open_clip has no such model; `open_clip.list_models()` lists all")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = measure(model, batch, rounds, device)
-    settings = {"model": model, "batch": batch, "rounds": rounds, "weights": "random"}
+    rows = measure(model, batch, rounds, device, outliers=outliers)
+    weights = "random with outliers" if outliers else "random"
+    settings = {"model": model, "batch": batch, "rounds": rounds, "weights": weights}
     where = comparison.conditions({name: runlog.version(name) for name in PACKAGES}, torch.get_num_threads())
     where["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     _report(rows, settings)
@@ -45,18 +52,24 @@ def run(model: str, batch: int, rounds: int, file: Path | None = None) -> list[d
     return rows
 
 
-def measure(model: str, batch: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+def measure(model: str, batch: int, rounds: int, device: torch.device, *, outliers: bool = False) -> list[dict[str, Any]]:
     """One row a way to hold and multiply the weights, 16 bit first. They take turns, because machines are noisy in phases."""
     dtype = precision.dtype(precision.of(device))
     whole = _tower(model, dtype, device)
     size = whole.image_size if isinstance(whole.image_size, tuple) else (whole.image_size, whole.image_size)
-    pixels = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    pixels, others = (_images(batch, size, seed).to(device, dtype) for seed in (0, 1))
+    if outliers:
+        outlier_channels.add(whole)
     sides: dict[str, nn.Module] = {str(dtype).removeprefix("torch."): whole}
     for product in get_args(int8_products.Product):
         if product == "bitsandbytes" and int8_products.bitsandbytes() is None:
             continue
         sides[f"int8, {product}"] = copy.deepcopy(whole)
         int8.quantise(sides[f"int8, {product}"], product=product)
+        if outliers and product != "dequantise":
+            sides[f"int8, {product}, threshold 6"] = copy.deepcopy(whole)
+            int8.quantise(sides[f"int8, {product}, threshold 6"], product=product, threshold=6.0)
+            sides[f"int8, {product}, calibrated"] = _calibrated(whole, others, product)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     outputs: dict[str, Tensor] = {}
     for number in range(rounds + 1):
@@ -65,6 +78,8 @@ def measure(model: str, batch: int, rounds: int, device: torch.device) -> list[d
             if number:  # the first round warms up
                 seconds[name].append(taken)
     first, *_ = sides
+    unit = {name: F.normalize(output.double(), dim=-1) for name, output in outputs.items()}
+    agreed = {name: agreement(found, unit[first], None, None, 1.0) for name, found in unit.items()}
     return [
         {
             "weights": name,
@@ -72,7 +87,8 @@ def measure(model: str, batch: int, rounds: int, device: torch.device) -> list[d
             "speed_ratio": median(seconds[first]) / median(seconds[name]),
             "weight_bytes": _bytes(side),
             "memory_ratio": _bytes(side) / _bytes(whole),
-            "worst_cosine": float(F.cosine_similarity(outputs[name].double(), outputs[first].double()).min()),
+            "worst_cosine": agreed[name].worst_cosine,
+            "centred_cosine": agreed[name].centred,
         }
         for name, side in sides.items()
     ]
@@ -97,6 +113,24 @@ def _tower(model: str, dtype: torch.dtype, device: torch.device) -> Any:
     return tower.to(device).eval()
 
 
+def _images(batch: int, size: tuple[int, int], seed: int) -> Tensor:
+    """Noise, and coarse noise above it, so that images differ in more than what averages out."""
+    generator = torch.Generator().manual_seed(seed)
+    fine, coarse = torch.randn(batch, 3, *size, generator=generator), torch.randn(batch, 3, 8, 8, generator=generator)
+    return fine + 2 * F.interpolate(coarse, size)
+
+
+def _calibrated(whole: nn.Module, pixels: Tensor, product: int8_products.Product) -> nn.Module:
+    side = copy.deepcopy(whole)
+    int8.quantise(side, product=product, migrated=True)
+    originals = Originals(int8.matrices(side), lambda: InMemory(whole.state_dict(), "drawn"), World(0, 1, pixels.device))
+    with Reference(originals) as reference, torch.no_grad():
+        reference.noting = True
+        side(pixels)
+    migrate(originals, reference.largest, lambda parameter, value: parameter.data.copy_(value))
+    return side
+
+
 def _timed(side: nn.Module, pixels: Tensor) -> tuple[Tensor, float]:
     _wait(pixels.device)
     start = time.perf_counter()
@@ -116,10 +150,11 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _report(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
-    table = Table(title=f"image tower of {settings['model']}, batch {settings['batch']}, random weights")
-    for name in ("weights", "images/s", "speed", "GB of weights", "memory", "worst cosine"):
+    table = Table(title=f"image tower of {settings['model']}, batch {settings['batch']}, weights {settings['weights']}")
+    for name in ("weights", "images/s", "speed", "GB of weights", "memory", "worst cosine", "centred cosine"):
         table.add_column(name, justify="left" if name == "weights" else "right")
     for row in rows:
         numbers = f"{row['images_per_second']:.2f}", f"{row['speed_ratio']:.2f}x", f"{row['weight_bytes'] / 1e9:.2f}"
-        table.add_row(row["weights"], *numbers, f"{row['memory_ratio']:.2f}x", f"{row['worst_cosine']:.5f}")
+        cosines = f"{row['worst_cosine']:.5f}", f"{row['centred_cosine']:.5f}"
+        table.add_row(row["weights"], *numbers, f"{row['memory_ratio']:.2f}x", *cosines)
     Console().print(table)

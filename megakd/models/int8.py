@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from megakd.models import int8_attention, int8_products
 from megakd.models.int8_linear import Int8Linear, Int8PointwiseConv, quantise_weight
 
-__all__ = ["Int8Linear", "Report", "Source", "quantise", "quantise_weight", "sources"]
+__all__ = ["Int8Linear", "Report", "Source", "matrices", "quantise", "quantise_weight", "sources"]
 
 log = logging.getLogger("megakd.models")
 
@@ -173,3 +173,10 @@ def sources(module: nn.Module) -> dict[str, Source]:
         prefix = f"{path}." if path else ""
         originals.update({f"{prefix}{new}": f"{prefix}{old}" for new, old in getattr(child, "ORIGINALS", {}).items()})
     return {name: Source(originals.get(name, name), parts.get(name, "as it is")) for name in module.state_dict()}
+
+
+def matrices(module: nn.Module) -> dict[Int8Linear, str]:
+    """The layers of a converted model, in its order, with the names of the matrices in the original that they are made of."""
+    made_of = sources(module)
+    layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, Int8Linear)}
+    return {layer: made_of[f"{path}.weight" if path else "weight"].tensor for path, layer in layers.items()}

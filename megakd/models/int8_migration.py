@@ -63,7 +63,7 @@ class Reference:
         return F.linear(x, self._last[1][rows], bias)
 
 
-def migrate(originals: Originals, largest: dict[Int8Linear, Tensor], overwrite: Callable[[nn.Parameter, Tensor], None]) -> str:
+def migrate(originals: Originals, largest: dict[Int8Linear, Tensor], overwrite: Callable[[nn.Parameter, Tensor], object]) -> str:
     """Quantise every layer of `largest` anew with its factors. A collective. Returns a SHA-256 of all factors.
 
     overwrite: puts values into a parameter, which may be partitioned over the ranks.

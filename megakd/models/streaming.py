@@ -83,15 +83,12 @@ def load(
     if without_text:
         conversions = [conversion for conversion in conversions if not conversion.names[0].startswith(TEXT)]
     fill(clip, conversions, match, world, place)
-    originals = None if int8 is None else Originals(_matrices(clip, without_text), opened, world)
+    originals = None
+    if int8 is not None:
+        made_of = int8_towers.matrices(clip)
+        names = {layer: name for layer, name in made_of.items() if not (without_text and name.startswith(TEXT))}
+        originals = Originals(names, opened, world)
     return replace(built, originals=originals)
-
-
-def _matrices(model: nn.Module, without_text: bool) -> dict[Int8Linear, str]:
-    """The layers of an int8 model, in the model's order, and what their matrices are called in the original."""
-    made_of = int8_towers.sources(model)
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, Int8Linear)}
-    return {layer: made_of[f"{path}.weight"].tensor for path, layer in layers.items() if not (without_text and path.startswith(TEXT))}
 
 
 def _raise_everywhere(failure: Exception | None, world: World) -> None:

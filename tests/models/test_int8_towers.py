@@ -18,7 +18,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megakd.models.int8 import quantise, quantise_weight, sources
+from megakd.models.int8 import matrices, quantise, quantise_weight, sources
 from megakd.models.int8_linear import Int8Linear
 from megakd.models.int8_migration import Reference, migrate
 from megakd.models.originals import Originals
@@ -218,8 +218,7 @@ def test_outliers_of_every_kind_move_into_its_weights(kind: str, build: Callable
     state = clip.state_dict()
     converted = copy.deepcopy(clip)
     quantise(converted, product="int_mm", migrated=True)
-    made_of = sources(converted)
-    names = {layer: made_of[f"{path}.weight"].tensor for path, layer in converted.named_modules() if isinstance(layer, Int8Linear)}
+    names = matrices(converted)
     originals = Originals(names, lambda: InMemory(state, kind), World(0, 1, torch.device("cpu")))
     with Reference(originals) as reference:
         reference.noting = True
@@ -229,7 +228,7 @@ def test_outliers_of_every_kind_move_into_its_weights(kind: str, build: Callable
     assert set(names) == set(reference.largest)
     for found, exact in zip(_outputs(converted, *given), expected, strict=True):
         assert F.cosine_similarity(found, exact).min() >= 0.9985
-    assert converted.state_dict().keys() == made_of.keys()
+    assert converted.state_dict().keys() == sources(converted).keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)
