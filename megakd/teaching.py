@@ -109,6 +109,7 @@ class _Comparison:
         settings, originals = self._settings, self._teacher.towers.originals
         assert originals is not None, "an int8 teacher was read from weights"
         if not settings.calibration and not settings.int8_agreement:
+            originals.close()
             return
         lines = []
         with Reference(originals) as reference:

@@ -21,11 +21,16 @@ class Readable(Protocol):
 class Originals:
     """Of every int8 layer the original matrix. Every rank calls `read`, of the same layer; the first one alone reads."""
 
-    def __init__(self, names: Mapping[Int8Linear, str], reopen: Callable[[], Readable], world: World) -> None:
-        """names: of the layers' matrices in the weights that `reopen` gives; it is called on the first rank, and not before a read."""
+    def __init__(
+        self, names: Mapping[Int8Linear, str], reopen: Callable[[], Readable], world: World, opened: Readable | None = None
+    ) -> None:
+        """names: of the layers' matrices in the weights that `reopen` gives; it is called on the first rank, and not before a read.
+
+        opened: what it would give, where that is there already and dear to make again: `close` lets go of it.
+        """
         self.names, self.world = dict(names), world
         self._reopen = reopen
-        self._opened: Readable | None = None
+        self._opened = opened
 
     def read(self, layer: Int8Linear) -> Tensor:
         """(O, I) in the file's type, on the device. Raises ValueError or OSError on every rank when it cannot be read."""

@@ -58,7 +58,7 @@ def load(
 
     precision: of everything that is not int8. place: see `fill`. without_text: the text tower is left empty, nothing of it is read.
     `pretrained = "random"` draws from torch's global generator what `towers.build` draws: an architecture initialises itself as a
-    whole, so the first rank holds such a model for a moment; of a file no rank holds more than a few tensors.
+    whole, so the first rank holds such a model, an int8 one until its originals are closed; of a file none holds more than a few tensors.
     Raises ValueError on every rank when the weights do not fit the architecture or cannot be read, naming file and tensors.
     """
     with torch.random.fork_rng(devices=[]), empty_parameters():
@@ -87,7 +87,8 @@ def load(
     if int8 is not None:
         made_of = int8_towers.matrices(clip)
         names = {layer: name for layer, name in made_of.items() if not (without_text and name.startswith(TEXT))}
-        originals = Originals(names, opened, world)
+        # Drawing billions of random weights anew takes minutes.
+        originals = Originals(names, opened, world, match if description.settings.pretrained == towers.RANDOM else None)
     return replace(built, originals=originals)
 
 

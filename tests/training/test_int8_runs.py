@@ -80,6 +80,19 @@ def test_another_start_with_a_whole_teacher_has_the_same_curve_to_the_last_bit(
     assert curve(tmp_path / "whole") == curve(calibrated)
 
 
+def test_as_on_a_gpu_in_bf16_it_is_calibrated_and_compared_too(
+    model: str, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGAKD_PRECISION", "bf16")
+    stopped = train(recipe_file, "--out", tmp_path / "stopped", sets=_sets(model))
+    assert (stopped.code, "in 8 bit it loses too much" in stopped.err) == (2, True), stopped.err
+    for mode in ("zero3_int8", "replicated_int8"):
+        done = train(recipe_file, "--out", tmp_path / mode, sets=_sets(model, f"teacher.mode={mode}", "teacher.calibration=16"))
+        assert done.code == 0, done.err
+        assert "compared with its matrices in bfloat16: centred cosine 0.99" in done.out
+    assert curve(tmp_path / "zero3_int8") == curve(tmp_path / "replicated_int8")
+
+
 def test_a_limit_that_is_lowered_lets_it_run_and_0_compares_nothing(model: str, recipe_file: Path, tmp_path: Path) -> None:
     lowered = train(recipe_file, "--out", tmp_path / "lowered", sets=_sets(model, "teacher.int8_agreement=0.5"))
     assert (lowered.code, "compared with its matrices" in lowered.out) == (0, True)
