@@ -35,7 +35,7 @@ class Data(Section):
         None, min_length=1, description="paths or URLs; braces expand, '::' joins; the objectives need it, answers alone do not"
     )
     caption: str = Field("txt", description="extension of the caption's member in the tar")
-    workers: NonNegative = Field(2, le=1024, description="decoding processes of each rank; 0 decodes in the trainer's own")
+    workers: int = Field(2, ge=0, le=1024, description="decoding processes of each rank; 0 decodes in the trainer's own")
     block: Positive = Field(64, description="consecutive samples that the shuffle keeps together until the last stage")
     window: Positive = Field(256, description="blocks that are mixed with each other; block * window samples are shuffled as one")
     max_bad_fraction: Fraction = Field(0.01, description="the run fails when more of the samples seen are unreadable")
@@ -235,7 +235,7 @@ class Evaluation(Section):
     """Evaluation sets by name; shard patterns are written as in data.train."""
 
     every: NonNegative = Field(0, description="steps between evaluations; 0 evaluates at the end alone")
-    batch: Positive = Field(256, le=10**6, description="images, or texts, that a rank encodes at once")
+    batch: int = Field(256, gt=0, le=10**6, description="images, or texts, that a rank encodes at once")
     zero_shot: dict[SetName, str] = Field(
         default_factory=dict,
         description="folders as CLIP_benchmark's: classnames.txt, zeroshot_classification_templates.txt, test/*.tar with .jpg and .cls",
@@ -246,8 +246,8 @@ class Evaluation(Section):
         description='shards whose samples have in their .json {"negatives": {KIND: FALSE CAPTION, ...}}; scored by kind, of any names',
     )
     vqa: dict[Name, QuestionSource] = Field(default_factory=dict, description="questions for the decoder, as in answers.train")
-    vqa_batch: Positive = Field(64, le=10**6, description="questions answered at once")
-    answer_tokens: Positive = Field(10, le=10**6, description="longest answer that the decoder generates")
+    vqa_batch: int = Field(64, gt=0, le=10**6, description="questions answered at once")
+    answer_tokens: int = Field(10, gt=0, le=10**6, description="longest answer that the decoder generates")
 
 
 class Checkpoint(Section):

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megakd.recipe.section import Fraction, Name, NonNegative, Positive, PositiveFloat, Section
+from megakd.recipe.section import Fraction, Name, Positive, PositiveFloat, Section
 
 
 class Lora(Section):
     """Low-rank adapters on the decoder's linear layers (arXiv 2106.09685), through peft."""
 
-    rank: Positive = Field(16, le=2**16, description="width of the two factors that are added to each adapted layer's weight")
+    rank: int = Field(16, gt=0, le=2**16, description="width of the two factors that are added to each adapted layer's weight")
     alpha: PositiveFloat = Field(32.0, description="the adapter's output is scaled by alpha / rank")
     dropout: Fraction = Field(0.05, description="fraction of an adapter's inputs set to 0 in training")
     targets: Literal["linear"] | list[str] = Field(
@@ -33,8 +33,8 @@ class Decoder(Section):
     adapt: Literal["lora", "none", "full"] = Field("lora", description="what of the language model is trained; the projector always is")
     lora: Lora = Lora()
     quantise: Literal["none", "int8", "nf4"] = Field("none", description="hold the frozen weights in 8 or 4 bit by bitsandbytes")
-    image_tokens: NonNegative = Field(
-        0, le=10**6, description="tokens an image becomes: a square number, averaged over a grid; 0: every patch is one"
+    image_tokens: int = Field(
+        0, ge=0, le=10**6, description="tokens an image becomes: a square number, averaged over a grid; 0: every patch is one"
     )
     layer: int = Field(-2, ge=-1000, le=1000, description="the vision tower's block whose output is read; -1 is the last, LLaVA takes -2")
     template: str = Field("USER: {question} ASSISTANT: ", description="what the decoder is given; the image tokens come before it")
@@ -92,6 +92,6 @@ class Answers(Section):
     train: dict[Name, QuestionSource] = Field(min_length=1, description="by name; all are mixed in proportion to their size")
     weight: PositiveFloat = Field(1.0, description="of the answer loss beside the objectives")
     batch: Positive | None = Field(None, description="questions in one step, over all ranks; default: optim.batch")
-    max_length: Positive = Field(512, le=10**7, description="tokens of a conversation, image tokens included; further turns are dropped")
+    max_length: int = Field(512, gt=0, le=10**7, description="tokens of a conversation, image tokens included; further turns are dropped")
     tower: Literal["frozen", "trained"] = Field("frozen", description="whether the answers' gradient reaches the vision tower")
     lr: LearningRates = LearningRates()

@@ -37,7 +37,8 @@ def resolve(config: dict[str, Any], recipe: Recipe, ranks: int, *, config_name: 
     not divide over `ranks` and micro-batches.
     """
     ds_sections.check(config, config_name)
-    merge = _Merge(copy.deepcopy(config), config_name, recipe_name)
+    asked = {key: value for key, value in copy.deepcopy(config).items() if key not in ds_sections.REFUSED}  # what is left of those is off
+    merge = _Merge(asked, config_name, recipe_name)
     optim = recipe.optim
     merge.fill("train_batch_size", "optim.batch", optim.batch)
     micro = merge.micro_batch(optim.batch, ranks)

@@ -11,7 +11,7 @@ from tiny_runs import REPOSITORY
 
 from megakd import recipe_files
 from megakd.recipe import Recipe
-from megakd.runtime import ds_config
+from megakd.runtime import ds_check, ds_config, partition
 
 SHIPPED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 
@@ -165,3 +165,104 @@ def test_a_missing_or_broken_json_is_named(tmp_path: Path) -> None:
     broken.write_text("[]")
     with pytest.raises(ValueError, match="an object"):
         ds_config.read(str(broken), "fp32")
+
+
+def _checked(config: dict[str, Any], recipe: Recipe) -> None:
+    ds_check.check(_resolve(config, recipe), "z.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"bf16": {"enabled": "true"}}, ["bf16.enabled = 'true'", "true or false, without quotes"]),
+        ({"bf16": {"enabled": "auto"}}, ['bf16.enabled = "auto"', "remove it"]),
+        ({"bf16": True}, ["bf16 = True", "a section"]),
+        ({"bfloat16": {"enabled": True}}, ["bfloat16", "write bf16"]),
+        ({"zero_optimization": {"stage": "2"}}, ["zero_optimization.stage = '2'"]),
+        ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage = True"]),
+        (
+            {"zero_optimization": {"stage": 2, "overlap_com": True}},
+            ["zero_optimization.overlap_com", "did you mean 'zero_optimization.overlap_comm'"],
+        ),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "5e8"}}, ["reduce_bucket_size = '5e8'", "an integer, without quotes"]),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 10**15}}, ["reduce_bucket_size", "from 1 to"]),
+        ({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, ["offload_param", "stage 3"]),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            ["offload_optimizer.device = 'nvme'", "cpu or none"],
+        ),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, ["cpu_offload", "offload_optimizer"]),
+        ({"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}, ["float32", "remove it"]),
+        ({"zero_optimisation": {"stage": 2}}, ["zero_optimisation", "did you mean 'zero_optimization'"]),
+        ({"activation_checkpointing": {"partition_activations": True}}, ["student.activation_checkpointing = true"]),
+        ({"hybrid_engine": {"enabled": True}}, ["hybrid_engine", "remove"]),
+        ({"elasticity": {"enabled": True}}, ["elasticity", "remove"]),
+        ({"amp": {"enabled": True}}, ["amp", "bf16"]),
+        ({"train_micro_batch_size_per_gpu": True}, ["train_micro_batch_size_per_gpu = True", "an integer"]),
+        ({"gradient_clipping": "1.0"}, ["gradient_clipping = '1.0'", "a number"]),
+        ({"optimizer": {"type": "AdamW", "params": []}}, ["optimizer.params = []", "an object"]),
+        ({"comet": {"enabled": True}}, ["comet.enabled", "pip install comet_ml"]),
+        ({"communication_data_type": "fp64"}, ["communication_data_type", "DeepSpeed refuses"]),
+    ],
+)
+def test_what_deepspeed_would_fail_on_or_pass_over_is_refused_before_a_start(
+    config: dict[str, Any], words: list[str], recipe: Recipe
+) -> None:
+    with pytest.raises(ValueError, match=r"z\.json") as caught:
+        _checked(config, recipe)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config", [{"amp": {"enabled": False}}, {"fp16": {"enabled": False, "loss_scale": 0}}, {"elasticity": {"enabled": False}}]
+)
+def test_a_section_that_is_switched_off_asks_for_nothing(config: dict[str, Any], recipe: Recipe) -> None:
+    _checked(config, recipe)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_deepspeed_itself_takes_every_shipped_json(path: Path, recipe: Recipe) -> None:
+    _checked(json.loads(path.read_text(encoding="utf-8")), recipe)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"steps_per_print": 1, "steps_per_print": 2}', "'steps_per_print' is there twice"),
+        (b'{"gradient_clipping": NaN}', "gradient_clipping = nan: not a finite number"),
+        (b'// mine\n{"bf16": {}}', "JSON has no comments"),
+        (b"[" * 100_000 + b"]" * 100_000, "nested deeper than 40 levels"),
+        (b'{"a": "\xff"}', "byte 0xff in line 1 is not UTF-8"),
+        (b'{"steps_per_print": ' + b"9" * 5000 + b"}", "an integer of thousands of digits"),
+    ],
+)
+def test_a_json_that_no_parser_should_take_is_one_message(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "z.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"--ds_config .*z\.json") as caught:
+        ds_config.read(str(tmp_path / "z.json"), "fp32")
+    assert words in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "z.json").write_bytes(b'\xef\xbb\xbf{"bf16": {"enabled": false}}')
+    assert ds_config.read(str(tmp_path / "z.json"), "fp32")[0] == {"bf16": {"enabled": False}}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "an object"),
+        ('{"zero_optimization": {"stage": 2}}', "needs 3"),
+        ('{"zero_optimization": {"stage": 3, "overlap_com": true}}', "did you mean 'zero_optimization.overlap_comm'"),
+        ('{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}', "a teacher is frozen"),
+        ('{"zero_optimization": {"stage": 3}, "bf16": {"enabled": true}}', "teacher.mode"),
+        ('{"zero_optimization": {"stage": 3}, "train_batch_size": 64}', "train_batch_size"),
+        ('{"zero_optimization": {"stage": 3}, "csv_monitor": {"enabled": true}}', "the student's DeepSpeed JSON"),
+    ],
+)
+def test_a_teachers_json_is_held_to_the_same(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(content)
+    with pytest.raises(ValueError, match=r"teacher\.ds_config = .*t\.json") as caught:
+        partition.settings(str(tmp_path / "t.json"))
+    assert words in str(caught.value)

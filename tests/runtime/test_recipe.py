@@ -313,3 +313,68 @@ def test_more_steps_are_taken_where_the_schedule_does_not_depend_on_them(recipe_
     longer = _load(recipe_file, "optim.schedule=constant", "optim.steps=9")
     assert recipe_files.refused(constant, longer) == []
     assert recipe_files.told(constant, longer)[0].startswith("optim.steps: 6 -> 9: with a constant schedule")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("seed=9223372036854775807", "seed = 9223372036854775807"),
+        ("seed=" + "9" * 30, "integers have 64 bits"),
+        ("seed=" + "9" * 5000, "an integer of thousands of digits"),
+        ("data.workers=100000000000000000000", "data.workers = 100000000000000000000: too large"),
+        ("data.workers=5000", "data.workers = 5000"),
+        ("optim.steps=1000000001", "optim.steps = 1000000001"),
+        ("optim.betas=[0.9, 1.0]", "betas = [0.9, 1.0]"),
+        ("views.crop_ratio=[1e-9, 1e9]", "between 0.01 and 100"),
+        ("watchdog.limit=1e-3", "limit = 0.001"),
+        ("watchdog.limit=1e300", "watchdog.limit = 1e+300"),
+        ("name=..", "name = '..'"),
+        ("name=" + "x" * 200, "name = 'xxx"),
+        ("data.cache=1979-05-27", "data.cache = 1979-05-27: a date"),
+        ("data.cache=\x1b[31mred", "control character"),
+        ("data.cache=\udcff", "control character"),
+        ('evaluation.retrieval.""=x', "empty part"),
+        ("optim..lr=1", "empty part"),
+        ('optim."lr=1', "not TOML's"),
+        ("data.train=" + "[" * 60 + "]" * 60, "nested deeper than 40 levels"),
+        ("data.train=" + "[" * 5000 + "]" * 5000, "nested deeper than 40 levels"),
+        ("a." * 5000 + "b=1", "more than any setting"),
+        ("optim.steps=3 # not four", "optim.steps = '3 # not four'"),
+        ("answers.train.mine.fromat=x", "did you mean 'answers.train.mine.format'"),
+    ],
+)
+def test_an_override_that_no_run_can_mean_is_one_message(recipe_file: Path, override: str, words: str) -> None:
+    message = _error(recipe_file, override)
+    assert words in message
+    assert len(message) < 3000
+
+
+def test_a_name_with_dots_stands_in_quotes(recipe_file: Path) -> None:
+    assert _load(recipe_file, 'evaluation.retrieval."my.set"=x/*.tar').evaluation.retrieval == {"my.set": "x/*.tar"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'name = "\xff"', "byte 0xff in line 1 is not UTF-8"),
+        (b"x = " + b"[" * 5000 + b"]" * 5000, "nested deeper than 40 levels"),
+        (b"x = " + b"9" * 5000, "an integer of thousands of digits"),
+        (b"# " + b"x" * 17_000_000, "larger than 16 MB"),
+    ],
+)
+def test_a_recipe_that_no_parser_should_take_is_one_message(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_bytes(content)
+    assert words in _error(tmp_path / "r.toml")
+
+
+def test_a_byte_order_mark_is_no_error(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_bytes(b"\xef\xbb\xbf" + recipe_file.read_bytes())
+    assert _load(tmp_path / "r.toml") == _load(recipe_file)
+
+
+def test_a_recipe_that_is_a_folder_or_has_an_impossible_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").mkdir()
+    assert "this is a folder" in _error(tmp_path / "r.toml")
+    assert "no such file" in _error("x" * 300 + ".toml")
+    (tmp_path / "run.json").write_text('{"recipe": [1]}')
+    assert "recipe = [1]: a table of settings is needed" in _error(tmp_path / "run.json")
