@@ -197,7 +197,12 @@ class Bundle:
         preprocess = self.towers.preprocess
         rows = [blank if image is None else torch.from_numpy(evaluation_pixels(as_rgb(image), preprocess).copy()) for image in images]
         pixels = normalise(torch.stack(rows).to(self.device), preprocess, pixel_dtype(visual))
-        return patch_tokens(visual, pixels, self.decoder.settings.layer)
+        training = visual.training
+        visual.eval()  # a tower that was just trained: batch norm goes by its running statistics, as the one that is read back does
+        try:
+            return patch_tokens(visual, pixels, self.decoder.settings.layer)
+        finally:
+            visual.train(training)
 
 
 def merge(folder: Path, out: Path) -> None:
