@@ -30,7 +30,7 @@ class Encoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        return pixel_dtype(self.clip.visual)  # type: ignore[arg-type]
+        return pixel_dtype(getattr(self.clip, "visual", self.clip))
 
     def images(self, pixels: Tensor) -> Tensor:
         """uint8 pixels (n, 3, H, W) -> unit rows (n, D), float32 on the CPU."""

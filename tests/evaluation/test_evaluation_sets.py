@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from perfect import Reader, captioned, picture, recipe, results
+from numbered_pictures import Reader, captioned, picture, recipe, results
 from shard_files import write_tar
 from tiny_runs import REPOSITORY, environment, finish
 
@@ -200,7 +200,7 @@ def ranks(pattern: str, broken_number: str) -> list[str]:
     """What two ranks say."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port(os.getpid()))}
     path = os.pathsep.join(str(REPOSITORY / folder) for folder in (".", "kernels", "tests"))
-    command = [sys.executable, str(Path(__file__).with_name("perfect.py")), pattern, broken_number]
+    command = [sys.executable, str(REPOSITORY / "tests" / "numbered_pictures.py"), pattern, broken_number]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
     started = [subprocess.Popen(command, env=environment(RANK=rank, LOCAL_RANK=rank, PYTHONPATH=path, **shared), **pipes) for rank in "01"]
     return [finish(process).out.strip() for process in started]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from perfect import captioned
+from numbered_pictures import captioned
 from shard_files import jpeg, write_tar
 from tiny_runs import TINY_LLAMA, answering, ds_config, events, train
 
