@@ -67,7 +67,9 @@ def evaluate(
 ) -> None:
     """Score a run's student on the recipe's evaluation sets and write RUN/evaluation.json. Starts under torchrun as well."""
     from megakd import scoring
+    from megakd.start import quiet_libraries
 
+    quiet_libraries()
     scoring.evaluate_run(run, checkpoint, overrides or [])
 
 

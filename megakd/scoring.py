@@ -28,9 +28,7 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
     try:
         if recipe.student is None or not recipe.objectives.active():
             raise ValueError(f"{run}: a run of answers alone is scored at its end; `megakd answer {run}/bundle` asks its decoder")
-        path = collectives.share((chosen or checkpoint.latest_valid(run, print)) if world.is_main else None, world)
-        if not isinstance(path, Path):
-            raise ValueError(f"{run}: no checkpoint in it yet; train further, or give --checkpoint")
+        path = collectives.by_main(lambda: chosen or _newest(run), world)
         sets = open_sets(recipe, world)
         if not sets:
             raise ValueError(f"{run}: its recipe names no evaluation set; add one with --set evaluation.retrieval.NAME=SHARDS")
@@ -40,6 +38,7 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
         described = towers.describe(recipe.student.model_copy(update={"pretrained": None}), "student")
         description = dataclasses.replace(described, preprocess=preprocess)
         built = towers.build(description, torch.device("cpu"), load_weights=False)
+        _check_fits(path, built.clip, weights)
         export.load_clip(built.clip, weights)
         encoder = Encoder(built.clip.to(world.device).eval(), built.preprocess, description.tokenize, world.device, recipe.evaluation.batch)
         results = {
@@ -52,3 +51,25 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
             print(f"{path}\n{report.lines(results)}\nwritten to {run / EVALUATION}")
     finally:
         launch.stop()
+
+
+def _newest(run: Path) -> Path:
+    """The newest sound checkpoint. Raises ValueError where there is none."""
+    path = checkpoint.latest_valid(run, print)
+    if path is not None:
+        return path
+    if damaged := len(checkpoint.available(run)):
+        raise ValueError(f"{run}: its {damaged} checkpoints are damaged; start the run's command again, or give --checkpoint")
+    raise ValueError(f"{run}: no checkpoint in it yet; train further, or give --checkpoint")
+
+
+def _check_fits(path: Path, clip: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError where a checkpoint is of another student than the recipe's."""
+    expected = {name: value.numel() for name, value in clip.state_dict().items()}
+    found = {name: value.numel() for name, value in export.clip_weights(weights).items()}
+    if odd := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        raise ValueError(
+            f"{path}: a checkpoint of another student than this run's recipe has: {len(odd)} tensors differ, {odd[0]} among them "
+            f"({expected.get(odd[0], 'none')} numbers in the recipe's, {found.get(odd[0], 'none')} in the checkpoint); "
+            "give a checkpoint of this run, and no --set student.*"
+        )

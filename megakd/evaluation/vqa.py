@@ -105,8 +105,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """{set: scores and where its files are}, the same on every rank; all of them call it. Rank 0 writes FOLDER/vqa.json.
 
-    Raises ValueError, with the answers kept, when more than data.max_bad_fraction of a set's questions could not be asked. Raises
-    Interrupted when a signal comes: the answers given before it are not asked again.
+    Raises ValueError, with the answers kept, when more than data.max_bad_fraction of a set's questions could not be asked, and when the
+    decoder's logits are NaN; on every rank. Raises Interrupted when a signal comes: the answers given before it are not asked again.
 
     FOLDER/answers/SET.jsonl holds each answer as it was said; SET.submission.json or .jsonl is for the benchmark's server. Started again
     after an interruption, questions that are answered are not asked again, on any number of ranks; another model, set, prompt or length
@@ -183,8 +183,9 @@ def _ask(
     )
     rows: dict[int, Row] = {}
     with journal.appending(world.rank) as append:
-        for batch in interruptions.between(batches, len(missing), answerer.batch):
-            found = {int(index): Row(said) for index, said in zip(batch.index, answerer.answers(batch), strict=True)}
+        answered = ((batch, answerer.answers(batch)) for batch in batches)  # an error of one rank is then raised on all
+        for batch, answers in interruptions.between(answered, len(missing), answerer.batch):
+            found = {int(index): Row(said) for index, said in zip(batch.index, answers, strict=True)}
             found |= {index: Row("", why) for index, why in batch.unusable}
             append(found)
             rows |= found

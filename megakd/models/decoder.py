@@ -26,7 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from megakd import recipe
@@ -111,21 +118,30 @@ class Decoder(nn.Module):
     def generate(
         self, visual_tokens_BVC: Tensor | None, ids_BL: Tensor, attend_BL: Tensor, image_mask_BL: Tensor, max_new_tokens: int
     ) -> list[list[int]]:
-        """Greedy answers to prompts that are padded on the left: token ids up to the first end token, which is not among them."""
+        """Greedy answers to prompts that are padded on the left: token ids up to the first end token, which is not among them.
+
+        Raises ValueError where a logit is NaN: the greatest of such ones is a token like any other, and its answer a guess.
+        """
         ends = self.description.ends
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=list(ends), pad_token_id=ends[0]
         )
-        training = self.training
+        training, watched = self.training, _NotANumber()
         self.eval()
         try:
             generated = self.language.generate(
                 inputs_embeds=self.embed(visual_tokens_BVC, ids_BL, image_mask_BL),
                 attention_mask=attend_BL.long(),
                 generation_config=settings,
+                logits_processor=LogitsProcessorList([watched]),
             )
         finally:
             self.train(training)
+        if bool(watched.seen):
+            raise ValueError(
+                "the decoder's logits are NaN: its weights, the tower's or the projector's are damaged, or the training has diverged; "
+                "take an earlier checkpoint, or lower optim.lr"
+            )
         return [list(itertools.takewhile(lambda one: one not in ends, row)) for row in generated.tolist()]
 
     def embed(self, visual_BVC: Tensor | None, ids_BL: Tensor, image_mask_BL: Tensor) -> Tensor:
@@ -154,6 +170,17 @@ class Decoder(nn.Module):
         with _no_progress_bar():
             self.plain.save_pretrained(folder, state_dict=adapters.own_weights(self.plain))
         decoder_tokenizer.write(self.tokenizer, folder)
+
+
+class _NotANumber(LogitsProcessor):  # type: ignore[misc]
+    """Changes nothing, and remembers whether a logit was NaN; on the device, so that no token waits for it."""
+
+    def __init__(self) -> None:
+        self.seen: Tensor | bool = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.seen = scores.isnan().any() | self.seen
+        return scores
 
 
 def build(description: DecoderDescription, tower: nn.Module | None, device: torch.device, dtype: torch.dtype = torch.float32) -> Decoder:

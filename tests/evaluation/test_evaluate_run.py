@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,27 @@ def test_an_exported_model_teaches_the_next_student(run: Path, recipe_file: Path
     assert (tmp_path / "student" / "model" / "open_clip_model.safetensors").is_file()
     exported = open_clip.create_model(f"local-dir:{tmp_path / 'student' / 'model'}").state_dict()
     assert not any(key.startswith("heads") for key in exported)
+
+
+def _refused(*arguments: str | Path) -> str:
+    found = _evaluate(*arguments)
+    assert found.code == EXIT_USER_ERROR, found.err
+    assert "Traceback" not in found.err
+    assert "initialized randomly" not in found.err
+    return found.err
+
+
+def test_evaluate_says_in_one_message_what_is_wrong_with_a_run(run: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    scored = (copied / "evaluation.json").read_text()
+    wider = "student.architecture.text_cfg.width=64"
+    assert "a checkpoint of another student than this run's recipe has" in _refused(copied, "--set", wider)
+    for saved in checkpoint.available(copied):
+        weights = saved / "weights.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-9])
+    assert "checkpoints are damaged" in _refused(copied)
+    assert "no checkpoint there" in _refused(copied, "--checkpoint", tmp_path)
+    shutil.rmtree(copied / "checkpoints")
+    assert "no checkpoint in it yet" in _refused(copied)
+    assert (copied / "evaluation.json").read_text() == scored

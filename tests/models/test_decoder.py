@@ -260,3 +260,14 @@ def test_the_language_models_dropout_is_on_in_training_unless_it_is_frozen(
         assert all(part.training == drops for part in dropouts)
         module.generate(_visual(tower, 1), *questions([6], [True], 4, left=True)[:3], 2)
         assert all(part.training == drops for part in dropouts)
+
+
+def test_logits_that_are_nan_are_an_error_and_no_answer(world: Path) -> None:
+    decoder = make_decoder(world / "tokenizer", None)
+    ids, attend = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool)
+    nowhere = torch.zeros(1, 3, dtype=torch.bool)
+    assert len(decoder.generate(None, ids, attend, nowhere, 2)) == 1
+    with torch.no_grad():
+        next(iter(decoder.language.parameters()))[6] = torch.nan
+    with pytest.raises(ValueError, match="logits are NaN"):
+        decoder.generate(None, ids, attend, nowhere, 2)
