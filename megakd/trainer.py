@@ -126,7 +126,7 @@ class Trainer:
             if self._to_evaluate(step):
                 try:
                     hooks.evaluate(step)
-                except Interrupted:
+                except (Interrupted, ValueError):  # of an evaluation set, on every rank: the steps behind it are kept
                     if not saved:
                         self._save(progress, hooks)
                     raise

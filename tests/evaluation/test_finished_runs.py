@@ -11,6 +11,7 @@ from numbered_pictures import captioned
 from shard_files import jpeg, write_tar
 from tiny_runs import TINY_LLAMA, answering, ds_config, events, train
 
+from megakd.runtime import checkpoint
 from megakd.runtime.signals import EXIT_USER_ERROR
 
 
@@ -100,6 +101,17 @@ def test_a_failed_evaluation_leaves_the_model_and_the_same_command_scores_it(rec
     assert again.code == 0, again.err
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["zero_shot"]["mine"]["images"] == 4
     assert (tmp_path / "run" / "model" / "open_clip_model.safetensors").read_bytes() == weights
+
+
+def test_an_evaluation_that_fails_on_the_way_costs_no_step(recipe_file: Path, tmp_path: Path) -> None:
+    sets = (f"evaluation.zero_shot={{ mine = '{broken_later(tmp_path / 'set')}' }}", "evaluation.every=2", "checkpoint.every=50")
+    failed = train(recipe_file, "--out", tmp_path / "run", sets=(*sets, "optim.steps=3"))
+    assert failed.code == EXIT_USER_ERROR
+    assert [path.name for path in checkpoint.available(tmp_path / "run")] == ["step_00000002"]
+    _labels(tmp_path / "set", b"0")
+    again = train(recipe_file, "--out", tmp_path / "run", sets=(*sets, "optim.steps=3"))
+    assert again.code == 0, again.err
+    assert [event["step"] for event in events(tmp_path / "run", "evaluation")] == [2, 3]
 
 
 def test_a_bundle_is_written_before_its_questions_are_asked_and_changes_no_answer(recipe_file: Path, world: Path, tmp_path: Path) -> None:
