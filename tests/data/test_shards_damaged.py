@@ -210,3 +210,13 @@ def test_statistics_that_are_damaged_are_as_if_they_were_not_there(tmp_path: Pat
         (tmp_path / "00000_stats.json").write_text(text)
         (tmp_path / "00000.tar.txt.index.npy").unlink(missing_ok=True)
         assert open_set(path).known_bad.total == 0
+
+
+def test_a_caption_that_is_missing_is_said_of_a_training_set_and_of_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = whole(tmp_path / "0.tar")
+    add(path, "alone.jpg", jpeg(1))
+    open_set(path)
+    assert caplog.text == ""
+    ShardSet.open(data([str(path)], max_bad_fraction=0.5), 0, 1, no_barrier)
+    assert "1 of 7 samples cannot be used, missing_caption: " in caplog.text
+    assert "0.tar: alone" in caplog.text

@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_runs import LAUNCHER_VARIABLES, curve, ds_config, rows, settings, train
 
-from megakd.runtime import checkpoint
+from megakd.data.shards import ShardSet
+from megakd.recipe import Data
+from megakd.runtime import checkpoint, files
 from megakd.runtime.signals import EXIT_NOT_FINITE, EXIT_SAVED, EXIT_USER_ERROR
 from megakd.start import run_command
 
@@ -196,6 +198,36 @@ def test_shards_that_changed_since_are_refused(recipe_file: Path, stopped: Path,
     assert "the data have changed" in finished.err
     assert "data.train" in finished.err
     assert _names(stopped) == [4, 6]
+
+
+def test_shards_whose_content_changed_under_the_same_names_are_refused(
+    recipe_file: Path, stopped: Path, world: Path, tmp_path: Path
+) -> None:
+    for shard in sorted((world / "train").glob("*.tar")):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        content = bytearray(shard.read_bytes())
+        place = content.index(b"a ", content.index(b".txt"))  # a caption's first word
+        content[place : place + 1] = b"A"
+        (tmp_path / "train" / shard.name).write_bytes(content)
+    finished = train(recipe_file, "--out", stopped, sets=(*SETTINGS, f"data.train={tmp_path}/train/*.tar"))
+    assert finished.code == EXIT_USER_ERROR
+    assert "the data have changed" in finished.err
+
+
+def test_a_checkpoint_that_knows_its_shards_by_name_alone_goes_on_and_says_so(
+    recipe_file: Path, stopped: Path, undisturbed: Path, world: Path
+) -> None:
+    """As versions wrote them whose signature did not cover the content."""
+    patterns = f"{world}/train/*.tar"
+    earlier = ShardSet.open_set(patterns, Data(train=patterns), 0, 1, lambda: None).signature_of_names
+    for state in stopped.glob("checkpoints/*/state.json"):
+        content = {**json.loads(state.read_text()), "data": earlier}
+        del content["sha256"]
+        state.write_text(json.dumps({**content, "sha256": files.json_sha256(content)}))
+    finished = train(recipe_file, "--out", stopped, sets=SETTINGS)
+    assert finished.code == 0, finished.err
+    assert "knows its shards by name and length alone" in finished.out
+    assert curve(stopped) == curve(undisturbed)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_with_the_tensors(recipe_file: Path, undisturbed: Path, tmp_path: Path) -> None:
