@@ -21,7 +21,20 @@ from megakd.models import adapters, towers
 from megakd.models.answering import AnsweringStudent
 from megakd.models.identity import preprocessing, weights_file
 from megakd.preparation import Plan
-from megakd.runtime import checkpoint, collectives, ds_config, engine, files, launch, precision, runlog, slurm_job, watchdog
+from megakd.runtime import (
+    checkpoint,
+    collectives,
+    ds_config,
+    engine,
+    files,
+    launch,
+    monitors,
+    precision,
+    runlog,
+    shared_folder,
+    slurm_job,
+    watchdog,
+)
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine, State, trained_shapes
 from megakd.runtime.interruptions import Interruptions
@@ -65,6 +78,8 @@ class Run:
         """
         with contextlib.ExitStack() as held:
             collectives.by_main(lambda: self._lock(held), self.world)
+            for line in shared_folder.check(self.folder, self.world):
+                self.log.say(line)
             held.enter_context(Watchdog(self.recipe.watchdog.limit, self.folder, self.world))
             launch.wait_longer_than(self.recipe.watchdog.limit)
             code = self._execute()
@@ -97,6 +112,7 @@ class Run:
         if state is not None:
             for line in changed:
                 self.log.say(line)
+        self._go_on_in_monitors(progress)
         collectives.by_main(lambda: self.log.open(self.recipe, self.plan.config, self.world.size), self.world)
         if self._has_finished(progress):
             self.log.say(f"this run has ended before: its scores are in {self.folder / EVALUATION}")
@@ -116,6 +132,13 @@ class Run:
 
     def _changes(self) -> list[str]:
         return runlog.changes(self.folder, self.recipe)
+
+    def _go_on_in_monitors(self, progress: Progress) -> None:
+        samples = progress.step * self.recipe.samples_in_a_step()
+        begun = collectives.by_main((self.folder / runlog.METRICS).exists, self.world)
+        evaluated = begun and self.evaluated(progress.step)
+        for line in collectives.by_main(lambda: monitors.go_on(self.plan.config, self.folder, samples, evaluated=evaluated), self.world):
+            self.log.say(line)
 
     def _train_and_finish(self, progress: Progress) -> None:
         try:
@@ -337,7 +360,11 @@ class Run:
 
         def told() -> bool:
             rows = [row for row in runlog.read_metrics(self.folder) if row.get("event") == "evaluation" and row["step"] == step]
-            found = [row["content"] for row in rows if row["content"].get("sets") == sets_of(self.recipe)]
+            found = [
+                row["content"]
+                for row in rows
+                if isinstance(row.get("content"), dict) and row["content"].get("sets") == sets_of(self.recipe)
+            ]
             if found and not (self.folder / EVALUATION).exists():
                 runlog.write_json(self.folder / EVALUATION, found[-1])
             return bool(found)

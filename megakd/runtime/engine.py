@@ -44,7 +44,7 @@ from deepspeed.utils import (  # noqa: E402
 )
 
 from megakd.recipe import Optim  # noqa: E402
-from megakd.runtime import precision  # noqa: E402
+from megakd.runtime import monitors, precision  # noqa: E402
 from megakd.runtime.ds_config import is_bf16  # noqa: E402
 from megakd.runtime.launch import World  # noqa: E402
 
@@ -87,6 +87,11 @@ class Engine:
         self._clip = float(config["gradient_clipping"]) if self.stage == 0 else 0.0
         handed_over = {**config, "gradient_clipping": 0.0} if self.stage == 0 else config
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=handed_over)
+        csv = getattr(self._engine.monitor, "csv_monitor", None)
+        if csv is not None:  # it would write another header into files that have one
+            csv.filenames += monitors.header_is_there(config)
+        if start is not None:  # by which it numbers the values that it gives to monitors itself
+            self._engine.global_samples = start.updates * self._engine.train_batch_size()
         self.micro_batch = int(config["train_micro_batch_size_per_gpu"])
         self.accumulation = int(config["gradient_accumulation_steps"])
         self._norm: Tensor | float = math.nan

@@ -1,0 +1,45 @@
+"""Whether all ranks see one folder: found at a start, and not by what is missing at a resume or at the end."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import time
+from pathlib import Path
+
+from megakd.runtime import collectives
+from megakd.runtime.files import PARTIAL
+from megakd.runtime.launch import World
+
+# Seconds in which a file server shows a new file to all clients; NFS keeps what a folder did not have for up to 30 s.
+PATIENCE = 40.0
+SKEW = 60.0
+
+
+def check(folder: Path, world: World, patience: float = PATIENCE) -> list[str]:
+    """Raise ValueError, on every rank, when one does not see what rank 0 writes into `folder`. Rank 0 has made the folder.
+
+    Returns lines for people: clocks that differ, by which times in run.json are not in order. A collective.
+    """
+    if world.size == 1:
+        return []
+    name = collectives.share(f".seen_{secrets.token_hex(8)}{PARTIAL}", world)
+    assert isinstance(name, str)
+    collectives.by_main(lambda: (folder / name).touch(), world)
+    end = time.monotonic() + patience
+    while not (seen := (folder / name).exists()) and time.monotonic() < end:
+        time.sleep(0.1)
+    told = collectives.everyones((seen, socket.gethostname(), str(folder.absolute())), world)
+    collectives.by_main(lambda: (folder / name).unlink(missing_ok=True), world)
+    blind = [(rank, host, place) for rank, (sees, host, place) in enumerate(told) if not sees]
+    if blind:
+        shown = ", ".join(f"rank {rank} on {host} ({place})" for rank, host, place in blind[:4])
+        more = f" and {len(blind) - 4} more" * (len(blind) > 4)
+        raise ValueError(
+            f"--out {told[0][2]}: what rank 0 on {told[0][1]} writes there is not seen by {shown}{more}: give --out a folder on a file "
+            f"system that all ranks share, by its absolute path"
+        )
+    clocks = collectives.everyones(time.time(), world)
+    if max(clocks) - min(clocks) > SKEW:
+        return [f"the ranks' clocks differ by {max(clocks) - min(clocks):.0f} s: times in logs and run.json are each machine's own"]
+    return []
