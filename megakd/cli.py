@@ -58,6 +58,27 @@ def shapes(
 
 
 @app.command()
+def tokenizer(
+    texts: Annotated[list[str], typer.Argument(help=".txt files with a text a line, or image-text shards (.tar), whose captions are read")],
+    out: Annotated[Path, typer.Option(help="folder to write, which student.tokenizer takes")],
+    kind: Annotated[
+        str, typer.Option(help="bpe: parts of words, over bytes, so that nothing is unknown; words: whole words alone")
+    ] = "bpe",
+    words: Annotated[int, typer.Option(help="most of them, special tokens included")] = 8192,
+    context: Annotated[int, typer.Option(help="tokens of the longest text, as text_cfg.context_length")] = 77,
+) -> None:
+    """Make a tokenizer for the words of your own captions."""
+    from megakd.data import own_tokenizer
+
+    if kind not in ("bpe", "words"):
+        raise ValueError(f"--kind {kind}: bpe or words")
+    size = own_tokenizer.write(texts, out, kind, words, context)  # type: ignore[arg-type]
+    print(
+        f"{out}: {size} words. In the recipe: student.tokenizer = '{out}', text_cfg = {{ vocab_size = {size}, context_length = {context} }}"
+    )
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run folder; its recipe says on which sets")],
     checkpoint: Annotated[Path | None, typer.Option(help="a checkpoint's folder; default: the newest valid one of the run")] = None,

@@ -44,9 +44,10 @@ def tokenizer(settings: Model, config: Mapping[str, Any], role: str) -> Tokenize
     except Exception as error:
         raise ValueError(f"{key}: {error}") from error
     _check_size(found, text, role)
-    tokens = _try(found, text, key)
-    if "multimodal_cfg" not in config and not text.get("hf_model_name") and not text.get("embed_cls"):
-        _check_pooling(found, tokens, text, key)
+    with torch.device("cpu"):  # whoever builds a model on the meta device needs real tokens here
+        tokens = _try(found, text, key)
+        if "multimodal_cfg" not in config and not text.get("hf_model_name") and not text.get("embed_cls"):
+            _check_pooling(found, tokens, text, key)
     return found
 
 

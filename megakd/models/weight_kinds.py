@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -27,9 +29,9 @@ LARGEST = 1e8
 
 def recognise(path: Path) -> None:
     """Raises ValueError, naming what the file is and the remedy, when it cannot be what its suffix promises: a look at a few bytes."""
-    if path.is_dir():
+    if os.path.isdir(path):  # Path's own raises for a name that is too long
         raise ValueError(f"{path}: a folder; name the file of weights in it, or set model = 'local-dir:{path}' and no pretrained")
-    if not path.exists():
+    if not os.path.exists(path):
         raise ValueError(f"{path}: no such file")
     with path.open("rb") as file:
         start = file.read(512)
@@ -77,9 +79,9 @@ def unpickled(path: Path, *, mapped: bool) -> dict[str, Tensor]:
             if "mmap" not in str(error):
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6: not mappable
-    except OSError:
-        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch's parser says EINVAL of a damaged archive
+            raise
         # Whatever a damaged file makes torch's parser raise. For code in it torch's own message advises to execute it.
         kind = "code or objects" if isinstance(error, pickle.UnpicklingError) else type(error).__name__
         raise ValueError(

@@ -1,0 +1,90 @@
+"""`megakd tokenizer`: a tokenizer for the words of one's own captions, in the files that transformers and open_clip read."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+Kind = Literal["bpe", "words"]
+PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"
+SMALLEST = 300  # every byte, and the four special tokens
+
+
+def write(texts: list[str], out: Path, kind: Kind, words: int, context: int) -> int:
+    """Make a tokenizer of the texts in files (.txt, a line each) and shards (.tar, their .txt members). Returns its number of words.
+
+    Its end token has the largest number, which a text tower that pools by argmax needs. Raises ValueError for files without a text, a
+    folder that is not empty, and a size that holds too little.
+    """
+    if kind == "bpe" and words < SMALLEST:
+        raise ValueError(f"--words {words}: byte-level BPE takes {SMALLEST} at least, one for every byte")
+    if words < 8 or context < 3:
+        raise ValueError(f"--words {words}, --context {context}: at least 8 words and 3 tokens")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out {out}: is there already; give a new folder")
+    files = [Path(text) for text in texts]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise ValueError(f"{missing[0]}: no such file; give .txt files with a text a line, or shards (.tar) with .txt members")
+    tokenizer = _trained(_read(files), kind, words - 1)  # the end token comes after all
+    tokenizer.add_special_tokens([END])
+    special = [(word, tokenizer.token_to_id(word)) for word in (START, END)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=special)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out / "tokenizer.json"))
+    names = {"bos_token": START, "eos_token": END, "unk_token": UNKNOWN, "pad_token": PAD}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, "clean_up_tokenization_spaces": False}
+    (out / "tokenizer_config.json").write_text(json.dumps({**settings, **names}, indent=2) + "\n", encoding="utf-8")
+    return tokenizer.get_vocab_size()
+
+
+def _trained(texts: Iterable[str], kind: Kind, words: int) -> Tokenizer:
+    special = [PAD, UNKNOWN, START]
+    if kind == "bpe":
+        tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer: trainers.Trainer = trainers.BpeTrainer(
+            vocab_size=words, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+    else:
+        tokenizer = Tokenizer(models.WordLevel({}, unk_token=UNKNOWN))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), behavior="removed", invert=True)
+        trainer = trainers.WordLevelTrainer(vocab_size=words, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _read(files: list[Path]) -> Iterator[str]:
+    count = 0
+    for file in files:
+        for text in _of_shard(file) if file.suffix == ".tar" else _of_lines(file):
+            count += 1
+            yield text
+    if not count:
+        raise ValueError(f"{files[0]}: not one text in it; a .txt file has a text a line, a shard has .txt members")
+
+
+def _of_lines(file: Path) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8-sig") as opened:
+            yield from (line.strip() for line in opened if line.strip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+
+
+def _of_shard(file: Path) -> Iterator[str]:
+    try:
+        with tarfile.open(file, "r|") as opened:
+            for member in opened:
+                if member.isfile() and member.name.endswith(".txt") and (content := opened.extractfile(member)) is not None:
+                    yield content.read(1 << 16).decode("utf-8", errors="ignore").strip()
+    except tarfile.TarError as error:
+        raise ValueError(f"{file}: no tar ({error}); give an uncompressed shard") from None
