@@ -60,6 +60,48 @@ def test_a_decoder_that_does_not_fit_its_tower_is_refused_before_the_run(
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said", "remedy"),
+    [
+        (("decoder.image_tokens=25",), "set it to 16 at most", "decoder.image_tokens=16"),
+        (("answers.max_length=4",), "raise that, or lower decoder.image_tokens", "decoder.image_tokens=1"),
+        (("answers.max_length=12",), "Raise answers.max_length", "answers.max_length=64"),
+        (
+            (f"decoder.architecture={TINY_LLAMA[:-2]}, max_position_embeddings = 40 }}", "evaluation.answer_tokens=4"),
+            "set answers.max_length to 36 at most",
+            "answers.max_length=36",
+        ),
+    ],
+    ids=["image tokens", "fewer of them", "length", "positions"],
+)
+def test_a_remedy_is_accepted_when_it_is_followed(
+    wrong: tuple[str, ...], said: str, remedy: str, recipe_file: Path, asking: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The second one then says what is too long next, as four tokens hold no question."""
+    finished = train(recipe_file, "--out", tmp_path / "run", "--dry_run", sets=(*asking, *wrong))
+    assert finished.code == EXIT_USER_ERROR
+    assert said in finished.err
+    followed = train(recipe_file, "--out", tmp_path / "run", "--dry_run", sets=(*asking, *wrong, remedy))
+    if remedy == "decoder.image_tokens=1":
+        assert "Raise answers.max_length" in followed.err
+    else:
+        assert followed.code == 0, followed.err
+
+
+def test_a_dry_run_refuses_what_cannot_answer_and_says_what_adapters_do_not_reach(
+    recipe_file: Path, asking: tuple[str, ...], tmp_path: Path
+) -> None:
+    rwkv = "decoder.architecture={ model_type = 'rwkv', hidden_size = 32, num_hidden_layers = 2 }"
+    finished = train(recipe_file, "--out", tmp_path / "run", "--dry_run", sets=(*asking, rwkv))
+    assert finished.code == EXIT_USER_ERROR
+    assert "RwkvForCausalLM (rwkv) cannot be a decoder" in finished.err
+    mixtral = f"decoder.architecture={TINY_LLAMA.replace('llama', 'mixtral')[:-2]}, num_key_value_heads = 2, num_local_experts = 4 }}"
+    finished = train(recipe_file, "--out", tmp_path / "run", "--dry_run", sets=(*asking, mixtral))
+    assert finished.code == 0, finished.err
+    assert "LoRA on 8 of 26 matrices" in finished.out
+    assert "not covered: model.layers.*.mlp.experts.gate_up_proj" in finished.out
+
+
 @pytest.mark.parametrize(("wrong", "words"), WRONG)
 def test_it_is_refused_before_the_models_are_trained_that_it_starts_from(
     to_come: tuple[Path, Path], wrong: str, words: tuple[str, ...]
