@@ -40,10 +40,14 @@ def check(settings: Lora, language: PreTrainedModel) -> None:
 
 
 def linear_layers(language: PreTrainedModel) -> Iterator[str]:
-    """Names of the layers that can be adapted: all linear ones but the output layer, which may be tied to the embeddings."""
+    """Names of the layers that can be adapted: all linear ones but the output layer, which may be tied to the embeddings.
+
+    A model's own kind of linear layer gives out more than a product, as PhiMoE's router does.
+    """
     output = language.get_output_embeddings()
     for name, module in language.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not output:
+        own = type(module).__module__.startswith("transformers.models.")
+        if isinstance(module, nn.Linear | Conv1D) and not own and module is not output:
             yield name
 
 
@@ -51,6 +55,7 @@ def with_lora(language: PreTrainedModel, settings: Lora) -> Any:
     """`language` with adapters, its own weights frozen. What it computes is unchanged: the second factor starts at zero."""
     from peft import LoraConfig, get_peft_model
 
+    leaves = sorted({name.rpartition(".")[2] for name in linear_layers(language)})
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
@@ -64,7 +69,7 @@ def with_lora(language: PreTrainedModel, settings: Lora) -> Any:
     except ValueError as error:  # layers whose weight some classes read by themselves, Mamba's output projection for example
         if "lora_dropout" in str(error):  # of experts that are one tensor
             raise ValueError(f"decoder.lora.dropout = {settings.dropout}: peft has none for this model ({error}); set it to 0.0") from error
-        others = sorted({leaf for name in linear_layers(language) if repr(leaf := name.rpartition(".")[2]) not in str(error)})
+        others = [leaf for leaf in leaves if repr(leaf) not in str(error)]
         raise ValueError(f"decoder.lora.targets: peft does not take them all ({error}); set them to {others}") from error
 
 

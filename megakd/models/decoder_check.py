@@ -302,9 +302,16 @@ def _check_gradient(model: Any, embedded: Tensor) -> None:
 
 def _try_adapters(model: Any, lora: Lora) -> None:
     """Raises ValueError where the model's code passes an adapter by."""
+    linear = {name.rpartition(".")[2] for name in adapters.linear_layers(model)}
     adapted = adapters.with_lora(model, lora)
     words = model.get_input_embeddings()
     ids = torch.randint(3, words.weight.shape[0], (8, 12), generator=torch.Generator().manual_seed(2))
     watch = adapters.Watch(adapted)
-    adapted(inputs_embeds=words(ids), attention_mask=torch.ones_like(ids), use_cache=False).logits.square().sum().backward()
+    try:
+        adapted(inputs_embeds=words(ids), attention_mask=torch.ones_like(ids), use_cache=False).logits.square().sum().backward()
+    except Exception as error:  # code that does something else with a layer than call it
+        raise ValueError(
+            f"decoder.lora: {type(model).__name__} fails with adapters in its layers ({type(error).__name__}: {str(error)[:200]}): name "
+            f"others in decoder.lora.targets, of {sorted(linear)}"
+        ) from error
     adapters.refuse_unreached(watch.close(), adapted)

@@ -7,14 +7,15 @@ such a class derives normaliser and pre-tokeniser anew: a tokenizer of one's own
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+log = logging.getLogger("megakd.models")
 CONFIG_FILE = "tokenizer_config.json"
 # Classes that are nothing but tokenizer.json, under the names that transformers 4 and 5 write.
 _PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -31,13 +32,30 @@ SAMPLES = (
 
 
 def read(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name, exactly as its tokenizer.json has it where that is all that its class is.
+    """The tokenizer of a folder or hub name, exactly as its tokenizer.json has it where there is one: the model was trained with that.
 
-    Raises what transformers raises.
+    Where the class that transformers takes makes other ids of texts than the file, the file's are taken, and that is said. Raises what
+    transformers raises.
     """
-    kind = get_tokenizer_config(name).get("tokenizer_class")
-    reader: Any = PreTrainedTokenizerFast if kind in _PLAIN and _has_tokenizer_json(name) else AutoTokenizer
-    found: PreTrainedTokenizerBase = reader.from_pretrained(name, trust_remote_code=False)
+    if get_tokenizer_config(name).get("tokenizer_class") in _PLAIN and _has_tokenizer_json(name):
+        return _of_file(name)
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if not _has_tokenizer_json(name):
+        return found
+    try:
+        filed = _of_file(name)
+    except Exception:  # of a hub name that has no such file, or one that says less than its class knows
+        return found
+    for text in SAMPLES:
+        ids = [one(text, add_special_tokens=False, verbose=False).input_ids for one in (filed, found)]
+        if ids[0] != ids[1]:
+            log.warning("%s: transformers' %s makes other ids of texts than its tokenizer.json, which is taken", name, type(found).__name__)
+            return filed
+    return found
+
+
+def _of_file(name: str) -> PreTrainedTokenizerBase:
+    found: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
     return found
 
 

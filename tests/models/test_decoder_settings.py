@@ -123,6 +123,20 @@ def test_a_tokenizer_of_ones_own_is_read_back_from_the_language_models_folder(ki
         assert (read.eos_token_id, read.bos_token_id) == (module.tokenizer.eos_token_id, module.tokenizer.bos_token_id)
 
 
+def test_of_a_class_that_disagrees_with_tokenizer_json_the_file_is_taken(
+    language: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As transformers 5 read OLMo 2 and Granite: the class that a folder names builds normaliser and pre-tokeniser anew."""
+    folder = Path(shutil.copytree(language, tmp_path / "named"))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "Qwen2Tokenizer"}), encoding="utf-8")
+    right, text = decoder.describe(settings(None, model=str(language))).tokenizer, "what colour is the star? blue"
+    assert AutoTokenizer.from_pretrained(folder)(text).input_ids != right(text).input_ids
+    found = decoder.describe(settings(None, model=str(folder))).tokenizer
+    assert found(text).input_ids == right(text).input_ids
+    assert "makes other ids of texts than its tokenizer.json, which is taken" in caplog.text
+
+
 def test_an_architecture_needs_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"decoder\.tokenizer: missing"):
         decoder.describe(settings(None))
