@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -156,3 +157,9 @@ def test_no_name_in_megakd_hides_a_librarys_when_the_folder_is_first_on_the_path
 def test_the_kernels_folder_is_no_package() -> None:
     """A regular package `kernels` would hide the distribution of that name, which transformers imports."""
     assert not (REPOSITORY / "kernels" / "__init__.py").exists()
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by their names alone: two of one name end the collection."""
+    names = Counter(path.name for path in (REPOSITORY / "tests").rglob("*.py"))
+    assert {name for name, count in names.items() if count > 1} <= {"conftest.py", "__init__.py"}
