@@ -67,7 +67,7 @@ class Known:
             return max(0, self.expected - self.samples - dropped)
         losses = self.losses
         if elsewhere is not None and (losses.open_end or (losses.lost > losses.certain and alike)):
-            return max(losses.certain, elsewhere - self.samples - dropped)
+            return max(losses.certain if alike or not losses.open_end else losses.lost, elsewhere - self.samples - dropped)
         return self.losses.lost
 
 

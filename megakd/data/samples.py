@@ -186,7 +186,9 @@ class Samples:
         apart = sum(later.start < earlier.end for earlier, later in zip(self.rows, self.rows[1:], strict=False)) * 10 > len(self.rows)
         broken = partial & near if not apart else set()
         each = max(1, round(self._members / len(self.rows)) if self.rows else len(expected))
-        missing = {number: len(expected - set(self.rows[number].slots)) for number in (partial if apart else broken)}
+        wanted = expected | {"image", "caption"} if apart else expected
+        lacking = [number for number in range(len(self.rows)) if number not in empty] if apart else broken
+        missing = {number: len(wanted - set(self.rows[number].slots)) for number in lacking}
         footprint = _median(row.end - row.start for row in whole) or _median(row.end - row.start for row in self.rows)
         certain, guessed, members, beside_known = len(broken), 0, 0, set(missing) if apart else set()
         for hole, before, after in self._holes:
@@ -201,7 +203,7 @@ class Samples:
         pairs = [{"image", "caption"} <= set(row.slots) for row in self.rows]
         told = (apart and not all(pairs)) or not any(pairs)
         if not certain + guessed and not told and any(hole.cut for hole, _, _ in self._holes):
-            certain = 1
+            guessed = 1
         self.losses.lost, self.losses.certain = certain + guessed, certain
         return broken
 

@@ -243,10 +243,10 @@ class _Reader:
             try:
                 size = int(block[124:136].rstrip(b"\0 ") or b"0", 8)
             except ValueError:
-                return max(count, 1) if count else None
+                return count
             after = at + BLOCK + -(-size // BLOCK) * BLOCK
             if after > end:  # its size is what was damaged, or the end of the file came first
-                return max(count, 1)
+                return count
             at = after
         return count
 
