@@ -101,11 +101,14 @@ TEXT = ("teacher.store_of=text", "teacher.store_miss=fail")
 
 
 @pytest.mark.parametrize("mode", ["replicated", "replicated_int8", "zero3_int8"])
-def test_texts_from_a_store_and_images_live_train_on_fresh_augmentations_as_the_whole_teacher(run, stores: Stores, mode: str) -> None:
+def test_texts_from_a_store_and_images_live_train_on_fresh_augmentations_as_the_whole_teacher(
+    run, stores: Stores, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """The text tower is not loaded. int8 images beside exact texts are within quantisation error, which training adds up."""
     whole, _ = run(f"whole_{mode}", (*KD, *LONG, f"teacher.mode={mode}"))
     out, finished = run(f"text_{mode}", stores("fp32", *TEXT, f"teacher.mode={mode}"))
     assert finished.code == 0, finished.err
+    assert ("made.int8: False in the store, True in the recipe" in caplog.text) == mode.endswith("int8")
     steps, tolerance = (STEPS, 1e-5) if mode == "replicated" else (4, 2e-2)
     for row, expected in list(zip(rows(out), rows(whole), strict=True))[:steps]:
         assert row["losses"] == pytest.approx(expected["losses"], rel=tolerance)
