@@ -12,17 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from megakd.data.bad import BadCounter, Reason
+from megakd.data.bad import BadCounter, BadSample, Reason
 from megakd.data.conversations import Conversations
+from megakd.data.loader import located
 from megakd.data.question_loader import Eyes, PromptBatch, evaluation_questions, rank_slice
 from megakd.data.questions import CaptionSet, QuestionSet, open_questions
-from megakd.data.views import normalise
+from megakd.data.views import normalise, rgb_image
 from megakd.evaluation import submissions
 from megakd.evaluation.predictions import Journal, Row
 from megakd.evaluation.vqa_metrics import Answered, score
@@ -33,6 +35,8 @@ from megakd.runtime.launch import World
 
 # Legend: B questions, L tokens of a prompt, V patches of the tower, C its width.
 RESULTS, ANSWERS = "vqa.json", "answers"
+# So many questions of a set are tried at the start, where the images of the first ones cannot be read.
+_TRIED = 16
 
 
 class Decoder(Protocol):
@@ -96,8 +100,34 @@ def open_sets(recipe: Recipe, world: World) -> dict[str, Opened]:
             raise ValueError(f"{key}.format = 'captions': captions are no answers; name them under evaluation.retrieval")
         opened = open_questions(source, key, recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
         assert not isinstance(opened, CaptionSet)
+        if recipe.student is not None and opened.images is not None:
+            collectives.by_main(partial(_try_images, opened, key, recipe.data), world)
         sets[name] = Opened(source, opened)
     return sets
+
+
+def _try_images(questions: QuestionSet, key: str, data: Data) -> None:
+    """Read the first question's image, as the evaluation will. Rank 0 alone.
+
+    Raises ValueError when what cannot be read before one that can is already too much of the set.
+    """
+    bad = BadCounter(seen=len(questions))
+    for index in range(min(len(questions), _TRIED)):
+        (asked,) = questions.read([index], True)
+        try:
+            if isinstance(asked, BadSample):
+                raise asked
+            if asked.image is not None:
+                with located(asked.where):
+                    rgb_image(asked.image, data.max_pixels)
+        except BadSample as error:
+            bad.add(error.reason, str(error))
+            continue
+        break
+    try:
+        bad.check(data.max_bad_fraction, at_least=1, what="questions")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def evaluate(

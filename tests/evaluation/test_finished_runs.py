@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from numbered_pictures import captioned
 from shard_files import jpeg, write_tar
-from tiny_runs import TINY_LLAMA, answering, ds_config, events, train
+from tiny_runs import TINY_LLAMA, answering, ds_config, events, question_source, train
 
 from megakd.runtime import checkpoint
 from megakd.runtime.signals import EXIT_USER_ERROR
@@ -144,3 +144,14 @@ def test_a_set_that_is_none_is_refused_before_training(recipe_file: Path, world:
         assert f"evaluation.{kind}.mine" in found.err if said else not found.err
         assert (said or "") in found.err
     assert not (tmp_path / "run").exists()
+
+
+def test_pictures_of_questions_that_cannot_be_read_are_found_by_the_dry_run(recipe_file: Path, world: Path, tmp_path: Path) -> None:
+    own = (*answering(world), f"decoder.architecture={TINY_LLAMA}", f"decoder.tokenizer={world}/tokenizer")
+    broken = [(f"{number:09d}.png", b"none") for number in range(60)]
+    write_tar(tmp_path / "test" / "0.tar", broken)
+    asked = question_source(world, "test").replace(f"{world}/test/*.tar", f"{tmp_path}/test/*.tar")
+    found = train(recipe_file, "--dry_run", "--out", tmp_path / "run", sets=(*own, f"evaluation.vqa.test={asked}"))
+    assert found.code == EXIT_USER_ERROR
+    assert "evaluation.vqa.test: 16 of" in found.err
+    assert "corrupt_image 16" in found.err
