@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megakd import bundle, bundle_files, foreseen, recipe_files, teaching
+from megakd import bundle, bundle_files, export, foreseen, recipe_files, teaching
 from megakd.data import question_check
 from megakd.data.conversations import Conversations
 from megakd.data.order import Order
@@ -114,6 +114,9 @@ def prepare(request: Request, world: World, to_come: frozenset[str] = frozenset(
     runlog.check_resume(request.out, request.resume, recipe)
     student = None if recipe.student is None else _student(recipe.student, "student" in to_come)
     pairs = _pairs(recipe, world, student, "teacher" not in to_come) if recipe.objectives.active() else None
+    if pairs is not None and student is not None:
+        described = student
+        collectives.by_main(lambda: export.rehearse(described), world)
     _check_answers(recipe, config, world)
     asking = _asking(recipe, world, student, "decoder" in to_come)
     return Plan(request, config, config_name, student, pairs, asking, open_sets(recipe, world))

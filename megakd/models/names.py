@@ -93,7 +93,7 @@ def _unwrapped(shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> di
         if prefix is None or any(name == prefix for name in names.values()):
             break
         names = {old: new.removeprefix(prefix) for old, new in names.items()}
-    inner = {old: ".".join(part for part in new.split(".") if part not in INNER) for old, new in names.items()}
+    inner = {old: ".".join(part for part in new.split(".") if part not in INNER) or new for old, new in names.items()}
     names = {old: new if new in expected else inner[old] for old, new in names.items()}
     # two tensors that would share a name keep their own, and are refused as unknown ones
     counts: dict[str, int] = {}

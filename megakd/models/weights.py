@@ -259,6 +259,6 @@ def _remove_abandoned(folder: Path, name: str) -> None:
 
 def listed(names: Iterable[str], most: int = 8) -> str:
     """Names for a message: the first ones, and how many more there are."""
-    known = sorted(names)
+    known = sorted(name or "a tensor without a name" for name in names)
     more = f" and {len(known) - most} more" if len(known) > most else ""
     return ", ".join(known[:most]) + more

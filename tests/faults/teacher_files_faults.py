@@ -96,7 +96,7 @@ def _attempt(settings: Model, state: State | None) -> Callable[[], str]:
         if len(messages) == 1:
             raise SilentFault(f"one loader refuses ({messages[0]}), the other does not")
         if messages:
-            if str(messages[0]) != str(messages[1]):
+            if len({str(message).partition("(Error while")[0] for message in messages}) > 1:  # the library names any one tensor
                 raise SilentFault(f"two messages: {messages[0]} and {messages[1]}")
             raise messages[0]
         for loaded in found:
@@ -205,7 +205,7 @@ def _changed(original: Original, draw: random.Random) -> tuple[str, State, State
     elif kind == "shape":
         state[name] = torch.ones(*(side + 1 for side in state[name].shape))
         if name.endswith("positional_embedding"):
-            state[name] = state[name][:, :-2]
+            state[name] = state[name][:, :-2].contiguous()
     elif kind == "transposed":
         name = draw.choice(["text_projection", "transformer.resblocks.0.mlp.c_fc.weight", "transformer.resblocks.0.attn.in_proj_weight"])
         state[name] = state[name].T.contiguous()

@@ -221,6 +221,8 @@ WRONG: dict[str, Any] = {
     "flipped bit": lambda state: {**state, "visual.proj": torch.full((48, 32), 2e37)},
     "codes": lambda state: {**state, "visual.proj": torch.ones(48, 32, dtype=torch.int8)},
     "positions": lambda state: {**state, "visual.positional_embedding": torch.ones(8, 48)},
+    "a wrapper's name alone": lambda state: {**state, "module": torch.ones(2)},
+    "no name": lambda state: {**state, "": torch.ones(2)},
     "two of one name": lambda state: {**state, "module.visual.proj": torch.ones(48, 32)},
 }
 
