@@ -37,7 +37,7 @@ from megakd.models.identity import computation, preprocessing
 from megakd.models.sharded_teacher import ShardedTeacher
 from megakd.models.teacher import ReplicatedTeacher, Teacher
 from megakd.recipe import Recipe
-from megakd.runtime import collectives, ds_config, launch, precision
+from megakd.runtime import collectives, ds_config, launch, precision, shared_folder
 from megakd.runtime.launch import World
 from megakd.teaching import live_teacher, open_store, store_key
 
@@ -106,6 +106,8 @@ class Job:
         folder, world = self.request.out, self.world
         with contextlib.ExitStack() as held:
             manifest, todo = collectives.by_main(lambda: self._begin(held), world)
+            for line in shared_folder.check(folder, world):
+                self._say(line)
             written = manifest if manifest is not None and not todo else self._embed(manifest, todo)
             complete = collectives.by_main(lambda: store_writer.finish(folder, written), world)
         known = sum(part["known"] for part in complete.parts)
