@@ -22,7 +22,7 @@ from megakd.bundle_files import MANIFEST
 from megakd.data.shapes.vocabulary import write_tokenizer
 from megakd.runtime.files import json_sha256, sha256
 
-NAME, COUNT, LIMIT, FEW = "bundles", 330, 60.0, 16
+NAME, COUNT, LIMIT, FEW = "bundles", 330, 60.0, 12
 ASKED = ["how many squares are there ?", "what colour is it ?"]
 Change = Callable[[Any], Any]
 _VALUES: list[Any] = [None, True, False, 0, -1, 1, 2.5, 10**30, "", "x", "../x", [], [1], {}, {"a": 1}, "lora", "none", "\x00"]
