@@ -18,7 +18,10 @@ BUCKET = 500_000_000
 
 @dataclass(frozen=True)
 class Settings:
-    """What of a resolved DeepSpeed configuration decides memory and traffic. Buckets and the limits of stage 3 in elements."""
+    """What of a resolved DeepSpeed configuration decides memory and traffic. Buckets and the limits of stage 3 in elements.
+
+    sums_in_fp32: gradients of micro-batches of bf16 add up in float32.
+    """
 
     stage: int
     element: int
@@ -30,6 +33,7 @@ class Settings:
     overlap: bool
     offload_optimizer: bool
     offload_weights: bool
+    sums_in_fp32: bool
 
     @classmethod
     def of(cls, config: dict[str, Any], element: int) -> Settings:
@@ -41,6 +45,7 @@ class Settings:
             int(zero.get("stage3_param_persistence_threshold", 100_000)), int(zero.get("stage3_max_reuse_distance", 1_000_000_000)),
             int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
             bool(zero.get("overlap_comm", stage == 3)), offloaded["offload_optimizer"], offloaded["offload_param"],
+            element < MASTER and config.get("data_types", {}).get("grad_accum_dtype") == "fp32",
         )  # fmt: skip
 
 
@@ -66,10 +71,21 @@ class Held:
 
 def held(sizes: tuple[int, ...], ranks: int, of: Settings, frozen: tuple[int, ...] = ()) -> Held:
     """Bytes of a student whose trained parameters have these numbers of elements, and of weights beside them that are not trained."""
-    if of.stage == 3:
-        return _partitioned(sizes, ranks, of, frozen)
-    found = _replicated(sizes, ranks, of)
-    return replace(found, weights=found.weights + of.element * sum(frozen))
+    found = _partitioned(sizes, ranks, of, frozen) if of.stage == 3 else _replicated(sizes, ranks, of)
+    if of.stage < 3:
+        found = replace(found, weights=found.weights + of.element * sum(frozen))
+    return _with_sums(found, sum(sizes), ranks, of) if of.sums_in_fp32 and not of.offload_optimizer else found
+
+
+def _with_sums(found: Held, whole: int, ranks: int, of: Settings) -> Held:
+    """Where gradients add up in float32: at stage 1 all of them, beside the pieces' own; else in a rank's share, which is wider then."""
+    share, wider = math.ceil(whole / ranks), MASTER - of.element
+    if of.stage == 1:
+        reducing = MASTER * min(whole, BUCKET)  # averaged through a flat copy
+        return replace(found, standing=found.standing + MASTER * whole, reducing=reducing, updating=MASTER * share)
+    if of.stage == 2:
+        return replace(found, gradients=MASTER * share, updating=(MASTER + of.element) * share)
+    return replace(found, standing=found.standing + wider * share, updating=MASTER * share)
 
 
 def _replicated(sizes: tuple[int, ...], ranks: int, of: Settings) -> Held:
@@ -125,7 +141,8 @@ def wire(numel: int, ranks: int, of: Settings, forwards: int, backwards: int, fr
     if of.stage == 0:
         return round(2 * part * one)
     if of.stage < 3:
-        return round(2 * part * one * (backwards if of.stage == 2 else 1) + part * one)
+        gradients = MASTER * numel if of.stage == 1 and of.sums_in_fp32 else one * (backwards if of.stage == 2 else 1)
+        return round(2 * part * gradients + part * one)
     every = numel + frozen
     released = 0.0 if every <= of.reuse // 2 + of.prefetch else 1 - (of.reuse // 2 + of.prefetch) / every
     return round(part * (of.element * every * (forwards + backwards * released) + one * backwards))

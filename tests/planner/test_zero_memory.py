@@ -28,6 +28,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "zero2 bf16": {**BF16, "zero_optimization": {"stage": 2, "overlap_comm": True, **BUCKET}},
     "zero3 bf16": {**BF16, "zero_optimization": {"stage": 3, **BUCKET, **STAGE_3}},
 }
+SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+CONFIGS |= {f"{name}, sums in fp32": {**CONFIGS[name], **SUMS} for name in ("zero1 bf16", "zero2 bf16", "zero3 bf16")}
+CONFIGS["zero1 bf16, sums in fp32"]["communication_data_type"] = "fp32"
 
 
 @pytest.fixture(scope="module")
