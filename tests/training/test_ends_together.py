@@ -44,7 +44,7 @@ def _ends(ranks: list[subprocess.Popen[str]], seconds: float = 120) -> list[Fini
     return [Finished(process.returncode, out, "") for process, out in zip(ranks, printed, strict=True)]
 
 
-@pytest.mark.parametrize("knows", [0, 1])
+@pytest.mark.parametrize("knows", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_file_that_one_rank_alone_does_not_see_ends_both(knows: int, recipe_file: Path, tmp_path: Path) -> None:
     folders = (tmp_path / "0", tmp_path / "1")
     for folder in folders:
