@@ -261,7 +261,8 @@ def _known_bad(names: list[str], found: list[Known]) -> BadCounter:
     bad = BadCounter()
     for name, known in zip(names, found, strict=True):
         lost = known.lost(elsewhere, alike=len(set(sound)) == 1)
-        counts: list[tuple[Reason, int, str]] = [("truncated_tar", lost, known.losses.why or "its _stats.json tells of more samples")]
+        fewer = "its _stats.json tells of more samples; remove that file if some were taken out on purpose"
+        counts: list[tuple[Reason, int, str]] = [("truncated_tar", lost, known.losses.why or fewer)]
         counts += [("missing_image", *known.missing_image), ("missing_caption", *known.missing_caption)]
         counts += [("empty_caption", *known.empty_caption)]
         counts += [("unused_members", count, f"{example}, {why}") for why, (count, example) in known.losses.dropped.items()]
