@@ -7,7 +7,7 @@ Legend: B local rows, N rows of all ranks, D width, W ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -55,11 +55,12 @@ def _divergence_N(soft_NN: Tensor, target_NN: Tensor, dim: int) -> Tensor:
 
 
 def _losses(
-    logits_NN: Tensor, teachers: Sequence[Tensor], temperature: float, hard: bool, directions: tuple[float, float]
+    logits_NN: Tensor, teachers: Sequence[Callable[[], Tensor]], temperature: float, hard: bool, directions: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
+    """teachers: what forms each one's (N, N) logits, which are let go as soon as they are divided."""
     kd = infonce = logits_NN.new_zeros(())
-    for teacher_NN in teachers:
-        soft_NN, target_NN = logits_NN / temperature, teacher_NN / temperature
+    for form in teachers:
+        soft_NN, target_NN = logits_NN / temperature, form() / temperature
         by_row, by_column = (_divergence_N(soft_NN, target_NN, dim).sum() * weight for dim, weight in zip((1, 0), directions, strict=True))
         kd = kd + (by_row + by_column) * (temperature**2 / (len(teachers) * len(logits_NN)))
     if hard:
@@ -70,8 +71,12 @@ def _losses(
 
 def _losses_of_flat(temperature: float, hard: bool, directions: tuple[float, float], *sides: Tensor) -> tuple[Tensor, Tensor]:
     """Both sides of each model, one after the other, the student's first."""
-    logits = [left_ND @ right_ND.T for left_ND, right_ND in zip(sides[::2], sides[1::2], strict=True)]
-    return _losses(logits[0], logits[1:], temperature, hard, directions)
+    (left_ND, right_ND), *teachers = zip(sides[::2], sides[1::2], strict=True)
+    return _losses(left_ND @ right_ND.T, [partial(_plain_product, *pair) for pair in teachers], temperature, hard, directions)
+
+
+def _plain_product(left_ND: Tensor, right_ND: Tensor) -> Tensor:
+    return left_ND @ right_ND.T
 
 
 @cache
@@ -95,5 +100,5 @@ def eager(
     if compiled:
         losses = partial(_compiled_losses(), temperature, hard, directions)
         return SimilarityLoss(*run(losses, [tensor for side in sides for tensor in side]))
-    student_NN, *teacher_NN = (product(*side) for side in sides)
-    return SimilarityLoss(*_losses(student_NN, teacher_NN, temperature, hard, directions))
+    own, *others = (partial(product, *side) for side in sides)
+    return SimilarityLoss(*_losses(own(), others, temperature, hard, directions))

@@ -5,7 +5,7 @@ Legend: B local rows, N rows of all ranks, D width, M columns of a block, c rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -99,10 +99,14 @@ class _Columns(NamedTuple):
     of_texts: Tensor
 
 
-def _loss(logits: Sequence[Tensor]) -> Tensor:
-    """logits: (N, N) of each direction's anchors, by its columns."""
-    by_image, by_text = (logits_NN.log_softmax(1).diagonal().mean() for logits_NN in logits)
+def _loss(logits: Iterable[Tensor]) -> Tensor:
+    """logits: (N, N) of each direction's anchors, by its columns; each is let go before the next is formed."""
+    by_image, by_text = map(_agreement, logits)
     return (by_image + by_text) / -2
+
+
+def _agreement(logits_NN: Tensor) -> Tensor:
+    return logits_NN.log_softmax(1).diagonal().mean()
 
 
 def _loss_of_flat(*sides: Tensor) -> tuple[Tensor]:
@@ -123,7 +127,7 @@ def _eager(student: Towers, teacher: _Columns, ranks: Ranks, dtype: torch.dtype,
     ]
     if compiled:
         return run(_compiled_loss(), [tensor for side in sides for tensor in side])[0]
-    return _loss([product(*side) for side in sides])
+    return _loss(product(*side) for side in sides)
 
 
 class _Anchors(NamedTuple):

@@ -5,7 +5,7 @@ Legend: B local rows, N rows of all ranks, D width, M columns of a block, c rows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple, Protocol
 
@@ -158,11 +158,12 @@ def _divergence(a_NN: Tensor, b_NN: Tensor) -> Tensor:
     return terms_NN.sum(1).sum()
 
 
-def _losses(logits_NN: Tensor, teachers: Sequence[Tensor], hard: bool) -> tuple[Tensor, Tensor]:
+def _losses(logits_NN: Tensor, teachers: Iterable[Tensor], count: int, hard: bool) -> tuple[Tensor, Tensor]:
+    """teachers: the (N, N) logits of `count` teachers, each formed as its turn comes."""
     rows = len(logits_NN)
     kd = siglip = logits_NN.new_zeros(())
     for target_NN in teachers:
-        kd = kd + _divergence(logits_NN, target_NN) / (rows * len(teachers))
+        kd = kd + _divergence(logits_NN, target_NN) / (rows * count)
     if hard:
         agreement_NN = 2 * torch.eye(rows, dtype=logits_NN.dtype, device=logits_NN.device) - 1
         siglip = -logsigmoid(agreement_NN * logits_NN).sum(1).sum() / rows
@@ -172,7 +173,7 @@ def _losses(logits_NN: Tensor, teachers: Sequence[Tensor], hard: bool) -> tuple[
 def _losses_of_flat(hard: bool, *sides: Tensor) -> tuple[Tensor, Tensor]:
     """The fields of each model's `_Sides`, one after the other, the student's first."""
     logits = [left_ND @ right_ND.T + bias_N1 for left_ND, bias_N1, right_ND in zip(sides[::3], sides[1::3], sides[2::3], strict=True)]
-    return _losses(logits[0], logits[1:], hard)
+    return _losses(logits[0], logits[1:], len(logits) - 1, hard)
 
 
 @cache
@@ -187,8 +188,8 @@ def _eager(
     sides = [_Sides.of(towers, ranks, dtype) for towers in (student, *teachers)]
     if compiled:
         return SimilarityLoss(*run(partial(_compiled_losses(), hard), [tensor for side in sides for tensor in side]))
-    student_NN, *teacher_NN = (product(side.left_ND, side.right_ND) + side.bias_N1 for side in sides)
-    return SimilarityLoss(*_losses(student_NN, teacher_NN, hard))
+    logits = (product(side.left_ND, side.right_ND) + side.bias_N1 for side in sides)
+    return SimilarityLoss(*_losses(next(logits), logits, len(teachers), hard))
 
 
 class _Totals(NamedTuple):
