@@ -71,6 +71,12 @@ def _check_zero(zero: dict[str, Any], named: str, frozen: bool) -> None:
         if isinstance(zero.get(key), (int, float)) and not 1 <= zero[key] <= LARGEST_BUCKET:
             raise ValueError(f"zero_optimization.{key} = {shown(zero[key])} in {named}: elements of a buffer, from 1 to {LARGEST_BUCKET}")
     stage = zero.get("stage", 0)
+    if stage != 3 and (idle := [key for key in zero if key.startswith("stage3_")]):
+        raise ValueError(
+            f"zero_optimization.{idle[0]} in {named}: stage 3 alone reads it, and the stage is {stage}: remove it"
+            + (f", and {', '.join(idle[1:])}" if len(idle) > 1 else "")
+            + ", or set zero_optimization.stage to 3"
+        )
     for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
         offload = zero.get(key) or {}
         device = offload.get("device", "none")

@@ -121,6 +121,11 @@ class _Merge:
                 f"bf16 without ZeRO in {self.config_name}: DeepSpeed would keep no fp32 master weights; "
                 f"set zero_optimization.stage to 1, 2 or 3"
             )
+        kind = self.config.get("data_types", {}).get("grad_accum_dtype")
+        if kind not in (None, "fp32", "bf16"):
+            raise ValueError(f"data_types.grad_accum_dtype = {kind!r} in {self.config_name}: write fp32, or bf16 to save memory")
+        if kind == "bf16" and not is_bf16(self.config):
+            raise ValueError(f"data_types.grad_accum_dtype = 'bf16' in {self.config_name}: the run is in fp32; remove it, or enable bf16")
         if is_bf16(self.config) and self.config["gradient_accumulation_steps"] > 1:
             self.accumulation(stage)
 
@@ -131,8 +136,6 @@ class _Merge:
         """
         types = self.config.setdefault("data_types", {})
         kind = types.get("grad_accum_dtype") or "fp32"
-        if kind not in ("fp32", "bf16"):
-            raise ValueError(f"data_types.grad_accum_dtype = {kind!r} in {self.config_name}: write fp32, or bf16 to save memory")
         types["grad_accum_dtype"] = kind
         if kind == "fp32" and stage == 1:
             self.config.setdefault("communication_data_type", "fp32")

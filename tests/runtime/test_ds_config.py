@@ -193,6 +193,12 @@ def _checked(config: dict[str, Any], recipe: Recipe) -> None:
         ),
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, ["cpu_offload", "offload_optimizer"]),
         ({"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}, ["float32", "remove it"]),
+        (
+            {"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 10**8, "stage3_prefetch_bucket_size": 10**7}},
+            ["stage3_max_live_parameters", "stage 3 alone", "stage is 2", "and stage3_prefetch_bucket_size", "stage to 3"],
+        ),
+        ({"data_types": {"grad_accum_dtype": "fp17"}}, ["data_types.grad_accum_dtype = 'fp17'", "write fp32"]),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, ["data_types.grad_accum_dtype = 'bf16'", "the run is in fp32"]),
         ({"zero_optimisation": {"stage": 2}}, ["zero_optimisation", "did you mean 'zero_optimization'"]),
         ({"activation_checkpointing": {"partition_activations": True}}, ["student.activation_checkpointing = true"]),
         ({"hybrid_engine": {"enabled": True}}, ["hybrid_engine", "remove"]),
