@@ -16,6 +16,7 @@ _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])")
 # A typo such as {0..99999999999} must not fill the memory; the largest public sets have some 10**5 shards.
 _MOST_SHARDS = 1_000_000
+_DEEPEST, _MOST_BRACES = 50, 500  # more are no pattern of anybody's, and would take long to follow
 _COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))$")
 
 _CHAINED = ("simplecache", "filecache", "blockcache", "cached")
@@ -38,10 +39,11 @@ def expand_with_stats(patterns: str | list[str]) -> list[tuple[str, Stat]]:
     """As `expand`, with the size and stamp of each shard, so that remote ones are asked once."""
     found = []
     for pattern in _sources(patterns):
-        try:
-            found += [(name, pattern) for name in _names(pattern)]
-        except RecursionError as error:
-            raise ValueError(f"{pattern[:60]!r}...: its braces are nested too deeply") from error
+        if _depth(pattern) > _DEEPEST or pattern.count("{") > _MOST_BRACES:
+            raise ValueError(f"{pattern[:60]!r}...: its braces are too many or nested too deeply: give a list of patterns")
+        if _count(pattern) > _MOST_SHARDS:
+            raise ValueError(f"{pattern!r} names more than {_MOST_SHARDS} shards: check its braces")
+        found += [(name, pattern) for name in _names(pattern)]
         if len(found) > _MOST_SHARDS:
             raise ValueError(f"{pattern!r} brings the set to more than {_MOST_SHARDS} shards: check its braces")
     if not found:
@@ -71,9 +73,7 @@ def _refuse_twice(found: list[tuple[str, str]]) -> None:
 
 
 def _names(pattern: str) -> Iterator[str]:
-    for number, name in enumerate(_braces(pattern)):
-        if number >= _MOST_SHARDS:
-            raise ValueError(f"{pattern!r} names more than {_MOST_SHARDS} shards: check its braces")
+    for name in _braces(pattern):
         if is_remote(name):
             # '?' also begins the query of a signed URL; only a star is surely meant as a glob
             if "*" in name:
@@ -109,13 +109,31 @@ def _matches(name: str, pattern: str) -> list[str]:
     return tars
 
 
+def _depth(pattern: str) -> int:
+    return max(itertools.accumulate(1 if letter == "{" else -1 if letter == "}" else 0 for letter in pattern), default=0)
+
+
+def _listed(pattern: str, start: int, end: int, commas: list[int]) -> list[str]:
+    """The parts of a list in braces, each a pattern of its own."""
+    return [pattern[one + 1 : other] for one, other in itertools.pairwise([start, *commas, end])]
+
+
+def _count(pattern: str) -> int:
+    """How many words `_braces` gives, without making them."""
+    for start, end, commas in _pairs(pattern):
+        if commas:
+            return sum(map(_count, _listed(pattern, start, end, commas))) * _count(pattern[end + 1 :])
+        if (span := _span(pattern[start + 1 : end])) is not None:
+            return sum(1 for _ in span) * _count(pattern[end + 1 :])
+    return 1
+
+
 def _braces(pattern: str) -> Iterator[str]:
     """The words of a pattern, as bash expands braces; one without a comma and a range in it stays as it is."""
     for start, end, commas in _pairs(pattern):
         inside, tail = pattern[start + 1 : end], pattern[end + 1 :]
         if commas:
-            edges = [start, *commas, end]
-            words: Iterator[str] = (word for one, other in itertools.pairwise(edges) for word in _braces(pattern[one + 1 : other]))
+            words: Iterator[str] = (word for part in _listed(pattern, start, end, commas) for word in _braces(part))
         elif (span := _span(inside)) is not None:
             words = span
         else:

@@ -243,7 +243,8 @@ def run_script(clean: ShardSet, how: str) -> subprocess.Popen[str]:
     root = Path(__file__).parents[2]
     pattern = clean.names[0].replace("00000", "{00000..00002}")
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), pattern, how]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{Path(__file__).parent}"}
+    folders = (root, root / "tests", Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
     return subprocess.Popen(
         command,
         cwd=root,

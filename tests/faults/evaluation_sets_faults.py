@@ -60,7 +60,7 @@ CAPTIONS: list[Damage] = [
     _fixed("UTF-16", "12 café".encode("utf-16"), LOST),
     ("several lines", lambda number, original: b"%d a\r\n%d b\n%d c" % ((number,) * 3), SOUND),
     ("a long one", lambda number, original: original + b" word" * 20_000, SOUND),
-    ("NUL after it", lambda number, original: original + b" \0 \0", SOUND),
+    ("NUL after it", lambda number, original: original + b" \0 \0", LOST),
     ("escapes", lambda number, original: original + b" \x1b[31m{c} {} %s <end>", SOUND),
 ]
 LABELS: list[Damage] = [
