@@ -61,8 +61,14 @@ def load(
     whole, so the first rank holds such a model, an int8 one until its originals are closed; of a file none holds more than a few tensors.
     Raises ValueError on every rank when the weights do not fit the architecture or cannot be read, naming file and tensors.
     """
-    with torch.random.fork_rng(devices=[]), empty_parameters():
-        built = towers.build(description, torch.device("cpu"), precision, load_weights=False)
+    try:
+        with torch.random.fork_rng(devices=[]), empty_parameters():
+            built = towers.build(description, torch.device("cpu"), precision, load_weights=False)
+    except NotImplementedError as error:  # of torch: "Cannot copy out of meta tensor"
+        raise ValueError(
+            f"{description.role}: this architecture fills its tables from its own parameters as it is made, so it cannot be read tensor by "
+            f"tensor; set {description.role}.mode to replicated"
+        ) from error
     clip = built.clip.eval().requires_grad_(False)
     expected = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
     drawing = torch.get_rng_state()
@@ -240,9 +246,23 @@ def fill(
         if place is not None and placed:
             place(placed)
     for module in model.modules():
+        _compute_again(module)
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != "meta":
                 module._buffers[key] = buffer.to(world.device)
+
+
+def _compute_again(module: nn.Module) -> None:
+    """A table that no file has and that a constructor computed where its empty parameters were, as timm's Swin does its masks."""
+    tables = {key: buffer for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+    compute: Any = getattr(module, "init_non_persistent_buffers", None)
+    if compute is None or not tables.keys() & module._non_persistent_buffers_set:
+        return
+    compute()
+    for key, table in tables.items():
+        made = module._buffers[key]
+        if made is not None and made.is_floating_point():
+            module._buffers[key] = made.to(table.dtype)
 
 
 def _batches(conversions: list[Conversion], empty: Mapping[str, Tensor]) -> Iterator[list[Conversion]]:

@@ -49,6 +49,15 @@ def _assert_same(a: nn.Module, b: nn.Module, dtype: torch.dtype = torch.float32)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_masks_that_a_constructor_computes_on_its_parameters_device_are_there(precision: Precision, tmp_path: Path) -> None:
+    """timm's Swin: no file has them, and the parameters were empty when they were made."""
+    file = _save(build("Swin").state_dict(), tmp_path / "swin.safetensors")
+    teacher = describe("Swin", file)
+    streamed, loaded = streaming.load(teacher, HERE, precision), towers.build(teacher, HERE.device, precision)
+    _assert_same(streamed.clip, loaded.clip, torch.float32 if precision == "fp32" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_streamed_model_is_the_one_that_open_clip_loads(name: str, precision: Precision, files: dict[str, str]) -> None:
     teacher = describe(name, files[name])

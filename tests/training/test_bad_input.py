@@ -197,7 +197,8 @@ def test_questions_that_are_too_long_are_judged_beside_the_pairs_and_name_the_le
     finished = train(recipe_file, "--out", tmp_path / "run", sets=sets)
     assert finished.code == EXIT_USER_ERROR, finished.out + finished.err
     assert "questions are unusable" in finished.err
-    assert "too_long: answers.train.text: question" in finished.err
+    assert "answers.train.text: 10 of 100 questions are unusable" in finished.err
+    assert "too_long: question 0 (83 tokens, answers.max_length = 32)" in finished.err
     assert "Raise answers.max_length, or raise data.max_bad_fraction" in finished.err
 
 
