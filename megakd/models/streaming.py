@@ -64,10 +64,12 @@ def load(
     try:
         with torch.random.fork_rng(devices=[]), empty_parameters():
             built = towers.build(description, torch.device("cpu"), precision, load_weights=False)
-    except NotImplementedError as error:  # of torch: "Cannot copy out of meta tensor"
+    except ValueError as error:
+        if not (isinstance(error.__cause__, RuntimeError) and "meta" in str(error.__cause__)):
+            raise
         raise ValueError(
-            f"{description.role}: this architecture fills its tables from its own parameters as it is made, so it cannot be read tensor by "
-            f"tensor; set {description.role}.mode to replicated"
+            f"{description.role}: this architecture computes with its own weights as it is made (timm's hybrids, ViTamin and Swin v2 do), "
+            f"so it cannot be read tensor by tensor; set {description.role}.mode to replicated"
         ) from error
     clip = built.clip.eval().requires_grad_(False)
     expected = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}

@@ -57,6 +57,16 @@ def test_masks_that_a_constructor_computes_on_its_parameters_device_are_there(pr
     _assert_same(streamed.clip, loaded.clip, torch.float32 if precision == "fp32" else torch.bfloat16)
 
 
+@pytest.mark.parametrize("trunk", ["vit_tiny_r_s16_p8_224", "swinv2_tiny_window8_256"])
+def test_a_constructor_that_needs_its_weights_is_refused_with_the_mode_that_loads_it(trunk: str) -> None:
+    size = int(trunk.rsplit("_", 1)[1])
+    vision = {"timm_model_name": trunk, "timm_pool": "avg", "timm_proj": None, "image_size": size}
+    architecture = {**ARCHITECTURES["ViT-bigG"], "vision_cfg": vision}
+    with pytest.raises(ValueError, match=r"computes with its own weights.*set teacher\.mode to replicated"):
+        streaming.load(described(architecture, "random"), HERE, "fp32")
+    assert towers.build(described(architecture, "random"), HERE.device).dtype == torch.float32
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_streamed_model_is_the_one_that_open_clip_loads(name: str, precision: Precision, files: dict[str, str]) -> None:
