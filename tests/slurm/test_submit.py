@@ -116,7 +116,7 @@ def test_a_crash_reaches_the_submitter_as_that_error_with_the_logs_path(
     top, runs = submission.requests(
         str(recipe_file), ["optim.lr=1e38", "optim.warmup=0", "optim.clip=0.0", "optim.steps=50"], None, run, "auto", []
     )
-    submission.check(runs, wanted, "slurm")
+    submission.check(runs, wanted, "slurm", top)
     jobs = submission.submit(top, runs, wanted, "slurm")
     capsys.readouterr()
     assert submission.wait(jobs, "slurm") == 86
