@@ -28,7 +28,8 @@ def check_place(folder: Path, option: str) -> None:
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists() or parent.is_symlink())
         if not there.is_dir():
             raise ValueError(f"{option} {folder}: {there} is no folder; choose another {option}")
-        os.rmdir(tempfile.mkdtemp(prefix=".megakd-", dir=there))
+        # named as `clear` takes what a kill has left; shutil's, as another job's start may have cleared it
+        shutil.rmtree(tempfile.mkdtemp(prefix=".tried-", suffix=PARTIAL, dir=there), ignore_errors=True)
         for part in folder.absolute().relative_to(there.absolute()).parts:  # of what is not there yet, the names alone can be wrong
             if len(os.fsencode(part)) > 255:
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
