@@ -181,10 +181,19 @@ def build(description: Description, device: torch.device, precision: Precision =
         with named(role):
             match = Match(role, description.config, clip, expected, in_memory(source.weights_file(settings)))
         match.read_into(clip)
+    elif load_weights:
+        _draw_what_open_clip_leaves_out(clip)
     if precision == "bf16":
         casts.to_bf16(clip)  # with its weights: the logit scale is read in float32
     prepared = preprocessing.complete(description.preprocess, description.config)
     return Towers(clip, description, prepared, precisions.dtype(precision))
+
+
+def _draw_what_open_clip_leaves_out(clip: nn.Module) -> None:
+    """The text decoder of CoCa (open_clip 3.3) has a projection that nothing initialises: whatever lay in memory, NaN at times."""
+    projection = getattr(getattr(clip, "text_decoder", None), "text_projection", None)
+    if isinstance(projection, nn.Parameter) and not projection.is_meta:
+        nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
 
 
 def _architecture(description: Description, device: torch.device) -> nn.Module:
