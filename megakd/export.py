@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from megakd.foreseen import CLIP_CONFIG
 from megakd.models import towers
 from megakd.models.preprocessing import complete
 from megakd.models.student import SCALARS
 from megakd.models.tokenizing import SAMPLES
-from megakd.models.towers import CONFIG_FILE, Description, Towers
+from megakd.models.towers import Description, Towers
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _TOWERS = "clip."
@@ -76,7 +77,7 @@ def _write_description(folder: Path, description: Description) -> None:
         inner.save_pretrained(folder)
     preprocess = complete(description.preprocess, description.config)
     content: dict[str, Any] = {"model_cfg": config, "preprocess_cfg": _plain(preprocess)}
-    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    (folder / CLIP_CONFIG).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _check_tokenizer(folder: Path, description: Description) -> None:

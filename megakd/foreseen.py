@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from megakd import recipe_files
-from megakd.models import towers
 from megakd.recipe import Decoder, Model
 
 M = TypeVar("M", bound=Model)
+# The description of a CLIP model in its folder, as open_clip names it.
+CLIP_CONFIG = "open_clip_config.json"
 # Where a run that trains or makes a language model leaves it.
 LANGUAGE = "/bundle/language"
 
@@ -20,7 +21,7 @@ def model(settings: M, role: str) -> M:
     Raises ValueError when that recipe trains no student.
     """
     folder = Path((settings.model or "").removeprefix("local-dir:"))
-    if settings.recipe is None or (folder / towers.CONFIG_FILE).is_file():
+    if settings.recipe is None or (folder / CLIP_CONFIG).is_file():
         return settings
     first = recipe_files.load(settings.recipe)[0].student
     if first is None:

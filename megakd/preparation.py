@@ -254,7 +254,7 @@ def _missing(recipe: Recipe) -> list[tuple[str, str, Path]]:
     for role, settings in models.items():
         if settings is not None and settings.recipe is not None:
             folder = Path((settings.model or "").removeprefix("local-dir:"))
-            if not (folder / towers.CONFIG_FILE).is_file():
+            if not (folder / foreseen.CLIP_CONFIG).is_file():
                 roles.append((role, settings.recipe, folder.parent))
     decoder = recipe.decoder
     if decoder is not None and decoder.recipe is not None:

@@ -15,9 +15,9 @@ from open_clip.coca_model import MultimodalCfg
 from open_clip.hf_model import _POOLERS
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
+from megakd.foreseen import CLIP_CONFIG
 from megakd.recipe import texts
 
-CONFIG_FILE = "open_clip_config.json"
 REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
 TOP: dict[str, Any] = {
     "embed_dim": int,
@@ -63,7 +63,7 @@ OF_HF = (
 
 def read_config(folder: Path, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`model_cfg` and `preprocess_cfg` of a folder that open_clip loads. Raises ValueError that begins with `key` for any other file."""
-    path = folder / CONFIG_FILE
+    path = folder / CLIP_CONFIG
     return split_config(texts.parse_json(texts.read_text(path, f"{key}: {path}"), f"{key}: {path}"), f"{key}: {path}")
 
 

@@ -24,8 +24,8 @@ from open_clip.pretrained import list_pretrained_tags_by_model
 from open_clip.transform import PreprocessCfg
 from torch import nn
 
+from megakd.foreseen import CLIP_CONFIG
 from megakd.models import architecture, casts, preprocessing, source, tags
-from megakd.models.architecture import CONFIG_FILE
 from megakd.models.matching import Match, named
 from megakd.models.originals import Originals
 from megakd.models.source import HUB, LOCAL, RANDOM, WEIGHT_SUFFIXES
@@ -36,7 +36,7 @@ from megakd.recipe import Model
 from megakd.runtime import precision as precisions
 from megakd.runtime.precision import Precision
 
-__all__ = ["CONFIG_FILE", "RANDOM", "Description", "Precision", "Towers", "build", "configuration", "describe", "parameters_in"]
+__all__ = ["RANDOM", "Description", "Precision", "Towers", "build", "configuration", "describe", "parameters_in"]
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def _configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str
     key = f"{role}.model = {name!r}"
     if name.startswith(LOCAL):
         folder = Path(name.removeprefix(LOCAL))
-        if not (folder / CONFIG_FILE).is_file():
-            raise ValueError(f"{key}: no {CONFIG_FILE} in that folder; train that model first, or give another folder")
+        if not (folder / CLIP_CONFIG).is_file():
+            raise ValueError(f"{key}: no {CLIP_CONFIG} in that folder; train that model first, or give another folder")
         return architecture.read_config(folder, key)
     if name.startswith(HUB):
         try:
@@ -200,7 +200,7 @@ def _architecture(description: Description, device: torch.device) -> nn.Module:
     """As open_clip makes it from a folder without weights: one way for every source of a configuration."""
     with tempfile.TemporaryDirectory() as folder, _expected_without_weights():
         config = {"model_cfg": description.config, "preprocess_cfg": description.preprocess}
-        (Path(folder) / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+        (Path(folder) / CLIP_CONFIG).write_text(json.dumps(config), encoding="utf-8")
         model: nn.Module = open_clip.create_model(f"local-dir:{folder}", device=device, load_weights=False, pretrained_text=False)
     return model
 
