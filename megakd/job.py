@@ -16,7 +16,8 @@ from megakd import assembly, export, teaching
 from megakd.bundle import Bundle
 from megakd.data import question_check
 from megakd.evaluation import report, vqa
-from megakd.judging import Judge, sets_of
+from megakd.evaluation.sets import sets_of
+from megakd.judging import Judge
 from megakd.models import adapters, towers
 from megakd.models.answering import AnsweringStudent
 from megakd.models.identity import preprocessing, weights_file
@@ -48,7 +49,7 @@ from megakd.tasks.joint import Joint
 from megakd.trainer import Trainer
 
 T = TypeVar("T")
-EVALUATION, MODEL, BUNDLE = "evaluation.json", "model", "bundle"
+MODEL, BUNDLE = "model", "bundle"
 # Seconds in which the ranks of a job that was just killed are gone, so that the same command may follow at once.
 PATIENCE = 20.0
 _COMPARED = 20  # questions on which the bundle's tokenizer is compared with the run's
@@ -115,7 +116,7 @@ class Run:
         self._go_on_in_monitors(progress)
         collectives.by_main(lambda: self.log.open(self.recipe, self.plan.config, self.world.size), self.world)
         if self._has_finished(progress):
-            self.log.say(f"this run has ended before: its scores are in {self.folder / EVALUATION}")
+            self.log.say(f"this run has ended before: its scores are in {self.folder / runlog.EVALUATION}")
             self._say_done()
             return 0
         self.log.say(self._outline())
@@ -365,13 +366,13 @@ class Run:
                 for row in rows
                 if isinstance(row.get("content"), dict) and row["content"].get("sets") == sets_of(self.recipe)
             ]
-            if found and not (self.folder / EVALUATION).exists():
-                runlog.write_json(self.folder / EVALUATION, found[-1])
+            if found and not (self.folder / runlog.EVALUATION).exists():
+                runlog.write_json(self.folder / runlog.EVALUATION, found[-1])
             return bool(found)
 
         return collectives.by_main(told, self.world)
 
     def _write_evaluation(self, results: dict[str, Any]) -> None:
-        runlog.write_json(self.folder / EVALUATION, results)
+        runlog.write_json(self.folder / runlog.EVALUATION, results)
         self.log.event(results["step"], "evaluation", results)
         self.log.say(report.lines(results))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from megakd import export
 from megakd.assembly import Learners, conversations, eyes
 from megakd.evaluation import vqa
 from megakd.evaluation.encoder import Encoder
+from megakd.evaluation.sets import sets_of
 from megakd.evaluation.suite import Suite
 from megakd.models.answering import AnsweringStudent
 from megakd.preparation import Plan
-from megakd.recipe import Recipe
 from megakd.runtime.engine import Engine, load_weights
 from megakd.runtime.interruptions import Interruptions
 from megakd.runtime.launch import World
@@ -127,12 +126,6 @@ class Judge:
         results = Suite(self._plan.sets, encoder, self._world, recipe.data.workers, self._interruptions).run()
         self._clip.to("cpu")
         return results
-
-
-def sets_of(recipe: Recipe) -> str:
-    """A checksum of what a recipe is scored on: scores of other sets are not taken for its own."""
-    settings = recipe.evaluation.model_dump(mode="json", exclude={"every", "batch", "vqa_batch"})
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _digest(weights: dict[str, Tensor]) -> str:

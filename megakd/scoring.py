@@ -10,9 +10,8 @@ import torch
 from megakd import export, recipe_files
 from megakd.evaluation import report
 from megakd.evaluation.encoder import Encoder
+from megakd.evaluation.sets import sets_of
 from megakd.evaluation.suite import Suite, open_sets
-from megakd.job import EVALUATION
-from megakd.judging import sets_of
 from megakd.models import towers
 from megakd.runtime import checkpoint, collectives, launch, runlog
 from megakd.runtime.interruptions import Interruptions
@@ -47,8 +46,8 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
             **Suite(sets, encoder, world, recipe.data.workers, Interruptions(world)).run(),
         }
         if world.is_main:
-            runlog.write_json(run / EVALUATION, results)
-            print(f"{path}\n{report.lines(results)}\nwritten to {run / EVALUATION}")
+            runlog.write_json(run / runlog.EVALUATION, results)
+            print(f"{path}\n{report.lines(results)}\nwritten to {run / runlog.EVALUATION}")
     finally:
         launch.stop()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -80,6 +82,12 @@ def check_label(label: int, classes: zeroshot.ClassSet, where: str) -> None:
 
 def _negatives(sample: Sample) -> None:
     compositional.negatives_of(labelled(sample, "json"), sample.where)
+
+
+def sets_of(recipe: Recipe) -> str:
+    """A checksum of what a recipe is scored on: scores of other sets are not taken for its own."""
+    settings = recipe.evaluation.model_dump(mode="json", exclude={"every", "batch", "vqa_batch"})
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def lost_in(shards: ShardSet) -> BadCounter:

@@ -29,7 +29,7 @@ from megakd.recipe_files import differences, load, refused, told
 from megakd.runtime import slurm_job
 from megakd.runtime.files import atomic_file, sync
 
-RUN, METRICS = "run.json", "metrics.jsonl"
+RUN, METRICS, EVALUATION = "run.json", "metrics.jsonl", "evaluation.json"
 # What a run folder holds when something was trained in it: checkpoints, or what was made of the last one.
 TRAINED = ("checkpoints/step_*", "model", "bundle")
 PACKAGES = ("megakd", "torch", "deepspeed", "open_clip_torch", "transformers", "triton")
