@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install smoke test test-slow faults lint types bench bench-kernels gpu gpu-wheels clean
+.PHONY: help install smoke test test-slow faults lint types bench bench-kernels gpu gpu-wheels audit release clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -31,9 +31,22 @@ test-slow: $(INSTALLED)  ## the tests that take minutes each
 faults: $(INSTALLED)  ## thousands of damaged files and mistaken settings, a fixed seed and a fresh one (FAULTS="--family tars --seed 7")
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PYTHONPATH=tests:tests/faults $(BIN)/python tests/faults/campaign.py $(FAULTS)
 
-lint: $(INSTALLED)  ## ruff, formatting included
+lint: $(INSTALLED)  ## ruff, formatting included, and vulture: nothing is dead, in tests/ neither
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/vulture
+	$(BIN)/vulture megakd kernels tests
+
+# Not a part of `make lint`: its answer depends on the day, not on the commit, and it asks PyPI's own pages, which a mirror does not have.
+# There pip-audit skips each package and says that it found nothing; --strict makes that an error. It has an environment of its own.
+audit:  ## known vulnerabilities of the pinned versions, by pip-audit; needs a network that reaches PyPI itself
+	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit; }
+	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
+
+# Tags and pages are a person's: `make release` says what to type. Before it: raise megakd.__version__ and CITATION.cff's (a test compares
+# them), name the changelog's [Unreleased] after the version, and let `make lint types test test-slow` pass.
+release: $(INSTALLED)  ## the wheel and sdist of the last commit in dist/, checked and tried outside the checkout, and the text of their page
+	.ci/release $(abspath $(BIN))
 
 types: $(INSTALLED)  ## mypy on megakd/ and kernels/
 	$(BIN)/mypy
@@ -73,4 +86,4 @@ gpu:  ## on a machine with a CUDA device: gpu tests, benchmarks and whole runs, 
 	exit $$status
 
 clean:  ## remove the environment and what building left behind
-	rm -rf $(VENV) .gpu-wheels .gpu-site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-audit .gpu-wheels .gpu-site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

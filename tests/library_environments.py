@@ -42,14 +42,23 @@ def set_up(library: Library) -> Path:
     python, done = folder / "bin" / "python", folder / "complete"
     if done.exists() or (library.variable in os.environ and python.exists()):
         return python
-    _run(library, sys.executable, "-m", "venv", "--clear", str(folder))
-    site = next((folder / "lib").glob("python*/site-packages"))
-    host = [path for path in sys.path if Path(path).name == "site-packages"]
-    (site / "megakd-host.pth").write_text("".join(f"{path}\n" for path in host), encoding="utf-8")
+    try:
+        beside_ours(folder)
+    except subprocess.CalledProcessError as error:
+        raise ValueError(f"no environment for {first} ({library.variable} may name one): {error}\n{error.stderr}") from error
     quick = ("--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", "20")
     _run(library, str(python), "-m", "pip", "install", *quick, *(["--no-deps"] if library.alone else []), *library.requirements)
     done.touch()
     return python
+
+
+def beside_ours(folder: Path) -> Path:
+    """Make a virtual environment in `folder` that sees this one's packages, but not an editable megakd. Returns its python."""
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True, capture_output=True, text=True)
+    site = next((folder / "lib").glob("python*/site-packages"))
+    host = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site / "megakd-host.pth").write_text("".join(f"{path}\n" for path in host), encoding="utf-8")
+    return folder / "bin" / "python"
 
 
 def _run(library: Library, *command: str) -> None:

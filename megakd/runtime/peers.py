@@ -213,7 +213,7 @@ class Peers:
     """The other ranks of this run. After `tell` on one of them, each of the others ends within GRACE seconds with the same words."""
 
     def __init__(self, rank: int, size: int, store: dist.Store, connection: dist.TCPStore, attempt: str = "0") -> None:
-        self._rank, self._size, self._store, self._connection = rank, size, store, connection
+        self._rank, self._size, self._store = rank, size, store
         # A connection of its own: a wait of the main thread in the other one would hold up the question whether it waits in vain.
         self._own = dist.PrefixStore(f"/worker/attempt_{attempt}", connection.clone())
         self._closed, self._ending = threading.Event(), threading.Event()
