@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from peers import PEERS, Unavailable
+from peers import PEERS, Embeddings, Unavailable
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -24,19 +24,6 @@ PASSES = ("forward", "backward", "both")
 SCALE, BIAS = 50.0, -10.0
 SCALE_LIMITS = {"triton_static": SCALE}
 CLAMP = 100.0
-
-
-class Embeddings(NamedTuple):
-    """One model's embeddings of N pairs, as `megakd_kernels.Pair`, with the bias of the sigmoid losses."""
-
-    image: Tensor
-    text: Tensor
-    scale: Tensor
-    bias: Tensor
-
-    def leaves(self) -> Embeddings:
-        """The same numbers as leaves that want gradients; nothing is copied."""
-        return Embeddings(*(tensor.detach().requires_grad_() for tensor in self))
 
 
 def embeddings(pairs: int, width: int, device: torch.device, dtype: torch.dtype, seed: int) -> Embeddings:

@@ -6,15 +6,26 @@ Each peer is asked for one of its losses by name and gives a function of student
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from cases import Embeddings
 
-Function = Callable[["Embeddings", "Embeddings"], Tensor]
+class Embeddings(NamedTuple):
+    """One model's embeddings of N pairs, as `megakd_kernels.Pair`, with the bias of the sigmoid losses."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def leaves(self) -> Embeddings:
+        """The same numbers as leaves that want gradients; nothing is copied."""
+        return Embeddings(*(tensor.detach().requires_grad_() for tensor in self))
+
+
+Function = Callable[[Embeddings, Embeddings], Tensor]
 
 
 class Unavailable(Exception):

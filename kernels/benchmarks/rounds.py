@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from cases import PASSES, Case, Embeddings
+from cases import PASSES, Case
 from measure import Meter, Sample, is_out_of_memory
 from memory import Watcher
-from peers import PEERS, Unavailable
+from peers import PEERS, Embeddings, Unavailable
 from records import OK, Row
 from torch import Tensor
 
