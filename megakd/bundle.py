@@ -129,9 +129,8 @@ class Bundle:
         decoder, settings = self.decoder, self.decoder.settings
         inside = language_inside or settings.model is None or settings.adapt == "full"
         if decoder.projector is not None:
-            save_file(
-                {name: value.detach().cpu().contiguous() for name, value in decoder.projector.state_dict().items()}, partial / PROJECTOR
-            )
+            projector = {name: value.detach().cpu().contiguous() for name, value in decoder.projector.state_dict().items()}
+            save_file(projector, partial / PROJECTOR)
         if decoder.adapted:
             decoder.language.save_pretrained(partial / ADAPTER, save_embedding_layers=False)
         if inside:
