@@ -21,8 +21,8 @@ FOREIGN = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_", *TORCH_VARIABLE
 
 
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[cluster.Cluster]:
-    """A two-node cluster that sbatch, srun and submitit find through the environment."""
+def started() -> Iterator[cluster.Cluster]:
+    """A two-node cluster, started once; the environment is as before."""
     reason = cluster.why_not()
     if reason and os.environ.get("SLURM_TESTS") == "require":
         pytest.fail(reason)
@@ -31,21 +31,26 @@ def slurm() -> Iterator[cluster.Cluster]:
     # Not pytest's tmp_path: munged wants every folder above its socket to be searchable, and the path has to be short.
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)
-    before = dict(os.environ)
-    for name in list(os.environ):
-        if name.startswith(FOREIGN):
-            del os.environ[name]
     here = cluster.Cluster(folder)
     here.start()
-    os.environ.update(here.environment())
     try:
         yield here
     finally:
         here.stop()
-        os.environ.clear()
-        os.environ.update(before)
         if os.environ.get("SLURM_KEEP_LOGS") != "1":
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def slurm(started: cluster.Cluster) -> Iterator[cluster.Cluster]:
+    """The cluster that sbatch, srun and submitit find through the environment, in the tests of one file: other folders' tests see none."""
+    with pytest.MonkeyPatch.context() as here:
+        for name in list(os.environ):
+            if name.startswith(FOREIGN):
+                here.delenv(name)
+        for name, value in started.environment().items():
+            here.setenv(name, value)
+        yield started
 
 
 @pytest.fixture(scope="module")
