@@ -8,9 +8,9 @@ from importlib.util import find_spec
 
 import torch
 
-from megakd_kernels.chunked import Chunked
 from megakd_kernels.panels import chunk_rows
-from megakd_kernels.stripe import Kernels
+from megakd_kernels.two_pass import Kernels
+from megakd_kernels.two_pass_torch import Chunked
 
 BACKENDS = ("auto", "eager", "compiled", "chunked", "triton")
 
@@ -97,7 +97,7 @@ def kernels_for(
 ) -> Kernels:
     """The two-pass kernels of `backend` for a stripe of `rows` by blocks of `columns`. bound: what no logit exceeds in size, if known."""
     if backend == "triton":
-        from megakd_kernels.fused import Fused  # here: it imports triton
+        from megakd_kernels.triton.two_pass import Fused  # here: it imports triton
 
         return Fused.of(rows, columns, chunk, bound)
     return Chunked(chunk or chunk_rows(rows, columns, dtype, device))

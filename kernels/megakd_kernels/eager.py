@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import kl_div
 
-from megakd_kernels.contract import SimilarityLoss, Towers, compute_dtype
+from megakd_kernels.distributed import Ranks
 from megakd_kernels.precision import product, run
-from megakd_kernels.ranks import Ranks
+from megakd_kernels.types import SimilarityLoss, Towers, compute_dtype
 
 
 class GatherRows(torch.autograd.Function):

@@ -14,16 +14,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import logsigmoid
 
-from megakd_kernels.checks import Facts, agree, facts_of_pairs, wanted
-from megakd_kernels.contract import Pair, Towers, compute_dtype
 from megakd_kernels.dispatch import choose
+from megakd_kernels.distributed import Ranks, Sweep
 from megakd_kernels.eager import gather
-from megakd_kernels.elementwise import Elementwise, half_gain
+from megakd_kernels.one_pass import Gradients, differentiable, own_columns, panels_for
+from megakd_kernels.one_pass_torch import Elementwise, half_gain
 from megakd_kernels.panels import Logits, add_product
 from megakd_kernels.precision import full_precision, product, run
-from megakd_kernels.ranks import Ranks
-from megakd_kernels.single_pass import Gradients, differentiable, own_columns, panels_for
-from megakd_kernels.sweep import Sweep
+from megakd_kernels.types import Facts, Pair, Towers, agree, compute_dtype, facts_of_pairs, wanted
 
 
 def interactive_kd(
@@ -53,7 +51,7 @@ def interactive_kd(
     group, and the scale of the gradients on several ranks: see `similarity_kd`.
     backend: "eager" (plain autograd, N x N logits), "compiled" (the same by torch.compile), "chunked" (panels of `chunk` rows, never
     N x N), "triton" (the same panels, with the work between the two products in one kernel; CUDA, not float64) or "auto"
-    (`dispatch.TABLE`). chunk: None fills panels of `PANEL_BYTES` (`panels`, `triton_elementwise`). ring: the teacher's rows go around
+    (`dispatch.TABLE`). chunk: None fills panels of `PANEL_BYTES` (`panels`, `triton.one_pass`). ring: the teacher's rows go around
     the ranks instead of being gathered; one pass as well, for chunked and triton.
 
     Raises ValueError for unequal widths, a chunk out of range, an unknown backend, and pairs of unequal shape; on several ranks a

@@ -14,16 +14,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import logsigmoid
 
-from megakd_kernels.checks import Facts, agree, facts_of_pairs, wanted
-from megakd_kernels.contract import Pair, SimilarityLoss, compute_dtype
 from megakd_kernels.dispatch import choose
+from megakd_kernels.distributed import Block, Ranks, Sweep
 from megakd_kernels.eager import gather
-from megakd_kernels.elementwise import Biased, Elementwise, Part, half_gain
+from megakd_kernels.one_pass import Gradients, differentiable, own_columns, panels_for
+from megakd_kernels.one_pass_torch import Biased, Elementwise, Part, half_gain
 from megakd_kernels.panels import Logits, add_product
 from megakd_kernels.precision import full_precision, product, run
-from megakd_kernels.ranks import Ranks
-from megakd_kernels.single_pass import Gradients, differentiable, own_columns, panels_for
-from megakd_kernels.sweep import Block, Sweep
+from megakd_kernels.types import Facts, Pair, SimilarityLoss, agree, compute_dtype, facts_of_pairs, wanted
 
 
 class BiasedPair(Pair, Protocol):

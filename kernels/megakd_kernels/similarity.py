@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megakd_kernels.checks import Facts, agree, facts_of_pairs
-from megakd_kernels.contract import Pair, SimilarityLoss, Towers, compute_dtype
 from megakd_kernels.dispatch import choose, kernels_for
+from megakd_kernels.distributed import Ranks
 from megakd_kernels.eager import eager
 from megakd_kernels.precision import full_precision
-from megakd_kernels.ranks import Ranks
-from megakd_kernels.stripe import Plan, stripe
+from megakd_kernels.two_pass import Plan, stripe
+from megakd_kernels.types import Facts, Pair, SimilarityLoss, Towers, agree, compute_dtype, facts_of_pairs
 
 
 def _check_request(temperature: float, directions: tuple[float, float], scale_limit: float | None) -> None:

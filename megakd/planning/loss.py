@@ -14,7 +14,7 @@ from megakd.recipe import Objectives
 from megakd_kernels.panels import chunk_rows
 
 FP32 = 4
-# `fused.PANEL_BYTES` and `triton_statistics.SLAB_BYTES`, in modules that import triton
+# `PANEL_BYTES` of `megakd_kernels.triton.two_pass` and `SLAB_BYTES` of `megakd_kernels.triton.statistics`, modules that import triton
 TRITON_PANEL, TRITON_SCRATCH = 256 << 20, 128 << 20
 
 

@@ -13,7 +13,7 @@ import torch
 from single_pass_cases import Batch, Case, batch, measure
 from torch import Tensor
 
-from megakd_kernels.elementwise import Biased
+from megakd_kernels.one_pass_torch import Biased
 from megakd_kernels.panels import Logits
 
 ACCURACY = {"interactive": test_interactive_accuracy, "sigmoid": test_sigmoid_accuracy}
@@ -52,7 +52,7 @@ def _plain_products(logits: Logits, rows: slice, out_cM: Tensor) -> None:
 
 def slopes(dtype: torch.dtype, diagonal: int | None, widened: bool) -> list[Tensor]:
     """The kernels' panels where products take `dtype`, and the same in float32 of the same numbers."""
-    from megakd_kernels.triton_elementwise import Fused
+    from megakd_kernels.triton.one_pass import Fused
 
     student, teacher = batch(40, 48, 50.0, dtype=dtype, seed=1), batch(40, 64, 80.0, dtype=dtype, seed=2)
     made = [Logits(each.image[:23], each.text, each.scale) for each in (student, teacher)]
@@ -67,21 +67,21 @@ def slopes(dtype: torch.dtype, diagonal: int | None, widened: bool) -> list[Tens
 
 
 def _results() -> dict[str, object]:
-    from megakd_kernels import triton_elementwise  # here: the tests take the cases above without Triton
+    from megakd_kernels.triton import one_pass as triton_one_pass  # here: the tests take the cases above without Triton
 
-    triton_elementwise.COLUMNS = 64  # more than one block a row
+    triton_one_pass.COLUMNS = 64  # more than one block a row
     found: dict[str, object] = {}
     found["accuracy"] = {name: measure(case, backend="triton", chunk=chunk) for name, (case, chunk) in accuracy_cases().items()}
     found["sizes"] = [measure(pair_of(*sizes), backend="triton") for sizes in SIZES]
     found["twins"] = [measure(case, backend="triton", chunk=20) for case in twins()]
     found["again"] = [measure(case, backend="triton", chunk=20) for case in twins()]
-    plain, triton_elementwise._cosines = triton_elementwise._cosines, _plain_products
+    plain, triton_one_pass._cosines = triton_one_pass._cosines, _plain_products
     found["slopes"] = {
         (str(dtype), diagonal): [slopes(dtype, diagonal, widened) for widened in (False, True)]
         for dtype in HALVES
         for diagonal in (None, 12)
     }
-    triton_elementwise._cosines = plain
+    triton_one_pass._cosines = plain
     return found
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from megakd_kernels import SimilarityLoss
 from megakd_kernels.interactive import interactive_kd
-from megakd_kernels.reference_single_pass import interactive_kd_reference, sigmoid_kd_reference
+from megakd_kernels.reference import interactive_kd_reference, sigmoid_kd_reference
 from megakd_kernels.sigmoid import sigmoid_kd
 
 # Legend: N pairs, D width.

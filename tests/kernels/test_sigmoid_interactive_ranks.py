@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from megakd_kernels import SimilarityLoss
-from megakd_kernels.reference_single_pass import interactive_kd_reference, sigmoid_kd_reference
+from megakd_kernels.reference import interactive_kd_reference, sigmoid_kd_reference
 from megakd_kernels.sigmoid import sigmoid_kd
 
 # Legend: W ranks, B rows of one rank, D width.

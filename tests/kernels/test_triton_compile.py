@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from megakd_kernels.panels import Logits
-from megakd_kernels.softmaxes import Softmaxes
+from megakd_kernels.softmax_stats import Softmaxes
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter has nothing to compile", allow_module_level=True)
 
-from megakd_kernels import triton_slope, triton_statistics  # noqa: E402
+from megakd_kernels.triton import slope as triton_slope  # noqa: E402
+from megakd_kernels.triton import statistics as triton_statistics  # noqa: E402
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")

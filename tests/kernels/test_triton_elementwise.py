@@ -72,7 +72,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.knobs import nvidia
-from megakd_kernels.triton_elementwise import COLUMNS, WARPS, _judge, _weigh
+from megakd_kernels.triton.one_pass import COLUMNS, WARPS, _judge, _weigh
 
 INTEGERS = ("rows", "teacher_rows", "columns", "diagonal")
 

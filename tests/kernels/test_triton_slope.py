@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from triton_cases import DEVICES, Stripe, rounding, stripe, truth
 
-from megakd_kernels.softmaxes import Pull, Softmaxes
+from megakd_kernels.softmax_stats import Pull, Softmaxes
 
 pytest.importorskip("triton")
 
-from megakd_kernels.triton_slope import slope_panel
-from megakd_kernels.triton_tiles import Tiles
+from megakd_kernels.triton.slope import slope_panel
+from megakd_kernels.triton.tiles import Tiles
 
 SMALL = Tiles(16, 16, 16, 4, 2)
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from triton_cases import DEVICES, Stripe, rounding, stripe, truth
 
-from megakd_kernels.normalisers import Normalisers, merge
+from megakd_kernels.softmax_stats import Normalisers, merge
 
 pytest.importorskip("triton")
 
-from megakd_kernels import triton_statistics
-from megakd_kernels.triton_statistics import STATIC_LIMIT, stripe_statistics
-from megakd_kernels.triton_tiles import Tiles
+from megakd_kernels.triton import statistics as triton_statistics
+from megakd_kernels.triton.statistics import STATIC_LIMIT, stripe_statistics
+from megakd_kernels.triton.tiles import Tiles
 
 SMALL = Tiles(16, 16, 16, 4, 2)
 # Both sides' numbers pass through a few roundings of the largest logit each, and through exponentials of it.

@@ -13,8 +13,8 @@ from similarity_cases import GPU, INTERPRETED
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from megakd_kernels.normalisers import Normalisers, summarise
 from megakd_kernels.panels import Logits
+from megakd_kernels.softmax_stats import Normalisers, summarise
 
 DEVICES = [pytest.param("cpu", id="interpreted", marks=INTERPRETED), pytest.param("cuda", id="CUDA", marks=GPU)]
 

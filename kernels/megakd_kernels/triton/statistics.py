@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megakd_kernels.normalisers import Normalisers
 from megakd_kernels.panels import Logits
-from megakd_kernels.triton_tiles import LN_2, LOG2_E, Operands, Tiles, fitting, launch_options, place, product
+from megakd_kernels.softmax_stats import Normalisers
+from megakd_kernels.triton.tiles import LN_2, LOG2_E, Operands, Tiles, fitting, launch_options, place, product
 
 # In static mode every exponential is 2^(a - c), c = max(bound - STATIC_ROOM, 0), bound = gain * log2(e): no maximum is needed.
 # Largest: 2^90, times a span of 2^8 in `gap`, times 2^20 lines: 2^118 < 2^127. Smallest, with cosine -1: 2^(90 - 2 bound); the backward

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from megakd_kernels.elementwise import Elementwise, Torch
+from megakd_kernels.distributed import Block
+from megakd_kernels.one_pass_torch import Elementwise, Torch
 from megakd_kernels.panels import chunk_rows
 from megakd_kernels.precision import ONCE
-from megakd_kernels.sweep import Block
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -23,7 +23,7 @@ Gradients = tuple[Tensor | None, ...]
 def panels_for(backend: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype, chunk: int | None) -> Elementwise:
     """What works on the panels of "chunked" or "triton", of `chunk` rows by a block of `columns`."""
     if backend == "triton":
-        from megakd_kernels.triton_elementwise import Fused  # here: it imports triton
+        from megakd_kernels.triton.one_pass import Fused  # here: it imports triton
 
         return Fused.of(rows, columns, chunk)
     return Torch(chunk or chunk_rows(rows, columns, dtype, device))

@@ -2,7 +2,7 @@
 
 The forward pass finishes the statistics of the own rows and adds its share to those of the columns. The backward pass forms each
 panel of logits once more, turns it into the slope of the loss (softmax differences) and multiplies it with the embeddings at once.
-What touches the matrix itself is left to `Kernels`: plain torch (`chunked`) or Triton (`fused`).
+What touches the matrix itself is left to `Kernels`: plain torch (`two_pass_torch`) or Triton (`triton.two_pass`).
 
 Legend: B local rows, N columns (rows of all ranks), M columns of a block, D width, c rows of a panel, W ranks.
 """
@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from megakd_kernels.contract import SimilarityLoss, Towers, compute_dtype
-from megakd_kernels.normalisers import Normalisers, join, merge, merge_over_ranks
+from megakd_kernels.distributed import Block, Ranks, Sweep
 from megakd_kernels.panels import Logits, add_product
 from megakd_kernels.precision import ONCE, full_precision
-from megakd_kernels.ranks import Ranks
-from megakd_kernels.softmaxes import SLOPE_GAIN, Pull, Softmaxes
-from megakd_kernels.sweep import Block, Sweep
+from megakd_kernels.softmax_stats import SLOPE_GAIN, Normalisers, Pull, Softmaxes, join, merge, merge_over_ranks
+from megakd_kernels.types import SimilarityLoss, Towers, compute_dtype
 
 
 class Matrices(NamedTuple):

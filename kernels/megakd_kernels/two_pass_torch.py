@@ -11,14 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megakd_kernels.normalisers import Normalisers, join, merge, summarise
 from megakd_kernels.panels import Logits, chunks, spare_panels
-from megakd_kernels.softmaxes import Softmaxes
-from megakd_kernels.stripe import Matrices
+from megakd_kernels.softmax_stats import Normalisers, Softmaxes, join, merge, summarise
+from megakd_kernels.two_pass import Matrices
 
 
 class Chunked(NamedTuple):
-    """`stripe.Kernels`. chunk: rows of logits held at a time."""
+    """`two_pass.Kernels`. chunk: rows of logits held at a time."""
 
     chunk: int
 

@@ -1,4 +1,4 @@
-"""What the single-pass losses do to a panel of logits between two products, in plain torch; `triton_elementwise` does it in one kernel.
+"""What the single-pass losses do to a panel of logits between two products, in plain torch; `triton.one_pass` does it in one kernel.
 
 Legend: B local rows, M columns of a block, D width, c rows of a panel, K teachers. a student logits, b_k teacher logits.
 """

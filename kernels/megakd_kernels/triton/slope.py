@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from megakd_kernels.panels import Logits
-from megakd_kernels.softmaxes import Softmaxes
-from megakd_kernels.triton_tiles import LOG2_E, Operands, Tiles, fitting, launch_options, place, product
+from megakd_kernels.softmax_stats import Softmaxes
+from megakd_kernels.triton.tiles import LOG2_E, Operands, Tiles, fitting, launch_options, place, product
 
 _LOG2_E = tl.constexpr(LOG2_E)
 

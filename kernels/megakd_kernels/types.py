@@ -1,20 +1,59 @@
-"""Inputs are judged before any large work, and on several ranks together: a fault of one rank raises on all of them.
+"""What the losses of this package take and return, and how it is checked before any large work, on several ranks together.
 
 A rank that raised by itself would leave the others waiting for it in the next collective, for ever or until the group's time limit; and
 ranks that were asked for different things would enter different collectives, which ends in a hang or an abort.
+
+Legend: B local rows (pairs on this rank), D embedding width.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from megakd_kernels.contract import Pair
-from megakd_kernels.ranks import Ranks
+from megakd_kernels.distributed import Ranks
+
+
+class Pair(Protocol):
+    """Anything that carries one model's embeddings of B image-text pairs; row i of `image` belongs to row i of `text`."""
+
+    @property
+    def image(self) -> Tensor:
+        """(B, D), L2-normalised by the caller."""
+
+    @property
+    def text(self) -> Tensor:
+        """(B, D), L2-normalised by the caller."""
+
+    @property
+    def scale(self) -> Tensor:
+        """() or (1,), multiplies the cosine ("temperature" would divide)."""
+
+
+class SimilarityLoss(NamedTuple):
+    """Two scalars over the same similarity matrix; a part that was not asked for is 0 without a gradient."""
+
+    kd: Tensor
+    hard: Tensor
+
+
+class Towers(NamedTuple):
+    """A `Pair` past the door: checked, contiguous, `scale` of shape (). What the backends receive."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where an input is float64, otherwise float32: logits and statistics are never kept in half precision."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+
 
 Facts = Mapping[str, Any]
 """What must be alike on every rank, by the name that a message calls it; values that compare by their repr."""

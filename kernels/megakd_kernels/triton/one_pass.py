@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megakd_kernels.elementwise import Biased, Part, Weighed, half_gain
+from megakd_kernels.one_pass_torch import Biased, Part, Weighed, half_gain
 from megakd_kernels.panels import Logits, chunks, spare_panels
 
 # Columns that a program holds at a time, and its warps. NOT measured on a GPU yet.
@@ -117,7 +117,7 @@ def _judge(
         rest = _softplus_of_minus(fall)
         low = fall / (1.0 + fall)  # sigmoid(-|a|)
         if TEACHERS > 0:
-            # Every b is looked at from below 0 (x = -a sign(b), y = -|b|), and so is the slope: see `elementwise._teach`.
+            # Every b is looked at from below 0 (x = -a sign(b), y = -|b|), and so is the slope: see `one_pass_torch._teach`.
             divergence = tl.zeros((BLOCK,), tl.float32)
             slope = tl.zeros((BLOCK,), tl.float32)
             for teacher in tl.static_range(TEACHERS):

@@ -11,19 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megakd_kernels.normalisers import Normalisers
 from megakd_kernels.panels import Logits, chunks
-from megakd_kernels.softmaxes import Softmaxes
-from megakd_kernels.stripe import Matrices
-from megakd_kernels.triton_slope import slope_panel
-from megakd_kernels.triton_statistics import STATIC_LIMIT, stripe_statistics
+from megakd_kernels.softmax_stats import Normalisers, Softmaxes
+from megakd_kernels.triton.slope import slope_panel
+from megakd_kernels.triton.statistics import STATIC_LIMIT, stripe_statistics
+from megakd_kernels.two_pass import Matrices
 
 # One slope panel. NOT measured on a GPU yet: 256 MB are 4096 rows of bfloat16 at N = 32768, enough to fill the matrix units.
 PANEL_BYTES = 256 << 20
 
 
 class Fused(NamedTuple):
-    """`stripe.Kernels`. chunk: rows of a slope panel. static: the logits are known to stay within `STATIC_LIMIT`."""
+    """`two_pass.Kernels`. chunk: rows of a slope panel. static: the logits are known to stay within `STATIC_LIMIT`."""
 
     chunk: int
     static: bool
