@@ -182,14 +182,12 @@ def launch(launcher: str, *arguments: str | Path, ranks: int = 2) -> subprocess.
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment(), start_new_session=True, **pipes)
 
 
-def start_ranks(*arguments: str | Path) -> list[subprocess.Popen[str]]:
-    """Start two ranks of the training program without a launcher, so that each one's exit code and output are its own."""
+def start_ranks(*arguments: str | Path, folder: Path = REPOSITORY) -> list[subprocess.Popen[str]]:
+    """Start two ranks of the training program without a launcher, in `folder`; each one's exit code and output are its own."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port(os.getpid()))}
-    command = [sys.executable, "megakd/train.py", *map(str, arguments)]
+    command = [sys.executable, str(REPOSITORY / "megakd/train.py"), *map(str, arguments)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    return [
-        subprocess.Popen(command, cwd=REPOSITORY, env=environment(RANK=rank, LOCAL_RANK=rank, **shared), **pipes) for rank in ("0", "1")
-    ]
+    return [subprocess.Popen(command, cwd=folder, env=environment(RANK=rank, LOCAL_RANK=rank, **shared), **pipes) for rank in ("0", "1")]
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 120) -> Finished:
