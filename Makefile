@@ -21,12 +21,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 smoke: $(INSTALLED)  ## distil a tiny teacher into a tiny student here; ends with a table
 	$(BIN)/megakd smoke
 
-test: $(INSTALLED)  ## run the tests (no network, no GPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow and not interpreted'
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interpreted tests/kernels
+# Tests of one file share what they make, so a file stays with one process. Each process and its children take up to 4 GB.
+WORKERS ?= 2
+test: $(INSTALLED)  ## run the tests (no network, no GPU; WORKERS=4 on more cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not interpreted'
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m interpreted tests/kernels
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 faults: $(INSTALLED)  ## thousands of damaged files and mistaken settings, a fixed seed and a fresh one (FAULTS="--family tars --seed 7")
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PYTHONPATH=tests:tests/faults $(BIN)/python tests/faults/campaign.py $(FAULTS)
