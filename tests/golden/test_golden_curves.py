@@ -17,7 +17,7 @@ def test_losses_gradient_norms_and_scores_are_the_golden_ones(name: str, workpla
     expected = golden(name)
     exact = expected["machine"] == machine()
     found = differences(expected, measured(run(name, workplace, f"out/{name}")), exact=exact)
-    assert found == [], f"{ADVICE}; compared {'to the last bit' if exact else 'as numbers of another machine'}"
+    assert not found, "\n".join((f"compared {'to the last bit' if exact else 'as numbers of another machine'}:", *found, ADVICE))
 
 
 def test_the_world_is_byte_for_byte_the_one_of_the_golden_numbers(tmp_path: Path) -> None:
