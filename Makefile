@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= python3
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install smoke test test-slow faults lint types bench bench-kernels gpu gpu-wheels audit release clean
+.PHONY: help install smoke test test-slow golden faults lint types bench bench-kernels gpu gpu-wheels audit release clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -29,6 +29,9 @@ test: $(INSTALLED)  ## run the tests (no network, no GPU; WORKERS=4 on more core
 
 test-slow: $(INSTALLED)  ## the tests that take minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+
+golden: $(INSTALLED)  ## the numbers that tests/golden holds runs to, anew; the commit says why (GOLDEN=answers: one of them; see its README)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PYTHONPATH=tests $(BIN)/python tests/golden/renew.py $(GOLDEN)
 
 faults: $(INSTALLED)  ## thousands of damaged files and mistaken settings, a fixed seed and a fresh one (FAULTS="--family tars --seed 7")
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PYTHONPATH=tests:tests/faults $(BIN)/python tests/faults/campaign.py $(FAULTS)
