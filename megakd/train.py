@@ -9,11 +9,11 @@ from pathlib import Path
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from megakd.runtime.signals import ignore_from_here, note_early  # noqa: E402
+from megakd.runtime.exits import ignore_from_here, note_early  # noqa: E402
 
 note_early()  # before the imports below, which take ten seconds
 
-from megakd.start import run_command  # noqa: E402
+from megakd.training.command import run_command  # noqa: E402
 
 
 def main() -> int:

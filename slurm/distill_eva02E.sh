@@ -1,6 +1,6 @@
 #!/bin/bash
 # EVA02-E-14-plus (5.0 billion weights, in 8 bit, shared out by ZeRO-3) teaches a ViT-S/16,
-# on 4 nodes of 8 GPUs. The recipe says what is learned (megakd/recipes/distill_eva02E.toml), the JSON how it runs.
+# on 4 nodes of 8 GPUs. The recipe says what is learned (megakd/recipe/shipped/distill_eva02E.toml), the JSON how it runs.
 #
 #     sbatch slurm/distill_eva02E.sh --set data.train='/data/mine/{00000..09999}.tar'          # in the repository's folder
 #     sbatch --partition=gpu --account=me --nodes=2 slurm/distill_eva02E.sh --set optim.lr=5e-4

@@ -1,6 +1,6 @@
 #!/bin/bash
 # ViT-bigG-14 (2.5 billion weights, in 8 bit, shared out by ZeRO-3) teaches a ViT-S/16,
-# on 4 nodes of 8 GPUs. The recipe says what is learned (megakd/recipes/distill_vitbigG.toml), the JSON how it runs.
+# on 4 nodes of 8 GPUs. The recipe says what is learned (megakd/recipe/shipped/distill_vitbigG.toml), the JSON how it runs.
 #
 #     sbatch slurm/distill_vitbigG.sh --set data.train='/data/mine/{00000..09999}.tar'          # in the repository's folder
 #     sbatch --partition=gpu --account=me --nodes=2 slurm/distill_vitbigG.sh --set optim.lr=5e-4

@@ -20,7 +20,7 @@ if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
     export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 fi
 
-source megakd/runtime/requeue.sh
+source megakd/jobs/requeue.sh
 
 # out_of RUN ARGUMENTS: the run folder, which is RUN unless the arguments of the script name another.
 out_of() {

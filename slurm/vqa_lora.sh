@@ -1,6 +1,6 @@
 #!/bin/bash
 # A language decoder learns to answer questions about images from a student's vision tower: LoRA on the decoder, the tower stays, on one
-# node of 8 GPUs. The recipe says what is learned (megakd/recipes/vqa_lora.toml), the JSON how it runs.
+# node of 8 GPUs. The recipe says what is learned (megakd/recipe/shipped/vqa_lora.toml), the JSON how it runs.
 #
 #     sbatch slurm/vqa_lora.sh                       # in the repository's folder; the shapes world: megakd shapes data/shapes comes first
 #     sbatch slurm/vqa_lora.sh --recipe my_vqa.toml  # a student, a decoder and questions of your own: copy the recipe and change it

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megakd.benchmarks.environment import cache
+from megakd.benchmarks.common.environment import cache
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from megakd.evaluation.encoder import Encoder
 from megakd.evaluation.sets import open_sets
 from megakd.evaluation.suite import Suite
 from megakd.recipe import Recipe
-from megakd.runtime.interruptions import Interruptions
 from megakd.runtime.launch import World
+from megakd.runtime.preemption import Interruptions
 
 SQUARES = 16
 

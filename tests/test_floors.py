@@ -12,58 +12,32 @@ from pathlib import Path
 import pytest
 from tiny_runs import REPOSITORY
 
-# A unit is a module or a folder of the package. It imports from lower floors; inside a folder, everything may import everything.
-FLOORS: dict[str, tuple[int, ...]] = {
-    "megakd_kernels": (0,),
-    "megakd": (0,),  # __init__.py, the version
-    "megakd.recipes": (0,),
-    "megakd.recipe": (1, 0),
-    "megakd.recipe_files": (1, 1),
-    "megakd.foreseen": (1, 2),
-    "megakd.runtime": (1, 2),
-    "megakd.models": (2,),
-    "megakd.data": (2,),
-    "megakd.objectives": (3,),
-    "megakd.tasks": (4,),
-    "megakd.evaluation": (4,),
-    "megakd.trainer": (5,),
-    "megakd.export": (5,),
-    "megakd.job": (5,),
-    "megakd.preparation": (5,),
-    "megakd.assembly": (5,),
-    "megakd.judging": (5,),
-    "megakd.bundle": (5,),
-    "megakd.answering": (5,),
-    "megakd.harness": (6,),
-    "megakd.harness_model": (6,),
-    "megakd.bundle_files": (5,),
-    "megakd.teaching": (5,),
-    "megakd.embedding": (5,),
-    "megakd.planner": (5,),
-    "megakd.planning": (5,),
-    "megakd.preview": (5,),
-    "megakd.scoring": (5,),
-    "megakd.cluster": (5,),
-    "megakd.job_list": (5,),
-    "megakd.start": (6,),
-    "megakd.train": (6,),
-    "megakd.jobs": (6,),
-    "megakd.submission": (6,),
-    "megakd.smoke": (6,),
-    "megakd.smoke_vqa": (6,),
-    "megakd.benchmarks": (6,),
-    "megakd.cli": (6,),
-}
-# Single modules side by side on these floors may import each other, without a circle.
-SHARED_FLOORS = ((5,), (6,))
+# A package imports from the layers below its own. `megakd` is __init__.py, `megakd.train` the training program's entry point.
+LAYERS = (
+    {"megakd", "megakd.recipe", "megakd_kernels"},
+    {"megakd.runtime"},
+    {"megakd.data", "megakd.models"},
+    {"megakd.objectives", "megakd.study", "megakd.teachers", "megakd.vqa"},
+    {"megakd.export", "megakd.planning"},
+    {"megakd.benchmarks", "megakd.evaluation"},
+    {"megakd.training"},
+    {"megakd.jobs", "megakd.train"},
+    {"megakd.cli"},
+)
+LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
+# The programs of kernels/benchmarks, started as files, import each other by their names alone.
+KERNEL_BENCHMARKS = REPOSITORY / "kernels" / "benchmarks"
 
 
 def _name(path: Path) -> str:
-    base = REPOSITORY / "kernels" if path.is_relative_to(REPOSITORY / "kernels") else REPOSITORY
-    return ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
+    for base in (KERNEL_BENCHMARKS, REPOSITORY / "kernels", REPOSITORY):
+        if path.is_relative_to(base):
+            return ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
+    raise AssertionError(path)
 
 
-SOURCES = {_name(path): path for folder in ("megakd", "kernels/megakd_kernels") for path in sorted((REPOSITORY / folder).rglob("*.py"))}
+FOLDERS = (REPOSITORY / "megakd", REPOSITORY / "kernels" / "megakd_kernels", KERNEL_BENCHMARKS)
+SOURCES = {_name(path): path for folder in FOLDERS for path in sorted(folder.rglob("*.py"))}
 
 
 def _imports(name: str) -> set[str]:
@@ -82,30 +56,25 @@ def _imports(name: str) -> set[str]:
 IMPORTS = {name: _imports(name) for name in SOURCES}
 
 
-def _own(name: str) -> bool:
-    return name.split(".")[0] in ("megakd", "megakd_kernels")
-
-
-def _unit(name: str) -> str:
+def _package(name: str) -> str:
     return ".".join(name.split(".")[:2]) if name.startswith("megakd.") else name.split(".")[0]
 
 
 def _edges() -> Iterator[tuple[str, str]]:
     for importer, targets in IMPORTS.items():
-        yield from ((importer, target) for target in sorted(targets) if _own(target))
+        yield from ((importer, target) for target in sorted(targets) if target in SOURCES)
 
 
-def test_every_module_has_a_floor_and_every_floor_is_of_modules_that_are_there() -> None:
-    assert {_unit(name) for name in SOURCES} == set(FLOORS)
+def test_every_package_has_a_layer_and_every_layer_is_of_packages_that_are_there() -> None:
+    assert {_package(name) for name, path in SOURCES.items() if not path.is_relative_to(KERNEL_BENCHMARKS)} == set(LAYER)
 
 
-def test_a_module_imports_from_lower_floors_and_its_own_folder_alone() -> None:
+def test_a_package_imports_from_lower_layers_and_itself_alone() -> None:
     wrong = []
     for importer, target in _edges():
-        here, there = _unit(importer), _unit(target)
-        beside = FLOORS[here] == FLOORS[there] and FLOORS[here] in SHARED_FLOORS
-        if here != there and not beside and not FLOORS[there] < FLOORS[here]:
-            wrong.append(f"{importer} (floor {FLOORS[here]}) imports {target} (floor {FLOORS[there]})")
+        here, there = _package(importer), _package(target)
+        if here in LAYER and here != there and not LAYER[there] < LAYER[here]:
+            wrong.append(f"{importer} (layer {LAYER[here]}) imports {target} (layer {LAYER[there]})")
     assert wrong == []
 
 
@@ -117,17 +86,20 @@ def test_no_import_is_circular() -> None:
         if name in done or name not in IMPORTS:
             return
         for target in sorted(IMPORTS[name]):
-            if _own(target):
-                visit(target, (*path, name))
+            visit(target, (*path, name))
         done.add(name)
 
     for name in SOURCES:
         visit(name, ())
 
 
+def test_the_root_of_the_package_holds_three_modules_at_most() -> None:
+    assert len(list((REPOSITORY / "megakd").glob("*.py"))) <= 3
+
+
 def test_the_kernels_import_torch_triton_and_the_standard_library_alone() -> None:
     allowed = {"torch", "triton", "megakd_kernels", *sys.stdlib_module_names}
-    foreign = {name: {target.split(".")[0] for target in IMPORTS[name]} - allowed for name in SOURCES if _unit(name) == "megakd_kernels"}
+    foreign = {name: {target.split(".")[0] for target in IMPORTS[name]} - allowed for name in SOURCES if _package(name) == "megakd_kernels"}
     assert {name: found for name, found in foreign.items() if found} == {}
 
 

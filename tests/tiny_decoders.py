@@ -11,13 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from megakd import recipe, recipe_files
-from megakd.bundle import Bundle
-from megakd.data import questions as vqa_questions
-from megakd.evaluation import vqa
-from megakd.models import decoder, towers
+from megakd import recipe
+from megakd.export.bundle import Bundle
+from megakd.models import clip
+from megakd.models.vlm import decoder
 from megakd.recipe import Student
+from megakd.recipe import load as recipes
 from megakd.runtime.launch import World
+from megakd.vqa import evaluate
+from megakd.vqa import sets as vqa_questions
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
@@ -31,7 +33,7 @@ CLIP = {
 
 
 class Asked(NamedTuple):
-    """Legend as in megakd.models.decoder."""
+    """Legend as in megakd.models.vlm.decoder."""
 
     ids_BL: Tensor
     attend_BL: Tensor
@@ -45,9 +47,9 @@ def settings(tokenizer: Path | None, **more: Any) -> recipe.Decoder:
     return recipe.Decoder(**{**named, "image_tokens": 4, **source, **more})
 
 
-def make_towers(tokenizer: Path, **more: Any) -> towers.Towers:
+def make_towers(tokenizer: Path, **more: Any) -> clip.Towers:
     torch.manual_seed(1)
-    return towers.build(towers.describe(Student(architecture=CLIP, tokenizer=str(tokenizer), **more), "student"), CPU)
+    return clip.build(clip.describe(Student(architecture=CLIP, tokenizer=str(tokenizer), **more), "student"), CPU)
 
 
 def make_decoder(tokenizer: Path | None, tower: nn.Module | None, **more: Any) -> decoder.Decoder:
@@ -58,8 +60,8 @@ def make_decoder(tokenizer: Path | None, tower: nn.Module | None, **more: Any) -
 
 def evaluated_and_asked_again(run: Path, name: str = "test") -> tuple[list[str], list[str]]:
     """What a run's evaluation was answered, and what its bundle answers to the same questions when it is asked one by one."""
-    settings, _ = recipe_files.load(str(run / "run.json"))
-    asked = vqa.open_sets(settings, World(0, 1, CPU))[name].questions
+    settings, _ = recipes.load(str(run / "run.json"))
+    asked = evaluate.open_sets(settings, World(0, 1, CPU))[name].questions
     lines = (run / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[1:]
     loaded, again = Bundle.load(run / "bundle", CPU), []
     for one in asked.read(range(len(asked)), True):

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 
 from megakd.runtime.launch import port
-from megakd.runtime.runlog import read_metrics
-from megakd.start import run_command
+from megakd.runtime.run_folder import read_metrics
+from megakd.training.command import run_command
 
 REPOSITORY = Path(__file__).parents[1]
 # SLURM's lists of nodes, and the first one of each.

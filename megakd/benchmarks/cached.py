@@ -20,13 +20,13 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 import megakd
-from megakd.benchmarks import comparison, environment, material
-from megakd.benchmarks.children import Child, ended_by_sigterm, running
-from megakd.benchmarks.comparison import Comparison, Round
-from megakd.benchmarks.logs import Step, our_steps
-from megakd.models import towers
+from megakd.benchmarks.common import comparison, environment, material
+from megakd.benchmarks.common.children import Child, ended_by_sigterm, running
+from megakd.benchmarks.common.comparison import Comparison, Round
+from megakd.benchmarks.common.logs import Step, our_steps
+from megakd.models import clip
 from megakd.recipe import Student
-from megakd.runtime import runlog
+from megakd.runtime import run_folder
 
 TEACHER: dict[str, Any] = {
     "embed_dim": 384,
@@ -69,7 +69,7 @@ class Job:
             "data": {"train": self.pattern, "workers": self.workers},
             "views": {"crop_scale": [0.9, 1.0], "flip": 0.0},
             "student": {"architecture": self.student},
-            "teacher": {"architecture": self.teacher, "pretrained": towers.RANDOM} | ({"store": str(store)} if store else {}),
+            "teacher": {"architecture": self.teacher, "pretrained": clip.RANDOM} | ({"store": str(store)} if store else {}),
             "objectives": {"contrastive": 1.0, "similarity": 1.0},
             "optim": {"steps": UNREACHED, "batch": self.batch, "lr": 1e-4, "warmup": 1000},
             "evaluation": {"batch": self.batch},
@@ -153,9 +153,7 @@ def _write(recipe: dict[str, Any], path: Path) -> Path:
 def cost(architecture: dict[str, Any], *, training: bool) -> int:
     """FLOPs of one pair through both towers, with the backward if `training`: counted by torch on the meta device."""
     with torch.device("meta"):
-        model: Any = towers.build(
-            towers.describe(Student(architecture=architecture), "student"), torch.device("meta"), load_weights=False
-        ).clip
+        model: Any = clip.build(clip.describe(Student(architecture=architecture), "student"), torch.device("meta"), load_weights=False).clip
     size, length = architecture["vision_cfg"]["image_size"], architecture["text_cfg"]["context_length"]
     with FlopCounterMode(display=False) as counter:
         image = model.encode_image(torch.empty((1, 3, size, size), device="meta"))
@@ -188,4 +186,4 @@ def _report(job: Job, result: Comparison, measured: list[tuple[list[Step], list[
     }  # fmt: skip
     print(json.dumps(row), flush=True)
     if file is not None:
-        runlog.write_json(file, row)
+        run_folder.write_json(file, row)

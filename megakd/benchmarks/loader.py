@@ -9,9 +9,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megakd.benchmarks import comparison, environment, material
-from megakd.benchmarks.children import ended_by_sigterm, running
-from megakd.benchmarks.comparison import OURS, THEIRS
+from megakd.benchmarks.common import comparison, environment, material
+from megakd.benchmarks.common.children import ended_by_sigterm, running
+from megakd.benchmarks.common.comparison import OURS, THEIRS
 
 SIZE, SECOND_SIZE = 224, 336
 WARM_UP = 4  # batches a worker, before the clock starts: queues full, words in the tokenizer's memory, tars in the page cache

@@ -22,10 +22,10 @@ def ours(shards: str, batch: int, workers: int, warm_up: int, batches: int, size
     import torch
     from open_clip.transform import PreprocessCfg
 
-    from megakd.data.loader import train_batches
-    from megakd.data.order import Order
+    from megakd.data.pairs import train_batches
+    from megakd.data.sampler import Order
     from megakd.data.shards import ShardSet
-    from megakd.data.views import TowerView, normalise
+    from megakd.data.transforms import TowerView, normalise
     from megakd.recipe import Data, Views
 
     data = Data.model_validate({"train": shards, "workers": workers})

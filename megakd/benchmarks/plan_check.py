@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 import megakd
-from megakd import planner, recipe_files
-from megakd.benchmarks.children import ended_by_sigterm, running
+from megakd.benchmarks.common.children import ended_by_sigterm, running
 from megakd.data.shapes import write_world
-from megakd.runtime.runlog import METRICS, read_metrics
+from megakd.planning import plan as planner
+from megakd.recipe import load as recipes
+from megakd.runtime.run_folder import METRICS, read_metrics
 
 TOLERANCE = 0.15
 STEPS, PATIENCE = 2, 900
@@ -122,7 +123,7 @@ def _train(case: Case, shards: Path, folder: Path) -> tuple[float, float]:
     cuda = torch.cuda.is_available()
     kind, zero = ("h200", case.zero or {"stage": 1}) if cuda else ("cpu", case.zero or {"stage": 0})
     config.write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": cuda}}), encoding="utf-8")
-    planned = planner.plan(*recipe_files.load(str(recipe)), str(config), planner.Cluster(case.ranks, 1000, kind=kind)).rows[0].bytes
+    planned = planner.plan(*recipes.load(str(recipe)), str(config), planner.Cluster(case.ranks, 1000, kind=kind)).rows[0].bytes
     program = Path(megakd.__file__).parent / "train.py"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"] if case.ranks > 1 else []
     arguments = ["--recipe", str(recipe), "--ds_config", str(config), "--out", str(folder / "run")]

@@ -18,11 +18,11 @@ from statistics import median
 from typing import Any
 
 import megakd
-from megakd.benchmarks import comparison, environment, material
-from megakd.benchmarks.children import Child, ended_by_sigterm, running
-from megakd.benchmarks.comparison import OURS, THEIRS
-from megakd.benchmarks.logs import Step, open_clip_steps, our_steps, share_beside_towers
-from megakd.benchmarks.material import Shards
+from megakd.benchmarks.common import comparison, environment, material
+from megakd.benchmarks.common.children import Child, ended_by_sigterm, running
+from megakd.benchmarks.common.comparison import OURS, THEIRS
+from megakd.benchmarks.common.logs import Step, open_clip_steps, our_steps, share_beside_towers
+from megakd.benchmarks.common.material import Shards
 
 TEACHER, STUDENT = "ViT-B-32", "ViT-S-32"
 WARM_UP = 2  # the first steps fill the allocators and the loaders' queues

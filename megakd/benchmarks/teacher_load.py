@@ -19,10 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from megakd.benchmarks import comparison, teacher_load_side
-from megakd.benchmarks.children import ended_by_sigterm, running
-from megakd.models import streaming, towers, weights
-from megakd.runtime import runlog
+from megakd.benchmarks import teacher_load_side
+from megakd.benchmarks.common import comparison
+from megakd.benchmarks.common.children import ended_by_sigterm, running
+from megakd.models import clip as clip_models
+from megakd.models import streaming, weights
+from megakd.runtime import run_folder
 
 MODES = ("replicated", "replicated_int8", "zero3", "zero3_int8")
 SECONDS = 1800  # patience with one mode
@@ -68,7 +70,7 @@ def run(
 def write_random(model: str, path: Path) -> None:
     """Weights of `model` with which its activations stay finite: N(0, 0.02^2) for matrices, 1 for norms, 0 for biases; bf16."""
     with streaming.empty_parameters():
-        clip = towers.build(teacher_load_side.description(model, towers.RANDOM), torch.device("cpu"), load_weights=False).clip
+        clip = clip_models.build(teacher_load_side.description(model, clip_models.RANDOM), torch.device("cpu"), load_weights=False).clip
     state = {key: tuple(tensor.shape) for key, tensor in clip.state_dict().items()}
     needed = 2 * sum(torch.Size(shape).numel() for shape in state.values())
     free = shutil.disk_usage(path.parent).free
@@ -124,4 +126,4 @@ def _report(found: list[dict[str, Any]], settings: dict[str, Any], where: dict[s
     row = {"benchmark": "bench teacher-load", "settings": settings, "ranks": found, **where}
     print(json.dumps(row), flush=True)
     if file is not None:
-        runlog.write_json(file, row)
+        run_folder.write_json(file, row)

@@ -14,20 +14,20 @@ from typing import Any
 import open_clip
 import torch
 
-from megakd.models import streaming, towers
-from megakd.models.sharded_teacher import build_sharded_teacher
-from megakd.models.teacher import ReplicatedTeacher, Teacher
+from megakd.models import clip, streaming
 from megakd.recipe import Model
-from megakd.runtime import collectives, launch, partition, precision
+from megakd.runtime import collectives, launch, precision, zero3
 from megakd.runtime.launch import World
+from megakd.teachers.replicated import ReplicatedTeacher, Teacher
+from megakd.teachers.sharded import build_sharded_teacher
 
 
-def description(model: str, pretrained: str) -> towers.Description:
+def description(model: str, pretrained: str) -> clip.Description:
     """Of a model whose tokenizer need not be here: the texts are random tokens."""
     config = open_clip.get_model_config(model)
     if config is None:
         raise ValueError(f"--model {model}: open_clip has no such model; `open_clip.list_models()` lists all")
-    return towers.Description("teacher", Model(model=model, pretrained=pretrained), config, {}, lambda texts: torch.zeros(len(texts), 1))
+    return clip.Description("teacher", Model(model=model, pretrained=pretrained), config, {}, lambda texts: torch.zeros(len(texts), 1))
 
 
 def build(model: str, weights: str, mode: str, offload: bool, world: World) -> Teacher:
@@ -35,7 +35,7 @@ def build(model: str, weights: str, mode: str, offload: bool, world: World) -> T
     described = description(model, weights)
     int8 = streaming.Int8() if mode.endswith("int8") else None
     if mode.startswith("zero3"):
-        return build_sharded_teacher(described, world, partition.settings(offload=offload), int8=int8)
+        return build_sharded_teacher(described, world, zero3.settings(offload=offload), int8=int8)
     return ReplicatedTeacher(streaming.load(described, world, precision.of(world.device), int8=int8))
 
 

@@ -21,14 +21,15 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megakd.benchmarks import comparison
 from megakd.benchmarks import outliers as outlier_channels
-from megakd.models import casts, int8, int8_products, streaming
-from megakd.models.agreement import agreement
-from megakd.models.int8_migration import Reference, migrate
+from megakd.benchmarks.common import comparison
+from megakd.models import casts, streaming
+from megakd.models.int8 import convert, matmul
+from megakd.models.int8.agreement import agreement
+from megakd.models.int8.migration import Reference, migrate
 from megakd.models.originals import Originals
 from megakd.models.weights import InMemory
-from megakd.runtime import precision, runlog
+from megakd.runtime import precision, run_folder
 from megakd.runtime.launch import World
 
 PACKAGES = ("torch", "open_clip_torch", "timm", "bitsandbytes", "triton")
@@ -42,7 +43,7 @@ def run(model: str, batch: int, rounds: int, file: Path | None = None, *, outlie
     rows = measure(model, batch, rounds, device, outliers=outliers)
     weights = "random with outliers" if outliers else "random"
     settings = {"model": model, "batch": batch, "rounds": rounds, "weights": weights}
-    where = comparison.conditions({name: runlog.version(name) for name in PACKAGES}, torch.get_num_threads())
+    where = comparison.conditions({name: run_folder.version(name) for name in PACKAGES}, torch.get_num_threads())
     where["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     _report(rows, settings)
     line = json.dumps({"benchmark": "bench teacher-speed", "rows": rows, "settings": settings, **where})
@@ -61,14 +62,14 @@ def measure(model: str, batch: int, rounds: int, device: torch.device, *, outlie
     if outliers:
         outlier_channels.add(whole)
     sides: dict[str, nn.Module] = {str(dtype).removeprefix("torch."): whole}
-    for product in get_args(int8_products.Product):
-        if product == "bitsandbytes" and int8_products.bitsandbytes() is None:
+    for product in get_args(matmul.Product):
+        if product == "bitsandbytes" and matmul.bitsandbytes() is None:
             continue
         sides[f"int8, {product}"] = copy.deepcopy(whole)
-        int8.quantise(sides[f"int8, {product}"], product=product)
+        convert.quantise(sides[f"int8, {product}"], product=product)
         if outliers and product != "dequantise":
             sides[f"int8, {product}, threshold 6"] = copy.deepcopy(whole)
-            int8.quantise(sides[f"int8, {product}, threshold 6"], product=product, threshold=6.0)
+            convert.quantise(sides[f"int8, {product}, threshold 6"], product=product, threshold=6.0)
             sides[f"int8, {product}, calibrated"] = _calibrated(whole, others, product)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     outputs: dict[str, Tensor] = {}
@@ -120,10 +121,10 @@ def _images(batch: int, size: tuple[int, int], seed: int) -> Tensor:
     return fine + 2 * F.interpolate(coarse, size)
 
 
-def _calibrated(whole: nn.Module, pixels: Tensor, product: int8_products.Product) -> nn.Module:
+def _calibrated(whole: nn.Module, pixels: Tensor, product: matmul.Product) -> nn.Module:
     side = copy.deepcopy(whole)
-    int8.quantise(side, product=product, migrated=True)
-    originals = Originals(int8.matrices(side), lambda: InMemory(whole.state_dict(), "drawn"), World(0, 1, pixels.device))
+    convert.quantise(side, product=product, migrated=True)
+    originals = Originals(convert.matrices(side), lambda: InMemory(whole.state_dict(), "drawn"), World(0, 1, pixels.device))
     with Reference(originals) as reference, torch.no_grad():
         reference.noting = True
         side(pixels)

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from megakd.data import index as tar_index
-from megakd.data.bad import BadCounter, BadSample, Reason
-from megakd.data.index import HEADER, SPARSE, Known, Rows
+from megakd.data import tar_index
+from megakd.data.bad_samples import BadCounter, BadSample, Reason
 from megakd.data.patterns import expand, expand_with_stats
 from megakd.data.samples import Slot
 from megakd.data.storage import Reader, Stat, shown
+from megakd.data.tar_index import HEADER, SPARSE, Known, Rows
 from megakd.data.tar_members import expand as expand_sparse
 from megakd.recipe import Data
 from megakd.recipe.credentials import unsigned

@@ -10,7 +10,7 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 
 from megakd.data.caption_tokens import plain_captions
-from megakd.data.views import normalise
+from megakd.data.transforms import normalise
 from megakd.models.casts import pixel_dtype
 from megakd.models.student import encode_images, encode_texts
 from megakd.runtime import watchdog

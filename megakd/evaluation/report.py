@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megakd.evaluation import vqa
+from megakd.vqa import evaluate
 
 
 def numbers(results: Mapping[str, Any]) -> dict[str, float]:
@@ -39,7 +39,7 @@ def lines(results: dict[str, Any]) -> str:
         kinds = ", ".join(f"{kind} {facts['accuracy']:.1%} of {facts['pairs']}{_lost(facts)}" for kind, facts in found.items())
         rows.append(f"  hard negatives {name} (chance 50%): {kinds}")
     if "vqa" in results:
-        rows.append(vqa.lines(results["vqa"]))
+        rows.append(evaluate.lines(results["vqa"]))
     return "\n".join(rows)
 
 

@@ -8,13 +8,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megakd.data.bad import BadCounter, BadSample
-from megakd.data.evaluation_loader import labelled
-from megakd.data.loader import caption, located
+from megakd.data.bad_samples import BadCounter, BadSample
+from megakd.data.evaluation import labelled
+from megakd.data.pairs import caption, located
 from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
-from megakd.data.views import rgb_image
-from megakd.evaluation import compositional, zeroshot
+from megakd.data.transforms import rgb_image
+from megakd.evaluation import hard_negatives
+from megakd.evaluation import zero_shot as zeroshot
 from megakd.recipe import Recipe
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
@@ -81,7 +82,7 @@ def check_label(label: int, classes: zeroshot.ClassSet, where: str) -> None:
 
 
 def _negatives(sample: Sample) -> None:
-    compositional.negatives_of(labelled(sample, "json"), sample.where)
+    hard_negatives.negatives_of(labelled(sample, "json"), sample.where)
 
 
 def sets_of(recipe: Recipe) -> str:

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megakd.data.bad import BadCounter
-from megakd.data.evaluation_loader import EvaluationBatch, Field, Unreadable, evaluation_batches
+from megakd.data.bad_samples import BadCounter
+from megakd.data.evaluation import EvaluationBatch, Field, Unreadable, evaluation_batches
 from megakd.data.shards import ShardSet
-from megakd.data.views import TowerView
-from megakd.evaluation import compositional, retrieval, zeroshot
+from megakd.data.transforms import TowerView
+from megakd.evaluation import hard_negatives, retrieval, zero_shot
 from megakd.evaluation.encoder import Encoder
 from megakd.evaluation.sets import Sets, check_label, lost_in, open_sets
-from megakd.models.towers import parameters_in
+from megakd.models.clip import parameters_in
 from megakd.runtime import collectives
-from megakd.runtime.interruptions import Interruptions
 from megakd.runtime.launch import World
+from megakd.runtime.preemption import Interruptions
 
 __all__ = ["Sets", "Suite", "open_sets"]
 
@@ -36,7 +36,7 @@ __all__ = ["Sets", "Suite", "open_sets"]
 class _Facts:
     """What ranks have found out about the samples of a set, but for their embeddings. In the set's order.
 
-    contents, captions, labels: of each readable sample. margins, repeated: by kind of hard negative, see `compositional`.
+    contents, captions, labels: of each readable sample. margins, repeated: by kind of hard negative, see `hard_negatives`.
     """
 
     bad: BadCounter = field(default_factory=BadCounter)
@@ -82,7 +82,7 @@ class Suite:
         results["images_per_second"] = self._images / self._seconds if self._seconds else None
         return results
 
-    def _zero_shot(self, shards: ShardSet, classes: zeroshot.ClassSet, key: str) -> dict[str, Any]:
+    def _zero_shot(self, shards: ShardSet, classes: zero_shot.ClassSet, key: str) -> dict[str, Any]:
         def check(batch: EvaluationBatch) -> EvaluationBatch:
             for index, label in zip(batch.index.tolist(), _listed(batch.cls), strict=True):
                 check_label(label, classes, shards.where(index))
@@ -94,8 +94,8 @@ class Suite:
             own.labels += _listed(batch.cls)
         facts, lost = self._everyones(own, shards, key)
         image_ND = self._gather(images, f"{key}: image")
-        class_CD = _finite(zeroshot.class_embeddings(self._encoder, classes), f"{key}: class")
-        scores = zeroshot.accuracies(image_ND, torch.tensor(facts.labels, dtype=torch.int64), class_CD, lost)
+        class_CD = _finite(zero_shot.class_embeddings(self._encoder, classes), f"{key}: class")
+        scores = zero_shot.accuracies(image_ND, torch.tensor(facts.labels, dtype=torch.int64), class_CD, lost)
         return {**scores, "unreadable": lost, "repeated_classes": len(classes.names) - len(set(classes.names))}
 
     def _retrieval(self, shards: ShardSet, key: str) -> dict[str, Any]:
@@ -137,20 +137,20 @@ class Suite:
     def _hard_negatives(self, shards: ShardSet, key: str) -> dict[str, dict[str, float]]:
         def check(batch: EvaluationBatch) -> EvaluationBatch:
             for index, own in [*zip(batch.index.tolist(), batch.json or [], strict=True), *_known_json(batch.unreadable)]:
-                compositional.negatives_of(own, shards.where(index))
+                hard_negatives.negatives_of(own, shards.where(index))
             return batch
 
         own = _Facts()
         for batch in self._batches(shards, ("pixels", "captions", "json"), own, check):
-            captions, negatives = batch.captions or [], [found.get(compositional.KEY, {}) for found in batch.json or []]
+            captions, negatives = batch.captions or [], [found.get(hard_negatives.KEY, {}) for found in batch.json or []]
             image_nD = self._encode(batch)
-            for kind, margins in compositional.margins(self._encoder, image_nD, captions, negatives).items():
+            for kind, margins in hard_negatives.margins(self._encoder, image_nD, captions, negatives).items():
                 own.margins.setdefault(kind, []).extend(margins.tolist())
             for caption, found in zip(captions, negatives, strict=True):
                 for kind, text in found.items():
                     own.repeated[kind] = own.repeated.get(kind, 0) + (text.strip() == caption.strip())
         facts, lost = self._everyones(own, shards, key)
-        known = [found.get(compositional.KEY, {}) for _, found in _known_json(facts.unreadable)]
+        known = [found.get(hard_negatives.KEY, {}) for _, found in _known_json(facts.unreadable)]
         kinds = sorted(set(facts.margins).union(*known))
         if not kinds:
             raise ValueError(f'{key}: no sample has hard negatives; its .json members need {{"negatives": {{KIND: FALSE CAPTION}}}}')

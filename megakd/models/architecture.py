@@ -15,8 +15,8 @@ from open_clip.coca_model import MultimodalCfg
 from open_clip.hf_model import _POOLERS
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from megakd.foreseen import CLIP_CONFIG
 from megakd.recipe import texts
+from megakd.recipe.chain import CLIP_CONFIG
 
 REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
 TOP: dict[str, Any] = {

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.models.int8_linear import Int8Linear
+from megakd.models.int8.linear import Int8Linear
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
 

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megakd.models import int8 as int8_towers
-from megakd.models import int8_products, towers
+from megakd.models import clip as clip_models
 from megakd.models import source as sources
-from megakd.models.int8_linear import Int8Linear
+from megakd.models.int8 import convert as int8_towers
+from megakd.models.int8 import matmul
+from megakd.models.int8.linear import Int8Linear
 from megakd.models.matching import SCALARS, Match, named
 from megakd.models.names import OLD_TEXT
 from megakd.models.originals import Originals
@@ -38,32 +39,32 @@ Place = Callable[[list[nn.Parameter]], None]
 
 @dataclass(frozen=True)
 class Int8:
-    """How the towers are made int8: see `int8.quantise`. migrated: `int8_migration.migrate` will follow."""
+    """How the towers are made int8: see `convert.quantise`. migrated: `migration.migrate` will follow."""
 
     outlier_threshold: float = 0.0
-    product: int8_products.Product | None = None
+    product: matmul.Product | None = None
     migrated: bool = False
 
 
 def load(
-    description: towers.Description,
+    description: clip_models.Description,
     world: World,
     precision: Precision,
     *,
     int8: Int8 | None = None,
     place: Place | None = None,
     without_text: bool = False,
-) -> towers.Towers:
+) -> clip_models.Towers:
     """A frozen model with its weights, which every rank gets from the first one's reading. A collective.
 
     precision: of everything that is not int8. place: see `fill`. without_text: the text tower is left empty, nothing of it is read.
-    `pretrained = "random"` draws from torch's global generator what `towers.build` draws: an architecture initialises itself as a
+    `pretrained = "random"` draws from torch's global generator what `clip.build` draws: an architecture initialises itself as a
     whole, so the first rank holds such a model, an int8 one until its originals are closed; of a file none holds more than a few tensors.
     Raises ValueError on every rank when the weights do not fit the architecture or cannot be read, naming file and tensors.
     """
     try:
         with torch.random.fork_rng(devices=[]), empty_parameters():
-            built = towers.build(description, torch.device("cpu"), precision, load_weights=False)
+            built = clip_models.build(description, torch.device("cpu"), precision, load_weights=False)
     except ValueError as error:
         if not (isinstance(error.__cause__, RuntimeError) and "meta" in str(error.__cause__)):
             raise
@@ -96,7 +97,7 @@ def load(
         made_of = int8_towers.matrices(clip)
         names = {layer: name for layer, name in made_of.items() if not (without_text and name.startswith(TEXT))}
         # Drawing billions of random weights anew takes minutes.
-        originals = Originals(names, opened, world, match if description.settings.pretrained == towers.RANDOM else None)
+        originals = Originals(names, opened, world, match if description.settings.pretrained == clip_models.RANDOM else None)
     return replace(built, originals=originals)
 
 
@@ -107,9 +108,9 @@ def _raise_everywhere(failure: Exception | None, world: World) -> None:
         raise heard
 
 
-def _weights(description: towers.Description, precision: Precision) -> Weights:
-    if description.settings.pretrained == towers.RANDOM:
-        drawn = towers.build(description, torch.device("cpu"), precision).clip
+def _weights(description: clip_models.Description, precision: Precision) -> Weights:
+    if description.settings.pretrained == clip_models.RANDOM:
+        drawn = clip_models.build(description, torch.device("cpu"), precision).clip
         return InMemory(drawn.state_dict(), "random weights")
     return open_weights(sources.weights_file(description.settings))
 

@@ -16,18 +16,18 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from megakd import foreseen
-from megakd.data.views import normalise
-from megakd.models import int8_products, towers
-from megakd.models.int8 import quantise
-from megakd.models.sharded_teacher import TextTower
+from megakd.data.transforms import normalise
+from megakd.models import clip
+from megakd.models.int8 import matmul
+from megakd.models.int8.convert import quantise
 from megakd.models.student import Student
-from megakd.planning import answers
-from megakd.planning.watch import Watch, fused_attention
+from megakd.planning import vlm
+from megakd.planning.memory_tracker import Watch, fused_attention
 from megakd.planning.zero import Settings
-from megakd.recipe import Model, Recipe, Teacher
-from megakd.runtime.partition import gathered_together
+from megakd.recipe import Model, Recipe, Teacher, chain
 from megakd.runtime.precision import Precision
+from megakd.runtime.zero3 import gathered_together
+from megakd.teachers.sharded import TextTower
 
 META = torch.device("meta")
 # A Linear multiplies two operands, and its gradient is two products of the same size.
@@ -115,14 +115,14 @@ class StudentCost:
         return sum(self.sizes)
 
 
-def describe(settings: Model, role: str) -> towers.Description:
-    """As `towers.describe`, but needs neither weights nor a tokenizer. A teacher that a recipe trains first is that recipe's student.
+def describe(settings: Model, role: str) -> clip.Description:
+    """As `clip.describe`, but needs neither weights nor a tokenizer. A teacher that a recipe trains first is that recipe's student.
 
     Raises ValueError for an unknown name, with the nearest, and for an incomplete architecture.
     """
-    settings = foreseen.model(settings, role)
-    config, preprocess = towers.configuration(settings, role)
-    return towers.Description(role, settings, config, preprocess, _no_tokenizer)
+    settings = chain.model(settings, role)
+    config, preprocess = clip.configuration(settings, role)
+    return clip.Description(role, settings, config, preprocess, _no_tokenizer)
 
 
 def _no_tokenizer(texts: list[str]) -> Tensor:
@@ -133,9 +133,9 @@ def name_of(settings: Model) -> str:
     return settings.model or "own architecture"
 
 
-def _build(description: towers.Description, precision: Precision) -> towers.Towers:
+def _build(description: clip.Description, precision: Precision) -> clip.Towers:
     with META:
-        return towers.build(description, META, precision, load_weights=False)
+        return clip.build(description, META, precision, load_weights=False)
 
 
 def teacher(
@@ -158,13 +158,13 @@ def teacher(
     return TeacherCost(name_of(settings), image, text, description.width, dtype.itemsize, max(made, kept), raw + tokens[0].nbytes * local)
 
 
-def _product(settings: Teacher, device: torch.device | None) -> int8_products.Product:
+def _product(settings: Teacher, device: torch.device | None) -> matmul.Product:
     """Where the job will run: this machine may lack what that one has."""
     if device is None:
         return "dequantise"
     if settings.int8_product != "auto":
         return settings.int8_product
-    return "bitsandbytes" if device.type == "cuda" else int8_products.choose(device)
+    return "bitsandbytes" if device.type == "cuda" else matmul.choose(device)
 
 
 def _calls(clip: Any, pixels: Tensor, tokens: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
@@ -196,7 +196,7 @@ def student(recipe: Recipe, heads: Callable[[int], dict[str, nn.Module]], batch:
 
     def inputs(pairs: int, questions: int) -> list[Tensor | None]:
         given: list[Tensor | None] = [None, None] if built is None or not pairs else [*_inputs(built, pairs, dtype)]
-        if not isinstance(module, answers.Learner):
+        if not isinstance(module, vlm.Learner):
             return given
         ids_BL = torch.empty(questions, module.length, dtype=torch.int64, device=META)
         return [*given, None if built is None else _inputs(built, questions, dtype)[0], ids_BL]
@@ -223,12 +223,12 @@ def student(recipe: Recipe, heads: Callable[[int], dict[str, nn.Module]], batch:
 
 def _module(recipe: Recipe, clip: Any, heads: dict[str, nn.Module]) -> nn.Module:
     if recipe.decoder is not None:
-        return answers.learner(recipe, clip, heads)
+        return vlm.learner(recipe, clip, heads)
     assert recipe.student is not None, "a recipe with objectives has a student"
     return Student(clip, heads, recipe.student.max_scale)
 
 
-def _inputs(built: towers.Towers, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _inputs(built: clip.Towers, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Pixels (B, 3, H, W) and tokens (B, L) on meta."""
     tokens_BL = torch.empty(count, built.description.context_length, dtype=torch.int64, device=META)
     return torch.empty(count, 3, *_size(built.preprocess), dtype=dtype, device=META), tokens_BL

@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass, replace
 
 from megakd.planning import rates, zero
-from megakd.planning.loss import LossCost
 from megakd.planning.models import BACKWARD_FLOPS, Form, StudentCost, TeacherCost
+from megakd.planning.objectives import LossCost
 
 
 @dataclass(frozen=True)

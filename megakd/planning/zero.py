@@ -1,6 +1,6 @@
 """The student in DeepSpeed's hands: bytes of weights, gradients, optimizer and buffers on one rank, and bytes on the wire, by ZeRO stage.
 
-Each term was found by counting the live storages of DeepSpeed 0.19.8 through a step (tests/planner/test_zero_memory.py counts again).
+Each term was found by counting the live storages of DeepSpeed 0.19.8 through a step (tests/planning/test_zero_memory.py counts again).
 Legend: P trained parameters, W ranks, e bytes of the computing dtype.
 """
 

@@ -1,7 +1,7 @@
 """Credentials that people write into URLs, kept out of files and messages: users in front of the host, and signatures in the query.
 
 What is left out is written as `***`. A recipe that is read back with that in it cannot run until the value is given again; see
-`recipe_files.load`. Two names that differ by their credentials alone name the same file.
+`load.load`. Two names that differ by their credentials alone name the same file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A recipe says what is learned: data, models, objectives, optimisation. One frozen, typed tree; no other module has defaults.
 
 How a run is carried out (ZeRO stage, precision, micro-batch, monitors) is the DeepSpeed JSON's to say; see `runtime/engine.py`.
-Reading, overriding and comparing recipes is in `recipe_files.py`; the sections about questions are in `recipe/vqa.py`.
+Reading, overriding and comparing recipes is in `load.py`; the sections about questions are in `vqa.py`.
 """
 
 from __future__ import annotations

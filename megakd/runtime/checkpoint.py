@@ -6,7 +6,7 @@
         state.json              step, updates, position in the data, generator seeds, sizes and SHA-256 of the two files and of itself
 
 A checkpoint is written to a hidden folder beside it, synced to the disk and renamed: a crash at any moment leaves the previous ones
-untouched. Random numbers need no stored state: every step seeds torch's generators from (seed, step, rank), see `trainer.py`.
+untouched. Random numbers need no stored state: every step seeds torch's generators from (seed, step, rank), see `training/trainer.py`.
 
 Nothing of it is believed unchecked. Format 1, which had no checksum of `state.json`, is read as well: its numbers are held against each
 other and against the folder's name.
@@ -29,7 +29,7 @@ from torch import Tensor
 from megakd.runtime import files
 from megakd.runtime.engine import MOMENTS as KINDS
 from megakd.runtime.engine import State
-from megakd.runtime.signals import LossNotFinite
+from megakd.runtime.exits import LossNotFinite
 
 FORMAT = 2
 WEIGHTS, MOMENTS, STATE = "weights.safetensors", "moments.safetensors", "state.json"

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.runtime import failures
+from megakd.runtime.exits import LossNotFinite
 from megakd.runtime.launch import World
-from megakd.runtime.signals import LossNotFinite
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import struct
 import time
 from pathlib import Path
 
-from megakd.runtime import slurm_job
+from megakd.runtime import environment
 
 LOCK = "lock"
 
@@ -75,15 +75,15 @@ class FolderLock:
 
 
 def _me() -> str:
-    job = slurm_job.job_id(os.environ)
-    slurm = f", SLURM job {job}, restart {slurm_job.restarts(os.environ)}" if job else ""
+    job = environment.job_id(os.environ)
+    slurm = f", SLURM job {job}, restart {environment.restarts(os.environ)}" if job else ""
     return f"process {os.getpid()} on {socket.gethostname()}{slurm}"
 
 
 def _is_former_life(holder: str) -> bool:
     """Whether a lock's holder is an earlier start of this SLURM job."""
     found = re.search(r", SLURM job (\S+), restart (\d+)$", holder)
-    return found is not None and found[1] == slurm_job.job_id(os.environ) and int(found[2]) < slurm_job.restarts(os.environ)
+    return found is not None and found[1] == environment.job_id(os.environ) and int(found[2]) < environment.restarts(os.environ)
 
 
 def held(folder: Path) -> bool | None:

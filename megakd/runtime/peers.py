@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megakd.runtime.signals import EXIT_USER_ERROR
+from megakd.runtime.exits import EXIT_USER_ERROR
 
 # Seconds: of one attempt to reach the meeting point, until waiting is said, and until it ends: nodes of one job start minutes apart,
 # ranks in a shell of `srun --pty` never do.

@@ -16,8 +16,8 @@ import time
 import traceback
 from pathlib import Path
 
+from megakd.runtime.exits import EXIT_HUNG
 from megakd.runtime.launch import World
-from megakd.runtime.signals import EXIT_HUNG
 
 HUNG = "hung"
 # Seconds after the limit in which the thread must have ended the process. Python's own thread needs the interpreter's lock, which C code

@@ -12,10 +12,10 @@ from open_clip.transform import PreprocessCfg
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megakd.data.bad import BadSample
+from megakd.data.bad_samples import BadSample
 from megakd.data.caption_tokens import PlainCaptions, plain_captions
-from megakd.data.loader import caption
-from megakd.data.views import TowerView
+from megakd.data.pairs import caption
+from megakd.data.transforms import TowerView
 
 WORDS = ["red", "blue", "end", "of", "text", "s", "sep", "pad", "mask", "unk", "cls", "a", "picture", "<", ">", "/", "[", "]", "|", "_"]
 SPECIALS = {

@@ -15,10 +15,10 @@ import torch
 from open_clip.transform import PreprocessCfg
 from shard_files import ByteTokenizer, bomb_png, data, jpeg, no_barrier, pair, text_of, write_set, write_tar
 
-from megakd.data.loader import Batch, TrainBatches, train_batches
-from megakd.data.order import Order
+from megakd.data.pairs import Batch, TrainBatches, train_batches
+from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
-from megakd.data.views import TowerView
+from megakd.data.transforms import TowerView
 from megakd.recipe import Views
 from megakd.runtime import failures
 

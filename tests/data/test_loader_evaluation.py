@@ -9,9 +9,9 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from shard_files import ByteTokenizer, data, jpeg, no_barrier, text_of, write_set, write_tar
 
-from megakd.data.evaluation_loader import EvaluationBatch, Field, evaluation_batches
+from megakd.data.evaluation import EvaluationBatch, Field, evaluation_batches
 from megakd.data.shards import ShardSet
-from megakd.data.views import TowerView, normalise
+from megakd.data.transforms import TowerView, normalise
 
 VIEW = TowerView(PreprocessCfg(size=16), ByteTokenizer(20))
 ALL: tuple[Field, ...] = ("pixels", "tokens", "captions", "json")

@@ -11,11 +11,11 @@ from open_clip.transform import PreprocessCfg
 from PIL import Image
 from shard_files import bomb_png
 
-from megakd.data.bad import BadSample
-from megakd.data.loader import decoded
-from megakd.data.question_loader import Eyes
+from megakd.data.bad_samples import BadSample
+from megakd.data.pairs import decoded
 from megakd.data.shards import Sample
-from megakd.data.views import Augmentation, as_rgb, decode, evaluation_pixels, rgb_image, train_pixels
+from megakd.data.transforms import Augmentation, as_rgb, decode, evaluation_pixels, rgb_image, train_pixels
+from megakd.vqa.loader import Eyes
 
 MOST = 1_000_000
 RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)

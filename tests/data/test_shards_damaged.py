@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from shard_files import data, jpeg, no_barrier, pair, write_tar
 
-from megakd.data import index as tar_index
-from megakd.data.bad import BadSample
+from megakd.data import tar_index
+from megakd.data.bad_samples import BadSample
 from megakd.data.shards import ShardSet
 
 

@@ -12,8 +12,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from shard_files import data, no_barrier, pair, write_tar
 
-from megakd.data import index, storage
-from megakd.data.bad import BadSample
+from megakd.data import storage, tar_index
+from megakd.data.bad_samples import BadSample
 from megakd.data.shards import ShardSet, expand
 
 NAMES = (f"set{number}" for number in itertools.count())
@@ -130,8 +130,8 @@ def test_the_threads_that_read_open_no_index(tmp_path: Path, monkeypatch: pytest
     """Python 3.11's `ast`, with which np.load parses headers, fails at random when several threads use it at once."""
     shards = ShardSet.open(data(upload(tmp_path, "memory", 6)), 0, 1, no_barrier)
     threads: set[threading.Thread] = set()
-    load = index.load
-    monkeypatch.setattr(index, "load", lambda *args: (threads.add(threading.current_thread()), load(*args))[1])
+    load = tar_index.load
+    monkeypatch.setattr(tar_index, "load", lambda *args: (threads.add(threading.current_thread()), load(*args))[1])
     assert captions(shards) == EXPECTED
     assert threads == {threading.current_thread()}
 

@@ -19,13 +19,13 @@ from open_clip.transform import PreprocessCfg
 from safetensors.torch import load_file
 from shard_files import ByteTokenizer, data, no_barrier, pair, write_set, write_tar
 
-from megakd.data import store_writer
-from megakd.data.loader import Batch, train_batches
-from megakd.data.order import Order
+from megakd.data.pairs import Batch, train_batches
+from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
-from megakd.data.store import Layout, Manifest, Store, StoreError, content_digest, differences, map_part, part_path, read_manifest
-from megakd.data.stored_views import StoredViews
-from megakd.data.views import TowerView, draw_stored, train_pixels
+from megakd.data.store import writer
+from megakd.data.store.reader import Layout, Manifest, Store, StoreError, content_digest, differences, map_part, part_path, read_manifest
+from megakd.data.store.views import StoredViews
+from megakd.data.transforms import TowerView, draw_stored, train_pixels
 from megakd.recipe import Views
 
 # 43 samples in parts of 8: five whole ones and one of 3.
@@ -46,12 +46,12 @@ def values(layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def write(folder: Path, manifest: Manifest = MANIFEST) -> Path:
     folder.mkdir(exist_ok=True)
-    store_writer.start(folder, manifest)
+    writer.start(folder, manifest)
     image, text, known = values(manifest.layout)
     for number in range(manifest.layout.parts):
         rows = slice(number * manifest.layout.part, (number + 1) * manifest.layout.part)
-        store_writer.write_part(folder, manifest, number, image[rows], text[rows], known[rows])
-    store_writer.finish(folder, manifest)
+        writer.write_part(folder, manifest, number, image[rows], text[rows], known[rows])
+    writer.finish(folder, manifest)
     return folder
 
 
@@ -145,14 +145,14 @@ def test_a_part_that_is_not_whole_is_not_there_and_the_others_are(folder: Path, 
         store.check_whole()
     manifest = read_manifest(folder)
     assert manifest is not None
-    assert store_writer.parts_to_do(folder, manifest) == [1]
+    assert writer.parts_to_do(folder, manifest) == [1]
 
 
 def test_a_half_written_part_never_counts_and_is_removed_by_the_next_job(tmp_path: Path, folder: Path) -> None:
     partial = part_path(folder, 1).with_name(".000001.safetensors.abcd")
     part_path(folder, 1).rename(partial)
     assert list(Store.open(folder).parts) == [0, 2, 3, 4, 5]
-    assert store_writer.parts_to_do(folder, MANIFEST) == [1]
+    assert writer.parts_to_do(folder, MANIFEST) == [1]
     assert not partial.exists()
 
 
@@ -170,7 +170,7 @@ def test_a_full_disk_is_said_and_leaves_no_part_behind(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(StoreError, match=r"could not write .*000000\.safetensors: .*the parts written before are kept"):
-            store_writer.write_part(folder, MANIFEST, 0, image[:8], text[:8], known[:8])
+            writer.write_part(folder, MANIFEST, 0, image[:8], text[:8], known[:8])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(path.name for path in (folder / "parts").iterdir()) == [f"{number:06d}.safetensors" for number in range(1, 6)]
@@ -210,7 +210,7 @@ def test_weights_are_compared_by_checksum_and_by_name_only_without_one() -> None
 
 
 def test_a_job_goes_on_with_its_own_store_and_refuses_another_or_a_folder_of_other_things(tmp_path: Path, folder: Path) -> None:
-    assert store_writer.existing(folder, KEY, MANIFEST.made, LAYOUT) == read_manifest(folder)
+    assert writer.existing(folder, KEY, MANIFEST.made, LAYOUT) == read_manifest(folder)
     for key, made, layout, said in [
         ({**KEY, "seed": 8}, MANIFEST.made, LAYOUT, "seed: 7 in the store, 8"),
         (KEY, {"precision": "bf16"}, LAYOUT, "made.precision: 'fp32' in the store, 'bf16'"),
@@ -218,18 +218,18 @@ def test_a_job_goes_on_with_its_own_store_and_refuses_another_or_a_folder_of_oth
         (KEY, MANIFEST.made, replace(LAYOUT, dtype="bf16"), "layout.dtype: 'fp32' in the store, 'bf16'"),
     ]:
         with pytest.raises(StoreError, match=said):
-            store_writer.existing(folder, key, made, layout)
+            writer.existing(folder, key, made, layout)
     (tmp_path / "mine").mkdir()
-    assert store_writer.existing(tmp_path / "mine", KEY, MANIFEST.made, LAYOUT) is None
+    assert writer.existing(tmp_path / "mine", KEY, MANIFEST.made, LAYOUT) is None
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(StoreError, match=r"holds thesis\.tex and no manifest\.json"):
-        store_writer.existing(tmp_path / "mine", KEY, MANIFEST.made, LAYOUT)
+        writer.existing(tmp_path / "mine", KEY, MANIFEST.made, LAYOUT)
 
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from megakd.data.store_writer import StoreLock
+from megakd.data.store.writer import StoreLock
 with StoreLock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -249,16 +249,16 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_second_job_is_refused_while_the_first_one_writes(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     with pytest.raises(StoreError, match=rf"process {holder.pid} on .* is writing this store now"):
-        store_writer.StoreLock(tmp_path / "locked")
+        writer.StoreLock(tmp_path / "locked")
     holder.communicate("")
-    with store_writer.StoreLock(tmp_path / "locked"):
+    with writer.StoreLock(tmp_path / "locked"):
         pass
 
 
 def test_a_killed_jobs_lock_is_free_at_once(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     holder.kill()
     holder.wait()
-    with store_writer.StoreLock(tmp_path / "locked"):
+    with writer.StoreLock(tmp_path / "locked"):
         pass
 
 
@@ -301,7 +301,7 @@ def test_every_epoch_replays_the_next_view_of_each_sample_and_brings_its_rows(sh
 
 
 def test_the_augmentation_of_a_stored_view_is_a_function_of_seed_sample_and_number_alone(shards: ShardSet, folder: Path) -> None:
-    from megakd.data.views import decode
+    from megakd.data.transforms import decode
 
     (batch,) = batches(shards, 1, Store.open(folder))
     index = int(batch.index[3])

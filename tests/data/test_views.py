@@ -11,8 +11,8 @@ from scipy import stats
 from shard_files import ByteTokenizer, bomb_png, jpeg
 from torchvision.transforms import RandomResizedCrop
 
-from megakd.data.bad import BadSample
-from megakd.data.views import Augmentation, TowerView, decode, draw, evaluation_pixels, normalise, train_pixels
+from megakd.data.bad_samples import BadSample
+from megakd.data.transforms import Augmentation, TowerView, decode, draw, evaluation_pixels, normalise, train_pixels
 from megakd.recipe import Views
 
 

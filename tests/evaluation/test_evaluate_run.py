@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from tiny_runs import Finished, ds_config, environment, events, train
 
-from megakd import cli, scoring
+from megakd import cli
+from megakd.evaluation import run as evaluation_run
 from megakd.runtime import checkpoint
-from megakd.runtime.signals import EXIT_USER_ERROR
+from megakd.runtime.exits import EXIT_USER_ERROR
 
 STEPS = 4
 
@@ -82,7 +83,7 @@ def test_evaluate_takes_a_checkpoint_and_other_sets(run: Path, world: Path) -> N
     before = dict(os.environ)
     original = (run / "evaluation.json").read_text()
     try:
-        scoring.evaluate_run(run, checkpoint.available(run)[0], [f"evaluation.retrieval.train={world}/train/00000.tar"])
+        evaluation_run.evaluate_run(run, checkpoint.available(run)[0], [f"evaluation.retrieval.train={world}/train/00000.tar"])
     finally:
         os.environ.clear()
         os.environ.update(before)

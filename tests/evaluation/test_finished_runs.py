@@ -12,7 +12,7 @@ from shard_files import jpeg, write_tar
 from tiny_runs import TINY_LLAMA, answering, ds_config, events, question_source, train
 
 from megakd.runtime import checkpoint
-from megakd.runtime.signals import EXIT_USER_ERROR
+from megakd.runtime.exits import EXIT_USER_ERROR
 
 
 def _numbers(path: Path) -> dict[int, float]:

@@ -13,7 +13,7 @@ from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megakd.evaluation import compositional, retrieval, zeroshot
+from megakd.evaluation import hard_negatives, retrieval, zero_shot
 from megakd.evaluation.encoder import Encoder
 
 
@@ -62,25 +62,25 @@ def test_zero_shot_top_1_and_top_5_by_hand() -> None:
             [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5],
         ]
     )
-    assert zeroshot.accuracies(scores, torch.tensor([0, 2, 5, 6]), torch.eye(7)) == {"top1": 0.5, "top5": 0.75, "images": 4}
+    assert zero_shot.accuracies(scores, torch.tensor([0, 2, 5, 6]), torch.eye(7)) == {"top1": 0.5, "top5": 0.75, "images": 4}
 
 
 def test_of_classes_with_one_name_the_lower_number_is_right_as_for_two_pairs_of_imagenets() -> None:
     assert [name for name, count in Counter(IMAGENET_CLASSNAMES).items() if count > 1] == ["missile", "sunglasses"]
     twins = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    found = zeroshot.accuracies(torch.tensor([[0.0, 1.0]] * 4), torch.tensor([1, 2, 1, 2]), twins)
+    found = zero_shot.accuracies(torch.tensor([[0.0, 1.0]] * 4), torch.tensor([1, 2, 1, 2]), twins)
     assert found["top1"] == 0.5
     stable = twins @ torch.tensor([0.0, 1.0])
     assert stable.sort(descending=True, stable=True).indices[0] == 1
 
 
 def test_a_model_that_tells_nothing_apart_scores_what_one_guess_scores() -> None:
-    found = zeroshot.accuracies(torch.ones(10, 2), torch.arange(10), torch.ones(10, 2))
+    found = zero_shot.accuracies(torch.ones(10, 2), torch.arange(10), torch.ones(10, 2))
     assert (found["top1"], found["top5"]) == (0.1, 0.5)
 
 
 def test_top_5_of_fewer_classes_is_of_all_of_them() -> None:
-    assert zeroshot.accuracies(torch.eye(3), torch.tensor([1, 1, 1]), torch.eye(3))["top5"] == 1.0
+    assert zero_shot.accuracies(torch.eye(3), torch.tensor([1, 1, 1]), torch.eye(3))["top5"] == 1.0
 
 
 class Letters(nn.Module):
@@ -105,17 +105,17 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
 
 
 def test_a_class_is_the_unit_mean_of_its_sentences_unit_embeddings(encoder: Encoder) -> None:
-    classes = zeroshot.ClassSet(["a", "bb"], ["{c}", "{c} c", "c {c} c"])
+    classes = zero_shot.ClassSet(["a", "bb"], ["{c}", "{c} c", "c {c} c"])
     sentences = [["a", "a c", "c a c"], ["bb", "bb c", "c bb c"]]
     expected = torch.stack([F.normalize(_counts(own).float(), dim=-1).mean(0) for own in sentences])
-    torch.testing.assert_close(zeroshot.class_embeddings(encoder, classes), F.normalize(expected, dim=-1))
+    torch.testing.assert_close(zero_shot.class_embeddings(encoder, classes), F.normalize(expected, dim=-1))
 
 
 def test_hard_negatives_by_hand_and_a_tie_is_a_loss(encoder: Encoder) -> None:
     images = torch.eye(3)
     captions = ["a", "b", "c"]
     negatives = [{"swap": "b", "count": "aa"}, {"swap": "a"}, {"swap": "c", "count": "ac"}]
-    found = compositional.choices(encoder, images, captions, negatives)
+    found = hard_negatives.choices(encoder, images, captions, negatives)
     assert found == {
         "swap": {"accuracy": pytest.approx(2 / 3), "pairs": 3},  # the third is the caption itself
         "count": {"accuracy": 0.5, "pairs": 2},  # "aa" points where "a" does
@@ -123,15 +123,15 @@ def test_hard_negatives_by_hand_and_a_tie_is_a_loss(encoder: Encoder) -> None:
 
 
 def test_a_class_set_is_read_as_clip_benchmark_lays_it_out(world: Path) -> None:
-    classes = zeroshot.read_class_set(f"{world}/zeroshot", "evaluation.zero_shot.seen")
+    classes = zero_shot.read_class_set(f"{world}/zeroshot", "evaluation.zero_shot.seen")
     assert len(classes.names) == 42
     assert all("{c}" in template for template in classes.templates)
 
 
-def class_set(folder: Path, names: bytes, templates: bytes = b"a {c}\n") -> zeroshot.ClassSet:
+def class_set(folder: Path, names: bytes, templates: bytes = b"a {c}\n") -> zero_shot.ClassSet:
     (folder / "classnames.txt").write_bytes(names)
     (folder / "zeroshot_classification_templates.txt").write_bytes(templates)
-    return zeroshot.read_class_set(str(folder), "evaluation.zero_shot.mine")
+    return zero_shot.read_class_set(str(folder), "evaluation.zero_shot.mine")
 
 
 @pytest.mark.parametrize(
@@ -171,4 +171,4 @@ def test_a_damaged_class_set_is_refused_with_the_line(tmp_path: Path, names: byt
 
 def test_a_folder_that_is_no_zero_shot_set_is_told_what_one_has(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no classnames\.txt there.*\.jpg and \.cls \(the class's number, from 0\)"):
-        zeroshot.read_class_set(str(tmp_path), "evaluation.zero_shot.mine")
+        zero_shot.read_class_set(str(tmp_path), "evaluation.zero_shot.mine")

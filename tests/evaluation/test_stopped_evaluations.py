@@ -17,9 +17,9 @@ import torch
 from tiny_runs import REPOSITORY, TINY_LLAMA, Finished, answering, curve, environment, events, finish, settings, wait_for
 
 from megakd.runtime import checkpoint
-from megakd.runtime.interruptions import Interruptions
+from megakd.runtime.exits import EXIT_SAVED, Interrupted, StopRequest
 from megakd.runtime.launch import World, port
-from megakd.runtime.signals import EXIT_SAVED, Interrupted, StopRequest
+from megakd.runtime.preemption import Interruptions
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny_decoders import CPU, make_decoder, make_towers
 
 from megakd import recipe
-from megakd.bundle import Bundle
-from megakd.bundle_files import MANIFEST
 from megakd.data.shapes.vocabulary import write_tokenizer
+from megakd.export.bundle import Bundle
+from megakd.export.manifest import MANIFEST
 from megakd.runtime.files import json_sha256, sha256
 
 NAME, COUNT, LIMIT, FEW = "bundles", 330, 60.0, 12

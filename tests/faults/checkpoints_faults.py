@@ -15,12 +15,12 @@ import damage
 import torch
 from campaign import Mutant, SilentFault
 
-from megakd import recipe_files
 from megakd.recipe import Recipe
-from megakd.runtime import checkpoint, files, runlog
+from megakd.recipe import load as recipes
+from megakd.runtime import checkpoint, files, run_folder
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import State
-from megakd.runtime.runlog import RunLog
+from megakd.runtime.run_folder import RunLog
 
 NAME, COUNT, LIMIT = "checkpoints", 700, 20
 STEPS, BATCH, SEED, DATA = (3, 6, 9), 16, 3, 12345
@@ -75,7 +75,7 @@ def _original(run: Path, *, formerly: bool) -> Original:
     run.mkdir()
     path = run / "recipe.toml"
     path.write_text(RECIPE)
-    recipe = recipe_files.load(str(path))[0]
+    recipe = recipes.load(str(path))[0]
     RunLog(run, main=True).open(recipe, {"train_batch_size": BATCH}, 1)
     rows = [{"step": step, "loss": 1 / step, "losses": {"contrastive": 1 / step}} for step in range(1, 11)]
     rows.insert(6, {"step": 6, "event": "evaluation", "content": {"step": 6, "x": 0.5}})
@@ -184,8 +184,8 @@ def _attempt(original: Original, run: Path) -> str:
     with contextlib.redirect_stdout(out):
         log = RunLog(run, main=True)
         files.clear(run, checkpoint.folder_of(run))
-        runlog.check_resume(run, "auto", original.recipe)
-        changes = runlog.changes(run, original.recipe)
+        run_folder.check_resume(run, "auto", original.recipe)
+        changes = run_folder.changes(run, original.recipe)
         path = checkpoint.latest_valid(run, log.say)
         if path is None:
             raise SilentFault("no checkpoint was found at all")
@@ -205,7 +205,7 @@ def _attempt(original: Original, run: Path) -> str:
     whole = progress.step == max(STEPS)
     if not whole and not said and _named(run):
         raise SilentFault(f"step {progress.step} was taken without a word about what is newer")
-    recipe_files.load(str(run / "run.json"))
+    recipes.load(str(run / "run.json"))
     return ("sound" if not said and not changes else "told") if whole else "older"
 
 
@@ -215,7 +215,7 @@ def _named(run: Path) -> bool:
 
 
 def _rows(run: Path, step: int) -> list[object]:
-    return [row for row in runlog.read_metrics(run) if row["step"] <= step]
+    return [row for row in run_folder.read_metrics(run) if row["step"] <= step]
 
 
 def _cut(run: Path, original: Original, step: int) -> bool:

@@ -45,17 +45,17 @@ class Fate:
 
 def _run(what: str, arguments: list[str]) -> int:
     if what == "train":
-        from megakd.start import run_command
+        from megakd.training.command import run_command
 
         return run_command(arguments)
-    from megakd import recipe_files
-    from megakd.embedding import Job, Request
+    from megakd.recipe import load as recipes
     from megakd.runtime import launch
+    from megakd.teachers.embed import Job, Request
 
     recipe, out, *overrides = arguments
     world = launch.start()
     try:
-        Job(Request(recipe_files.load(recipe, overrides)[0], 2, Path(out), part=16), world).embed()
+        Job(Request(recipes.load(recipe, overrides)[0], 2, Path(out), part=16), world).embed()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,9 +85,9 @@ def _child(asked: dict[str, Any], answer: int) -> None:
 
 
 def main() -> None:
-    import megakd.embedding
-    import megakd.job
-    import megakd.preview  # noqa: F401 - what a run imports, before the first fork
+    import megakd.teachers.embed
+    import megakd.training.dry_run
+    import megakd.training.run  # noqa: F401 - what a run imports, before the first fork
 
     print("ready", flush=True)
     for line in sys.stdin:

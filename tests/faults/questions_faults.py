@@ -22,12 +22,12 @@ from campaign import Mutant, SilentFault
 from shard_files import data, no_barrier
 from tiny_tokenizers import qwen2
 
-from megakd.data import question_check
-from megakd.data.bad import BadSample
-from megakd.data.conversations import Conversations
-from megakd.data.question_formats import Question
-from megakd.data.questions import Asked, QuestionSet, open_questions
+from megakd.data.bad_samples import BadSample
 from megakd.recipe import Decoder, QuestionSource
+from megakd.vqa import check
+from megakd.vqa.formats import Question
+from megakd.vqa.prompts import Conversations
+from megakd.vqa.sets import Asked, QuestionSet, open_questions
 
 NAME, COUNT, LIMIT, FEW = "questions", 1200, 20.0, 24
 DATA = data("unused.tar")
@@ -68,7 +68,7 @@ def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
 
 def _read(source: QuestionSource) -> tuple[list[tuple[Question, bytes | None]], list[str]]:
     told = _Told()
-    log = logging.getLogger("megakd.data")
+    log = logging.getLogger("megakd.vqa")
     log.addHandler(told)
     try:
         opened = open_questions(source, "answers.train.mine", DATA, 0, 1, no_barrier, to_learn=True)
@@ -76,8 +76,8 @@ def _read(source: QuestionSource) -> tuple[list[tuple[Question, bytes | None]], 
         log.removeHandler(told)
     assert isinstance(opened, QuestionSet)
     talk = Conversations(qwen2(), Decoder(model="any"), 4, 2048)
-    tried = question_check.try_training(opened, talk, True, "answers.train.mine", 0.5)
-    question_check.try_prompts(opened, talk, True, "evaluation.vqa.mine", 0.5)
+    tried = check.try_training(opened, talk, True, "answers.train.mine", 0.5)
+    check.try_prompts(opened, talk, True, "evaluation.vqa.mine", 0.5)
     lines = told.lines + tried.said("answers.train.mine", learned=True)
     found = []
     for one in opened.read(range(len(opened)), True):

@@ -16,8 +16,8 @@ import torch
 from campaign import Mutant, SilentFault
 from torch.nn import functional as F
 
-from megakd.data import store_writer
-from megakd.data.store import Layout, Manifest, Rows, Store, StoreType, part_path
+from megakd.data.store import writer
+from megakd.data.store.reader import Layout, Manifest, Rows, Store, StoreType, part_path
 
 NAME, COUNT, LIMIT = "stores", 500, 20
 SAMPLES, PART, VIEWS, WIDTH = 40, 16, 2, 8
@@ -57,15 +57,15 @@ def _original(folder: Path, dtype: StoreType, formerly: bool) -> Original:
     torch.manual_seed(7)
     layout = Layout(SAMPLES, PART, VIEWS, WIDTH, dtype)
     (folder / "parts").mkdir(parents=True)
-    manifest = store_writer.start(folder, Manifest(KEY, MADE, layout, SCALE, BIAS))
+    manifest = writer.start(folder, Manifest(KEY, MADE, layout, SCALE, BIAS))
     for number in range(layout.parts):
         count = layout.count(number)
         known = torch.arange(count) % 7 != 3
         image = F.normalize(torch.randn(count, VIEWS, WIDTH), dim=-1) * known[:, None, None]
-        store_writer.write_part(folder, manifest, number, image, F.normalize(torch.randn(count, WIDTH), dim=-1) * known[:, None], known)
+        writer.write_part(folder, manifest, number, image, F.normalize(torch.randn(count, WIDTH), dim=-1) * known[:, None], known)
         if formerly:
             _without_checks(part_path(folder, number))
-    store_writer.finish(folder, manifest)
+    writer.finish(folder, manifest)
     if formerly:
         path = folder / "manifest.json"
         content = json.loads(path.read_text()) | {"format": 1}

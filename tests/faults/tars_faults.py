@@ -18,8 +18,8 @@ from pathlib import Path
 
 from campaign import Mutant, SilentFault
 
-from megakd.data.bad import BadSample
-from megakd.data.loader import decoded
+from megakd.data.bad_samples import BadSample
+from megakd.data.pairs import decoded
 from megakd.data.shards import ShardSet
 from megakd.recipe import Data
 

@@ -10,7 +10,7 @@ from campaign import verdict_of_command
 from tiny_runs import RECIPE, train
 
 from megakd.data.shapes import write_world
-from megakd.runtime import signals
+from megakd.runtime import exits
 
 # Overrides of a run that is to be over in two steps, whatever the recipe says.
 SHORT = ("optim.steps=2", "optim.warmup=0", "data.max_bad_fraction=1.0")
@@ -38,7 +38,7 @@ def tried(recipe: Path | str, *arguments: str | Path, sets: tuple[str, ...] = ()
     real = train(recipe, *arguments, "--out", out, sets=(*sets, *short))
     with contextlib.suppress(OSError):
         shutil.rmtree(out)
-    if real.code == signals.EXIT_NOT_FINITE:
+    if real.code == exits.EXIT_NOT_FINITE:
         return "sound"
     if real.code:
         raise RuntimeError(f"the dry run called it sound, and the run ended with {real.code}: {real.err[-2000:]}")

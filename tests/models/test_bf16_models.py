@@ -13,12 +13,13 @@ from open_clip.transformer import LayerNormFp32
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megakd.models import streaming, towers
+from megakd.models import clip as clip_models
+from megakd.models import streaming
 from megakd.models.embeddings import Embeddings
-from megakd.models.int8 import quantise
-from megakd.models.teacher import ReplicatedTeacher
+from megakd.models.int8.convert import quantise
 from megakd.runtime.launch import World
 from megakd.runtime.precision import Precision
+from megakd.teachers.replicated import ReplicatedTeacher
 
 CPU = torch.device("cpu")
 NAMES = sorted(KINDS)
@@ -30,7 +31,7 @@ def _size(name: str) -> int:
 
 def _teacher(name: str, precision: Precision) -> ReplicatedTeacher:
     torch.manual_seed(3)
-    return ReplicatedTeacher(towers.build(describe(name, "random"), CPU, precision))
+    return ReplicatedTeacher(clip_models.build(describe(name, "random"), CPU, precision))
 
 
 def _embedded(name: str, teacher: ReplicatedTeacher) -> Embeddings:
@@ -51,7 +52,7 @@ def test_a_teacher_in_bf16_embeds_pixels_of_its_own_type_as_the_one_in_float32_d
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_int8_teacher_in_bf16_embeds_pixels_of_its_own_type(name: str) -> None:
-    built = towers.build(describe(name, "random"), CPU, "bf16")
+    built = clip_models.build(describe(name, "random"), CPU, "bf16")
     quantise(built.clip.eval())
     found = _embedded(name, ReplicatedTeacher(built))
     assert found.image.isfinite().all()
@@ -62,14 +63,14 @@ def test_an_int8_teacher_in_bf16_embeds_pixels_of_its_own_type(name: str) -> Non
 @pytest.mark.parametrize("name", ["timm ViT", "SigLIP", "ViT-bigG", "MobileCLIP"])
 def test_scale_and_bias_of_a_teacher_in_bf16_are_those_of_its_file(name: str, way: str, tmp_path: Path) -> None:
     description = describe(name, "random")
-    state: dict[str, Tensor] = towers.build(description, CPU).clip.state_dict()
+    state: dict[str, Tensor] = clip_models.build(description, CPU).clip.state_dict()
     state["logit_scale"] = torch.tensor(math.log(112.34))  # bf16's nearest logarithm is that of 112.03
     if "logit_bias" in state:
         state["logit_bias"] = torch.tensor(-16.54)
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "weights.safetensors")
     description = describe(name, str(tmp_path / "weights.safetensors"))
     if way == "built":
-        built = towers.build(description, CPU, "bf16")
+        built = clip_models.build(description, CPU, "bf16")
     else:
         built = streaming.load(description, World(0, 1, CPU), "bf16", int8=streaming.Int8() if way == "streamed int8" else None)
     found = _embedded(name, ReplicatedTeacher(built))
@@ -79,8 +80,8 @@ def test_scale_and_bias_of_a_teacher_in_bf16_are_those_of_its_file(name: str, wa
 
 @pytest.mark.parametrize("name", NAMES)
 def test_norms_statistics_and_rotary_tables_stay_float32_and_matrices_do_not(name: str) -> None:
-    clip: Any = towers.build(describe(name, "random"), CPU, "bf16").clip
-    wide = towers.build(describe(name, "random"), CPU).clip
+    clip: Any = clip_models.build(describe(name, "random"), CPU, "bf16").clip
+    wide = clip_models.build(describe(name, "random"), CPU).clip
     for module in clip.modules():
         if isinstance(module, LayerNormFp32 | nn.modules.batchnorm._BatchNorm):
             assert all(tensor.dtype != torch.bfloat16 for tensor in module.state_dict().values())
@@ -98,5 +99,5 @@ def test_a_random_coca_is_drawn_as_a_whole_and_the_same_each_time() -> None:
         kept = [torch.full((size,), filler) for size in (1024, 1536, 2048, 2304, 4096) for _ in range(200)]
         del kept
         torch.manual_seed(5)
-        found.append(towers.build(describe("CoCa", "random"), torch.device("cpu")).clip.state_dict())
+        found.append(clip_models.build(describe("CoCa", "random"), torch.device("cpu")).clip.state_dict())
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

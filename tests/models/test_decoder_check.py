@@ -11,7 +11,7 @@ import torch
 from tiny_decoders import CPU, LLAMA, QWEN, SMALL, make_decoder, settings
 
 from megakd import recipe
-from megakd.models import adapters, decoder, decoder_check
+from megakd.models.vlm import decoder, decoder_check, lora
 
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2}
 MOE = {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -81,15 +81,15 @@ def test_a_small_copy_has_a_layer_of_every_kind(tokenizer: Path) -> None:
 def test_adapters_say_what_of_a_model_they_do_not_reach(tokenizer: Path) -> None:
     """Mixtral's experts are one tensor a layer and projection, which nothing adapts."""
     module = make_decoder(tokenizer, None, architecture=CAN["mixtral"], lora=recipe.Lora(rank=4))
-    said = adapters.coverage(module.language)
+    said = lora.coverage(module.language)
     weights = {name: value for name, value in module.plain.named_parameters() if value.ndim > 1 and "lora" not in name}
     between = {name: value.numel() for name, value in weights.items() if "embed_tokens" not in name and "lm_head" not in name}
     covered = sum(count for name, count in between.items() if "base_layer" in name)
     assert said.startswith(f"LoRA on 8 of {8 + 2 * (2 * 4 + 1)} matrices, {100 * covered / sum(between.values()):.3g} % of their weights; ")
     assert "not covered: model.layers.*.mlp.experts.gate_up_proj, model.layers.*.mlp.experts.down_proj" in said
-    whole = adapters.coverage(make_decoder(tokenizer, None, lora=recipe.Lora(rank=4)).language)
+    whole = lora.coverage(make_decoder(tokenizer, None, lora=recipe.Lora(rank=4)).language)
     assert whole == "LoRA on 14 of 14 matrices, 100 % of their weights"
-    some = adapters.coverage(make_decoder(tokenizer, None, lora=recipe.Lora(rank=4, targets=["q_proj"])).language)
+    some = lora.coverage(make_decoder(tokenizer, None, lora=recipe.Lora(rank=4, targets=["q_proj"])).language)
     assert re.match(r"LoRA on 2 of 14 matrices, .*; not covered: model\.layers\.\*\.mlp\.gate_proj\.weight", some)
 
 
@@ -115,10 +115,10 @@ def test_layers_that_peft_refuses_are_named_with_those_it_takes(tokenizer: Path)
 
 def test_a_backward_that_passes_a_layer_by_is_noticed(tokenizer: Path) -> None:
     module = make_decoder(tokenizer, None, lora=recipe.Lora(rank=4))
-    watch = adapters.Watch(module)
+    watch = lora.Watch(module)
     ids = torch.randint(5, 60, (2, 7))
     layers = module.plain.model.layers
     module.plain.model.layers = layers[:1]
     module.language(input_ids=ids).logits.sum().backward()
     with pytest.raises(ValueError, match=r"no gradient reaches the adapters of model\.layers\.1\.self_attn\.q_proj, .*\(7 layers\)"):
-        adapters.refuse_unreached(watch.close(), module.language)
+        lora.refuse_unreached(watch.close(), module.language)

@@ -14,7 +14,7 @@ from tiny_decoders import CPU, LLAMA, make_decoder, settings
 from transformers import AutoTokenizer
 
 from megakd import recipe
-from megakd.models import decoder
+from megakd.models.vlm import decoder
 
 
 @pytest.fixture(scope="module")

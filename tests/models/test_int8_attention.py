@@ -14,7 +14,7 @@ from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import Attention as TimmAttention
 from torch import Tensor, nn
 
-from megakd.models.int8 import quantise, quantise_weight
+from megakd.models.int8.convert import quantise, quantise_weight
 
 WIDTH, HEADS, ROWS, QUERIES, KEYS = 24, 3, 4, 5, 7
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from megakd.models.int8 import quantise, sources
+from megakd.models.int8.convert import quantise, sources
 
 # Millions of parameters
 GIANTS = {

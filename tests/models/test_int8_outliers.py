@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakd.models import streaming
-from megakd.models.agreement import Agreement, agreement
-from megakd.models.int8 import quantise
-from megakd.models.int8_linear import Int8Linear, quantise_weight
-from megakd.models.int8_migration import Reference, factors, migrate
+from megakd.models.int8.agreement import Agreement, agreement
+from megakd.models.int8.convert import quantise
+from megakd.models.int8.linear import Int8Linear, quantise_weight
+from megakd.models.int8.migration import Reference, factors, migrate
 from megakd.models.originals import Originals
-from megakd.models.teacher import ReplicatedTeacher
 from megakd.models.weights import InMemory
 from megakd.runtime.launch import World
-from megakd.runtime.partition import overwrite
+from megakd.runtime.zero3 import overwrite
+from megakd.teachers.replicated import ReplicatedTeacher
 
 ALONE = World(0, 1, torch.device("cpu"))
 PAIRS, SCALE = 48, 100.0

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megakd.models import int8_products
-from megakd.models.int8 import quantise, quantise_weight
-from megakd.models.int8_linear import Int8Linear, Int8PointwiseConv
+from megakd.models.int8 import matmul
+from megakd.models.int8.convert import quantise, quantise_weight
+from megakd.models.int8.linear import Int8Linear, Int8PointwiseConv
 
 WAYS = ("dequantise", "int_mm", "bitsandbytes")
 
@@ -53,7 +53,7 @@ def test_rows_are_quantised_each_for_itself() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_gives_the_linear_layer_within_a_hundredth_and_its_type(way: int8_products.Product, dtype: torch.dtype) -> None:
+def test_every_way_gives_the_linear_layer_within_a_hundredth_and_its_type(way: matmul.Product, dtype: torch.dtype) -> None:
     x, layer = _random(3, 7, 96).to(dtype), nn.Linear(96, 40).to(dtype)
     exact = F.linear(x.double(), layer.weight.double(), layer.bias.double()).detach()
     found = Int8Linear(layer.weight, layer.bias, product=way)(x)
@@ -62,7 +62,7 @@ def test_every_way_gives_the_linear_layer_within_a_hundredth_and_its_type(way: i
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_one_row_and_none_at_all_are_multiplied_too(way: int8_products.Product) -> None:
+def test_one_row_and_none_at_all_are_multiplied_too(way: matmul.Product) -> None:
     layer = Int8Linear(_random(12, 8), None, product=way)
     x = _random(5, 8)
     torch.testing.assert_close(layer(x[:1]), layer(x)[:1])
@@ -70,37 +70,37 @@ def test_one_row_and_none_at_all_are_multiplied_too(way: int8_products.Product) 
 
 
 @pytest.mark.parametrize("way", ["int_mm", "bitsandbytes"])
-def test_a_threshold_saves_the_other_columns_from_an_outlier(way: int8_products.Product) -> None:
+def test_a_threshold_saves_the_other_columns_from_an_outlier(way: matmul.Product) -> None:
     x, weight = _random(32, 64), _random(48, 64, seed=1)
     x[:, 5] *= 60
     given = x.clone()
     codes, scale = quantise_weight(weight)
     # Against the widened matrix: what is left is the error of the activations, of the columns that are no outliers.
     exact = F.linear(x.double(), codes.double() * scale.double()[:, None])
-    without = int8_products.linear(x, codes, scale, None, 0.0, way)
+    without = matmul.linear(x, codes, scale, None, 0.0, way)
     assert torch.equal(x, given)
-    kept = int8_products.linear(x, codes, scale, None, 6.0, way)
+    kept = matmul.linear(x, codes, scale, None, 6.0, way)
     assert torch.equal(x, given)
     assert _error(kept, exact) < _error(without, exact) / 5
 
 
 @pytest.mark.parametrize("way", ["int_mm", "bitsandbytes"])
-def test_a_threshold_that_nothing_reaches_changes_nothing(way: int8_products.Product) -> None:
+def test_a_threshold_that_nothing_reaches_changes_nothing(way: matmul.Product) -> None:
     x = _random(32, 64)
     codes, scale = quantise_weight(_random(48, 64, seed=1))
-    assert torch.equal(int8_products.linear(x, codes, scale, None, 100.0, way), int8_products.linear(x, codes, scale, None, 0.0, way))
+    assert torch.equal(matmul.linear(x, codes, scale, None, 100.0, way), matmul.linear(x, codes, scale, None, 0.0, way))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_row_does_not_depend_on_its_neighbours(way: int8_products.Product, threshold: float) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(way: matmul.Product, threshold: float) -> None:
     x = _random(40, 64)
     x[::3, 5] *= 60
     x[7, 9] = 200.0
     codes, scale = quantise_weight(_random(48, 64, seed=1))
-    together = int8_products.linear(x, codes, scale, None, threshold, way)
+    together = matmul.linear(x, codes, scale, None, threshold, way)
     for row in range(len(x)):
-        alone = int8_products.linear(x[row : row + 1], codes, scale, None, threshold, way)
+        alone = matmul.linear(x[row : row + 1], codes, scale, None, threshold, way)
         torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-4)
 
 
@@ -108,37 +108,35 @@ def test_a_row_does_not_depend_on_its_neighbours(way: int8_products.Product, thr
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_not_finite_spoils_its_row_and_no_other(
-    way: int8_products.Product, threshold: float, bad: float, dtype: torch.dtype
-) -> None:
+def test_what_is_not_finite_spoils_its_row_and_no_other(way: matmul.Product, threshold: float, bad: float, dtype: torch.dtype) -> None:
     x = _random(20, 64).to(dtype)
     codes, scale = quantise_weight(_random(48, 64, seed=1))
-    clean = int8_products.linear(x, codes, scale, None, threshold, way)
+    clean = matmul.linear(x, codes, scale, None, threshold, way)
     x[3, 5] = bad
-    found = int8_products.linear(x, codes, scale, None, threshold, way)
+    found = matmul.linear(x, codes, scale, None, threshold, way)
     assert not found[3].isfinite().any()
     assert torch.equal(found[:3], clean[:3])
     assert torch.equal(found[4:], clean[4:])
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_rows_of_zeros_stay_zeros(way: int8_products.Product) -> None:
+def test_rows_of_zeros_stay_zeros(way: matmul.Product) -> None:
     x = _random(3, 64)
     x[1] = 0
     codes, scale = quantise_weight(_random(48, 64, seed=1))
-    found = int8_products.linear(x, codes, scale, None, 0.0, way)
+    found = matmul.linear(x, codes, scale, None, 0.0, way)
     assert not found[1].any()
     assert found[0].all()
 
 
 @pytest.mark.parametrize("way", ["int_mm", "bitsandbytes"])
-def test_many_rows_go_through_in_pieces_and_come_out_the_same(way: int8_products.Product, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_go_through_in_pieces_and_come_out_the_same(way: matmul.Product, monkeypatch: pytest.MonkeyPatch) -> None:
     x = _random(333, 64)
     x[5, 5] *= 60
     codes, scale = quantise_weight(_random(48, 64, seed=1))
-    whole = int8_products.linear(x, codes, scale, None, 6.0, way)
-    monkeypatch.setattr(int8_products, "PIECE_ELEMENTS", 64 * 50)
-    torch.testing.assert_close(int8_products.linear(x, codes, scale, None, 6.0, way), whole, rtol=1e-6, atol=1e-5)
+    whole = matmul.linear(x, codes, scale, None, 6.0, way)
+    monkeypatch.setattr(matmul, "PIECE_ELEMENTS", 64 * 50)
+    torch.testing.assert_close(matmul.linear(x, codes, scale, None, 6.0, way), whole, rtol=1e-6, atol=1e-5)
 
 
 def test_few_rows_are_filled_up_on_a_gpu_and_so_measured_on_meta() -> None:
@@ -146,16 +144,16 @@ def test_few_rows_are_filled_up_on_a_gpu_and_so_measured_on_meta() -> None:
     meta = torch.device("meta")
     codes, scale = torch.empty(48, 64, dtype=torch.int8, device=meta), torch.empty(48, device=meta)
     for rows in (1, 16, 17, 100):
-        found = int8_products.linear(torch.empty(rows, 64, device=meta), codes, scale, None, 6.0, "bitsandbytes")
+        found = matmul.linear(torch.empty(rows, 64, device=meta), codes, scale, None, 6.0, "bitsandbytes")
         assert found.shape == (rows, 48)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_activations_of_another_width_are_an_error(way: int8_products.Product) -> None:
+def test_activations_of_another_width_are_an_error(way: matmul.Product) -> None:
     codes, scale = quantise_weight(_random(48, 64))
     for width in (63, 65, 1):
         with pytest.raises((RuntimeError, ValueError)):
-            int8_products.linear(_random(4, width), codes, scale, None, 0.0, way)
+            matmul.linear(_random(4, width), codes, scale, None, 0.0, way)
 
 
 def test_the_recipes_threshold_reaches_every_layer() -> None:
@@ -167,32 +165,32 @@ def test_the_recipes_threshold_reaches_every_layer() -> None:
 
 
 def test_a_device_that_is_named_decides_once_and_the_report_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_products, "bitsandbytes", lambda: None)
+    monkeypatch.setattr(matmul, "bitsandbytes", lambda: None)
     tower = nn.Sequential(nn.Linear(8, 8))
     assert quantise(tower, device_of_products=torch.device("cuda")).product == "dequantise"
     assert tower[0].product == "dequantise"
 
 
 def test_a_gpu_takes_bitsandbytes_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert int8_products.choose(torch.device("cuda")) == "bitsandbytes"
+    assert matmul.choose(torch.device("cuda")) == "bitsandbytes"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    int8_products.bitsandbytes.cache_clear()
+    matmul.bitsandbytes.cache_clear()
     try:
-        assert int8_products.choose(torch.device("cuda")) == "dequantise"
+        assert matmul.choose(torch.device("cuda")) == "dequantise"
         with pytest.raises(ValueError, match="pip install bitsandbytes"):
             Int8Linear(_random(8, 8), None, product="bitsandbytes")(_random(2, 8))
     finally:
-        int8_products.bitsandbytes.cache_clear()
+        matmul.bitsandbytes.cache_clear()
 
 
 def test_a_cpu_without_integer_instructions_dequantises(monkeypatch: pytest.MonkeyPatch) -> None:
     for supported, way in ((False, "dequantise"), (True, "int_mm")):
         monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda supported=supported: supported)
-        assert int8_products.choose(torch.device("cpu")) == way
+        assert matmul.choose(torch.device("cpu")) == way
 
 
 def test_bitsandbytes_is_not_imported_before_a_product_wants_it() -> None:
-    program = "import sys, torch; from megakd.models import int8_products as p; codes, scale = p.quantise_rows(torch.ones(8, 8)); "
+    program = "import sys, torch; from megakd.models.int8 import matmul as p; codes, scale = p.quantise_rows(torch.ones(8, 8)); "
     program += "p.linear(torch.ones(2, 8), codes, scale, None); sys.exit('bitsandbytes' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
@@ -209,7 +207,7 @@ def test_a_layers_scale_stays_float32_in_whatever_type_the_tower_runs() -> None:
 def test_a_gradient_flows_through_a_frozen_layer_that_dequantises() -> None:
     x = _random(3, 8).requires_grad_()
     codes, scale = quantise_weight(_random(5, 8))
-    int8_products.linear(x, codes, scale, None, product="dequantise").sum().backward()
+    matmul.linear(x, codes, scale, None, product="dequantise").sum().backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, (codes * scale[:, None]).sum(0).expand(3, 8))
 

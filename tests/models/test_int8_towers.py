@@ -18,13 +18,13 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megakd.models.int8 import matrices, quantise, quantise_weight, sources
-from megakd.models.int8_linear import Int8Linear
-from megakd.models.int8_migration import Reference, migrate
+from megakd.models.int8.convert import matrices, quantise, quantise_weight, sources
+from megakd.models.int8.linear import Int8Linear
+from megakd.models.int8.migration import Reference, migrate
 from megakd.models.originals import Originals
 from megakd.models.weights import InMemory
 from megakd.runtime.launch import World
-from megakd.runtime.partition import overwrite
+from megakd.runtime.zero3 import overwrite
 
 ROWS, TOKENS, WORDS, END, PIXELS = 3, 16, 200, 199, 56
 TEXT = {"context_length": TOKENS, "vocab_size": WORDS, "width": 128, "heads": 2, "layers": 2}

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-from megakd.models import streaming, towers
+from megakd.models import clip as clip_models
+from megakd.models import streaming
 from megakd.runtime.launch import World
 
 HERE = World(0, 1, torch.device("cpu"))
@@ -75,7 +76,7 @@ def _ours(clip: Any) -> list[Tensor]:
 
 def _both_loaders(architecture: dict[str, Any], path: Path) -> list[Any]:
     description = described(architecture, str(path))
-    return [towers.build(description, HERE.device).clip.eval(), streaming.load(description, HERE, "fp32").clip]
+    return [clip_models.build(description, HERE.device).clip.eval(), streaming.load(description, HERE, "fp32").clip]
 
 
 def _assert_equal(model: Any, architecture: dict[str, Any], path: Path) -> None:
@@ -107,7 +108,7 @@ def test_transformers_siglip_gives_its_own_embeddings(tmp_path: Path) -> None:
 def test_transformers_own_configuration_tells_the_activation(quick: bool, tmp_path: Path) -> None:
     _clip("quick_gelu" if quick else "gelu").save_pretrained(tmp_path)
     description = described({**CLIP, "quick_gelu": not quick}, str(tmp_path / "model.safetensors"))
-    for load in (lambda: towers.build(description, HERE.device), lambda: streaming.load(description, HERE, "fp32")):
+    for load in (lambda: clip_models.build(description, HERE.device), lambda: streaming.load(description, HERE, "fp32")):
         with pytest.raises(ValueError, match=r"hidden_act = .*quick_gelu = (true|false)"):
             load()
 
@@ -116,7 +117,7 @@ def test_an_attention_without_its_keys_is_refused(tmp_path: Path) -> None:
     state = {name: value.contiguous() for name, value in _clip("gelu").state_dict().items() if ".1.self_attn.k_proj.weight" not in name}
     save_file(state, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=r"resblocks\.1\.attn has weight of q_proj, v_proj alone"):
-        towers.build(described(CLIP, str(tmp_path / "m.safetensors")), HERE.device)
+        clip_models.build(described(CLIP, str(tmp_path / "m.safetensors")), HERE.device)
 
 
 def _saved(state: Any, path: Path) -> Path:
@@ -185,13 +186,13 @@ def test_the_model_is_found_in_what_training_programs_save(name: str, tmp_path: 
 def test_a_file_of_two_models_is_refused_by_their_names(tmp_path: Path) -> None:
     path = _saved({"student": STATE, "teacher": {name: value + 1 for name, value in STATE.items()}}, tmp_path / "m.pt")
     with pytest.raises(ValueError, match=r"several models \(student, teacher\)"):
-        towers.build(described(ARCHITECTURES["ViT-bigG"], str(path)), HERE.device)
+        clip_models.build(described(ARCHITECTURES["ViT-bigG"], str(path)), HERE.device)
 
 
 def test_openais_own_file_is_refused_by_a_model_with_gelu(tmp_path: Path) -> None:
     path = _saved(WRAPPED["openai"], tmp_path / "m.safetensors")
     description = described(ARCHITECTURES["ViT-bigG"], str(path))
-    for load in (lambda: towers.build(description, HERE.device), lambda: streaming.load(description, HERE, "fp32")):
+    for load in (lambda: clip_models.build(description, HERE.device), lambda: streaming.load(description, HERE, "fp32")):
         with pytest.raises(ValueError, match="OpenAI's own weights, trained with QuickGELU"):
             load()
 
@@ -233,7 +234,7 @@ def test_weights_that_do_not_belong_get_the_same_message_from_every_loader(kind:
     description = described(ARCHITECTURES["ViT-bigG"], str(path))
     messages = []
     for load in (
-        lambda: towers.build(description, HERE.device),
+        lambda: clip_models.build(description, HERE.device),
         lambda: streaming.load(description, HERE, "fp32"),
         lambda: streaming.load(description, HERE, "fp32", int8=streaming.Int8()),
     ):

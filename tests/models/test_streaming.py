@@ -11,7 +11,7 @@ from narrow_teachers import ARCHITECTURES, build, describe, described, inputs
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megakd.models import streaming, towers
+from megakd.models import clip, streaming
 from megakd.models.weights import SafetensorsFiles
 from megakd.runtime.launch import World
 from megakd.runtime.precision import Precision
@@ -53,7 +53,7 @@ def test_masks_that_a_constructor_computes_on_its_parameters_device_are_there(pr
     """timm's Swin: no file has them, and the parameters were empty when they were made."""
     file = _save(build("Swin").state_dict(), tmp_path / "swin.safetensors")
     teacher = describe("Swin", file)
-    streamed, loaded = streaming.load(teacher, HERE, precision), towers.build(teacher, HERE.device, precision)
+    streamed, loaded = streaming.load(teacher, HERE, precision), clip.build(teacher, HERE.device, precision)
     _assert_same(streamed.clip, loaded.clip, torch.float32 if precision == "fp32" else torch.bfloat16)
 
 
@@ -64,7 +64,7 @@ def test_a_constructor_that_needs_its_weights_is_refused_with_the_mode_that_load
     architecture = {**ARCHITECTURES["ViT-bigG"], "vision_cfg": vision}
     with pytest.raises(ValueError, match=r"computes with its own weights.*set teacher\.mode to replicated"):
         streaming.load(described(architecture, "random"), HERE, "fp32")
-    assert towers.build(described(architecture, "random"), HERE.device).dtype == torch.float32
+    assert clip.build(described(architecture, "random"), HERE.device).dtype == torch.float32
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -72,7 +72,7 @@ def test_a_constructor_that_needs_its_weights_is_refused_with_the_mode_that_load
 def test_a_streamed_model_is_the_one_that_open_clip_loads(name: str, precision: Precision, files: dict[str, str]) -> None:
     teacher = describe(name, files[name])
     streamed = streaming.load(teacher, HERE, precision)
-    loaded = towers.build(teacher, HERE.device, precision)
+    loaded = clip.build(teacher, HERE.device, precision)
     _assert_same(streamed.clip, loaded.clip, torch.float32 if precision == "fp32" else torch.bfloat16)
     assert streamed.preprocess == loaded.preprocess
     assert not any(parameter.requires_grad for parameter in streamed.clip.parameters())
@@ -82,7 +82,7 @@ def test_a_streamed_model_is_the_one_that_open_clip_loads(name: str, precision: 
 def test_random_weights_are_those_of_a_replicated_teacher_of_the_same_seed(name: str) -> None:
     teacher = describe(name, "random")
     torch.manual_seed(11)
-    loaded = towers.build(teacher, HERE.device)
+    loaded = clip.build(teacher, HERE.device)
     torch.manual_seed(11)
     _assert_same(streaming.load(teacher, HERE, "fp32").clip, loaded.clip)
 
@@ -92,7 +92,7 @@ def test_an_empty_model_has_real_tables_and_no_parameters_in_memory() -> None:
     for name in NAMES:
         real = build(name)
         with streaming.empty_parameters():
-            empty = towers.build(describe(name, "random"), torch.device("cpu"), load_weights=False).clip
+            empty = clip.build(describe(name, "random"), torch.device("cpu"), load_weights=False).clip
         assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
         tables = dict(real.named_buffers())
         found += len(tables)
@@ -164,7 +164,7 @@ def _as_open_clip_loads(name: str, state: dict[str, Tensor], folder: Path, **con
     path = _save(state, folder / "changed.safetensors")
     architecture = {**ARCHITECTURES[name], **config}
     changed = described(architecture, path)
-    _assert_same(streaming.load(changed, HERE, "fp32").clip, towers.build(changed, HERE.device).clip)
+    _assert_same(streaming.load(changed, HERE, "fp32").clip, clip.build(changed, HERE.device).clip)
 
 
 def test_names_of_a_wrapped_model_lose_their_prefix(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_missing_logit_bias_starts_at_zero(tmp_path: Path) -> None:
 def test_positional_embeddings_of_another_resolution_and_context_are_resized(tmp_path: Path) -> None:
     vision, text = ARCHITECTURES["ViT-bigG"]["vision_cfg"], ARCHITECTURES["ViT-bigG"]["text_cfg"]
     larger = {"vision_cfg": {**vision, "image_size": 80}, "text_cfg": {**text, "context_length": 31}}
-    other = towers.build(described({**ARCHITECTURES["ViT-bigG"], **larger}, "random"), HERE.device).clip.state_dict()
+    other = clip.build(described({**ARCHITECTURES["ViT-bigG"], **larger}, "random"), HERE.device).clip.state_dict()
     assert other["visual.positional_embedding"].shape == (26, 48)
     _as_open_clip_loads("ViT-bigG", other, tmp_path)
 

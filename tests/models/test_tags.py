@@ -12,8 +12,8 @@ from open_clip.factory import get_model_config
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained
 from open_clip.transform import PreprocessCfg
 
-from megakd.models import preprocessing, tags, towers
-from megakd.models.identity import preprocessing as of_identity
+from megakd.models import clip, preprocessing, tags
+from megakd.models.fingerprint import preprocessing as of_identity
 from megakd.models.tags import KEYS
 from megakd.recipe import Model, Preprocess, Teacher
 
@@ -31,7 +31,7 @@ def _of_tag(name: str, tag: str) -> dict[str, Any]:
 
 def _chosen(name: str, pretrained: str, **more: Any) -> dict[str, Any]:
     """What `configuration` takes, complete."""
-    config, preprocess = towers.configuration(Teacher(model=name, pretrained=pretrained, **more), "teacher")
+    config, preprocess = clip.configuration(Teacher(model=name, pretrained=pretrained, **more), "teacher")
     found = preprocessing.complete(preprocess, config)
     return {key: getattr(found, key) for key in KEYS}
 
@@ -66,9 +66,9 @@ def test_the_other_168_pairs_are_taken() -> None:
 
 def test_describe_refuses_it_before_any_load() -> None:
     with pytest.raises(ValueError, match=r"set teacher\.model = 'ViT-B-32-quickgelu'"):
-        towers.describe(Teacher(model="ViT-B-32", pretrained="openai"), "teacher")
+        clip.describe(Teacher(model="ViT-B-32", pretrained="openai"), "teacher")
     with pytest.raises(ValueError, match=r"set student\.model = 'RN50-quickgelu'"):
-        towers.describe(Model(model="RN50", pretrained="openai"), "student")
+        clip.describe(Model(model="RN50", pretrained="openai"), "student")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_file_that_tells_its_tag_by_its_name_is_held_to_it(model: str, file: s
 
 def test_a_tag_that_only_the_twin_has_is_pointed_out() -> None:
     with pytest.raises(ValueError, match=r"trained with GELU.*set teacher\.model = 'ViT-B-32'$"):
-        towers.describe(Teacher(model="ViT-B-32-quickgelu", pretrained="laion2b_s34b_b79k"), "teacher")
+        clip.describe(Teacher(model="ViT-B-32-quickgelu", pretrained="laion2b_s34b_b79k"), "teacher")
 
 
 def test_58_tags_have_another_preprocessing_than_the_default() -> None:
@@ -141,8 +141,8 @@ def test_built_model_identity_and_recipe_agree_about_the_preprocessing(named: bo
     source: dict[str, Any] = {"model": "ViT-B-32-256", "pretrained": "random"}
     if not named:
         source = {"architecture": {**get_model_config("ViT-B-32-256"), "preprocess_cfg": {"mean": [0.0, 0.0, 0.0]}}, "pretrained": "random"}
-    description = towers.describe(Teacher(**source, preprocess=Preprocess(std=(1.0, 1.0, 2.0), interpolation="bilinear")), "teacher")
-    built = towers.build(description, torch.device("meta"), load_weights=False)
+    description = clip.describe(Teacher(**source, preprocess=Preprocess(std=(1.0, 1.0, 2.0), interpolation="bilinear")), "teacher")
+    built = clip.build(description, torch.device("meta"), load_weights=False)
     assert built.preprocess == of_identity(description)
     assert (built.preprocess.std, built.preprocess.interpolation) == ((1.0, 1.0, 2.0), "bilinear")
     assert built.preprocess.mean == ((0.0, 0.0, 0.0) if not named else open_clip.OPENAI_DATASET_MEAN)
@@ -160,4 +160,4 @@ def test_built_model_identity_and_recipe_agree_about_the_preprocessing(named: bo
 def test_a_stored_preprocessing_that_no_images_can_have_is_refused(table: dict[str, Any], told: str) -> None:
     architecture = {**get_model_config("ViT-B-32"), "preprocess_cfg": table}
     with pytest.raises(ValueError, match=f"student: preprocess_cfg.{told} = "):
-        towers.configuration(Model(architecture=architecture), "student")
+        clip.configuration(Model(architecture=architecture), "student")

@@ -10,13 +10,13 @@ from open_clip.loss import SigLipLoss
 from torch import Tensor
 from torch.nn import functional as F
 
-from megakd import recipe_files
 from megakd.models.embeddings import Embeddings
 from megakd.objectives.base import Objective, head_name
+from megakd.objectives.joint import Joint
 from megakd.objectives.registry import FAMILIES, WITHOUT_TEACHER, build
+from megakd.objectives.set import Distill
 from megakd.recipe import Recipe
-from megakd.tasks.distill import Distill
-from megakd.tasks.joint import Joint
+from megakd.recipe import load as recipes
 
 # Legend: B pairs, D embedding width.
 B = 12
@@ -26,7 +26,7 @@ HEADS = ("feature", "interactive")
 
 
 def _recipe(recipe_file: Path, *overrides: str) -> Recipe:
-    return recipe_files.load(str(recipe_file), overrides)[0]
+    return recipes.load(str(recipe_file), overrides)[0]
 
 
 def _objective(recipe_file: Path, name: str, *overrides: str) -> Objective:

@@ -21,7 +21,7 @@ from tiny_runs import environment
 from megakd.runtime import checkpoint, files
 from megakd.runtime.checkpoint import CheckpointError, Progress
 from megakd.runtime.engine import State
-from megakd.runtime.signals import LossNotFinite
+from megakd.runtime.exits import LossNotFinite
 
 
 def _progress(step: int) -> Progress:

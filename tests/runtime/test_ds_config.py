@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tiny_runs import REPOSITORY
 
-from megakd import recipe_files
 from megakd.recipe import Recipe
-from megakd.runtime import ds_check, ds_config, partition
+from megakd.recipe import load as recipes
+from megakd.runtime import ds_check, ds_config, zero3
 
 SHIPPED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 
@@ -19,7 +19,7 @@ SHIPPED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 @pytest.fixture
 def recipe(recipe_file: Path) -> Recipe:
     """Batch 16, clipping at 1, AdamW with 1e-3."""
-    return recipe_files.load(str(recipe_file))[0]
+    return recipes.load(str(recipe_file))[0]
 
 
 def _resolve(config: dict[str, Any], recipe: Recipe, ranks: int = 2) -> dict[str, Any]:
@@ -270,5 +270,5 @@ def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
 def test_a_teachers_json_is_held_to_the_same(content: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(ValueError, match=r"teacher\.ds_config = .*t\.json") as caught:
-        partition.settings(str(tmp_path / "t.json"))
+        zero3.settings(str(tmp_path / "t.json"))
     assert words in str(caught.value)

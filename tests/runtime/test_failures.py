@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from megakd import recipe_files
-from megakd.data.workers import WorkerStream
+from megakd.data.stream import WorkerStream
+from megakd.recipe import load as recipes
 from megakd.runtime import collectives, failures
 from megakd.runtime.launch import World
 
@@ -23,7 +23,7 @@ OURS = "recipe nowhere.toml: no such file"
 
 
 def _ours() -> None:
-    recipe_files.load("nowhere.toml")
+    recipes.load("nowhere.toml")
 
 
 def _librarys() -> None:

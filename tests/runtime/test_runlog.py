@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megakd import recipe_files
-from megakd.runtime import runlog
-from megakd.runtime.runlog import RunLog
+from megakd.recipe import load as recipes
+from megakd.runtime import run_folder
+from megakd.runtime.run_folder import RunLog
 
 
 def _metrics(run: Path, text: str) -> None:
@@ -17,29 +17,29 @@ def _metrics(run: Path, text: str) -> None:
 
 
 def _run_json(run: Path, recipe_file: Path, *overrides: str) -> None:
-    recipe = recipe_files.load(str(recipe_file), overrides)[0]
-    runlog.write_json(run / "run.json", {"recipe": recipe.model_dump(mode="json")})
+    recipe = recipes.load(str(recipe_file), overrides)[0]
+    run_folder.write_json(run / "run.json", {"recipe": recipe.model_dump(mode="json")})
 
 
 def test_rows_past_the_checkpoint_are_dropped_and_those_before_stay(tmp_path: Path) -> None:
     _metrics(tmp_path, "".join(json.dumps({"step": step, "loss": 0.1}) + "\n" for step in (1, 2, 3, 4)))
     RunLog(tmp_path, main=True).keep_until(2)
-    assert [row["step"] for row in runlog.read_metrics(tmp_path)] == [1, 2]
+    assert [row["step"] for row in run_folder.read_metrics(tmp_path)] == [1, 2]
 
 
 def test_a_last_line_cut_by_a_crash_is_left_out_and_cleared(tmp_path: Path) -> None:
     _metrics(tmp_path, '{"step": 1, "loss": 0.1}\n{"step": 2, "lo')
-    assert [row["step"] for row in runlog.read_metrics(tmp_path)] == [1]
+    assert [row["step"] for row in run_folder.read_metrics(tmp_path)] == [1]
     log = RunLog(tmp_path, main=True)
     log.keep_until(5)
     log.event(2, "evaluation", {"x": 1})
-    assert [row["step"] for row in runlog.read_metrics(tmp_path)] == [1, 2]
+    assert [row["step"] for row in run_folder.read_metrics(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize("line", ["garbage", "[1]", "{}", '{"step": "2"}', "[" * 10**5, "\x00\x00"])
 def test_a_line_that_is_no_row_is_dropped_and_said(tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     _metrics(tmp_path, f'{{"step": 1, "loss": 0.1}}\n{line}\n{{"step": 3, "loss": 0.1}}\n')
-    assert [row["step"] for row in runlog.read_metrics(tmp_path)] == [1, 3]
+    assert [row["step"] for row in run_folder.read_metrics(tmp_path)] == [1, 3]
     RunLog(tmp_path, main=True).keep_until(3)
     assert "metrics.jsonl: 1 damaged lines were dropped" in capsys.readouterr().out.replace("\n", "")
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
@@ -47,7 +47,7 @@ def test_a_line_that_is_no_row_is_dropped_and_said(tmp_path: Path, line: str, ca
 
 def test_bytes_that_are_no_text_are_a_damaged_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe\n{"step": 2}\n')
-    assert [row["step"] for row in runlog.read_metrics(tmp_path)] == [1, 2]
+    assert [row["step"] for row in run_folder.read_metrics(tmp_path)] == [1, 2]
 
 
 def test_a_number_that_json_does_not_have_is_written_as_null(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_number_that_json_does_not_have_is_written_as_null(tmp_path: Path) -> 
 
 def test_the_other_ranks_write_nothing(tmp_path: Path, recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(tmp_path, main=False)
-    log.open(recipe_files.load(str(recipe_file))[0], {}, 2)
+    log.open(recipes.load(str(recipe_file))[0], {}, 2)
     log.event(1, "evaluation", {})
     log.say("something")
     assert list(tmp_path.iterdir()) == []
@@ -66,10 +66,10 @@ def test_the_other_ranks_write_nothing(tmp_path: Path, recipe_file: Path, capsys
 
 
 def test_run_json_replays_the_recipe_and_says_what_ran(tmp_path: Path, recipe_file: Path) -> None:
-    recipe = recipe_files.load(str(recipe_file))[0]
+    recipe = recipes.load(str(recipe_file))[0]
     RunLog(tmp_path, main=True).open(recipe, {"train_batch_size": 16}, 2)
     content = json.loads((tmp_path / "run.json").read_text())
-    assert recipe_files.load(str(tmp_path / "run.json"))[0] == recipe
+    assert recipes.load(str(tmp_path / "run.json"))[0] == recipe
     assert content["ds_config"] == {"train_batch_size": 16}
     assert content["ranks"] == 2
     assert content["versions"]["torch"]
@@ -80,7 +80,7 @@ def test_run_json_replays_the_recipe_and_says_what_ran(tmp_path: Path, recipe_fi
 def test_run_json_keeps_every_start_and_the_newest_job_first_of_all(
     tmp_path: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_files.load(str(recipe_file))[0]
+    recipe = recipes.load(str(recipe_file))[0]
     monkeypatch.setenv("MEGAKD_LOG", "/logs/4711.log")
     for restart, ranks in (("0", 2), ("1", 4)):
         for name, value in {"JOB_ID": "4711", "JOB_NODELIST": "gpu[1-2]", "RESTART_COUNT": restart}.items():
@@ -92,12 +92,12 @@ def test_run_json_keeps_every_start_and_the_newest_job_first_of_all(
     starts = [{key: value for key, value in job.items() if key != "started"} for job in content["jobs"]]
     assert starts == [{**shared, "restarts": 0, "ranks": 2}, {**shared, "restarts": 1, "ranks": 4}]
     assert content["jobs"][-1]["started"] == content["started"]
-    assert recipe_files.load(str(tmp_path / "run.json"))[0] == recipe
+    assert recipes.load(str(tmp_path / "run.json"))[0] == recipe
 
 
 def test_the_run_json_of_an_earlier_version_is_gone_on_with(tmp_path: Path, recipe_file: Path) -> None:
     _run_json(tmp_path, recipe_file)
-    RunLog(tmp_path, main=True).open(recipe_files.load(str(recipe_file))[0], {}, 1)
+    RunLog(tmp_path, main=True).open(recipes.load(str(recipe_file))[0], {}, 1)
     assert len(json.loads((tmp_path / "run.json").read_text())["jobs"]) == 1
 
 
@@ -117,12 +117,12 @@ def test_a_folder_of_another_recipe_is_refused_with_the_keys_that_differ(tmp_pat
     _run_json(tmp_path, recipe_file, "optim.lr=0.5", "seed=3")
     (tmp_path / trained).mkdir(parents=True)
     with pytest.raises(ValueError, match="belongs to a run of another recipe") as caught:
-        runlog.check_resume(tmp_path, "auto", recipe_files.load(str(recipe_file))[0])
+        run_folder.check_resume(tmp_path, "auto", recipes.load(str(recipe_file))[0])
     message = str(caught.value)
     assert f"--out {tmp_path}" in message
     assert "optim.lr: 0.5 -> 0.001" in message
     assert "seed: 3 -> 0" in message
-    runlog.check_resume(tmp_path, "none", recipe_files.load(str(recipe_file))[0])
+    run_folder.check_resume(tmp_path, "none", recipes.load(str(recipe_file))[0])
 
 
 def test_a_recipe_may_be_corrected_while_nothing_is_trained(tmp_path: Path, recipe_file: Path) -> None:
@@ -131,17 +131,17 @@ def test_a_recipe_may_be_corrected_while_nothing_is_trained(tmp_path: Path, reci
     _metrics(tmp_path, '{"step": 1, "loss": 0.1}\n')
     (tmp_path / "lock").touch()
     (tmp_path / "checkpoints" / ".partial_step_00000002").mkdir(parents=True)
-    runlog.check_resume(tmp_path, "auto", recipe_files.load(str(recipe_file))[0])
+    run_folder.check_resume(tmp_path, "auto", recipes.load(str(recipe_file))[0])
 
 
 def test_a_folder_of_the_same_recipe_watched_otherwise_is_taken(tmp_path: Path, recipe_file: Path) -> None:
     _run_json(tmp_path, recipe_file, "checkpoint.every=77", "log.every=3")
-    runlog.check_resume(tmp_path, "auto", recipe_files.load(str(recipe_file))[0])
+    run_folder.check_resume(tmp_path, "auto", recipes.load(str(recipe_file))[0])
 
 
 def test_a_resume_path_that_is_not_there_is_refused(tmp_path: Path, recipe_file: Path) -> None:
     with pytest.raises(ValueError, match=r"--resume nowhere: give auto, none, or the folder"):
-        runlog.check_resume(tmp_path, "nowhere", recipe_files.load(str(recipe_file))[0])
+        run_folder.check_resume(tmp_path, "nowhere", recipes.load(str(recipe_file))[0])
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"recipe": {"name": "x"}}'])
@@ -149,32 +149,32 @@ def test_a_run_json_that_cannot_be_read_is_named(tmp_path: Path, recipe_file: Pa
     """Left by a full disk or another version of megakd."""
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ValueError, match=r"run\.json"):
-        runlog.check_resume(tmp_path, "auto", recipe_files.load(str(recipe_file))[0])
+        run_folder.check_resume(tmp_path, "auto", recipes.load(str(recipe_file))[0])
 
 
 def test_what_is_set_aside_is_kept_in_numbered_folders(tmp_path: Path) -> None:
     for round_ in ("first", "second"):
         (tmp_path / "a.txt").write_text(round_)
-        assert runlog.set_aside(tmp_path, [tmp_path / "a.txt"]) is not None
+        assert run_folder.set_aside(tmp_path, [tmp_path / "a.txt"]) is not None
     assert (tmp_path / "previous" / "1" / "a.txt").read_text() == "first"
     assert (tmp_path / "previous" / "2" / "a.txt").read_text() == "second"
-    assert runlog.set_aside(tmp_path, []) is None
+    assert run_folder.set_aside(tmp_path, []) is None
 
 
 def test_the_next_number_is_free_also_where_one_was_deleted(tmp_path: Path) -> None:
     (tmp_path / "previous" / "7").mkdir(parents=True)
     (tmp_path / "a.txt").write_text("x")
-    assert runlog.set_aside(tmp_path, [tmp_path / "a.txt"]) == tmp_path / "previous" / "8"
+    assert run_folder.set_aside(tmp_path, [tmp_path / "a.txt"]) == tmp_path / "previous" / "8"
 
 
 def test_run_json_is_set_aside_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill in between leaves what tells the rest from another recipe's."""
     moved: list[str] = []
     monkeypatch.setattr(Path, "rename", lambda self, target: moved.append(self.name))
-    runlog.set_aside(tmp_path, [tmp_path / name for name in ("run.json", "model", "checkpoints", "zzz")])
+    run_folder.set_aside(tmp_path, [tmp_path / name for name in ("run.json", "model", "checkpoints", "zzz")])
     assert moved == ["checkpoints", "model", "zzz", "run.json"]
 
 
 def test_a_machine_without_git_has_no_commit_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert runlog.commit() is None
+    assert run_folder.commit() is None

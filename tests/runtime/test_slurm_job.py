@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from megakd.runtime import slurm_job
+from megakd.runtime import environment
 
 ARRAY = {"SLURM_JOB_ID": "4714", "SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "3"}
 
 
 @pytest.mark.parametrize(("environ", "name"), [({}, None), ({"SLURM_JOB_ID": "4711"}, "4711"), (ARRAY, "4711_3")])
 def test_a_job_is_called_as_squeue_calls_it(environ: dict[str, str], name: str | None) -> None:
-    assert slurm_job.job_id(environ) == name
+    assert environment.job_id(environ) == name
 
 
 def test_the_scripts_say_where_the_log_is_and_scontrol_is_not_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.chdir(tmp_path)
-    assert slurm_job.log_path({"MEGAKD_LOG": "logs/a.log", "SLURM_JOB_ID": "4711"}) == str(tmp_path / "logs" / "a.log")
+    assert environment.log_path({"MEGAKD_LOG": "logs/a.log", "SLURM_JOB_ID": "4711"}) == str(tmp_path / "logs" / "a.log")
 
 
 def test_without_them_scontrol_is_asked_for_a_path_that_may_hold_spaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -31,20 +31,20 @@ def test_without_them_scontrol_is_asked_for_a_path_that_may_hold_spaces(monkeypa
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert slurm_job.log_path({"SLURM_JOB_ID": "4711"}) == "/my logs/out=1.log"
-    assert slurm_job.log_path({"SLURM_JOB_ID": "1"}) is None, "a job that scontrol does not know"
+    assert environment.log_path({"SLURM_JOB_ID": "4711"}) == "/my logs/out=1.log"
+    assert environment.log_path({"SLURM_JOB_ID": "1"}) is None, "a job that scontrol does not know"
 
 
 def test_a_log_nobody_knows_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert slurm_job.log_path({}) is None
-    assert slurm_job.log_path({"SLURM_JOB_ID": "4711"}) is None
+    assert environment.log_path({}) is None
+    assert environment.log_path({"SLURM_JOB_ID": "4711"}) is None
 
 
 def test_outside_slurm_a_start_is_described_by_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_STEP_NODELIST", "SLURM_RESTART_COUNT", "MEGAKD_LOG"):
         monkeypatch.delenv(name, raising=False)
-    assert slurm_job.describe(2, "now") == {
+    assert environment.describe(2, "now") == {
         "slurm_job_id": None,
         "restarts": 0,
         "nodes": socket.gethostname(),

@@ -18,8 +18,8 @@ from tiny_runs import KD, REPOSITORY, environment, rows, settings, start_ranks
 
 from megakd.recipe import Watchdog as Settings
 from megakd.runtime import watchdog
+from megakd.runtime.exits import EXIT_HUNG
 from megakd.runtime.launch import World
-from megakd.runtime.signals import EXIT_HUNG
 from megakd.runtime.watchdog import Watchdog
 
 pytestmark = pytest.mark.timeout(180)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import REPOSITORY, settings, train
 
-SCRIPTS = [*sorted((REPOSITORY / "slurm").glob("*.sh")), REPOSITORY / "megakd" / "runtime" / "requeue.sh"]
+SCRIPTS = [*sorted((REPOSITORY / "slurm").glob("*.sh")), REPOSITORY / "megakd" / "jobs" / "requeue.sh"]
 JOBS = [path for path in SCRIPTS if "#SBATCH" in path.read_text()]
 
 
@@ -51,9 +51,10 @@ def test_the_recipe_and_the_json_that_a_script_names_pass_the_dry_run(
 
 @pytest.mark.parametrize("name", ["distill_vitbigG", pytest.param("distill_eva02E", marks=pytest.mark.slow)])
 def test_a_job_fits_the_gpus_that_its_header_names_and_takes_what_it_says(name: str) -> None:
-    from megakd import planner, recipe_files
+    from megakd.planning import plan as planner
+    from megakd.recipe import load as recipes
 
-    recipe, origin = recipe_files.load(name)
+    recipe, origin = recipes.load(name)
     made = planner.plan(recipe, origin, str(REPOSITORY / "ds_configs" / "zero1_bf16.json"), planner.Cluster(32, 80, 8, "h100"))
     said = re.search(r"Memory: ([\d.]+) GB of 80", (REPOSITORY / "slurm" / f"{name}.sh").read_text())
     assert said is not None

@@ -13,8 +13,8 @@ from cluster_jobs import job, sbatch, wait
 from script_runs import SMALL, STEPS, Script, connections, lost, ranks_of, scontrol, send
 from tiny_runs import TINY_LLAMA, answering, curve, settings
 
+from megakd.runtime.exits import EXIT_HUNG
 from megakd.runtime.launch import port
-from megakd.runtime.signals import EXIT_HUNG
 
 pytestmark = [pytest.mark.usefixtures("no_jobs_left"), pytest.mark.timeout(600)]
 ONE = (*SMALL, "--nodes=1")

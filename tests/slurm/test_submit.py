@@ -15,7 +15,9 @@ from script_runs import submit_higher
 from submitit.core.utils import FailedJobError
 from tiny_runs import NODE_LISTS, curve, rows, settings
 
-from megakd import cli, cluster, job_list, submission
+from megakd import cli
+from megakd.jobs import slurm as cluster
+from megakd.jobs import status, submit
 from megakd.runtime import checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_jobs_left")
@@ -112,14 +114,14 @@ def test_a_crash_reaches_the_submitter_as_that_error_with_the_logs_path(
     slurm: Cluster, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    wanted = submission.Resources(nodes=2, gpus_per_node=1, tasks_per_node=1, time="15", signal_delay=60)
-    top, runs = submission.requests(
+    wanted = submit.Resources(nodes=2, gpus_per_node=1, tasks_per_node=1, time="15", signal_delay=60)
+    top, runs = submit.requests(
         str(recipe_file), ["optim.lr=1e38", "optim.warmup=0", "optim.clip=0.0", "optim.steps=50"], None, run, "auto", []
     )
-    submission.check(runs, wanted, "slurm", top)
-    jobs = submission.submit(top, runs, wanted, "slurm")
+    submit.check(runs, wanted, "slurm", top)
+    jobs = submit.submit(top, runs, wanted, "slurm")
     capsys.readouterr()
-    assert submission.wait(jobs, "slurm") == 86
+    assert submit.wait(jobs, "slurm") == 86
     said = capsys.readouterr().err
     log = submitted(run)["log"]
     assert "Lower optim.lr" in said
@@ -133,15 +135,15 @@ def test_a_crash_reaches_the_submitter_as_that_error_with_the_logs_path(
 def test_a_cancelled_run_is_not_requeued_and_ends_the_waiting(
     slurm: Cluster, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(submission, "ASK", 1.0)
-    monkeypatch.setattr(submission, "LATE", 1.0)
-    wanted = submission.Resources(nodes=2, gpus_per_node=0, tasks_per_node=1, time="15", signal_delay=60)
-    top, runs = submission.requests(str(recipe_file), ["optim.steps=100000"], None, tmp_path / "run", "auto", [])
-    jobs = submission.submit(top, runs, wanted, "slurm")
+    monkeypatch.setattr(submit, "ASK", 1.0)
+    monkeypatch.setattr(submit, "LATE", 1.0)
+    wanted = submit.Resources(nodes=2, gpus_per_node=0, tasks_per_node=1, time="15", signal_delay=60)
+    top, runs = submit.requests(str(recipe_file), ["optim.steps=100000"], None, tmp_path / "run", "auto", [])
+    jobs = submit.submit(top, runs, wanted, "slurm")
     until(lambda: len(rows(tmp_path / "run")) >= 3, 120)
     assert "RUNNING" in shown(tmp_path, capsys)[0]
     subprocess.run(["scancel", jobs[0].job_id], check=True)
-    assert submission.wait(jobs, "slurm") == 1
+    assert submit.wait(jobs, "slurm") == 1
     assert "ended as CANCELLED without a result" in capsys.readouterr().err
     assert job(jobs[0].job_id)["Restarts"] == "0"
     assert checkpoint.available(tmp_path / "run")
@@ -220,4 +222,4 @@ def test_an_array_is_one_job_with_a_run_folder_for_each_combination(
     assert [line.split()[0] for line in listed] == sorted(map(str, runs))
     subprocess.run(["scancel", main], check=True)
     until(lambda: all(state.ended for state in cluster.states(ids).values()), 30)
-    assert {found.job for found in job_list.find(tmp_path)} == set(ids)
+    assert {found.job for found in status.find(tmp_path)} == set(ids)

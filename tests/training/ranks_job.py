@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
-from megakd import job, preparation, recipe_files
+from megakd.recipe import load as recipes
 from megakd.runtime import launch
 from megakd.runtime.checkpoint import Progress
+from megakd.runtime.exits import StopRequest
 from megakd.runtime.launch import World
-from megakd.runtime.signals import StopRequest
-from megakd.start import parser
+from megakd.training import prepare
+from megakd.training import run as training_run
+from megakd.training.command import parser
 
 
-class Poisoned(job.Run):
+class Poisoned(training_run.Run):
     """A run whose rank 1 loses its mind after saving at `step`."""
 
     step = 0
@@ -36,9 +38,9 @@ class Poisoned(job.Run):
 def _run(arguments: list[str], poison: int | None, world: World, stop: StopRequest) -> dict[str, Any]:
     flags = parser().parse_args(arguments)
     try:
-        recipe, name = recipe_files.load(flags.recipe, flags.overrides)
-        plan = preparation.prepare(preparation.Request(recipe, name, flags.ds_config, flags.out, flags.resume), world)
-        run = Poisoned(plan, world, stop) if poison else job.Run(plan, world, stop)
+        recipe, name = recipes.load(flags.recipe, flags.overrides)
+        plan = prepare.prepare(prepare.Request(recipe, name, flags.ds_config, flags.out, flags.resume), world)
+        run = Poisoned(plan, world, stop) if poison else training_run.Run(plan, world, stop)
         run.step = poison or 0
         return {"code": run.execute()}
     except (ValueError, ArithmeticError) as error:

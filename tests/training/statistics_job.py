@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from megakd.runtime import launch
-from megakd.runtime.signals import StopRequest
+from megakd.runtime.exits import StopRequest
 
 
 def main() -> None:

@@ -14,12 +14,13 @@ from tiny_decoders import evaluated_and_asked_again
 from tiny_runs import KD, TINY_LLAMA, answering, curve, ds_config, events, losses, question_source, rows, train, zero
 from typer.testing import CliRunner
 
-from megakd import preparation, recipe_files
 from megakd.cli import app
+from megakd.recipe import load as recipes
 from megakd.runtime import checkpoint
 from megakd.runtime import ds_config as ds_config_module
+from megakd.runtime.exits import EXIT_USER_ERROR
 from megakd.runtime.launch import World
-from megakd.runtime.signals import EXIT_USER_ERROR
+from megakd.training import prepare
 
 WITHOUT_OBJECTIVES = ("objectives.contrastive=0.0",)
 STEPS = ("optim.steps=4", "optim.warmup=0", "checkpoint.every=1", "checkpoint.keep=9", "optim.clip=0.0")
@@ -194,7 +195,7 @@ class TestAlongside:
 def test_a_decoder_goes_on_from_an_aligned_projector(recipe_file: Path, asking: tuple[str, ...], world: Path, tmp_path: Path) -> None:
     """Alignment first, by a recipe that the second one names and that is run where its bundle is not there yet."""
     aligned = (*WITHOUT_OBJECTIVES, *asking, *STEPS, "decoder.adapt=none")
-    loaded, _ = recipe_files.load(
+    loaded, _ = recipes.load(
         str(recipe_file),
         [item for item in aligned if not item.startswith("answers.train")]
         + [f"answers.train.captions={{ format = 'captions', images = '{world}/train/*.tar' }}"],
@@ -300,10 +301,10 @@ def test_conversations_longer_than_the_language_models_positions_are_refused(
 def test_questions_that_do_not_divide_by_the_ranks_are_refused_before_the_run(
     recipe_file: Path, asking: tuple[str, ...], tmp_path: Path
 ) -> None:
-    settings, _ = recipe_files.load(str(recipe_file), [*asking, "answers.batch=9"])
+    settings, _ = recipes.load(str(recipe_file), [*asking, "answers.batch=9"])
     config = ds_config_module.resolve({}, settings, 2, config_name="", recipe_name="")
     with pytest.raises(ValueError, match=r"answers\.batch = 9 does not divide by 2 ranks"):
-        preparation._check_answers(settings, config, World(0, 2, torch.device("cpu")))
+        prepare._check_answers(settings, config, World(0, 2, torch.device("cpu")))
 
 
 def test_fewer_questions_than_places_for_them_are_refused(recipe_file: Path, asking: tuple[str, ...], tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from tiny_runs import TINY_LLAMA, answering, question_source, rows, train
 
-from megakd import foreseen, preparation, recipe_files
-from megakd.assembly import build_learners
+from megakd.recipe import chain
+from megakd.recipe import load as recipes
+from megakd.runtime.exits import EXIT_USER_ERROR
 from megakd.runtime.launch import World
-from megakd.runtime.signals import EXIT_USER_ERROR
+from megakd.training import prepare
+from megakd.training.build import build_learners
 
 WITHOUT_OBJECTIVES = ("objectives.contrastive=0.0",)
 # The tiny student has 4 x 4 patches and one block.
@@ -135,8 +137,8 @@ def test_a_dry_run_says_what_the_decoder_will_be(to_come: tuple[Path, Path]) -> 
 
 
 def test_what_is_foreseen_is_what_is_built(recipe_file: Path, asking: tuple[str, ...], tmp_path: Path) -> None:
-    recipe, origin = recipe_files.load(str(recipe_file), asking)
-    plan = preparation.prepare(preparation.Request(recipe, origin, None, tmp_path / "run"), World(0, 1, torch.device("cpu")))
+    recipe, origin = recipes.load(str(recipe_file), asking)
+    plan = prepare.prepare(prepare.Request(recipe, origin, None, tmp_path / "run"), World(0, 1, torch.device("cpu")))
     assert plan.asking is not None
     shapes = {name: value.shape for name, value in plan.asking.outline.named_parameters() if value.requires_grad}
     module = build_learners(plan, {}, torch.device("cpu")).module
@@ -149,7 +151,7 @@ def test_a_corrected_recipe_starts_in_the_same_folder(recipe_file: Path, asking:
     """The first one ends after run.json is written, without a checkpoint."""
     run = tmp_path / "run"
     run.mkdir()
-    broken, _ = recipe_files.load(str(recipe_file), (*asking, "decoder.image_tokens=25"))
+    broken, _ = recipes.load(str(recipe_file), (*asking, "decoder.image_tokens=25"))
     (run / "run.json").write_text(json.dumps({"recipe": broken.model_dump(mode="json")}))
     finished = train(recipe_file, "--out", run, sets=(*asking, "optim.steps=2", "optim.warmup=0"))
     assert finished.code == 0, finished.err
@@ -161,10 +163,10 @@ def test_a_corrected_recipe_starts_in_the_same_folder(recipe_file: Path, asking:
 
 def test_a_recipe_that_cannot_train_what_it_is_named_for_is_refused(to_come: tuple[Path, Path], recipe_file: Path) -> None:
     recipe, folder = to_come
-    settings, _ = recipe_files.load(str(recipe), [f"student.recipe={folder}/reads.toml", f"decoder.recipe={recipe_file}"])
+    settings, _ = recipes.load(str(recipe), [f"student.recipe={folder}/reads.toml", f"decoder.recipe={recipe_file}"])
     assert settings.student is not None
     assert settings.decoder is not None
     with pytest.raises(ValueError, match=r"student\.recipe = .*: has no \[student\]"):
-        foreseen.model(settings.student, "student")
+        chain.model(settings.student, "student")
     with pytest.raises(ValueError, match=r"decoder\.recipe = .*: has no \[decoder\]"):
-        foreseen.decoder(settings.decoder)
+        chain.decoder(settings.decoder)

@@ -15,7 +15,7 @@ import torch
 from tiny_runs import TINY_LLAMA, answering, ds_config, rows, train
 
 from megakd.runtime import checkpoint
-from megakd.runtime.signals import EXIT_USER_ERROR
+from megakd.runtime.exits import EXIT_USER_ERROR
 
 
 def _refused(recipe: Path | str | None, *arguments: str | Path, sets: tuple[str, ...] = (), out: Path) -> str:

@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 from tiny_runs import REPOSITORY, ds_config, rows, settings, train
 
-from megakd import recipe_files, start
-from megakd.runtime.signals import EXIT_SAVED, EXIT_USER_ERROR
+from megakd.recipe import load as recipes
+from megakd.runtime.exits import EXIT_SAVED, EXIT_USER_ERROR
+from megakd.training import command
 
 
 def test_the_flags_are_these_and_no_more() -> None:
-    flags = {option for action in start.parser()._actions for option in action.option_strings}
+    flags = {option for action in command.parser()._actions for option in action.option_strings}
     assert flags == {"--recipe", "--ds_config", "--out", "--resume", "--set", "--dry_run", "--local_rank", "-h", "--help"}
 
 
 def test_the_documented_exit_codes_stay() -> None:
-    assert (EXIT_USER_ERROR, EXIT_SAVED, start.EXIT_NOT_FINITE) == (2, 85, 86)
+    assert (EXIT_USER_ERROR, EXIT_SAVED, command.EXIT_NOT_FINITE) == (2, 85, 86)
 
 
 def test_a_bare_command_runs_the_smoke_recipe_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +37,7 @@ def test_a_run_leaves_what_the_readme_says(recipe_file: Path, tmp_path: Path) ->
     assert finished.code == 0, finished.err
     found = {entry.name for entry in (tmp_path / "run").iterdir()}
     assert found == {"run.json", "metrics.jsonl", "checkpoints", "model", "lock"}
-    assert recipe_files.load(str(tmp_path / "run" / "run.json"))[0].optim.steps == 3
+    assert recipes.load(str(tmp_path / "run" / "run.json"))[0].optim.steps == 3
 
 
 HOLDER = """
@@ -52,7 +53,7 @@ with FolderLock(Path(sys.argv[1]), doing="is at work", remedy="wait"):
 def test_a_second_job_on_a_run_folder_is_refused_and_a_dead_one_holds_nothing(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megakd.job.PATIENCE", 0.0)
+    monkeypatch.setattr("megakd.training.run.PATIENCE", 0.0)
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -138,7 +139,7 @@ def test_a_monitor_of_the_json_gets_the_losses(recipe_file: Path, tmp_path: Path
 
 
 def test_settings_reach_the_run_and_its_json(recipe_file: Path, tmp_path: Path) -> None:
-    assert start.parser().parse_args(settings("a=1", "b=2")).overrides == ["a=1", "b=2"]
+    assert command.parser().parse_args(settings("a=1", "b=2")).overrides == ["a=1", "b=2"]
     path = ds_config(tmp_path / "clip.json", gradient_clipping="auto")
     assert train(recipe_file, "--out", tmp_path / "run", "--ds_config", path, sets=("optim.clip=0.25", "optim.steps=3")).code == 0
     content = json.loads((tmp_path / "run" / "run.json").read_text())

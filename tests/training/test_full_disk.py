@@ -19,7 +19,7 @@ import pytest
 from tiny_runs import REPOSITORY, curve, environment, finish, rows, settings, start_ranks, train
 
 from megakd.runtime import checkpoint
-from megakd.runtime.signals import EXIT_USER_ERROR
+from megakd.runtime.exits import EXIT_USER_ERROR
 
 STEPS, EVERY = 60, 10
 pytestmark = pytest.mark.timeout(300)

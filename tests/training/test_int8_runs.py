@@ -8,12 +8,13 @@ import pytest
 import torch
 from tiny_runs import KD, TEACHER, curve, rows, train
 
-from megakd import export, recipe_files
 from megakd.benchmarks import outliers
-from megakd.embedding import Job, Request
-from megakd.models import towers
+from megakd.export import clip_folder
+from megakd.models import clip
 from megakd.recipe import Teacher
+from megakd.recipe import load as recipes
 from megakd.runtime.launch import World
+from megakd.teachers.embed import Job, Request
 
 ALONE = World(0, 1, torch.device("cpu"))
 ARCHITECTURE = {
@@ -28,10 +29,10 @@ STEPS = "optim.steps=3"
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A teacher's folder. Its images of the shapes world differ enough for an agreement to mean something."""
     torch.manual_seed(0)
-    built = towers.build(towers.describe(Teacher(architecture=ARCHITECTURE, pretrained="random"), "teacher"), torch.device("cpu"))
+    built = clip.build(clip.describe(Teacher(architecture=ARCHITECTURE, pretrained="random"), "teacher"), torch.device("cpu"))
     assert outliers.add(built.clip, share=0.03) > 0
     folder = tmp_path_factory.mktemp("outliers") / "model"
-    export.write_model(folder, {f"clip.{name}": value for name, value in built.clip.state_dict().items()}, built)
+    clip_folder.write_model(folder, {f"clip.{name}": value for name, value in built.clip.state_dict().items()}, built)
     return f"local-dir:{folder}"
 
 
@@ -103,7 +104,7 @@ def test_a_limit_that_is_lowered_lets_it_run_and_0_compares_nothing(model: str, 
 def test_a_store_is_compared_too(model: str, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def job(*more: str) -> Job:
         sets = _sets(model, "teacher.mode=replicated_int8", *more)
-        return Job(Request(recipe_files.load(str(recipe_file), sets)[0], 1, tmp_path / "store"), ALONE)
+        return Job(Request(recipes.load(str(recipe_file), sets)[0], 1, tmp_path / "store"), ALONE)
 
     with pytest.raises(ValueError, match="in 8 bit it loses too much"):
         job().embed()
@@ -126,4 +127,4 @@ def test_a_store_is_compared_too(model: str, recipe_file: Path, tmp_path: Path, 
 )
 def test_settings_that_would_do_nothing_are_refused_with_the_remedy(recipe_file: Path, sets: tuple[str, ...], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        recipe_files.load(str(recipe_file), (*KD, *sets))
+        recipes.load(str(recipe_file), (*KD, *sets))

@@ -14,7 +14,7 @@ import pytest
 from tiny_runs import REPOSITORY, Finished, curve, environment, finish, launch, rank_process, rows, settings, wait_for
 
 from megakd.runtime import checkpoint
-from megakd.runtime.signals import EXIT_SAVED
+from megakd.runtime.exits import EXIT_SAVED
 
 STEPS = 40
 SETTINGS = (

@@ -13,7 +13,7 @@ from tiny_runs import KD, environment, train
 # Each line is what a library would say, from where it says it.
 SAID = """
 import logging, warnings
-from megakd.start import quiet_libraries
+from megakd.training.command import quiet_libraries
 quiet_libraries()
 def said_by(module, text, category=UserWarning):
     names = {"__name__": module, "text": text, "category": category}
@@ -36,7 +36,7 @@ def test_correctness_warnings_of_libraries_are_heard_and_their_deprecations_are_
 
 WORKERS = """
 import sys, warnings
-from megakd.data.workers import WorkerStream
+from megakd.data.stream import WorkerStream
 class Odd:
     def __getitems__(self, numbers):
         for number in numbers:
@@ -71,9 +71,9 @@ def test_evaluate_does_not_speak_of_random_weights(finished: Path) -> None:
 
 
 def test_open_clips_other_words_are_heard_while_a_model_is_built(caplog: pytest.LogCaptureFixture) -> None:
-    from megakd.models import towers
+    from megakd.models import clip
 
-    with towers._expected_without_weights(), caplog.at_level(logging.WARNING):
+    with clip._expected_without_weights(), caplog.at_level(logging.WARNING):
         logging.warning("No pretrained weights loaded for model 'x'. Model initialized randomly.")
         logging.warning("Multiple checkpoints found in /x: ['a', 'b']. Using 'a'.")
     assert [record.message[:20] for record in caplog.records] == ["Multiple checkpoints"]

@@ -16,9 +16,9 @@ import pytest
 from narrow_teachers import KINDS as ARCHITECTURES
 from tiny_runs import ds_config, rows, train, zero
 
-from megakd import embedding
 from megakd.runtime import precision
-from megakd.runtime.runlog import RUN
+from megakd.runtime.run_folder import RUN
+from megakd.teachers import embed
 
 # Native ViT, ResNet, timm ViT, EVA, SigLIP, ConvNeXt, CoCa.
 KINDS = ("ViT-bigG", "ResNet", "timm ViT", "EVA02-E", "SigLIP", "ConvNeXt", "CoCa")
@@ -71,7 +71,7 @@ class Rehearsal:
         out = self.folder / f"store {kind}"
         if not out.exists():
             sets = [*self.teacher(kind), "evaluation.batch=50"]
-            embedding.run(str(self.recipe), 1, out, check=False, config=None, overrides=sets, dtype="bf16")
+            embed.run(str(self.recipe), 1, out, check=False, config=None, overrides=sets, dtype="bf16")
         return out
 
 

@@ -13,11 +13,13 @@ from tiny_decoders import make_decoder
 from tiny_runs import KD, TEACHER, answering, ds_config, events, finish, launch, rows, settings, train, zero
 from typer.testing import CliRunner
 
-from megakd import embedding, recipe_files, scoring
 from megakd.cli import app
-from megakd.data.store import StoreError
+from megakd.data.store.reader import StoreError
+from megakd.evaluation import run as evaluation_run
+from megakd.recipe import load as recipes
 from megakd.runtime import precision
 from megakd.runtime.launch import start, stop
+from megakd.teachers import embed
 
 STEPS = ("optim.steps=2", "optim.warmup=0", "optim.batch=8")
 RESNET = "student.architecture.vision_cfg={ image_size = 64, layers = [1, 1, 1, 1], width = 8, head_width = 16 }"
@@ -62,7 +64,7 @@ def test_a_decoder_learns_beside_the_objectives_is_judged_and_answers(
         (tmp_path / "image").write_bytes(io.BytesIO(image.read()).getvalue())
     answered = CliRunner().invoke(app, ["answer", str(tmp_path / "run" / "bundle"), str(tmp_path / "image"), "how many are there?"])
     assert answered.exit_code == 0, answered.output
-    scoring.evaluate_run(tmp_path / "run", None, [])
+    evaluation_run.evaluate_run(tmp_path / "run", None, [])
     again = json.loads((tmp_path / "run" / "evaluation.json").read_text(encoding="utf-8"))
     # the optimizer's float32 weights are judged, in float32, in the run and after it
     assert again["retrieval"] == judged["content"]["retrieval"]
@@ -72,15 +74,15 @@ def test_a_decoder_learns_beside_the_objectives_is_judged_and_answers(
 def test_a_store_in_bf16_is_checked_and_is_no_store_for_float32(
     mode: str, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, _ = recipe_files.load(str(recipe_file), [*TEACHER, "objectives.similarity=1.0", f"teacher.mode={mode}", "evaluation.batch=50"])
+    recipe, _ = recipes.load(str(recipe_file), [*TEACHER, "objectives.similarity=1.0", f"teacher.mode={mode}", "evaluation.batch=50"])
     world = start()
     try:
-        job = embedding.Job(embedding.Request(recipe, 2, tmp_path / "store", None), world)
+        job = embed.Job(embed.Request(recipe, 2, tmp_path / "store", None), world)
         assert job.embed().made["precision"] == "bf16"
         assert job.check(64).worst_cosine > 0.999
         monkeypatch.setenv(precision.VARIABLE, "fp32")
         with pytest.raises(StoreError, match="precision"):
-            embedding.Job(embedding.Request(recipe, 2, tmp_path / "store", None), world).embed()
+            embed.Job(embed.Request(recipe, 2, tmp_path / "store", None), world).embed()
     finally:
         stop()
 

@@ -18,8 +18,8 @@ from tiny_runs import LAUNCHER_VARIABLES, curve, ds_config, rows, settings, trai
 from megakd.data.shards import ShardSet
 from megakd.recipe import Data
 from megakd.runtime import checkpoint, files
-from megakd.runtime.signals import EXIT_NOT_FINITE, EXIT_SAVED, EXIT_USER_ERROR
-from megakd.start import run_command
+from megakd.runtime.exits import EXIT_NOT_FINITE, EXIT_SAVED, EXIT_USER_ERROR
+from megakd.training.command import run_command
 
 STEPS = 8
 SETTINGS = (f"optim.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=3")

@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import rows, train
 
 from megakd.recipe import Optim
-from megakd.trainer import learning_rate
+from megakd.training.trainer import learning_rate
 
 
 def test_warmup_rises_in_equal_steps_to_lr() -> None:

@@ -1,0 +1,1 @@
+"""What the benchmarks share: children, their logs, material, the environment of open_clip, the comparison of two sides."""

@@ -1,0 +1,199 @@
+"""The evaluation loader: every sample of a set exactly once, split over the ranks, as the tower sees it at test time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megakd.data.bad_samples import BadCounter, BadSample
+from megakd.data.pairs import caption, located
+from megakd.data.samples import Slot
+from megakd.data.shards import Sample, ShardSet
+from megakd.data.stream import WorkerStream, reported
+from megakd.data.transforms import TowerView, evaluation_pixels, rgb_image
+
+Field = Literal["pixels", "tokens", "captions", "json", "cls", "content"]
+_SLOT_OF: dict[Field, Slot] = {
+    "pixels": "image",
+    "tokens": "caption",
+    "captions": "caption",
+    "json": "json",
+    "cls": "cls",
+    "content": "image",
+}
+_CLASS = re.compile(r"\d{1,9}")
+
+
+class Unreadable(NamedTuple):
+    """A sample that cannot be used, and what could be read of it all the same, so that it is counted as wrong where it belongs."""
+
+    sample: int
+    content: tuple[int, int] | None = None
+    caption: str | None = None
+    json: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """Samples `index`, (B,) int64, of the set, with the fields that were asked for; the others are None.
+
+    pixels (B, 3, H, W) uint8, content (B, 2) int64: equal for equal images, tokens (B, L) int64, captions: B raw texts, json: B
+    objects, cls (B,) int64.
+    bad: samples skipped, which are in no row; a batch of nothing but bad samples comes with B = 0. unreadable: each of them.
+    """
+
+    index: torch.Tensor
+    pixels: torch.Tensor | None
+    tokens: torch.Tensor | None
+    captions: list[str] | None
+    json: list[dict[str, Any]] | None
+    cls: torch.Tensor | None
+    bad: BadCounter
+    content: torch.Tensor | None = None
+    unreadable: tuple[Unreadable, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def pin_memory(self) -> EvaluationBatch:
+        pixels, tokens, cls = (None if tensor is None else tensor.pin_memory() for tensor in (self.pixels, self.tokens, self.cls))
+        return replace(self, index=self.index.pin_memory(), pixels=pixels, tokens=tokens, cls=cls)
+
+
+def evaluation_batches(
+    shards: ShardSet,
+    view: TowerView,
+    *,
+    rank: int,
+    world: int,
+    batch: int,
+    fields: tuple[Field, ...],
+    workers: int,
+    pin_memory: bool,
+) -> Iterator[EvaluationBatch]:
+    """This rank's samples, in order: contiguous parts, so that the concatenation over ranks is the set in order.
+
+    Ranks may yield different numbers of batches: gather results at the end, not after each batch.
+    Raises ValueError for an unknown field and for a sample without the `json` or `cls` that was asked for: the set is then of
+    another kind. Samples with a bad image or caption, as far as `fields` need them, are left out of the rows, counted and logged.
+    """
+    unknown = [name for name in fields if name not in _SLOT_OF]
+    if unknown or not fields:
+        raise ValueError(f"fields = {fields!r}: choose among {', '.join(_SLOT_OF)}")
+    first, end = (len(shards) * part // world for part in (rank, rank + 1))
+    ranges = [range(start, min(start + batch, end)) for start in range(first, end, batch)]
+    return reported(WorkerStream(_EvaluationSet(shards, view, fields), ranges, min(workers, len(ranges)), pin_memory))
+
+
+@dataclass
+class _EvaluationSet:
+    shards: ShardSet
+    view: TowerView
+    fields: tuple[Field, ...]
+
+    def __getitems__(self, indices: range) -> EvaluationBatch:
+        needs = tuple(dict.fromkeys(_SLOT_OF[name] for name in self.fields))
+        rows: list[tuple[int, dict[Slot, Any]]] = []
+        bad, unreadable = BadCounter(seen=len(indices)), []
+        for index, sample in zip(indices, self.shards.read_each(list(indices), needs), strict=True):
+            try:
+                rows.append((index, self._parse(sample, needs)))
+            except BadSample as error:
+                bad.add(error.reason, str(error))
+                unreadable.append(Unreadable(index) if error.reason == "read_error" else self._rest(index, needs))
+        return self._batch(rows, bad, tuple(unreadable))
+
+    def _parse(self, sample: Sample | BadSample, needs: tuple[Slot, ...]) -> dict[Slot, Any]:
+        if isinstance(sample, BadSample):
+            raise sample
+        parsed: dict[Slot, Any] = {}
+        with located(sample.where):
+            if "image" in needs:
+                image = rgb_image(sample.members["image"], self.shards.data.max_pixels)
+                parsed["image"] = evaluation_pixels(image, self.view.preprocess), self._content(image)
+            if "caption" in needs:
+                parsed["caption"] = caption(sample.members["caption"])
+        if "json" in needs:
+            parsed["json"] = labelled(sample, "json")
+        if "cls" in needs:
+            parsed["cls"] = labelled(sample, "cls")
+        return parsed
+
+    def _content(self, image: Image.Image) -> tuple[int, int] | None:
+        """Of the pixels: two files of one picture may differ. Of what cannot be decoded nothing is known: error pages are all alike."""
+        if "content" not in self.fields:
+            return None
+        return _digest(f"{image.size}".encode() + image.tobytes())
+
+    def _rest(self, index: int, needs: tuple[Slot, ...]) -> Unreadable:
+        """What a sample that cannot be used has beside what is wrong with it."""
+        found = Unreadable(index)
+        for slot in needs:
+            with contextlib.suppress(BadSample, ValueError):
+                sample = self.shards.read(index, (slot,))
+                if slot == "json":
+                    found = found._replace(json=labelled(sample, slot))
+                elif slot == "caption":
+                    found = found._replace(caption=caption(sample.members[slot]))
+                elif slot == "image":
+                    found = found._replace(content=self._content(rgb_image(sample.members[slot], self.shards.data.max_pixels)))
+        return found
+
+    def _batch(self, rows: list[tuple[int, dict[Slot, Any]]], bad: BadCounter, unreadable: tuple[Unreadable, ...]) -> EvaluationBatch:
+        def column(slot: Slot, *names: Field) -> list[Any] | None:
+            return [parsed[slot] for _, parsed in rows] if set(names) & set(self.fields) else None
+
+        images, captions, objects = column("image", "pixels", "content"), column("caption", "captions", "tokens"), column("json", "json")
+        classes = column("cls", "cls")
+        pixels = tokens = content = None
+        if images is not None and "pixels" in self.fields:
+            shape = (0, 3, *self.view.train_pixels[:2])
+            pixels = torch.from_numpy(np.stack([seen for seen, _ in images]) if images else np.empty(shape, np.uint8))
+        if images is not None and "content" in self.fields:
+            content = torch.tensor([key for _, key in images], dtype=torch.long).reshape(-1, 2)
+        if captions is not None and "tokens" in self.fields:
+            tokens = self.view.tokenize(captions).long() if captions else torch.empty((0, 0), dtype=torch.long)
+        index = torch.tensor([index for index, _ in rows], dtype=torch.long)
+        labels = None if classes is None else torch.tensor(classes, dtype=torch.long)
+        texts = captions if "captions" in self.fields else None
+        return EvaluationBatch(index, pixels, tokens, texts, objects, labels, bad, content, unreadable)
+
+
+def _digest(data: bytes) -> tuple[int, int]:
+    """128 bits, as two numbers that a tensor of int64 holds."""
+    found = hashlib.blake2b(data, digest_size=16).digest()
+    return int.from_bytes(found[:8], "big", signed=True), int.from_bytes(found[8:], "big", signed=True)
+
+
+def labelled(sample: Sample, slot: Literal["json", "cls"]) -> Any:
+    """The object in a sample's .json, or the class number in its .cls. Raises ValueError, with its place, for anything else."""
+    if slot not in sample.members:
+        made = "the number of its class, from 0, as text" if slot == "cls" else 'an object such as {"negatives": {KIND: FALSE CAPTION}}'
+        raise ValueError(
+            f"{sample.where} has no .{slot} member, which this evaluation needs: is it a set of another kind? .{slot} holds {made}"
+        )
+    parse: Callable[[str], Any] = json.loads if slot == "json" else _class_number
+    try:
+        value = parse(sample.members[slot].decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{sample.where}: its .{slot} member cannot be read: {error or type(error).__name__}") from error
+    kind = dict if slot == "json" else int
+    if not isinstance(value, kind):
+        raise ValueError(f"{sample.where}: its .{slot} member holds a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def _class_number(text: str) -> int:
+    """webdataset's .cls: digits, and white space around them."""
+    if not (text.strip().isascii() and _CLASS.fullmatch(text.strip())):
+        raise ValueError(f"{text[:40]!r} is no class number; it is written in digits, from 0, a line of classnames.txt each")
+    return int(text)

@@ -1,0 +1,1 @@
+"""Teacher embeddings on disk: written once by `megakd embed`, read by runs."""

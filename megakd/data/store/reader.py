@@ -1,0 +1,303 @@
+"""Teacher embeddings on disk, computed once and read in every epoch: the format, and its reader.
+
+    STORE/
+        manifest.json               `key`: all that the embeddings depend on; `layout`; the parts with their checksums once all are there
+        parts/000000.safetensors    samples [0, N): image (N, V, D), text (N, D), known (N,) of uint8
+        lock                        held by the job that writes, see `store_writer`
+
+A part is one file, complete or absent: it is renamed into place, and its header names the store it belongs to. Reading maps the
+files into memory, so that the ranks and workers of a node share one page cache, and asks for rows alone.
+
+A value is checked where it is read: a part's header has the CRC-32 of each row, of the V images and then of the text with its byte of
+`known`. Parts of format 1 have none: they are compared with their SHA-256 when a process reads them first. A row that is not as it was
+written is not used; to the reader it is one that the store lacks, and it is counted.
+
+Legend: N samples of a part, V views, D embedding width, B rows asked for.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import struct
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megakd.data.store.manifest import MANIFEST, Layout, Manifest, StoreError, StoreType, differences, made_as_wanted, read_manifest
+
+__all__ = [
+    "MANIFEST",
+    "Layout",
+    "Manifest",
+    "StoreError",
+    "StoreType",
+    "differences",
+    "made_as_wanted",
+    "read_manifest",
+]  # who reads a store asks here
+
+PARTS = "parts"
+NOTE = "megakd"  # the one metadata entry of a part's header: the order of several is not the same in every process
+_NUMPY: dict[StoreType, type] = {"bf16": np.int16, "fp32": np.float32}  # numpy has no bf16: its bits travel as int16
+_HEADER: dict[StoreType, str] = {"bf16": "BF16", "fp32": "F32"}
+# As for the shards' indexes: far below the kernel's limit of 65530 maps a process.
+_OPEN_PARTS = 1024
+_HEADER_THREADS = 16
+_LARGEST_HEADER = 1 << 26  # ours have some 100 KB, of checks; a damaged length must not make us read gigabytes
+
+
+class Rows(NamedTuple):
+    """What a store says of B samples: image and text (B, D) in the store's type, known (B,) bool. Unknown rows are zero.
+
+    damaged: (B,) bool, of those that are unknown because they are not as they were written.
+    """
+
+    image: Tensor
+    text: Tensor
+    known: Tensor
+    damaged: Tensor
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """A part that is there: where its tensors begin in the file, and what its header says. known: samples it has embeddings of."""
+
+    offsets: dict[str, int]
+    sha256: str
+    known: int
+
+
+def part_path(folder: Path, number: int) -> Path:
+    return folder / PARTS / f"{number:06d}.safetensors"
+
+
+def read_part(folder: Path, manifest: Manifest, number: int) -> PartFile:
+    """The header of a part, checked against the file's length and the manifest. Raises StoreError naming the file and its defect.
+
+    The values themselves are not read: `content_digest` tells whether they have changed.
+    """
+    path, layout = part_path(folder, number), manifest.layout
+    shapes, types = layout.shapes(number), {"image": _HEADER[layout.dtype], "text": _HEADER[layout.dtype], "known": "U8"}
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length, header, note = _header(file)
+            described = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for name in shapes}
+            spans = {name: (int(begin), int(end)) for name in shapes for begin, end in [header[name]["data_offsets"]]}
+            facts = PartFile({name: 8 + length + span[0] for name, span in spans.items()}, str(note["sha256"]), int(note["known"]))
+            file.seek(facts.offsets["known"] if 0 <= facts.offsets["known"] <= size else 0)
+            known = np.frombuffer(file.read(layout.count(number)), np.uint8)
+        owner = (note["store"], note["number"], facts.sha256)
+        _checks(note, layout, number)
+    except FileNotFoundError as error:
+        raise StoreError(f"{path}: missing") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise StoreError(f"{path}: no part of a store ({error!r})") from error
+    if described != {name: (types[name], shape) for name, shape in shapes.items()}:
+        raise StoreError(f"{path}: its tensors are {described}, not those of the manifest's layout")
+    if (expected := 8 + length + max(end for _, end in spans.values())) != size:
+        raise StoreError(f"{path}: {size} bytes instead of {expected}")
+    # save_file puts tensors of one type in the order of their names, image before text: swapped, they would be read as each other
+    bytes_of = {"BF16": 2, "F32": 4, "U8": 1}
+    lengths = {name: math.prod(shape) * bytes_of[types[name]] for name, shape in shapes.items()}
+    ordered = sorted(spans.values())
+    tiled = [0, *(end for _, end in ordered)] == [*(begin for begin, _ in ordered), size - 8 - length]
+    if not tiled or any(end - begin != lengths[name] for name, (begin, end) in spans.items()) or spans["image"] > spans["text"]:
+        raise StoreError(f"{path}: its tensors do not lie where they were written: {spans}")
+    listed = manifest.parts[number]["sha256"] if manifest.parts else facts.sha256
+    if owner != (manifest.digest, number, listed):
+        raise StoreError(f"{path}: a part of another store")
+    if int(known.sum()) != facts.known or int(known.max()) > 1:
+        raise StoreError(f"{path}: which of its samples have embeddings was changed after it was written")
+    return facts
+
+
+def _header(file: BinaryIO) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Length and content of a safetensors header, and the note in it. Raises ValueError, KeyError or TypeError for anything else."""
+    (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+    header = json.loads(file.read(min(length, _LARGEST_HEADER)))
+    return length, header, json.loads(header["__metadata__"][NOTE])
+
+
+def _checks(note: Mapping[str, Any], layout: Layout, number: int) -> NDArray[np.int32] | None:
+    """(N, V + 1) from a part's note; None for one of format 1. Raises ValueError where they are of another number."""
+    if "checks" not in note:
+        return None
+    return np.frombuffer(base64.b64decode(note["checks"], validate=True), "<i4").reshape(layout.count(number), layout.views + 1)
+
+
+def map_part(folder: Path, manifest: Manifest, number: int, facts: PartFile) -> dict[str, NDArray[Any]]:
+    """The part's arrays, mapped read-only: image (N, V, D) and text (N, D) of float32 or of bf16 bits as int16, known (N,) uint8.
+
+    And, read, where the part has them: checks (N, V + 1) of int32.
+    """
+    path, layout = part_path(folder, number), manifest.layout
+    types: dict[str, Any] = {"image": _NUMPY[layout.dtype], "text": _NUMPY[layout.dtype], "known": np.uint8}
+    arrays: dict[str, NDArray[Any]] = {
+        name: np.memmap(path, types[name], "r", offset=facts.offsets[name], shape=shape) for name, shape in layout.shapes(number).items()
+    }
+    with path.open("rb") as file:
+        checks = _checks(_header(file)[2], layout, number)
+    return arrays if checks is None else {**arrays, "checks": checks}
+
+
+def row_checks(image_NVD: NDArray[Any], text_ND: NDArray[Any], known_N: NDArray[Any]) -> NDArray[np.int32]:
+    """CRC-32 of each row, (N, V + 1): of the views' bytes, and of the text's with its byte of `known`."""
+    texts = [zlib.crc32(bytes([known]), zlib.crc32(row.tobytes())) for row, known in zip(text_ND, known_N.tolist(), strict=True)]
+    images = [[zlib.crc32(view.tobytes()) for view in views] for views in image_NVD]
+    rows = [[*views, text] for views, text in zip(images, texts, strict=True)]
+    return np.array(rows, "<u4").reshape(len(rows), image_NVD.shape[1] + 1).view("<i4")
+
+
+def content_digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of a part's values: image, text and known, one after the other."""
+    found = hashlib.sha256()
+    for name in ("image", "text", "known"):
+        found.update(np.ascontiguousarray(arrays[name]).data)
+    return found.hexdigest()
+
+
+def to_tensor(values: NDArray[Any]) -> Tensor:
+    """A copy of mapped rows, in the store's type. int16 values are bf16 bits."""
+    tensor = torch.from_numpy(np.array(values))
+    return tensor.view(torch.bfloat16) if values.dtype == np.int16 else tensor
+
+
+@dataclass
+class Store:
+    """A store that is read. Cheap to pickle and to fork: parts are mapped where they are first needed.
+
+    parts: those that are whole, by number. Samples of the others are unknown, as are those that could not be read when the store
+    was made.
+    """
+
+    folder: Path
+    manifest: Manifest
+    parts: dict[int, PartFile]
+    defects: list[str]  # why parts are not there, in words
+    _maps: OrderedDict[int, dict[str, NDArray[Any]]] = field(default_factory=OrderedDict)
+    _compared: dict[int, bool] = field(default_factory=dict)  # parts without checks: whether they are as they were written
+
+    @classmethod
+    def open(cls, folder: Path) -> Store:
+        """Reads the manifest and every part's header: rank 0's work, the other ranks are sent the result.
+
+        Raises StoreError when there is no store; a part that is missing, cut short or of another store is a defect, not an error.
+        """
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise StoreError(f"{folder}: no store of embeddings (it has no {MANIFEST}); `megakd embed --out {folder}` makes one")
+        parts: dict[int, PartFile] = {}
+        defects: list[str] = []
+        numbers = range(manifest.layout.parts)
+        with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+            for number, found in zip(numbers, pool.map(lambda number: _part_or_defect(folder, manifest, number), numbers), strict=True):
+                if isinstance(found, PartFile):
+                    parts[number] = found
+                else:
+                    defects.append(str(found))
+        return cls(folder, manifest, parts, defects)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": OrderedDict(), "_compared": {}}
+
+    @property
+    def layout(self) -> Layout:
+        return self.manifest.layout
+
+    def check_matches(self, wanted: Mapping[str, Any], ignore: tuple[str, ...] = (), made: Mapping[str, Any] | None = None) -> None:
+        """Raises StoreError with every difference between the store's key and the recipe's, but for keys that begin as `ignore` says.
+
+        made: how the recipe would compute embeddings here; None leaves that open.
+        """
+        lines = [line for line in differences(self.manifest.key, wanted) if not line.startswith(ignore)]
+        if made is not None:
+            lines += differences({"made": made_as_wanted(self.manifest.made, made)}, {"made": made})
+        if lines:
+            raise StoreError(
+                f"{self.folder}: this store holds other embeddings than the recipe asks for:\n  " + "\n  ".join(lines) + "\n"
+                "give the store of this recipe, change the recipe to the store's settings, or make one with `megakd embed`"
+            )
+
+    def outline(self) -> str:
+        """For people: what is used, and what is not there."""
+        layout, known = self.layout, sum(part.known for part in self.parts.values())
+        lines = [f"teacher's embeddings from {self.folder}: {known} of {layout.samples} samples, {layout.views} views each, {layout.dtype}"]
+        if self.manifest.made.get("outlier_threshold") and "product" not in self.manifest.made:
+            lines += ["made by an older version with an outlier_threshold: samples depended on their neighbours in the batch, by up to 3 %"]
+        if self.defects:
+            lines += [f"{len(self.defects)} of {layout.parts} parts are not usable: {'; '.join(self.defects[:2])}"]
+        return "\n".join(lines)
+
+    def check_whole(self) -> None:
+        """Raises StoreError when parts are not usable, with the first of them."""
+        if self.defects:
+            raise StoreError(
+                f"{self.folder}: {len(self.defects)} of {self.layout.parts} parts are not usable; `megakd embed` without --check writes "
+                f"them. The first:\n  " + "\n  ".join(self.defects[:4])
+            )
+
+    def view_at(self, position: int, epoch_length: int) -> int:
+        """The view number of a position in the order: every epoch takes the next one, and after V epochs the first again."""
+        return position // epoch_length % self.layout.views
+
+    def read(self, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> Rows:
+        """The embeddings of samples `index_B` in their views `view_B`. Raises StoreError when a part vanishes while it is in use."""
+        layout, count = self.layout, len(index_B)
+        image_BD = torch.zeros((count, layout.width), dtype=layout.torch_dtype)
+        text_BD, known_B, damaged_B = torch.zeros_like(image_BD), torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
+        part_B = index_B // layout.part
+        for number in np.unique(part_B).tolist():
+            if number not in self.parts:
+                continue
+            arrays = self._arrays(number)
+            rows = np.flatnonzero(part_B == number)
+            inside, view = index_B[rows] - number * layout.part, view_B[rows]
+            image, text, known = arrays["image"][inside, view], arrays["text"][inside], arrays["known"][inside]
+            if "checks" in arrays:
+                checks = np.stack([arrays["checks"][inside, view], arrays["checks"][inside, -1]], 1)
+                sound = (row_checks(image[:, None], text, known) == checks).all(axis=1)
+            else:
+                sound = np.full(len(rows), self._as_written(number, arrays))
+            damaged_B[torch.from_numpy(rows[~sound])] = True
+            used = sound & (known == 1)
+            where = torch.from_numpy(rows[used])
+            image_BD[where], text_BD[where], known_B[where] = to_tensor(image[used]), to_tensor(text[used]), True
+        return Rows(image_BD, text_BD, known_B, damaged_B)
+
+    def _as_written(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> bool:
+        """Of a whole part, which is read for it once a process."""
+        if number not in self._compared:
+            self._compared[number] = content_digest(arrays) == self.parts[number].sha256
+        return self._compared[number]
+
+    def _arrays(self, number: int) -> dict[str, NDArray[Any]]:
+        if number not in self._maps:
+            while len(self._maps) >= _OPEN_PARTS:
+                self._maps.popitem(last=False)
+            try:
+                self._maps[number] = map_part(self.folder, self.manifest, number, self.parts[number])
+            except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: the file is shorter than the map
+                path = part_path(self.folder, number)
+                raise StoreError(f"{path}: gone or changed since the run began ({error}); put it back, or run `megakd embed`") from error
+        self._maps.move_to_end(number)
+        return self._maps[number]
+
+
+def _part_or_defect(folder: Path, manifest: Manifest, number: int) -> PartFile | StoreError:
+    try:
+        return read_part(folder, manifest, number)
+    except StoreError as error:
+        return error

@@ -1,0 +1,105 @@
+"""The teacher's side of a store: samples by index in the augmentations that the store holds, for filling it and for its misses.
+
+Legend: N samples, V views of each, H x W the teacher's input size, L its context length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megakd.data.bad_samples import BadCounter, BadSample
+from megakd.data.pairs import decoded
+from megakd.data.shards import ShardSet
+from megakd.data.stream import WorkerStream, reported
+from megakd.data.transforms import TowerView, draw_stored, train_pixels
+from megakd.recipe import Views
+
+
+@dataclass(frozen=True)
+class Seen:
+    """N samples as a teacher sees them, without those that cannot be used.
+
+    index: (N,) int64; pixels: (N, V, 3, H, W) uint8 for `transforms.normalise`; tokens: (N, L) int64; bad: what was left out.
+    """
+
+    index: Tensor
+    pixels: Tensor
+    tokens: Tensor
+    bad: BadCounter
+
+    def pin_memory(self) -> Seen:
+        return replace(self, pixels=self.pixels.pin_memory(), tokens=self.tokens.pin_memory())
+
+
+@dataclass(frozen=True)
+class StoredViews:
+    """Samples in a store's augmentations, for one tower. Cheap to pickle: this is also the dataset in a worker."""
+
+    shards: ShardSet
+    views: Views
+    seed: int
+    tower: TowerView
+
+    def see(self, index_N: NDArray[np.int64], view_NV: NDArray[np.int64]) -> Seen:
+        """The samples `index_N`, each in its views `view_NV`, without the bad ones."""
+        height, width, _ = self.tower.train_pixels
+        pixels = np.empty((*view_NV.shape, 3, height, width), np.uint8)
+        kept: list[int] = []
+        texts: list[str] = []
+        bad = BadCounter(seen=len(index_N))
+        for index, views, sample in zip(
+            index_N.tolist(), view_NV.tolist(), self.shards.read_each(index_N.tolist(), ("image", "caption")), strict=True
+        ):
+            try:
+                image, text = decoded(sample, self.shards.data.max_pixels)
+                for number, view in enumerate(views):
+                    augmentation = draw_stored(self.views, self.seed, index, view, *image.size)
+                    pixels[len(kept), number] = train_pixels(image, augmentation, self.tower.train_pixels)
+            except BadSample as error:
+                bad.add(error.reason, str(error))
+                continue
+            kept.append(index)
+            texts.append(text)
+        # a tokenizer may not take an empty list
+        tokens = self.tower.tokenize(texts or [""]).long()[: len(kept)]
+        return Seen(torch.tensor(kept, dtype=torch.long), torch.from_numpy(pixels[: len(kept)]), tokens, bad)
+
+    def see_all(self, index_M: NDArray[np.int64], view_M: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """pixels (M, 3, H, W) uint8 and tokens (M, L) of samples in one view each; one blank pair for M = 0.
+
+        Raises ValueError for a sample that cannot be used: it is asked for because it was, a moment ago.
+        """
+        if len(index_M) == 0:
+            height, width, _ = self.tower.train_pixels
+            return torch.zeros((1, 3, height, width), dtype=torch.uint8), self.tower.tokenize([""]).long()
+        seen = self.see(index_M, view_M[:, None])
+        if seen.bad.total:
+            raise ValueError(f"a sample could be read for the student and not again for the teacher: {seen.bad.example}")
+        return seen.pixels[:, 0], seen.tokens
+
+    def __getitems__(self, asked: _Asked) -> Seen:
+        return self.see(asked.index_N, asked.view_NV)
+
+    def stream(
+        self, asked: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], workers: int, pin_memory: bool
+    ) -> Generator[Seen, None, None]:
+        """see() of each, in order, made by `workers` processes; bad samples are logged here."""
+        stream: WorkerStream[Seen] = WorkerStream(self, [_Asked(*one) for one in asked], workers, pin_memory)
+        yield from reported(stream)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What one `see` is asked for; torch's loader looks at a batch's length."""
+
+    index_N: NDArray[np.int64]
+    view_NV: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.index_N)

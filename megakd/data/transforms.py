@@ -1,0 +1,298 @@
+"""From an image's bytes to each tower's pixels: decode, one crop box and flip per sample, one resampling per tower.
+
+Legend: B batch, H x W a tower's input size, L its context length. Pixels stay uint8 until `normalise`, on the device: workers
+then ship a quarter of the bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import math
+import pickle
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from megakd.data.bad_samples import BadSample
+from megakd.data.caption_tokens import PlainCaptions, Tokenize, plain_captions
+from megakd.data.draws import uniform
+from megakd.recipe import Views
+
+if TYPE_CHECKING:
+    from open_clip.transform import PreprocessCfg
+
+Box = tuple[int, int, int, int]
+
+# Only formats that shards hold: PIL would also start Ghostscript for a file that calls itself an EPS.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+# Crops of six times the target and more are first averaged over whole pixels, to no less than three times the target. That
+# moved pixels by .2 levels in the mean on photo-like pictures (1.7 on a checkerboard of 20-pixel squares) and takes less than
+# half the time; at a gap of 2 it was 4 on the checkerboard. Smaller crops, 256-1024 px files at 224 px, are untouched by it.
+_REDUCING_GAP = 3.0
+_CROP_ATTEMPTS = 10
+_DRAWS = 1 + 4 * _CROP_ATTEMPTS
+
+
+# A thinner image has hardly a row of pixels to see; resized by its shorter side, one of 312 bytes would take 13 GB.
+_THINNEST = 200
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """A crop (left, top, right, bottom) in pixels of the stored image, mirrored after it if `flip`."""
+
+    box: Box
+    flip: bool
+
+
+@dataclass(frozen=True, eq=False)
+class TowerView:
+    """How a tower sees a sample: its preprocessing and its tokenizer, `tokenize(texts) -> LongTensor (n, L)`.
+
+    Equal by content. Towers with the same `train_pixels` or `evaluation_pixels` share pixel tensors, mean and std being applied
+    on the device; towers with the same `tokens` share token tensors.
+    """
+
+    preprocess: PreprocessCfg
+    tokenize: Tokenize
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokenize", plain_captions(self.tokenize))
+
+    @property
+    def train_pixels(self) -> tuple[int, int, int]:
+        """(H, W, resampling filter): all that the training pixels depend on. A random crop is squashed in every resize mode."""
+        return (*_size(self.preprocess), int(_filter(self.preprocess)))
+
+    @property
+    def evaluation_pixels(self) -> tuple[int, int, int, str, int]:
+        return (*self.train_pixels, self.preprocess.resize_mode, self.preprocess.fill_color)
+
+    @functools.cached_property
+    def tokens(self) -> str:
+        """A digest of the tokenizer's content; of its identity where it cannot be pickled, which shares less but never wrongly."""
+        state: Any = self.tokenize.wrapped if isinstance(self.tokenize, PlainCaptions) else self.tokenize
+        if hasattr(state, "__dict__") and not isinstance(state, type) and not hasattr(state, "__code__"):
+            # open_clip's tokenizer remembers the words it has split in `cache`; the same tokenizer, used or not, is equal
+            state = (type(state), {name: value for name, value in vars(state).items() if name != "cache"})
+        try:
+            return hashlib.sha256(pickle.dumps(state)).hexdigest()
+        except Exception:  # pickling runs code of any tokenizer there is; lambdas and open handles fail in their own ways
+            return f"id {id(self.tokenize)}"
+
+    def _content(self) -> tuple[Any, ...]:
+        return (self.evaluation_pixels, tuple(self.preprocess.mean), tuple(self.preprocess.std), self.tokens)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TowerView) and self._content() == other._content()
+
+    def __hash__(self) -> int:
+        return hash(self._content())
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    """The image in the mode it was stored in, decoded; of several frames or pages the first. Raises BadSample: corrupt_image, too_large
+    or too_thin.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        if image.width * image.height > max_pixels:  # the header's word, before any pixel is decoded
+            raise BadSample("too_large", f"{image.width} x {image.height} pixels, data.max_pixels = {max_pixels}")
+        if max(image.size) > _THINNEST * min(image.size):
+            raise BadSample("too_thin", f"{image.width} x {image.height} pixels: one side is more than {_THINNEST} times the other")
+        image.load()
+    except (BadSample, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadSample("too_large", str(error)) from error
+    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error, EOFError, ...
+        raise BadSample("corrupt_image", f"{type(error).__name__}: {error}") from error
+    return image
+
+
+def rgb_image(data: bytes, max_pixels: int) -> Image.Image:
+    """`decode`, then `as_rgb`. Raises BadSample."""
+    return as_rgb(decode(data, max_pixels))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image as every tower sees it, in training, evaluation and answering alike: upright RGB.
+
+    It is turned as its EXIF orientation says. What is transparent lies on white, as img2dataset has it. 16-bit grey is divided by 257,
+    floats in [0, 1] are multiplied by 255, integers and floats in [0, 255] are taken as they are. Palettes, CMYK and the rest become RGB
+    by PIL; colour profiles are not applied. Raises BadSample, bad_pixels, for values that are none of these.
+    """
+    try:
+        return _on_white(_eight_bits(_upright(image)))
+    except (BadSample, MemoryError):
+        raise
+    except Exception as error:  # PIL has no conversion of LAB, for example, and fails inside damaged palettes
+        raise BadSample("bad_pixels", f"{image.mode} cannot become RGB: {type(error).__name__}: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # EXIF of a damaged or odd kind tells nothing
+        return image
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info = {name: value for name, value in image.info.items() if name == "transparency"}  # or it would be turned again
+    return turned
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values: NDArray[Any] = np.asarray(image, dtype=np.float32)
+    low, high = (float(values.min()), float(values.max())) if np.isfinite(values).all() else (math.nan, math.nan)
+    if image.mode != "F" and (image.mode != "I" or image.format == "PNG" or high > 255) and low >= 0 and high <= 65535:
+        values = values / 257
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        values = values * 255
+    elif not (low >= 0 and high <= 255):
+        raise BadSample("bad_pixels", f"{image.mode} pixels from {low:g} to {high:g}: no known range, so what is white cannot be told")
+    return Image.fromarray(np.rint(values).astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        seen = image.convert("RGBA")
+        if seen.getchannel("A").getextrema() != (255, 255):
+            return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+        return seen.convert("RGB")
+    return image.convert("RGB")
+
+
+def draw(views: Views, seed: int, position: int, width: int, height: int) -> Augmentation:
+    """The augmentation of the sample at `position`: a pure function, so that a run can be resumed anywhere."""
+    return _augmentation(views, uniform(seed, "view", (position, 0), _DRAWS), width, height)
+
+
+def draw_stored(views: Views, seed: int, index: int, view: int, width: int, height: int) -> Augmentation:
+    """The augmentation number `view` (from 0) of the sample `index`, whatever its place in the order: one that a store can hold."""
+    return _augmentation(views, uniform(seed, "view", (index, 1 + view), _DRAWS), width, height)
+
+
+def _augmentation(views: Views, numbers: list[float], width: int, height: int) -> Augmentation:
+    """torchvision's RandomResizedCrop: area uniform in crop_scale, ratio log-uniform in crop_ratio, ten attempts, else the largest
+    central crop within the ratios. The flip has its own draw and does not depend on how many attempts were needed.
+    """
+    flip = numbers[0] < views.flip
+    low, high = (math.log(ratio) for ratio in views.crop_ratio)
+    for attempt in range(_CROP_ATTEMPTS):
+        for_area, for_ratio, for_top, for_left = numbers[1 + 4 * attempt : 5 + 4 * attempt]
+        area = width * height * (views.crop_scale[0] + (views.crop_scale[1] - views.crop_scale[0]) * for_area)
+        ratio = math.exp(low + (high - low) * for_ratio)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(for_left * (width - w + 1)), int(for_top * (height - h + 1))
+            return Augmentation((left, top, left + w, top + h), flip)
+    return Augmentation(_central(width, height, views.crop_ratio), flip)
+
+
+def _central(width: int, height: int, ratios: tuple[float, float]) -> Box:
+    w, h = width, height
+    if width / height < ratios[0]:
+        h = round(width / ratios[0])
+    elif width / height > ratios[1]:
+        w = round(height * ratios[1])
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def train_pixels(image: Image.Image, augmentation: Augmentation, view: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """The crop at a tower's size: (3, H, W) uint8. `image` is RGB; `view` is a TowerView's `train_pixels`.
+
+    A view for writing from: not contiguous, to be copied into its row of the batch.
+    """
+    height, width, resample = view
+    resized = image.resize((width, height), Image.Resampling(resample), box=augmentation.box, reducing_gap=_REDUCING_GAP)
+    pixels = np.asarray(resized)
+    return (pixels[:, ::-1] if augmentation.flip else pixels).transpose(2, 0, 1)
+
+
+def evaluation_pixels(image: Image.Image, preprocess: PreprocessCfg) -> NDArray[np.uint8]:
+    """open_clip's `image_transform_v2(preprocess, is_train=False)` before its normalisation: (3, H, W) uint8.
+
+    As there, the image is resized and cropped in the mode that it has and becomes RGB last, so that published scores are met.
+    """
+    height, width = _size(preprocess)
+    resample = _filter(preprocess)
+    mode = preprocess.resize_mode
+    if mode == "squash":
+        image = image.resize((width, height), resample)
+    elif mode == "shortest" and height == width:
+        image = _crop_or_pad(_resize_shorter(image, height, resample), height, width, 0)
+    elif mode in ("shortest", "longest"):
+        pick = max if mode == "longest" else min
+        ratio = pick(image.height / height, image.width / width)
+        # open_clip takes bicubic for non-square towers, whatever the configuration says
+        filter_ = resample if mode == "longest" else Image.Resampling.BICUBIC
+        # open_clip fails where a thin image's shorter side rounds to nothing
+        image = image.resize((max(1, round(image.width / ratio)), max(1, round(image.height / ratio))), filter_)
+        image = _crop_or_pad(image, height, width, preprocess.fill_color if mode == "longest" else 0)
+    else:
+        raise ValueError(f"resize_mode = {mode!r}: open_clip knows shortest, longest and squash")
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def normalise(pixels: torch.Tensor, preprocess: PreprocessCfg, dtype: torch.dtype) -> torch.Tensor:
+    """(pixels / 255 - mean) / std: (B, 3, H, W) of uint8 -> the same of `dtype`, on the pixels' device, computed in float32."""
+    mean = torch.tensor(preprocess.mean, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(preprocess.std, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+    return torch.addcmul(-mean / std, pixels.float(), 1 / (255 * std)).to(dtype)
+
+
+def _size(preprocess: PreprocessCfg) -> tuple[int, int]:
+    """(H, W)"""
+    size = preprocess.size
+    if isinstance(size, int):
+        return size, size
+    return (int(size[0]), int(size[0])) if len(size) == 1 else (int(size[0]), int(size[1]))
+
+
+def _filter(preprocess: PreprocessCfg) -> Image.Resampling:
+    # open_clip's own rule: 'random' and everything else mean bicubic
+    return Image.Resampling.BILINEAR if preprocess.interpolation == "bilinear" else Image.Resampling.BICUBIC
+
+
+def _resize_shorter(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+    short, long = min(image.size), max(image.size)
+    if short == size:
+        return image
+    longer = int(size * long / short)
+    return image.resize((size, longer) if image.width <= image.height else (longer, size), resample)
+
+
+def _crop_or_pad(image: Image.Image, height: int, width: int, fill: int) -> Image.Image:
+    """The centre, with a border of `fill` in every channel where the image is smaller."""
+    if width > image.width or height > image.height:
+        extra_w, extra_h = max(width - image.width, 0), max(height - image.height, 0)
+        bands = len(image.getbands())
+        padded = Image.new(image.mode, (image.width + extra_w, image.height + extra_h), fill if bands == 1 else (fill,) * bands)
+        if image.mode == "P" and (palette := image.getpalette()) is not None:
+            padded.putpalette(palette)
+        padded.paste(image, (extra_w // 2, extra_h // 2))
+        image = padded
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,23 @@
+"""The plug-in's door: what lmms-eval reads when it starts, for whichever model. The model itself is in `model`.
+
+    [project.entry-points."lmms_eval.models"]
+    megakd = "megakd.evaluation.lmms_eval:manifest"
+
+    python -m lmms_eval --model megakd --model_args bundle=RUN/bundle --tasks pope --batch_size 64
+
+Nothing heavy is imported here: lmms-eval calls `manifest` also where somebody else's model is scored. lmms-eval 0.7.3, of whose
+requirements none contradicts ours, is installed beside megakd by hand; it is no extra, because it brings dozens of packages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+NAME = "megakd"
+
+
+def manifest() -> Any:
+    """lmms-eval's ModelManifest of the model `megakd`."""
+    from lmms_eval.models.registry_v2 import ModelManifest  # type: ignore[import-not-found]
+
+    return ModelManifest(model_id=NAME, simple_class_path="megakd.evaluation.lmms_eval.model.MegakdBundle")

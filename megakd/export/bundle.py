@@ -1,0 +1,400 @@
+"""A trained decoder as one folder that loads whole or refuses: projector, adapter, vision tower, tokenizer, and the prompt's words.
+
+    bundle.json             format, versions, decoder settings, references, and every file's size and SHA-256
+    projector.safetensors   absent for a decoder without eyes
+    adapter/                peft's own format, where there are adapters
+    language/               a transformers folder, where the language model is not known by reference: trained, or made by the recipe
+    tower/                  open_clip's `local-dir:` form, where the vision tower is not known by reference
+    tokenizer/              a transformers folder
+
+A reference names a language model or tower that the run did not change, with the SHA-256 of its files: another one is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from PIL import Image
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+import megakd
+from megakd.data.bad_samples import BadSample
+from megakd.data.transforms import as_rgb, evaluation_pixels, normalise
+from megakd.export import clip_folder
+from megakd.export import manifest as manifests
+from megakd.export.manifest import ADAPTER, LANGUAGE, PROJECTOR, TOKENIZER, TOWER, fingerprint
+from megakd.models import clip
+from megakd.models.casts import pixel_dtype
+from megakd.models.clip import Towers
+from megakd.models.fingerprint import weights_file
+from megakd.models.patches import image_size, patch_tokens
+from megakd.models.vlm import decoder_tokenizer, lora
+from megakd.models.vlm.decoder import Decoder, build, describe
+from megakd.recipe import Decoder as Settings
+from megakd.recipe import Model
+from megakd.recipe.section import Section
+from megakd.runtime.files import sha256
+from megakd.vqa.prompts import RULES, Conversations, Stacked, stack
+
+S = TypeVar("S", bound=Section)
+# Legend: B questions, V patches of the tower, C its width.
+
+# Asked of a bundle that was just written, besides what its run brings: short, so that they fit any length.
+_SAMPLES = ("what colour is it?", "is there a red circle?", "how many?")
+_SAID = 5  # tokens of the answers to them
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A decoder with the vision tower it reads, None where it reads none. max_length: tokens of a conversation (answers.max_length).
+
+    rules: how its prompts become ids, see `prompts.RULES`.
+    """
+
+    decoder: Decoder
+    towers: Towers | None
+    max_length: int
+    rules: int = RULES
+
+    @cached_property
+    def conversations(self) -> Conversations:
+        return Conversations(self.decoder.tokenizer, self.decoder.settings, self.decoder.image_tokens, self.max_length, self.rules)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.decoder.parameters()).device
+
+    def save(self, folder: Path, *, tower_inside: bool, language_inside: bool = False, samples: Sequence[str] = ()) -> None:
+        """Write the bundle; its weights must be whole, of a model that ZeRO-3 does not partition. It is read back once, and compared.
+
+        tower_inside: False for a tower that was loaded and not trained, which is then known by reference. language_inside: the language
+        model comes in even if it was only loaded; one that the run has made or trained always does.
+        samples: texts of the run's own that tokenizers are compared on. Raises ValueError when `folder` holds something else, when there
+        is no file that a reference could name, and when another decoder is read back than was written: an earlier bundle is left then.
+        """
+        texts = (*_SAMPLES, *samples)
+        manifests.write(
+            folder,
+            lambda partial: self._fill(partial, tower_inside, language_inside),
+            lambda partial: self._check_written(partial, folder, texts),
+        )
+
+    def _check_written(self, partial: Path, folder: Path, texts: Sequence[str]) -> None:
+        """Load what was written and compare tokenizer, weights, and what it says to questions with and without an image."""
+        quantised = self.decoder.settings.quantise != "none"  # bitsandbytes' layers differ from device to device
+        device = self.device if quantised else torch.device("cpu")
+        read = Bundle.load(partial, device, self.decoder.plain.get_input_embeddings().weight.dtype)
+        found = decoder_tokenizer.differences(self.decoder.tokenizer, read.decoder.tokenizer, [*decoder_tokenizer.SAMPLES, *texts])
+        found += _other_weights(self, read)
+        if not found and self.device.type == "cpu":
+            found += self._other_answers(read)
+        if found:
+            raise ValueError(
+                f"{folder}: the bundle that was written is read back as another decoder ({found[0]}), and was removed; the checkpoints are "
+                f"untouched, from which the same command writes it once decoder.model and decoder.tokenizer fit each other"
+            )
+
+    def _other_answers(self, read: Bundle) -> list[str]:
+        """Differences in logits of the samples, and in answers to them. Both are on the CPU, where sums have one order."""
+        picture = Image.linear_gradient("L").convert("RGB")
+        texts = [text for text in _SAMPLES if self._fits(text)]
+        images = [picture if place % 2 == 0 else None for place in range(len(texts))]
+        if not texts:
+            return []
+        # One tower sees for both: in training its weights may be bf16, which `_other_weights` allows for.
+        batch, visual_BVC = self._asked(images, texts, short=False), read.look(images)
+        if self.decoder.settings.quantise == "none":  # bitsandbytes repacks other weights when they are first asked
+            logits = [_logits(one.decoder, visual_BVC, batch) for one in (self, read)]
+            if not bool(((logits[0] - logits[1]).abs() <= 1e-3 * logits[0].std() + 1e-6).all()):
+                return ["its logits differ"]
+        answers = [one.decoder.generate(visual_BVC, *batch[:3], _SAID) for one in (self, read)]
+        return [] if answers[0] == answers[1] else [f"it answered {answers[0]}, then {answers[1]}"]
+
+    def _fits(self, text: str) -> bool:
+        positions = self.decoder.description.positions
+        try:
+            length = len(self.conversations.prompt(text, False, image=self.towers is not None).ids)
+        except BadSample:
+            return False
+        return positions is None or length + _SAID <= positions
+
+    def _fill(self, partial: Path, tower_inside: bool, language_inside: bool) -> dict[str, Any]:
+        decoder, settings = self.decoder, self.decoder.settings
+        inside = language_inside or settings.model is None or settings.adapt == "full"
+        if decoder.projector is not None:
+            projector = {name: value.detach().cpu().contiguous() for name, value in decoder.projector.state_dict().items()}
+            save_file(projector, partial / PROJECTOR)
+        if decoder.adapted:
+            decoder.language.save_pretrained(partial / ADAPTER, save_embedding_layers=False)
+        if inside:
+            decoder.write_language(partial / LANGUAGE)
+        decoder_tokenizer.write(decoder.tokenizer, partial / TOKENIZER)
+        return {
+            "versions": {"megakd": megakd.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            "decoder": settings.model_dump(mode="json"),
+            "max_length": self.max_length,
+            "prompt": self.rules,
+            "language": None if inside else _language_reference(settings.model or ""),
+            "tower": None if self.towers is None else self._tower(partial, self.towers, tower_inside),
+        }
+
+    def _tower(self, partial: Path, built: Towers, inside: bool) -> dict[str, Any]:
+        if inside:
+            weights = {f"clip.{name}": value.detach().cpu().contiguous() for name, value in built.clip.state_dict().items()}
+            clip_folder.write_model(partial / TOWER, weights, built)
+            return {"inside": True}
+        return {"inside": False, **_tower_reference(built.description)}
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Bundle:
+        """The bundle with all its weights on `device`, ready to answer. dtype: of the language model.
+
+        Raises ValueError naming the file or the key: no bundle, a file missing or changed, a reference that leads nowhere or to another
+        model.
+        """
+        return _load(Path(folder), device, dtype, None)
+
+    def answer(
+        self, images: Sequence[Image.Image | None], prompts: Sequence[str], max_new_tokens: int = 10, *, short: bool = False
+    ) -> list[str]:
+        """One greedy answer for each question. images: None, or an image of any size, which gets the tower's own preprocessing.
+
+        short: the recipe's `decoder.instruction` follows each question, as in training on sets with short answers. A decoder without
+        eyes is asked without the images. Raises ValueError for a question that does not fit `max_length`, naming it.
+        """
+        if not prompts:
+            return []
+        batch = self._asked(images, prompts, short=short)
+        answers = self.decoder.generate(self.look(images), *batch[:3], max_new_tokens)
+        return [str(self.decoder.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
+
+    def _asked(self, images: Sequence[Image.Image | None], prompts: Sequence[str], *, short: bool) -> Stacked:
+        """The prompts as a batch that is padded on the left, on the decoder's device."""
+        assert len(images) == len(prompts)
+        encoded = []
+        for number, (image, text) in enumerate(zip(images, prompts, strict=True)):
+            try:
+                encoded.append(self.conversations.prompt(text, short, image is not None and self.towers is not None))
+            except BadSample as bad:
+                raise ValueError(f"question {number}, {text[:80]!r}: {bad}") from bad
+        return Stacked(*(tensor.to(self.device) for tensor in stack(encoded, self.conversations.padding, left=True)))
+
+    @torch.no_grad()
+    def look(self, images: Sequence[Image.Image | None]) -> Tensor | None:
+        """(B, V, C); of a blank image where there is none."""
+        if self.towers is None:
+            return None
+        visual: Any = self.towers.clip.visual
+        blank = torch.zeros(3, *image_size(visual), dtype=torch.uint8)
+        preprocess = self.towers.preprocess
+        rows = [blank if image is None else torch.from_numpy(evaluation_pixels(as_rgb(image), preprocess).copy()) for image in images]
+        pixels = normalise(torch.stack(rows).to(self.device), preprocess, pixel_dtype(visual))
+        training = visual.training
+        visual.eval()  # a tower that was just trained: batch norm goes by its running statistics, as the one that is read back does
+        try:
+            return patch_tokens(visual, pixels, self.decoder.settings.layer)
+        finally:
+            visual.train(training)
+
+
+def merge(folder: Path, out: Path) -> None:
+    """Write to `out` the bundle in `folder` without references and without an adapter: it is added to the language model's weights.
+
+    `out/language` is a plain transformers folder, in the base's own precision; the sum is taken in float32, also for a quantised base.
+    Raises ValueError as `Bundle.load` does, and when `out` is `folder` itself or holds something else.
+    """
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"{out}: is the bundle that is merged; choose another folder")
+    loaded = _load(folder, torch.device("cpu"), torch.float32, "none")
+    old = loaded.decoder
+    language = old.language.merge_and_unload() if old.adapted else old.language
+    dtype = old.description.config.get_text_config().dtype or torch.float32
+    for weight in language.parameters():  # buffers keep theirs: rotary tables are float32 in a bf16 model too
+        weight.data = weight.data.to(dtype)
+    settings = old.settings.model_copy(update={"adapt": "none"})
+    merged = Decoder(dataclasses.replace(old.description, settings=settings), old.projector, language)
+    dataclasses.replace(loaded, decoder=merged).save(out, tower_inside=True, language_inside=True)
+
+
+def go_on_from(folder: Path, decoder: Decoder, tower: clip.Description | None) -> None:
+    """Put the projector and the adapter of the bundle in `folder` into a decoder that was just built. tower: that it reads.
+
+    A bundle without adapter leaves a new one as it is: alignment trains the projector alone. The prompt may be another one, as in LLaVA's
+    two stages. Raises ValueError as `Bundle.load` does, and when the two decoders have other language models, projectors, adapters, or
+    towers, as far as the bundle knows its tower by reference: one that was trained in its run is gone on with as that run's model.
+    """
+    manifest, key = manifests.read(folder), f"decoder.start = {str(folder)!r}"
+    _check_same_language(folder, manifest, decoder.settings, key)
+    if decoder.projector is not None and tower is not None:
+        _check_same_view(manifest, decoder.settings, tower, key)
+    if (decoder.projector is None) != (PROJECTOR not in manifest["files"]):
+        raise ValueError(f"{key}: one of the two decoders has no eyes: give both runs a student, or neither")
+    if (folder / ADAPTER).is_dir():
+        if not decoder.adapted:
+            raise ValueError(
+                f"{key}: has an adapter, and decoder.adapt = {decoder.settings.adapt!r} has no place for it: set it to 'lora', or merge "
+                f"that bundle (`megakd answer {folder} --merge OUT`) and start from OUT with decoder.model = 'OUT/{LANGUAGE}'"
+            )
+        lora.load_adapter(decoder.language, folder / ADAPTER)
+    _load_projector(folder, decoder, key)
+
+
+def _load(folder: Path, device: torch.device, dtype: torch.dtype, quantise: str | None) -> Bundle:
+    manifest = manifests.read(folder)
+    changed: dict[str, Any] = {"tokenizer": str(folder / TOKENIZER), "start": None, "recipe": None}
+    if manifest["language"] is None:
+        changed |= {"model": str(folder / LANGUAGE), "architecture": None}
+    else:
+        changed |= {"model": _found_language(folder, manifest["language"])}
+    if quantise is not None:
+        changed["quantise"] = quantise
+    settings = _valid(Settings, {**manifest["decoder"], **changed}, folder, "decoder")
+    built = None if manifest["tower"] is None else _load_tower(folder, manifest["tower"], device)
+    decoder = build(describe(settings), None if built is None else built.clip.visual, device, dtype)  # type: ignore[arg-type]
+    if decoder.adapted:
+        lora.load_adapter(decoder.language, folder / ADAPTER)
+    _load_projector(folder, decoder, str(folder))
+    return Bundle(decoder.eval(), built, manifest["max_length"], manifest["prompt"])
+
+
+@torch.no_grad()
+def _logits(decoder: Decoder, visual_BVC: Tensor | None, batch: Stacked) -> Tensor:
+    """Float32, of prompts as generation begins with them."""
+    training = decoder.training
+    decoder.eval()
+    try:
+        embeddings = decoder.embed(visual_BVC, batch.ids_BL, batch.image_mask_BL)
+        found: Tensor = decoder.language(inputs_embeds=embeddings, attention_mask=batch.attend_BL.long(), use_cache=False).logits
+    finally:
+        decoder.train(training)
+    return found.float()
+
+
+def _other_weights(written: Bundle, read: Bundle) -> list[str]:
+    """A weight that differs in a bit of the type that it was trained in, if any; of a quantised language model its adapters alone."""
+    pairs: list[tuple[Any, Any]] = [(written.decoder, read.decoder)]
+    if written.towers is not None and read.towers is not None:
+        pairs.append((written.towers.clip.visual, read.towers.clip.visual))
+    for one, another in pairs:
+        own, other = one.state_dict(), another.state_dict()
+        if own.keys() != other.keys():
+            return [f"it has no {min(own.keys() ^ other.keys())}"]
+        for name, value in own.items():
+            if written.decoder.settings.quantise != "none" and name.startswith("language.") and "lora_" not in name:
+                continue
+            if value.is_floating_point() and not torch.equal(value, other[name].to(value)):
+                return [f"{name} differs"]
+    return []
+
+
+def _valid(kind: type[S], values: dict[str, Any], folder: Path, key: str) -> S:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (key, *first["loc"])))
+        raise ValueError(f"{folder / manifests.MANIFEST}: {where}: {first['msg']}; copy the bundle again") from error
+
+
+def _load_projector(folder: Path, decoder: Decoder, key: str) -> None:
+    if decoder.projector is None:
+        return
+    stored, own = lora.finite_weights(folder / PROJECTOR), decoder.projector.state_dict()
+    for name in sorted(stored.keys() | own.keys()):
+        shapes = [tuple(weights[name].shape) if name in weights else None for weights in (stored, own)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{key}: its projector's {name} is {shapes[0]}, this tower and language model need {shapes[1]}: take the vision tower and "
+                f"decoder that the bundle was trained with"
+            )
+    decoder.projector.load_state_dict(stored)
+
+
+def _language_reference(model: str) -> dict[str, Any]:
+    found = fingerprint(model)
+    return {"model": str(Path(model).resolve()) if Path(model).is_dir() else model, "sha256": found}
+
+
+def _found_language(folder: Path, reference: dict[str, Any]) -> str:
+    model = str(reference["model"])
+    try:
+        found = fingerprint(model)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if found != reference["sha256"]:
+        raise ValueError(f"{folder}: its language model {model!r} is another one now (SHA-256 differs): put the one it was trained on back")
+    return model
+
+
+def _check_same_language(folder: Path, manifest: dict[str, Any], settings: Settings, key: str) -> None:
+    inside = manifest["language"] is None
+    known = fingerprint(str(folder / LANGUAGE)) if inside else manifest["language"]["sha256"]
+    if settings.model is None or fingerprint(settings.model) != known:
+        right = str(folder / LANGUAGE) if inside else manifest["language"]["model"]
+        raise ValueError(f"{key}: was trained on another language model than this run's: set decoder.model = {right!r}")
+
+
+def _check_same_view(manifest: dict[str, Any], settings: Settings, tower: clip.Description, key: str) -> None:
+    """What a projector makes image tokens of means something for the tower, the block and the grid that it was trained on alone."""
+    check_same_grid(manifest["decoder"], settings, key)
+    known = manifest["tower"]
+    if known is None or known["inside"]:
+        return
+    file = None if tower.settings.pretrained == clip.RANDOM else weights_file(tower)
+    if file is None or sha256(file) != known["sha256"]:
+        before = known["settings"]["model"] or known["settings"]["pretrained"]
+        raise ValueError(f"{key}: its projector was trained on another vision tower ({before!r}) than this run's: make that the student")
+
+
+def check_same_grid(before: Mapping[str, Any], settings: Settings, key: str) -> None:
+    """Raises ValueError when a projector that was trained by the decoder settings `before` reads another block or another grid."""
+    for name in ("layer", "image_tokens"):
+        was, now = before[name], getattr(settings, name)
+        if was != now:
+            raise ValueError(f"{key}: its projector was trained with decoder.{name} = {was}, and this run has {now}: set it to {was}")
+
+
+def _tower_reference(description: clip.Description) -> dict[str, Any]:
+    settings = description.settings
+    file = None if settings.pretrained == clip.RANDOM else weights_file(description)
+    if file is None:
+        raise ValueError("the vision tower has no file of weights that a bundle could refer to: save it with the tower inside")
+    known = settings.model_dump(mode="json", include=set(Model.model_fields))
+    known |= {"model": _resolved(settings.model), "pretrained": _resolved(settings.pretrained), "tokenizer": _resolved(settings.tokenizer)}
+    return {"settings": known | {"recipe": None}, "sha256": sha256(file)}
+
+
+def _resolved(name: str | None) -> str | None:
+    """A file or folder by its whole path, as a bundle is read from anywhere; other names as they are."""
+    if name is None:
+        return None
+    prefix = "local-dir:" if name.startswith("local-dir:") else ""
+    path = Path(name.removeprefix(prefix))
+    return f"{prefix}{path.resolve()}" if path.exists() else name
+
+
+def _load_tower(folder: Path, known: dict[str, Any], device: torch.device) -> Towers:
+    settings = Model(model=f"local-dir:{folder / TOWER}") if known["inside"] else _valid(Model, known["settings"], folder, "tower.settings")
+    try:
+        description = clip.describe(settings, "tower")
+    except ValueError as error:
+        raise ValueError(f"{folder}: its vision tower cannot be found; put it where it was, or take a merged bundle: {error}") from error
+    if not known["inside"]:
+        file = weights_file(description)
+        if file is None or sha256(file) != known["sha256"]:
+            raise ValueError(
+                f"{folder}: its vision tower ({settings.model or 'an architecture'}, {settings.pretrained}) is not here, or another one "
+                f"(SHA-256 differs): put the one it was trained with back"
+            )
+    built = clip.build(description, device)
+    built.clip.eval().requires_grad_(False)
+    return built

@@ -1,0 +1,225 @@
+"""A CLIP-style pair of towers from a recipe's `[student]` or `[teacher]`: by open_clip name, hub, folder or own architecture.
+
+`describe` needs no weights and finds every mistake of the settings in milliseconds; `build` makes the model. Both go through
+open_clip's `local-dir:` form for an architecture given in the recipe, so that one code path serves all four sources.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import get_model_config
+from open_clip.pretrained import list_pretrained_tags_by_model
+from open_clip.transform import PreprocessCfg
+from torch import nn
+
+from megakd.models import architecture, casts, preprocessing, source, tags
+from megakd.models.matching import Match, named
+from megakd.models.originals import Originals
+from megakd.models.source import HUB, LOCAL, RANDOM, WEIGHT_SUFFIXES
+from megakd.models.tokenizing import Tokenize, tokenizer
+from megakd.models.weight_kinds import recognise
+from megakd.models.weights import in_memory
+from megakd.recipe import Model
+from megakd.recipe.chain import CLIP_CONFIG
+from megakd.runtime import precision as precisions
+from megakd.runtime.precision import Precision
+
+__all__ = ["RANDOM", "Description", "Precision", "Towers", "build", "configuration", "describe", "parameters_in"]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a model before its weights are touched."""
+
+    role: str
+    settings: Model
+    config: dict[str, Any]
+    preprocess: dict[str, Any]
+    tokenize: Tokenize
+
+    @property
+    def width(self) -> int:
+        """Width D of the joint embedding."""
+        return int(self.config["embed_dim"])
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the model adds a learned bias to its logits, as those trained with a sigmoid loss do."""
+        return self.config.get("init_logit_bias") is not None
+
+    @property
+    def context_length(self) -> int:
+        return int(self.config["text_cfg"].get("context_length", 77))
+
+
+@dataclass(frozen=True)
+class Towers:
+    """A built model with what its data needs. `config` and `preprocess` are open_clip's, so `export` can write them back.
+
+    dtype: of the pixels that the model takes. Its parameters do not tell: some of a bf16 model's are float32 (see `casts.to_bf16`).
+    originals: the matrices of an int8 model that was read from weights, for whoever wants to read them again.
+    """
+
+    clip: nn.Module
+    description: Description
+    preprocess: PreprocessCfg
+    dtype: torch.dtype = torch.float32
+    originals: Originals | None = None
+
+
+def describe(settings: Model, role: str) -> Description:
+    """Read the model's configuration and tokenizer. role: "student" or "teacher", for messages.
+
+    Raises ValueError naming the key and the remedy: unknown name, missing folder or file, an architecture that open_clip cannot build,
+    weights that were trained with another activation, a tokenizer that does not fit the text tower.
+    """
+    config, preprocess = configuration(settings, role)
+    _check_weights(settings, role)
+    found = Description(role, settings, config, preprocess, tokenizer(settings, config, role))
+    if settings.architecture is not None or ":" in (settings.model or ""):
+        _check_buildable(found)
+    return found
+
+
+def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """open_clip's `model_cfg` and `preprocess_cfg` of a model, without its tokenizer. Raises ValueError as `describe` does."""
+    config, stored = _configuration(settings, role)
+    named = f"{role}.architecture" if settings.architecture is not None else f"{role}.model = {settings.model!r}: model_cfg"
+    architecture.check(config, named, written=settings.architecture is not None)
+    tags.check_activation(settings, config, role)
+    return config, preprocessing.chosen(settings, role, stored)
+
+
+def _configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """As `configuration`, unchecked; no preprocessing for an open_clip name, whose weights have it."""
+    if settings.architecture is not None:
+        config = copy.deepcopy(settings.architecture)
+        stored = config.pop("preprocess_cfg", {})
+        return architecture.split_config({"model_cfg": config, "preprocess_cfg": stored}, f"{role}.architecture")
+    name = settings.model or ""
+    key = f"{role}.model = {name!r}"
+    if name.startswith(LOCAL):
+        folder = Path(name.removeprefix(LOCAL))
+        if not (folder / CLIP_CONFIG).is_file():
+            raise ValueError(f"{key}: no {CLIP_CONFIG} in that folder; train that model first, or give another folder")
+        return architecture.read_config(folder, key)
+    if name.startswith(HUB):
+        try:
+            content = open_clip.factory._get_hf_config(name.removeprefix(HUB))
+        except (Exception, RecursionError) as error:
+            raise ValueError(f"{key}: the hub gave no open_clip configuration ({error}); check the name and the network") from error
+        return architecture.split_config(content, key)
+    known = get_model_config(source.open_clip_name(name))
+    if known is None:
+        nearest = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.5)
+        suggestion = f"nearest: {', '.join(nearest)}; " if nearest else ""
+        raise ValueError(f"{key}: open_clip has no such model; {suggestion}`open_clip.list_models()` lists all")
+    return known, None
+
+
+def _check_weights(settings: Model, role: str) -> None:
+    pretrained, name = settings.pretrained, settings.model or ""
+    if ":" in name:
+        if pretrained and pretrained != RANDOM:
+            raise ValueError(f"{role}.pretrained = {pretrained!r}: {name!r} brings its own weights; remove one of the two keys")
+        if name.startswith(LOCAL) and pretrained != RANDOM:
+            file = source.in_folder(Path(name.removeprefix(LOCAL)))
+            if file is None:
+                raise ValueError(f"{role}.model = {name!r}: the folder has a configuration but no weights (open_clip_model.safetensors)")
+            recognise(file)
+        return
+    if pretrained is None or pretrained == RANDOM:
+        if role == "teacher" and pretrained is None:
+            raise ValueError(f"{role}.pretrained: missing; a teacher needs weights: a tag, a file, or 'random' if that is really meant")
+        return
+    if source.is_file(pretrained) or Path(pretrained).is_dir():
+        try:
+            recognise(Path(pretrained))
+        except ValueError as error:
+            raise ValueError(f"{role}.pretrained = {pretrained!r}: {error}") from None
+    elif tags.tag_of(settings) is None:
+        known = list_pretrained_tags_by_model(source.open_clip_name(name)) if name else []
+        raise ValueError(
+            f"{role}.pretrained = {pretrained!r}: neither a file ({', '.join(WEIGHT_SUFFIXES)}) nor a tag of "
+            f"{name or 'this architecture'}; tags: {', '.join(known) or 'none'}"
+        )
+
+
+def _check_buildable(description: Description) -> None:
+    """What `architecture.check` does not know of shows when the model is built, here without memory for its weights."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        build(description, torch.device("meta"), load_weights=False)
+
+
+def build(description: Description, device: torch.device, precision: Precision = "fp32", *, load_weights: bool = True) -> Towers:
+    """The model with its weights on `device`. Random initialisation draws from torch's global generator: seed it before.
+
+    load_weights: False makes the architecture alone, on torch's meta device for example. precision: see `casts.to_bf16`.
+
+    Raises ValueError when the weights do not fit the architecture, with the tensors that differ.
+    """
+    settings, role = description.settings, description.role
+    try:
+        clip = _architecture(description, device)
+    except Exception as error:  # open_clip's and timm's constructors raise whatever a number inside them does
+        whose = "architecture" if settings.architecture is not None else f"model = {settings.model!r}"
+        raise ValueError(f"{role}.{whose} does not give a model: {type(error).__name__}: {error}") from error
+    if load_weights and not source.is_random(settings):
+        expected = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
+        with named(role):
+            match = Match(role, description.config, clip, expected, in_memory(source.weights_file(settings)))
+        match.read_into(clip)
+    elif load_weights:
+        _draw_what_open_clip_leaves_out(clip)
+    if precision == "bf16":
+        casts.to_bf16(clip)  # with its weights: the logit scale is read in float32
+    prepared = preprocessing.complete(description.preprocess, description.config)
+    return Towers(clip, description, prepared, precisions.dtype(precision))
+
+
+def _draw_what_open_clip_leaves_out(clip: nn.Module) -> None:
+    """The text decoder of CoCa (open_clip 3.3) has a projection that nothing initialises: whatever lay in memory, NaN at times."""
+    projection = getattr(getattr(clip, "text_decoder", None), "text_projection", None)
+    if isinstance(projection, nn.Parameter) and not projection.is_meta:
+        nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
+
+
+def _architecture(description: Description, device: torch.device) -> nn.Module:
+    """As open_clip makes it from a folder without weights: one way for every source of a configuration."""
+    with tempfile.TemporaryDirectory() as folder, _expected_without_weights():
+        config = {"model_cfg": description.config, "preprocess_cfg": description.preprocess}
+        (Path(folder) / CLIP_CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        model: nn.Module = open_clip.create_model(f"local-dir:{folder}", device=device, load_weights=False, pretrained_text=False)
+    return model
+
+
+@contextlib.contextmanager
+def _expected_without_weights() -> Iterator[None]:
+    """open_clip warns of a folder without weights and of random initialisation, which is the point here; all else it says is heard."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return not (record.name == "root" and ("Model initialized randomly" in text or "no CLIP weights found" in text))
+
+    root = logging.getLogger()
+    root.addFilter(wanted)
+    try:
+        yield
+    finally:
+        root.removeFilter(wanted)
+
+
+def parameters_in(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

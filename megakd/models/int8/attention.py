@@ -1,0 +1,173 @@
+"""Attention that reads its matrices as tensors instead of calling layers, rebuilt on int8 layers: same inputs, same outputs.
+
+Legend: N batch, L queries, S keys, H heads, C channels of a head, W width (H x C).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from open_clip.modified_resnet import AttentionPool2d
+from open_clip.transformer import Attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megakd.models.int8.linear import Int8Linear
+
+Make = Callable[[Tensor, nn.Parameter | None], Int8Linear]
+
+
+class Int8MultiheadAttention(nn.Module):
+    """Replaces `nn.MultiheadAttention`, whose fused inference path this cannot enter. Attention weights are not returned."""
+
+    # new name -> the original's, for names that changed
+    ORIGINALS: ClassVar[dict[str, str]] = {
+        "in_proj.weight": "in_proj_weight",
+        "in_proj.scale": "in_proj_weight",
+        "in_proj.bias": "in_proj_bias",
+        **{f"{one}_proj.{part}": f"{one}_proj_weight" for one in "qkv" for part in ("weight", "scale")},
+    }
+
+    q_proj: Int8Linear
+    k_proj: Int8Linear
+    v_proj: Int8Linear
+
+    def __init__(self, original: nn.MultiheadAttention, make: Make) -> None:
+        super().__init__()
+        assert takes(original)
+        self.num_heads, self.dropout, self.batch_first = original.num_heads, original.dropout, original.batch_first
+        if original.in_proj_weight is not None:
+            self.in_proj: Int8Linear | None = make(original.in_proj_weight, original.in_proj_bias)
+        else:
+            # queries and keys of different widths, as in CoCa's pooler; their bias is one tensor all the same
+            self.in_proj = None
+            self.q_proj, self.k_proj, self.v_proj = (
+                make(weight, None) for weight in (original.q_proj_weight, original.k_proj_weight, original.v_proj_weight)
+            )
+            self.in_proj_bias: nn.Parameter | None = original.in_proj_bias
+        self.out_proj = make(original.out_proj.weight, original.out_proj.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """As `nn.MultiheadAttention.forward`; `is_causal` is a hint there, and the mask is what counts."""
+        assert query.ndim == 3
+        assert not need_weights
+        assert attn_mask is not None or not is_causal
+        same = key is query and value is query
+        if not self.batch_first:
+            query, key, value = (one.transpose(0, 1) for one in (query, key, value))
+        q, k, v = (self._heads(one) for one in self._projected(query, key, value, same))
+        mask = _mask(attn_mask, key_padding_mask, q)
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
+        out_NLW = self.out_proj(out.transpose(1, 2).flatten(2))
+        return (out_NLW if self.batch_first else out_NLW.transpose(0, 1)), None
+
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> tuple[Tensor, ...]:
+        if self.in_proj is None:
+            q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+            if self.in_proj_bias is None:
+                return q, k, v
+            return tuple(one + bias.to(one.dtype) for one, bias in zip((q, k, v), self.in_proj_bias.chunk(3), strict=True))
+        if same:
+            fused: Tensor = self.in_proj(query)
+            return fused.chunk(3, dim=-1)
+        return tuple(self.in_proj.third(one, third) for third, one in enumerate((query, key, value)))
+
+    def _heads(self, x_NLW: Tensor) -> Tensor:
+        x_NLHC: Tensor = x_NLW.unflatten(-1, (self.num_heads, -1))  # type: ignore[no-untyped-call]
+        return x_NLHC.transpose(1, 2)
+
+
+def takes(module: nn.Module) -> bool:
+    """Whether an attention module is one that is rebuilt here, with options that open_clip's models can have."""
+    if isinstance(module, nn.MultiheadAttention):
+        return module.bias_k is None and module.bias_v is None and not module.add_zero_attn
+    # With `scaled_cosine` the original multiplies four-dimensional tensors by torch.bmm, which refuses them.
+    return isinstance(module, AttentionPool2d) or (isinstance(module, Attention) and not module.scaled_cosine)
+
+
+def rebuild(module: nn.Module, make: Make) -> nn.Module:
+    """The int8 attention for one that `takes` accepts."""
+    if isinstance(module, nn.MultiheadAttention):
+        return Int8MultiheadAttention(module, make)
+    if isinstance(module, AttentionPool2d):
+        return Int8AttentionPool2d(module, make)
+    assert isinstance(module, Attention)
+    return Int8Attention(module, make)
+
+
+def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q_NHLC: Tensor) -> Tensor | None:
+    """Both masks as one to add, (N or 1, H or 1, L or 1, S). True of a boolean shuts out."""
+    masks = []
+    if attn_mask is not None:
+        heads = q_NHLC.shape[:2]
+        masks.append(attn_mask.unflatten(0, heads) if attn_mask.ndim == 3 else attn_mask[None, None])
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask[:, None, None, :])
+    added = [
+        torch.zeros_like(mask, dtype=q_NHLC.dtype).masked_fill_(mask, float("-inf")) if mask.dtype == torch.bool else mask.to(q_NHLC.dtype)
+        for mask in masks
+    ]
+    return functools.reduce(torch.add, added) if added else None
+
+
+class Int8Attention(nn.Module):
+    """Replaces open_clip's `Attention`, the one of its custom blocks."""
+
+    ORIGINALS: ClassVar[dict[str, str]] = {
+        "in_proj.weight": "in_proj_weight",
+        "in_proj.scale": "in_proj_weight",
+        "in_proj.bias": "in_proj_bias",
+    }
+
+    def __init__(self, original: Attention, make: Make) -> None:
+        super().__init__()
+        self.num_heads = original.num_heads
+        self.in_proj = make(original.in_proj_weight, original.in_proj_bias)
+        self.ln_q, self.ln_k, self.ln_inner = original.ln_q, original.ln_k, original.ln_inner
+        self.head_scale = original.head_scale
+        self.out_proj = make(original.out_proj.weight, original.out_proj.bias)
+        self.attn_drop, self.out_drop = original.attn_drop, original.out_drop
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        q, k, v = (one.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for one in self.in_proj(x).chunk(3, dim=-1))
+        mask = _mask(attn_mask, None, q)
+        dropout = self.attn_drop.p if self.training else 0.0
+        out_NHLC = F.scaled_dot_product_attention(self.ln_q(q), self.ln_k(k), v, mask, dropout_p=dropout)
+        if self.head_scale is not None:
+            out_NHLC = out_NHLC * self.head_scale
+        out: Tensor = self.out_drop(self.out_proj(self.ln_inner(out_NHLC.transpose(1, 2).flatten(2))))
+        return out
+
+
+class Int8AttentionPool2d(nn.Module):
+    """Replaces the attention pool of open_clip's ResNets, (N, W, height, width) -> (N, O). The mean is the only query."""
+
+    def __init__(self, original: AttentionPool2d, make: Make) -> None:
+        super().__init__()
+        self.num_heads, self.positional_embedding = original.num_heads, original.positional_embedding
+        self.q_proj, self.k_proj, self.v_proj, self.c_proj = (
+            make(layer.weight, layer.bias) for layer in (original.q_proj, original.k_proj, original.v_proj, original.c_proj)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_NSW = x.flatten(2).transpose(1, 2)
+        x_NSW = torch.cat([x_NSW.mean(dim=1, keepdim=True), x_NSW], dim=1)
+        x_NSW = x_NSW + self.positional_embedding.to(x.dtype)
+        projected = (self.q_proj(x_NSW[:, :1]), self.k_proj(x_NSW), self.v_proj(x_NSW))
+        q, k, v = (one.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for one in projected)
+        out_N1W = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out: Tensor = self.c_proj(out_N1W)[:, 0]
+        return out

@@ -1,0 +1,182 @@
+"""Towers in 8 bits: attention, MLPs and their projections as int8 matrices with a float32 scale a row.
+
+`quantise` converts a model in place, with values or on the meta device. `sources` then tells of which tensor of the original
+checkpoint every tensor of the converted model is made, so that a checkpoint can be read into it tensor by tensor:
+
+    originals = clip.state_dict()                    # or the names in a file
+    quantise(clip)
+    for name, source in sources(clip).items():
+        value = source.make(originals[source.tensor])    # equal bit for bit to clip.state_dict()[name]
+
+Embeddings, norms, patch convolutions and the projections to the joint space stay as they are. Legend: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from timm.layers.linear import Linear as TimmLinear
+from torch import Tensor, nn
+
+from megakd.models.int8 import attention, matmul
+from megakd.models.int8.linear import Int8Linear, Int8PointwiseConv, quantise_weight
+
+__all__ = ["Int8Linear", "Report", "Source", "matrices", "quantise", "quantise_weight", "sources"]
+
+log = logging.getLogger("megakd.models")
+
+LARGE = 1_000_000  # weights of a matrix whose staying behind is worth a line
+# To the joint space: 0.1 % of a giant's parameters, and their error would be the embedding's, unaveraged. In open_clip's and timm's names.
+JOINT = re.compile(r"(visual\.)?(proj|trunk\.head(\.fc)?|head\.(proj|mlp\.fc[12]))|(text\.)?(text_projection|proj(\.\d+)?)")
+PATCHES = re.compile(r"(.*\.)?(patch_embed|embeds|stem)(\..*)?|(visual\.)?conv1\.weight")
+POSITIONS = re.compile(r"(.*\.)?(positional_embedding|class_embedding|pos_embed\w*|cls_token|cls_emb|reg_token|latent|query|probe)")
+Part = Literal["weight", "scale", "as it is"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Of what a tensor of a converted model is made: of `tensor` of the original's state, which may make others as well."""
+
+    tensor: str
+    part: Part
+
+    def make(self, original: Tensor) -> Tensor:
+        """The converted model's tensor; int8 for "weight", float32 for "scale", the original itself otherwise."""
+        if self.part == "as it is":
+            return original
+        weight_OI, scale_O = quantise_weight(original)
+        return weight_OI if self.part == "weight" else scale_O
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did, in numbers of parameters. kept: matrices of at least a million weights that are neither int8 nor embeddings.
+
+    product: how products are computed on the device that was named, None where each forward chooses.
+    """
+
+    int8: int
+    embeddings: int
+    others: int
+    kept: dict[str, int]
+    product: matmul.Product | None
+
+    @property
+    def fraction(self) -> float:
+        """Of the parameters that are not embeddings, how many are int8."""
+        return self.int8 / max(1, self.int8 + self.others)
+
+
+def quantise(
+    module: nn.Module,
+    *,
+    threshold: float = 0.0,
+    device_of_products: torch.device | None = None,
+    product: matmul.Product | None = None,
+    migrated: bool = False,
+) -> Report:
+    """Replace the linear layers and attentions of a tower, or of a whole open_clip model, by int8 ones, in place. Works on meta.
+
+    threshold: activations with a magnitude of at least this stay in 16 bits (see `matmul.linear`); 0 for none.
+    device_of_products: chooses the way of products for this device now, instead of at each forward for the device at hand.
+    product: overrides that choice. migrated: layers have room for the factors of `migration`.
+    Large matrices that stay behind are named in the log, unexpected ones as a warning.
+    Raises ValueError for a negative threshold.
+    """
+    if threshold < 0:
+        raise ValueError(f"outlier_threshold = {threshold}: a magnitude is at least 0; 0 quantises all activations, 6.0 is usual")
+    if product is None and device_of_products is not None:
+        product = matmul.choose(device_of_products)
+    _Conversion(module, threshold, product, migrated).convert(module, "")
+    report = _report(module, product)
+    for name, size in report.kept.items():
+        expected = JOINT.fullmatch(name.removesuffix(".weight")) or PATCHES.fullmatch(name)
+        log.log(logging.INFO if expected else logging.WARNING, "int8: %s stays in 16 bits (%.1f M parameters)", name, size / 1e6)
+    return report
+
+
+class _Conversion:
+    """One walk over a model. A layer that appears twice is converted once."""
+
+    def __init__(self, root: nn.Module, threshold: float, product: matmul.Product | None, migrated: bool) -> None:
+        self._settings = (threshold, product, migrated)
+        self._tied = {id(module.weight) for module in root.modules() if isinstance(module, nn.Embedding)}
+        self._done: dict[int, nn.Module] = {}
+
+    def convert(self, parent: nn.Module, prefix: str) -> None:
+        # EVA's, BEiT's and Swin v2's attention then calls its layer and adds the bias, instead of reading the matrix.
+        if hasattr(parent, "qkv_bias_separate"):
+            parent.qkv_bias_separate = True  # type: ignore[assignment]
+        for key, child in list(parent._modules.items()):
+            if child is None:
+                continue
+            name = f"{prefix}{key}"
+            if id(child) not in self._done:
+                self._done[id(child)] = child  # a circle ends here
+                self._done[id(child)] = self._converted(parent, child, name)
+            parent._modules[key] = self._done[id(child)]
+
+    def _converted(self, parent: nn.Module, child: nn.Module, name: str) -> nn.Module:
+        if JOINT.fullmatch(name) or PATCHES.fullmatch(name):
+            return child
+        if attention.takes(child):
+            return attention.rebuild(child, self._linear).train(child.training)
+        # The last one's fused inference path reads the matrices of its layers.
+        if isinstance(child, (nn.MultiheadAttention, attention.Attention, nn.TransformerEncoderLayer)):
+            return child
+        if type(child).forward in (nn.Linear.forward, TimmLinear.forward):
+            if id(child.weight) in self._tied:
+                return child
+            return self._linear(child.weight, child.bias).train(child.training)  # type: ignore[arg-type]
+        if _is_pointwise(child) and type(parent).__name__.endswith("Mlp"):
+            return Int8PointwiseConv(child.weight, child.bias, *self._settings).train(child.training)  # type: ignore[arg-type]
+        self.convert(child, f"{name}.")
+        return child
+
+    def _linear(self, weight: Tensor, bias: nn.Parameter | None) -> Int8Linear:
+        return Int8Linear(weight, bias, *self._settings)
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Conv2d and module.kernel_size == module.stride == (1, 1) and module.groups == 1 and module.padding in (0, (0, 0))
+    )
+
+
+def _report(module: nn.Module, product: matmul.Product | None) -> Report:
+    tables = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    counts = {"int8": 0, "embeddings": 0, "others": 0}
+    kept = {}
+    for name, parameter in module.named_parameters():
+        embedding = id(parameter) in tables or POSITIONS.fullmatch(name) is not None
+        kind = "int8" if parameter.dtype == torch.int8 else "embeddings" if embedding else "others"
+        counts[kind] += parameter.numel()
+        if kind == "others" and parameter.ndim > 1 and parameter.numel() >= LARGE:
+            kept[name] = parameter.numel()
+    return Report(**counts, kept=kept, product=product)
+
+
+def sources(module: nn.Module) -> dict[str, Source]:
+    """For every name in the state of a converted model, what it is made of. Names of a model that was not converted give themselves."""
+    parts: dict[str, Part] = {}
+    originals: dict[str, str] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        if isinstance(child, Int8Linear):
+            parts[f"{prefix}weight"], parts[f"{prefix}scale"] = "weight", "scale"
+            originals[f"{prefix}scale"] = f"{prefix}weight"
+    for path, child in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        originals.update({f"{prefix}{new}": f"{prefix}{old}" for new, old in getattr(child, "ORIGINALS", {}).items()})
+    return {name: Source(originals.get(name, name), parts.get(name, "as it is")) for name in module.state_dict()}
+
+
+def matrices(module: nn.Module) -> dict[Int8Linear, str]:
+    """The layers of a converted model, in its order, with the names of the matrices in the original that they are made of."""
+    made_of = sources(module)
+    layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, Int8Linear)}
+    return {layer: made_of[f"{path}.weight" if path else "weight"].tensor for path, layer in layers.items()}

@@ -1,0 +1,205 @@
+"""What is known of a decoder before its weights are touched: configuration, tokenizer, and that the settings fit each other."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from megakd.models.vlm import decoder_tokenizer, lora
+from megakd.recipe import Decoder
+
+
+@dataclass(frozen=True)
+class DecoderDescription:
+    """A decoder without weights."""
+
+    settings: Decoder
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    width: int  # H, of the token embeddings; OPT-350m's blocks are wider
+    positions: int | None  # the longest sequence that the language model takes; None: no limit is known
+    ends: tuple[int, ...]  # tokens that end an answer: the tokenizer's first, which is the one that is learned, then the model's own
+
+
+def describe(settings: Decoder) -> DecoderDescription:
+    """Configuration and tokenizer of the recipe's `[decoder]`.
+
+    Raises ValueError naming the key and the remedy: no such model, weights that only unpickling could read, code of its own, an
+    architecture that does not parse, a tokenizer that is missing or larger than the vocabulary, adapters on layers that are not there.
+    """
+    tokenizer = _tokenizer(settings)
+    config = _own_architecture(settings.architecture, tokenizer) if settings.architecture is not None else _stored(settings.model or "")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{source(settings)}: model_type {config.model_type!r} is no causal language model of transformers")
+    words = _text_part(config, settings).vocab_size
+    if len(tokenizer) > words:
+        raise ValueError(
+            f"decoder.tokenizer has {len(tokenizer)} words, but the language model's vocab_size is {words}: take the tokenizer that it was "
+            f"trained with"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError("decoder.tokenizer has no end token, so that answers would have no end: name another")
+    if settings.quantise != "none":
+        _check_quantise(settings)
+    outline = _outline(config, settings)
+    if settings.adapt == "lora":
+        lora.check(settings.lora, outline)
+    positions = getattr(outline.config, "max_position_embeddings", None) or 0
+    width = int(outline.get_input_embeddings().embedding_dim)
+    return DecoderDescription(settings, config, tokenizer, width, positions if positions > 0 else None, _ends(settings, config, tokenizer))
+
+
+def _ends(settings: Decoder, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokenizer's end token and those of the model's generation_config.json and config.json, as Llama 3's <|eot_id|>.
+
+    A configuration class has an end token of its own where config.json names none, which may be any word here: special ones alone count.
+    """
+    special = {*tokenizer.all_special_ids, *(one for one, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    configured = [one for one in _listed(config.get_text_config().eos_token_id) if one in special]
+    generating = [] if settings.model is None else _listed(_generation_ends(settings.model))
+    found = [int(tokenizer.eos_token_id), *(one for one in generating if 0 <= one < len(tokenizer)), *configured]
+    return tuple(dict.fromkeys(found))
+
+
+def _listed(value: Any) -> list[int]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [one for one in values if isinstance(one, int) and not isinstance(one, bool)]
+
+
+def _generation_ends(model: str) -> Any:
+    try:
+        return GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # there is none
+        return None
+    except Exception as error:
+        raise ValueError(f"decoder.model = {model!r}: its generation_config.json cannot be read: {_first_line(error)}") from error
+
+
+def source(settings: Decoder) -> str:
+    return "decoder.architecture" if settings.model is None else f"decoder.model = {settings.model!r}"
+
+
+def _tokenizer(settings: Decoder) -> PreTrainedTokenizerBase:
+    name = settings.tokenizer or settings.model
+    if name is None:
+        raise ValueError("decoder.tokenizer: missing; an architecture has none of its own: name a folder (`megakd shapes` writes one)")
+    if settings.tokenizer is not None and not Path(name).is_dir():
+        raise ValueError(f"decoder.tokenizer = {name!r}: no such folder; `megakd shapes` writes one beside its shards")
+    if settings.tokenizer is None:
+        _check_folder(name)
+    try:
+        tokenizer = decoder_tokenizer.read(name)
+    except Exception as error:  # a folder of another kind fails in as many ways as there are tokenizer classes
+        key = "decoder.tokenizer" if settings.tokenizer is not None else "decoder.model"
+        raise ValueError(f"{key} = {name!r}: no tokenizer of transformers: {_first_line(error)}") from error
+    return tokenizer
+
+
+def _check_folder(name: str) -> None:
+    """A path that does not exist would be looked for on the hub, with an error that speaks of networks."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            raise ValueError(f"decoder.model = {name!r}: no such folder; train that model first, or give another folder")
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"decoder.model = {name!r}: no config.json in that folder: it is no model that transformers wrote")
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"decoder.model = {name!r}: no .safetensors in that folder; weights in other files could run code when they are read: "
+            f"convert them where you trust them"
+        )
+
+
+def _stored(name: str) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # missing, offline, unknown model_type, code of its own: all are mistakes of this key
+        raise ValueError(
+            f"decoder.model = {name!r}: no configuration that transformers reads; check the name, the network, and that it needs no code "
+            f"of its own: {_first_line(error)}"
+        ) from error
+    return config
+
+
+def _own_architecture(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of a recipe's table; the vocabulary is the tokenizer's where the table does not say."""
+    kind = architecture.get("model_type")
+    if kind not in CONFIG_MAPPING_NAMES:
+        nearest = difflib.get_close_matches(str(kind), CONFIG_MAPPING_NAMES, n=3)
+        raise ValueError(
+            f"decoder.architecture.model_type = {kind!r}: transformers has no such model; nearest: {', '.join(nearest) or '-'}"
+        )
+    plain = _configured({"model_type": kind})
+    known = {*plain.to_dict(), *plain.attribute_map}
+    for key in architecture:
+        if key not in known:  # transformers would keep it as an attribute that nothing reads
+            raise ValueError(f"decoder.architecture.{key}: {kind} has no such setting; {_nearest(key, known)}")
+    words = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return _configured({**words, **architecture})
+
+
+def _configured(values: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(**values)
+    except Exception as error:  # transformers checks values in classes of its own and of huggingface_hub
+        raise ValueError(f"decoder.architecture: {_first_line(error)}") from error
+    return config
+
+
+def _outline(config: PreTrainedConfig, settings: Decoder) -> PreTrainedModel:
+    """The model on the meta device: layers without weights.
+
+    transformers takes the text part of some models that have several (Llama 4); of others (Gemma 3) it makes all, whose vision tower would
+    be loaded, adapted and never used.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # sizes that do not divide, unknown activations: each model class has its own errors
+        raise ValueError(f"{source(settings)} does not give a model: {_first_line(error)}") from error
+    text = _text_part(model.config, settings)
+    if text is not model.config:
+        raise ValueError(
+            f"{source(settings)}: {type(model).__name__} is more than a language model; save its text part (model_type "
+            f"{text.model_type!r}) as a folder of its own, or name another"
+        )
+    return model
+
+
+def _text_part(config: PreTrainedConfig, settings: Decoder) -> PreTrainedConfig:
+    """The configuration of the language model in a model of several parts; of a plain one, its own."""
+    try:
+        return config.get_text_config()
+    except ValueError as error:
+        raise ValueError(f"{source(settings)}: model_type {config.model_type!r} has several language models: name one of them") from error
+
+
+def _check_quantise(settings: Decoder) -> None:
+    if settings.model is None:
+        raise ValueError(f"decoder.quantise = {settings.quantise!r}: random weights of an architecture are not worth it; set it to 'none'")
+    if importlib.util.find_spec("accelerate") is None:
+        raise ValueError(f"decoder.quantise = {settings.quantise!r} needs accelerate: `pip install accelerate`; or set it to 'none'")
+
+
+def _nearest(word: object, known: Iterable[str]) -> str:
+    return f"nearest: {', '.join(difflib.get_close_matches(str(word), known, n=3)) or 'none'}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -1,0 +1,82 @@
+"""What DeepSpeed's engine holds where a decoder learns to answer: the student, where there is one, and the decoder, in one module.
+
+Both losses of a step come from one forward: KD from pairs of images and texts, answers from questions about other images, through
+the same vision tower. Where no objective is active the pairs are absent; where there is no student (blind) so is the tower.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from megakd.models.patches import patch_tokens
+from megakd.models.student import Student
+from megakd.models.vlm.decoder import Decoder
+
+# Legend: B questions, L tokens of a conversation, V patches of the tower, C its width.
+
+
+class Questions(NamedTuple):
+    """Questions as the decoder takes them. pixels: (B, 3, H, W), normalised; None without a tower. The rest is (B, L)."""
+
+    pixels: Tensor | None
+    ids_BL: Tensor
+    attend_BL: Tensor
+    image_mask_BL: Tensor
+    labels_BL: Tensor
+
+    def split(self, pieces: int) -> list[Questions]:
+        """As many parts as there are micro-batches, whose sizes differ by one at most."""
+        columns = [[None] * pieces if value is None else value.tensor_split(pieces) for value in self]
+        return [Questions(*row) for row in zip(*columns, strict=True)]  # type: ignore[arg-type]
+
+
+class AnsweringStudent(Student):
+    """clip: the student's towers, or None for a decoder that sees nothing. The tower learns from the answers where `tower_learns`."""
+
+    def __init__(
+        self, clip: nn.Module | None, heads: dict[str, nn.Module], max_scale: float, decoder: Decoder, layer: int, *, tower_learns: bool
+    ) -> None:
+        if clip is None:
+            nn.Module.__init__(self)
+            self.clip = None  # type: ignore[assignment]
+        else:
+            super().__init__(clip, heads, max_scale)
+        self.decoder, self._layer, self._tower_learns = decoder, layer, tower_learns
+
+    def forward(self, pixels: Tensor | None, tokens: Tensor | None, *asked: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """The student's outputs for the pairs, where there are any, and the decoder's `answer_nll`, `answer_tokens`, each (B,).
+
+        asked: the fields of `Questions`, one by one, as DeepSpeed's hooks take tensors and plain tuples.
+        """
+        outputs = super().forward(pixels, tokens) if pixels is not None and tokens is not None else {}
+        if asked:
+            questions = Questions(*asked)
+            visual_BVC = None if questions.pixels is None else self.look(questions.pixels)
+            outputs |= self.decoder(visual_BVC, *questions[1:])
+        return outputs
+
+    def look(self, pixels: Tensor) -> Tensor:
+        """(B, V, C): what the decoder reads of each image.
+
+        Where the tower does not learn from answers: without a gradient, and in evaluation mode, so that batch norm learns nothing either.
+        """
+        assert self.clip is not None
+        visual: nn.Module = self.clip.visual  # type: ignore[assignment]
+        if self._tower_learns:
+            return patch_tokens(visual, pixels, self._layer)
+        training = visual.training
+        visual.eval()
+        try:
+            with torch.no_grad():
+                return patch_tokens(visual, pixels, self._layer)
+        finally:
+            visual.train(training)
+
+
+def freeze_all_but(module: nn.Module, *prefixes: str) -> None:
+    """Only parameters whose names start with one of `prefixes` are trained."""
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name.startswith(prefixes))

@@ -1,0 +1,55 @@
+"""Models that another recipe is about to train, as far as that recipe already describes them: their source, without their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from megakd.recipe import Decoder, Model
+from megakd.recipe import load as recipes
+
+M = TypeVar("M", bound=Model)
+# The description of a CLIP model in its folder, as open_clip names it.
+CLIP_CONFIG = "open_clip_config.json"
+# Where a run that trains or makes a language model leaves it.
+LANGUAGE = "/bundle/language"
+
+
+def model(settings: M, role: str) -> M:
+    """`settings` with the source of the student that its recipe trains, while the folder of `model` is not there; else as they are.
+
+    Raises ValueError when that recipe trains no student.
+    """
+    folder = Path((settings.model or "").removeprefix("local-dir:"))
+    if settings.recipe is None or (folder / CLIP_CONFIG).is_file():
+        return settings
+    first = recipes.load(settings.recipe)[0].student
+    if first is None:
+        raise ValueError(f"{role}.recipe = {settings.recipe!r}: has no [student], and so trains no {role}: name another recipe")
+    found = model(first, "student")
+    source = {name: getattr(found, name) for name in ("model", "architecture", "pretrained", "recipe")}
+    kept = {name: getattr(settings, name) or getattr(found, name) for name in ("tokenizer", "preprocess")}
+    return settings.model_copy(update={**source, **kept})
+
+
+def decoder(settings: Decoder) -> Decoder:
+    """`settings` with the source of the language model that the recipes before it start from, while its folder is not there.
+
+    Raises ValueError when the recipe that should train it has no decoder.
+    """
+    name = settings.model or ""
+    if settings.recipe is None or not name.endswith(LANGUAGE) or (Path(name) / "config.json").is_file():
+        return settings
+    found = decoder(before(settings))
+    source = {"model": found.model, "architecture": found.architecture, "tokenizer": settings.tokenizer or found.tokenizer}
+    # An architecture has no weights that could be quantised; the folder that is made of it has.
+    return settings.model_copy(update={**source, "quantise": "none" if found.model is None else settings.quantise})
+
+
+def before(settings: Decoder) -> Decoder:
+    """`[decoder]` of the recipe that `settings` name. Raises ValueError when it has none."""
+    assert settings.recipe is not None
+    first = recipes.load(settings.recipe)[0].decoder
+    if first is None:
+        raise ValueError(f"decoder.recipe = {settings.recipe!r}: has no [decoder], and so trains none: name another recipe")
+    return first

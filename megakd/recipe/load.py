@@ -1,0 +1,232 @@
+"""Recipes on disk: find one by name or path, apply `--set` overrides, explain every error, compare two.
+
+Errors are `ValueError`s that name the key, the value, the file and the remedy, with the nearest known key for a typo.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from megakd.recipe import Recipe, credentials, resume, texts
+
+# Of one recipe that a message lists.
+MOST_PROBLEMS = 12
+
+
+def shipped() -> list[str]:
+    """Names of the recipes inside the package, sorted."""
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in resources.files("megakd.recipe.shipped").iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def load(source: str, overrides: Iterable[str] = (), *, to_compare: bool = False) -> tuple[Recipe, str]:
+    """The recipe called `source` (a shipped name, a `.toml` file, or a run's `run.json`) with `key=value` overrides applied.
+
+    Returns the recipe and the path it was read from, for messages. Raises ValueError as the module's docstring says, and for values
+    whose credentials were left out of a run.json, unless the recipe is only `to_compare` with another.
+    """
+    settings, origin = _read(source)
+    applied = list(overrides)
+    for override in applied:
+        _apply(settings, override)
+    told = " ".join(f"--set {texts.shown(o)[1:-1] if len(o) > 400 else o}" for o in applied)
+    origin_in_messages = f"{origin} with {told}" if applied else origin
+    if problems := list(itertools.islice(texts.impossible(settings), MOST_PROBLEMS)):
+        raise ValueError(f"recipe {origin_in_messages}:\n" + "\n".join(f"  {problem}" for problem in problems))
+    try:
+        recipe = Recipe.model_validate(settings)
+    except ValidationError as error:
+        found = error.errors()
+        more = [f"  and {len(found) - MOST_PROBLEMS} more"] if len(found) > MOST_PROBLEMS else []
+        lines = [*map(_explain, found[:MOST_PROBLEMS]), *more]
+        raise ValueError(f"recipe {origin_in_messages}:\n" + "\n".join(lines)) from None
+    if not to_compare:
+        check_given(recipe, origin)
+    return recipe, origin
+
+
+def check_given(section: BaseModel, origin: str, prefix: str = "") -> None:
+    """Raise ValueError for values of a recipe, or of a section, whose credentials were left out when run.json was written."""
+    for key, value in _flat(section.model_dump(mode="json"), prefix).items():
+        if any(isinstance(text, str) and credentials.is_hidden(text) for text in (value if isinstance(value, list) else [value])):
+            raise ValueError(
+                f"recipe {origin}: {key} = {value!r}: run.json holds no credentials ({credentials.HIDDEN}); give the whole value "
+                f"again, with --set {key}=..."
+            )
+
+
+def _read(source: str) -> tuple[dict[str, Any], str]:
+    path = Path(source)
+    if path.suffix in (".toml", ".json") or "/" in source:
+        if not texts.exists(path):
+            raise ValueError(
+                f"recipe {source}: no such file; give a path to a .toml file, or one of the shipped names: {', '.join(shipped())}"
+            )
+        return _parse(texts.read_text(path, f"recipe {path}"), path), str(path)
+    if source not in shipped():
+        nearest = _nearest(source, shipped(), 0.4)
+        suggestion = f"did you mean {nearest!r}? " if nearest else ""
+        shown = texts.shown(source)
+        raise ValueError(f"recipe {shown}: not a shipped recipe; {suggestion}shipped: {', '.join(shipped())}; a path must end in .toml")
+    text = (resources.files("megakd.recipe.shipped") / f"{source}.toml").read_text(encoding="utf-8")
+    return _parse(text, Path(f"{source}.toml")), f"megakd/recipe/shipped/{source}.toml"
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    named = f"recipe {path}"
+    if path.suffix != ".json":
+        return texts.parse_toml(text, named)
+    parsed = texts.parse_json(text, named)
+    settings = parsed.get("recipe") if isinstance(parsed, dict) else None
+    if settings is None:
+        raise ValueError(f"{named}: a .json recipe is the run.json of a run folder, and this file has no key 'recipe'")
+    if not isinstance(settings, dict):
+        raise ValueError(f"{named}: recipe = {texts.shown(settings)}: a table of settings is needed, as megakd writes it into run.json")
+    return settings
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    shown = override if len(override) <= 400 else texts.shown(override)[1:-1]
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set {shown}: write key=value, for example --set optim.lr=3e-4")
+    *sections, last = _parts(key.strip(), shown)
+    for name in sections:
+        inner = settings.setdefault(name, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"--set {shown}: '{name}' is a value, not a section")
+        settings = inner
+    settings[last] = _value(text.strip(), shown)
+
+
+def _parts(key: str, override: str) -> list[str]:
+    """Of a.b."c.d", the names a, b and c.d; names without quotes may be of any characters but dots."""
+    parts = key.split(".")
+    if '"' in key or "'" in key:
+        try:
+            inner: Any = tomllib.loads(f"{key} = 0")
+        except (ValueError, RecursionError):
+            raise ValueError(f'--set {override}: the key {texts.shown(key)} is not TOML\'s; quote a name that has dots: a."b.c"') from None
+        parts = []
+        while isinstance(inner, dict):
+            ((name, inner),) = inner.items()
+            parts.append(name)
+    if not all(part.strip() for part in parts):
+        raise ValueError(f"--set {override}: the key {texts.shown(key)} has an empty part; write key=value, for example optim.lr=3e-4")
+    if len(parts) > texts.DEEPEST:
+        raise ValueError(f"--set {override}: the key has {len(parts)} parts, more than any setting")
+    return parts
+
+
+def _value(text: str, override: str) -> Any:
+    """A TOML value (3e-4, true, [1, 2], "text"); what is none is taken as a bare string, so that paths need no quotes."""
+    try:
+        found = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    except RecursionError:
+        raise ValueError(f"--set {override}: nested deeper than {texts.DEEPEST} levels") from None
+    except ValueError:
+        raise ValueError(f"--set {override}: an integer of thousands of digits; integers have 64 bits") from None
+    # More than one value: a line break in the text, or a comment that would be dropped.
+    return found["value"] if found.keys() == {"value"} and _is_whole(text) else text
+
+
+def _is_whole(text: str) -> bool:
+    if "#" not in text:
+        return True
+    try:
+        tomllib.loads(f"value = [ {text} ]")
+    except tomllib.TOMLDecodeError:  # the comment has swallowed the bracket
+        return "\n" in text
+    return True
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = texts.shown(".".join(location) or "(recipe)")[1:-1]
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        nearest = _nearest(location[-1], known, 0.5)
+        suggestion = f"did you mean {'.'.join([*location[:-1], nearest])!r}? " if nearest else ""
+        return f"  {key}: unknown key; {suggestion}known here: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"  {key}: missing; every recipe has to give it"
+    reason = problem["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(problem["input"], dict) else f" = {texts.shown(problem['input'])}"
+    return f"  {key}{value}: {reason}"
+
+
+def _nearest(name: str, known: Sequence[str], cutoff: float) -> str | None:
+    """Comparing takes the square of the length, and no name of ours is long."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None) if len(name) <= 100 else None
+
+
+def _known_keys(section: list[str]) -> list[str]:
+    model: type[BaseModel] | None = Recipe
+    names = iter(section)
+    for name in names:
+        field = None if model is None else model.model_fields.get(name)
+        if field is None:
+            return []
+        annotations: Sequence[Any] = _options(field.annotation)
+        if tables := [get_args(option)[1] for option in annotations if get_origin(option) is dict]:
+            next(names, None)  # the name that the recipe gave to an entry of this table
+            annotations = tables
+        model = next((option for option in annotations if isinstance(option, type) and issubclass(option, BaseModel)), None)
+    return [] if model is None else list(model.model_fields)
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Lines 'key: old -> new' for each setting that changes what is learned; empty when a run of `old` goes on as `new` without a word."""
+    return [f"{key}: {before!r} -> {after!r}" for key, before, after in _changed(old, new)]
+
+
+def refused(old: Recipe, new: Recipe) -> list[str]:
+    """The lines of `differences` for which a run of `old` must not go on as `new`, with the reason where the key alone is none."""
+    lines = []
+    for key, before, after in _changed(old, new):
+        if resume.change(key) == "refused":
+            lines.append(f"{key}: {before!r} -> {after!r}")
+        elif key == "optim.steps" and new.optim.schedule != "constant":
+            lines.append(f"{key}: {before!r} -> {after!r} (with schedule = {new.optim.schedule!r} the rate of every step depends on it)")
+    return lines
+
+
+def told(old: Recipe, new: Recipe) -> list[str]:
+    """What is to be said of the settings that may change, when `refused` has none."""
+    lines = []
+    for key, before, after in _changed(old, new):
+        found = resume.entry(key)
+        lines.append(f"{key}: {before!r} -> {after!r}: {resume.TOLD.get(found or '', 'changed')}")
+    return lines
+
+
+def _changed(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+    before, after = (_flat(credentials.redacted(recipe.model_dump(mode="json"))) for recipe in (old, new))
+    keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    return [(key, before.get(key), after.get(key)) for key in keys if resume.change(key) != "free"]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,1 @@
+"""Comparisons of several runs in one command."""

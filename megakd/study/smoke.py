@@ -1,0 +1,155 @@
+"""`megakd smoke`: the main job at the size of a laptop, with the comparison it exists for.
+
+1. Write the shapes world: clean pairs for the teacher, and other pairs half of whose captions are wrong, as on the web.
+2. Train the teacher, then for each seed the student with KD and the same student without: same data, steps and seed.
+3. Print the table. Every run is an ordinary one, started through the deepspeed launcher, and may be resumed or looked into.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megakd.data.shapes import write_world
+from megakd.runtime.run_folder import read_metrics
+
+TRAIN_PAIRS, TEST_PAIRS, CAPTION_NOISE = 20000, 2000, 0.5
+SHIPPED_DATA = "data/shapes"
+WITHOUT_KD = "objectives.similarity=0.0"
+
+
+def run(seeds: int, out: Path, data: Path) -> int:
+    """Run everything that is not done yet, print the table, write OUT/table.json. Returns 0, or the code of the run that failed."""
+    start = time.perf_counter()
+    world = write_world(data, train=TRAIN_PAIRS, test=TEST_PAIRS, caption_noise=CAPTION_NOISE)
+    print(f"{data}: " + (f"written in {world.seconds:.1f} s" if world.written else "there already"), flush=True)
+    teacher = out / "teacher"
+    jobs = {teacher: ("smoke_teacher", ["seed=0"])}
+    for seed in range(seeds):
+        student = [f"seed={seed}", f"teacher.model=local-dir:{teacher / 'model'}"]
+        jobs[out / f"kd_seed{seed}"] = ("smoke", student)
+        jobs[out / f"no_kd_seed{seed}"] = ("smoke", [*student, WITHOUT_KD])
+    for folder, (recipe, overrides) in jobs.items():
+        code = train(recipe, folder, [*overrides, *_moved(recipe, data)])
+        if code:
+            print(
+                f"the run in {folder} ended with exit code {code}; `megakd smoke` again goes on from its last checkpoint", file=sys.stderr
+            )
+            return code
+    rows = _rows(out, seeds)
+    (out / "table.json").write_text(json.dumps({"rows": rows, "seeds": seeds}, indent=1) + "\n", encoding="utf-8")
+    _show(rows, seeds, time.perf_counter() - start)
+    return 0
+
+
+def train(recipe: str, folder: Path, overrides: list[str]) -> int:
+    """One run through the deepspeed launcher, one rank a GPU or a CPU core (at most two), and its exit code."""
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--master_port", str(_free_port())]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    if not torch.cuda.is_available():
+        # Two ranks of one thread: several OpenMP threads wait for each other by spinning, which a busy machine punishes tenfold.
+        launcher += ["--num_accelerators", str(min(2, len(os.sched_getaffinity(0))))]
+        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    arguments = ["--recipe", recipe, "--out", str(folder), *(part for item in overrides for part in ("--set", item))]
+    print("\n$ deepspeed megakd/train.py " + shlex.join(arguments), flush=True)
+    process = subprocess.Popen([*launcher, str(Path(__file__).parents[1] / "train.py"), *arguments], env=environment)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+
+
+def _free_port() -> int:
+    """DeepSpeed's default is 29500, which a second run on the machine would find taken."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _moved(recipe: str, data: Path) -> list[str]:
+    """Overrides that point a shipped recipe to another data folder."""
+    if str(data) == SHIPPED_DATA:
+        return []
+    split = "train_noisy" if recipe == "smoke" else "train"
+    return [
+        f"data.train={data}/{split}/*.tar",
+        f"student.tokenizer={data}/tokenizer",
+        f"evaluation.zero_shot.seen={data}/zeroshot",
+        f"evaluation.zero_shot.held_out={data}/zeroshot_held_out",
+        f"evaluation.retrieval.test={data}/test/*.tar",
+        f"evaluation.hard_negatives.test={data}/test/*.tar",
+    ]
+
+
+def _rows(out: Path, seeds: int) -> list[dict[str, Any]]:
+    kinds = {"teacher": [out / "teacher"]}
+    kinds["student, KD"] = [out / f"kd_seed{seed}" for seed in range(seeds)]
+    kinds["student, no KD"] = [out / f"no_kd_seed{seed}" for seed in range(seeds)]
+    return [{"model": name, "runs": [_facts(folder) for folder in folders]} for name, folders in kinds.items()]
+
+
+def _facts(folder: Path) -> dict[str, float]:
+    found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    retrieval = found["retrieval"]["test"]
+    speeds = [row["images_per_second"] for row in read_metrics(folder) if "images_per_second" in row]
+    return {
+        "zero_shot": found["zero_shot"]["seen"]["top1"],
+        "image_to_text_R@1": retrieval["image_to_text"]["R@1"],
+        "image_to_text_R@5": retrieval["image_to_text"]["R@5"],
+        "text_to_image_R@1": retrieval["text_to_image"]["R@1"],
+        "text_to_image_R@5": retrieval["text_to_image"]["R@5"],
+        "mean_R@1": retrieval["mean_R@1"],
+        "parameters": found["parameters"],
+        "images_per_second": statistics.median(speeds),
+    }
+
+
+COLUMNS = {
+    "zero_shot": "zero-shot top-1",
+    "image_to_text_R@1": "image to text R@1",
+    "image_to_text_R@5": "R@5",
+    "text_to_image_R@1": "text to image R@1",
+    "text_to_image_R@5": "R@5",
+    "mean_R@1": "mean R@1",
+}
+
+
+def _show(rows: list[dict[str, Any]], seeds: int, seconds: float) -> None:
+    repeated = f"{seeds} seeds" if seeds > 1 else "1 seed"
+    title = f"{TEST_PAIRS} test pairs; {CAPTION_NOISE:.0%} of the students' captions are wrong; {repeated}; {seconds:.0f} s"
+    table = Table(title=title, caption="images/s: training throughput, teacher's forward included")
+    table.add_column("model")
+    for heading in (*COLUMNS.values(), "parameters", "images/s"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        cells = [percent([run[key] for run in row["runs"]]) for key in COLUMNS]
+        speed = statistics.median(run["images_per_second"] for run in row["runs"])
+        table.add_row(row["model"], *cells, f"{row['runs'][0]['parameters'] / 1e6:.2f} M", f"{speed:.0f}")
+    console = Console()
+    # A log file has no width; the table would be cut at 80 columns there.
+    Console(width=None if console.is_terminal else 150).print(table)
+    with_kd, without = (next(row["runs"] for row in rows if row["model"] == name) for name in ("student, KD", "student, no KD"))
+    for key, name in (("zero_shot", "zero-shot top-1"), ("mean_R@1", "mean R@1")):
+        gains = [with_run[key] - without_run[key] for with_run, without_run in zip(with_kd, without, strict=True)]
+        print(f"gain from KD, {name}: " + ", ".join(f"{gain:+.1%}" for gain in gains) + (" (by seed)" if seeds > 1 else ""))
+
+
+def percent(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1%}"
+    return f"{statistics.mean(values):.1%} ± {statistics.stdev(values):.1%}"

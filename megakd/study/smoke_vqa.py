@@ -1,0 +1,116 @@
+"""`megakd smoke --vqa`: what a language model can read from each vision tower, at the size of a laptop.
+
+1. Write the shapes world; train the teacher, the student with KD and the same student without, and a tiny decoder that can read.
+2. For each tower, a random one included: align a projector on captions, then adapt the decoder by LoRA on questions. The tower stays.
+3. The same decoder without a tower (blind) shows what the questions give away, the random tower what a projection of the pixels gives.
+
+Every run is an ordinary one: OUT/recipes/ holds the recipe of each, derived from the shipped ones, and names those that come first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megakd.data.shapes import write_world
+from megakd.recipe import load as recipes
+from megakd.study.smoke import CAPTION_NOISE, SHIPPED_DATA, WITHOUT_KD, percent, train
+
+# Eight minutes on two cores: a smaller world than `megakd smoke`'s, half the steps for its towers, which are judged by questions alone.
+TRAIN_PAIRS, TEST_PAIRS = 12000, 1000
+NO_SETS = ("evaluation.zero_shot={}", "evaluation.retrieval={}", "evaluation.hard_negatives={}")
+TEACHER, STUDENT = ("optim.steps=280", *NO_SETS), ("optim.steps=180", *NO_SETS)
+ROWS = ("blind", "random tower", "student, no KD", "student, KD", "teacher's tower")
+FAMILIES = ("colour", "shape", "size", "position", "count", "existence", "relation")
+
+
+class Recipes:
+    """Derives the recipes of all runs under `out` and writes them to OUT/recipes/; each is named by its run's folder."""
+
+    def __init__(self, out: Path, data: Path) -> None:
+        self.out, self._data = out, data
+
+    def derive(self, shipped: str, folder: str, *overrides: str) -> str:
+        """The path of the recipe for the run OUT/folder."""
+        recipe, _ = recipes.load(shipped, overrides)
+        text = json.dumps({"recipe": recipe.model_dump(mode="json")}, indent=1).replace(f'"{SHIPPED_DATA}/', f'"{self._data}/')
+        path = self.out / "recipes" / f"{folder}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+        return str(path)
+
+    def of_row(self, row: str, seed: int) -> tuple[str, Path]:
+        """The recipe of a row's last run, which names all that come before it, and that run's folder."""
+        name = f"{row.replace(' ', '_').replace(',', '').replace(chr(39), '')}_seed{seed}"
+        decoder = self.derive("smoke_decoder", "decoder")
+        language = (f"seed={seed}", f"decoder.model={self.out}/decoder/bundle/language")
+        if row == "blind":
+            return self.derive("vqa_blind", name, *language, f"decoder.recipe={decoder}"), self.out / name
+        shared = (*language, *self._tower(row, seed))
+        align = self.derive("vqa_align", f"{name}_align", *shared, f"decoder.recipe={decoder}")
+        start = f"decoder.start={self.out}/{name}_align/bundle"
+        return self.derive("vqa_lora", name, *shared, start, f"decoder.recipe={align}"), self.out / name
+
+    def _tower(self, row: str, seed: int) -> tuple[str, ...]:
+        teacher = self.derive("smoke_teacher", "teacher", *TEACHER)
+        model = f"local-dir:{self.out}/teacher/model"
+        if row == "teacher's tower":
+            return f"student.model={model}", f"student.recipe={teacher}"
+        if row == "random tower":
+            return f"student.model={model}", f"student.recipe={teacher}", "student.pretrained=random"
+        folder, without = ("kd", ()) if row == "student, KD" else ("no_kd", (WITHOUT_KD,))
+        learned = (f"seed={seed}", f"teacher.model={model}", f"teacher.recipe={teacher}", *STUDENT, *without)
+        student = self.derive("smoke", f"{folder}_seed{seed}", *learned)
+        return f"student.model=local-dir:{self.out}/{folder}_seed{seed}/model", f"student.recipe={student}"
+
+
+def run(seeds: int, out: Path, data: Path) -> int:
+    """Run everything that is not done yet, print the table, write OUT/table.json. Returns 0, or the code of the run that failed."""
+    start = time.perf_counter()
+    world = write_world(data, train=TRAIN_PAIRS, test=TEST_PAIRS, caption_noise=CAPTION_NOISE)
+    print(f"{data}: " + (f"written in {world.seconds:.1f} s" if world.written else "there already"), flush=True)
+    recipes = Recipes(out, data)
+    found: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
+    for seed in range(seeds):
+        # The teacher's row first: it is the teacher that the students' recipes wait for.
+        for row in ("blind", "teacher's tower", "random tower", "student, no KD", "student, KD"):
+            recipe, folder = recipes.of_row(row, seed)
+            code = train(recipe, folder, [])
+            if code:
+                again = "`megakd smoke --vqa` again goes on from its last checkpoint"
+                print(f"the run in {folder} ended with exit code {code}; {again}", file=sys.stderr)
+                return code
+            found[row].append(json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["vqa"])
+    (out / "table.json").write_text(json.dumps({"seeds": seeds, "rows": found}, indent=1) + "\n", encoding="utf-8")
+    _show(found, seeds, time.perf_counter() - start)
+    return 0
+
+
+def _show(found: dict[str, list[dict[str, Any]]], seeds: int, seconds: float) -> None:
+    questions = next(iter(found.values()))[0]["test"]["questions"]
+    repeated = f"{seeds} seeds" if seeds > 1 else "1 seed"
+    title = f"VQA accuracy on {questions} questions, {repeated}, {seconds:.0f} s"
+    table = Table(title=title, caption="held-out: scenes of pairs never seen in training")
+    for heading in ("vision tower", "overall", *FAMILIES, "held-out"):
+        table.add_column(heading, justify="left" if heading == "vision tower" else "right")
+    for row, runs in found.items():
+        families = [percent([run["test"]["by_family"][family]["accuracy"] for run in runs]) for family in FAMILIES]
+        table.add_row(row, percent(_overall(runs, "test")), *families, percent(_overall(runs, "held_out")))
+    console = Console()
+    Console(width=None if console.is_terminal else 190).print(table)
+    for lower, upper in itertools.pairwise(ROWS):
+        gains = [high - low for low, high in zip(_overall(found[lower], "test"), _overall(found[upper], "test"), strict=True)]
+        print(f"{upper} over {lower}: " + ", ".join(f"{gain:+.1%}" for gain in gains) + f" (mean {statistics.mean(gains):+.1%})")
+
+
+def _overall(runs: Sequence[dict[str, Any]], name: str) -> list[float]:
+    return [float(run[name]["accuracy"]) for run in runs]

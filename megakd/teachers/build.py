@@ -1,0 +1,297 @@
+"""Where a run's teacher embeddings come from: a live teacher in one of its modes, or a store with the live teacher behind it.
+
+What a store must agree on with the recipe is decided here, for the run that reads it and for `megakd embed` that fills it. So is whether
+a teacher in 8 bit is near enough to the one in 16: some pairs of the training set go through both at every start.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megakd.data.shards import ShardSet
+from megakd.data.store.reader import Store, differences, made_as_wanted
+from megakd.data.store.views import Seen, StoredViews
+from megakd.data.transforms import TowerView, normalise
+from megakd.models import clip, streaming
+from megakd.models.fingerprint import computation, identity, preprocessing
+from megakd.models.int8 import matmul
+from megakd.models.int8.agreement import Agreement, agreement
+from megakd.models.int8.migration import METHOD, Reference, migrate
+from megakd.recipe import Recipe
+from megakd.recipe import Teacher as Settings
+from megakd.recipe.credentials import redacted
+from megakd.runtime import collectives, precision, watchdog, zero3
+from megakd.runtime.launch import World
+from megakd.teachers.cached import StoredTeacher, StoreMiss, TextStoredTeacher
+from megakd.teachers.replicated import ReplicatedTeacher, build_teacher
+from megakd.teachers.sharded import ShardedTeacher, build_sharded_teacher
+
+T = TypeVar("T")
+log = logging.getLogger("megakd.teachers")
+COMPARED = 64  # pairs that go through a teacher in 8 and in 16 bit
+# What of a store's key an image's embedding depends on and a text's does not.
+AUGMENTATION = ("views.", "seed")
+
+
+def live_teacher(
+    recipe: Recipe,
+    description: clip.Description,
+    world: World,
+    shards: ShardSet | None = None,
+    *,
+    without_text: bool = False,
+    piece: int | None = None,
+    say: Callable[[str], None] = log.info,
+) -> ReplicatedTeacher | ShardedTeacher:
+    """The teacher of `description`, loaded as its `mode` says; in 8 bit, calibrated and compared with 16 bit. A collective.
+
+    shards: of the recipe's data; default: opened here. without_text: its images alone; no weight of the text tower is read.
+    piece: images in one forward of the comparison; default: evaluation.batch. say: where its outcome is told.
+    pretrained = "random" draws the same weights on every rank and at every start. Raises ValueError, on every rank, for weights that
+    do not fit or cannot be read, for a DeepSpeed JSON that a partitioned teacher cannot use, and for 8 bit that lose too much.
+    """
+    settings = settings_of(description)
+    torch.manual_seed(recipe.seed + 1)
+    if not settings.mode.endswith("int8"):
+        return _loaded(description, world, None, without_text)
+    shards = shards or ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
+    product = matmul.resolved(settings.int8_product, world.device)
+    int8 = streaming.Int8(settings.outlier_threshold, product, migrated=settings.calibration > 0)
+    teacher = _loaded(description, world, int8, without_text)
+    source = StoredViews(shards, recipe.views, recipe.seed, TowerView(preprocessing(description), description.tokenize))
+    _Comparison(teacher, description, source, world, piece or recipe.evaluation.batch, without_text).settle(say)
+    return teacher
+
+
+def _loaded(
+    description: clip.Description, world: World, int8: streaming.Int8 | None, without_text: bool
+) -> ReplicatedTeacher | ShardedTeacher:
+    settings = settings_of(description)
+    if settings.mode.startswith("zero3"):
+        return build_sharded_teacher(
+            description, world, zero3.settings(settings.ds_config, offload=settings.offload), int8=int8, without_text=without_text
+        )
+    if int8 is None and not without_text:
+        return build_teacher(description, world.device)
+    return ReplicatedTeacher(streaming.load(description, world, precision.of(world.device), int8=int8, without_text=without_text))
+
+
+class _Comparison:
+    """A teacher in 8 bit beside the same one with its original matrices in 16 bit, which are read again layer by layer.
+
+    Its pairs are spread evenly over the training set, in the augmentation that a store calls view 0, and are the same for every number of
+    ranks and at every start; those to compare lie between those to calibrate with. Every rank embeds all of them.
+    """
+
+    def __init__(
+        self,
+        teacher: ReplicatedTeacher | ShardedTeacher,
+        description: clip.Description,
+        source: StoredViews,
+        world: World,
+        piece: int,
+        without_text: bool,
+    ) -> None:
+        self._teacher, self._source, self._world, self._piece, self._without_text = teacher, source, world, piece, without_text
+        self._role, self._settings = description.role, settings_of(description)
+
+    def settle(self, say: Callable[[str], None]) -> None:
+        """Calibrate, where the recipe asks for it, compare, and say the outcome. A collective; raises ValueError on every rank."""
+        settings, originals = self._settings, self._teacher.towers.originals
+        assert originals is not None, "an int8 teacher was read from weights"
+        if not settings.calibration and not settings.int8_agreement:
+            originals.close()
+            return
+        lines = []
+        with Reference(originals) as reference:
+            if settings.calibration:
+                shown = self._pairs(settings.calibration, 0.0)
+                reference.noting = True
+                self._embedded(shown)
+                reference.noting = False
+            compared = self._pairs(COMPARED, 0.5) if settings.int8_agreement else None
+            expected = None if compared is None else self._embedded(compared)
+        if settings.calibration:
+            watchdog.beat(f"moving outliers of {self._role} into its weights")
+            digest = migrate(originals, reference.largest, zero3.overwrite)
+            lines.append(f"outliers moved into the weights by {len(shown.index)} pairs ({METHOD}; factors {digest[:12]})")
+        if compared is not None and expected is not None:
+            found = self._embedded(compared)
+            # Ranks on other machines may round otherwise; what the first one found counts.
+            told = collectives.share(agreement(found.image, expected.image, found.text, expected.text, expected.scale), self._world)
+            assert isinstance(told, Agreement)
+            lines.append(f"compared with its matrices in {expected.dtype}: {told}")
+            self._judge(told, lines)
+        originals.close()
+        product = next((layer.product for layer in originals.names), None)
+        say(f"{self._role} in 8 bit ({product}): " + "; ".join(lines))
+
+    def _judge(self, told: Agreement, lines: list[str]) -> None:
+        settings, role = self._settings, self._role
+        if settings.pretrained == clip.RANDOM:
+            lines[-1] += " (random weights: there is nothing to lose, so no limit)"
+            return
+        if told.centred >= settings.int8_agreement:
+            return
+        if not math.isfinite(told.centred):
+            raise ValueError(f"{role}: its embeddings of the training set are not finite; are the weights of {settings.model} whole?")
+        if settings.calibration:
+            other = f"a larger {role}.calibration than {settings.calibration}, {role}.outlier_threshold = 6.0"
+        else:
+            other = f"{role}.calibration = 64, which moves outliers into the weights"
+        raise ValueError(
+            f"{role}.mode = {settings.mode!r}: in 8 bit it loses too much, {lines[-1]}; {role}.int8_agreement asks for a centred cosine of "
+            f"{settings.int8_agreement}. Set {other}, or {role}.int8_product = 'dequantise', or {role}.mode = "
+            f"{settings.mode.removesuffix('_int8')!r}; where that is good enough, lower {role}.int8_agreement"
+        )
+
+    def _pairs(self, count: int, shift: float) -> Seen:
+        """Unaugmented but for a store's view 0, `count` of them where there are so many; read by the first rank."""
+
+        def read() -> Seen:
+            number = len(self._source.shards)
+            index_N = np.unique(((np.arange(min(count, number)) + shift) * number / min(count, number)).astype(np.int64))
+            seen = self._source.see(index_N, np.zeros((len(index_N), 1), np.int64))
+            if len(seen.index) == 0:
+                raise ValueError(
+                    f"{self._role}: none of {len(index_N)} samples of the training set can be read, so its 8 bit cannot be compared with "
+                    f"16: {seen.bad.example}"
+                )
+            return seen
+
+        return collectives.by_main(read, self._world)
+
+    def _embedded(self, seen: Seen) -> _Embedded:
+        teacher, device = self._teacher, self._world.device
+        images: list[Tensor] = []
+        texts: list[Tensor] = []
+        scale, dtype = 1.0, ""
+        for start in range(0, len(seen.index), self._piece):
+            watchdog.beat(f"comparing {self._role} with 16 bit")
+            rows = slice(start, start + self._piece)
+            pixels = normalise(seen.pixels[rows, 0].to(device), self._source.tower.preprocess, teacher.dtype)
+            dtype = str(pixels.dtype).removeprefix("torch.")
+            if self._without_text:
+                images.append(teacher.embed_images(pixels))
+                continue
+            found = teacher.embed(pixels, seen.tokens[rows].to(device))
+            images.append(found.image)
+            texts.append(found.text)
+            scale = float(found.scale)
+        return _Embedded(torch.cat(images), torch.cat(texts) if texts else None, scale, dtype)
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    """image and text (N, D); text is None where there is no text tower. dtype: of the original matrices."""
+
+    image: Tensor
+    text: Tensor | None
+    scale: float
+    dtype: str
+
+
+def settings_of(description: clip.Description) -> Settings:
+    assert isinstance(description.settings, Settings), "described from [teacher] or [ensemble] of a recipe"
+    return description.settings
+
+
+def store_key(recipe: Recipe, description: clip.Description, shards: ShardSet) -> dict[str, Any]:
+    """All that embeddings in a store depend on, as plain JSON. Reads the teacher's weights for their checksum: rank 0's work."""
+    data = {
+        "signature": shards.signature,
+        "samples": len(shards),
+        "bytes": sum(stat.size for stat in shards.stats),
+        "caption": recipe.data.caption,
+    }
+    augmentation = {"views": recipe.views.model_dump(mode="json"), "seed": recipe.seed}
+    key = {**identity(description, recipe.seed), **augmentation, "data": data}
+    return cast(dict[str, Any], json.loads(json.dumps(redacted(key))))  # as it comes back from a manifest: tuples are lists
+
+
+def open_store(
+    folder: Path,
+    recipe: Recipe,
+    description: clip.Description,
+    shards: ShardSet,
+    world: World,
+    miss: StoreMiss = "teacher",
+    text_alone: bool = False,
+) -> Store:
+    """The store for a run of `recipe`, opened by rank 0 and sent to all.
+
+    Raises StoreError on every rank when there is none, when it does not match the recipe, with the differences, and when parts of it
+    are not usable while misses are to fail.
+    """
+
+    def opened() -> Store:
+        found, key = Store.open(folder), store_key(recipe, description, shards)
+        if found.manifest.key.get("data", {}).get("signature") == shards.signature_of_names:
+            key["data"]["signature"] = shards.signature_of_names  # of a store from before the content was a part of it
+        made = computation(description, world.device)
+        found.check_matches(key, AUGMENTATION if text_alone else (), None if text_alone else made)
+        # The text tower is not loaded, so its texts in 16 bit beside images in 8 are a choice, and said.
+        if text_alone and (otherwise := differences({"made": made_as_wanted(found.manifest.made, made)}, {"made": made})):
+            log.warning("the store's texts were computed otherwise than this run computes images: %s", "; ".join(otherwise))
+        if miss == "fail":
+            found.check_whole()
+        return found
+
+    return collectives.by_main(opened, world)
+
+
+def open_stores(recipe: Recipe, teachers: Mapping[str, clip.Description], shards: ShardSet, world: World) -> Store | None:
+    """The store that the recipe names for its teacher, as `open_store`; None without one, or when no objective uses the teacher."""
+    settings, description = recipe.teacher, teachers.get("teacher")
+    if settings is None or settings.store is None or description is None:
+        return None
+    text_alone = settings.store_of == "text"
+    return open_store(Path(settings.store), recipe, description, shards, world, settings.store_miss, text_alone)
+
+
+def stored_teacher(
+    store: Store,
+    recipe: Recipe,
+    description: clip.Description,
+    shards: ShardSet,
+    world: World,
+    *,
+    piece: int,
+    say: Callable[[str], None] = log.info,
+) -> StoredTeacher | TextStoredTeacher:
+    """The store as the run's teacher, or as its text tower. piece: images in one forward of the live teacher, where it is needed.
+
+    say: as in `live_teacher`.
+    """
+    assert recipe.teacher is not None
+
+    def reread(index_M: Tensor, view_M: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        pixels, tokens = source.see_all(index_M.numpy(), view_M.numpy())
+        return normalise(pixels.to(world.device), source.tower.preprocess, dtype), tokens.to(world.device)
+
+    if recipe.teacher.store_of == "text":
+        live = live_teacher(recipe, description, world, shards, without_text=True, piece=piece, say=say)
+        return TextStoredTeacher(live, store.manifest.scale, store.manifest.bias, world, shards.where)
+    source = StoredViews(shards, recipe.views, store.manifest.seed, TowerView(preprocessing(description), description.tokenize))
+    return StoredTeacher(
+        width=store.layout.width,
+        scale=store.manifest.scale,
+        bias=store.manifest.bias,
+        dtype=precision.dtype(precision.of(world.device)),
+        world=world,
+        miss=recipe.teacher.store_miss,
+        build=lambda: live_teacher(recipe, description, world, shards, piece=piece, say=say),
+        reread=reread,
+        where=shards.where,
+        piece=piece,
+    )

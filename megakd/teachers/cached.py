@@ -1,0 +1,165 @@
+"""A teacher whose embeddings were computed before: rows of a store, and the live model for what the store does not have.
+
+Legend: B local batch, D embedding width, M misses of this rank.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from megakd.models.embeddings import Embeddings
+from megakd.runtime import collectives
+from megakd.runtime.launch import World
+from megakd.teachers.replicated import Teacher
+
+StoreMiss = Literal["teacher", "fail"]
+# (samples (M,), view numbers (M,), type of the pixels) -> what `Teacher.embed` takes, on the device; one row of anything for M = 0
+Reread = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
+
+_REPAIR = "`megakd embed --check` names the parts; remove those, and `megakd embed` writes them anew"
+
+log = logging.getLogger("megakd.teachers")
+
+
+class ImageTeacher(Protocol):
+    """What is asked of a teacher whose texts come from a store."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """(B, D) unit rows, without gradient. Every rank calls it equally often."""
+        ...
+
+
+class TextStoredTeacher:
+    """The image tower alone, live; texts are rows of a store."""
+
+    def __init__(self, live: ImageTeacher, scale: float, bias: float | None, world: World, where: Callable[[int], str]) -> None:
+        """where: 'shard: key' of a sample, for messages."""
+        self.width, self.dtype, self.embed_images = live.width, live.dtype, live.embed_images
+        self._scale, self._bias = _scalars(scale, bias, world)
+        self._world, self._where = world, where
+
+    def join(self, image_BD: Tensor, text_BD: Tensor, known_B: Tensor, index_B: Tensor, damaged_B: Tensor | None = None) -> Embeddings:
+        """What `embed_images` found, with a store's rows of text, valid where known_B, of the samples index_B; all but images on the CPU.
+
+        Every rank calls it. Raises ValueError on every rank when a row is missing.
+        """
+        missing_M = index_B[~known_B]
+        if total := sum(_misses(len(missing_M), self._world)):
+            raise _missing(total, _damaged(damaged_B, self._world), missing_M, self._where)
+        return Embeddings(image_BD, text_BD.to(image_BD.device, image_BD.dtype, non_blocking=True), self._scale, self._bias)
+
+
+class StoredTeacher:
+    """Embeddings of a batch from the rows that a store has of it.
+
+    A step on which any rank misses a row concerns all of them: either every rank raises, or every rank builds the live teacher (once)
+    and calls it equally often, since a sharded teacher communicates in `embed`.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        scale: float,
+        bias: float | None,
+        dtype: torch.dtype,
+        world: World,
+        miss: StoreMiss,
+        build: Callable[[], Teacher],
+        reread: Reread,
+        where: Callable[[int], str],
+        piece: int,
+    ) -> None:
+        """dtype: of the embeddings, as the live teacher gives them. piece: images in one forward of the live teacher.
+
+        where: 'shard: key' of a sample, for messages.
+        """
+        self.width, self.dtype, self.misses, self.damaged = width, dtype, 0, 0
+        self._scale, self._bias = _scalars(scale, bias, world)
+        self._world, self._miss, self._build, self._reread, self._where, self._piece = world, miss, build, reread, where, piece
+        self._live: Teacher | None = None
+
+    def recall(
+        self, image_BD: Tensor, text_BD: Tensor, known_B: Tensor, index_B: Tensor, view_B: Tensor, damaged_B: Tensor | None = None
+    ) -> Embeddings:
+        """Unit embeddings of a batch, without gradient; every rank calls it for its part of the batch. All arguments are on the CPU.
+
+        image_BD, text_BD: a store's rows, valid where known_B (bool); index_B, view_B: which sample and view each row is.
+        damaged_B: (bool) which of the unknown ones are in the store, but not as they were written; for what is said about them.
+        Raises ValueError on every rank when a row is missing and misses are to fail.
+        """
+        missing_M = (~known_B).nonzero().flatten()
+        counts = _misses(len(missing_M), self._world)
+        image, text = (rows.to(self._world.device, self.dtype, non_blocking=True) for rows in (image_BD, text_BD))
+        if any(counts):
+            self._refuse_or_say(counts, _damaged(damaged_B, self._world), index_B[missing_M])
+            live = self._teach(index_B[missing_M], view_B[missing_M], max(counts))
+            where = missing_M.to(self._world.device)
+            image[where], text[where] = live.image.to(self.dtype), live.text.to(self.dtype)
+        return Embeddings(image, text, self._scale, self._bias)
+
+    def _refuse_or_say(self, counts: list[int], damaged: int, index_M: Tensor) -> None:
+        total = sum(counts)
+        if self._miss == "fail":
+            raise _missing(total, damaged, index_M, self._where)
+        example = _example(index_M, self._where)
+        if self.misses == 0:
+            log.warning("%d samples of this batch are not in the store (%s): the teacher is loaded to embed such samples", total, example)
+        if self.damaged == 0 and damaged:
+            log.warning("%d of them are in the store, but not as they were written: %s", damaged, _REPAIR)
+        self.misses += total
+        self.damaged += damaged
+
+    def _teach(self, index_M: Tensor, view_M: Tensor, most: int) -> Embeddings:
+        """The live teacher's embeddings of M samples. Every rank makes as many calls as the one with `most` samples needs."""
+        if self._live is None:
+            self._live = self._build()
+        parts = []
+        for start in range(0, most, self._piece):
+            asked = slice(start, start + self._piece)
+            count = len(index_M[asked])
+            found = self._live.embed(*self._reread(index_M[asked], view_M[asked], self._live.dtype))
+            parts.append(found._replace(image=found.image[:count], text=found.text[:count]))
+        return parts[0]._replace(image=torch.cat([part.image for part in parts]), text=torch.cat([part.text for part in parts]))
+
+
+def _scalars(scale: float, bias: float | None, world: World) -> tuple[Tensor, Tensor | None]:
+    def on_device(value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=world.device)
+
+    return on_device(scale), None if bias is None else on_device(bias)
+
+
+def _misses(mine: int, world: World) -> list[int]:
+    """Of every rank: on the CPU, so that no device is waited for."""
+    counts = torch.zeros(world.size)
+    counts[world.rank] = mine
+    return [int(count) for count in collectives.start_sum(counts, world).read()]
+
+
+def _damaged(damaged_B: Tensor | None, world: World) -> int:
+    """Of all ranks, asked where there are misses."""
+    return sum(_misses(0 if damaged_B is None else int(damaged_B.sum()), world))
+
+
+def _example(index_M: Tensor, where: Callable[[int], str]) -> str:
+    return where(int(index_M[0])) if len(index_M) else "on another rank"
+
+
+def _missing(total: int, damaged: int, index_M: Tensor, where: Callable[[int], str]) -> ValueError:
+    not_as_written = f" {damaged} of them are, but not as they were written: {_REPAIR}." if damaged else ""
+    return ValueError(
+        f"teacher.store: {total} samples of this batch are not in the store, and teacher.store_miss is 'fail'.{not_as_written} "
+        f"Example: {_example(index_M, where)}. Complete the store with `megakd embed`, or set teacher.store_miss = 'teacher'"
+    )

@@ -1,0 +1,300 @@
+"""`megakd embed`: a teacher's embeddings of the training set, V views of each image and one of each caption, into a store.
+
+1. `store_key` says what they depend on; rank 0 holds the store's lock and lists the parts that are not there yet.
+2. Each rank takes every world-th of those, embeds them and renames them into place: killed at any moment, the same command goes on.
+3. Rank 0 writes the checksums. `check` reads all values again and recomputes a random sample of them.
+
+Legend: N samples of a part, n samples of a chunk, V views, D embedding width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from megakd.data.shards import ShardSet
+from megakd.data.store import reader as stores
+from megakd.data.store import writer
+from megakd.data.store.reader import Layout, Manifest, Store, StoreError, StoreType
+from megakd.data.store.views import Seen, StoredViews
+from megakd.data.store.writer import StoreLock
+from megakd.data.transforms import TowerView, normalise
+from megakd.models import clip
+from megakd.models.embeddings import Embeddings
+from megakd.models.fingerprint import computation, preprocessing
+from megakd.recipe import Recipe
+from megakd.recipe import load as recipes
+from megakd.runtime import collectives, ds_config, launch, precision, shared_folder
+from megakd.runtime.launch import World
+from megakd.teachers.build import live_teacher, open_store, store_key
+from megakd.teachers.replicated import ReplicatedTeacher, Teacher
+from megakd.teachers.sharded import ShardedTeacher
+
+SAMPLED = 256  # samples that a check recomputes: a defect of one in a hundred shows with 92 %
+# Rows of the tests' teacher, recomputed and rounded to bf16, are at .999997 and better; a flipped image's was seen at .87.
+WORST_COSINE = 0.999
+_SAY_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """A store as the command line asks for it. part: samples a part, by default what suits the data."""
+
+    recipe: Recipe
+    views: int
+    out: Path
+    ds_config: str | None = None
+    dtype: StoreType = "bf16"
+    part: int | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check found. cosines of recomputed against stored rows, images and texts alike; where: the worst row."""
+
+    samples: int
+    mean_cosine: float
+    worst_cosine: float
+    where: str
+
+
+def run(recipe: str, views: int, out: Path, *, check: bool, config: str | None, overrides: list[str], dtype: StoreType) -> None:
+    """Make the store, or check the one that is there. Starts under torchrun, deepspeed and srun as well.
+
+    Raises ValueError when recipe and store do not match, when another job writes it, when a check fails, when the disk is full.
+    """
+    if views < 1:
+        raise ValueError(f"--views {views}: a store holds at least one view of each image")
+    request = Request(recipes.load(recipe, overrides)[0], views, out, config, dtype)
+    world = launch.start()
+    try:
+        job = Job(request, world)
+        if check:
+            job.check()
+        else:
+            job.embed()
+    finally:
+        launch.stop()
+
+
+class Job:
+    """One `megakd embed`, everything checked that needs no model."""
+
+    def __init__(self, request: Request, world: World) -> None:
+        self.request, self.world, self.recipe = request, world, request.recipe
+        if self.recipe.teacher is None:
+            raise ValueError("the recipe has no [teacher]: there is nobody to embed the data; add the section")
+        self.description = clip.describe(self.recipe.teacher, "teacher")
+        self.images = images_a_forward(self.recipe, request.ds_config, world)
+        self.shards = ShardSet.open(self.recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
+        self._tower = TowerView(preprocessing(self.description), self.description.tokenize)
+        self._source = StoredViews(self.shards, self.recipe.views, self.recipe.seed, self._tower)
+
+    def embed(self) -> Manifest:
+        """Embed what the store does not have yet. Returns the manifest of the complete store."""
+        folder, world = self.request.out, self.world
+        with contextlib.ExitStack() as held:
+            manifest, todo = collectives.by_main(lambda: self._begin(held), world)
+            for line in shared_folder.check(folder, world):
+                self._say(line)
+            written = manifest if manifest is not None and not todo else self._embed(manifest, todo)
+            complete = collectives.by_main(lambda: writer.finish(folder, written), world)
+        known = sum(part["known"] for part in complete.parts)
+        missing = len(self.shards) - known
+        unusable = f"; {missing} samples cannot be used and are missing in it" if missing else ""
+        self._say(f"{folder}: complete, {known} samples in {len(complete.parts)} parts, {self.request.views} views each{unusable}")
+        return complete
+
+    def _begin(self, held: contextlib.ExitStack) -> tuple[Manifest | None, list[int]]:
+        """Rank 0's work: take the lock, and find the manifest that is there and the numbers of the parts that are not."""
+        folder, layout = self.request.out, self._layout()
+        held.enter_context(StoreLock(folder))
+        self._key = store_key(self.recipe, self.description, self.shards)
+        found = writer.existing(folder, self._key, self._made(), layout)
+        todo = list(range(layout.parts)) if found is None else writer.parts_to_do(folder, found)
+        self._say(f"{folder}: {layout.parts - len(todo)} of {layout.parts} parts are there")
+        return found, todo
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, flush=True)
+
+    def _layout(self) -> Layout:
+        samples = len(self.shards)
+        part = self.request.part or writer.part_size(samples)
+        return Layout(samples, part, self.request.views, self.description.width, self.request.dtype)
+
+    def _made(self) -> dict[str, Any]:
+        """How the embeddings are computed: parts that were computed otherwise do not go into one store."""
+        return computation(self.description, self.world.device)
+
+    def _teacher(self) -> ReplicatedTeacher | ShardedTeacher:
+        return live_teacher(self.recipe, self.description, self.world, self.shards, piece=self.images, say=self._say)
+
+    def _embed(self, manifest: Manifest | None, todo: list[int]) -> Manifest:
+        world, layout, folder = self.world, self._layout(), self.request.out
+        teacher = self._teacher()
+        if manifest is None:
+            blank = self._forward(teacher, None)
+            scale, bias = float(blank.scale), None if blank.bias is None else float(blank.bias)
+            manifest = collectives.by_main(lambda: writer.start(folder, Manifest(self._key, self._made(), layout, scale, bias)), world)
+        began, said, images = time.monotonic(), time.monotonic(), 0
+        asked = [[chunk for number in todo[rank :: world.size] for chunk in self._chunks(layout, number)] for rank in range(world.size)]
+        open_part: _Part | None = None
+        for chunk, seen, found in self._run(teacher, asked, layout.views):
+            if open_part is None or open_part.number != chunk.number:
+                open_part = _Part(layout, chunk.number)
+            open_part.add(seen.index, found)
+            if chunk.last:
+                writer.write_part(folder, manifest, chunk.number, open_part.image_NVD, open_part.text_ND, open_part.known_N)
+            images += len(seen.index) * layout.views * world.size
+            if time.monotonic() - said > _SAY_SECONDS:
+                said = time.monotonic()
+                self._say(f"part {chunk.number + 1} of {layout.parts}, about {images / (said - began):.0f} images/s")
+        collectives.barrier(world)
+        return manifest
+
+    def _chunks(self, layout: Layout, number: int) -> list[_Chunk]:
+        """The part in pieces of one forward each: the same for every number of ranks, or the last bits of the values would differ."""
+        step, first, end = max(1, self.images // layout.views), number * layout.part, number * layout.part + layout.count(number)
+        return [_Chunk(number, np.arange(start, min(start + step, end)), start + step >= end) for start in range(first, end, step)]
+
+    def _run(self, teacher: Teacher, asked: list[list[_Chunk]], views: int) -> Iterator[tuple[_Chunk, Seen, Embeddings]]:
+        """This rank's chunks with their embeddings. Every rank makes as many forwards as the busiest: a sharded teacher communicates."""
+        mine = asked[self.world.rank]
+        wanted = [(chunk.index_n, np.tile(np.arange(views), (len(chunk.index_n), 1))) for chunk in mine]
+        with contextlib.closing(
+            self._source.stream(wanted, min(self.recipe.data.workers, len(mine)), self.world.device.type == "cuda")
+        ) as stream:
+            for place in range(max(map(len, asked))):
+                seen = next(stream) if place < len(mine) else None
+                found = self._forward(teacher, seen)
+                if seen is not None:
+                    yield mine[place], seen, found
+
+    def _forward(self, teacher: Teacher, seen: Seen | None) -> Embeddings:
+        """image (n * V, D) and text (n, D) of a chunk, on the CPU; of one blank pair where there is nothing to embed."""
+        if seen is None or len(seen.index) == 0:
+            height, width, _ = self._tower.train_pixels
+            pixels, tokens = torch.zeros((1, 3, height, width), dtype=torch.uint8), self._tower.tokenize([""]).long()
+        else:
+            pixels, tokens = seen.pixels.flatten(0, 1), seen.tokens
+        device = self.world.device
+        normalised = normalise(pixels.to(device, non_blocking=True), self._tower.preprocess, teacher.dtype)
+        found = teacher.embed(normalised, tokens.to(device, non_blocking=True))
+        return found._replace(image=found.image.cpu(), text=found.text.cpu())
+
+    def check(self, sampled: int = SAMPLED) -> Checked:
+        """Read every value again, and recompute a random sample of them.
+
+        Raises StoreError when a part is missing or damaged, or when a recomputed row is not the stored one.
+        """
+        world, folder = self.world, self.request.out
+        store = open_store(folder, self.recipe, self.description, self.shards, world)
+        if store.layout.views != self.request.views:
+            raise StoreError(f"{folder}: this store holds {store.layout.views} views of each image, not --views {self.request.views}")
+        self._check_values(store)
+        # a share for each rank of samples that every rank draws alike
+        seed = cast(int, collectives.share(random.SystemRandom().getrandbits(64), world))
+        chosen = np.array(sorted(random.Random(seed).sample(range(len(self.shards)), min(sampled, len(self.shards)))))
+        step = max(1, self.images // store.layout.views)
+        chunks = [_Chunk(0, chosen[start : start + step], False) for start in range(0, len(chosen), step)]
+        asked = [chunks[rank :: world.size] for rank in range(world.size)]
+        teacher = self._teacher()
+        compared = [_compared(store, seen, found) for _, seen, found in self._run(teacher, asked, store.layout.views)]
+        rows = collectives.gather_rows(torch.cat(compared) if compared else torch.zeros((0, 3), dtype=torch.float64), world)
+        return self._judge(store, rows, len(chosen))
+
+    def _check_values(self, store: Store) -> None:
+        """Every part is there, and its values have the checksum that they were written with."""
+        store.check_whole()
+        damaged = [
+            number
+            for number in range(self.world.rank, store.layout.parts, self.world.size)
+            if stores.content_digest(stores.map_part(store.folder, store.manifest, number, store.parts[number]))
+            != store.parts[number].sha256
+        ]
+        found = sorted(int(number) for number in collectives.gather_rows(torch.tensor(damaged, dtype=torch.int64), self.world))
+        if found:
+            names = ", ".join(str(stores.part_path(store.folder, number)) for number in found[:4])
+            raise StoreError(
+                f"{len(found)} parts were changed after they were written (checksum): {names}; remove them and run `megakd embed` again"
+            )
+
+    def _judge(self, store: Store, rows: Tensor, samples: int) -> Checked:
+        """rows: (number, 3), sample, view (-1 is the caption) and cosine of each row that was compared."""
+        if len(rows) == 0:
+            raise StoreError(f"{store.folder}: none of {samples} samples could be read to be compared; are the shards still readable?")
+        index, view, cosine = rows[int(rows[:, 2].argmin())].tolist()
+        where = f"{self.shards.where(int(index))}, {'caption' if view < 0 else f'view {int(view)}'}"
+        checked = Checked(samples, float(rows[:, 2].mean()), cosine, where)
+        numbers = f"cosine mean {checked.mean_cosine:.6f}, worst {cosine:.6f} ({where})"
+        if not cosine >= WORST_COSINE:
+            raise StoreError(
+                f"{store.folder}: recomputed embeddings differ from the stored ones: {numbers}, at least {WORST_COSINE} is expected. Were "
+                f"data or programs changed since? Make the store anew in another folder"
+            )
+        self._say(f"{store.folder}: the values of all {store.layout.parts} parts are as they were written")
+        self._say(f"{samples} random samples recomputed: {numbers}")
+        return checked
+
+
+def images_a_forward(recipe: Recipe, config: str | None, world: World) -> int:
+    """The JSON's micro-batch where it has one, else evaluation.batch: never a rank's share of the batch, which depends on the ranks."""
+    literal = ds_config.read(config, precision.of(world.device))[0].get("train_micro_batch_size_per_gpu", "auto")
+    return literal if isinstance(literal, int) and literal > 0 else recipe.evaluation.batch
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Samples of one forward, and whether they end their part."""
+
+    number: int
+    index_n: NDArray[np.int64]
+    last: bool
+
+
+class _Part:
+    """A part that fills up."""
+
+    def __init__(self, layout: Layout, number: int) -> None:
+        shapes = layout.shapes(number)
+        self.number, self._first = number, number * layout.part
+        self.image_NVD = torch.zeros(shapes["image"], dtype=layout.torch_dtype)
+        self.text_ND = torch.zeros(shapes["text"], dtype=layout.torch_dtype)
+        self.known_N = torch.zeros(shapes["known"], dtype=torch.bool)
+
+    def add(self, index_n: Tensor, found: Embeddings) -> None:
+        """Rows of samples that could be used; the others stay unknown."""
+        if len(index_n) == 0:
+            return
+        rows = index_n - self._first
+        self.image_NVD[rows] = found.image.view(len(rows), *self.image_NVD.shape[1:]).to(self.image_NVD.dtype)
+        self.text_ND[rows] = found.text.to(self.text_ND.dtype)
+        self.known_N[rows] = True
+
+
+def _compared(store: Store, seen: Seen, found: Embeddings) -> Tensor:
+    """(rows, 3) float64: sample, view (-1 for the caption), cosine of what was recomputed to what is stored, where both are there."""
+    count, views = len(seen.index), store.layout.views
+    if count == 0:
+        return torch.zeros((0, 3), dtype=torch.float64)
+    index_R = seen.index.repeat_interleave(views)
+    view_R = torch.arange(views).repeat(count)
+    stored = store.read(index_R.numpy(), view_R.numpy())
+    image = F.cosine_similarity(found.image.double(), stored.image.double())
+    text = F.cosine_similarity(found.text.double(), stored.text[::views].double())
+    rows = [torch.stack([index_R, view_R, image], 1)[stored.known]]
+    rows += [torch.stack([seen.index, torch.full((count,), -1), text], 1)[stored.known[::views]]]
+    return torch.cat(rows)

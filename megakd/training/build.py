@@ -1,0 +1,164 @@
+"""From a plan to what is trained: the student, the objectives' heads and the decoder in one module, what of it learns and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from megakd.data.pairs import train_batches
+from megakd.data.transforms import TowerView
+from megakd.export import bundle
+from megakd.models import casts, clip
+from megakd.models.fingerprint import preprocessing
+from megakd.models.student import Student, decay_groups
+from megakd.models.vlm import decoder
+from megakd.models.vlm.student import AnsweringStudent, freeze_all_but
+from megakd.recipe import Recipe
+from megakd.runtime import ds_config, watchdog
+from megakd.runtime.checkpoint import Progress
+from megakd.runtime.launch import World
+from megakd.runtime.run_folder import RunLog
+from megakd.teachers import build
+from megakd.teachers.cached import StoredTeacher
+from megakd.training.batch import JointBatches
+from megakd.training.prepare import Plan
+from megakd.training.trainer import AnyTeacher
+from megakd.vqa.loader import Eyes, question_batches
+from megakd.vqa.prompts import Conversations
+
+
+@dataclass(frozen=True)
+class Learners:
+    """The module for the engine, its AdamW parameter groups, and the student's towers inside it (None for a blind decoder)."""
+
+    module: nn.Module
+    groups: list[dict[str, object]]
+    student: clip.Towers | None
+
+
+def build_teachers(plan: Plan, world: World, log: RunLog) -> dict[str, AnyTeacher]:
+    """The recipe's teachers by role, live or from their store. A collective."""
+    recipe, pairs = plan.request.recipe, plan.pairs
+    if recipe.teacher is not None and not (pairs and pairs.teachers):
+        log.say("the teacher is not loaded: no objective with a positive weight uses it")
+    built: dict[str, AnyTeacher] = {}
+    piece = plan.config["train_micro_batch_size_per_gpu"]
+    for role, description in pairs.teachers.items() if pairs else ():
+        watchdog.beat(f"loading {role}")
+        if pairs is not None and pairs.store is not None:
+            log.say(pairs.store.outline())
+            built[role] = build.stored_teacher(pairs.store, recipe, description, pairs.shards, world, piece=piece, say=log.say)
+        else:
+            shards = None if pairs is None else pairs.shards
+            built[role] = build.live_teacher(recipe, description, world, shards, piece=piece, say=log.say)
+    return built
+
+
+def build_learners(plan: Plan, teachers: Mapping[str, AnyTeacher], device: torch.device) -> Learners:
+    """Everything that is trained, its weights loaded or drawn from torch's generator; on the CPU but for a quantised language model."""
+    recipe = plan.request.recipe
+    student = clip.build(plan.student, torch.device("cpu")) if plan.student is not None else None
+    heads: dict[str, nn.Module] = {}
+    if student is not None and recipe.student is not None and recipe.student.activation_checkpointing:
+        student.clip.set_grad_checkpointing(True)  # type: ignore[operator]
+    if plan.pairs is not None and plan.student is not None:
+        heads = plan.pairs.task.heads(plan.student.width, [teacher.width for teacher in teachers.values()])
+    module = _module(plan, student, heads, device)
+    if ds_config.is_bf16(plan.config) and student is not None:
+        casts.for_engine(student.clip)
+    return Learners(module, decay_groups(module, recipe.optim.weight_decay, _rates(recipe)), student)
+
+
+def _module(plan: Plan, student: clip.Towers | None, heads: dict[str, nn.Module], device: torch.device) -> nn.Module:
+    recipe = plan.request.recipe
+    max_scale = recipe.student.max_scale if recipe.student is not None else 1.0
+    if plan.asking is None or recipe.decoder is None or recipe.answers is None:
+        assert student is not None
+        return Student(student.clip, heads, max_scale)
+    dtype = torch.bfloat16 if ds_config.is_bf16(plan.config) else torch.float32
+    # Quantised weights are made where they stay; others go to the device with the engine, after the judge has made its copies.
+    device = device if recipe.decoder.quantise != "none" else torch.device("cpu")
+    reader = decoder.build(plan.asking.decoder, None if student is None else student.clip.visual, device, dtype)  # type: ignore[arg-type]
+    if recipe.decoder.start is not None:
+        bundle.go_on_from(Path(recipe.decoder.start), reader, plan.student)
+    tower_learns = recipe.answers.tower == "trained"
+    clip = None if student is None else student.clip
+    module = AnsweringStudent(clip, heads, max_scale, reader, recipe.decoder.layer, tower_learns=tower_learns)
+    if plan.pairs is None:
+        freeze_all_but(module, "decoder.", *(("clip.visual.",) if tower_learns else ()))
+    return module
+
+
+def _rates(recipe: Recipe) -> dict[str, float]:
+    """Learning rates of `answers.lr` as multiples of the recipe's, by prefix of the parameters' names."""
+    if recipe.answers is None:
+        return {}
+    given = recipe.answers.lr
+    prefixes = {"clip.visual.": given.tower, "decoder.projector.": given.projector, "decoder.language.": given.decoder}
+    return {prefix: rate / recipe.optim.lr for prefix, rate in prefixes.items() if rate is not None}
+
+
+def conversations(plan: Plan, module: AnsweringStudent) -> Conversations:
+    """How this run's decoder is asked: in training, in evaluation and from its bundle alike."""
+    recipe, asking = plan.request.recipe, plan.asking
+    assert asking is not None
+    assert recipe.decoder is not None
+    assert recipe.answers is not None
+    return Conversations(asking.decoder.tokenizer, recipe.decoder, module.decoder.image_tokens, recipe.answers.max_length)
+
+
+def eyes(plan: Plan, student: clip.Towers | None) -> Eyes | None:
+    return None if student is None else Eyes(student.preprocess, plan.request.recipe.data.max_pixels)
+
+
+def open_batches(plan: Plan, learners: Learners, teachers: Mapping[str, AnyTeacher], progress: Progress, world: World) -> JointBatches:
+    """The loaders of pairs and of questions, from where `progress` stands."""
+    recipe, pairs, asking = plan.request.recipe, plan.pairs, plan.asking
+    workers, pin = recipe.data.workers, world.device.type == "cuda"
+    of_pairs = of_questions = None
+    if pairs is not None:
+        of_pairs = train_batches(
+            pairs.shards,
+            pairs.order,
+            recipe.views,
+            _views(plan, learners, teachers),
+            rank=world.rank,
+            world=world.size,
+            start_position=progress.position,
+            workers=workers,
+            pin_memory=pin,
+            store=pairs.store,
+            replay=recipe.teacher is not None and recipe.teacher.store_of == "all",
+        )
+    if asking is not None:
+        assert isinstance(learners.module, AnsweringStudent)
+        of_questions = question_batches(
+            asking.train,
+            asking.order,
+            conversations(plan, learners.module),
+            eyes(plan, learners.student),
+            rank=world.rank,
+            world=world.size,
+            start_position=progress.step * recipe.questions_in_a_step(),
+            workers=workers,
+            pin_memory=pin,
+        )
+    return JointBatches(of_pairs, of_questions)
+
+
+def _views(plan: Plan, learners: Learners, teachers: Mapping[str, AnyTeacher]) -> dict[str, TowerView]:
+    assert plan.student is not None
+    assert learners.student is not None
+    live = live_teachers(plan, teachers)
+    own = {"student": TowerView(learners.student.preprocess, plan.student.tokenize)}
+    return own | {role: TowerView(preprocessing(found), found.tokenize) for role, found in live.items()}
+
+
+def live_teachers(plan: Plan, teachers: Mapping[str, AnyTeacher]) -> dict[str, clip.Description]:
+    """Those that see images themselves."""
+    known = plan.pairs.teachers if plan.pairs else {}
+    return {role: known[role] for role, teacher in teachers.items() if not isinstance(teacher, StoredTeacher)}

@@ -1,0 +1,102 @@
+"""`--dry_run`: what a run would do, shown and checked without training and without one weight loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import torch
+
+from megakd.data.pairs import train_batches
+from megakd.data.transforms import TowerView
+from megakd.models import clip
+from megakd.recipe import Recipe
+from megakd.runtime import ds_config
+from megakd.runtime.launch import World
+from megakd.training.prepare import Asking, Pairs, Plan, on_meta
+
+
+def show(plan: Plan, world: World) -> str:
+    """The resolved recipe and DeepSpeed configuration, a line a section; then in a few lines what would run, on what data, and each
+    model's shapes, computed on torch's meta device.
+
+    Raises ValueError for what only shows when samples are decoded and shapes meet.
+    """
+    recipe = plan.request.recipe
+    told = recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    parts = [
+        f"recipe ({plan.request.recipe_name}), without defaults:\n{_indented(told)}",
+        f"DeepSpeed configuration ({plan.config_name}):\n{_indented(plan.config)}",
+        f"run folder: {plan.request.out}",
+        f"would run: {_outline(plan, world)}",
+    ]
+    if plan.pairs is not None:
+        parts += _first_batch(plan, plan.pairs, world)
+    if plan.asking is not None:
+        parts += [_decoder(plan.asking, plan.request.recipe), *_questions(plan.asking)]
+    return "\n".join(parts)
+
+
+def _outline(plan: Plan, world: World) -> str:
+    recipe, config = plan.request.recipe, plan.config
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    precise = "bf16" if ds_config.is_bf16(config) else "fp32"
+    pieces = f"{world.size} ranks x {config['gradient_accumulation_steps']} x {config['train_micro_batch_size_per_gpu']}"
+    seen = recipe.optim.steps * recipe.samples_in_a_step()
+    learned = "pairs" if recipe.objectives.active() else "questions"
+    objectives = ", ".join(f"{weight:g} {name}" for name, weight in recipe.objectives.active().items()) or "answers"
+    how = f"ZeRO {stage}, {precise}; {objectives}"
+    return f"{recipe.optim.steps} steps of batch {recipe.optim.batch} = {pieces}, {seen:,} {learned} in all; {how}"
+
+
+def _first_batch(plan: Plan, pairs: Pairs, world: World) -> list[str]:
+    assert plan.student is not None, "pairs are for a student to learn from"
+    built = {role: on_meta(description) for role, description in {"student": plan.student, **pairs.teachers}.items()}
+    views = {role: TowerView(found.preprocess, found.description.tokenize) for role, found in built.items()}
+    with train_batches(
+        pairs.shards,
+        pairs.order,
+        plan.request.recipe.views,
+        views,
+        rank=world.rank,
+        world=world.size,
+        start_position=0,
+        workers=0,
+        pin_memory=False,
+    ) as batches:
+        batch = next(batches)
+    first = f"first batch of this rank: {len(batch)} pairs, bad: {batch.bad.by_reason() or 'none'}"
+    parts = [f"data: {len(pairs.shards)} samples in {len(pairs.shards.names)} shards; {first}"]
+    return parts + [_shapes(role, found, batch.pixels[role][:2], batch.tokens[role][:2]) for role, found in built.items()]
+
+
+def _decoder(asking: Asking, recipe: Recipe) -> str:
+    assert recipe.answers is not None
+    settings, outline = asking.decoder.settings, asking.outline
+    learned = sum(parameter.numel() for parameter in outline.parameters() if parameter.requires_grad)
+    budget = recipe.answers.max_length - outline.image_tokens
+    return (
+        f"decoder: {settings.model or 'own architecture'}, {clip.parameters_in(outline.language):,} parameters with its adapters, "
+        f"{learned:,} trained with the projector; an image becomes {outline.image_tokens} tokens, which leaves {budget} of "
+        f"{recipe.answers.max_length} to question and answer"
+    )
+
+
+def _questions(asking: Asking) -> list[str]:
+    first = asking.train[0]
+    parts = [*asking.said, f"questions to learn: {len(asking.train)}, for example {first.text!r} -> {first.answer!r}"]
+    return parts + [f"questions to be judged by: {name}, {len(opened.questions)}" for name, opened in asking.sets.items()]
+
+
+def _shapes(role: str, found: clip.Towers, pixels: torch.Tensor, tokens: torch.Tensor) -> str:
+    with torch.no_grad():
+        image = found.clip.encode_image(pixels.to("meta", torch.float32))  # type: ignore[operator]
+        text = found.clip.encode_text(tokens.to("meta"))  # type: ignore[operator]
+    shapes = [tuple(tensor.shape[1:]) for tensor in (pixels, image, tokens, text)]
+    count = clip.parameters_in(found.clip)
+    return f"{role}: {count:,} parameters; pixels {shapes[0]} -> {shapes[1]}, tokens {shapes[2]} -> {shapes[3]}"
+
+
+def _indented(content: Mapping[str, object]) -> str:
+    """One line a section: a page of braces would hide the lines that matter."""
+    return "\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()) or "  {}"

@@ -1,0 +1,1 @@
+"""Questions about images: sources, prompts, batches, answers and their official scores."""

@@ -1,0 +1,127 @@
+"""The answers of one set on disk, while they come in and afterwards.
+
+SET.jsonl        the answers so far, a header before them: written whole, by rank 0
+SET.rank3.jsonl  what rank 3 adds: a header, then a line each; joined into SET.jsonl at the next start, and at the end
+
+A line that a killed process left half, or that was damaged since, is not believed: its question is asked again. So are all of a file
+whose header says something else than this evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megakd.recipe.credentials import redacted
+
+log = logging.getLogger("megakd.vqa")
+
+
+class Row(NamedTuple):
+    """What was said; unusable: why the question could not be asked, and then `answer` is ""."""
+
+    answer: str
+    unusable: str | None = None
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The answers of the set `name`, which has no dot, in `folder`. identity: what they depend on. question_ids: of the set, in order."""
+
+    folder: Path
+    name: str
+    identity: Mapping[str, Any]
+    question_ids: Sequence[str | int]
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.name}.jsonl"
+
+    def open(self) -> dict[int, Row]:
+        """Answers of an earlier start, by index, joined into one file. Rank 0 alone; the others wait for it."""
+        rows: dict[int, Row] = {}
+        for path in self._files():
+            rows |= self._read(path)
+        self.close(rows)
+        return rows
+
+    @contextmanager
+    def appending(self, rank: int) -> Iterator[Callable[[Mapping[int, Row]], None]]:
+        """Inside the block, the function given writes rows so that a killed process loses none of them."""
+        path = self.folder / f"{self.name}.rank{rank}.jsonl"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+
+            def append(rows: Mapping[int, Row]) -> None:
+                file.writelines(f"{self._line(index, row)}\n" for index, row in rows.items())
+                file.flush()
+
+            file.write(self._header() + "\n")
+            yield append
+
+    def close(self, rows: Mapping[int, Row]) -> None:
+        """All rows in one file, in the set's order; no other file is left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f".{self.name}.jsonl.partial"
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(self._header() + "\n")
+            file.writelines(f"{self._line(index, rows[index])}\n" for index in sorted(rows))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)  # first what holds all rows, then what held some of them
+        for path in self._files():
+            if path != self.path:
+                path.unlink()
+
+    def _files(self) -> list[Path]:
+        return [path for path in (self.path, *sorted(self.folder.glob(f"{self.name}.rank*.jsonl"))) if path.exists()]
+
+    def _header(self) -> str:
+        return json.dumps(redacted({"answers_of": self.name, "key": self._key(), **self.identity}))
+
+    def _key(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def _line(self, index: int, row: Row) -> str:
+        why = {} if row.unusable is None else {"unusable": row.unusable}
+        return json.dumps({"index": index, "question_id": self.question_ids[index], "answer": row.answer, **why})
+
+    def _read(self, path: Path) -> dict[int, Row]:
+        header, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+        if (_object(header) or {}).get("key") != self._key():
+            log.warning("%s: answers of another model, set or setting: all questions are asked again", path)
+            return {}
+        rows: dict[int, Row] = {}
+        damaged = 0
+        for line in lines:
+            if (found := self._row(line)) is None:
+                damaged += 1
+            else:
+                rows[found[0]] = found[1]
+        if damaged:
+            log.warning("%s: %d lines are damaged: their questions are asked again", path, damaged)
+        return rows
+
+    def _row(self, line: str) -> tuple[int, Row] | None:
+        row = _object(line)
+        if row is None or type(index := row.get("index")) is not int or not 0 <= index < len(self.question_ids):
+            return None
+        answer, why = row.get("answer"), row.get("unusable")
+        if row.get("question_id") != self.question_ids[index] or not isinstance(answer, str) or not (why is None or isinstance(why, str)):
+            return None
+        return index, Row(answer, why)
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

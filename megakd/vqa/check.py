@@ -1,0 +1,118 @@
+"""Questions as they will be asked and learned, tried before a run: what is too long, what says nothing, what is dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megakd.data.bad_samples import BadCounter, BadSample
+from megakd.vqa.prompts import IGNORED, Conversations, SilentAnswer
+from megakd.vqa.sets import CaptionSet, Question, Questions, QuestionSet
+
+_MOST = 5000  # questions of a set that are tried, evenly spread over it: a few seconds
+_MUTE = ", so that the decoder would learn to say nothing: is decoder.tokenizer the language model's own? Otherwise take such questions out"
+_MOST_CAPTIONS = 50  # each is read from its shard, which may be far away
+
+
+@dataclass
+class Tried:
+    """What was found in one set. cut: conversations that lose turns, and how many turns. unseen: questions that name an image, and are
+    asked without, as the source has no `images`. unknown: the answers that are unknown words alone, and the first of their questions."""
+
+    bad: BadCounter = field(default_factory=BadCounter)
+    cut: tuple[int, int] = (0, 0)
+    unseen: int = 0
+    unknown: tuple[int, str] = (0, "")
+
+    @property
+    def looked_at(self) -> int:
+        return self.bad.seen
+
+    def said(self, name: str, learned: bool) -> list[str]:
+        """Sentences for people, none where all is well."""
+        lines, of = [], f"of {self.looked_at} questions looked at"
+        if self.unseen:
+            lines.append(f"{name}: {self.unseen} {of} name an image, and none is shown: images is not set")
+        if self.unknown[0]:
+            lines.append(
+                f"{name}: {self.unknown[0]} {of} have an answer of unknown words alone, which is decoded to nothing ({self.unknown[1]})"
+            )
+        if self.bad.total:
+            what = "are replaced by others" if learned else "count as wrong"
+            lines.append(f"{name}: {self.bad.total} {of} {what}: {self.bad.by_reason()}; {self.bad.example}")
+        if self.cut[0]:
+            lines.append(f"{name}: {self.cut[0]} {of} are conversations longer than answers.max_length; {self.cut[1]} turns are dropped")
+        return lines
+
+
+def try_training(questions: Questions, conversations: Conversations, eyes: bool, key: str, max_bad_fraction: float) -> Tried:
+    """A part of what is to be learned, encoded without reading its images. eyes: whether the decoder has any.
+
+    Raises ValueError naming the question for an answer that encodes to nothing, and when more than `max_bad_fraction` cannot be learned
+    or are answered by words that the tokenizer does not know.
+    """
+    found = Tried()
+    for question in _spread(questions):
+        found.bad.seen += 1
+        try:
+            encoded = conversations.training(question, _shown(questions, question, eyes, found))
+        except SilentAnswer as bad:
+            raise ValueError(f"{key}: question {question.question_id!r}: {bad.detail}{_MUTE}") from bad
+        except BadSample as bad:
+            found.bad.add(bad.reason, f"question {question.question_id!r} ({bad.detail})")
+            continue
+        if not conversations.says([label for label in encoded.labels if label not in (IGNORED, conversations.end)]):
+            found.unknown = (found.unknown[0] + 1, found.unknown[1] or f"question {question.question_id!r}, {question.answer[:80]!r}")
+        turns, kept = len(question.conversation), encoded.labels.count(conversations.end)
+        if kept < turns:
+            found.cut = (found.cut[0] + 1, found.cut[1] + turns - kept)
+    _check(found, key, max_bad_fraction)
+    if found.unknown[0] > max_bad_fraction * found.looked_at:
+        raise ValueError(
+            f"{key}: {found.unknown[0]} of {found.looked_at} answers looked at encode to nothing but unknown words "
+            f"({found.unknown[1]}){_MUTE}"
+        )
+    return found
+
+
+def try_prompts(questions: Questions, conversations: Conversations, eyes: bool, key: str, max_bad_fraction: float) -> Tried:
+    """A part of what is to be asked. Raises ValueError when more than `max_bad_fraction` cannot be."""
+    found = Tried()
+    for question in _spread(questions):
+        found.bad.seen += 1
+        try:
+            conversations.prompt(question.text, question.short, _shown(questions, question, eyes, found))
+        except BadSample as bad:
+            found.bad.add(bad.reason, f"question {question.question_id!r} ({bad.detail})")
+    _check(found, key, max_bad_fraction)
+    return found
+
+
+def _shown(questions: Questions, question: Question, eyes: bool, found: Tried) -> bool:
+    if not eyes or question.image is None:
+        return False
+    shown = not isinstance(questions, QuestionSet) or questions.images is not None
+    found.unseen += not shown
+    return shown
+
+
+def _spread(questions: Questions) -> list[Question]:
+    return examples(questions, _MOST_CAPTIONS if isinstance(questions, CaptionSet) else _MOST)
+
+
+def examples(questions: Questions, most: int) -> list[Question]:
+    """At most so many, evenly spread, of those that can be read; a caption that cannot is counted where it is met."""
+    step = max(1, -(-len(questions) // most))
+    found = []
+    for index in range(0, len(questions), step):
+        try:
+            found.append(questions[index])
+        except BadSample:
+            continue
+    return found
+
+
+def _check(found: Tried, key: str, max_bad_fraction: float) -> None:
+    try:
+        found.bad.check(max_bad_fraction, at_least=1, what="questions")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error

@@ -1,0 +1,258 @@
+"""Visual question answering: every question of a set is put to a decoder once, over all ranks, and the answers are scored.
+
+1. `open_sets` opens what the recipe names under evaluation.vqa.
+2. `evaluate` asks what has no answer yet: the questions are split over the ranks, each appends its answers to a file of its own.
+3. Rank 0 scores by the benchmark's rules and writes vqa.json, all answers, and the file that the benchmark's server takes.
+
+Answers are greedy and so depend on the weights alone, not on ranks, workers, batch size or an interruption: in float32 the padding
+of a batch changes logits by rounding at most. In bf16 it may turn over an answer whose two best tokens are nearly equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from megakd.data.bad_samples import BadCounter, BadSample, Reason
+from megakd.data.pairs import located
+from megakd.data.transforms import normalise, rgb_image
+from megakd.recipe import Data, QuestionSource, Recipe
+from megakd.runtime import collectives, run_folder, watchdog
+from megakd.runtime.launch import World
+from megakd.runtime.preemption import Interruptions
+from megakd.vqa import submissions
+from megakd.vqa.answers_log import Journal, Row
+from megakd.vqa.loader import Eyes, PromptBatch, evaluation_questions, rank_slice
+from megakd.vqa.prompts import Conversations
+from megakd.vqa.scores import Answered, score
+from megakd.vqa.sets import CaptionSet, QuestionSet, open_questions
+
+# Legend: B questions, L tokens of a prompt, V patches of the tower, C its width.
+RESULTS, ANSWERS = "vqa.json", "answers"
+# So many questions of a set are tried at the start, where the images of the first ones cannot be read.
+_TRIED = 16
+
+
+class Decoder(Protocol):
+    """What answers: greedily, from left-padded prompts, the same whatever else is in the batch. B lists of token ids."""
+
+    def generate(
+        self, visual_tokens_BVC: Tensor | None, ids_BL: Tensor, attend_BL: Tensor, image_mask_BL: Tensor, max_new_tokens: int
+    ) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """A decoder with whole weights on this rank, in evaluation mode, and all that turns questions into its answers.
+
+    look: normalised pixels (B, 3, H, W) -> (B, V, C); None, with eyes None, for a decoder that sees nothing.
+    identity: of weights and preprocessing, plain JSON: answers of another identity are not gone on with.
+    """
+
+    decoder: Decoder
+    look: Callable[[Tensor], Tensor] | None
+    conversations: Conversations
+    eyes: Eyes | None
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    max_new_tokens: int
+    identity: Mapping[str, Any]
+
+    def answers(self, prompts: PromptBatch) -> list[str]:
+        """One answer a row."""
+        watchdog.beat("evaluating")
+        if not len(prompts):
+            return []
+        here = prompts.to(self.device, non_blocking=True)
+        with torch.inference_mode():
+            tokens = self.decoder.generate(self._see(here), here.ids_BL, here.attend_BL, here.image_mask_BL, self.max_new_tokens)
+        return [str(self.conversations.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in tokens]
+
+    def _see(self, prompts: PromptBatch) -> Tensor | None:
+        if self.look is None:
+            return None
+        assert self.eyes is not None, "a decoder with eyes needs the tower's preprocessing"
+        assert prompts.pixels is not None
+        return self.look(normalise(prompts.pixels, self.eyes.preprocess, self.dtype))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A set of the recipe: where its questions are, and the questions."""
+
+    source: QuestionSource
+    questions: QuestionSet
+
+
+def open_sets(recipe: Recipe, world: World) -> dict[str, Opened]:
+    """Every set under evaluation.vqa. Raises ValueError with the key for one that is missing, damaged, or has no questions."""
+    sets: dict[str, Opened] = {}
+    for name, source in recipe.evaluation.vqa.items():
+        key = f"evaluation.vqa.{name}"
+        if source.format == "captions":
+            raise ValueError(f"{key}.format = 'captions': captions are no answers; name them under evaluation.retrieval")
+        opened = open_questions(source, key, recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
+        assert not isinstance(opened, CaptionSet)
+        if recipe.student is not None and opened.images is not None:
+            collectives.by_main(partial(_try_images, opened, key, recipe.data), world)
+        sets[name] = Opened(source, opened)
+    return sets
+
+
+def _try_images(questions: QuestionSet, key: str, data: Data) -> None:
+    """Read the first question's image, as the evaluation will. Rank 0 alone.
+
+    Raises ValueError when what cannot be read before one that can is already too much of the set.
+    """
+    bad = BadCounter(seen=len(questions))
+    for index in range(min(len(questions), _TRIED)):
+        (asked,) = questions.read([index], True)
+        try:
+            if isinstance(asked, BadSample):
+                raise asked
+            if asked.image is not None:
+                with located(asked.where):
+                    rgb_image(asked.image, data.max_pixels)
+        except BadSample as error:
+            bad.add(error.reason, str(error))
+            continue
+        break
+    try:
+        bad.check(data.max_bad_fraction, at_least=1, what="questions")
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def evaluate(
+    sets: Mapping[str, Opened], answerer: Answerer, world: World, folder: Path, data: Data, interruptions: Interruptions
+) -> dict[str, Any]:
+    """{set: scores and where its files are}, the same on every rank; all of them call it. Rank 0 writes FOLDER/vqa.json.
+
+    Raises ValueError, with the answers kept, when more than data.max_bad_fraction of a set's questions could not be asked, and when the
+    decoder's logits are NaN; on every rank. Raises Interrupted when a signal comes: the answers given before it are not asked again.
+
+    FOLDER/answers/SET.jsonl holds each answer as it was said; SET.submission.json or .jsonl is for the benchmark's server. Started again
+    after an interruption, questions that are answered are not asked again, on any number of ranks; another model, set, prompt or length
+    of answers starts anew.
+    """
+    results = {name: _evaluate_one(name, opened, answerer, world, folder, data, interruptions) for name, opened in sets.items()}
+    collectives.by_main(lambda: run_folder.write_json(folder / RESULTS, {"model": dict(answerer.identity), "sets": results}), world)
+    return results
+
+
+def _evaluate_one(
+    name: str, opened: Opened, answerer: Answerer, world: World, folder: Path, data: Data, interruptions: Interruptions
+) -> dict[str, Any]:
+    questions = opened.questions
+    ids = [questions[index].question_id for index in range(len(questions))]
+    journal = Journal(folder / ANSWERS, name, _identity(opened, answerer), ids)
+    # What could not be asked is tried again: its image may have been repaired.
+    known = {index: row for index, row in collectives.by_main(journal.open, world).items() if row.unusable is None}
+    missing = [index for index in range(len(questions)) if index not in known]
+    rows = known | _gathered(_ask(questions, missing, journal, answerer, world, data.workers, interruptions), world)
+    return collectives.by_main(lambda: _finish(name, opened, journal, rows, folder, data.max_bad_fraction), world)
+
+
+def _finish(name: str, opened: Opened, journal: Journal, rows: dict[int, Row], folder: Path, max_bad_fraction: float) -> dict[str, Any]:
+    journal.close(rows)
+    _refuse_unasked(name, rows, max_bad_fraction)
+    kind, questions = opened.source.format, opened.questions
+    pairs = [Answered(questions[index], *_said(rows[index])) for index in range(len(questions))]
+    submission = submissions.write(kind, pairs, folder / ANSWERS, name)
+    return {
+        "format": kind,
+        **score(kind, pairs),
+        "unusable": sum(row.unusable is not None for row in rows.values()),
+        "submission": None if submission is None else f"{ANSWERS}/{submission.name}",
+    }
+
+
+def _said(row: Row) -> tuple[str, bool]:
+    return row.answer, row.unusable is None
+
+
+def _refuse_unasked(name: str, rows: Mapping[int, Row], max_bad_fraction: float) -> None:
+    """Raises ValueError where so many questions could not be asked that the rest is no score of the set."""
+    bad = BadCounter(seen=len(rows))
+    for row in rows.values():
+        if row.unusable is not None:
+            reason, _, where = row.unusable.partition(": ")
+            bad.add(cast("Reason", reason), where)
+    try:
+        bad.check(max_bad_fraction, at_least=1, what="questions")
+    except ValueError as error:
+        raise ValueError(f"evaluation.vqa.{name}: {error}; answers are kept, and the same command asks the others again") from error
+
+
+def _ask(
+    questions: QuestionSet,
+    missing: list[int],
+    journal: Journal,
+    answerer: Answerer,
+    world: World,
+    workers: int,
+    interruptions: Interruptions,
+) -> dict[int, Row]:
+    """This rank's part of the questions without an answer, each written down as soon as its batch is answered."""
+    mine = [missing[place] for place in rank_slice(len(missing), world.rank, world.size)]
+    batches = evaluation_questions(
+        questions,
+        mine,
+        answerer.conversations,
+        answerer.eyes,
+        batch=answerer.batch,
+        workers=workers,
+        pin_memory=world.device.type == "cuda",
+    )
+    rows: dict[int, Row] = {}
+    with journal.appending(world.rank) as append:
+        answered = ((batch, answerer.answers(batch)) for batch in batches)  # an error of one rank is then raised on all
+        for batch, answers in interruptions.between(answered, len(missing), answerer.batch):
+            found = {int(index): Row(said) for index, said in zip(batch.index, answers, strict=True)}
+            found |= {index: Row("", why) for index, why in batch.unusable}
+            append(found)
+            rows |= found
+    return rows
+
+
+def _gathered(rows: dict[int, Row], world: World) -> dict[int, Row]:
+    """Every rank's rows, on rank 0; elsewhere nothing."""
+    if world.size == 1:
+        return rows
+    parts: list[Any] | None = [None] * world.size if world.is_main else None
+    torch.distributed.gather_object(rows, parts)
+    return {index: row for part in parts or [] for index, row in part.items()}
+
+
+def _identity(opened: Opened, answerer: Answerer) -> dict[str, Any]:
+    """What an answer depends on. Not the batch and not the ranks."""
+    prompts = answerer.conversations
+    return {
+        "model": dict(answerer.identity),
+        "questions": opened.questions.signature,
+        "format": opened.source.format,
+        "prompt": [prompts.settings.template, prompts.settings.instruction, prompts.image_tokens, prompts.max_length],
+        "sees": answerer.eyes is not None and opened.questions.images is not None,
+        "max_new_tokens": answerer.max_new_tokens,
+        "dtype": str(answerer.dtype),
+    }
+
+
+def lines(results: Mapping[str, Any]) -> str:
+    """A few lines for people: one for each set, percentages, then its families."""
+    rows = []
+    for name, found in results.items():
+        scored = "not scored" if found["accuracy"] is None else f"{found['accuracy']:.1%}"
+        lost = f", {found['unusable']} could not be asked" if found["unusable"] else ""
+        rows.append(f"  vqa {name}: {scored} of {found['questions']} questions ({found['metric']}){lost}")
+        families = found.get("by_family", {})
+        if len(families) > 1:
+            rows.append("    " + ", ".join(f"{family} {part['accuracy']:.1%}" for family, part in families.items()))
+    return "\n".join(rows)

@@ -1,0 +1,147 @@
+"""Where the images of questions lie: files of a folder, or samples of image-text shards found by their key."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data import tar_index
+from megakd.data.bad_samples import BadSample
+from megakd.data.shards import Sample, ShardSet
+from megakd.data.storage import local_path
+from megakd.vqa.json_files import shown, some
+
+_SHOWN = 3
+_TAR = re.compile(r"\.tar(?![\w./-])")  # at the end of a part, of a word in braces, or of the path of a signed URL
+_KEY_BYTES = 64  # of a long key, an index keeps the end
+
+Found = tuple[str, bytes] | BadSample  # (where, the image's bytes)
+
+
+class MissingImages(ValueError):
+    """Images that questions are about and that are not there. there: some names that are."""
+
+    def __init__(self, missing: Sequence[str], where: str, there: Sequence[str]) -> None:
+        super().__init__(f"images = {where!r} lacks {len(missing)} images that questions are about ({some(missing)})")
+        self.there = there
+
+
+class Images(Protocol):
+    """Images by the names that questions give them."""
+
+    def read(self, names: Sequence[str]) -> Iterator[Found]:
+        """One result for each name, in order; an image that cannot be read is a result, not raised."""
+
+
+class Folder:
+    """Image files below one folder. Names come from the questions' file, and may not leave the folder."""
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        """Raises ValueError for a folder that is not there, for names that leave it, and when files are missing."""
+        if not _is_folder(folder):
+            raise ValueError(f"images = {str(folder)!r} is no folder: give the folder of the images, or shards (*.tar)")
+        self.folder = folder
+        below: dict[str, set[str]] = {}
+        missing = []
+        for name in dict.fromkeys(names):
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(
+                    f"image {shown(name)} would be read from outside images = {str(folder)!r}: correct it in the questions' file"
+                )
+            if (parent := str(path.parent)) not in below:  # one listing a folder: a stat for each file takes minutes on a network disk
+                below[parent] = _listed(folder / parent)
+            if path.name not in below[parent]:
+                missing.append(name)
+        if missing:
+            there = (str(path.relative_to(folder)) for path in _files(folder))
+            raise MissingImages(missing, str(folder), list(itertools.islice(there, _SHOWN)))
+
+    def read(self, names: Sequence[str]) -> Iterator[Found]:
+        for name in names:
+            path = self.folder / name
+            try:
+                yield str(path), path.read_bytes()
+            except FileNotFoundError:
+                yield BadSample("missing_image", "gone since the run began", str(path))
+            except OSError as error:
+                yield BadSample("read_error", str(error), str(path))
+
+
+class Shards:
+    """The images of tar shards, by webdataset's key: the name up to the first dot of its last part."""
+
+    def __init__(self, shards: ShardSet, names: Iterable[str], where: str) -> None:
+        """Raises ValueError when keys are missing, and when one that is asked for names several samples."""
+        self.shards = shards
+        self._sample_of = _samples(shards, list(dict.fromkeys(names)), where)
+
+    def read(self, names: Sequence[str]) -> Iterator[Found]:
+        for sample in self.shards.read_each([self._sample_of[name] for name in names], ("image",)):
+            yield (sample.where, sample.members["image"]) if isinstance(sample, Sample) else sample
+
+
+def is_shards(images: str) -> bool:
+    """Whether it names tars, or a pattern of them, and not a folder, which may have any name."""
+    return not os.path.isdir(local_path(images)) and _TAR.search(images) is not None
+
+
+def _is_folder(folder: Path) -> bool:
+    try:
+        return folder.is_dir()
+    except OSError as error:  # a name that is longer than names may be
+        raise ValueError(f"images = {shown(str(folder))} cannot be read: {error.strerror}") from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Some files below it, for an error; no order is promised."""
+    for parent, _, names in os.walk(folder):
+        yield from (Path(parent) / name for name in sorted(names)[:_SHOWN])
+
+
+def _listed(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            return set()
+        raise ValueError(f"{folder}: cannot be read ({error.strerror}): check its permissions") from error
+
+
+def shard_key(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.split(".")[0]
+
+
+def _samples(shards: ShardSet, names: list[str], where: str) -> dict[str, int]:
+    """Name -> sample. The keys of a set of millions are compared as sorted arrays, since a dict of them would take gigabytes."""
+    keys = np.concatenate([_keys(shards, number) for number in range(len(shards.names))])
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    wanted = np.array([shard_key(name).encode("utf-8", "surrogateescape")[-_KEY_BYTES:] for name in names], dtype=f"S{_KEY_BYTES}")
+    left, right = np.searchsorted(keys, wanted, "left"), np.searchsorted(keys, wanted, "right")
+    if missing := [names[place] for place in np.flatnonzero(left == right)]:
+        raise MissingImages(missing, where, [key.decode("utf-8", "replace") for key in keys[:_SHOWN].tolist()])
+    if len(np.unique(wanted)) < len({shard_key(name) for name in names}):
+        raise ValueError(f"images = {where!r}: several names have the same last {_KEY_BYTES} bytes, of which an index keeps no more")
+    if several := np.flatnonzero(right - left > 1).tolist():
+        example = names[several[0]]
+        raise ValueError(
+            f"images = {where!r}: the key of {example!r} is in the shards {right[several[0]] - left[several[0]]} times: name one set"
+        )
+    return dict(zip(names, order[left].tolist(), strict=True))
+
+
+def _keys(shards: ShardSet, number: int) -> NDArray[np.bytes_]:
+    rows = tar_index.load(shards.names[number], shards.stats[number], shards.data.caption, shards.data.cache)
+    if rows is None:
+        rows = tar_index.build(shards.names[number], shards.stats[number], shards.data.caption, shards.data.cache)
+    return np.asarray(tar_index.samples(rows)["key"], dtype=f"S{_KEY_BYTES}")

@@ -1,0 +1,240 @@
+"""From a question to token ids: the one prompt that training, evaluation and `megakd answer` share.
+
+    [BOS] [P image tokens] prompt answer EOS prompt answer EOS ...
+
+The prompt is `decoder.template` with the question in it, followed for short answers by `decoder.instruction`. An empty question has
+no prompt: the answer follows the image, as in LLaVA's "plain" first stage, where a caption does. Labels are the answers and the end
+token after each; everything else is -100.
+
+Prompt and answer meet at one place in the ids, the same in training and in generation, whatever the tokenizer. White space at the
+prompt's end is the prompt's, as far as the tokenizer keeps it apart from words that follow; a line break after "ASSISTANT:" is. What it
+joins to the next word is the answer's: byte-pair vocabularies have " yes", and a lone " " before "yes" is a sequence they never saw. The
+answer's ids are what it adds to those of the prompt; where the tokenizer would merge the two, so that the prompt's ids change, it is
+tokenised alone.
+
+Special tokens are the template's to write. A question or an answer that spells one is plain text; where the tokenizer cannot write it as
+such the question is a bad sample. A begin token at the template's start is the conversation's own, and there once.
+
+Legend: B questions of a local batch, L tokens of a conversation, P image tokens of one image.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from megakd.data.bad_samples import BadSample
+from megakd.recipe import Decoder
+from megakd.vqa.plain_text import PlainText
+from megakd.vqa.sets import Question
+
+IGNORED = -100
+# How prompts become ids. 1, of bundles that say nothing else: all white space at the prompt's end is the answer's, and a begin token of the
+# template comes beside the tokenizer's own. 2: as above.
+RULES = 2
+# What may follow a prompt; of several kinds, since a vocabulary may join white space to some alone.
+_ANSWERS = ("yes", "No", "2", "a", "the", "red", "It", "one")
+_CHARACTERS = 200  # of a token, on average: no language has as many
+_TAIL = 12  # characters before white space that may have a say in how it is tokenised
+
+
+class SilentAnswer(BadSample):
+    """An answer of which no token would be learned but the end's."""
+
+
+class Encoded(NamedTuple):
+    """One conversation: L ids, L labels (-100: not learned), and how many of the ids, from `image_start` on, are image places."""
+
+    ids: list[int]
+    labels: list[int]
+    image_start: int
+    image_tokens: int
+
+
+class Stacked(NamedTuple):
+    """A batch of conversations, each (B, L): int64 ids and labels, bool attend (False: padding) and image_mask."""
+
+    ids_BL: torch.Tensor
+    attend_BL: torch.Tensor
+    image_mask_BL: torch.Tensor
+    labels_BL: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Conversations:
+    """Encodes questions for one decoder.
+
+    tokenizer: with an end token; the begin token is put first if the tokenizer itself or the template would. settings: the prompt's words.
+    image_tokens: P, 0 for a decoder without eyes. max_length: most tokens of a conversation, image tokens included. rules: see RULES.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    settings: Decoder
+    image_tokens: int
+    max_length: int
+    rules: int = RULES
+    _answers_part: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the decoder's tokenizer has no end token, so that answers would have no end: name another decoder.tokenizer")
+        if self.image_tokens >= self.max_length:
+            raise ValueError(
+                f"an image becomes {self.image_tokens} tokens, and a conversation may have {self.max_length} (answers.max_length): "
+                f"raise that, or lower decoder.image_tokens"
+            )
+
+    @functools.cached_property
+    def start(self) -> list[int]:
+        """The begin token where the tokenizer adds it of its own (Llama's does, Qwen2's has none), or the template starts with it."""
+        begin = self.tokenizer.bos_token_id
+        if begin is None:
+            return []
+        own = self.tokenizer("a").input_ids[:1] == [begin]
+        written = self.rules > 1 and self._words.ids(self.settings.template, ())[:1] == [begin]
+        return [begin] if own or written else []
+
+    @property
+    def end(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def padding(self) -> int:
+        """Any id will do, as nothing attends to it; Llama's tokenizer has no padding token."""
+        pad = self.tokenizer.pad_token_id
+        return self.end if pad is None else int(pad)
+
+    def training(self, question: Question, image: bool) -> Encoded:
+        """The conversation with its answers, as many whole turns as fit.
+
+        Raises BadSample: too_long when not even the first turn fits, as an answer that is cut off teaches to break off; bad_text for an
+        answer that encodes to nothing, and for text that the tokenizer takes for a special token.
+        """
+        ids = self._head(image)
+        start, labels = len(ids) - self._places(image), [IGNORED] * len(ids)
+        for turn, (text, answer) in enumerate(question.conversation):
+            if len(text) + len(answer) > self._most_characters:
+                if turn == 0:
+                    raise self._too_many_characters(len(text) + len(answer))
+                break
+            asked, answered = self._turn(text, answer, question.short, first=turn == 0)
+            if len(ids) + len(asked) + len(answered) > self.max_length:
+                if turn == 0:
+                    raise self._too_long(len(ids) + len(asked) + len(answered))
+                break
+            ids += asked + answered
+            labels += [IGNORED] * len(asked) + answered
+        return Encoded(ids, labels, start, self._places(image))
+
+    def prompt(self, text: str, short: bool, image: bool) -> Encoded:
+        """What the decoder is given to answer: the same ids that stand before the answer in training; nothing is labelled.
+
+        Raises BadSample: too_long; bad_text for text that the tokenizer takes for a special token, and for an empty question without image
+        and begin token, which is nothing to go on from.
+        """
+        ids = self._head(image)
+        start = len(ids) - self._places(image)
+        if len(text) > self._most_characters:
+            raise self._too_many_characters(len(text))
+        ids += self._without_begin(self._asked(text, short))
+        if len(ids) > self.max_length:
+            raise self._too_long(len(ids))
+        if not ids:
+            raise BadSample("bad_text", "an empty question without an image")
+        return Encoded(ids, [IGNORED] * len(ids), start, self._places(image))
+
+    def prompt_text(self, text: str, short: bool) -> str:
+        """The prompt in words, up to where the answer begins; "" for an empty question."""
+        if not text:
+            return ""
+        # not str.format: a question may hold braces
+        return self.settings.template.replace("{question}", text + self.settings.instruction if short else text)
+
+    def _asked(self, text: str, short: bool) -> list[int]:
+        """The ids of a prompt when an answer is asked for: with the white space at its end that is its own."""
+        prompt, spans = self.prompt_text(text, short), self._spans(text, short)
+        bare = prompt.rstrip()
+        spaces = prompt[len(bare) :]
+        if not spaces or self.rules == 1:
+            return self._words.ids(bare, spans)
+        tail = bare[-_TAIL:] + spaces
+        if tail not in self._answers_part:
+            self._answers_part[tail] = self._tokens_of_an_answer(tail)
+        whole = self._words.ids(prompt + _ANSWERS[0], spans)
+        return whole[: -self._answers_part[tail]]
+
+    def _tokens_of_an_answer(self, tail: str) -> int:
+        """How many tokens of `tail` + _ANSWERS[0] depend on which answer it is. At least 1: all may be unknown, and the same token."""
+        rows = [self._words.ids(tail + answer, ()) for answer in _ANSWERS]
+        most = min(map(len, rows)) - 1
+        shared = next((place for place in range(most) if len({row[place] for row in rows}) > 1), most)
+        return len(rows[0]) - shared
+
+    def _turn(self, text: str, answer: str, short: bool, *, first: bool) -> tuple[list[int], list[int]]:
+        """The ids of one turn: what is asked, and the answer with its end token."""
+        prompt, spans = self.prompt_text(text, short), self._spans(text, short)
+        asked = self._asked(text, short)
+        whole = self._words.ids(prompt + answer, (*spans, (len(prompt), len(prompt) + len(answer))))
+        answered = whole[len(asked) :] if whole[: len(asked)] == asked else []
+        if not self.says(answered):  # prompt and answer became one word
+            answered = self._words.ids(answer, ((0, len(answer)),))
+        if not answered:
+            raise SilentAnswer("bad_text", f"the answer {answer[:80]!r} encodes to nothing")
+        return (self._without_begin(asked) if first else asked), [*answered, self.end]
+
+    def says(self, ids: Sequence[int]) -> bool:
+        """Whether there is more in an answer's ids than unknown words, which are decoded to nothing."""
+        return bool(set(ids) - {self.tokenizer.unk_token_id})
+
+    def _without_begin(self, asked: list[int]) -> list[int]:
+        """The ids of a conversation's first prompt, whose begin token stands before the image."""
+        return asked[1:] if self.rules > 1 and self.start and asked[:1] == self.start else asked
+
+    def _spans(self, text: str, short: bool) -> tuple[tuple[int, int], ...]:
+        """Where the question's own words stand in the prompt."""
+        parts, at, found = self.settings.template.split("{question}"), 0, []
+        for part in parts[:-1] if text else ():
+            at += len(part)
+            found.append((at, at + len(text)))
+            at += len(text) + (len(self.settings.instruction) if short else 0)
+        return tuple(found)
+
+    @functools.cached_property
+    def _words(self) -> PlainText:
+        return PlainText(self.tokenizer)
+
+    def _head(self, image: bool) -> list[int]:
+        return self.start + [self.padding] * self._places(image)
+
+    def _places(self, image: bool) -> int:
+        return self.image_tokens if image else 0
+
+    @property
+    def _most_characters(self) -> int:
+        """More of them are too long whatever they are: megabytes take a tokenizer a minute."""
+        return self.max_length * _CHARACTERS
+
+    def _too_many_characters(self, characters: int) -> BadSample:
+        return BadSample("too_long", f"{characters} characters, answers.max_length = {self.max_length} tokens")
+
+    def _too_long(self, tokens: int) -> BadSample:
+        return BadSample("too_long", f"{tokens} tokens, answers.max_length = {self.max_length}")
+
+
+def stack(encoded: Sequence[Encoded], padding: int, left: bool) -> Stacked:
+    """The conversations as one batch, as long as the longest. left: prompts to go on from end in the last column."""
+    length = max((len(one.ids) for one in encoded), default=0)
+    shape = (len(encoded), length)
+    ids, labels = torch.full(shape, padding, dtype=torch.long), torch.full(shape, IGNORED, dtype=torch.long)
+    attend, image = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    for row, one in enumerate(encoded):
+        first = length - len(one.ids) if left else 0
+        here: Any = slice(first, first + len(one.ids))
+        ids[row, here], labels[row, here], attend[row, here] = torch.tensor(one.ids), torch.tensor(one.labels), True
+        image[row, first + one.image_start : first + one.image_start + one.image_tokens] = True
+    return Stacked(ids, attend, image, labels)

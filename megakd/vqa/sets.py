@@ -1,0 +1,274 @@
+"""Sets of questions: what a benchmark's files hold, its images found, and all of it readable by a number.
+
+1. `formats` reads the benchmark's file and yields `Question`s.
+2. `images` finds every image before anything starts: missing ones are an error here, not after an hour.
+3. `QuestionSet`, or `CaptionSet` for image-text shards, hands out question and image bytes by index; `Mixture` joins several.
+
+Questions are kept as one block of JSON with offsets: as Python objects the 440,000 of VQAv2 and their 4.4 million answers take
+gigabytes in every process, and a forked worker copies each of those it looks at.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data.bad_samples import BadSample
+from megakd.data.pairs import caption, located
+from megakd.data.sampler import Order
+from megakd.data.shards import Sample, ShardSet
+from megakd.data.storage import local_path
+from megakd.recipe import Data, QuestionSource
+from megakd.vqa.formats import Question, Reading, parse
+from megakd.vqa.images import Folder, Found, Images, MissingImages, Shards, is_shards
+from megakd.vqa.json_files import some
+
+__all__ = ["Asked", "CaptionSet", "Mixture", "Question", "QuestionSet", "Questions", "open_mixture", "open_questions", "question_order"]
+
+# Blocks are for sequential reads of shards; questions jump between images anyway, so that all of an epoch are shuffled one by one.
+_BLOCK, _WINDOW = 1, 4096
+_FIELDS = tuple(field.name for field in fields(Question))
+log = logging.getLogger("megakd.vqa")
+_ENCODE = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Asked(NamedTuple):
+    """A question, the bytes of its image (None: there is none, or it was not asked for), and where they come from."""
+
+    question: Question
+    image: bytes | None
+    where: str
+
+
+class Questions(Protocol):
+    """Questions by number. `read` yields one result for each index, in order; a bad sample is a result, not raised."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Question: ...
+
+    def read(self, indices: Sequence[int], images: bool) -> list[Asked | BadSample]: ...
+
+    @property
+    def signature(self) -> int: ...
+
+
+@dataclass(frozen=True, eq=False)
+class QuestionSet:
+    """Questions of one source. `images` None: text alone, whatever the questions name."""
+
+    name: str
+    packed: bytes
+    ends: NDArray[np.int64]  # (len,), the end of each question in `packed`
+    images: Images | None
+
+    @classmethod
+    def of(cls, name: str, questions: Iterable[Question], images: Images | None) -> QuestionSet:
+        try:
+            rows = [_ENCODE([getattr(question, field) for field in _FIELDS]).encode() for question in questions]
+        except RecursionError as error:
+            raise ValueError("a question has a field that is nested too deeply: take it out") from error
+        return cls(name, b"".join(rows), np.cumsum([len(row) for row in rows], dtype=np.int64), images)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> Question:
+        if not 0 <= index < len(self):
+            raise IndexError(f"question {index} of {len(self)}")
+        start = int(self.ends[index - 1]) if index else 0
+        question_id, image, text, answers, answer, family, meta, turns, short = json.loads(self.packed[start : int(self.ends[index])])
+        said = tuple((human, reply) for human, reply in turns)
+        return Question(question_id, image, text, tuple(answers), answer, family, meta, said, short)
+
+    def read(self, indices: Sequence[int], images: bool) -> list[Asked | BadSample]:
+        asked = [self[index] for index in indices]
+        names = [question.image for question in asked if question.image is not None]
+        found: Mapping[str, Found] = {}
+        if images and self.images is not None:
+            distinct = list(dict.fromkeys(names))
+            found = dict(zip(distinct, self.images.read(distinct), strict=True))
+        return [self._joined(question, found) for question in asked]
+
+    def _joined(self, question: Question, found: Mapping[str, Found]) -> Asked | BadSample:
+        where = f"{self.name}: question {question.question_id}"
+        image = None if question.image is None else found.get(question.image)
+        if isinstance(image, BadSample):
+            return BadSample(image.reason, image.detail, f"{where}: {image.where}")
+        return Asked(question, None, where) if image is None else Asked(question, image[1], f"{where}: {image[0]}")
+
+    @property
+    def signature(self) -> int:
+        """A checksum of the questions. Equal on all ranks and at resume, or a position means nothing."""
+        return zlib.crc32(self.packed)
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionSet:
+    """Image-text shards as questions: the question is empty, the caption is its answer, the sample's number its id."""
+
+    name: str
+    shards: ShardSet
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> Question:
+        """Raises BadSample for a caption that cannot be read."""
+        return _captioned(index, self.shards.read(index, ("caption",)))
+
+    def read(self, indices: Sequence[int], images: bool) -> list[Asked | BadSample]:
+        needs = self.shards.read_each(list(indices), ("image", "caption") if images else ("caption",))
+        return [self._joined(index, sample) for index, sample in zip(indices, needs, strict=True)]
+
+    def _joined(self, index: int, sample: Sample | BadSample) -> Asked | BadSample:
+        if isinstance(sample, BadSample):
+            return sample
+        try:
+            return Asked(_captioned(index, sample), sample.members.get("image"), sample.where)
+        except BadSample as bad:
+            return bad
+
+    @property
+    def signature(self) -> int:
+        return self.shards.signature
+
+
+def _captioned(index: int, sample: Sample) -> Question:
+    with located(sample.where):
+        text = caption(sample.members["caption"]).strip()
+    return Question(index, sample.where, "", (text,), text, "caption")
+
+
+class Mixture:
+    """Several sets one after the other, so that a shuffle mixes them in proportion to their sizes."""
+
+    def __init__(self, sets: Mapping[str, Questions]) -> None:
+        assert sets
+        self.sets = dict(sets)
+        self._parts = list(sets.values())
+        self._starts = np.cumsum([0, *map(len, self._parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Question:
+        part, within = self._locate(index)
+        return self._parts[part][within]
+
+    def read(self, indices: Sequence[int], images: bool) -> list[Asked | BadSample]:
+        places = [self._locate(index) for index in indices]
+        results: dict[int, Asked | BadSample] = {}
+        for part in sorted({part for part, _ in places}):  # one call a set: remote shards are then asked many at a time
+            slots = [slot for slot, place in enumerate(places) if place[0] == part]
+            results.update(zip(slots, self._parts[part].read([places[slot][1] for slot in slots], images), strict=True))
+        return [results[slot] for slot in range(len(indices))]
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"question {index} of {len(self)}")
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return part, index - int(self._starts[part])
+
+    @property
+    def signature(self) -> int:
+        return zlib.crc32(repr([(len(part), part.signature) for part in self._parts]).encode())
+
+
+def open_questions(
+    source: QuestionSource, key: str, data: Data, rank: int, world: int, barrier: Callable[[], None], *, to_learn: bool = False
+) -> QuestionSet | CaptionSet:
+    """The questions of one source, every image found; `key` is the recipe's, for errors. All ranks call it together.
+
+    data: gives cache, max_pixels, caption and max_bad_fraction to shards. A source with neither `images` nor captions is text alone.
+    to_learn: questions are to have an answer; LLaVA's conversations without one are left out, with a warning.
+    Raises ValueError that begins with `key` for files that are missing, of another format, or do not match, and for missing images.
+    """
+    try:
+        if source.format == "captions":
+            return _open_captions(source, key, data, rank, world, barrier)
+        reading = Reading(source)
+        questions = list(parse(source, reading))
+        if not questions:
+            raise ValueError(f"questions = {source.questions!r} has not one question")
+        for said in reading.said if rank == 0 else ():
+            log.warning("%s: %s", key, said)
+        if to_learn:
+            questions = _answered(questions, source, key if rank == 0 else None)
+        return QuestionSet.of(key, questions, _found_images(source, reading, questions, data, rank, world, barrier))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _found_images(
+    source: QuestionSource, reading: Reading, questions: list[Question], data: Data, rank: int, world: int, barrier: Callable[[], None]
+) -> Images | None:
+    if source.images is None:
+        return None
+    names = [question.image for question in questions if question.image is not None]
+    try:
+        return _images(source.images, names, data, rank, world, barrier)
+    except MissingImages as error:
+        raise ValueError(
+            f"{error}: complete it, or say by image_name how its files are named. Now it is {reading.pattern!r}, with the entries' fields "
+            f"{', '.join(reading.fields) or 'none'}; there are {some(error.there)}{'' if is_shards(source.images) else ' in that folder'}; "
+            f"keys of shards go without extension"
+        ) from error
+
+
+def open_mixture(
+    sources: Mapping[str, QuestionSource], key: str, data: Data, rank: int, world: int, barrier: Callable[[], None]
+) -> Mixture:
+    """All sources to train on, by name. Raises ValueError as `open_questions`, and for questions without an answer."""
+    return Mixture({name: open_questions(one, f"{key}.{name}", data, rank, world, barrier, to_learn=True) for name, one in sources.items()})
+
+
+def _answered(questions: list[Question], source: QuestionSource, key: str | None) -> list[Question]:
+    """Those with an answer. Mixes of conversations have some without; of a benchmark's file they are no training set. key: to warn with."""
+    lacking = [question.question_id for question in questions if not question.answer.strip()]
+    if not lacking:
+        return questions
+    said = f"{len(lacking)} of {len(questions)} questions have no answer to learn ({some(lacking)})"
+    if source.format == "llava" and len(lacking) < len(questions):
+        if key is not None:
+            log.warning("%s: %s: they are left out", key, said)
+        return [question for question in questions if question.answer.strip()]
+    if source.format == "vqav2" and source.annotations is None:
+        raise ValueError(f"{said}: name the annotations")
+    if source.format == "llava":
+        raise ValueError(f"{said}: gpt says nothing in {source.questions!r}, which is for evaluation alone")
+    raise ValueError(f"{said}: take another split if this is a test set, and these questions out of {source.questions!r} otherwise")
+
+
+def question_order(questions: Questions, batch: int, seed: int) -> Order:
+    """The order of training, as the shards': a pure function of the position. Raises ValueError for fewer questions than a batch."""
+    if len(questions) < batch:
+        raise ValueError(f"answers.batch = {batch}, but answers.train has {len(questions)} questions: lower it, or add a source")
+    return Order(len(questions), batch, seed, _BLOCK, _WINDOW)
+
+
+def _open_captions(source: QuestionSource, key: str, data: Data, rank: int, world: int, barrier: Callable[[], None]) -> CaptionSet:
+    for field in ("questions", "annotations", "image_name", "split"):
+        if getattr(source, field) is not None:
+            raise ValueError(
+                f"{field} = {getattr(source, field)!r}: format = 'captions' reads the members of shards, images = '...*.tar' alone"
+            )
+    if source.images is None or not is_shards(source.images):
+        raise ValueError(f"images = {source.images!r}: format = 'captions' needs image-text shards, as '/data/{{00000..00099}}.tar'")
+    shards = ShardSet.open_set(source.images, data, rank, world, barrier)
+    shards.known_bad.check(data.max_bad_fraction, at_least=1)
+    return CaptionSet(key, shards)
+
+
+def _images(images: str, names: list[str], data: Data, rank: int, world: int, barrier: Callable[[], None]) -> Images:
+    if is_shards(images):
+        return Shards(ShardSet.open_set(images, data, rank, world, barrier), names, images)
+    return Folder(Path(local_path(images)), names)

@@ -1,0 +1,65 @@
+"""What `megakd` says of itself: the way to training, the version, and options that are all written alike."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import megakd
+from megakd.cli import app
+from megakd.training.command import parser
+
+
+def said(*arguments: str) -> str:
+    finished = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "200", "TERM": "dumb"})
+    assert finished.exit_code == 0, finished.output
+    return " ".join(finished.output.split())
+
+
+def test_help_says_how_a_recipe_is_trained_which_no_verb_does() -> None:
+    assert "deepspeed megakd/train.py --recipe NAME" in said("--help")
+    assert "python megakd/train.py --help" in said("--help")
+
+
+def test_help_and_version_are_instant_because_torch_stays_out() -> None:
+    code = "import sys; from megakd import cli; cli.app(sys.argv[1:], standalone_mode=False); print('torch' in sys.modules)"
+    for asked in ("--help", "--version"):
+        finished = subprocess.run([sys.executable, "-c", code, asked], check=True, capture_output=True, text=True)
+        assert finished.stdout.endswith("False\n"), asked
+
+
+def test_the_version_is_the_packages() -> None:
+    assert said("--version") == f"megakd {megakd.__version__}"
+
+
+def test_the_smoke_jobs_help_says_what_either_mode_runs_and_how_long() -> None:
+    text = said("smoke", "--help")
+    assert all(words in text for words in ("without KD", "random", "the teacher's", "ten minutes", "eight"))
+
+
+def _options(command: click.Command, path: str = "megakd") -> dict[str, list[str]]:
+    found = {path: [name for option in command.params for name in option.opts if name.startswith("--")]}
+    for name, inner in getattr(command, "commands", {}).items():
+        found |= _options(inner, f"{path} {name}")
+    return found
+
+
+def test_options_of_several_words_have_underscores_in_every_verb_and_in_training() -> None:
+    found = _options(typer.main.get_command(app))
+    found["megakd/train.py"] = [name for action in parser()._actions for name in action.option_strings if name.startswith("--")]
+    assert {path: names for path, names in found.items() if any("-" in name[2:] for name in names)} == {}
+    assert "--caption_noise" in found["megakd shapes"]
+
+
+def test_the_shapes_options_reach_the_world(tmp_path: Path) -> None:
+    out = said("shapes", str(tmp_path / "w"), "--train", "4", "--test", "2", "--caption_noise", "0", "--image_size", "48")
+    assert "0 noisy" in out
+    assert (tmp_path / "w" / "train").is_dir()
+    with pytest.raises(ValueError, match="caption_noise"):
+        CliRunner().invoke(app, ["shapes", str(tmp_path / "x"), "--caption_noise", "1.2"], catch_exceptions=False)

@@ -1,0 +1,304 @@
+"""`megakd plan`: FLOPs and bytes against numbers worked by hand, what fits, and what is said about it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import REPOSITORY, environment
+
+from megakd.models.int8 import matmul
+from megakd.models.int8.linear import Int8Linear
+from megakd.planning import models, objectives, rates, zero
+from megakd.planning import plan as planner
+from megakd.planning.memory_tracker import Watch
+from megakd.recipe import Recipe, Teacher
+
+ZERO1 = str(REPOSITORY / "ds_configs" / "zero1_bf16.json")
+CLUSTER = planner.Cluster(16, 80)
+
+
+def recipe(**changes: object) -> Recipe:
+    settings = {
+        "name": "plan",
+        "data": {"train": "none.tar"},
+        "student": {"model": "ViT-S-32"},
+        "teacher": {"model": "ViT-B-32", "pretrained": "random"},
+        "objectives": {"contrastive": 1.0, "similarity": 1.0},
+        "optim": {"steps": 10, "batch": 4096, "lr": 1e-3},
+        **changes,
+    }
+    return Recipe.model_validate(settings)
+
+
+def planned(cluster: planner.Cluster = CLUSTER, **changes: object) -> planner.Plan:
+    return planner.plan(recipe(**changes), "test", ZERO1, cluster)
+
+
+@pytest.fixture(scope="module")
+def small() -> planner.Plan:
+    return planned()
+
+
+@pytest.fixture(scope="module")
+def checkpointed() -> planner.Plan:
+    return planned(student={"model": "ViT-S-32", "activation_checkpointing": True})
+
+
+def by_name(plan: planner.Plan) -> dict[str, planner.Row]:
+    return {row.mode.name: row for row in plan.rows}
+
+
+def vit_flops(width: int, layers: int, tokens: int, embed: int, mlp: int = 4) -> int:
+    """2 a multiply-add: q, k, v and output projections, two attention products, an MLP of two layers; one projection at the end."""
+    block = tokens * width * width * (4 + 2 * mlp) + 2 * tokens * tokens * width
+    return 2 * (layers * block + width * embed)
+
+
+def test_the_flops_of_a_vit_are_those_of_the_formula(small: planner.Plan) -> None:
+    """ViT-B-32 at 224: 49 patches and a class token; text 77 tokens of width 512. open_clip's own profile says 14.78 GFLOP (of 2)."""
+    patches = 2 * 49 * 3 * 32 * 32 * 768
+    assert small.job.teachers[0].image.flops == vit_flops(768, 12, 50, 512) + patches
+    assert small.job.teachers[0].text.flops == vit_flops(512, 12, 77, 512)
+
+
+def test_a_training_step_costs_three_forwards_and_one_more_where_blocks_are_computed_again(
+    small: planner.Plan, checkpointed: planner.Plan
+) -> None:
+    assert small.rows[0].flops["student"] == 3 * small.job.student.flops * 256
+    assert checkpointed.rows[0].flops["student"] == 4 * small.job.student.flops * 256
+
+
+def test_activation_checkpointing_saves_most_of_the_activations(small: planner.Plan, checkpointed: planner.Plan) -> None:
+    assert checkpointed.rows[0].parts["student activations"] < 0.3 * small.rows[0].parts["student activations"]
+
+
+def test_weights_of_the_teacher_by_mode(small: planner.Plan) -> None:
+    """151.3 M parameters. bf16 as open_clip makes it: embeddings, norms and positions stay in float32."""
+    rows, cost = by_name(small), small.job.teachers[0]
+    wide, int8 = rows["replicated bf16"].parts["teacher weights"], rows["replicated int8"].parts["teacher weights"]
+    matrices = 12 * 12 * (768**2 + 512**2)
+    scales = 4 * 12 * 9 * (768 + 512)
+    assert wide - int8 == matrices - scales
+    kept, kept_int8 = (sum(form.kept for form in forms) for forms in zip(*((t.wide, t.int8) for t in (cost.image, cost.text)), strict=True))
+    assert rows["zero3 bf16"].parts["teacher weights"] == pytest.approx(kept + (wide - kept) / 16, abs=1)
+    assert kept_int8 - kept == pytest.approx(scales, abs=60_000)  # and non-persistent causal masks, positions
+    assert rows["zero3 int8 + offload"].parts["teacher weights"] == kept_int8
+    assert rows["zero3 int8 + offload"].host == pytest.approx((int8 - kept_int8) / 16, abs=1)
+    assert rows["replicated bf16, text from store"].parts["teacher weights"] < wide - 2 * 37_000_000
+    assert rows["store"].parts["teacher weights"] == rows["store"].flops["teacher"] == 0
+
+
+def test_calibrated_int8_has_a_factor_an_input_and_its_products_temporaries_are_counted(small: planner.Plan) -> None:
+    teacher = {"model": "ViT-B-32", "pretrained": "random", "mode": "zero3_int8", "calibration": 64}
+    calibrated, plain = by_name(planned(teacher=teacher)), by_name(small)
+    factors = 4 * 12 * 7 * (768 + 512)  # of q, k and v together, their output, and both layers of the MLP
+    weights = "teacher weights"
+    assert calibrated["replicated int8"].parts[weights] - plain["replicated int8"].parts[weights] == factors
+    assert calibrated["replicated bf16"].parts == plain["replicated bf16"].parts
+    widened = {"model": "ViT-B-32", "pretrained": "random", "mode": "zero3_int8", "int8_product": "dequantise"}
+    by_integers, by_widening = (by_name(plan)["zero3 int8"].parts["teacher activations"] for plan in (small, planned(teacher=widened)))
+    assert by_integers > by_widening
+
+
+@pytest.mark.parametrize("rows", [5, 300, 3000])
+@pytest.mark.parametrize("migrated", [True, False])
+def test_what_an_int8_layer_holds_on_meta_is_what_it_holds_on_a_cpu(rows: int, migrated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "PIECE_ELEMENTS", 1 << 18)
+    peaks = []
+    for device in ("cpu", "meta"):
+        layer = Int8Linear(torch.ones(512, 256, device=device), None, product="int_mm", migrated=migrated)
+        x, watch = torch.ones(rows, 256, device=device), Watch(device)
+        watch.ignore([x, *layer.parameters(), *layer.buffers()])
+        with torch.no_grad(), watch:
+            layer(x)
+        peaks.append(watch.peak)
+    filled = 32 / rows if rows < 32 else 1.0  # as on a GPU
+    assert peaks[1] == pytest.approx(peaks[0] * filled, rel=0.25 if rows < 32 else 0.02)
+
+
+def test_a_smaller_micro_batch_needs_less_memory_and_more_traffic_of_a_partitioned_teacher(tmp_path: Path, small: planner.Plan) -> None:
+    config = tmp_path / "micro.json"
+    config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 64, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}))
+    pieces = by_name(planner.plan(recipe(), "test", str(config), CLUSTER))
+    whole = by_name(small)
+    assert pieces["zero3 int8"].bytes < whole["zero3 int8"].bytes
+    assert pieces["zero3 int8"].wire["teacher"] == 4 * whole["zero3 int8"].wire["teacher"]
+    assert pieces["zero3 int8"].flops["student"] == pytest.approx(4 / 3 * whole["zero3 int8"].flops["student"])
+
+
+def test_a_mode_fits_from_its_peak_on_and_not_below(small: planner.Plan) -> None:
+    row = by_name(small)["replicated bf16"]
+    needed = (row.bytes / (1 - planner.IN_PIECES) + planner.OUTSIDE) / planner.GB
+    assert row.fits(replace(CLUSTER, memory=needed + 0.001).usable)
+    assert not row.fits(replace(CLUSTER, memory=needed - 0.001).usable)
+
+
+def test_the_recommendation_is_the_fastest_that_fits_and_says_what_to_do_where_nothing_does(small: planner.Plan) -> None:
+    assert small.recommended == "replicated bf16"
+    rows = by_name(small)
+    between = (rows["replicated bf16"].bytes + rows["replicated int8"].bytes) / 2
+    tight = replace(CLUSTER, memory=(between / (1 - planner.IN_PIECES) + planner.OUTSIDE) / planner.GB)
+    name, why = planner.recommend(small.rows, tight)
+    assert name == "replicated int8"
+    assert "replicated bf16 would not fit" in why
+    name, why = planner.recommend(small.rows, replace(CLUSTER, memory=3))
+    assert name is None
+    assert "train_micro_batch_size_per_gpu" in why
+
+
+@pytest.mark.parametrize(
+    ("teacher", "name"),
+    [({}, "replicated bf16"), ({"mode": "zero3_int8", "offload": True}, "zero3 int8 + offload"), ({"store": "somewhere"}, "store")],
+)
+def test_the_mode_that_the_recipe_asks_for_is_found_among_the_rows(teacher: dict[str, object], name: str, small: planner.Plan) -> None:
+    assert planner.asked(recipe(teacher={"model": "ViT-B-32", "pretrained": "random", **teacher}), small.rows) == name
+
+
+def test_teachers_of_an_ensemble_lie_side_by_side_and_run_one_after_the_other(small: planner.Plan) -> None:
+    other = {"other": {"model": "ViT-B-32", "pretrained": "random"}}
+    two, one = by_name(planned(ensemble=other))["replicated bf16"], by_name(small)["replicated bf16"]
+    assert two.parts["teacher weights"] == 2 * one.parts["teacher weights"]
+    assert two.parts["teacher activations"] == one.parts["teacher activations"]
+    assert two.flops["teacher"] == 2 * one.flops["teacher"]
+
+
+def test_a_recipe_without_a_teacher_is_planned_too() -> None:
+    plan = planned(teacher=None, objectives={"contrastive": 1.0})
+    assert [row.mode.name for row in plan.rows] == ["no teacher"]
+    assert plan.recommended == "no teacher"
+
+
+def test_a_teacher_that_a_recipe_trains_first_is_planned_before_it_is_there() -> None:
+    teacher = models.describe(Teacher(model="local-dir:nowhere/model", recipe="smoke_teacher"), "teacher")
+    assert teacher.width == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": {"model": "ViT-bigG-41", "pretrained": "random"}}, "nearest: .*ViT-bigG-14"),
+        ({"student": {"model": "ViT-B-17"}}, "nearest: .*ViT-B-16"),
+        ({"optim": {"steps": 10, "batch": 4100, "lr": 1e-3}}, "does not divide over 16 ranks"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned(**changes)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        (planner.Cluster(16, 80, kind="h10"), "did you mean 'h100'"),
+        (planner.Cluster(0, 80), "--gpus 0"),
+        (planner.Cluster(16, -1), "--gpu_memory -1"),
+    ],
+)
+def test_a_cluster_that_is_none_is_refused(cluster: planner.Cluster, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned(cluster)
+
+
+def test_traffic_of_each_zero_stage() -> None:
+    """1000 bf16 parameters on 4 ranks: 2000 bytes, of which a ring sends 3/4 in a gather and 3/2 in an all-reduce."""
+
+    def sent(stage: int, forwards: int = 1, backwards: int = 1, **more: object) -> int:
+        return zero.wire(1000, 4, zero.Settings.of({"zero_optimization": {"stage": stage, **more}}, 2), forwards, backwards)
+
+    assert [sent(stage) for stage in (0, 1, 2, 3)] == [3000, 4500, 4500, 3000]
+    assert sent(1, 8, 4) == 4500  # gradients of all micro-batches are reduced once
+    assert sent(2, 8, 4) == 4 * 3000 + 1500
+    assert sent(3, 8, 4) == (8 + 4) * 1500
+    assert sent(3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0) == 4500  # weights gathered again in the backward
+    assert zero.wire(1000, 1, zero.Settings.of({}, 2), 1, 1) == 0
+    sums = zero.Settings.of({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, 2)
+    assert zero.wire(1000, 4, sums, 1, 4) == 2 * 3000 + 1500  # float32 gradients once, then weights in bf16
+
+
+def test_traffic_of_the_losses() -> None:
+    """32 pairs on 4 ranks, widths 8 and 16, bf16: a rank brings in 3/4 of all texts and sends as much."""
+    both, shape = recipe().objectives, objectives.Shape(32, 4, (8, 16), (2, 2), 1, False, torch.device("cpu"))
+    by_blocks = objectives.cost(both, {"similarity": "chunked", "contrastive": "chunked"}, shape)
+    assert by_blocks.wire == 0.75 * (32 * (8 * 2 + 16 * 2) + 32 * 8 * 4 + 5 * 4 * 32 * 4)
+    whole = objectives.cost(both, {"similarity": "eager", "contrastive": "eager"}, shape)
+    assert whole.wire == 0.75 * 2 * 32 * (8 + 16) * 4
+    assert whole.flops == 32 * 32 * (6 * 8 + 2 * 16)
+    assert by_blocks.flops == 32 * 8 * (8 * 8 + 4 * 16)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("backend", ["eager", "chunked"])
+@pytest.mark.parametrize(
+    "names", [("similarity", "contrastive"), ("contrastive",), ("interactive",), ("sigmoid_similarity",), ("sigmoid_contrastive",)]
+)
+def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[str, ...], count: int) -> None:
+    """N = 1536 on one rank, without any projection between the widths; to 15 %."""
+    from megakd.models.embeddings import Embeddings
+    from megakd.objectives.base import head_name
+    from megakd.objectives.joint import Joint
+    from megakd.objectives.set import Distill
+
+    pairs, width = 1536, 64
+    described = recipe(objectives=dict.fromkeys(names, 1.0), kernels={"backend": backend}, optim={"steps": 1, "batch": pairs, "lr": 1.0})
+    task = Distill(described, torch.device("cpu"), None)
+
+    def towers(learns: bool) -> Embeddings:
+        image, text = (torch.nn.functional.normalize(torch.randn(pairs, width), dim=-1).requires_grad_(learns) for _ in range(2))
+        return Embeddings(image, text, torch.tensor(10.0).requires_grad_(learns), torch.tensor(-5.0).requires_grad_(learns))
+
+    student, teachers = towers(True), [towers(False) for _ in range(count)]
+    if "interactive" in names:
+        student = student._replace(projected={head_name("interactive", place): (student.image, student.text) for place in range(count)})
+    watch = Watch("cpu")
+    watch.ignore(tensor for tower in (student, *teachers) for tensor in tower[:4])  # type: ignore[list-item]
+    with watch:
+        Joint(task, None).total(task.losses(student, teachers)).backward()
+    shape = objectives.Shape(pairs, 1, (width, count * width), (4, 4), count, False, torch.device("cpu"))
+    assert objectives.cost(described.objectives, task.backends, shape).memory == pytest.approx(watch.peak, rel=0.15)
+
+
+def test_the_report_names_every_mode_and_the_json_holds_every_number(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    planner.run(recipe(), "test", ZERO1, CLUSTER, file=file)
+    shown, stored = capsys.readouterr().out, json.loads(file.read_text(encoding="utf-8"))
+    assert [row["mode"] for row in stored["modes"]][:2] == ["replicated bf16", "replicated int8"]
+    for row in stored["modes"]:
+        assert row["mode"] in shown
+        assert row["bytes"] == max(row["places"].values())
+        assert row["fits"] is True
+    assert "recommended: replicated bf16" in shown
+    assert "ESTIMATES" in shown
+    assert stored["assumptions"]["FORWARD_SHARE"] == rates.FORWARD_SHARE
+
+
+def test_a_teacher_of_5_billion_is_planned_in_seconds_and_takes_no_memory() -> None:
+    """Against the plan of a teacher of 0.15 billion just before, in the same process: what imports take and how fast the machine is
+    does not count. Weights of 4.35 billion in bf16 would be 8.7 GB; 12 times as many operators are counted.
+    """
+    program = (
+        "import resource, sys; from megakd import planner, recipe_files\n"
+        "def planned(model):\n"
+        "    teacher = f\"teacher={{ model = '{model}', pretrained = 'random' }}\"\n"
+        "    recipe, name = recipe_files.load('smoke', [teacher, *sys.argv[1:]])\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF)\n"
+        f"    plan = planner.plan(recipe, name, {ZERO1!r}, planner.Cluster(16, 80))\n"
+        "    used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "    return plan, used.ru_maxrss - before.ru_maxrss, used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime\n"
+        "_, _, usual = planned('ViT-B-32')\n"
+        "plan, grown_kb, seconds = planned('EVA02-E-14-plus')\n"
+        "print(plan.job.teachers[0].image.wide.numel, plan.rows[0].parts['teacher weights'], grown_kb, seconds / usual)"
+    )
+    sets = ["student={ model = 'ViT-B-16' }", "optim.batch=8192"]
+    done = subprocess.run([sys.executable, "-c", program, *sets], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    numel, weights, grown_kb, times = map(float, done.stdout.split()[-4:])
+    assert numel == pytest.approx(4.351e9, rel=1e-3)
+    assert weights == pytest.approx(2 * 5.045e9, rel=0.02)
+    assert grown_kb < 0.02 * weights / 1024
+    assert times < 12

@@ -1,0 +1,66 @@
+"""Started on two ranks by test_zero_memory.py: what real DeepSpeed engines hold, counted by the lives of their storages."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megakd.models.student import decay_groups
+from megakd.planning.memory_tracker import Watch
+from megakd.recipe import Optim
+from megakd.runtime import launch
+from megakd.runtime.engine import Engine
+
+WIDTH, LAYERS = 256, 8
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, 2 * WIDTH) if i % 2 == 0 else nn.Linear(2 * WIDTH, WIDTH) for i in range(LAYERS)])
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = layer(x)
+        return {"out": x}
+
+
+def measure(config: dict[str, Any], world: launch.World) -> dict[str, int]:
+    """Live bytes after the start and after a step, and peaks beyond the former in forward, backward and update."""
+    gc.collect()
+    watch = Watch("cpu")
+    with watch:
+        model = Model()
+        full = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4 // world.size, "gradient_accumulation_steps": 1,
+                "gradient_clipping": 1.0, "steps_per_print": 10**9, **config}  # fmt: skip
+        engine = Engine(model, decay_groups(model, 0.1), Optim(steps=9, batch=4, lr=1e-3), full, world, None)
+        gc.collect()
+        found = {"start": watch.live}
+        for _ in range(2):
+            for place in ("forward", "backward", "update"):
+                gc.collect()  # what the last place left in cycles may go now or later, as Python likes
+                watch.restart()
+                if place == "forward":
+                    out = engine.forward(torch.ones(2, WIDTH, dtype=engine.dtype))["out"].float().sum()
+                elif place == "backward":
+                    engine.backward(out)
+                    del out
+                else:
+                    engine.update(1e-3)
+                found[place] = watch.peak - found["start"]
+        gc.collect()
+        found["end"] = watch.live
+    return found
+
+
+if __name__ == "__main__":
+    world = launch.start()
+    results = [measure(json.loads(config), world) for config in sys.argv[1:]]
+    if world.rank == 0:
+        print("RESULTS" + json.dumps(results))
+    launch.stop()
