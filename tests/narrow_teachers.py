@@ -107,14 +107,14 @@ def _known(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: settings[key] for key in ("num_classes", "global_pool") if key in settings}
 
 
-def describe(name: str, pretrained: str) -> clip_models.Description:
+def describe(name: str, pretrained: str) -> clip_models.ModelSpec:
     return described(KINDS[name], pretrained)
 
 
-def described(architecture: dict[str, Any], pretrained: str) -> clip_models.Description:
+def described(architecture: dict[str, Any], pretrained: str) -> clip_models.ModelSpec:
     """Without a tokenizer: those of the giants have 50 to 250 thousand words, and the texts here are tokens already."""
     settings = Model(architecture=architecture, pretrained=pretrained)
-    return clip_models.Description("teacher", settings, copy.deepcopy(architecture), {}, lambda texts: torch.zeros(len(texts), 1))
+    return clip_models.ModelSpec("teacher", settings, copy.deepcopy(architecture), {}, lambda texts: torch.zeros(len(texts), 1))
 
 
 def build(name: str, seed: int = 5) -> nn.Module:

@@ -22,7 +22,7 @@ from megakd.evaluation.sets import open_sets
 from megakd.evaluation.suite import Suite
 from megakd.recipe import Recipe
 from megakd.runtime.launch import World
-from megakd.runtime.preemption import Interruptions
+from megakd.runtime.preemption import StopPoller
 
 SQUARES = 16
 
@@ -85,7 +85,7 @@ def recipe(max_bad_fraction: float = 0.01, **evaluation: Any) -> Recipe:
 def results(wanted: Recipe, model: nn.Module | None = None, world: World | None = None) -> dict[str, Any]:
     """As a run scores it, without workers."""
     world = world or World(0, 1, torch.device("cpu"))
-    return Suite(open_sets(wanted, world), encoder(model), world, 0, Interruptions(world)).run()
+    return Suite(open_sets(wanted, world), encoder(model), world, 0, StopPoller(world)).run()
 
 
 def captioned(number: int, captions: Sequence[str] | None = None) -> list[tuple[str, bytes]]:

@@ -69,10 +69,10 @@ def _known(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: settings[key] for key in ("num_classes", "global_pool") if key in settings}
 
 
-def description(name: str, pretrained: str, **settings: Any) -> clip_models.Description:
+def description(name: str, pretrained: str, **settings: Any) -> clip_models.ModelSpec:
     """Of a teacher of the recipe; without a tokenizer, because texts here are tokens already."""
     found = Teacher(architecture=ARCHITECTURES[name], pretrained=pretrained, **settings)
-    return clip_models.Description("teacher", found, copy.deepcopy(ARCHITECTURES[name]), {}, lambda texts: torch.zeros(len(texts), 1))
+    return clip_models.ModelSpec("teacher", found, copy.deepcopy(ARCHITECTURES[name]), {}, lambda texts: torch.zeros(len(texts), 1))
 
 
 def build(name: str, *, grown: bool = True) -> nn.Module:

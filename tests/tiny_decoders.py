@@ -47,13 +47,13 @@ def settings(tokenizer: Path | None, **more: Any) -> recipe.Decoder:
     return recipe.Decoder(**{**named, "image_tokens": 4, **source, **more})
 
 
-def make_towers(tokenizer: Path, **more: Any) -> clip.Towers:
+def make_towers(tokenizer: Path, **more: Any) -> clip.ClipModel:
     torch.manual_seed(1)
-    return clip.build(clip.describe(Student(architecture=CLIP, tokenizer=str(tokenizer), **more), "student"), CPU)
+    return clip.build(clip.resolve(Student(architecture=CLIP, tokenizer=str(tokenizer), **more), "student"), CPU)
 
 
 def make_decoder(tokenizer: Path | None, tower: nn.Module | None, **more: Any) -> decoder.Decoder:
-    described = decoder.describe(settings(tokenizer, **more))
+    described = decoder.resolve(settings(tokenizer, **more))
     torch.manual_seed(2)
     return decoder.build(described, tower, CPU)
 

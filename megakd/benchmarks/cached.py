@@ -51,7 +51,7 @@ NOTES = [
 
 
 @dataclass(frozen=True)
-class Job:
+class CachedBenchmark:
     """One comparison. pattern: shards, as a recipe names them; models as recipes' `architecture`."""
 
     pattern: str
@@ -91,7 +91,7 @@ def run(rounds: int, batch: int, steps: int, workers: int = 1, threads: int = 1,
         if batch > count * material.SAMPLES_A_SHARD:
             raise ValueError(f"--batch {batch}: the benchmark's shards hold {shards.samples} pairs; ask for less")
         pattern = f"{shards.folder}/{{00000..{count - 1:05d}}}.tar"
-        job = Job(pattern, TEACHER, STUDENT, batch, steps, workers, threads)
+        job = CachedBenchmark(pattern, TEACHER, STUDENT, batch, steps, workers, threads)
         store, samples = Path(name) / "store", count * material.SAMPLES_A_SHARD
         print(f"embedding {samples} pairs once", flush=True)
         make_store(job, store, samples, Path(name))
@@ -100,7 +100,7 @@ def run(rounds: int, batch: int, steps: int, workers: int = 1, threads: int = 1,
     _report(job, result, measured, file)
 
 
-def _round(job: Job, store: Path, folder: Path, number: int, rounds: int) -> tuple[list[Step], list[Step]]:
+def _round(job: CachedBenchmark, store: Path, folder: Path, number: int, rounds: int) -> tuple[list[Step], list[Step]]:
     """(from the store, live); who goes first changes from round to round."""
     sides: dict[str, Callable[[], list[Step]]] = {
         STORED: lambda: measure(job, folder / f"stored-{number}", store),
@@ -116,7 +116,7 @@ def rates(steps: list[Step]) -> list[float]:
     return [step.images_per_second for step in steps]
 
 
-def make_store(job: Job, store: Path, samples: int, folder: Path) -> None:
+def make_store(job: CachedBenchmark, store: Path, samples: int, folder: Path) -> None:
     """The embeddings of all pairs in one view, in a process of its own."""
     recipe = _write(job.recipe(None), folder / "embed.json")
     command = [sys.executable, "-P", "-m", "megakd.cli", "embed", "--recipe", str(recipe), "--views", "1", "--out", str(store)]
@@ -124,7 +124,7 @@ def make_store(job: Job, store: Path, samples: int, folder: Path) -> None:
         child.wait_for(lambda: True if ": complete, " in child.text() else None, START_SECONDS + samples * PAIR_SECONDS)
 
 
-def measure(job: Job, folder: Path, store: Path | None) -> list[Step]:
+def measure(job: CachedBenchmark, folder: Path, store: Path | None) -> list[Step]:
     """The timed steps of one run of megakd/train.py."""
     folder.mkdir(parents=True)
     recipe, config = _write(job.recipe(store), folder / "recipe.json"), folder / "ds_config.json"
@@ -135,7 +135,7 @@ def measure(job: Job, folder: Path, store: Path | None) -> list[Step]:
         return _timed(child, folder / "run", job)
 
 
-def _timed(child: Child, run_folder: Path, job: Job) -> list[Step]:
+def _timed(child: Child, run_folder: Path, job: CachedBenchmark) -> list[Step]:
     needed = WARM_UP + job.steps
 
     def enough() -> list[Step] | None:
@@ -153,7 +153,7 @@ def _write(recipe: dict[str, Any], path: Path) -> Path:
 def cost(architecture: dict[str, Any], *, training: bool) -> int:
     """FLOPs of one pair through both towers, with the backward if `training`: counted by torch on the meta device."""
     with torch.device("meta"):
-        model: Any = clip.build(clip.describe(Student(architecture=architecture), "student"), torch.device("meta"), load_weights=False).clip
+        model: Any = clip.build(clip.resolve(Student(architecture=architecture), "student"), torch.device("meta"), load_weights=False).clip
     size, length = architecture["vision_cfg"]["image_size"], architecture["text_cfg"]["context_length"]
     with FlopCounterMode(display=False) as counter:
         image = model.encode_image(torch.empty((1, 3, size, size), device="meta"))
@@ -163,7 +163,7 @@ def cost(architecture: dict[str, Any], *, training: bool) -> int:
     return int(counter.get_total_flops())
 
 
-def _report(job: Job, result: Comparison, measured: list[tuple[list[Step], list[Step]]], file: Path | None) -> None:
+def _report(job: CachedBenchmark, result: Comparison, measured: list[tuple[list[Step], list[Step]]], file: Path | None) -> None:
     teacher, student = cost(job.teacher, training=False), cost(job.student, training=True)
     parts = [
         {part: median(step.seconds.get(part, 0.0) for steps in side for step in steps) for part in side[0][0].seconds}

@@ -52,7 +52,7 @@ class Timed:
 
 
 @dataclass(frozen=True)
-class Job:
+class StepBenchmark:
     """One comparison. teacher_weights: a file; models by open_clip name, or as a recipe's `architecture` on our side."""
 
     shards: Shards
@@ -83,7 +83,7 @@ def run(rounds: int, batch: int, steps: int, workers: int = 1, threads: int = 1,
         env, shards = environment.set_up(), material.shards(environment.cache())
         _check(shards, batch, workers)
         weights = str(material.teacher_weights(environment.cache(), TEACHER))
-        job = Job(shards, {"model": TEACHER, "pretrained": weights}, {"model": STUDENT}, batch, steps, workers, threads)
+        job = StepBenchmark(shards, {"model": TEACHER, "pretrained": weights}, {"model": STUDENT}, batch, steps, workers, threads)
         our_rounds: list[Timed] = []
         their_rounds: list[Timed] = []
 
@@ -120,7 +120,7 @@ def _check(shards: Shards, batch: int, workers: int) -> None:
         raise ValueError(f"--workers {workers}: open_clip's loader needs a shard for each worker; give 1 to {material.SHARDS}")
 
 
-def measure_ours(job: Job, folder: Path) -> Timed:
+def measure_ours(job: StepBenchmark, folder: Path) -> Timed:
     """The timed steps of megakd/train.py."""
     folder.mkdir(parents=True)
     recipe, config = folder / "recipe.toml", folder / "ds_config.json"
@@ -132,13 +132,13 @@ def measure_ours(job: Job, folder: Path) -> Timed:
         return _observe(child, lambda: our_steps(folder / "run"), job)
 
 
-def measure_theirs(job: Job, python: Path, folder: Path) -> Timed:
+def measure_theirs(job: StepBenchmark, python: Path, folder: Path) -> Timed:
     """The timed steps of open_clip_train.main."""
     with running(open_clip_command(job, python, folder), folder, "theirs", job.threads) as child:
         return _observe(child, lambda: open_clip_steps(child.text()), job)
 
 
-def _observe(child: Child, steps: Callable[[], list[Step]], job: Job) -> Timed:
+def _observe(child: Child, steps: Callable[[], list[Step]], job: StepBenchmark) -> Timed:
     """Waits for the timed steps. A look every .2 s is exact enough for the processor time of steps that take seconds."""
 
     def at_least(count: int) -> tuple[list[Step], float] | None:
@@ -150,7 +150,7 @@ def _observe(child: Child, steps: Callable[[], list[Step]], job: Job) -> Timed:
     return Timed(after[WARM_UP : job.needed], (end - start) / (len(after) - len(before)))
 
 
-def recipe_text(job: Job) -> str:
+def recipe_text(job: StepBenchmark) -> str:
     """Our side's recipe. Its augmentation is open_clip's default."""
     tables: dict[str, dict[str, Any]] = {
         "data": {"train": job.shards.pattern, "workers": job.workers},
@@ -175,7 +175,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-def open_clip_command(job: Job, python: Path, folder: Path) -> list[str]:
+def open_clip_command(job: StepBenchmark, python: Path, folder: Path) -> list[str]:
     """open_clip's own program with its own defaults, but for what the comparison holds equal."""
     settings = {
         "train-data": job.shards.braces, "dataset-type": "webdataset", "train-num-samples": UNREACHED * job.batch, "workers": job.workers,

@@ -22,12 +22,12 @@ from megakd.teachers.replicated import ReplicatedTeacher, Teacher
 from megakd.teachers.sharded import build_sharded_teacher
 
 
-def description(model: str, pretrained: str) -> clip.Description:
+def description(model: str, pretrained: str) -> clip.ModelSpec:
     """Of a model whose tokenizer need not be here: the texts are random tokens."""
     config = open_clip.get_model_config(model)
     if config is None:
         raise ValueError(f"--model {model}: open_clip has no such model; `open_clip.list_models()` lists all")
-    return clip.Description("teacher", Model(model=model, pretrained=pretrained), config, {}, lambda texts: torch.zeros(len(texts), 1))
+    return clip.ModelSpec("teacher", Model(model=model, pretrained=pretrained), config, {}, lambda texts: torch.zeros(len(texts), 1))
 
 
 def build(model: str, weights: str, mode: str, offload: bool, world: World) -> Teacher:

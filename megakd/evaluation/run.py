@@ -15,7 +15,7 @@ from megakd.export import clip_folder
 from megakd.models import clip
 from megakd.recipe import load as recipes
 from megakd.runtime import checkpoint, collectives, launch, run_folder
-from megakd.runtime.preemption import Interruptions
+from megakd.runtime.preemption import StopPoller
 
 
 def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
@@ -35,7 +35,7 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
         progress, weights = checkpoint.load_weights(path)
         # The weights that the run started from may be gone; how their images were prepared still holds.
         _, preprocess = clip.configuration(recipe.student, "student")
-        described = clip.describe(recipe.student.model_copy(update={"pretrained": None}), "student")
+        described = clip.resolve(recipe.student.model_copy(update={"pretrained": None}), "student")
         description = dataclasses.replace(described, preprocess=preprocess)
         built = clip.build(description, torch.device("cpu"), load_weights=False)
         _check_fits(path, built.clip, weights)
@@ -44,7 +44,7 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
         results = {
             "step": progress.step,
             "sets": sets_of(recipe),
-            **Suite(sets, encoder, world, recipe.data.workers, Interruptions(world)).run(),
+            **Suite(sets, encoder, world, recipe.data.workers, StopPoller(world)).run(),
         }
         if world.is_main:
             run_folder.write_json(run / run_folder.EVALUATION, results)

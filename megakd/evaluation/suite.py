@@ -25,7 +25,7 @@ from megakd.evaluation.sets import Sets, check_label, lost_in, open_sets
 from megakd.models.clip import parameters_in
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
-from megakd.runtime.preemption import Interruptions
+from megakd.runtime.preemption import StopPoller
 
 __all__ = ["Sets", "Suite", "open_sets"]
 
@@ -62,7 +62,7 @@ class _Facts:
 class Suite:
     """Runs the sets on one encoder. Every rank calls `run`, which raises Interrupted when a signal comes."""
 
-    def __init__(self, sets: Sets, encoder: Encoder, world: World, workers: int, interruptions: Interruptions) -> None:
+    def __init__(self, sets: Sets, encoder: Encoder, world: World, workers: int, interruptions: StopPoller) -> None:
         self._interruptions = interruptions
         self._sets, self._encoder, self._world, self._workers = sets, encoder, world, workers
         self._view = TowerView(encoder.preprocess, encoder.tokenize)

@@ -34,16 +34,16 @@ from megakd.export import manifest as manifests
 from megakd.export.manifest import ADAPTER, LANGUAGE, PROJECTOR, TOKENIZER, TOWER, fingerprint
 from megakd.models import clip
 from megakd.models.casts import pixel_dtype
-from megakd.models.clip import Towers
+from megakd.models.clip import ClipModel
 from megakd.models.fingerprint import weights_file
 from megakd.models.patches import image_size, patch_tokens
 from megakd.models.vlm import decoder_tokenizer, lora
-from megakd.models.vlm.decoder import Decoder, build, describe
+from megakd.models.vlm.decoder import Decoder, build, resolve
 from megakd.recipe import Decoder as Settings
 from megakd.recipe import Model
 from megakd.recipe.section import Section
 from megakd.runtime.files import sha256
-from megakd.vqa.prompts import RULES, Conversations, Stacked, stack
+from megakd.vqa.prompts import RULES, PromptEncoder, Stacked, stack
 
 S = TypeVar("S", bound=Section)
 # Legend: B questions, V patches of the tower, C its width.
@@ -61,13 +61,13 @@ class Bundle:
     """
 
     decoder: Decoder
-    towers: Towers | None
+    towers: ClipModel | None
     max_length: int
     rules: int = RULES
 
     @cached_property
-    def conversations(self) -> Conversations:
-        return Conversations(self.decoder.tokenizer, self.decoder.settings, self.decoder.image_tokens, self.max_length, self.rules)
+    def conversations(self) -> PromptEncoder:
+        return PromptEncoder(self.decoder.tokenizer, self.decoder.settings, self.decoder.image_tokens, self.max_length, self.rules)
 
     @property
     def device(self) -> torch.device:
@@ -147,7 +147,7 @@ class Bundle:
             "tower": None if self.towers is None else self._tower(partial, self.towers, tower_inside),
         }
 
-    def _tower(self, partial: Path, built: Towers, inside: bool) -> dict[str, Any]:
+    def _tower(self, partial: Path, built: ClipModel, inside: bool) -> dict[str, Any]:
         if inside:
             weights = {f"clip.{name}": value.detach().cpu().contiguous() for name, value in built.clip.state_dict().items()}
             clip_folder.write_model(partial / TOWER, weights, built)
@@ -225,7 +225,7 @@ def merge(folder: Path, out: Path) -> None:
     dataclasses.replace(loaded, decoder=merged).save(out, tower_inside=True, language_inside=True)
 
 
-def go_on_from(folder: Path, decoder: Decoder, tower: clip.Description | None) -> None:
+def warm_start(folder: Path, decoder: Decoder, tower: clip.ModelSpec | None) -> None:
     """Put the projector and the adapter of the bundle in `folder` into a decoder that was just built. tower: that it reads.
 
     A bundle without adapter leaves a new one as it is: alignment trains the projector alone. The prompt may be another one, as in LLaVA's
@@ -259,7 +259,7 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype, quantise: str 
         changed["quantise"] = quantise
     settings = _valid(Settings, {**manifest["decoder"], **changed}, folder, "decoder")
     built = None if manifest["tower"] is None else _load_tower(folder, manifest["tower"], device)
-    decoder = build(describe(settings), None if built is None else built.clip.visual, device, dtype)  # type: ignore[arg-type]
+    decoder = build(resolve(settings), None if built is None else built.clip.visual, device, dtype)  # type: ignore[arg-type]
     if decoder.adapted:
         lora.load_adapter(decoder.language, folder / ADAPTER)
     _load_projector(folder, decoder, str(folder))
@@ -343,7 +343,7 @@ def _check_same_language(folder: Path, manifest: dict[str, Any], settings: Setti
         raise ValueError(f"{key}: was trained on another language model than this run's: set decoder.model = {right!r}")
 
 
-def _check_same_view(manifest: dict[str, Any], settings: Settings, tower: clip.Description, key: str) -> None:
+def _check_same_view(manifest: dict[str, Any], settings: Settings, tower: clip.ModelSpec, key: str) -> None:
     """What a projector makes image tokens of means something for the tower, the block and the grid that it was trained on alone."""
     check_same_grid(manifest["decoder"], settings, key)
     known = manifest["tower"]
@@ -363,7 +363,7 @@ def check_same_grid(before: Mapping[str, Any], settings: Settings, key: str) -> 
             raise ValueError(f"{key}: its projector was trained with decoder.{name} = {was}, and this run has {now}: set it to {was}")
 
 
-def _tower_reference(description: clip.Description) -> dict[str, Any]:
+def _tower_reference(description: clip.ModelSpec) -> dict[str, Any]:
     settings = description.settings
     file = None if settings.pretrained == clip.RANDOM else weights_file(description)
     if file is None:
@@ -382,10 +382,10 @@ def _resolved(name: str | None) -> str | None:
     return f"{prefix}{path.resolve()}" if path.exists() else name
 
 
-def _load_tower(folder: Path, known: dict[str, Any], device: torch.device) -> Towers:
+def _load_tower(folder: Path, known: dict[str, Any], device: torch.device) -> ClipModel:
     settings = Model(model=f"local-dir:{folder / TOWER}") if known["inside"] else _valid(Model, known["settings"], folder, "tower.settings")
     try:
-        description = clip.describe(settings, "tower")
+        description = clip.resolve(settings, "tower")
     except ValueError as error:
         raise ValueError(f"{folder}: its vision tower cannot be found; put it where it was, or take a merged bundle: {error}") from error
     if not known["inside"]:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megakd.models import clip
-from megakd.models.clip import Description, Towers
+from megakd.models.clip import ClipModel, ModelSpec
 from megakd.models.preprocessing import complete
 from megakd.models.student import SCALARS
 from megakd.models.tokenizing import SAMPLES
@@ -39,7 +39,7 @@ def load_clip(clip: nn.Module, weights: dict[str, Tensor]) -> None:
     clip.load_state_dict({name: value.reshape(own[name].shape) if name in SCALARS else value for name, value in found.items()})
 
 
-def write_model(folder: Path, weights: dict[str, Tensor], built: Towers) -> None:
+def write_model(folder: Path, weights: dict[str, Tensor], built: ClipModel) -> None:
     """Write configuration, fp32 weights and tokenizer. An earlier export in `folder` is replaced as a whole.
 
     Before it gets its name the export is loaded by open_clip, and has to tokenise and embed as the trained model does. Raises ValueError
@@ -57,7 +57,7 @@ def write_model(folder: Path, weights: dict[str, Tensor], built: Towers) -> None
     partial.rename(folder)
 
 
-def rehearse(description: Description) -> None:
+def rehearse(description: ModelSpec) -> None:
     """Try what the end of a run will need of a model's description: its tokenizer and preprocessing written, and read by open_clip.
 
     Raises ValueError with what would differ.
@@ -67,7 +67,7 @@ def rehearse(description: Description) -> None:
         _check_tokenizer(Path(folder), description)
 
 
-def _write_description(folder: Path, description: Description) -> None:
+def _write_description(folder: Path, description: ModelSpec) -> None:
     """open_clip's configuration of a model and its tokenizer's files."""
     config = copy.deepcopy(description.config)
     inner: Any = getattr(description.tokenize, "tokenizer", None)
@@ -80,7 +80,7 @@ def _write_description(folder: Path, description: Description) -> None:
     (folder / CLIP_CONFIG).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def _check_tokenizer(folder: Path, description: Description) -> None:
+def _check_tokenizer(folder: Path, description: ModelSpec) -> None:
     """Raises ValueError where open_clip's tokenizer of the folder gives other tokens than the one that the model is trained with."""
     samples = list(SAMPLES)
     ours, theirs = description.tokenize(samples), open_clip.get_tokenizer(f"local-dir:{folder}")(samples)
@@ -93,7 +93,7 @@ def _check_tokenizer(folder: Path, description: Description) -> None:
         )
 
 
-def _check_embeddings(folder: Path, weights: dict[str, Tensor], built: Towers) -> None:
+def _check_embeddings(folder: Path, weights: dict[str, Tensor], built: ClipModel) -> None:
     """Raises ValueError where open_clip makes of the folder another model than the trained one, or prepares images otherwise."""
     description = built.description
     with torch.random.fork_rng(devices=[]):

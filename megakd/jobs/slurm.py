@@ -13,7 +13,7 @@ UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "R
 
 
 @dataclass(frozen=True)
-class State:
+class JobState:
     """A job as SLURM sees it. reason: why it waits; since: its newest start, in local time; code: its exit code, where SLURM says."""
 
     name: str
@@ -78,7 +78,7 @@ def listing(nodes: Iterable[Nodes]) -> str:
     return "\n".join(f"  {found}" for found in nodes)
 
 
-def states(jobs: Iterable[str]) -> dict[str, State]:
+def states(jobs: Iterable[str]) -> dict[str, JobState]:
     """State of each job that SLURM knows: one `squeue` for all, then one `sacct` for those that it has forgotten.
 
     Raises ValueError where squeue does not run. A cluster without accounting leaves the forgotten ones out.
@@ -90,7 +90,7 @@ def states(jobs: Iterable[str]) -> dict[str, State]:
     found = {}
     for line in _ask(*queued, unless="Invalid job id").splitlines():
         job, name, since, reason = line.split("|", 3)
-        found[job] = State(name, "" if reason == "None" else reason, since)
+        found[job] = JobState(name, "" if reason == "None" else reason, since)
     # An ended job's exit code is not in squeue.
     unknown = [job for job in asked if job not in found or found[job].ended]
     if unknown:
@@ -98,14 +98,14 @@ def states(jobs: Iterable[str]) -> dict[str, State]:
     return {job: found[job] for job in asked if job in found}
 
 
-def _accounted(jobs: list[str]) -> dict[str, State]:
+def _accounted(jobs: list[str]) -> dict[str, JobState]:
     try:
         rows = _ask("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(jobs)}", "--format=JobID,State,ExitCode")
     except ValueError:  # no accounting here
         return {}
     found = {}
     for job, name, code in (line.split("|") for line in rows.splitlines()):
-        found[job] = State(name.split()[0], code=int(code.split(":")[0]))  # "CANCELLED by 1000"
+        found[job] = JobState(name.split()[0], code=int(code.split(":")[0]))  # "CANCELLED by 1000"
     return found
 
 

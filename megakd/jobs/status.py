@@ -143,7 +143,7 @@ def _last_row(path: Path) -> dict[str, Any]:
     return {}
 
 
-def state(run: Found, slurm: Mapping[str, cluster.State]) -> str:
+def state(run: Found, slurm: Mapping[str, cluster.JobState]) -> str:
     """SLURM's word for the run's newest job; where SLURM has none, what the folder says: running, finished or stopped.
 
     Of a job that runs on after this run, others of its batch script for example, the folder's word counts.
@@ -169,7 +169,7 @@ def _began_after(run: Found, since: str) -> bool:
         return False
 
 
-def table(runs: Sequence[Found], slurm: Mapping[str, cluster.State]) -> Table:
+def table(runs: Sequence[Found], slurm: Mapping[str, cluster.JobState]) -> Table:
     """One row a run; nothing is cut off."""
     shown = Table(*COLUMNS, box=None, pad_edge=False)
     for column in shown.columns:
@@ -191,7 +191,7 @@ def show(folder: Path, watch: float | None) -> None:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=WIDE)
-    ended = dict[str, cluster.State]()
+    ended = dict[str, cluster.JobState]()
     while True:
         runs = find(folder)
         if not runs:
@@ -206,7 +206,7 @@ def show(folder: Path, watch: float | None) -> None:
         time.sleep(watch)
 
 
-def _slurm(runs: Sequence[Found], ended: dict[str, cluster.State]) -> tuple[dict[str, cluster.State], str | None]:
+def _slurm(runs: Sequence[Found], ended: dict[str, cluster.JobState]) -> tuple[dict[str, cluster.JobState], str | None]:
     """States of the runs' jobs, and why there are none where SLURM does not answer.
 
     ended: what earlier tables found, kept here. SLURM is asked about neither those nor the runs that finished by their newest job.

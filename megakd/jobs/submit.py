@@ -90,7 +90,7 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Request:
+class SubmitRequest:
     """A run as `megakd submit` was asked for it."""
 
     recipe: str
@@ -108,11 +108,11 @@ class Request:
 
 def requests(
     recipe: str, overrides: Sequence[str], config: str | None, out: Path | None, resume: str, array: Sequence[str]
-) -> tuple[Path, list[Request]]:
+) -> tuple[Path, list[SubmitRequest]]:
     """The folder of the job and one request a run: several where `array` varies keys, each in a folder of its own below the first."""
     loaded, _ = recipes.load(recipe, overrides)
     top = (out or Path("runs") / loaded.name).absolute()
-    first = Request(recipe, tuple(overrides), config, top, resume, loaded.name)
+    first = SubmitRequest(recipe, tuple(overrides), config, top, resume, loaded.name)
     if not array:
         return top, [first]
     varied = []
@@ -140,7 +140,7 @@ def _check_folders(array: Sequence[str], folders: list[Path]) -> None:
         raise ValueError(f"--array {' '.join(array)[:200]}: two runs would share the folder {twice[0]}; give each value once")
 
 
-def check(runs: Sequence[Request], wanted: Resources, where: Where, top: Path) -> None:
+def check(runs: Sequence[SubmitRequest], wanted: Resources, where: Where, top: Path) -> None:
     """Raise ValueError for whatever can be known to be wrong before the job queues."""
     _check_used(wanted, where)
     batch_words.check(wanted, top if where == "slurm" else None, Path.cwd())
@@ -243,7 +243,7 @@ def _container(top: Path, wanted: Resources) -> list[str]:
     ]
 
 
-def preview(top: Path, runs: Sequence[Request], wanted: Resources) -> str:
+def preview(top: Path, runs: Sequence[SubmitRequest], wanted: Resources) -> str:
     """The batch file as submitit would send it."""
     sender = executor(top, runs[0].name, wanted, "slurm", _Unsent)
     if len(runs) > 1:
@@ -251,7 +251,7 @@ def preview(top: Path, runs: Sequence[Request], wanted: Resources) -> str:
     return sender._make_submission_file_text(sender._submitit_command_str, "")
 
 
-def submit(top: Path, runs: Sequence[Request], wanted: Resources, where: Where) -> list[submitit.Job[int]]:
+def submit(top: Path, runs: Sequence[SubmitRequest], wanted: Resources, where: Where) -> list[submitit.Job[int]]:
     """Hand the runs to submitit, several as one array. Raises ValueError with what sbatch says, and leaves no file of a refused job."""
     folder = top / SUBMISSIONS
     try:
@@ -288,7 +288,7 @@ def wait(jobs: Sequence[submitit.Job[int]], where: Where) -> int:
     Looks for submitit's result files, and asks SLURM every half minute about all jobs at once: a job that was cancelled leaves no file.
     """
     codes: dict[str, int] = {}
-    asked, ended = time.monotonic(), dict[str, tuple[float, slurm.State]]()
+    asked, ended = time.monotonic(), dict[str, tuple[float, slurm.JobState]]()
     while len(codes) < len(jobs):
         open_jobs = [job for job in jobs if job.job_id not in codes]
         if where == "slurm" and time.monotonic() - asked >= ASK:
@@ -304,7 +304,7 @@ def wait(jobs: Sequence[submitit.Job[int]], where: Where) -> int:
             if code is None and job.job_id in ended and time.monotonic() - ended[job.job_id][0] >= LATE:
                 code = _no_result(job, ended[job.job_id][1])
             if code is None and where == "local" and job.state != "RUNNING" and _result(job) is None:
-                code = _no_result(job, slurm.State(job.state))
+                code = _no_result(job, slurm.JobState(job.state))
             if code is not None:
                 codes[job.job_id] = code
         time.sleep(LOOK if len(codes) < len(jobs) else 0)
@@ -332,13 +332,13 @@ def _report(job: submitit.Job[int], text: str) -> int:
     return int(own[2]) if own else 1
 
 
-def _no_result(job: submitit.Job[int], state: slurm.State) -> int:
+def _no_result(job: submitit.Job[int], state: slurm.JobState) -> int:
     log = job.task(0).paths.stderr
     print(f"job {job.job_id} ended as {state.name} without a result, log: {log}", file=sys.stderr, flush=True)
     return state.code or 1
 
 
-def run(top: Path, runs: Sequence[Request], wanted: Resources, where: Where, *, follow: bool, dry_run: bool) -> int:
+def run(top: Path, runs: Sequence[SubmitRequest], wanted: Resources, where: Where, *, follow: bool, dry_run: bool) -> int:
     """The whole verb. Returns the exit code."""
     check(runs, wanted, where, top)
     if dry_run:
@@ -357,7 +357,7 @@ def run(top: Path, runs: Sequence[Request], wanted: Resources, where: Where, *, 
     return 0
 
 
-def _say(top: Path, runs: Sequence[Request], wanted: Resources, where: Where) -> None:
+def _say(top: Path, runs: Sequence[SubmitRequest], wanted: Resources, where: Where) -> None:
     """Print what would be sent or run, and what of it could not be checked here."""
     if where != "slurm":
         ranks = f"  # {wanted.ranks_per_node} ranks, by submitit" if wanted.ranks_per_node > 1 else ""
@@ -372,7 +372,7 @@ def _say(top: Path, runs: Sequence[Request], wanted: Resources, where: Where) ->
         slurm.check(wanted.partition, wanted.nodes, wanted.gpus_per_node, there)
 
 
-def _here(runs: Sequence[Request]) -> int:
+def _here(runs: Sequence[SubmitRequest]) -> int:
     """One run after another, in this process; ends with the first that fails."""
     from megakd.training.command import run_command
 
@@ -384,6 +384,6 @@ def _here(runs: Sequence[Request]) -> int:
     return 0
 
 
-def _command(request: Request) -> str:
+def _command(request: SubmitRequest) -> str:
     training = request.training
     return shlex.join(["python", "megakd/train.py", *training.arguments, "--out", training.out, "--resume", training.resume])

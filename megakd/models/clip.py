@@ -1,6 +1,6 @@
 """A CLIP-style pair of towers from a recipe's `[student]` or `[teacher]`: by open_clip name, hub, folder or own architecture.
 
-`describe` needs no weights and finds every mistake of the settings in milliseconds; `build` makes the model. Both go through
+`resolve` needs no weights and finds every mistake of the settings in milliseconds; `build` makes the model. Both go through
 open_clip's `local-dir:` form for an architecture given in the recipe, so that one code path serves all four sources.
 """
 
@@ -36,11 +36,11 @@ from megakd.recipe.chain import CLIP_CONFIG
 from megakd.runtime import precision as precisions
 from megakd.runtime.precision import Precision
 
-__all__ = ["RANDOM", "Description", "Precision", "Towers", "build", "configuration", "describe", "parameters_in"]
+__all__ = ["RANDOM", "ClipModel", "ModelSpec", "Precision", "build", "configuration", "parameters_in", "resolve"]
 
 
 @dataclass(frozen=True)
-class Description:
+class ModelSpec:
     """What is known of a model before its weights are touched."""
 
     role: str
@@ -65,7 +65,7 @@ class Description:
 
 
 @dataclass(frozen=True)
-class Towers:
+class ClipModel:
     """A built model with what its data needs. `config` and `preprocess` are open_clip's, so `export` can write them back.
 
     dtype: of the pixels that the model takes. Its parameters do not tell: some of a bf16 model's are float32 (see `casts.to_bf16`).
@@ -73,13 +73,13 @@ class Towers:
     """
 
     clip: nn.Module
-    description: Description
+    description: ModelSpec
     preprocess: PreprocessCfg
     dtype: torch.dtype = torch.float32
     originals: Originals | None = None
 
 
-def describe(settings: Model, role: str) -> Description:
+def resolve(settings: Model, role: str) -> ModelSpec:
     """Read the model's configuration and tokenizer. role: "student" or "teacher", for messages.
 
     Raises ValueError naming the key and the remedy: unknown name, missing folder or file, an architecture that open_clip cannot build,
@@ -87,14 +87,14 @@ def describe(settings: Model, role: str) -> Description:
     """
     config, preprocess = configuration(settings, role)
     _check_weights(settings, role)
-    found = Description(role, settings, config, preprocess, tokenizer(settings, config, role))
+    found = ModelSpec(role, settings, config, preprocess, tokenizer(settings, config, role))
     if settings.architecture is not None or ":" in (settings.model or ""):
         _check_buildable(found)
     return found
 
 
 def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """open_clip's `model_cfg` and `preprocess_cfg` of a model, without its tokenizer. Raises ValueError as `describe` does."""
+    """open_clip's `model_cfg` and `preprocess_cfg` of a model, without its tokenizer. Raises ValueError as `resolve` does."""
     config, stored = _configuration(settings, role)
     named = f"{role}.architecture" if settings.architecture is not None else f"{role}.model = {settings.model!r}: model_cfg"
     architecture.check(config, named, written=settings.architecture is not None)
@@ -157,13 +157,13 @@ def _check_weights(settings: Model, role: str) -> None:
         )
 
 
-def _check_buildable(description: Description) -> None:
+def _check_buildable(description: ModelSpec) -> None:
     """What `architecture.check` does not know of shows when the model is built, here without memory for its weights."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         build(description, torch.device("meta"), load_weights=False)
 
 
-def build(description: Description, device: torch.device, precision: Precision = "fp32", *, load_weights: bool = True) -> Towers:
+def build(description: ModelSpec, device: torch.device, precision: Precision = "fp32", *, load_weights: bool = True) -> ClipModel:
     """The model with its weights on `device`. Random initialisation draws from torch's global generator: seed it before.
 
     load_weights: False makes the architecture alone, on torch's meta device for example. precision: see `casts.to_bf16`.
@@ -186,7 +186,7 @@ def build(description: Description, device: torch.device, precision: Precision =
     if precision == "bf16":
         casts.to_bf16(clip)  # with its weights: the logit scale is read in float32
     prepared = preprocessing.complete(description.preprocess, description.config)
-    return Towers(clip, description, prepared, precisions.dtype(precision))
+    return ClipModel(clip, description, prepared, precisions.dtype(precision))
 
 
 def _draw_what_open_clip_leaves_out(clip: nn.Module) -> None:
@@ -196,7 +196,7 @@ def _draw_what_open_clip_leaves_out(clip: nn.Module) -> None:
         nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
 
 
-def _architecture(description: Description, device: torch.device) -> nn.Module:
+def _architecture(description: ModelSpec, device: torch.device) -> nn.Module:
     """As open_clip makes it from a folder without weights: one way for every source of a configuration."""
     with tempfile.TemporaryDirectory() as folder, _expected_without_weights():
         config = {"model_cfg": description.config, "preprocess_cfg": description.preprocess}

@@ -18,7 +18,7 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from megakd.models import source
-from megakd.models.clip import Description
+from megakd.models.clip import ModelSpec
 from megakd.models.int8 import matmul
 from megakd.models.int8.migration import METHOD
 from megakd.models.preprocessing import complete
@@ -29,7 +29,7 @@ from megakd.runtime import precision
 _SET_BY_BUILDING = ("timm_model_pretrained", "hf_model_pretrained")
 
 
-def identity(description: Description, seed: int) -> dict[str, Any]:
+def fingerprint(description: ModelSpec, seed: int) -> dict[str, Any]:
     """`teacher` (its configuration), `weights`, `preprocess` and `tokenizer`, nested plain values.
 
     seed: the run's, from which random weights are drawn. Weights of gigabytes are read once for their checksum: rank 0's work.
@@ -47,7 +47,7 @@ def identity(description: Description, seed: int) -> dict[str, Any]:
     }
 
 
-def computation(description: Description, device: torch.device) -> dict[str, Any]:
+def computation(description: ModelSpec, device: torch.device) -> dict[str, Any]:
     """How a teacher's embeddings are computed on this device, as far as they depend on it: plain values, None where there is no choice.
 
     A teacher gives the same bits whole on every rank and partitioned, so that is not told. Calibration pairs are known by their number:
@@ -66,7 +66,7 @@ def computation(description: Description, device: torch.device) -> dict[str, Any
     }
 
 
-def preprocessing(description: Description) -> PreprocessCfg:
+def preprocessing(description: ModelSpec) -> PreprocessCfg:
     """The preprocessing that the built model has."""
     return complete(description.preprocess, description.config)
 
@@ -94,7 +94,7 @@ def behaviour(tokenize: Callable[[list[str]], Tensor]) -> str:
     return hashlib.sha256(tokenize(texts).long().numpy().tobytes()).hexdigest()
 
 
-def _weights(description: Description, seed: int) -> dict[str, Any]:
+def _weights(description: ModelSpec, seed: int) -> dict[str, Any]:
     """name: for people, and for comparing where no file is at hand; sha256: of the file that would be loaded, where it is here."""
     settings = description.settings
     if source.is_random(settings):
@@ -106,6 +106,6 @@ def _weights(description: Description, seed: int) -> dict[str, Any]:
     return {"name": name, "sha256": source.digest(file)}
 
 
-def weights_file(description: Description) -> Path | None:
+def weights_file(description: ModelSpec) -> Path | None:
     """The file that building would load, as far as it is on this machine: nothing is downloaded."""
     return source.local_file(description.settings)

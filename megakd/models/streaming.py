@@ -47,14 +47,14 @@ class Int8:
 
 
 def load(
-    description: clip_models.Description,
+    description: clip_models.ModelSpec,
     world: World,
     precision: Precision,
     *,
     int8: Int8 | None = None,
     place: Place | None = None,
     without_text: bool = False,
-) -> clip_models.Towers:
+) -> clip_models.ClipModel:
     """A frozen model with its weights, which every rank gets from the first one's reading. A collective.
 
     precision: of everything that is not int8. place: see `fill`. without_text: the text tower is left empty, nothing of it is read.
@@ -108,7 +108,7 @@ def _raise_everywhere(failure: Exception | None, world: World) -> None:
         raise heard
 
 
-def _weights(description: clip_models.Description, precision: Precision) -> Weights:
+def _weights(description: clip_models.ModelSpec, precision: Precision) -> Weights:
     if description.settings.pretrained == clip_models.RANDOM:
         drawn = clip_models.build(description, torch.device("cpu"), precision).clip
         return InMemory(drawn.state_dict(), "random weights")

@@ -22,7 +22,7 @@ class Answer:
     def __init__(self, weight: float, world: World) -> None:
         self.weight, self._world = weight, world
 
-    def learned_tokens(self, labels_BL: Tensor) -> float:
+    def answer_tokens(self, labels_BL: Tensor) -> float:
         """Tokens of the global batch that are learned, over all ranks; at least 1. A collective: every rank calls it.
 
         The mean is over these, not over questions or ranks: a rank with long answers counts for more, as on a single rank.
@@ -30,6 +30,6 @@ class Answer:
         own = (labels_BL != IGNORED).sum().to(torch.float32).reshape(1)
         return max(1.0, collectives.start_sum(own, self._world).read()[0])
 
-    def loss(self, outputs: Mapping[str, Tensor], learned_tokens: float) -> Tensor:
+    def loss(self, outputs: Mapping[str, Tensor], answer_tokens: float) -> Tensor:
         """float32 scalar: this part's sum over the global count, times the ranks, whose losses DeepSpeed averages."""
-        return outputs["answer_nll"].float().sum() * (self._world.size / learned_tokens)
+        return outputs["answer_nll"].float().sum() * (self._world.size / answer_tokens)

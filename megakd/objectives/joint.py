@@ -9,24 +9,24 @@ from torch import Tensor
 from megakd.models.embeddings import Embeddings
 from megakd.models.student import embeddings
 from megakd.objectives.answers import NAME, Answer
-from megakd.objectives.set import Distill
+from megakd.objectives.set import ObjectiveSet
 
 
 class Joint:
     """Either part may be None, not both. `weights` and `losses` have the objectives' names, and "answer"."""
 
-    def __init__(self, distill: Distill | None, answer: Answer | None) -> None:
+    def __init__(self, distill: ObjectiveSet | None, answer: Answer | None) -> None:
         self.distill, self.answer = distill, answer
         self.weights = (distill.weights if distill else {}) | ({NAME: answer.weight} if answer else {})
         self.backends = distill.backends if distill else {}
 
-    def losses(self, outputs: dict[str, Tensor], teachers: Sequence[Embeddings], learned_tokens: float) -> dict[str, Tensor]:
+    def losses(self, outputs: dict[str, Tensor], teachers: Sequence[Embeddings], answer_tokens: float) -> dict[str, Tensor]:
         """Unweighted float32 scalars by name, in the order of `weights`. outputs: those of the engine's module for this rank's part.
 
-        learned_tokens: `Answer.learned_tokens` of the global batch; without answers it is not looked at.
+        learned_tokens: `Answer.answer_tokens` of the global batch; without answers it is not looked at.
         """
         found = self.distill.losses(embeddings(outputs), teachers) if self.distill else {}
-        return found | ({NAME: self.answer.loss(outputs, learned_tokens)} if self.answer else {})
+        return found | ({NAME: self.answer.loss(outputs, answer_tokens)} if self.answer else {})
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         total = sum(self.weights[name] * loss for name, loss in losses.items())

@@ -14,7 +14,7 @@ from megakd.objectives.registry import WITH_BIAS, WITHOUT_TEACHER, build
 from megakd.recipe import Recipe
 
 
-class Distill:
+class ObjectiveSet:
     """The recipe's objectives with a positive weight, ready to be called on embeddings."""
 
     def __init__(self, recipe: Recipe, device: torch.device, group: ProcessGroup | None) -> None:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Watch(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """`live`: bytes of the storages made inside the `with` on `device` that are still held; `peak`: the most since `restart`."""
 
     def __init__(self, device: str) -> None:

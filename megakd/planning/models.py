@@ -22,7 +22,7 @@ from megakd.models.int8 import matmul
 from megakd.models.int8.convert import quantise
 from megakd.models.student import Student
 from megakd.planning import vlm
-from megakd.planning.memory_tracker import Watch, fused_attention
+from megakd.planning.memory_tracker import MemoryTracker, fused_attention
 from megakd.planning.zero import Settings
 from megakd.recipe import Model, Recipe, Teacher, chain
 from megakd.runtime.precision import Precision
@@ -115,14 +115,14 @@ class StudentCost:
         return sum(self.sizes)
 
 
-def describe(settings: Model, role: str) -> clip.Description:
+def describe(settings: Model, role: str) -> clip.ModelSpec:
     """As `clip.describe`, but needs neither weights nor a tokenizer. A teacher that a recipe trains first is that recipe's student.
 
     Raises ValueError for an unknown name, with the nearest, and for an incomplete architecture.
     """
     settings = chain.model(settings, role)
     config, preprocess = clip.configuration(settings, role)
-    return clip.Description(role, settings, config, preprocess, _no_tokenizer)
+    return clip.ModelSpec(role, settings, config, preprocess, _no_tokenizer)
 
 
 def _no_tokenizer(texts: list[str]) -> Tensor:
@@ -133,7 +133,7 @@ def name_of(settings: Model) -> str:
     return settings.model or "own architecture"
 
 
-def _build(description: clip.Description, precision: Precision) -> clip.Towers:
+def _build(description: clip.ModelSpec, precision: Precision) -> clip.ClipModel:
     with META:
         return clip.build(description, META, precision, load_weights=False)
 
@@ -228,7 +228,7 @@ def _module(recipe: Recipe, clip: Any, heads: dict[str, nn.Module]) -> nn.Module
     return Student(clip, heads, recipe.student.max_scale)
 
 
-def _inputs(built: clip.Towers, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _inputs(built: clip.ClipModel, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Pixels (B, 3, H, W) and tokens (B, L) on meta."""
     tokens_BL = torch.empty(count, built.description.context_length, dtype=torch.int64, device=META)
     return torch.empty(count, 3, *_size(built.preprocess), dtype=dtype, device=META), tokens_BL
@@ -241,7 +241,7 @@ def _size(preprocess: PreprocessCfg) -> tuple[int, int]:
 
 def _input_bytes(preprocess: PreprocessCfg, local: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Normalising the pixels of a rank: bytes at the peak, bytes that stay, and bytes of the pixels as the loader brings them."""
-    watch = Watch("meta")
+    watch = MemoryTracker("meta")
     raw = torch.empty(local, 3, *_size(preprocess), dtype=torch.uint8, device=META)
     watch.ignore([raw])
     with watch:
@@ -266,7 +266,7 @@ def _form(tower: nn.Module, activations: int, partition: Settings) -> Form:
 
 
 def _forward_peak(module: nn.Module, call: Callable[[Tensor], Tensor], given: Tensor) -> int:
-    watch = Watch("meta")
+    watch = MemoryTracker("meta")
     watch.ignore([*module.parameters(), *module.buffers(), given])
     with torch.no_grad(), fused_attention(), watch:
         call(given)
@@ -275,7 +275,7 @@ def _forward_peak(module: nn.Module, call: Callable[[Tensor], Tensor], given: Te
 
 def _step(module: nn.Module, inputs: Callable[[], Sequence[Tensor | None]], *, drop: bool) -> tuple[int, int, int]:
     """Bytes beside weights: peak of the forward, held after it, peak of the backward."""
-    watch = Watch("meta")
+    watch = MemoryTracker("meta")
     watch.ignore([*module.parameters(), *module.buffers()])
     dropped = [parameter for parameter in module.parameters() if drop and parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in dropped]

@@ -40,7 +40,7 @@ STORE, NONE = "store", "no teacher"
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """What of a run is the same in every mode. student_zero and teacher_zero: how DeepSpeed is set for each.
 
     pairs, questions: of a step, over all ranks; 0 where there are none. rounds: micro-batches of a step.
@@ -87,7 +87,7 @@ class Row:
         return self.bytes <= usable
 
 
-def modes(job: Job) -> list[Mode]:
+def modes(job: PlannedJob) -> list[Mode]:
     """Simplest first. DeepSpeed offloads what it partitions, so replicas have no offload."""
     if not job.teachers:
         return [Mode(NONE, False, False, False, False, tower=False)]
@@ -119,7 +119,7 @@ class _Held:
     flops: int = 0
 
 
-def row(job: Job, mode: Mode) -> Row:
+def row(job: PlannedJob, mode: Mode) -> Row:
     teacher = _together([_teacher(job, mode, cost) for cost in job.teachers if mode.tower])
     student, of = job.student, zero.held(job.student.sizes, job.ranks, job.student_zero, job.student.frozen)
     batch = student.raw + sum(cost.raw for cost in job.teachers)
@@ -171,7 +171,7 @@ def _together(held: list[_Held]) -> _Held:
     return replace(busiest, **added)
 
 
-def _teacher(job: Job, mode: Mode, cost: TeacherCost) -> _Held:
+def _teacher(job: PlannedJob, mode: Mode, cost: TeacherCost) -> _Held:
     towers = [cost.image, cost.text] if mode.text else [cost.image]
     forms = [tower.int8 if mode.int8 else tower.wide for tower in towers]
     total, activations = sum(one.bytes for one in forms), max(one.activations for one in forms)
@@ -187,7 +187,7 @@ def _teacher(job: Job, mode: Mode, cost: TeacherCost) -> _Held:
     return _Held(kept + share, 0, gathered, activations, cost.input, wire, flops)
 
 
-def _gathered(job: Job, form: Form, element: int) -> int:
+def _gathered(job: PlannedJob, form: Form, element: int) -> int:
     """What a partitioned tower gathers at most, as counted on DeepSpeed 0.19.8: it fetches ahead until `live` parameters are there, and
     what has arrived lies in a flat buffer beside the weights copied out of it. A bucket smaller than a block never gets far ahead.
     """
@@ -196,7 +196,7 @@ def _gathered(job: Job, form: Form, element: int) -> int:
     return ahead + (element * of.live if element * of.prefetch >= form.block else 2 * form.block)
 
 
-def _seconds(job: Job, mode: Mode, flops: dict[str, float], wire: dict[str, int], teacher: _Held) -> rates.Seconds:
+def _seconds(job: PlannedJob, mode: Mode, flops: dict[str, float], wire: dict[str, int], teacher: _Held) -> rates.Seconds:
     peak, speedup = job.gpu.flops, rates.INT8_SPEEDUP if mode.int8 else 1.0
     fetched = teacher.host * job.rounds / rates.HOST_LINK
     numel = job.student.numel / (job.ranks if job.student_zero.stage else 1)

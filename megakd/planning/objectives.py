@@ -79,7 +79,7 @@ def families(objectives: Objectives) -> dict[str, Family]:
 
 
 def cost(objectives: Objectives, backends: dict[str, str], shape: Shape) -> LossCost:
-    """Of all active objectives. backends: objective -> backend, as `Distill.backends` has them."""
+    """Of all active objectives. backends: objective -> backend, as `ObjectiveSet.backends` has them."""
     costs = [_of_family(family, backends[name], shape) for name, family in families(objectives).items()]
     return LossCost(sum(one.memory for one in costs), sum(one.wire for one in costs), sum(one.flops for one in costs))
 

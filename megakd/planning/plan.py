@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from megakd.objectives.set import Distill
+from megakd.objectives.set import ObjectiveSet
 from megakd.planning import models, objectives, rates, report, zero
-from megakd.planning.modes import STORE, Job, Mode, Row, modes, row
-from megakd.planning.result import GB, IN_PIECES, OUTSIDE, Cluster, Plan
+from megakd.planning.modes import STORE, Mode, PlannedJob, Row, modes, row
+from megakd.planning.result import GB, IN_PIECES, OUTSIDE, Cluster, MemoryPlan
 from megakd.recipe import Recipe
 from megakd.runtime import ds_check, ds_config, precision, zero3
 
@@ -35,7 +35,7 @@ def run(
     *,
     teacher_zero: dict[str, Any] | None = None,
     file: Path | None = None,
-) -> Plan:
+) -> MemoryPlan:
     """Plan, print the table, and write JSON to `file`. config: path of the DeepSpeed JSON. Raises ValueError as `plan` does."""
     made = plan(recipe, recipe_name, config, cluster, teacher_zero=teacher_zero)
     report.show(made)
@@ -44,7 +44,9 @@ def run(
     return made
 
 
-def plan(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster, *, teacher_zero: dict[str, Any] | None = None) -> Plan:
+def plan(
+    recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster, *, teacher_zero: dict[str, Any] | None = None
+) -> MemoryPlan:
     """Everything known of the job without weights, data or a GPU; a decoder's vocabulary is its tokenizer's, which has to be there.
 
     teacher_zero: the DeepSpeed configuration of a partitioned teacher; None for the built-in one.
@@ -54,10 +56,10 @@ def plan(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster,
     job = job_of(recipe, recipe_name, config, cluster, teacher_zero or zero3.settings())
     rows = [row(job, mode) for mode in modes(job)]
     recommended, why = recommend(rows, cluster)
-    return Plan(job, cluster, rows, asked(recipe, rows), recommended, why)
+    return MemoryPlan(job, cluster, rows, asked(recipe, rows), recommended, why)
 
 
-def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster, teacher_zero: dict[str, Any]) -> Job:
+def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster, teacher_zero: dict[str, Any]) -> PlannedJob:
     device = torch.device("cpu" if cluster.kind == "cpu" else "cuda")
     raw, config_name = ds_config.read(config, precision.of(device))
     resolved = ds_config.resolve(raw, recipe, cluster.gpus, config_name=config_name, recipe_name=recipe_name)
@@ -66,7 +68,7 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     questions = recipe.questions_in_a_step()
     local, asked = pairs // cluster.gpus, math.ceil(questions / cluster.gpus)
     shares = models.Shares(local // rounds, local, math.ceil(asked / rounds), asked)
-    task = Distill(recipe, device, None)
+    task = ObjectiveSet(recipe, device, None)
     student_zero, teacher_settings = (
         zero.Settings.of(resolved, 2 if ds_config.is_bf16(resolved) else 4),
         zero.Settings.of(teacher_zero, precision.dtype(precision.of(device)).itemsize),
@@ -79,7 +81,7 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     )
     elements = (student.element, teacher_settings.element)
     shape = objectives.Shape(pairs, cluster.gpus, (student.width, sum(widths)), elements, len(teachers), recipe.kernels.ring, device)
-    return Job(
+    return PlannedJob(
         student, teachers, objectives.cost(recipe.objectives, task.backends, shape), task.backends, student_zero, teacher_settings,
         pairs, cluster.gpus, questions, rounds, rates.gpu(cluster.kind), cluster.per_node,
     )  # fmt: skip
@@ -119,4 +121,4 @@ def recommend(rows: list[Row], cluster: Cluster) -> tuple[str | None, str]:
     return best.mode.name, why
 
 
-__all__ = ["Cluster", "Job", "Mode", "Plan", "job_of", "plan", "recommend", "run"]
+__all__ = ["Cluster", "MemoryPlan", "Mode", "PlannedJob", "job_of", "plan", "recommend", "run"]

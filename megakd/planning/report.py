@@ -7,8 +7,8 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from megakd.planning.modes import Job, Row
-from megakd.planning.result import GB, Plan
+from megakd.planning.modes import PlannedJob, Row
+from megakd.planning.result import GB, MemoryPlan
 
 Cell = Callable[[Row], str]
 
@@ -23,7 +23,7 @@ OF_TEACHER = 3
 WIDTH = 128
 
 
-def show(plan: Plan) -> None:
+def show(plan: MemoryPlan) -> None:
     """Print the job, its memory, work and time in every mode, the recommendation, and what the numbers rest on."""
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, WIDTH)
@@ -41,7 +41,7 @@ def show(plan: Plan) -> None:
         console.print(line, markup=False)
 
 
-def _job(plan: Plan) -> list[str]:
+def _job(plan: MemoryPlan) -> list[str]:
     job, cluster = plan.job, plan.cluster
     zero = job.student_zero
     offload = " with offload" if zero.offload_optimizer or zero.offload_weights else ""
@@ -57,7 +57,7 @@ def _job(plan: Plan) -> list[str]:
     ]
 
 
-def _batch(job: Job) -> str:
+def _batch(job: PlannedJob) -> str:
     pairs = [f"batch {job.pairs} = {job.ranks} ranks x {job.rounds} x {job.local // job.rounds}"] if job.pairs else []
     questions = [f"{job.questions} questions of answers.max_length tokens, over {job.ranks} ranks x {job.rounds}"] if job.questions else []
     return "; ".join(pairs + questions)
@@ -75,7 +75,7 @@ def _student(row: Row) -> list[str]:
     ]
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(plan: MemoryPlan) -> Table:
     def at(row: Row) -> str:
         return max(row.places, key=lambda place: row.places[place])
 
@@ -84,7 +84,7 @@ def _memory(plan: Plan) -> Table:
     return _table("teacher a GPU, GB; peak of the whole step", plan, columns | {"fits": lambda row: _verdict(row, plan.cluster.usable)})
 
 
-def _work(plan: Plan) -> Table:
+def _work(plan: MemoryPlan) -> Table:
     columns: dict[str, Cell] = {
         "TFLOP": lambda row: f"{row.flops['teacher'] / 1e12:.1f}",
         "GB sent": lambda row: f"{row.wire['teacher'] / GB:.2f}",
@@ -96,7 +96,7 @@ def _work(plan: Plan) -> Table:
     return _table("teacher a step and GPU; whole step (estimates)", plan, columns)
 
 
-def _table(title: str, plan: Plan, columns: dict[str, Cell]) -> Table:
+def _table(title: str, plan: MemoryPlan, columns: dict[str, Cell]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("teacher mode", no_wrap=True)
     for name in columns:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megakd.planning import rates
-from megakd.planning.modes import Job, Row
+from megakd.planning.modes import PlannedJob, Row
 
 GB = 1_000_000_000
 # CUDA's context and kernels (0.5 GB), NCCL's channels (up to 1 GB), cuBLAS and cuDNN workspaces; and what the caching allocator
@@ -39,10 +39,10 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """A row a teacher mode. asked: the recipe's own mode. recommended: a mode's name, or None where nothing fits; why: a sentence."""
 
-    job: Job
+    job: PlannedJob
     cluster: Cluster
     rows: list[Row]
     asked: str

@@ -16,21 +16,21 @@ from transformers import masking_utils
 
 from megakd.models.student import Student
 from megakd.models.vlm import decoder
-from megakd.models.vlm.student import AnsweringStudent, freeze_all_but
+from megakd.models.vlm.student import VisionLanguageStudent, freeze_all_but
 from megakd.recipe import Recipe, chain
 
 META = torch.device("meta")
 
 
 class Learner(nn.Module):
-    """`AnsweringStudent` with a forward that no value decides on, which tensors on meta do not have. length: L."""
+    """`VisionLanguageStudent` with a forward that no value decides on, which tensors on meta do not have. length: L."""
 
-    def __init__(self, answering: AnsweringStudent, length: int) -> None:
+    def __init__(self, answering: VisionLanguageStudent, length: int) -> None:
         super().__init__()
         self.answering, self.length = answering, length
 
     def forward(self, pixels: Tensor | None, tokens: Tensor | None, seen: Tensor | None, ids_BL: Tensor) -> dict[str, Tensor]:
-        """As `AnsweringStudent.forward`. seen: the questions' images, None for a decoder without eyes."""
+        """As `VisionLanguageStudent.forward`. seen: the questions' images, None for a decoder without eyes."""
         outputs = {} if pixels is None or tokens is None else Student.forward(self.answering, pixels, tokens)
         reader = self.answering.decoder
         embeddings_BLH: Tensor = reader.language.get_input_embeddings()(ids_BL)
@@ -61,10 +61,10 @@ def learner(recipe: Recipe, clip: Any, heads: dict[str, nn.Module]) -> Learner:
             f"decoder.quantise = {recipe.decoder.quantise!r}: the plan counts no quantised language model yet; plan with "
             f"--set decoder.quantise=none, which needs more"
         )
-    reader = decoder.build(decoder.describe(chain.decoder(recipe.decoder)), None if clip is None else clip.visual, META)
+    reader = decoder.build(decoder.resolve(chain.decoder(recipe.decoder)), None if clip is None else clip.visual, META)
     max_scale = recipe.student.max_scale if recipe.student is not None else 1.0
     tower_learns = recipe.answers.tower == "trained"
-    answering = AnsweringStudent(clip, heads, max_scale, reader, recipe.decoder.layer, tower_learns=tower_learns)
+    answering = VisionLanguageStudent(clip, heads, max_scale, reader, recipe.decoder.layer, tower_learns=tower_learns)
     if not recipe.objectives.active():
         freeze_all_but(answering, "decoder.", *(("clip.visual.",) if tower_learns else ()))
     return Learner(answering, recipe.answers.max_length)

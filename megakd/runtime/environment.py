@@ -35,7 +35,7 @@ def has_come_back(environ: Mapping[str, str], starts: Iterable[Any]) -> bool:
     return restarts(environ) > 0 and any(start.get("restarts", 0) != restarts(environ) for start in known)
 
 
-def describe(ranks: int, started: str) -> dict[str, Any]:
+def slurm_record(ranks: int, started: str) -> dict[str, Any]:
     """One start of a run: an entry of `jobs` in run.json. Asks `scontrol` for the log where the environment does not name it."""
     environ = os.environ
     return {

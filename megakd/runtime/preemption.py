@@ -15,7 +15,7 @@ T = TypeVar("T")
 _EVERY = 4  # batches: to ask at each would make every rank wait for the slowest at each
 
 
-class Interruptions:
+class StopPoller:
     """Asks, where all ranks come by, whether a signal has come to any of them. stop None: none is looked for.
 
     An error of one rank's batches waits for the same places: every rank raises it there, and none is left in a collective.

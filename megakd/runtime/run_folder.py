@@ -63,7 +63,7 @@ class RunLog:
         if not self._main:
             return
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        job = environment.describe(ranks, started)
+        job = environment.slurm_record(ranks, started)
         content = {
             "recipe": recipe.model_dump(mode="json"),
             "ds_config": ds_config,
@@ -177,7 +177,7 @@ def changes(run: Path, recipe: Recipe) -> list[str]:
     return [f"the recipe has changed since this run began: {line}" for line in told(load(str(run / RUN), to_compare=True)[0], recipe)]
 
 
-def set_aside(run: Path, entries: list[Path]) -> Path | None:
+def archive(run: Path, entries: list[Path]) -> Path | None:
     """Move entries of a run's folder to RUN/previous/N, so that nothing is lost; None when there are none.
 
     run.json goes last: as long as anything of a run is there, so is what tells it from another recipe's, wherever a kill comes.

@@ -23,7 +23,7 @@ from megakd.data.store.reader import Store, differences, made_as_wanted
 from megakd.data.store.views import Seen, StoredViews
 from megakd.data.transforms import TowerView, normalise
 from megakd.models import clip, streaming
-from megakd.models.fingerprint import computation, identity, preprocessing
+from megakd.models.fingerprint import computation, fingerprint, preprocessing
 from megakd.models.int8 import matmul
 from megakd.models.int8.agreement import Agreement, agreement
 from megakd.models.int8.migration import METHOD, Reference, migrate
@@ -45,7 +45,7 @@ AUGMENTATION = ("views.", "seed")
 
 def live_teacher(
     recipe: Recipe,
-    description: clip.Description,
+    description: clip.ModelSpec,
     world: World,
     shards: ShardSet | None = None,
     *,
@@ -74,7 +74,7 @@ def live_teacher(
 
 
 def _loaded(
-    description: clip.Description, world: World, int8: streaming.Int8 | None, without_text: bool
+    description: clip.ModelSpec, world: World, int8: streaming.Int8 | None, without_text: bool
 ) -> ReplicatedTeacher | ShardedTeacher:
     settings = settings_of(description)
     if settings.mode.startswith("zero3"):
@@ -96,7 +96,7 @@ class _Comparison:
     def __init__(
         self,
         teacher: ReplicatedTeacher | ShardedTeacher,
-        description: clip.Description,
+        description: clip.ModelSpec,
         source: StoredViews,
         world: World,
         piece: int,
@@ -201,12 +201,12 @@ class _Embedded:
     dtype: str
 
 
-def settings_of(description: clip.Description) -> Settings:
+def settings_of(description: clip.ModelSpec) -> Settings:
     assert isinstance(description.settings, Settings), "described from [teacher] or [ensemble] of a recipe"
     return description.settings
 
 
-def store_key(recipe: Recipe, description: clip.Description, shards: ShardSet) -> dict[str, Any]:
+def store_key(recipe: Recipe, description: clip.ModelSpec, shards: ShardSet) -> dict[str, Any]:
     """All that embeddings in a store depend on, as plain JSON. Reads the teacher's weights for their checksum: rank 0's work."""
     data = {
         "signature": shards.signature,
@@ -215,14 +215,14 @@ def store_key(recipe: Recipe, description: clip.Description, shards: ShardSet) -
         "caption": recipe.data.caption,
     }
     augmentation = {"views": recipe.views.model_dump(mode="json"), "seed": recipe.seed}
-    key = {**identity(description, recipe.seed), **augmentation, "data": data}
+    key = {**fingerprint(description, recipe.seed), **augmentation, "data": data}
     return cast(dict[str, Any], json.loads(json.dumps(redacted(key))))  # as it comes back from a manifest: tuples are lists
 
 
 def open_store(
     folder: Path,
     recipe: Recipe,
-    description: clip.Description,
+    description: clip.ModelSpec,
     shards: ShardSet,
     world: World,
     miss: StoreMiss = "teacher",
@@ -250,7 +250,7 @@ def open_store(
     return collectives.by_main(opened, world)
 
 
-def open_stores(recipe: Recipe, teachers: Mapping[str, clip.Description], shards: ShardSet, world: World) -> Store | None:
+def open_stores(recipe: Recipe, teachers: Mapping[str, clip.ModelSpec], shards: ShardSet, world: World) -> Store | None:
     """The store that the recipe names for its teacher, as `open_store`; None without one, or when no objective uses the teacher."""
     settings, description = recipe.teacher, teachers.get("teacher")
     if settings is None or settings.store is None or description is None:
@@ -262,7 +262,7 @@ def open_stores(recipe: Recipe, teachers: Mapping[str, clip.Description], shards
 def stored_teacher(
     store: Store,
     recipe: Recipe,
-    description: clip.Description,
+    description: clip.ModelSpec,
     shards: ShardSet,
     world: World,
     *,

@@ -48,7 +48,7 @@ _SAY_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
-class Request:
+class EmbedRequest:
     """A store as the command line asks for it. part: samples a part, by default what suits the data."""
 
     recipe: Recipe
@@ -76,10 +76,10 @@ def run(recipe: str, views: int, out: Path, *, check: bool, config: str | None, 
     """
     if views < 1:
         raise ValueError(f"--views {views}: a store holds at least one view of each image")
-    request = Request(recipes.load(recipe, overrides)[0], views, out, config, dtype)
+    request = EmbedRequest(recipes.load(recipe, overrides)[0], views, out, config, dtype)
     world = launch.start()
     try:
-        job = Job(request, world)
+        job = EmbedJob(request, world)
         if check:
             job.check()
         else:
@@ -88,14 +88,14 @@ def run(recipe: str, views: int, out: Path, *, check: bool, config: str | None, 
         launch.stop()
 
 
-class Job:
+class EmbedJob:
     """One `megakd embed`, everything checked that needs no model."""
 
-    def __init__(self, request: Request, world: World) -> None:
+    def __init__(self, request: EmbedRequest, world: World) -> None:
         self.request, self.world, self.recipe = request, world, request.recipe
         if self.recipe.teacher is None:
             raise ValueError("the recipe has no [teacher]: there is nobody to embed the data; add the section")
-        self.description = clip.describe(self.recipe.teacher, "teacher")
+        self.description = clip.resolve(self.recipe.teacher, "teacher")
         self.images = images_a_forward(self.recipe, request.ds_config, world)
         self.shards = ShardSet.open(self.recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
         self._tower = TowerView(preprocessing(self.description), self.description.tokenize)

@@ -37,7 +37,7 @@ class Teacher(Protocol):
 class ReplicatedTeacher:
     """The whole teacher on every rank, frozen and in evaluation mode."""
 
-    def __init__(self, built: clip.Towers) -> None:
+    def __init__(self, built: clip.ClipModel) -> None:
         self.towers = built
         self._clip = built.clip.eval().requires_grad_(False)
         self._scale = self._clip.logit_scale.detach().float().exp().reshape(())  # type: ignore[operator, union-attr]
@@ -57,6 +57,6 @@ class ReplicatedTeacher:
         return Embeddings(self.embed_images(pixels), encode_texts(self._clip, tokens), self._scale, self._bias)
 
 
-def build_teacher(description: clip.Description, device: torch.device) -> ReplicatedTeacher:
+def build_teacher(description: clip.ModelSpec, device: torch.device) -> ReplicatedTeacher:
     """The teacher of a recipe with its weights loaded. Raises ValueError as `clip.build` does."""
     return ReplicatedTeacher(clip.build(description, device, precision.of(device)))

@@ -46,7 +46,7 @@ class TextTower(nn.Module):
 class ShardedTeacher:
     """Implements `megakd.teachers.replicated.Teacher`. Every rank calls its methods equally often, with batches of any size."""
 
-    def __init__(self, built: clip.Towers, image: Partitioned, text: Partitioned | None) -> None:
+    def __init__(self, built: clip.ClipModel, image: Partitioned, text: Partitioned | None) -> None:
         self.towers, self._image, self._text = built, image, text
         clip: Any = built.clip
         self._scale = clip.logit_scale.detach().float().exp().reshape(())
@@ -86,7 +86,7 @@ class ShardedTeacher:
 
 
 def build_sharded_teacher(
-    description: clip.Description,
+    description: clip.ModelSpec,
     world: World,
     config: dict[str, Any],
     *,

@@ -13,13 +13,13 @@ from megakd.vqa.loader import QuestionBatch, QuestionBatches
 
 
 @dataclass(frozen=True)
-class Skipped:
+class BadSamples:
     """What was bad among pairs and among questions, each by itself: many good pairs would hide that hardly a question is usable."""
 
     pairs: BadCounter = field(default_factory=BadCounter)
     questions: BadCounter = field(default_factory=BadCounter)
 
-    def merge(self, other: Skipped) -> None:
+    def merge(self, other: BadSamples) -> None:
         self.pairs.merge(other.pairs)
         self.questions.merge(other.questions)
 
@@ -36,7 +36,7 @@ class Skipped:
         return self.pairs.to_list() + self.questions.to_list()
 
     @classmethod
-    def from_list(cls, values: Sequence[int], here: Skipped) -> Skipped:
+    def from_list(cls, values: Sequence[int], here: BadSamples) -> BadSamples:
         """The inverse of `to_list`, with this rank's examples."""
         half = len(values) // 2
         pairs = BadCounter.from_list(values[:half], here.pairs.examples)
@@ -63,9 +63,9 @@ class JointBatch:
         return leading.next_position
 
     @property
-    def bad(self) -> Skipped:
+    def bad(self) -> BadSamples:
         """What this rank skipped of both."""
-        return Skipped(*(BadCounter() if part is None else part.bad for part in (self.pairs, self.questions)))
+        return BadSamples(*(BadCounter() if part is None else part.bad for part in (self.pairs, self.questions)))
 
     def to(self, device: torch.device, non_blocking: bool) -> JointBatch:
         pairs, questions = self.pairs, self.questions

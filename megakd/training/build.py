@@ -16,7 +16,7 @@ from megakd.models import casts, clip
 from megakd.models.fingerprint import preprocessing
 from megakd.models.student import Student, decay_groups
 from megakd.models.vlm import decoder
-from megakd.models.vlm.student import AnsweringStudent, freeze_all_but
+from megakd.models.vlm.student import VisionLanguageStudent, freeze_all_but
 from megakd.recipe import Recipe
 from megakd.runtime import ds_config, watchdog
 from megakd.runtime.checkpoint import Progress
@@ -25,10 +25,10 @@ from megakd.runtime.run_folder import RunLog
 from megakd.teachers import build
 from megakd.teachers.cached import StoredTeacher
 from megakd.training.batch import JointBatches
-from megakd.training.prepare import Plan
+from megakd.training.prepare import PreparedRun
 from megakd.training.trainer import AnyTeacher
-from megakd.vqa.loader import Eyes, question_batches
-from megakd.vqa.prompts import Conversations
+from megakd.vqa.loader import ImageProcessor, question_batches
+from megakd.vqa.prompts import PromptEncoder
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Learners:
 
     module: nn.Module
     groups: list[dict[str, object]]
-    student: clip.Towers | None
+    student: clip.ClipModel | None
 
 
-def build_teachers(plan: Plan, world: World, log: RunLog) -> dict[str, AnyTeacher]:
+def build_teachers(plan: PreparedRun, world: World, log: RunLog) -> dict[str, AnyTeacher]:
     """The recipe's teachers by role, live or from their store. A collective."""
     recipe, pairs = plan.request.recipe, plan.pairs
     if recipe.teacher is not None and not (pairs and pairs.teachers):
@@ -58,7 +58,7 @@ def build_teachers(plan: Plan, world: World, log: RunLog) -> dict[str, AnyTeache
     return built
 
 
-def build_learners(plan: Plan, teachers: Mapping[str, AnyTeacher], device: torch.device) -> Learners:
+def build_learners(plan: PreparedRun, teachers: Mapping[str, AnyTeacher], device: torch.device) -> Learners:
     """Everything that is trained, its weights loaded or drawn from torch's generator; on the CPU but for a quantised language model."""
     recipe = plan.request.recipe
     student = clip.build(plan.student, torch.device("cpu")) if plan.student is not None else None
@@ -73,7 +73,7 @@ def build_learners(plan: Plan, teachers: Mapping[str, AnyTeacher], device: torch
     return Learners(module, decay_groups(module, recipe.optim.weight_decay, _rates(recipe)), student)
 
 
-def _module(plan: Plan, student: clip.Towers | None, heads: dict[str, nn.Module], device: torch.device) -> nn.Module:
+def _module(plan: PreparedRun, student: clip.ClipModel | None, heads: dict[str, nn.Module], device: torch.device) -> nn.Module:
     recipe = plan.request.recipe
     max_scale = recipe.student.max_scale if recipe.student is not None else 1.0
     if plan.asking is None or recipe.decoder is None or recipe.answers is None:
@@ -84,10 +84,10 @@ def _module(plan: Plan, student: clip.Towers | None, heads: dict[str, nn.Module]
     device = device if recipe.decoder.quantise != "none" else torch.device("cpu")
     reader = decoder.build(plan.asking.decoder, None if student is None else student.clip.visual, device, dtype)  # type: ignore[arg-type]
     if recipe.decoder.start is not None:
-        bundle.go_on_from(Path(recipe.decoder.start), reader, plan.student)
+        bundle.warm_start(Path(recipe.decoder.start), reader, plan.student)
     tower_learns = recipe.answers.tower == "trained"
     clip = None if student is None else student.clip
-    module = AnsweringStudent(clip, heads, max_scale, reader, recipe.decoder.layer, tower_learns=tower_learns)
+    module = VisionLanguageStudent(clip, heads, max_scale, reader, recipe.decoder.layer, tower_learns=tower_learns)
     if plan.pairs is None:
         freeze_all_but(module, "decoder.", *(("clip.visual.",) if tower_learns else ()))
     return module
@@ -102,20 +102,22 @@ def _rates(recipe: Recipe) -> dict[str, float]:
     return {prefix: rate / recipe.optim.lr for prefix, rate in prefixes.items() if rate is not None}
 
 
-def conversations(plan: Plan, module: AnsweringStudent) -> Conversations:
+def conversations(plan: PreparedRun, module: VisionLanguageStudent) -> PromptEncoder:
     """How this run's decoder is asked: in training, in evaluation and from its bundle alike."""
     recipe, asking = plan.request.recipe, plan.asking
     assert asking is not None
     assert recipe.decoder is not None
     assert recipe.answers is not None
-    return Conversations(asking.decoder.tokenizer, recipe.decoder, module.decoder.image_tokens, recipe.answers.max_length)
+    return PromptEncoder(asking.decoder.tokenizer, recipe.decoder, module.decoder.image_tokens, recipe.answers.max_length)
 
 
-def eyes(plan: Plan, student: clip.Towers | None) -> Eyes | None:
-    return None if student is None else Eyes(student.preprocess, plan.request.recipe.data.max_pixels)
+def eyes(plan: PreparedRun, student: clip.ClipModel | None) -> ImageProcessor | None:
+    return None if student is None else ImageProcessor(student.preprocess, plan.request.recipe.data.max_pixels)
 
 
-def open_batches(plan: Plan, learners: Learners, teachers: Mapping[str, AnyTeacher], progress: Progress, world: World) -> JointBatches:
+def open_batches(
+    plan: PreparedRun, learners: Learners, teachers: Mapping[str, AnyTeacher], progress: Progress, world: World
+) -> JointBatches:
     """The loaders of pairs and of questions, from where `progress` stands."""
     recipe, pairs, asking = plan.request.recipe, plan.pairs, plan.asking
     workers, pin = recipe.data.workers, world.device.type == "cuda"
@@ -135,7 +137,7 @@ def open_batches(plan: Plan, learners: Learners, teachers: Mapping[str, AnyTeach
             replay=recipe.teacher is not None and recipe.teacher.store_of == "all",
         )
     if asking is not None:
-        assert isinstance(learners.module, AnsweringStudent)
+        assert isinstance(learners.module, VisionLanguageStudent)
         of_questions = question_batches(
             asking.train,
             asking.order,
@@ -150,7 +152,7 @@ def open_batches(plan: Plan, learners: Learners, teachers: Mapping[str, AnyTeach
     return JointBatches(of_pairs, of_questions)
 
 
-def _views(plan: Plan, learners: Learners, teachers: Mapping[str, AnyTeacher]) -> dict[str, TowerView]:
+def _views(plan: PreparedRun, learners: Learners, teachers: Mapping[str, AnyTeacher]) -> dict[str, TowerView]:
     assert plan.student is not None
     assert learners.student is not None
     live = live_teachers(plan, teachers)
@@ -158,7 +160,7 @@ def _views(plan: Plan, learners: Learners, teachers: Mapping[str, AnyTeacher]) -
     return own | {role: TowerView(preprocessing(found), found.tokenize) for role, found in live.items()}
 
 
-def live_teachers(plan: Plan, teachers: Mapping[str, AnyTeacher]) -> dict[str, clip.Description]:
+def live_teachers(plan: PreparedRun, teachers: Mapping[str, AnyTeacher]) -> dict[str, clip.ModelSpec]:
     """Those that see images themselves."""
     known = plan.pairs.teachers if plan.pairs else {}
     return {role: known[role] for role, teacher in teachers.items() if not isinstance(teacher, StoredTeacher)}

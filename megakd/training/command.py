@@ -120,7 +120,7 @@ def _run(flags: argparse.Namespace, world: World, until_stopped: contextlib.Exit
     from megakd.training import dry_run, prepare, run
 
     out = flags.out or Path("runs") / recipe.name
-    request = prepare.Request(recipe, origin, flags.ds_config, out, _resume(flags.resume, out))
+    request = prepare.RunRequest(recipe, origin, flags.ds_config, out, _resume(flags.resume, out))
     before = prepare.prerequisites(request)
     plan = prepare.prepare(request, world, prepare.to_come(request))
     if flags.dry_run:

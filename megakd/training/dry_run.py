@@ -13,10 +13,10 @@ from megakd.models import clip
 from megakd.recipe import Recipe
 from megakd.runtime import ds_config
 from megakd.runtime.launch import World
-from megakd.training.prepare import Asking, Pairs, Plan, on_meta
+from megakd.training.prepare import AnswerData, PairData, PreparedRun, on_meta
 
 
-def show(plan: Plan, world: World) -> str:
+def show(plan: PreparedRun, world: World) -> str:
     """The resolved recipe and DeepSpeed configuration, a line a section; then in a few lines what would run, on what data, and each
     model's shapes, computed on torch's meta device.
 
@@ -37,7 +37,7 @@ def show(plan: Plan, world: World) -> str:
     return "\n".join(parts)
 
 
-def _outline(plan: Plan, world: World) -> str:
+def _outline(plan: PreparedRun, world: World) -> str:
     recipe, config = plan.request.recipe, plan.config
     stage = config.get("zero_optimization", {}).get("stage", 0)
     precise = "bf16" if ds_config.is_bf16(config) else "fp32"
@@ -49,7 +49,7 @@ def _outline(plan: Plan, world: World) -> str:
     return f"{recipe.optim.steps} steps of batch {recipe.optim.batch} = {pieces}, {seen:,} {learned} in all; {how}"
 
 
-def _first_batch(plan: Plan, pairs: Pairs, world: World) -> list[str]:
+def _first_batch(plan: PreparedRun, pairs: PairData, world: World) -> list[str]:
     assert plan.student is not None, "pairs are for a student to learn from"
     built = {role: on_meta(description) for role, description in {"student": plan.student, **pairs.teachers}.items()}
     views = {role: TowerView(found.preprocess, found.description.tokenize) for role, found in built.items()}
@@ -70,7 +70,7 @@ def _first_batch(plan: Plan, pairs: Pairs, world: World) -> list[str]:
     return parts + [_shapes(role, found, batch.pixels[role][:2], batch.tokens[role][:2]) for role, found in built.items()]
 
 
-def _decoder(asking: Asking, recipe: Recipe) -> str:
+def _decoder(asking: AnswerData, recipe: Recipe) -> str:
     assert recipe.answers is not None
     settings, outline = asking.decoder.settings, asking.outline
     learned = sum(parameter.numel() for parameter in outline.parameters() if parameter.requires_grad)
@@ -82,13 +82,13 @@ def _decoder(asking: Asking, recipe: Recipe) -> str:
     )
 
 
-def _questions(asking: Asking) -> list[str]:
+def _questions(asking: AnswerData) -> list[str]:
     first = asking.train[0]
     parts = [*asking.said, f"questions to learn: {len(asking.train)}, for example {first.text!r} -> {first.answer!r}"]
     return parts + [f"questions to be judged by: {name}, {len(opened.questions)}" for name, opened in asking.sets.items()]
 
 
-def _shapes(role: str, found: clip.Towers, pixels: torch.Tensor, tokens: torch.Tensor) -> str:
+def _shapes(role: str, found: clip.ClipModel, pixels: torch.Tensor, tokens: torch.Tensor) -> str:
     with torch.no_grad():
         image = found.clip.encode_image(pixels.to("meta", torch.float32))  # type: ignore[operator]
         text = found.clip.encode_text(tokens.to("meta"))  # type: ignore[operator]

@@ -16,23 +16,23 @@ from megakd.evaluation.encoder import Encoder
 from megakd.evaluation.sets import sets_of
 from megakd.evaluation.suite import Suite
 from megakd.export import clip_folder
-from megakd.models.vlm.student import AnsweringStudent
+from megakd.models.vlm.student import VisionLanguageStudent
 from megakd.runtime.engine import Engine, load_weights
 from megakd.runtime.launch import World
-from megakd.runtime.preemption import Interruptions
+from megakd.runtime.preemption import StopPoller
 from megakd.training.build import Learners, conversations, eyes
-from megakd.training.prepare import Plan
+from megakd.training.prepare import PreparedRun
 from megakd.vqa import evaluate
 
 
-class Judge:
+class Evaluator:
     """Holds the plain replicas that evaluation works on, made before the engine takes the student in parts.
 
     A ZeRO-3 module has its weights only inside the engine's forward, so a replica of it waits on the CPU and is on the device while it is
     asked alone; below stage 3 the decoder is judged where it is, without a copy of its weights, which may be a large language model's.
     """
 
-    def __init__(self, plan: Plan, world: World, learners: Learners, interruptions: Interruptions) -> None:
+    def __init__(self, plan: PreparedRun, world: World, learners: Learners, interruptions: StopPoller) -> None:
         """Before the engine is made of `learners.module`."""
         self._interruptions = interruptions
         self._plan, self._world, self._learners, self._student = plan, world, learners, learners.student
@@ -60,17 +60,17 @@ class Judge:
             found["vqa"] = self._questions(engine, weights, identity, folder)
         return found
 
-    def answering(self, engine: Engine, weights: dict[str, Tensor]) -> AnsweringStudent:
+    def answering(self, engine: Engine, weights: dict[str, Tensor]) -> VisionLanguageStudent:
         """Student and decoder with whole weights: the engine's own, or a replica on the CPU. weights: what the engine exported."""
         module = engine.module
         if self._whole is not None:
             module = self._whole
             load_weights(module, weights)
-        assert isinstance(module, AnsweringStudent)
+        assert isinstance(module, VisionLanguageStudent)
         return module
 
     @contextlib.contextmanager
-    def learned(self, engine: Engine, weights: dict[str, Tensor]) -> Iterator[AnsweringStudent]:
+    def learned(self, engine: Engine, weights: dict[str, Tensor]) -> Iterator[VisionLanguageStudent]:
         """`answering` with the optimizer's float32 weights in towers, projector and adapters, where the engine's module has them rounded to
         bf16; it gets its own back at the end of the block."""
         module = self.answering(engine, weights)
@@ -81,7 +81,7 @@ class Judge:
             for name, parameter in module.named_parameters():
                 parameter.data = rounded[name]
 
-    def _in_float32(self, module: AnsweringStudent, weights: dict[str, Tensor]) -> AnsweringStudent:
+    def _in_float32(self, module: VisionLanguageStudent, weights: dict[str, Tensor]) -> VisionLanguageStudent:
         for name, parameter in module.named_parameters():
             if name in weights and (not name.startswith("decoder.language.") or "lora_" in name):
                 parameter.data = weights[name]

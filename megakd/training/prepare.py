@@ -21,20 +21,20 @@ from megakd.export import bundle, clip_folder, manifest
 from megakd.models import clip
 from megakd.models.fingerprint import computation
 from megakd.models.vlm import decoder, decoder_check, decoder_tokenizer, lora
-from megakd.models.vlm.decoder import Decoder, DecoderDescription
-from megakd.objectives.set import Distill
+from megakd.models.vlm.decoder import Decoder, DecoderSpec
+from megakd.objectives.set import ObjectiveSet
 from megakd.recipe import Answers, Recipe, Student, chain
 from megakd.recipe import load as recipes
 from megakd.runtime import collectives, ds_check, ds_config, files, precision, run_folder, zero3
 from megakd.runtime.launch import World
 from megakd.teachers import build
 from megakd.vqa import check, evaluate
-from megakd.vqa.prompts import Conversations
+from megakd.vqa.prompts import PromptEncoder
 from megakd.vqa.sets import Mixture, open_mixture, question_order
 
 
 @dataclass(frozen=True)
-class Request:
+class RunRequest:
     """A run as the command line asks for it."""
 
     recipe: Recipe
@@ -45,24 +45,24 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairData:
     """What the objectives learn from: image-text pairs in their order, and the teachers of the recipe."""
 
-    task: Distill
+    task: ObjectiveSet
     shards: ShardSet
     order: Order
-    teachers: dict[str, clip.Description]
+    teachers: dict[str, clip.ModelSpec]
     store: Store | None
 
 
 @dataclass(frozen=True)
-class Asking:
+class AnswerData:
     """What answers are learned from and judged by. outline: the decoder on torch's meta device, for the student's tower.
 
     said: what the user should know of decoder and questions before the run: what is not covered, cut or left out.
     """
 
-    decoder: DecoderDescription
+    decoder: DecoderSpec
     outline: Decoder
     train: Mixture
     order: Order
@@ -71,18 +71,18 @@ class Asking:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparedRun:
     """A request whose settings, data and models' configurations were found to be sound. Nothing expensive has happened.
 
     student: None for a decoder that sees nothing. What is still to come is described as the recipe that will train it has it.
     """
 
-    request: Request
+    request: RunRequest
     config: dict[str, Any]
     config_name: str
-    student: clip.Description | None
-    pairs: Pairs | None
-    asking: Asking | None
+    student: clip.ModelSpec | None
+    pairs: PairData | None
+    asking: AnswerData | None
     sets: Sets
 
     @property
@@ -100,7 +100,7 @@ class Plan:
         return parts[0] if len(parts) == 1 else zlib.crc32(repr(parts).encode())
 
 
-def prepare(request: Request, world: World, to_come: frozenset[str] = frozenset()) -> Plan:
+def prepare(request: RunRequest, world: World, to_come: frozenset[str] = frozenset()) -> PreparedRun:
     """Check everything that needs no model. Raises ValueError with key, value, file and remedy.
 
     to_come: of "teacher", "student" and "decoder" those that another recipe is about to train, so that they need not be there yet.
@@ -121,41 +121,41 @@ def prepare(request: Request, world: World, to_come: frozenset[str] = frozenset(
         collectives.by_main(lambda: clip_folder.rehearse(described), world)
     _check_answers(recipe, config, world)
     asking = _asking(recipe, world, student, "decoder" in to_come)
-    return Plan(request, config, config_name, student, pairs, asking, open_sets(recipe, world))
+    return PreparedRun(request, config, config_name, student, pairs, asking, open_sets(recipe, world))
 
 
-def on_meta(description: clip.Description) -> clip.Towers:
+def on_meta(description: clip.ModelSpec) -> clip.ClipModel:
     """The model's shapes, without one weight, on torch's meta device."""
     with torch.device("meta"):
         return clip.build(description, torch.device("meta"), load_weights=False)
 
 
-def _student(settings: Student, is_to_come: bool) -> clip.Description:
+def _student(settings: Student, is_to_come: bool) -> clip.ModelSpec:
     if not is_to_come:
-        return clip.describe(settings, "student")
+        return clip.resolve(settings, "student")
     try:
-        return clip.describe(chain.model(settings, "student"), "student")
+        return clip.resolve(chain.model(settings, "student"), "student")
     except ValueError as error:
         raise ValueError(f"{error}\n(as recipe {settings.recipe!r}, which trains the student first, has it)") from error
 
 
-def _pairs(recipe: Recipe, world: World, student: clip.Description | None, teacher_is_there: bool) -> Pairs:
-    task = Distill(recipe, world.device, dist.group.WORLD if world.size > 1 else None)
+def _pairs(recipe: Recipe, world: World, student: clip.ModelSpec | None, teacher_is_there: bool) -> PairData:
+    task = ObjectiveSet(recipe, world.device, dist.group.WORLD if world.size > 1 else None)
     use_teacher = task.needs_teacher and teacher_is_there
-    teachers = {role: clip.describe(settings, role) for role, settings in recipe.teachers().items() if use_teacher}
+    teachers = {role: clip.resolve(settings, role) for role, settings in recipe.teachers().items() if use_teacher}
     for model in (*([student] if student else []), *teachers.values()):
         task.check_bias(model.role, model.has_bias)
     for description in teachers.values():
         computation(description, world.device)  # a product of int8 that this machine lacks
     shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
-    return Pairs(task, shards, order, teachers, build.open_stores(recipe, teachers, shards, world))
+    return PairData(task, shards, order, teachers, build.open_stores(recipe, teachers, shards, world))
 
 
-def _asking(recipe: Recipe, world: World, student: clip.Description | None, decoder_is_to_come: bool) -> Asking | None:
+def _asking(recipe: Recipe, world: World, student: clip.ModelSpec | None, decoder_is_to_come: bool) -> AnswerData | None:
     if recipe.answers is None or recipe.decoder is None:
         return None
-    description = decoder.describe(chain.decoder(recipe.decoder) if decoder_is_to_come else recipe.decoder)
+    description = decoder.resolve(chain.decoder(recipe.decoder) if decoder_is_to_come else recipe.decoder)
     outline = _outline(recipe.answers, description, student)
     _check_length(recipe, recipe.answers, description)
     collectives.by_main(lambda: decoder_tokenizer.check_export(description.tokenizer, description.config), world)
@@ -171,13 +171,13 @@ def _asking(recipe: Recipe, world: World, student: clip.Description | None, deco
     order = question_order(train, recipe.questions_in_a_step(), recipe.seed)
     sets = evaluate.open_sets(recipe, world)
     said += collectives.by_main(lambda: _tried_questions(recipe, outline, train, sets), world)
-    return Asking(description, outline, train, order, sets, tuple(filter(None, said)))
+    return AnswerData(description, outline, train, order, sets, tuple(filter(None, said)))
 
 
 def _tried_questions(recipe: Recipe, outline: Decoder, train: Mixture, sets: dict[str, evaluate.Opened]) -> list[str]:
     """What is to be said of the questions' lengths and answers. Raises ValueError for sets of which too much is unusable."""
     assert recipe.answers is not None
-    talk = Conversations(outline.tokenizer, outline.settings, outline.image_tokens, recipe.answers.max_length)
+    talk = PromptEncoder(outline.tokenizer, outline.settings, outline.image_tokens, recipe.answers.max_length)
     eyes, most, said = outline.projector is not None, recipe.data.max_bad_fraction, []
     for name, part in train.sets.items():
         key = f"answers.train.{name}"
@@ -188,11 +188,11 @@ def _tried_questions(recipe: Recipe, outline: Decoder, train: Mixture, sets: dic
     return said
 
 
-def _outline(answers: Answers, description: DecoderDescription, student: clip.Description | None) -> Decoder:
+def _outline(answers: Answers, description: DecoderSpec, student: clip.ModelSpec | None) -> Decoder:
     """The decoder as it will be built for this tower. Raises ValueError for what does not fit: block, image tokens, conversations."""
     visual: Any = None if student is None else on_meta(student).clip.visual
     built = decoder.build(description, visual, torch.device("meta"))
-    Conversations(description.tokenizer, description.settings, built.image_tokens, answers.max_length)
+    PromptEncoder(description.tokenizer, description.settings, built.image_tokens, answers.max_length)
     return built
 
 
@@ -214,7 +214,7 @@ def _check_answers(recipe: Recipe, config: dict[str, Any], world: World) -> None
         )
 
 
-def _check_length(recipe: Recipe, answers: Answers, description: DecoderDescription) -> None:
+def _check_length(recipe: Recipe, answers: Answers, description: DecoderSpec) -> None:
     """A model with learned positions fails beyond its last; others only become worse."""
     generated = recipe.evaluation.answer_tokens if recipe.evaluation.vqa else 0
     if description.positions is not None and answers.max_length + generated > description.positions:
@@ -225,7 +225,7 @@ def _check_length(recipe: Recipe, answers: Answers, description: DecoderDescript
         )
 
 
-def prerequisites(request: Request) -> list[Request]:
+def prerequisites(request: RunRequest) -> list[RunRequest]:
     """The runs that must come first, in order: those whose folders the recipe names together with a recipe, and which are not there yet.
 
     Each may have such runs of its own. Raises ValueError when recipes wait for each other.
@@ -233,18 +233,18 @@ def prerequisites(request: Request) -> list[Request]:
     return _before(request, ())
 
 
-def to_come(request: Request) -> frozenset[str]:
+def to_come(request: RunRequest) -> frozenset[str]:
     """Which of "teacher", "student" and "decoder" is not there yet and has a recipe that trains it."""
     return frozenset(role for role, _, _ in _missing(request.recipe))
 
 
-def _before(request: Request, waiting: tuple[Path, ...]) -> list[Request]:
+def _before(request: RunRequest, waiting: tuple[Path, ...]) -> list[RunRequest]:
     if request.out in waiting:
         raise ValueError(f"recipe {request.recipe_name}: the runs wait for each other: {' -> '.join(map(str, (*waiting, request.out)))}")
-    found: dict[Path, Request] = {}
+    found: dict[Path, RunRequest] = {}
     for _, name, folder in _missing(request.recipe):
         recipe, origin = recipes.load(name)
-        first = Request(recipe, origin, request.ds_config, folder)
+        first = RunRequest(recipe, origin, request.ds_config, folder)
         found |= {earlier.out: earlier for earlier in (*_before(first, (*waiting, request.out)), first) if earlier.out not in found}
     return list(found.values())
 
@@ -252,7 +252,7 @@ def _before(request: Request, waiting: tuple[Path, ...]) -> list[Request]:
 def _missing(recipe: Recipe) -> list[tuple[str, str, Path]]:
     """(role, recipe, run folder) of what the recipe starts from, has a recipe for, and is not there."""
     roles: list[tuple[str, str, Path]] = []
-    models = {"teacher": recipe.teacher if Distill.uses_teacher(recipe) else None, "student": recipe.student}
+    models = {"teacher": recipe.teacher if ObjectiveSet.uses_teacher(recipe) else None, "student": recipe.student}
     for role, settings in models.items():
         if settings is not None and settings.recipe is not None:
             folder = Path((settings.model or "").removeprefix("local-dir:"))

@@ -19,7 +19,7 @@ from megakd.export.bundle import Bundle
 from megakd.models import clip
 from megakd.models.fingerprint import preprocessing, weights_file
 from megakd.models.vlm import lora
-from megakd.models.vlm.student import AnsweringStudent
+from megakd.models.vlm.student import VisionLanguageStudent
 from megakd.objectives.answers import Answer
 from megakd.objectives.joint import Joint
 from megakd.runtime import (
@@ -41,13 +41,13 @@ from megakd.runtime.engine import Engine, State, trained_shapes
 from megakd.runtime.exits import EXIT_SAVED, Interrupted, StopRequest
 from megakd.runtime.launch import World
 from megakd.runtime.locks import LOCK, FolderLock
-from megakd.runtime.preemption import Interruptions
+from megakd.runtime.preemption import StopPoller
 from megakd.runtime.run_folder import RunLog
 from megakd.runtime.watchdog import HUNG, Watchdog
 from megakd.teachers import build as teacher_build
 from megakd.training import build
-from megakd.training.evaluate import Judge
-from megakd.training.prepare import Plan
+from megakd.training.evaluate import Evaluator
+from megakd.training.prepare import PreparedRun
 from megakd.training.trainer import Trainer
 from megakd.vqa import check
 from megakd.vqa import evaluate as vqa_evaluate
@@ -59,7 +59,7 @@ PATIENCE = 20.0
 _COMPARED = 20  # questions on which the bundle's tokenizer is compared with the run's
 
 
-def _called(description: clip.Description) -> str:
+def _called(description: clip.ModelSpec) -> str:
     """A teacher's name for people, and how it runs."""
     settings = teacher_build.settings_of(description)
     how = f"from {settings.store}" if settings.store else settings.mode
@@ -69,7 +69,7 @@ def _called(description: clip.Description) -> str:
 class Run:
     """A plan in execution. Implements the trainer's hooks: what happens at checkpoints and evaluations."""
 
-    def __init__(self, plan: Plan, world: World, stop: StopRequest) -> None:
+    def __init__(self, plan: PreparedRun, world: World, stop: StopRequest) -> None:
         self.plan, self.world, self._stop = plan, world, stop
         self.recipe, self.folder = plan.request.recipe, plan.request.out
         self.log = RunLog(self.folder, main=world.is_main)
@@ -108,7 +108,7 @@ class Run:
             names = ", ".join(path.name for path in left[:4]) + f" and {len(left) - 4} more" * (len(left) > 4)
             self.log.say(f"{self.folder}: cleared what an earlier start had half written or half removed: {names}")
         # Stacks of an earlier start: the rank without a file would be looked for among all that were ever written.
-        run_folder.set_aside(self.folder, list(self.folder.glob(HUNG)))
+        run_folder.archive(self.folder, list(self.folder.glob(HUNG)))
 
     def _execute(self) -> int:
         self.log.say(f"{self.recipe.name}: run folder {self.folder}{self._job()}")
@@ -287,7 +287,7 @@ class Run:
         resume = self.plan.request.resume
         if resume == "none":
             earlier = [entry for entry in self.folder.glob("*") if entry.name not in ("previous", LOCK, environment.SUBMISSIONS)]
-            if aside := run_folder.set_aside(self.folder, earlier):
+            if aside := run_folder.archive(self.folder, earlier):
                 self.log.say(f"--resume none: the earlier run in {self.folder} was moved to {aside}")
             return None
         if resume == "auto":
@@ -297,7 +297,7 @@ class Run:
             checkpoint.load(path)  # refuses a damaged one before anything is moved for it
         # What is newer than the chosen one is damaged or given up; left in place, it would be taken for this run's future.
         newer = [entry for entry in checkpoint.available(self.folder) if path is None or entry.name > path.name]
-        if aside := run_folder.set_aside(self.folder, newer):
+        if aside := run_folder.archive(self.folder, newer):
             self.log.say(f"{len(newer)} checkpoints newer than the one to resume from were moved to {aside}")
         checkpoint.prune(self.folder, self.recipe.checkpoint.keep)
         return path
@@ -315,7 +315,7 @@ class Run:
         torch.manual_seed(recipe.seed)
         self._learners = build.build_learners(self.plan, self._teachers, device)
         module = self._learners.module
-        self._judge = Judge(self.plan, self.world, self._learners, Interruptions(self.world, self._stop))
+        self._judge = Evaluator(self.plan, self.world, self._learners, StopPoller(self.world, self._stop))
         if state is not None:
             checkpoint.check_fits(self._resumed_from, state.weights, trained_shapes(module))
         self._engine = Engine(module.to(device), self._learners.groups, recipe.optim, self.plan.config, self.world, state)
@@ -336,7 +336,7 @@ class Run:
         """Refuse adapters that no gradient reached on any rank: they would be trained in name alone."""
         module, reached = self._learners.module, self._watch.close()
         if reached:
-            assert isinstance(module, AnsweringStudent)
+            assert isinstance(module, VisionLanguageStudent)
             flags = torch.tensor([float(was) for was in reached.values()], device=self.world.device)
             sums = collectives.start_sum(flags, self.world).read()
             lora.refuse_unreached(dict(zip(reached, map(bool, sums), strict=True)), module.decoder.language)

@@ -21,7 +21,7 @@ from torch import Tensor
 from megakd.data.pairs import Batch
 from megakd.data.transforms import normalise
 from megakd.models.embeddings import Embeddings
-from megakd.models.vlm.student import Questions
+from megakd.models.vlm.student import QuestionInputs
 from megakd.objectives.joint import Joint
 from megakd.recipe import Optim, Recipe
 from megakd.runtime import collectives, watchdog
@@ -33,10 +33,10 @@ from megakd.runtime.run_folder import RunLog, memory_gb
 from megakd.runtime.stopwatch import Stopwatch
 from megakd.teachers.cached import StoredTeacher, TextStoredTeacher
 from megakd.teachers.replicated import Teacher
-from megakd.training.batch import JointBatch, Skipped
+from megakd.training.batch import BadSamples, JointBatch
 
 AnyTeacher = Teacher | StoredTeacher | TextStoredTeacher
-# One micro-batch, as the engine's module takes it: pixels and tokens of pairs, then the fields of `Questions`, as far as there are any.
+# One micro-batch, as the engine's module takes it: pixels and tokens of pairs, then the fields of `QuestionInputs`, where there are any.
 Inputs = tuple[Tensor | None, ...]
 _NO_SCALE = torch.zeros(())  # where nothing but answers is learned
 
@@ -58,14 +58,14 @@ class Hooks(Protocol):
 
 
 @dataclass(frozen=True)
-class Agreed:
+class StepSummary:
     """What all ranks know of a step after one small all-reduce."""
 
     losses: dict[str, float]
     finite: bool
     stop: bool
     log_failed: bool
-    bad: Skipped
+    bad: BadSamples
 
 
 def learning_rate(optim: Optim, step: int) -> float:
@@ -96,7 +96,7 @@ class Trainer:
         self.recipe, self.world, self.engine, self.task, self.teachers = recipe, world, engine, task, teachers
         self._preprocess, self._log, self._stop = preprocess, log, stop
         self.clock = Stopwatch(world.device)
-        self._bad = Skipped()
+        self._bad = BadSamples()
 
     def fit(self, batches: Iterator[JointBatch], start: Progress, hooks: Hooks) -> None:
         """Train from `start` to the last step. Raises Interrupted when a signal stops it, after a save."""
@@ -146,7 +146,7 @@ class Trainer:
         if not math.isfinite(self.engine.gradient_norm):
             raise LossNotFinite(f"step {step}: the gradient norm is {self.engine.gradient_norm}; this step was not saved")
 
-    def step(self, batch: JointBatch, step: int) -> Agreed:
+    def step(self, batch: JointBatch, step: int) -> StepSummary:
         """One update on one global batch. Raises on every rank, before any weight moves, LossNotFinite or what the log met with."""
         watchdog.beat("teacher", step)
         batch = batch.to(self.world.device, non_blocking=True)
@@ -172,7 +172,7 @@ class Trainer:
         pieces = self._inputs(batch)
         learned = 1.0
         if self.task.answer is not None and batch.questions is not None:
-            learned = self.task.answer.learned_tokens(batch.questions.labels_BL)
+            learned = self.task.answer.answer_tokens(batch.questions.labels_BL)
         if len(pieces) > 1 and batch.pairs is not None:
             return self._exact_accumulation(pieces, batch, taught, learned, step)
         return self._summed(pieces, batch, taught, learned, step)
@@ -224,7 +224,7 @@ class Trainer:
             return pairs
         asked = batch.questions
         pixels_B = None if asked.pixels is None else normalise(asked.pixels, self._preprocess["student"], self.engine.dtype)
-        questions = Questions(pixels_B, asked.ids_BL, asked.attend_BL, asked.image_mask_BL, asked.labels_BL).split(count)
+        questions = QuestionInputs(pixels_B, asked.ids_BL, asked.attend_BL, asked.image_mask_BL, asked.labels_BL).split(count)
         return [(*pair, *question) for pair, question in zip(pairs, questions, strict=True)]
 
     def _forward(self, inputs: Inputs, step: int, piece: int) -> dict[str, Tensor]:
@@ -267,19 +267,19 @@ class Trainer:
         counts = torch.tensor([*flags, *map(float, batch.bad.to_list())], device=values.device)
         return collectives.start_sum(torch.cat([wrong, values.nan_to_num() / self.world.size, counts]), self.world)
 
-    def _agree(self, pending: collectives.Pending, batch: JointBatch) -> Agreed:
+    def _agree(self, pending: collectives.Pending, batch: JointBatch) -> StepSummary:
         wrong, *values = pending.read()
         names = [*self.task.weights, "scale"]
         means, (stop, log_failed, *counts) = values[: len(names)], values[len(names) :]
-        bad = Skipped.from_list([int(count) for count in counts], batch.bad)
-        return Agreed(dict(zip(names, means, strict=True)), wrong == 0, stop > 0, log_failed > 0, bad)
+        bad = BadSamples.from_list([int(count) for count in counts], batch.bad)
+        return StepSummary(dict(zip(names, means, strict=True)), wrong == 0, stop > 0, log_failed > 0, bad)
 
-    def _judge_data(self, bad: Skipped) -> None:
+    def _judge_data(self, bad: BadSamples) -> None:
         """The same numbers on every rank, so every rank stops or none."""
         self._bad.merge(bad)
         self._bad.check(self.recipe.data.max_bad_fraction, self.recipe.optim.batch, self.recipe.questions_in_a_step())
 
-    def _write_row(self, step: int, agreed: Agreed, images_per_second: float, elapsed: float) -> None:
+    def _write_row(self, step: int, agreed: StepSummary, images_per_second: float, elapsed: float) -> None:
         losses = dict(agreed.losses)
         scale = losses.pop("scale")
         total = sum(self.task.weights[name] * loss for name, loss in losses.items())

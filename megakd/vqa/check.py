@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megakd.data.bad_samples import BadCounter, BadSample
-from megakd.vqa.prompts import IGNORED, Conversations, SilentAnswer
+from megakd.vqa.prompts import IGNORED, PromptEncoder, SilentAnswer
 from megakd.vqa.sets import CaptionSet, Question, Questions, QuestionSet
 
 _MOST = 5000  # questions of a set that are tried, evenly spread over it: a few seconds
@@ -44,7 +44,7 @@ class Tried:
         return lines
 
 
-def try_training(questions: Questions, conversations: Conversations, eyes: bool, key: str, max_bad_fraction: float) -> Tried:
+def try_training(questions: Questions, conversations: PromptEncoder, eyes: bool, key: str, max_bad_fraction: float) -> Tried:
     """A part of what is to be learned, encoded without reading its images. eyes: whether the decoder has any.
 
     Raises ValueError naming the question for an answer that encodes to nothing, and when more than `max_bad_fraction` cannot be learned
@@ -74,7 +74,7 @@ def try_training(questions: Questions, conversations: Conversations, eyes: bool,
     return found
 
 
-def try_prompts(questions: Questions, conversations: Conversations, eyes: bool, key: str, max_bad_fraction: float) -> Tried:
+def try_prompts(questions: Questions, conversations: PromptEncoder, eyes: bool, key: str, max_bad_fraction: float) -> Tried:
     """A part of what is to be asked. Raises ValueError when more than `max_bad_fraction` cannot be."""
     found = Tried()
     for question in _spread(questions):

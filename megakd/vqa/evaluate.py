@@ -25,11 +25,11 @@ from megakd.data.transforms import normalise, rgb_image
 from megakd.recipe import Data, QuestionSource, Recipe
 from megakd.runtime import collectives, run_folder, watchdog
 from megakd.runtime.launch import World
-from megakd.runtime.preemption import Interruptions
+from megakd.runtime.preemption import StopPoller
 from megakd.vqa import submissions
 from megakd.vqa.answers_log import Journal, Row
-from megakd.vqa.loader import Eyes, PromptBatch, evaluation_questions, rank_slice
-from megakd.vqa.prompts import Conversations
+from megakd.vqa.loader import ImageProcessor, PromptBatch, evaluation_questions, rank_slice
+from megakd.vqa.prompts import PromptEncoder
 from megakd.vqa.scores import Answered, score
 from megakd.vqa.sets import CaptionSet, QuestionSet, open_questions
 
@@ -57,8 +57,8 @@ class Answerer:
 
     decoder: Decoder
     look: Callable[[Tensor], Tensor] | None
-    conversations: Conversations
-    eyes: Eyes | None
+    conversations: PromptEncoder
+    eyes: ImageProcessor | None
     device: torch.device
     dtype: torch.dtype
     batch: int
@@ -131,7 +131,7 @@ def _try_images(questions: QuestionSet, key: str, data: Data) -> None:
 
 
 def evaluate(
-    sets: Mapping[str, Opened], answerer: Answerer, world: World, folder: Path, data: Data, interruptions: Interruptions
+    sets: Mapping[str, Opened], answerer: Answerer, world: World, folder: Path, data: Data, interruptions: StopPoller
 ) -> dict[str, Any]:
     """{set: scores and where its files are}, the same on every rank; all of them call it. Rank 0 writes FOLDER/vqa.json.
 
@@ -148,7 +148,7 @@ def evaluate(
 
 
 def _evaluate_one(
-    name: str, opened: Opened, answerer: Answerer, world: World, folder: Path, data: Data, interruptions: Interruptions
+    name: str, opened: Opened, answerer: Answerer, world: World, folder: Path, data: Data, interruptions: StopPoller
 ) -> dict[str, Any]:
     questions = opened.questions
     ids = [questions[index].question_id for index in range(len(questions))]
@@ -198,7 +198,7 @@ def _ask(
     answerer: Answerer,
     world: World,
     workers: int,
-    interruptions: Interruptions,
+    interruptions: StopPoller,
 ) -> dict[int, Row]:
     """This rank's part of the questions without an answer, each written down as soon as its batch is answered."""
     mine = [missing[place] for place in rank_slice(len(missing), world.rank, world.size)]

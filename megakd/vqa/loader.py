@@ -22,7 +22,7 @@ from megakd.data.pairs import located
 from megakd.data.sampler import Order, Positions
 from megakd.data.stream import WorkerStream, reported
 from megakd.data.transforms import evaluation_pixels, rgb_image
-from megakd.vqa.prompts import Conversations, Encoded, stack
+from megakd.vqa.prompts import Encoded, PromptEncoder, stack
 from megakd.vqa.sets import Asked, Question, Questions
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _ATTEMPTS = 64  # as in the shards' loader
 
 
 @dataclass(frozen=True)
-class Eyes:
+class ImageProcessor:
     """How a decoder sees: the tower's preprocessing, and the largest image that is decoded."""
 
     preprocess: PreprocessCfg
@@ -142,8 +142,8 @@ class QuestionBatches(Iterator[QuestionBatch]):
 def question_batches(
     questions: Questions,
     order: Order,
-    conversations: Conversations,
-    eyes: Eyes | None,
+    conversations: PromptEncoder,
+    eyes: ImageProcessor | None,
     *,
     rank: int,
     world: int,
@@ -169,8 +169,8 @@ def question_batches(
 def evaluation_questions(
     questions: Questions,
     indices: Sequence[int],
-    conversations: Conversations,
-    eyes: Eyes | None,
+    conversations: PromptEncoder,
+    eyes: ImageProcessor | None,
     *,
     batch: int,
     workers: int,
@@ -230,8 +230,8 @@ class _TrainSet:
 
     questions: Questions
     order: Order
-    conversations: Conversations
-    eyes: Eyes | None
+    conversations: PromptEncoder
+    eyes: ImageProcessor | None
     rank: int
     world: int
 
@@ -271,8 +271,8 @@ class _TrainSet:
 @dataclass
 class _PromptSet:
     questions: Questions
-    conversations: Conversations
-    eyes: Eyes | None
+    conversations: PromptEncoder
+    eyes: ImageProcessor | None
 
     def __getitems__(self, indices: list[int]) -> PromptBatch:
         rows: list[_Row] = []
@@ -293,7 +293,7 @@ class _PromptSet:
         return self.conversations.prompt(question.text, question.short, image)
 
 
-def _row(asked: Asked | BadSample, eyes: Eyes | None, encode: Callable[[Question, bool], Encoded]) -> _Row:
+def _row(asked: Asked | BadSample, eyes: ImageProcessor | None, encode: Callable[[Question, bool], Encoded]) -> _Row:
     """Raises BadSample, with its place, for what cannot be read, seen or encoded."""
     if isinstance(asked, BadSample):
         raise asked
@@ -302,7 +302,7 @@ def _row(asked: Asked | BadSample, eyes: Eyes | None, encode: Callable[[Question
         return _Row(asked.question, encode(asked.question, pixels is not None), pixels)
 
 
-def _images(rows: list[_Row], eyes: Eyes | None) -> tuple[torch.Tensor | None, torch.Tensor]:
+def _images(rows: list[_Row], eyes: ImageProcessor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(pixels, has_image) of the rows."""
     has_image = torch.tensor([row.pixels is not None for row in rows], dtype=torch.bool)
     if eyes is None:

@@ -66,7 +66,7 @@ class Stacked(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Conversations:
+class PromptEncoder:
     """Encodes questions for one decoder.
 
     tokenizer: with an end token; the begin token is put first if the tokenizer itself or the template would. settings: the prompt's words.

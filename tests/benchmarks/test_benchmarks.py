@@ -29,7 +29,7 @@ from megakd.benchmarks.common.logs import Step, open_clip_steps, our_steps, shar
 from megakd.benchmarks.common.material import Shards
 from megakd.models.embeddings import Embeddings
 from megakd.models.int8 import matmul
-from megakd.objectives.set import Distill
+from megakd.objectives.set import ObjectiveSet
 from megakd.recipe import Recipe
 from megakd.recipe.load import load
 
@@ -113,7 +113,7 @@ def test_both_programs_minimise_the_same_loss() -> None:
     image, text, teacher_image, teacher_text = (F.normalize(torch.randn(8, width)) for width in (6, 6, 10, 10))
     scales = torch.tensor(14.0), torch.tensor(50.0)
     recipe, _ = load("smoke")
-    task = Distill(
+    task = ObjectiveSet(
         recipe.model_copy(update={"objectives": recipe.objectives.model_copy(update={"contrastive": 1.0, "similarity": 1.0})}),
         torch.device("cpu"),
         None,
@@ -131,7 +131,7 @@ def test_both_programs_minimise_the_same_loss() -> None:
 
 
 def test_our_recipe_is_a_valid_one(tmp_path: Path) -> None:
-    job = benchmark.Job(Shards(tmp_path, 64), {"architecture": TINY, "pretrained": "random"}, {"architecture": TINY}, 8, 2, 1, 1)
+    job = benchmark.StepBenchmark(Shards(tmp_path, 64), {"architecture": TINY, "pretrained": "random"}, {"architecture": TINY}, 8, 2, 1, 1)
     (tmp_path / "recipe.toml").write_text(benchmark.recipe_text(job), encoding="utf-8")
     recipe, _ = load(str(tmp_path / "recipe.toml"))
     assert isinstance(recipe, Recipe)
@@ -145,7 +145,7 @@ def test_our_augmentation_is_open_clips_default() -> None:
 
 
 def test_open_clips_command_has_flags_that_it_knows(tmp_path: Path) -> None:
-    job = benchmark.Job(Shards(tmp_path, 64), {"model": "ViT-B-32", "pretrained": "w.pt"}, {"model": "ViT-S-32"}, 8, 2, 1, 1)
+    job = benchmark.StepBenchmark(Shards(tmp_path, 64), {"model": "ViT-B-32", "pretrained": "w.pt"}, {"model": "ViT-S-32"}, 8, 2, 1, 1)
     command = benchmark.open_clip_command(job, Path("python"), tmp_path)
     from open_clip_train.params import parse_args
 
@@ -156,7 +156,9 @@ def test_open_clips_command_has_flags_that_it_knows(tmp_path: Path) -> None:
 
 def test_our_side_is_timed_end_to_end(world: Path, tmp_path: Path) -> None:
     """The training program itself, with workers; it is killed after the timed steps, and so are they."""
-    job = benchmark.Job(Shards(world / "train", 600), {"architecture": TINY, "pretrained": "random"}, {"architecture": TINY}, 8, 3, 1, 1)
+    job = benchmark.StepBenchmark(
+        Shards(world / "train", 600), {"architecture": TINY, "pretrained": "random"}, {"architecture": TINY}, 8, 3, 1, 1
+    )
     timed = benchmark.measure_ours(job, tmp_path / "ours")
     steps = timed.steps
     assert len(steps) == 3

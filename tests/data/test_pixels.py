@@ -15,7 +15,7 @@ from megakd.data.bad_samples import BadSample
 from megakd.data.pairs import decoded
 from megakd.data.shards import Sample
 from megakd.data.transforms import Augmentation, as_rgb, decode, evaluation_pixels, rgb_image, train_pixels
-from megakd.vqa.loader import Eyes
+from megakd.vqa.loader import ImageProcessor
 
 MOST = 1_000_000
 RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
@@ -122,7 +122,7 @@ def test_training_evaluation_and_questions_see_the_same_pixels() -> None:
         image, _ = decoded(Sample("here", {"image": data, "caption": b"words"}), MOST)
         seen = train_pixels(image, Augmentation((0, 0, *image.size), False), (16, 16, int(Image.Resampling.BICUBIC)))
         assert np.array_equal(seen, evaluation_pixels(rgb_image(data, MOST), view))
-        assert np.array_equal(seen, Eyes(view, MOST).pixels(data))
+        assert np.array_equal(seen, ImageProcessor(view, MOST).pixels(data))
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])

@@ -19,7 +19,7 @@ from tiny_runs import REPOSITORY, TINY_LLAMA, Finished, answering, curve, enviro
 from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_SAVED, Interrupted, StopRequest
 from megakd.runtime.launch import World, port
-from megakd.runtime.preemption import Interruptions
+from megakd.runtime.preemption import StopPoller
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -112,7 +112,7 @@ def untimed(results: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("ranks", "rows", "size"), [(1, 9, 2), (2, 9, 2), (3, 2, 4), (3, 25, 4), (2, 0, 4)])
 def test_every_rank_gets_its_batches_and_asks_equally_often(ranks: int, rows: int, size: int) -> None:
-    class Counted(Interruptions):
+    class Counted(StopPoller):
         asked = 0
 
         def check(self) -> None:
@@ -130,7 +130,7 @@ def test_every_rank_gets_its_batches_and_asks_equally_often(ranks: int, rows: in
 
 def test_a_signal_is_noticed_before_the_next_few_batches() -> None:
     with StopRequest() as stop:
-        batches = Interruptions(World(0, 1, torch.device("cpu")), stop).between(iter(range(99)), 99, 1)
+        batches = StopPoller(World(0, 1, torch.device("cpu")), stop).between(iter(range(99)), 99, 1)
         assert [next(batches) for _ in range(6)] == [0, 1, 2, 3, 4, 5]
         signal.raise_signal(signal.SIGTERM)
         assert [next(batches), next(batches)] == [6, 7]

@@ -162,9 +162,9 @@ def test_a_tower_that_was_only_loaded_is_known_by_reference_and_a_changed_one_is
     assert not (tmp_path / "second" / "tower").exists()
     assert _answers(Bundle.load(tmp_path / "second", CPU)) == _answers(first)
     fresh = make_decoder(None, built.clip.visual, model=str(language), lora=LORA)  # type: ignore[arg-type]
-    bundle.go_on_from(tmp_path / "second", fresh, built.description)
+    bundle.warm_start(tmp_path / "second", fresh, built.description)
     with pytest.raises(ValueError, match="trained on another vision tower"):
-        bundle.go_on_from(tmp_path / "second", fresh, make_towers(tokenizer).description)
+        bundle.warm_start(tmp_path / "second", fresh, make_towers(tokenizer).description)
     weights = load_file(copied / "open_clip_model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, copied / "open_clip_model.safetensors")
     with pytest.raises(ValueError, match=r"vision tower .* is not here, or another one"):
@@ -273,7 +273,7 @@ def test_a_run_goes_on_from_the_projector_and_the_adapter_of_a_bundle(
 ) -> None:
     made, folder = adapted
     fresh = make_decoder(None, make_towers(tokenizer).clip.visual, model=str(language), lora=LORA)  # type: ignore[arg-type]
-    bundle.go_on_from(folder, fresh, make_towers(tokenizer).description)
+    bundle.warm_start(folder, fresh, make_towers(tokenizer).description)
     saved = made.decoder.state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in fresh.state_dict().items())
 
@@ -282,7 +282,7 @@ def test_an_aligned_projector_is_gone_on_with_under_a_new_adapter(tokenizer: Pat
     aligned = _make(tokenizer, model=str(language), adapt="none")
     aligned.save(tmp_path / "bundle", tower_inside=True)
     fresh = make_decoder(None, make_towers(tokenizer).clip.visual, model=str(language), lora=LORA)  # type: ignore[arg-type]
-    bundle.go_on_from(tmp_path / "bundle", fresh, make_towers(tokenizer).description)
+    bundle.warm_start(tmp_path / "bundle", fresh, make_towers(tokenizer).description)
     assert aligned.decoder.projector is not None
     assert fresh.projector is not None
     saved = aligned.decoder.projector.state_dict()
@@ -294,18 +294,18 @@ def test_going_on_with_other_parts_is_an_error_that_names_the_key(adapted: tuple
     folder, model = adapted[1], str(language)
     seen = make_towers(tokenizer).description
     with pytest.raises(ValueError, match=r"set decoder\.model = "):
-        bundle.go_on_from(folder, _fresh(tokenizer), seen)
+        bundle.warm_start(folder, _fresh(tokenizer), seen)
     with pytest.raises(ValueError, match="has no eyes"):
-        bundle.go_on_from(folder, _fresh(tokenizer, model=model, sees=False), None)
+        bundle.warm_start(folder, _fresh(tokenizer, model=model, sees=False), None)
     with pytest.raises(ValueError, match=r"decoder\.adapt = 'none' has no place for it"):
-        bundle.go_on_from(folder, _fresh(tokenizer, model=model, adapt="none"), seen)
+        bundle.warm_start(folder, _fresh(tokenizer, model=model, adapt="none"), seen)
     narrow = make_decoder(None, make_towers(tokenizer).clip.visual, model=model, lora=LORA.model_copy(update={"rank": 2}))  # type: ignore[arg-type]
     for setting in ({"layer": -1}, {"image_tokens": 1}):
         name, value = next(iter(setting.items()))
         with pytest.raises(ValueError, match=rf"trained with decoder\.{name} = .* this run has {value}"):
-            bundle.go_on_from(folder, _fresh(tokenizer, model=model, **setting), seen)
+            bundle.warm_start(folder, _fresh(tokenizer, model=model, **setting), seen)
     with pytest.raises(ValueError, match=r"decoder\.lora\.rank"):
-        bundle.go_on_from(folder, narrow, seen)
+        bundle.warm_start(folder, narrow, seen)
 
 
 def test_the_command_prints_the_answer_of_the_bundle(

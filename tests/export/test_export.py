@@ -26,8 +26,8 @@ ARCHITECTURE: dict[str, Any] = {
 }
 
 
-def _built(world: Path, **more: Any) -> tuple[clip.Towers, dict[str, torch.Tensor]]:
-    described = clip.describe(Model(architecture=ARCHITECTURE, tokenizer=str(world / "tokenizer"), **more), "student")
+def _built(world: Path, **more: Any) -> tuple[clip.ClipModel, dict[str, torch.Tensor]]:
+    described = clip.resolve(Model(architecture=ARCHITECTURE, tokenizer=str(world / "tokenizer"), **more), "student")
     built = clip.build(described, torch.device("cpu"))
     return built, {f"clip.{name}": value.clone() for name, value in built.clip.state_dict().items()}
 
@@ -40,7 +40,7 @@ def test_open_clip_loads_what_was_trained_with_its_preprocessing(world: Path, tm
     theirs, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}")
     assert all(torch.equal(value, weights[f"clip.{name}"]) for name, value in theirs.state_dict().items())
     assert (prepare.transforms[-1].mean, prepare.transforms[-1].std) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
-    again = clip.build(clip.describe(Model(model=f"local-dir:{tmp_path / 'model'}"), "student"), torch.device("cpu"))
+    again = clip.build(clip.resolve(Model(model=f"local-dir:{tmp_path / 'model'}"), "student"), torch.device("cpu"))
     assert again.preprocess == built.preprocess
 
 
@@ -89,7 +89,7 @@ def test_an_export_that_open_clip_reads_otherwise_is_refused_and_the_earlier_one
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     write = clip_folder._write_description
 
-    def harmed(folder: Path, description: clip.Description) -> None:
+    def harmed(folder: Path, description: clip.ModelSpec) -> None:
         write(folder, description)
         harm(folder)
 
@@ -103,7 +103,7 @@ def test_a_tokenizer_that_open_clip_would_not_read_back_is_found_before_the_run(
     """One that somebody made by hand with settings that no configuration has."""
     built, _ = _built(world)
     shouting = HFTokenizer(str(world / "tokenizer"), context_length=32, clean="canonicalize")
-    description = clip.Description("student", built.description.settings, built.description.config, {}, shouting)
+    description = clip.ModelSpec("student", built.description.settings, built.description.config, {}, shouting)
     with pytest.raises(ValueError, match=r"student: exported as open_clip reads it, its tokenizer gives other tokens"):
         clip_folder.rehearse(description)
 

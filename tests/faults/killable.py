@@ -50,12 +50,12 @@ def _run(what: str, arguments: list[str]) -> int:
         return run_command(arguments)
     from megakd.recipe import load as recipes
     from megakd.runtime import launch
-    from megakd.teachers.embed import Job, Request
+    from megakd.teachers.embed import EmbedJob, EmbedRequest
 
     recipe, out, *overrides = arguments
     world = launch.start()
     try:
-        Job(Request(recipes.load(recipe, overrides)[0], 2, Path(out), part=16), world).embed()
+        EmbedJob(EmbedRequest(recipes.load(recipe, overrides)[0], 2, Path(out), part=16), world).embed()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -26,7 +26,7 @@ from megakd.data.bad_samples import BadSample
 from megakd.recipe import Decoder, QuestionSource
 from megakd.vqa import check
 from megakd.vqa.formats import Question
-from megakd.vqa.prompts import Conversations
+from megakd.vqa.prompts import PromptEncoder
 from megakd.vqa.sets import Asked, QuestionSet, open_questions
 
 NAME, COUNT, LIMIT, FEW = "questions", 1200, 20.0, 24
@@ -75,7 +75,7 @@ def _read(source: QuestionSource) -> tuple[list[tuple[Question, bytes | None]], 
     finally:
         log.removeHandler(told)
     assert isinstance(opened, QuestionSet)
-    talk = Conversations(qwen2(), Decoder(model="any"), 4, 2048)
+    talk = PromptEncoder(qwen2(), Decoder(model="any"), 4, 2048)
     tried = check.try_training(opened, talk, True, "answers.train.mine", 0.5)
     check.try_prompts(opened, talk, True, "evaluation.vqa.mine", 0.5)
     lines = told.lines + tried.said("answers.train.mine", learned=True)

@@ -63,7 +63,7 @@ class Original:
         self.tokenizer = folder / "tokenizer"
         write_tokenizer(self.tokenizer)
         torch.manual_seed(0)
-        described = clip_models.describe(Model(architecture=ARCHITECTURE, tokenizer=str(self.tokenizer)), "student")
+        described = clip_models.resolve(Model(architecture=ARCHITECTURE, tokenizer=str(self.tokenizer)), "student")
         clip = clip_models.build(described, HERE.device).clip
         self.state: State = {name: value + 0.01 * torch.randn(value.shape) for name, value in clip.state_dict().items()}
         save_file(self.state, folder / "model.safetensors")
@@ -91,7 +91,7 @@ def _attempt(settings: Model, state: State | None) -> Callable[[], str]:
     """state: what a sound reading of the mutant gives; None where there is none, and it has to be refused."""
 
     def attempt() -> str:
-        described = clip_models.describe(settings, "teacher")
+        described = clip_models.resolve(settings, "teacher")
         found = [_of_loader(lambda: clip_models.build(described, HERE.device)), _of_loader(lambda: streaming.load(described, HERE, "fp32"))]
         messages = [one for one in found if isinstance(one, ValueError)]
         if len(messages) == 1:
@@ -120,7 +120,7 @@ def _interpolated(loaded: State | ValueError) -> bool:
     return any(name in SHAPES and tuple(value.shape) != SHAPES[name] for name, value in loaded.items() if "positional" in name)
 
 
-def _of_loader(load: Callable[[], clip_models.Towers]) -> State | ValueError:
+def _of_loader(load: Callable[[], clip_models.ClipModel]) -> State | ValueError:
     try:
         return load().clip.state_dict()  # type: ignore[no-any-return]
     except ValueError as error:
@@ -395,7 +395,7 @@ def _of_changed_config(config: dict[str, Any], original: Original) -> State | No
 
 def _same_shapes(model: dict[str, Any]) -> bool:
     """Settings whose change keeps every shape: open_clip's own construction says which."""
-    described = clip_models.Description("teacher", Model(architecture=model), model, {}, lambda texts: torch.zeros(len(texts), 1))
+    described = clip_models.ModelSpec("teacher", Model(architecture=model), model, {}, lambda texts: torch.zeros(len(texts), 1))
     try:
         clip_models.configuration(Model(architecture=model), "teacher")  # nothing huge is built
         clip = clip_models.build(described, torch.device("meta"), load_weights=False).clip

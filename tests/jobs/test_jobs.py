@@ -21,7 +21,7 @@ from tiny_runs import ds_config, environment, settings, train
 
 from megakd import cli
 from megakd.jobs import batch_words, slurm, status, submit
-from megakd.jobs.slurm import State
+from megakd.jobs.slurm import JobState
 from megakd.jobs.submit import Resources
 from megakd.runtime.locks import FolderLock, held
 
@@ -332,9 +332,9 @@ def test_slurm_is_not_asked_more_often_than_every_fifteen_seconds(tmp_path: Path
 def test_a_preempted_job_is_shown_as_waiting_again(tmp_path: Path) -> None:
     begun = [{"slurm_job_id": "7", "log": None, "started": "2026-01-01T00:00:00+0000"}]
     (run,) = status.find(write_run(tmp_path / "run", slurm_job_id="7", jobs=begun))
-    assert status.state(run, {"7": State("PREEMPTED")}) == "PENDING again"
-    assert status.state(run, {"7": State("PENDING", "BeginTime")}) == "PENDING again (BeginTime)"
-    assert status.state(run, {"7": State("RUNNING")}) == "RUNNING"
+    assert status.state(run, {"7": JobState("PREEMPTED")}) == "PENDING again"
+    assert status.state(run, {"7": JobState("PENDING", "BeginTime")}) == "PENDING again (BeginTime)"
+    assert status.state(run, {"7": JobState("RUNNING")}) == "RUNNING"
     assert status.state(run, {}) == "stopped"
 
 
@@ -346,7 +346,7 @@ def test_a_run_that_is_over_is_not_called_running_with_the_other_runs_of_its_job
     before, after = (local(f"2026-01-01T{hour}:00:00+00:00") for hour in (11, 13))
 
     def states(since: str) -> list[str]:
-        return [status.state(run, {"7": State("RUNNING", since=since)}) for run in status.find(tmp_path)]
+        return [status.state(run, {"7": JobState("RUNNING", since=since)}) for run in status.find(tmp_path)]
 
     assert states(before) == ["stopped", "finished"]
     assert states(after) == ["RUNNING", "RUNNING"], "SLURM has started the job again, and the runs are on their way"
@@ -358,7 +358,7 @@ def test_a_file_system_without_locks_leaves_slurms_word(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", jobs=[{"slurm_job_id": "7", "log": None, "started": "2026-01-01T12:00:00+0000"}])
     (run / "lock").mkdir()  # asking about it fails with an error, as there
     (found,) = status.find(tmp_path)
-    assert status.state(found, {"7": State("RUNNING", since=local("2026-01-01T11:00:00+00:00"))}) == "RUNNING"
+    assert status.state(found, {"7": JobState("RUNNING", since=local("2026-01-01T11:00:00+00:00"))}) == "RUNNING"
 
 
 def test_slurm_is_asked_neither_about_ended_jobs_again_nor_about_finished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,7 +368,7 @@ def test_slurm_is_asked_neither_about_ended_jobs_again_nor_about_finished_runs(t
         started = [{"slurm_job_id": job, "log": None, "started": "2026-01-01T12:00:00+0000"}]
         run = write_run(tmp_path / "runs" / job, jobs=started)
     (run / "model").mkdir()
-    ended = dict[str, State]()
+    ended = dict[str, JobState]()
     tables = [status._slurm(status.find(tmp_path / "runs"), ended)[0] for _ in range(2)]
     assert [{job: state.name for job, state in found.items()} for found in tables] == [{"7": "FAILED", "8": "RUNNING"}] * 2
     asked = [re.findall("--jobs=(\\S+)", line) for line in (tmp_path / "squeue.asked").read_text().splitlines()]
@@ -400,4 +400,4 @@ def test_a_later_submission_is_the_runs_job(tmp_path: Path) -> None:
     (run / "slurm" / "9.json").write_text(json.dumps(note))
     (found,) = status.find(tmp_path)
     assert (found.job, found.log, found.begun) == ("9", "b", None)
-    assert status.state(found, {"9": State("PENDING", "Priority")}) == "PENDING (Priority)"
+    assert status.state(found, {"9": JobState("PENDING", "Priority")}) == "PENDING (Priority)"

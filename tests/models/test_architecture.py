@@ -84,7 +84,7 @@ def test_all_of_open_clips_own_are_sound() -> None:
 def test_what_cannot_be_is_one_message_with_the_key(path: str, value: Any, told: str) -> None:
     start = time.perf_counter()
     with pytest.raises(ValueError, match=r"^student") as raised:
-        clip.describe(Model(architecture=_changed(path, value)), "student")
+        clip.resolve(Model(architecture=_changed(path, value)), "student")
     assert told in str(raised.value)
     assert time.perf_counter() - start < 20, "nothing of that size was built"
 
@@ -94,7 +94,7 @@ def test_several_mistakes_are_told_at_once() -> None:
     del changed["embed_dim"]
     changed["text_cfg"]["wdth"] = 3
     with pytest.raises(ValueError, match="embed_dim: missing") as raised:
-        clip.describe(Model(architecture=changed), "student")
+        clip.resolve(Model(architecture=changed), "student")
     assert "vision_cfg.layers = 0" in str(raised.value)
     assert "did you mean text_cfg.width?" in str(raised.value)
 
@@ -102,7 +102,7 @@ def test_several_mistakes_are_told_at_once() -> None:
 def test_layers_beside_a_timm_model_have_no_effect_and_are_refused() -> None:
     name = next(iter(timm.list_models("vit_tiny*")))
     with pytest.raises(ValueError, match=r"vision_cfg\.patch_size: has no effect beside timm_model_name"):
-        clip.describe(Model(architecture=_changed("vision_cfg.timm_model_name", name)), "student")
+        clip.resolve(Model(architecture=_changed("vision_cfg.timm_model_name", name)), "student")
 
 
 def _folder(path: Path, text: str | bytes) -> Model:
@@ -131,7 +131,7 @@ def _folder(path: Path, text: str | bytes) -> Model:
 )
 def test_a_folders_configuration_that_is_none_is_refused_by_name(text: str | bytes, told: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="student") as raised:
-        clip.describe(_folder(tmp_path / "m", text), "student")
+        clip.resolve(_folder(tmp_path / "m", text), "student")
     assert told in str(raised.value)
 
 
@@ -142,4 +142,4 @@ def test_several_files_of_weights_in_a_folder_are_refused(tmp_path: Path) -> Non
     for name in ("b.safetensors", "a.bin"):
         save_file({"logit_scale": torch.zeros(())}, tmp_path / name)
     with pytest.raises(ValueError, match=r"several files of weights \(a\.bin, b\.safetensors\)"):
-        clip.describe(settings, "student")
+        clip.resolve(settings, "student")

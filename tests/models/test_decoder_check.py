@@ -44,7 +44,7 @@ def tokenizer(world: Path) -> Path:
 
 
 def _check(tokenizer: Path, architecture: dict[str, Any], **more: Any) -> str:
-    described = decoder.describe(settings(tokenizer, architecture=architecture, **{"adapt": "none", **more}))
+    described = decoder.resolve(settings(tokenizer, architecture=architecture, **{"adapt": "none", **more}))
     outline = decoder.build(described, None, torch.device("meta"))
     return decoder_check.check(described, outline.plain)
 
@@ -72,7 +72,7 @@ def test_of_a_large_model_a_small_copy_is_tried(tokenizer: Path) -> None:
 
 def test_a_small_copy_has_a_layer_of_every_kind(tokenizer: Path) -> None:
     """Of Jamba's 32 the fifth is the first with attention, and the second the first with experts."""
-    described = decoder.describe(settings(tokenizer, architecture={"model_type": "jamba"}, adapt="none"))
+    described = decoder.resolve(settings(tokenizer, architecture={"model_type": "jamba"}, adapt="none"))
     outline = decoder.build(described, None, torch.device("meta"))
     (first, *_) = decoder_check._copies(described.config, outline.plain)
     assert first[0].num_hidden_layers == 5
@@ -110,7 +110,7 @@ def test_layers_that_peft_refuses_are_named_with_those_it_takes(tokenizer: Path)
     with pytest.raises(
         ValueError, match=r"decoder\.lora\.targets: peft does not take them .*out_proj.* set them to \['dt_proj', 'in_proj'"
     ):
-        decoder.build(decoder.describe(settings(tokenizer, architecture=mamba, adapt="lora")), None, CPU)
+        decoder.build(decoder.resolve(settings(tokenizer, architecture=mamba, adapt="lora")), None, CPU)
 
 
 def test_a_backward_that_passes_a_layer_by_is_noticed(tokenizer: Path) -> None:

@@ -30,7 +30,7 @@ def language(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_architectures_vocabulary_and_special_words_are_the_tokenizers(tokenizer: Path) -> None:
-    described = decoder.describe(settings(tokenizer))
+    described = decoder.resolve(settings(tokenizer))
     words = described.tokenizer
     assert described.config.vocab_size == len(words)
     assert (described.config.eos_token_id, described.config.bos_token_id) == (words.eos_token_id, words.bos_token_id)
@@ -51,7 +51,7 @@ def test_an_architectures_vocabulary_and_special_words_are_the_tokenizers(tokeni
 )
 def test_an_architecture_that_does_not_parse_is_refused(architecture: dict[str, Any], message: str, tokenizer: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        decoder.describe(settings(tokenizer, architecture=architecture))
+        decoder.resolve(settings(tokenizer, architecture=architecture))
 
 
 @pytest.mark.parametrize(
@@ -64,11 +64,11 @@ def test_an_architecture_that_does_not_parse_is_refused(architecture: dict[str, 
 )
 def test_a_model_of_several_parts_is_refused(architecture: dict[str, Any], message: str, tokenizer: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        decoder.describe(settings(tokenizer, architecture=architecture))
+        decoder.resolve(settings(tokenizer, architecture=architecture))
 
 
 def test_of_a_model_whose_text_part_transformers_takes_only_that_is_built(tokenizer: Path) -> None:
-    described = decoder.describe(settings(tokenizer, architecture={"model_type": "mllama"}))
+    described = decoder.resolve(settings(tokenizer, architecture={"model_type": "mllama"}))
     assert (described.width, described.positions) == (4096, 131072)
 
 
@@ -82,12 +82,12 @@ def test_the_width_is_the_embeddings_and_the_positions_are_the_configurations(to
         "num_attention_heads": 2,
         "ffn_dim": 48,
     }
-    described = decoder.describe(settings(tokenizer, architecture={**opt, "max_position_embeddings": 40}))
+    described = decoder.resolve(settings(tokenizer, architecture={**opt, "max_position_embeddings": 40}))
     assert (described.width, described.positions) == (16, 40)
     gpt = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 12}
-    assert decoder.describe(settings(tokenizer, architecture=gpt)).positions == 12
+    assert decoder.resolve(settings(tokenizer, architecture=gpt)).positions == 12
     bloom = {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 2}
-    assert decoder.describe(settings(tokenizer, architecture=bloom)).positions is None
+    assert decoder.resolve(settings(tokenizer, architecture=bloom)).positions is None
 
 
 def test_end_tokens_of_the_generation_config_end_answers_and_are_written(language: Path, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_end_tokens_of_the_generation_config_end_answers_and_are_written(languag
     assert module.description.ends == (end, last)
     assert module.generate(*prompt) == [said[: said.index(last)]]
     module.write_language(tmp_path / "again")
-    assert decoder.describe(settings(None, model=str(tmp_path / "again"))).ends == (end, last)
+    assert decoder.resolve(settings(None, model=str(tmp_path / "again"))).ends == (end, last)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "phi3", "llama"])
@@ -118,7 +118,7 @@ def test_a_tokenizer_of_ones_own_is_read_back_from_the_language_models_folder(ki
     text = "what colour is the star? blue, 2 of them"
     ids = module.tokenizer(text).input_ids
     assert len(set(ids)) > 8
-    for read in (decoder.describe(settings(None, model=str(tmp_path))).tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+    for read in (decoder.resolve(settings(None, model=str(tmp_path))).tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         assert read(text).input_ids == ids
         assert (read.eos_token_id, read.bos_token_id) == (module.tokenizer.eos_token_id, module.tokenizer.bos_token_id)
 
@@ -130,31 +130,31 @@ def test_of_a_class_that_disagrees_with_tokenizer_json_the_file_is_taken(
     folder = Path(shutil.copytree(language, tmp_path / "named"))
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "tokenizer_class": "Qwen2Tokenizer"}), encoding="utf-8")
-    right, text = decoder.describe(settings(None, model=str(language))).tokenizer, "what colour is the star? blue"
+    right, text = decoder.resolve(settings(None, model=str(language))).tokenizer, "what colour is the star? blue"
     assert AutoTokenizer.from_pretrained(folder)(text).input_ids != right(text).input_ids
-    found = decoder.describe(settings(None, model=str(folder))).tokenizer
+    found = decoder.resolve(settings(None, model=str(folder))).tokenizer
     assert found(text).input_ids == right(text).input_ids
     assert "makes other ids of texts than its tokenizer.json, which is taken" in caplog.text
 
 
 def test_an_architecture_needs_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"decoder\.tokenizer: missing"):
-        decoder.describe(settings(None))
+        decoder.resolve(settings(None))
     with pytest.raises(ValueError, match=r"decoder\.tokenizer = .* no such folder"):
-        decoder.describe(settings(tmp_path / "nowhere"))
+        decoder.resolve(settings(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"decoder\.tokenizer = .* no tokenizer of transformers"):
-        decoder.describe(settings(tmp_path))
+        decoder.resolve(settings(tmp_path))
 
 
 def test_a_model_that_is_no_folder_of_transformers_is_refused(language: Path, tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder; train that model first"):
-        decoder.describe(settings(None, model=str(tmp_path / "run" / "language")))
+        decoder.resolve(settings(None, model=str(tmp_path / "run" / "language")))
     with pytest.raises(ValueError, match=r"no config\.json in that folder"):
-        decoder.describe(settings(None, model=str(tmp_path)))
+        decoder.resolve(settings(None, model=str(tmp_path)))
     pickled = Path(shutil.copytree(language, tmp_path / "pickled"))
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"no \.safetensors in that folder"):
-        decoder.describe(settings(None, model=str(pickled)))
+        decoder.resolve(settings(None, model=str(pickled)))
 
 
 def test_a_model_that_brings_code_of_its_own_is_refused_and_the_code_is_not_run(language: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_model_that_brings_code_of_its_own_is_refused_and_the_code_is_not_run(
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "custom.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')", encoding="utf-8")
     with pytest.raises(ValueError, match=r"decoder\.model = "):
-        decoder.describe(settings(None, model=str(folder)))
+        decoder.resolve(settings(None, model=str(folder)))
     assert not (tmp_path / "ran").exists()
 
 
@@ -173,19 +173,19 @@ def test_weights_that_lack_a_layer_are_refused(language: Path, tmp_path: Path) -
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    described = decoder.describe(settings(None, model=str(folder)))
+    described = decoder.resolve(settings(None, model=str(folder)))
     with pytest.raises(ValueError, match=r"do not fit its config\.json \(model\.layers\.1\.mlp\.up_proj\.weight"):
         decoder.build(described, None, CPU)
 
 
 def test_an_unknown_layer_to_adapt_is_refused_with_those_there_are(tokenizer: Path) -> None:
     with pytest.raises(ValueError, match=r"decoder\.lora\.targets: 'query' is no linear layer .* q_proj, up_proj, v_proj"):
-        decoder.describe(settings(tokenizer, lora=recipe.Lora(targets=["q_proj", "query"])))
+        decoder.resolve(settings(tokenizer, lora=recipe.Lora(targets=["q_proj", "query"])))
 
 
 def test_random_weights_are_not_quantised(tokenizer: Path) -> None:
     with pytest.raises(ValueError, match=r"decoder\.quantise = 'nf4'"):
-        decoder.describe(settings(tokenizer, quantise="nf4"))
+        decoder.resolve(settings(tokenizer, quantise="nf4"))
 
 
 def test_layers_that_nf4_cannot_hold_on_a_cpu_are_refused(tokenizer: Path, tmp_path: Path) -> None:
@@ -196,8 +196,8 @@ def test_layers_that_nf4_cannot_hold_on_a_cpu_are_refused(tokenizer: Path, tmp_p
 
 
 def test_describing_draws_no_random_numbers_and_building_draws_the_same(tokenizer: Path) -> None:
-    described, state = decoder.describe(settings(tokenizer)), torch.get_rng_state()
-    decoder.describe(settings(tokenizer))
+    described, state = decoder.resolve(settings(tokenizer)), torch.get_rng_state()
+    decoder.resolve(settings(tokenizer))
     assert torch.equal(torch.get_rng_state(), state)
     built = []
     for _ in range(2):

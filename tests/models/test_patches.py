@@ -29,7 +29,7 @@ LAST = {"vit": (4, 4), "vit_wide": (4, 8), "resnet": (2, 2), "timm_vit": (14, 14
 def _visual(name: str) -> nn.Module:
     torch.manual_seed(0)
     architecture = {"embed_dim": 16, "vision_cfg": TOWERS[name], "text_cfg": TEXT}
-    visual: nn.Module = clip.build(clip.describe(Student(architecture=architecture), "student"), CPU).clip.visual  # type: ignore[assignment]
+    visual: nn.Module = clip.build(clip.resolve(Student(architecture=architecture), "student"), CPU).clip.visual  # type: ignore[assignment]
     return visual.eval()
 
 

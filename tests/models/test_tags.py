@@ -66,9 +66,9 @@ def test_the_other_168_pairs_are_taken() -> None:
 
 def test_describe_refuses_it_before_any_load() -> None:
     with pytest.raises(ValueError, match=r"set teacher\.model = 'ViT-B-32-quickgelu'"):
-        clip.describe(Teacher(model="ViT-B-32", pretrained="openai"), "teacher")
+        clip.resolve(Teacher(model="ViT-B-32", pretrained="openai"), "teacher")
     with pytest.raises(ValueError, match=r"set student\.model = 'RN50-quickgelu'"):
-        clip.describe(Model(model="RN50", pretrained="openai"), "student")
+        clip.resolve(Model(model="RN50", pretrained="openai"), "student")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_file_that_tells_its_tag_by_its_name_is_held_to_it(model: str, file: s
 
 def test_a_tag_that_only_the_twin_has_is_pointed_out() -> None:
     with pytest.raises(ValueError, match=r"trained with GELU.*set teacher\.model = 'ViT-B-32'$"):
-        clip.describe(Teacher(model="ViT-B-32-quickgelu", pretrained="laion2b_s34b_b79k"), "teacher")
+        clip.resolve(Teacher(model="ViT-B-32-quickgelu", pretrained="laion2b_s34b_b79k"), "teacher")
 
 
 def test_58_tags_have_another_preprocessing_than_the_default() -> None:
@@ -141,7 +141,7 @@ def test_built_model_identity_and_recipe_agree_about_the_preprocessing(named: bo
     source: dict[str, Any] = {"model": "ViT-B-32-256", "pretrained": "random"}
     if not named:
         source = {"architecture": {**get_model_config("ViT-B-32-256"), "preprocess_cfg": {"mean": [0.0, 0.0, 0.0]}}, "pretrained": "random"}
-    description = clip.describe(Teacher(**source, preprocess=Preprocess(std=(1.0, 1.0, 2.0), interpolation="bilinear")), "teacher")
+    description = clip.resolve(Teacher(**source, preprocess=Preprocess(std=(1.0, 1.0, 2.0), interpolation="bilinear")), "teacher")
     built = clip.build(description, torch.device("meta"), load_weights=False)
     assert built.preprocess == of_identity(description)
     assert (built.preprocess.std, built.preprocess.interpolation) == ((1.0, 1.0, 2.0), "bilinear")

@@ -44,9 +44,9 @@ END_LAST = ["<pad>", "<unk>", "<start>", *WORDS, "<end>"]
 END_THIRD = ["<pad>", "<unk>", "<start>", "<end>", *WORDS]
 
 
-def _describe(tokenizer: str | None = None, **text: Any) -> clip.Description:
+def _describe(tokenizer: str | None = None, **text: Any) -> clip.ModelSpec:
     architecture = {**ARCHITECTURE, "text_cfg": {**ARCHITECTURE["text_cfg"], **text}}
-    return clip.describe(Model(architecture=architecture, tokenizer=tokenizer), "student")
+    return clip.resolve(Model(architecture=architecture, tokenizer=tokenizer), "student")
 
 
 def test_an_end_token_that_is_the_last_suits_argmax(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_an_architecture_that_names_a_tokenizer_gets_it(tmp_path: Path) -> None:
 
 def test_a_name_with_a_slash_gets_its_own_tokenizer() -> None:
     """open_clip's own look-up does not know it so, and falls back to another tokenizer with a warning."""
-    description = clip.describe(Model(model="ViT-B/32"), "student")
+    description = clip.resolve(Model(model="ViT-B/32"), "student")
     assert description.tokenize is not None
     assert description.config == open_clip.get_model_config("ViT-B-32")
 
@@ -150,5 +150,5 @@ def test_the_exported_tokenizer_is_the_trained_one(text: dict[str, Any], by_key:
     clip_folder.write_model(tmp_path / "model", weights, built)
     theirs = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'model'}")
     assert torch.equal(theirs(list(SAMPLES)), description.tokenize(list(SAMPLES)))
-    again = clip.describe(Model(model=f"local-dir:{tmp_path / 'model'}"), "student")
+    again = clip.resolve(Model(model=f"local-dir:{tmp_path / 'model'}"), "student")
     assert torch.equal(again.tokenize(list(SAMPLES)), description.tokenize(list(SAMPLES)))

@@ -14,7 +14,7 @@ from megakd.models.embeddings import Embeddings
 from megakd.objectives.base import Objective, head_name
 from megakd.objectives.joint import Joint
 from megakd.objectives.registry import FAMILIES, WITHOUT_TEACHER, build
-from megakd.objectives.set import Distill
+from megakd.objectives.set import ObjectiveSet
 from megakd.recipe import Recipe
 from megakd.recipe import load as recipes
 
@@ -183,22 +183,22 @@ def test_several_teachers_give_the_mean_of_their_losses(recipe_file: Path, name:
 
 
 def test_the_task_builds_a_head_for_each_teacher_in_its_width(recipe_file: Path) -> None:
-    task = Distill(_recipe(recipe_file, "objectives.feature=1", "teacher.model=ViT-B-32"), CPU, None)
+    task = ObjectiveSet(_recipe(recipe_file, "objectives.feature=1", "teacher.model=ViT-B-32"), CPU, None)
     heads = task.heads(16, [24, 20])
     assert {name: head.image.weight.shape for name, head in heads.items()} == {"feature": (24, 16), "feature1": (20, 16)}
 
 
 def test_the_kernels_section_chooses_the_backend_and_the_task_says_which(recipe_file: Path) -> None:
     weights = ("objectives.similarity=1", "objectives.feature=1", "teacher.model=ViT-B-32", "teacher.pretrained=random")
-    assert Distill(_recipe(recipe_file, *weights), CPU, None).backends == {"contrastive": "eager", "similarity": "eager"}
-    chunked = Distill(_recipe(recipe_file, *weights, "kernels.backend=chunked"), CPU, None)
+    assert ObjectiveSet(_recipe(recipe_file, *weights), CPU, None).backends == {"contrastive": "eager", "similarity": "eager"}
+    chunked = ObjectiveSet(_recipe(recipe_file, *weights, "kernels.backend=chunked"), CPU, None)
     assert chunked.backends == {"contrastive": "chunked", "similarity": "chunked"}
     with pytest.raises(ValueError, match=r"kernels\.backend = 'triton': backend 'triton' cannot run here: it needs a CUDA device"):
-        Distill(_recipe(recipe_file, *weights, "kernels.backend=triton"), CPU, None)
+        ObjectiveSet(_recipe(recipe_file, *weights, "kernels.backend=triton"), CPU, None)
 
 
 def test_sigmoid_objectives_are_refused_for_a_model_without_a_bias(recipe_file: Path) -> None:
-    task = Distill(_recipe(recipe_file, "objectives.sigmoid_contrastive=1"), CPU, None)
+    task = ObjectiveSet(_recipe(recipe_file, "objectives.sigmoid_contrastive=1"), CPU, None)
     task.check_bias("student", True)
     with pytest.raises(ValueError, match=r"objectives\.sigmoid_contrastive: the student has no logit bias.*init_logit_bias"):
         task.check_bias("student", False)
@@ -206,7 +206,7 @@ def test_sigmoid_objectives_are_refused_for_a_model_without_a_bias(recipe_file: 
 
 def test_the_task_weighs_what_it_logs_unweighted(recipe_file: Path) -> None:
     recipe = _recipe(recipe_file, "objectives.similarity=3", "objectives.feature=0.5", "teacher.model=ViT-B-32")
-    task = Distill(recipe, CPU, None)
+    task = ObjectiveSet(recipe, CPU, None)
     student, teacher = _pair(1, 16), _pair(5, 16)
     losses = task.losses(student._replace(projected={"feature": (student.image, student.text)}), [teacher])
     assert list(losses) == list(task.weights) == ["contrastive", "similarity", "feature"]
@@ -215,7 +215,7 @@ def test_the_task_weighs_what_it_logs_unweighted(recipe_file: Path) -> None:
 
 
 def test_an_objective_of_weight_zero_is_left_out_with_its_head(recipe_file: Path) -> None:
-    task = Distill(_recipe(recipe_file, "objectives.feature=0.0"), CPU, None)
+    task = ObjectiveSet(_recipe(recipe_file, "objectives.feature=0.0"), CPU, None)
     assert not task.needs_teacher
     assert task.heads(16, [24]) == {}
     assert set(task.losses(_pair(1, 16), [])) == {"contrastive"}
@@ -223,4 +223,4 @@ def test_an_objective_of_weight_zero_is_left_out_with_its_head(recipe_file: Path
 
 def test_an_objective_that_needs_a_teacher_is_refused_without_one(recipe_file: Path) -> None:
     with pytest.raises(ValueError, match=r"objectives\.similarity, objectives\.feature: needs a teacher.*\[teacher\]"):
-        Distill(_recipe(recipe_file, "objectives.similarity=1", "objectives.feature=1"), CPU, None)
+        ObjectiveSet(_recipe(recipe_file, "objectives.similarity=1", "objectives.feature=1"), CPU, None)

@@ -13,7 +13,7 @@ from tiny_runs import REPOSITORY, answering, train
 from megakd.benchmarks import plan_check
 from megakd.planning import plan as planner
 from megakd.planning import zero
-from megakd.planning.memory_tracker import Watch
+from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import load as recipes
 
 STUDENT = MODELS[0]
@@ -60,7 +60,7 @@ def test_every_place_of_a_step_with_answers_holds_what_the_plan_says(
     """To 15 %, counted by the lives of all tensors of the real program."""
     config = tmp_path / "config.json"
     config.write_text(f'{{"train_micro_batch_size_per_gpu": {micro}}}', encoding="utf-8")
-    watch = Watch("cpu")
+    watch = MemoryTracker("cpu")
     peaks = Peaks(watch, monkeypatch)
     with watch:
         done = train(recipe_file, "--ds_config", config, "--out", tmp_path / "run", sets=(*sets, *asking))

@@ -12,7 +12,7 @@ from tiny_runs import train
 
 from megakd.benchmarks import plan_check
 from megakd.planning import plan as planner
-from megakd.planning.memory_tracker import Watch
+from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import load as recipes
 from megakd.runtime.engine import Engine
 from megakd.training.trainer import Trainer
@@ -31,7 +31,7 @@ MODELS = (
 class Peaks:
     """Peak bytes of each method that a step calls, the largest over all steps."""
 
-    def __init__(self, watch: Watch, patch: pytest.MonkeyPatch) -> None:
+    def __init__(self, watch: MemoryTracker, patch: pytest.MonkeyPatch) -> None:
         self.watch, self.bytes = watch, dict[str, int]()
         for owner, method, place in ((Trainer, "_teach", "teacher"), (Trainer, "_forward", "student forward"), (Trainer, "_losses", "loss"),
                                      (Engine, "backward", "backward"), (Engine, "update", "update")):  # fmt: skip
@@ -55,7 +55,7 @@ def test_every_place_of_a_step_holds_what_the_plan_says(
     sets = (*MODELS, "optim.batch=32", "optim.steps=2", "optim.warmup=0", f"student.activation_checkpointing={str(checkpointing).lower()}")
     config = tmp_path / "config.json"
     config.write_text(f'{{"train_micro_batch_size_per_gpu": {micro}}}', encoding="utf-8")
-    watch = Watch("cpu")
+    watch = MemoryTracker("cpu")
     peaks = Peaks(watch, monkeypatch)
     with watch:
         done = train(recipe_file, "--ds_config", config, "--out", tmp_path / "run", sets=sets)

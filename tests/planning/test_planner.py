@@ -16,7 +16,7 @@ from megakd.models.int8 import matmul
 from megakd.models.int8.linear import Int8Linear
 from megakd.planning import models, objectives, rates, zero
 from megakd.planning import plan as planner
-from megakd.planning.memory_tracker import Watch
+from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import Recipe, Teacher
 
 ZERO1 = str(REPOSITORY / "ds_configs" / "zero1_bf16.json")
@@ -113,7 +113,7 @@ def test_what_an_int8_layer_holds_on_meta_is_what_it_holds_on_a_cpu(rows: int, m
     peaks = []
     for device in ("cpu", "meta"):
         layer = Int8Linear(torch.ones(512, 256, device=device), None, product="int_mm", migrated=migrated)
-        x, watch = torch.ones(rows, 256, device=device), Watch(device)
+        x, watch = torch.ones(rows, 256, device=device), MemoryTracker(device)
         watch.ignore([x, *layer.parameters(), *layer.buffers()])
         with torch.no_grad(), watch:
             layer(x)
@@ -242,11 +242,11 @@ def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[st
     from megakd.models.embeddings import Embeddings
     from megakd.objectives.base import head_name
     from megakd.objectives.joint import Joint
-    from megakd.objectives.set import Distill
+    from megakd.objectives.set import ObjectiveSet
 
     pairs, width = 1536, 64
     described = recipe(objectives=dict.fromkeys(names, 1.0), kernels={"backend": backend}, optim={"steps": 1, "batch": pairs, "lr": 1.0})
-    task = Distill(described, torch.device("cpu"), None)
+    task = ObjectiveSet(described, torch.device("cpu"), None)
 
     def towers(learns: bool) -> Embeddings:
         image, text = (torch.nn.functional.normalize(torch.randn(pairs, width), dim=-1).requires_grad_(learns) for _ in range(2))
@@ -255,7 +255,7 @@ def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[st
     student, teachers = towers(True), [towers(False) for _ in range(count)]
     if "interactive" in names:
         student = student._replace(projected={head_name("interactive", place): (student.image, student.text) for place in range(count)})
-    watch = Watch("cpu")
+    watch = MemoryTracker("cpu")
     watch.ignore(tensor for tower in (student, *teachers) for tensor in tower[:4])  # type: ignore[list-item]
     with watch:
         Joint(task, None).total(task.losses(student, teachers)).backward()

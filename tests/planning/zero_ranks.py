@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megakd.models.student import decay_groups
-from megakd.planning.memory_tracker import Watch
+from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import Optim
 from megakd.runtime import launch
 from megakd.runtime.engine import Engine
@@ -33,7 +33,7 @@ class Model(nn.Module):
 def measure(config: dict[str, Any], world: launch.World) -> dict[str, int]:
     """Live bytes after the start and after a step, and peaks beyond the former in forward, backward and update."""
     gc.collect()
-    watch = Watch("cpu")
+    watch = MemoryTracker("cpu")
     with watch:
         model = Model()
         full = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4 // world.size, "gradient_accumulation_steps": 1,

@@ -155,23 +155,23 @@ def test_a_run_json_that_cannot_be_read_is_named(tmp_path: Path, recipe_file: Pa
 def test_what_is_set_aside_is_kept_in_numbered_folders(tmp_path: Path) -> None:
     for round_ in ("first", "second"):
         (tmp_path / "a.txt").write_text(round_)
-        assert run_folder.set_aside(tmp_path, [tmp_path / "a.txt"]) is not None
+        assert run_folder.archive(tmp_path, [tmp_path / "a.txt"]) is not None
     assert (tmp_path / "previous" / "1" / "a.txt").read_text() == "first"
     assert (tmp_path / "previous" / "2" / "a.txt").read_text() == "second"
-    assert run_folder.set_aside(tmp_path, []) is None
+    assert run_folder.archive(tmp_path, []) is None
 
 
 def test_the_next_number_is_free_also_where_one_was_deleted(tmp_path: Path) -> None:
     (tmp_path / "previous" / "7").mkdir(parents=True)
     (tmp_path / "a.txt").write_text("x")
-    assert run_folder.set_aside(tmp_path, [tmp_path / "a.txt"]) == tmp_path / "previous" / "8"
+    assert run_folder.archive(tmp_path, [tmp_path / "a.txt"]) == tmp_path / "previous" / "8"
 
 
 def test_run_json_is_set_aside_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill in between leaves what tells the rest from another recipe's."""
     moved: list[str] = []
     monkeypatch.setattr(Path, "rename", lambda self, target: moved.append(self.name))
-    run_folder.set_aside(tmp_path, [tmp_path / name for name in ("run.json", "model", "checkpoints", "zzz")])
+    run_folder.archive(tmp_path, [tmp_path / name for name in ("run.json", "model", "checkpoints", "zzz")])
     assert moved == ["checkpoints", "model", "zzz", "run.json"]
 
 

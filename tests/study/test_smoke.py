@@ -11,7 +11,7 @@ import pytest
 
 from megakd.recipe import load
 from megakd.study.smoke_vqa import ROWS, Recipes
-from megakd.training.prepare import Request, prerequisites
+from megakd.training.prepare import RunRequest, prerequisites
 
 
 def test_the_recipe_of_a_vqa_row_names_all_runs_that_come_before_it(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_the_recipe_of_a_vqa_row_names_all_runs_that_come_before_it(tmp_path: Pa
         loaded, name = load.load(recipe)
         assert loaded.answers is not None
         assert str(loaded.answers.train["shapes"].questions).startswith(f"{tmp_path}/world/questions/")
-        found[row] = [first.out.name for first in prerequisites(Request(loaded, name, None, folder))]
+        found[row] = [first.out.name for first in prerequisites(RunRequest(loaded, name, None, folder))]
     assert found == {
         "blind": ["decoder"],
         "random tower": ["teacher", "decoder", "random_tower_seed1_align"],

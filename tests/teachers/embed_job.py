@@ -8,13 +8,13 @@ from pathlib import Path
 
 from megakd.recipe import load as recipes
 from megakd.runtime import launch
-from megakd.teachers.embed import Job, Request
+from megakd.teachers.embed import EmbedJob, EmbedRequest
 
 if __name__ == "__main__":
     recipe, out, views, part, overrides = sys.argv[1:]
     world = launch.start()
     try:
-        Job(Request(recipes.load(recipe, json.loads(overrides))[0], int(views), Path(out), part=int(part)), world).embed()
+        EmbedJob(EmbedRequest(recipes.load(recipe, json.loads(overrides))[0], int(views), Path(out), part=int(part)), world).embed()
     except ValueError as error:
         print(f"error: {error}", flush=True)
         sys.exit(2)

@@ -22,13 +22,13 @@ from megakd.data.store.reader import Store, StoreError, part_path, read_manifest
 from megakd.data.store.writer import StoreLock
 from megakd.data.transforms import TowerView
 from megakd.models import clip
-from megakd.models.fingerprint import behaviour, identity, preprocessing
+from megakd.models.fingerprint import behaviour, fingerprint, preprocessing
 from megakd.recipe import Recipe, Teacher
 from megakd.recipe import load as recipes
 from megakd.runtime.launch import World
 from megakd.teachers import embed
 from megakd.teachers.build import open_store
-from megakd.teachers.embed import Job, Request
+from megakd.teachers.embed import EmbedJob, EmbedRequest
 
 ALONE = World(0, 1, torch.device("cpu"))
 PARTS = 38  # of 16 samples
@@ -44,7 +44,7 @@ def recipe(recipe_file: Path) -> Recipe:
 def reference(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of the world's 600 samples, two views each, that nobody disturbed."""
     out = tmp_path_factory.mktemp("reference") / "store"
-    Job(Request(recipe, 2, out, part=16), ALONE).embed()
+    EmbedJob(EmbedRequest(recipe, 2, out, part=16), ALONE).embed()
     return out
 
 
@@ -53,8 +53,8 @@ def store(reference: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(reference, tmp_path / "store"))
 
 
-def job(recipe: Recipe, out: Path, views: int = 2, **more) -> Job:
-    return Job(Request(recipe, views, out, part=16, **more), ALONE)
+def job(recipe: Recipe, out: Path, views: int = 2, **more) -> EmbedJob:
+    return EmbedJob(EmbedRequest(recipe, views, out, part=16, **more), ALONE)
 
 
 def changed(recipe: Recipe, *overrides: str) -> Recipe:
@@ -308,7 +308,7 @@ def test_a_part_is_a_function_of_the_data_alone() -> None:
 )
 def test_the_preprocessing_told_from_a_description_is_that_of_the_built_model(model: str, tag: str, monkeypatch) -> None:
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: "")
-    description = clip.describe(Teacher(model=model, pretrained=tag), "teacher")
+    description = clip.resolve(Teacher(model=model, pretrained=tag), "teacher")
     with torch.device("meta"):
         built = open_clip.create_model(model, pretrained=tag, load_weights=False, device="meta")
     expected = open_clip.transform.PreprocessCfg(**{key: built.visual.preprocess_cfg[key] for key in vars(preprocessing(description))})
@@ -328,15 +328,15 @@ def test_weights_are_known_by_their_content_wherever_they_lie(recipe: Recipe, tm
     settings = recipe.teacher
     assert settings is not None
     torch.manual_seed(0)
-    built = clip.build(clip.describe(settings, "teacher"), torch.device("cpu"))
+    built = clip.build(clip.resolve(settings, "teacher"), torch.device("cpu"))
     weights = {f"clip.{name}": value for name, value in built.clip.state_dict().items()}
     found = []
     for folder in ("here", "there"):
         clip_folder.write_model(tmp_path / folder, weights, built)
-        found.append(identity(clip.describe(Teacher(model=f"local-dir:{tmp_path / folder}"), "teacher"), 0)["weights"])
+        found.append(fingerprint(clip.resolve(Teacher(model=f"local-dir:{tmp_path / folder}"), "teacher"), 0)["weights"])
     assert found[0]["sha256"] == found[1]["sha256"] is not None
     weights["clip.visual.proj"] = weights["clip.visual.proj"] + 1e-3
     clip_folder.write_model(tmp_path / "there", weights, built)
-    other = identity(clip.describe(Teacher(model=f"local-dir:{tmp_path / 'there'}"), "teacher"), 0)["weights"]
+    other = fingerprint(clip.resolve(Teacher(model=f"local-dir:{tmp_path / 'there'}"), "teacher"), 0)["weights"]
     assert other["sha256"] != found[0]["sha256"]
-    assert identity(clip.describe(settings, "teacher"), 0)["weights"] != identity(clip.describe(settings, "teacher"), 1)["weights"]
+    assert fingerprint(clip.resolve(settings, "teacher"), 0)["weights"] != fingerprint(clip.resolve(settings, "teacher"), 1)["weights"]

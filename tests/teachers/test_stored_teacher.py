@@ -18,7 +18,7 @@ from megakd.recipe import load as recipes
 from megakd.runtime import checkpoint
 from megakd.runtime.launch import World
 from megakd.teachers.cached import StoredTeacher
-from megakd.teachers.embed import Job, Request
+from megakd.teachers.embed import EmbedJob, EmbedRequest
 
 ALONE = World(0, 1, torch.device("cpu"))
 STEPS = 14  # of 96 pairs: an epoch has 6, so the third epoch takes the first view again
@@ -32,7 +32,7 @@ class Stores:
     def __init__(self, folder: Path, recipe_file: Path) -> None:
         recipe, _ = recipes.load(str(recipe_file), KD)
         for dtype in ("fp32", "bf16"):
-            Job(Request(recipe, 2, folder / dtype, dtype=dtype, part=64), ALONE).embed()
+            EmbedJob(EmbedRequest(recipe, 2, folder / dtype, dtype=dtype, part=64), ALONE).embed()
         for name, missing in (("empty", range(PARTS)), ("partial", range(0, PARTS, 2))):
             shutil.copytree(folder / "fp32", folder / name)
             for number in missing:

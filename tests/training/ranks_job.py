@@ -39,7 +39,7 @@ def _run(arguments: list[str], poison: int | None, world: World, stop: StopReque
     flags = parser().parse_args(arguments)
     try:
         recipe, name = recipes.load(flags.recipe, flags.overrides)
-        plan = prepare.prepare(prepare.Request(recipe, name, flags.ds_config, flags.out, flags.resume), world)
+        plan = prepare.prepare(prepare.RunRequest(recipe, name, flags.ds_config, flags.out, flags.resume), world)
         run = Poisoned(plan, world, stop) if poison else training_run.Run(plan, world, stop)
         run.step = poison or 0
         return {"code": run.execute()}

@@ -14,7 +14,7 @@ from megakd.models import clip
 from megakd.recipe import Teacher
 from megakd.recipe import load as recipes
 from megakd.runtime.launch import World
-from megakd.teachers.embed import Job, Request
+from megakd.teachers.embed import EmbedJob, EmbedRequest
 
 ALONE = World(0, 1, torch.device("cpu"))
 ARCHITECTURE = {
@@ -29,7 +29,7 @@ STEPS = "optim.steps=3"
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A teacher's folder. Its images of the shapes world differ enough for an agreement to mean something."""
     torch.manual_seed(0)
-    built = clip.build(clip.describe(Teacher(architecture=ARCHITECTURE, pretrained="random"), "teacher"), torch.device("cpu"))
+    built = clip.build(clip.resolve(Teacher(architecture=ARCHITECTURE, pretrained="random"), "teacher"), torch.device("cpu"))
     assert outliers.add(built.clip, share=0.03) > 0
     folder = tmp_path_factory.mktemp("outliers") / "model"
     clip_folder.write_model(folder, {f"clip.{name}": value for name, value in built.clip.state_dict().items()}, built)
@@ -102,9 +102,9 @@ def test_a_limit_that_is_lowered_lets_it_run_and_0_compares_nothing(model: str, 
 
 
 def test_a_store_is_compared_too(model: str, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def job(*more: str) -> Job:
+    def job(*more: str) -> EmbedJob:
         sets = _sets(model, "teacher.mode=replicated_int8", *more)
-        return Job(Request(recipes.load(str(recipe_file), sets)[0], 1, tmp_path / "store"), ALONE)
+        return EmbedJob(EmbedRequest(recipes.load(str(recipe_file), sets)[0], 1, tmp_path / "store"), ALONE)
 
     with pytest.raises(ValueError, match="in 8 bit it loses too much"):
         job().embed()

@@ -10,7 +10,7 @@ from megakd.data.bad_samples import BadSample
 from megakd.recipe import Decoder
 from megakd.vqa.formats import Question
 from megakd.vqa.plain_text import PlainText
-from megakd.vqa.prompts import IGNORED, Conversations
+from megakd.vqa.prompts import IGNORED, PromptEncoder
 
 CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -19,11 +19,11 @@ def question(text: str, answer: str) -> Question:
     return Question(7, None, text, (answer,), answer, "family")
 
 
-def conversations(tokenizer: PreTrainedTokenizerFast, template: str, **more: int) -> Conversations:
-    return Conversations(tokenizer, Decoder(model="any", template=template), 0, 512, **more)
+def conversations(tokenizer: PreTrainedTokenizerFast, template: str, **more: int) -> PromptEncoder:
+    return PromptEncoder(tokenizer, Decoder(model="any", template=template), 0, 512, **more)
 
 
-def learned(talk: Conversations, asked: Question) -> list[int]:
+def learned(talk: PromptEncoder, asked: Question) -> list[int]:
     """The answer's ids, without the end token."""
     *answer, end = [label for label in talk.training(asked, image=False).labels if label != IGNORED]
     assert end == talk.end
@@ -99,14 +99,14 @@ def test_a_begin_token_in_the_template_is_there_once_and_before_the_image() -> N
     tokenizer = llama()
     asked = question("is it?", "yes")
     plain, written = (
-        Conversations(tokenizer, Decoder(model="any", template=f"{begin}Q {{question}} A: "), 4, 512) for begin in ("", "<s>")
+        PromptEncoder(tokenizer, Decoder(model="any", template=f"{begin}Q {{question}} A: "), 4, 512) for begin in ("", "<s>")
     )
     assert written.start == plain.start == [tokenizer.bos_token_id]
     for encoded in (written.training(asked, image=True), written.prompt(asked.text, False, image=True)):
         assert encoded.ids.count(tokenizer.bos_token_id) == 1
         assert (encoded.ids[0], encoded.image_start) == (tokenizer.bos_token_id, 1)
     silent = gpt2()
-    talk = Conversations(silent, Decoder(model="any", template="<|endoftext|>Q {question} A: "), 4, 512)
+    talk = PromptEncoder(silent, Decoder(model="any", template="<|endoftext|>Q {question} A: "), 4, 512)
     assert talk.start == [silent.bos_token_id]
     encoded = talk.prompt("is it?", False, image=True)
     assert encoded.image_start == 1

@@ -13,7 +13,7 @@ from megakd.data.bad_samples import BadSample
 from megakd.data.shapes.vocabulary import write_tokenizer
 from megakd.recipe import Decoder
 from megakd.vqa.formats import Question
-from megakd.vqa.prompts import IGNORED, Conversations, stack
+from megakd.vqa.prompts import IGNORED, PromptEncoder, stack
 
 P = 4
 
@@ -42,8 +42,8 @@ def pairs() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|end|>")
 
 
-def conversations(tokenizer: PreTrainedTokenizerBase, max_length: int = 64, image_tokens: int = P, **settings: str) -> Conversations:
-    return Conversations(tokenizer, Decoder.model_validate({"model": "any", **settings}), image_tokens, max_length)
+def conversations(tokenizer: PreTrainedTokenizerBase, max_length: int = 64, image_tokens: int = P, **settings: str) -> PromptEncoder:
+    return PromptEncoder(tokenizer, Decoder.model_validate({"model": "any", **settings}), image_tokens, max_length)
 
 
 def learned(tokenizer: PreTrainedTokenizerBase, encoded: object) -> list[str]:

@@ -18,13 +18,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megakd.data.shapes.vocabulary import write_tokenizer
 from megakd.data.transforms import decode, evaluation_pixels
 from megakd.recipe import Decoder
-from megakd.vqa.loader import Eyes, PromptBatch, QuestionBatch, QuestionBatches, evaluation_questions, question_batches, rank_slice
-from megakd.vqa.prompts import Conversations
+from megakd.vqa.loader import (
+    ImageProcessor,
+    PromptBatch,
+    QuestionBatch,
+    QuestionBatches,
+    evaluation_questions,
+    question_batches,
+    rank_slice,
+)
+from megakd.vqa.prompts import PromptEncoder
 from megakd.vqa.sets import Mixture, open_mixture, question_order
 
 DATA = data("unused.tar")
 PREPROCESS = PreprocessCfg(size=(24, 20), resize_mode="squash")
-EYES = Eyes(PREPROCESS, 50_000)
+EYES = ImageProcessor(PREPROCESS, 50_000)
 BATCH, P = 8, 4
 
 
@@ -43,8 +51,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 
 @pytest.fixture(scope="module")
-def encoder(tokenizer: PreTrainedTokenizerBase) -> Conversations:
-    return Conversations(tokenizer, Decoder(model="any", template="{question} ", instruction=""), P, 32)
+def encoder(tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
+    return PromptEncoder(tokenizer, Decoder(model="any", template="{question} ", instruction=""), P, 32)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +78,20 @@ def spoiled(tmp_path: Path) -> Mixture:
 
 
 def stream(
-    questions: Mixture, encoder: Conversations, rank: int = 0, world: int = 1, workers: int = 0, start: int = 0, eyes: Eyes | None = EYES
+    questions: Mixture,
+    encoder: PromptEncoder,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    start: int = 0,
+    eyes: ImageProcessor | None = EYES,
 ) -> QuestionBatches:
     order = question_order(questions, BATCH, seed=3)
     more = {"rank": rank, "world": world, "start_position": start, "workers": workers}
     return question_batches(questions, order, encoder, eyes, **more, pin_memory=False)
 
 
-def take(questions: Mixture, encoder: Conversations, count: int, **more: int) -> list[QuestionBatch]:
+def take(questions: Mixture, encoder: PromptEncoder, count: int, **more: int) -> list[QuestionBatch]:
     with stream(questions, encoder, **more) as batches:
         return list(itertools.islice(batches, count))
 
@@ -93,7 +107,7 @@ def rows(batch: QuestionBatch) -> list[tuple[object, ...]]:
     return found
 
 
-def test_a_batch_has_questions_their_images_and_masks(clean: Mixture, encoder: Conversations) -> None:
+def test_a_batch_has_questions_their_images_and_masks(clean: Mixture, encoder: PromptEncoder) -> None:
     for batch in take(clean, encoder, 4):
         assert batch.pixels is not None
         assert (batch.pixels.shape, batch.pixels.dtype) == ((BATCH, 3, 24, 20), torch.uint8)
@@ -111,7 +125,7 @@ def test_a_batch_has_questions_their_images_and_masks(clean: Mixture, encoder: C
     assert (batch.position, batch.next_position, len(batch)) == (24, 32, 8)
 
 
-def test_an_epoch_has_every_question_once_and_mixes_the_sources(clean: Mixture, encoder: Conversations) -> None:
+def test_an_epoch_has_every_question_once_and_mixes_the_sources(clean: Mixture, encoder: PromptEncoder) -> None:
     indices = torch.cat([batch.index for batch in take(clean, encoder, 4)]).tolist()
     assert len(set(indices)) == 32
     assert {0 <= index < 30 for index in indices[:16]} == {True, False}
@@ -133,14 +147,14 @@ def test_any_number_of_ranks_and_workers_gives_the_same_global_batches(request, 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_in_the_middle_gives_the_batches_that_would_have_followed(spoiled, encoder: Conversations, workers: int) -> None:
+def test_resume_in_the_middle_gives_the_batches_that_would_have_followed(spoiled, encoder: PromptEncoder, workers: int) -> None:
     whole = take(spoiled, encoder, 9)
     resumed = take(spoiled, encoder, 5, start=whole[3].next_position, workers=workers)
     assert [rows(batch) for batch in resumed] == [rows(batch) for batch in whole[4:]]
     assert [batch.position for batch in resumed] == [batch.position for batch in whole[4:]]
 
 
-def test_bad_questions_are_replaced_counted_and_logged(spoiled: Mixture, encoder: Conversations, caplog) -> None:
+def test_bad_questions_are_replaced_counted_and_logged(spoiled: Mixture, encoder: PromptEncoder, caplog) -> None:
     batches = take(spoiled, encoder, 12, workers=2)
     assert all(index < 20 for batch in batches for index in batch.index.tolist())
     total = batches[0].bad
@@ -154,12 +168,12 @@ def test_bad_questions_are_replaced_counted_and_logged(spoiled: Mixture, encoder
 
 @pytest.mark.timeout(60)
 def test_questions_that_are_all_too_long_are_an_error_and_no_hang(clean: Mixture, tokenizer: PreTrainedTokenizerBase) -> None:
-    short = Conversations(tokenizer, Decoder(model="any"), P, 6)
+    short = PromptEncoder(tokenizer, Decoder(model="any"), P, 6)
     with stream(clean, short) as batches, pytest.raises(ValueError, match=r"no usable question in 64 attempts .*answers\.max_length"):
         next(batches)
 
 
-def test_a_batch_without_any_image_has_pixels_of_zeros(tmp_path: Path, encoder: Conversations) -> None:
+def test_a_batch_without_any_image_has_pixels_of_zeros(tmp_path: Path, encoder: PromptEncoder) -> None:
     entries = [{"id": n, "conversations": talk("where is the star?", "center")} for n in range(10)]
     given = source("llava", questions=write(tmp_path / "l.json", entries))
     (batch,) = take(open_mixture({"text": given}, "answers.train", DATA, 0, 1, no_barrier), encoder, 1)
@@ -175,7 +189,7 @@ def test_a_decoder_without_eyes_reads_no_image(tmp_path: Path, tokenizer: PreTra
     questions = open_mixture({"vqa": given}, "answers.train", DATA, 0, 1, no_barrier)
     for path in (tmp_path / "images").iterdir():
         path.unlink()
-    blind = Conversations(tokenizer, Decoder(model="any"), 0, 64)
+    blind = PromptEncoder(tokenizer, Decoder(model="any"), 0, 64)
     with stream(questions, blind, eyes=None) as batches:
         batch = next(batches)
     assert batch.pixels is None
@@ -183,7 +197,7 @@ def test_a_decoder_without_eyes_reads_no_image(tmp_path: Path, tokenizer: PreTra
     assert batch.bad.total == 0
 
 
-def test_impossible_settings_are_refused_before_anything_is_read(clean: Mixture, encoder: Conversations) -> None:
+def test_impossible_settings_are_refused_before_anything_is_read(clean: Mixture, encoder: PromptEncoder) -> None:
     with pytest.raises(ValueError, match=r"answers\.batch = 8 does not divide by 3 ranks"):
         stream(clean, encoder, world=3)
     with pytest.raises(ValueError, match="start_position = -8"):
@@ -194,12 +208,12 @@ def test_impossible_settings_are_refused_before_anything_is_read(clean: Mixture,
         question_batches(clean, order, encoder, EYES, rank=0, world=1, start_position=0, workers=0, pin_memory=False)
 
 
-def prompts(questions: Mixture, encoder: Conversations, indices: range, batch: int, workers: int = 0) -> list[PromptBatch]:
+def prompts(questions: Mixture, encoder: PromptEncoder, indices: range, batch: int, workers: int = 0) -> list[PromptBatch]:
     return list(evaluation_questions(questions, indices, encoder, EYES, batch=batch, workers=workers, pin_memory=False))
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_every_question_is_asked_once_by_some_rank_padded_on_the_left(clean: Mixture, encoder: Conversations, world: int) -> None:
+def test_every_question_is_asked_once_by_some_rank_padded_on_the_left(clean: Mixture, encoder: PromptEncoder, world: int) -> None:
     asked = []
     for rank in range(world):
         for batch in prompts(clean, encoder, rank_slice(len(clean), rank, world), batch=7, workers=rank):
@@ -212,7 +226,7 @@ def test_every_question_is_asked_once_by_some_rank_padded_on_the_left(clean: Mix
     assert asked == list(range(len(clean)))
 
 
-def test_what_cannot_be_asked_is_named_and_in_no_row(spoiled: Mixture, encoder: Conversations) -> None:
+def test_what_cannot_be_asked_is_named_and_in_no_row(spoiled: Mixture, encoder: PromptEncoder) -> None:
     batches = prompts(spoiled, encoder, range(18, 23), batch=2)
     assert [batch.index.tolist() for batch in batches] == [[18, 19], [], []]
     unusable = dict(pair for batch in batches for pair in batch.unusable)
@@ -223,7 +237,7 @@ def test_what_cannot_be_asked_is_named_and_in_no_row(spoiled: Mixture, encoder: 
     assert prompts(spoiled, encoder, range(0), batch=2) == []
 
 
-def test_a_batch_moves_with_all_its_tensors(clean: Mixture, encoder: Conversations) -> None:
+def test_a_batch_moves_with_all_its_tensors(clean: Mixture, encoder: PromptEncoder) -> None:
     (batch,) = take(clean, encoder, 1)
     moved = batch.to("meta", non_blocking=True)
     assert {moved.ids_BL.device.type, moved.labels_BL.device.type, moved.has_image.device.type} == {"meta"}

@@ -17,7 +17,7 @@ from megakd.recipe import Decoder, QuestionSource
 from megakd.runtime import strict_json
 from megakd.vqa import check
 from megakd.vqa.formats import Question
-from megakd.vqa.prompts import Conversations
+from megakd.vqa.prompts import PromptEncoder
 from megakd.vqa.sets import QuestionSet, open_questions
 
 
@@ -143,7 +143,7 @@ def _ask(number: int, text: str, *turns: tuple[str, str]) -> Question:
 
 
 def test_lengths_and_cut_turns_are_found_before_a_run(tmp_path: Path) -> None:
-    talk = Conversations(qwen2(), Decoder(model="any", template="{question} "), 0, 40)
+    talk = PromptEncoder(qwen2(), Decoder(model="any", template="{question} "), 0, 40)
     long, short = ("yes " * 60, "no"), ("is it?", "yes")
     mixed = _set(
         *(_ask(number, *(long[0],) if number == 3 else (short[0],), *([long] if number == 3 else [short, long])) for number in range(8))
@@ -159,7 +159,7 @@ def test_lengths_and_cut_turns_are_found_before_a_run(tmp_path: Path) -> None:
 
 def test_the_remedy_for_questions_that_are_too_long_works(tmp_path: Path) -> None:
     questions = _set(_ask(0, "yes " * 60, ("yes " * 60, "no")))
-    lengths = [Conversations(qwen2(), Decoder(model="any", template="{question} "), 0, length) for length in (40, 400)]
+    lengths = [PromptEncoder(qwen2(), Decoder(model="any", template="{question} "), 0, length) for length in (40, 400)]
     with pytest.raises(ValueError, match=r"Raise answers\.max_length"):
         check.try_training(questions, lengths[0], False, "answers.train.mine", 0.01)
     assert check.try_training(questions, lengths[1], False, "answers.train.mine", 0.01).bad.total == 0
@@ -167,7 +167,7 @@ def test_the_remedy_for_questions_that_are_too_long_works(tmp_path: Path) -> Non
 
 def test_an_answer_that_encodes_to_nothing_is_named_before_the_run() -> None:
     questions = _set(_ask(7, "is it ?", ("is it ?", "yes")), _ask(8, "is it ?", ("is it ?", "violet")))
-    talk = Conversations(whole_words(), Decoder(model="any", template="{question}"), 0, 40)
+    talk = PromptEncoder(whole_words(), Decoder(model="any", template="{question}"), 0, 40)
     with pytest.raises(ValueError, match=r"1 of 2 answers looked at encode to nothing but unknown words \(question 8, 'violet'\)"):
         check.try_training(questions, talk, False, "answers.train.mine", 0.4)
     found = check.try_training(questions, talk, False, "answers.train.mine", 0.5)

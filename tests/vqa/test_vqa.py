@@ -18,7 +18,7 @@ from vqa_job import QUESTIONS, answerer, run, write_sets
 
 from megakd.recipe import Evaluation, Recipe
 from megakd.runtime.launch import World, port
-from megakd.runtime.preemption import Interruptions
+from megakd.runtime.preemption import StopPoller
 from megakd.vqa import evaluate
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -160,7 +160,7 @@ def test_a_question_that_cannot_be_asked_is_counted_as_wrong(sets: Path, tmp_pat
     broken.write_bytes(broken.read_bytes()[:100])
     questions = evaluate.open_questions(source, "evaluation.vqa.own", data("unused.tar"), 0, 1, lambda: None)
     one, opened = answerer(sets, 8), {"own": evaluate.Opened(source, questions)}  # type: ignore[arg-type]
-    results = evaluate.evaluate(opened, one, ALONE, tmp_path / "out", data("unused.tar", max_bad_fraction=0.2), Interruptions(ALONE))
+    results = evaluate.evaluate(opened, one, ALONE, tmp_path / "out", data("unused.tar", max_bad_fraction=0.2), StopPoller(ALONE))
     lost = [row for row in answers(tmp_path / "out", "own") if "unusable" in row]
     assert results["own"]["unusable"] == len(lost) == 6  # three questions an image, five images for ten times three
     assert all(row["answer"] == "" and "corrupt_image" in row["unusable"] for row in lost)
@@ -181,11 +181,11 @@ def test_a_set_that_can_hardly_be_asked_has_no_score_and_goes_on_once_it_is_repa
     one, opened = answerer(sets, 8), {"vqav2": evaluate.Opened(source, questions)}  # type: ignore[arg-type]
     said = r"^evaluation\.vqa\.vqav2: 6 of 30 questions are unusable .*data\.max_bad_fraction = 0\.01: corrupt_image 6\. .*question 1000: "
     with pytest.raises(ValueError, match=said):
-        evaluate.evaluate(opened, one, ALONE, tmp_path / "out", data("unused.tar"), Interruptions(ALONE))
+        evaluate.evaluate(opened, one, ALONE, tmp_path / "out", data("unused.tar"), StopPoller(ALONE))
     assert not (tmp_path / "out" / "vqa.json").exists()
     broken.write_bytes(whole)
     again = answerer(sets, 8)
-    results = evaluate.evaluate(opened, again, ALONE, tmp_path / "out", data("unused.tar"), Interruptions(ALONE))
+    results = evaluate.evaluate(opened, again, ALONE, tmp_path / "out", data("unused.tar"), StopPoller(ALONE))
     assert again.decoder.asked == 6  # type: ignore[attr-defined]
     assert results["vqav2"] == undisturbed[1]["vqav2"]
     assert answers(tmp_path / "out") == answers(undisturbed[0])

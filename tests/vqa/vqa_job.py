@@ -25,10 +25,10 @@ from megakd.models.vlm import decoder
 from megakd.recipe import Decoder
 from megakd.runtime import collectives, launch
 from megakd.runtime.launch import World
-from megakd.runtime.preemption import Interruptions
+from megakd.runtime.preemption import StopPoller
 from megakd.vqa.evaluate import Answerer, Opened, evaluate
-from megakd.vqa.loader import Eyes
-from megakd.vqa.prompts import Conversations
+from megakd.vqa.loader import ImageProcessor
+from megakd.vqa.prompts import PromptEncoder
 from megakd.vqa.sets import open_questions
 
 QUESTIONS = 30
@@ -70,15 +70,15 @@ def answerer(folder: Path, batch: int, seconds: float = 0.0, *, blind: bool = Fa
         template="{question} ",
         instruction="",
     )
-    description = decoder.describe(settings)
+    description = decoder.resolve(settings)
     built = decoder.build(description, None if blind else tower, torch.device("cpu")).eval()
     if not blind:
         with torch.no_grad():
             for parameter in built.projector.parameters():  # type: ignore[union-attr]
                 parameter.mul_(8.0)
     look: Callable[[Tensor], Tensor] | None = None if blind else partial(patches.patch_tokens, tower, layer=-1)
-    conversations = Conversations(description.tokenizer, settings, built.image_tokens, 64)
-    eyes = None if blind else Eyes(PreprocessCfg(size=(24, 24), resize_mode="squash"), 50_000)
+    conversations = PromptEncoder(description.tokenizer, settings, built.image_tokens, 64)
+    eyes = None if blind else ImageProcessor(PreprocessCfg(size=(24, 24), resize_mode="squash"), 50_000)
     asked = Slow(built, seconds)
     return Answerer(asked, look, conversations, eyes, torch.device("cpu"), torch.float32, batch, 6, {"seed": seed, "blind": blind})
 
@@ -97,7 +97,7 @@ def opened(folder: Path, *names: str) -> dict[str, Opened]:
 def run(folder: Path, out: Path, world: World, batch: int, seconds: float, **how: Any) -> tuple[dict[str, Any], int]:
     """The results, and how many questions this rank asked."""
     one = answerer(folder, batch, seconds, **how)
-    results = evaluate(opened(folder, "vqav2", "pope"), one, world, out, data("unused.tar"), Interruptions(world))
+    results = evaluate(opened(folder, "vqav2", "pope"), one, world, out, data("unused.tar"), StopPoller(world))
     assert isinstance(one.decoder, Slow)
     return results, one.decoder.asked
 

@@ -7,7 +7,7 @@
 Not transformers' LLaVA classes: they own their vision tower, and here it is the student's, whose KD losses run through the same module
 in the same step. `generate` with its cache of keys and values is the library's all the same, as it takes embeddings.
 
-`describe` needs no weights and finds the mistakes of the settings; `build` makes the model, before an engine partitions it. Parameters
+`resolve` needs no weights and finds the mistakes of the settings; `build` makes the model, before an engine partitions it. Parameters
 are touched in forwards of modules alone, so that ZeRO-3 gathers them. `generate` is for a plain model: ranks that answer different
 numbers of tokens would wait for each other in a partitioned one.
 
@@ -39,10 +39,10 @@ from transformers.utils import logging as transformers_logging
 from megakd import recipe
 from megakd.models.patches import measure
 from megakd.models.vlm import decoder_tokenizer, lora
-from megakd.models.vlm.decoder_config import DecoderDescription, describe
+from megakd.models.vlm.decoder_config import DecoderSpec, resolve
 from megakd.models.vlm.projector import Projector
 
-__all__ = ["IGNORED", "Decoder", "DecoderDescription", "build", "describe"]
+__all__ = ["IGNORED", "Decoder", "DecoderSpec", "build", "resolve"]
 
 IGNORED = -100  # a label that is not learned: torch's and transformers' convention
 _BLOCK = 64  # weights that share a scale in bitsandbytes' nf4
@@ -54,7 +54,7 @@ class Decoder(nn.Module):
     projector: None for a decoder without eyes. language: transformers' model, or peft's around it.
     """
 
-    def __init__(self, description: DecoderDescription, projector: Projector | None, language: Any) -> None:
+    def __init__(self, description: DecoderSpec, projector: Projector | None, language: Any) -> None:
         super().__init__()
         self.description = description
         self.projector, self.language = projector, language
@@ -183,7 +183,7 @@ class _NotANumber(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-def build(description: DecoderDescription, tower: nn.Module | None, device: torch.device, dtype: torch.dtype = torch.float32) -> Decoder:
+def build(description: DecoderSpec, tower: nn.Module | None, device: torch.device, dtype: torch.dtype = torch.float32) -> Decoder:
     """The decoder with its weights on `device`, for this vision tower (open_clip's `clip.visual`) or, with None, without eyes.
 
     On the meta device it has its shapes alone: nothing is read, and every mistake is found all the same but one in the weights.
@@ -203,7 +203,7 @@ def build(description: DecoderDescription, tower: nn.Module | None, device: torc
     return Decoder(description, projector, language).train()
 
 
-def _language(description: DecoderDescription, device: torch.device, dtype: torch.dtype) -> Any:
+def _language(description: DecoderSpec, device: torch.device, dtype: torch.dtype) -> Any:
     settings = description.settings
     if settings.model is None or device.type == "meta":
         return AutoModelForCausalLM.from_config(description.config, dtype=dtype).to(device)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.pytorch_utils import Conv1D
 
 from megakd.models.vlm import lora as adapters
-from megakd.models.vlm.decoder_config import DecoderDescription, source
+from megakd.models.vlm.decoder_config import DecoderSpec, source
 from megakd.recipe import Lora
 
 _LENGTHS, _NEW = (3, 12, 5, 8), 4  # tokens of the prompts, and of each answer
@@ -53,7 +53,7 @@ class _Small:
 _WAYS = (_Small(narrow=True, inner=True), _Small(narrow=False, inner=True), _Small(narrow=False, inner=False))
 
 
-def check(description: DecoderDescription, layers: nn.Module) -> str:
+def check(description: DecoderSpec, layers: nn.Module) -> str:
     """ "" for a model that can answer, and a sentence for people where no copy of it was small enough to try.
 
     layers: the model on the meta device, without adapters. Neither torch's random numbers nor weights are touched.

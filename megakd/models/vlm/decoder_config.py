@@ -19,7 +19,7 @@ from megakd.recipe import Decoder
 
 
 @dataclass(frozen=True)
-class DecoderDescription:
+class DecoderSpec:
     """A decoder without weights."""
 
     settings: Decoder
@@ -30,7 +30,7 @@ class DecoderDescription:
     ends: tuple[int, ...]  # tokens that end an answer: the tokenizer's first, which is the one that is learned, then the model's own
 
 
-def describe(settings: Decoder) -> DecoderDescription:
+def resolve(settings: Decoder) -> DecoderSpec:
     """Configuration and tokenizer of the recipe's `[decoder]`.
 
     Raises ValueError naming the key and the remedy: no such model, weights that only unpickling could read, code of its own, an
@@ -55,7 +55,7 @@ def describe(settings: Decoder) -> DecoderDescription:
         lora.check(settings.lora, outline)
     positions = getattr(outline.config, "max_position_embeddings", None) or 0
     width = int(outline.get_input_embeddings().embedding_dim)
-    return DecoderDescription(settings, config, tokenizer, width, positions if positions > 0 else None, _ends(settings, config, tokenizer))
+    return DecoderSpec(settings, config, tokenizer, width, positions if positions > 0 else None, _ends(settings, config, tokenizer))
 
 
 def _ends(settings: Decoder, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

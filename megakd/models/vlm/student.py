@@ -18,7 +18,7 @@ from megakd.models.vlm.decoder import Decoder
 # Legend: B questions, L tokens of a conversation, V patches of the tower, C its width.
 
 
-class Questions(NamedTuple):
+class QuestionInputs(NamedTuple):
     """Questions as the decoder takes them. pixels: (B, 3, H, W), normalised; None without a tower. The rest is (B, L)."""
 
     pixels: Tensor | None
@@ -27,13 +27,13 @@ class Questions(NamedTuple):
     image_mask_BL: Tensor
     labels_BL: Tensor
 
-    def split(self, pieces: int) -> list[Questions]:
+    def split(self, pieces: int) -> list[QuestionInputs]:
         """As many parts as there are micro-batches, whose sizes differ by one at most."""
         columns = [[None] * pieces if value is None else value.tensor_split(pieces) for value in self]
-        return [Questions(*row) for row in zip(*columns, strict=True)]  # type: ignore[arg-type]
+        return [QuestionInputs(*row) for row in zip(*columns, strict=True)]  # type: ignore[arg-type]
 
 
-class AnsweringStudent(Student):
+class VisionLanguageStudent(Student):
     """clip: the student's towers, or None for a decoder that sees nothing. The tower learns from the answers where `tower_learns`."""
 
     def __init__(
@@ -49,11 +49,11 @@ class AnsweringStudent(Student):
     def forward(self, pixels: Tensor | None, tokens: Tensor | None, *asked: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """The student's outputs for the pairs, where there are any, and the decoder's `answer_nll`, `answer_tokens`, each (B,).
 
-        asked: the fields of `Questions`, one by one, as DeepSpeed's hooks take tensors and plain tuples.
+        asked: the fields of `QuestionInputs`, one by one, as DeepSpeed's hooks take tensors and plain tuples.
         """
         outputs = super().forward(pixels, tokens) if pixels is not None and tokens is not None else {}
         if asked:
-            questions = Questions(*asked)
+            questions = QuestionInputs(*asked)
             visual_BVC = None if questions.pixels is None else self.look(questions.pixels)
             outputs |= self.decoder(visual_BVC, *questions[1:])
         return outputs

@@ -24,10 +24,10 @@ from megakd.export.bundle import Bundle
 from megakd.models.patches import patch_tokens
 from megakd.recipe import QuestionSource
 from megakd.runtime.launch import World
-from megakd.runtime.preemption import Interruptions
+from megakd.runtime.preemption import StopPoller
 from megakd.vqa.evaluate import Answerer, Opened, evaluate
 from megakd.vqa.formats import Question, most_frequent
-from megakd.vqa.loader import Eyes
+from megakd.vqa.loader import ImageProcessor
 from megakd.vqa.prompts import stack
 from megakd.vqa.sets import Asked, QuestionSet, open_questions
 
@@ -104,12 +104,12 @@ def ours(world: Path, bundle: Path, documents: Path, out: Path) -> dict[str, Any
     loaded = Bundle.load(bundle, CPU)
     assert loaded.towers is not None
     look = partial(patch_tokens, loaded.towers.clip.visual, layer=loaded.decoder.settings.layer)
-    eyes = Eyes(loaded.towers.preprocess, 10**6)
+    eyes = ImageProcessor(loaded.towers.preprocess, 10**6)
     questions = shapes(world, documents / "questions.json", documents / "annotations.json")
     one = Answerer(loaded.decoder, look, loaded.conversations, eyes, CPU, torch.float32, 8, LONGEST, {"bundle": str(bundle)})
     source = QuestionSource(format="vqav2", questions="unused")
     alone = World(0, 1, CPU)
-    found = evaluate({"shapes": Opened(source, questions)}, one, alone, out, data("unused.tar"), Interruptions(alone))
+    found = evaluate({"shapes": Opened(source, questions)}, one, alone, out, data("unused.tar"), StopPoller(alone))
     results: dict[str, Any] = found["shapes"]
     return results
 
