@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from typing import Any
 
 from campaign import Mutant, SilentFault
 from numbered_pictures import picture, recipe, results
-
-sys.path.append(str(Path(__file__).parents[1] / "data"))
 from shard_files import bomb_png, write_tar
 
 NAME = "evaluation_sets"

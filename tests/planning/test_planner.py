@@ -282,10 +282,10 @@ def test_a_teacher_of_5_billion_is_planned_in_seconds_and_takes_no_memory() -> N
     does not count. Weights of 4.35 billion in bf16 would be 8.7 GB; 12 times as many operators are counted.
     """
     program = (
-        "import resource, sys; from megakd import planner, recipe_files\n"
+        "import resource, sys; from megakd.planning import plan as planner; from megakd.recipe import load\n"
         "def planned(model):\n"
         "    teacher = f\"teacher={{ model = '{model}', pretrained = 'random' }}\"\n"
-        "    recipe, name = recipe_files.load('smoke', [teacher, *sys.argv[1:]])\n"
+        "    recipe, name = load.load('smoke', [teacher, *sys.argv[1:]])\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF)\n"
         f"    plan = planner.plan(recipe, name, {ZERO1!r}, planner.Cluster(16, 80))\n"
         "    used = resource.getrusage(resource.RUSAGE_SELF)\n"

@@ -45,7 +45,7 @@ def answers(out: Path, name: str = "vqav2") -> list[dict[str, Any]]:
 
 def start(sets: Path, out: Path, seconds: float) -> list[subprocess.Popen[str]]:
     """Two ranks without a launcher."""
-    paths = os.pathsep.join(str(path) for path in (HERE, HERE.parent, HERE.parent / "data", REPOSITORY))
+    paths = os.pathsep.join(str(path) for path in (HERE, HERE.parent, REPOSITORY))
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port(os.getpid())), "PYTHONPATH": paths}
     command = [sys.executable, str(HERE / "vqa_job.py"), str(sets), str(out), str(seconds)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}

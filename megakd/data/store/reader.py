@@ -3,7 +3,7 @@
     STORE/
         manifest.json               `key`: all that the embeddings depend on; `layout`; the parts with their checksums once all are there
         parts/000000.safetensors    samples [0, N): image (N, V, D), text (N, D), known (N,) of uint8
-        lock                        held by the job that writes, see `store_writer`
+        lock                        held by the job that writes, see `writer`
 
 A part is one file, complete or absent: it is renamed into place, and its header names the store it belongs to. Reading maps the
 files into memory, so that the ranks and workers of a node share one page cache, and asks for rows alone.

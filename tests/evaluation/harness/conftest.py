@@ -1,11 +1,8 @@
-"""Makes the tests' shared writers importable, and the environment of lmms-eval, which is built once and kept."""
+"""The environment of lmms-eval, which is built once and kept."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "data"))
 
 
 @pytest.fixture(scope="session")
