@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from tiny_runs import REPOSITORY
+from tiny_runs import REPOSITORY, environment
 
 # A package imports from the layers below its own. `megakd` is __init__.py, `megakd.train` the training program's entry point.
 LAYERS = (
@@ -110,6 +111,14 @@ def test_the_engine_alone_imports_deepspeed() -> None:
 
 def test_nobody_imports_the_entry_point() -> None:
     assert [edge for edge in _edges() if edge[1] == "megakd.train"] == []
+
+
+def test_recipes_are_read_and_signals_are_answered_before_torch_is_imported() -> None:
+    """A task of a job notes signals from the moment its pickle, which names `megakd.jobs.Training`, is read; torch takes ten seconds."""
+    light = "megakd.jobs, megakd.runtime.exits, megakd.recipe.load, megakd.recipe.chain"
+    code = f"import sys, {light}; print(megakd.jobs.Training, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout == "<class 'megakd.jobs.task.Training'> False\n"
 
 
 @pytest.mark.parametrize("name", SOURCES)
