@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from peers import PEERS, Embeddings, Unavailable
+from peers import PEERS, LossInputs, Unavailable
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -26,13 +26,13 @@ SCALE_LIMITS = {"triton_static": SCALE}
 CLAMP = 100.0
 
 
-def embeddings(pairs: int, width: int, device: torch.device, dtype: torch.dtype, seed: int) -> Embeddings:
+def embeddings(pairs: int, width: int, device: torch.device, dtype: torch.dtype, seed: int) -> LossInputs:
     """Pairs that agree about as far as a trained CLIP's: the matching cosine stands out of the noise. Drawn on the device itself."""
     generator = torch.Generator(device).manual_seed(seed)
     image, noise = (normalize(torch.randn(pairs, width, generator=generator, device=device), dim=-1) for _ in range(2))
     text = normalize(0.3 * image + noise, dim=-1)
     scale, bias = (torch.tensor(value, device=device) for value in (SCALE, BIAS))
-    return Embeddings(image.to(dtype), text.to(dtype), scale, bias)
+    return LossInputs(image.to(dtype), text.to(dtype), scale, bias)
 
 
 class Work(NamedTuple):
@@ -45,7 +45,7 @@ class Work(NamedTuple):
 class Loss(NamedTuple):
     title: str
     work: Work
-    compute: Callable[[Embeddings, Embeddings, str, float], Tensor]
+    compute: Callable[[LossInputs, LossInputs, str, float], Tensor]
     has_maxima: bool = True
     teacher_width_only: bool = False
 
@@ -54,24 +54,24 @@ class Loss(NamedTuple):
         return teacher_width if self.teacher_width_only else student_width
 
 
-def _similarity(student: Embeddings, teacher: Embeddings, backend: str, scale_limit: float) -> Tensor:
+def _similarity(student: LossInputs, teacher: LossInputs, backend: str, scale_limit: float) -> Tensor:
     loss = megakd_kernels.similarity_kd(student, teacher, hard=True, backend=backend, scale_limit=scale_limit)
     return loss.kd + loss.hard
 
 
-def _kd(student: Embeddings, teacher: Embeddings, backend: str, scale_limit: float) -> Tensor:
+def _kd(student: LossInputs, teacher: LossInputs, backend: str, scale_limit: float) -> Tensor:
     return megakd_kernels.similarity_kd(student, teacher, backend=backend, scale_limit=scale_limit).kd
 
 
-def _contrastive(student: Embeddings, teacher: Embeddings, backend: str, scale_limit: float) -> Tensor:
+def _contrastive(student: LossInputs, teacher: LossInputs, backend: str, scale_limit: float) -> Tensor:
     return megakd_kernels.contrastive(student, backend=backend, scale_limit=scale_limit)
 
 
-def _interactive(student: Embeddings, teacher: Embeddings, backend: str, scale_limit: float) -> Tensor:
+def _interactive(student: LossInputs, teacher: LossInputs, backend: str, scale_limit: float) -> Tensor:
     return megakd_kernels.interactive_kd(student, teacher, backend=backend)
 
 
-def _sigmoid(student: Embeddings, teacher: Embeddings, backend: str, scale_limit: float) -> Tensor:
+def _sigmoid(student: LossInputs, teacher: LossInputs, backend: str, scale_limit: float) -> Tensor:
     return megakd_kernels.sigmoid_kd(student, teacher, hard=False, backend=backend).kd
 
 
@@ -99,7 +99,7 @@ PARTIAL_WORK = {"liger": Work((2, 2), (6, 2))}
 MATRICES = {"eager": 10, "compiled": 5, "open_clip": 11}
 
 
-class Case(NamedTuple):
+class LossCase(NamedTuple):
     """One implementation of one loss at one size."""
 
     loss: str
@@ -114,13 +114,13 @@ class Case(NamedTuple):
         forward, both = (self.pairs**2 * (s * self.student_width + t * self.teacher_width) for s, t in work)
         return {"forward": forward, "backward": both - forward, "both": both}[passes]
 
-    def material(self, device: torch.device, dtype: torch.dtype) -> tuple[Embeddings, Embeddings]:
-        """Student and teacher."""
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> tuple[LossInputs, LossInputs]:
+        """Student, whose tensors are leaves that require gradients, and teacher."""
         widths = self.student_width, self.teacher_width
         student, teacher = (embeddings(self.pairs, width, device, dtype, seed) for seed, width in enumerate(widths))
-        return student, teacher
+        return student.leaves(), teacher
 
-    def function(self) -> Callable[[Embeddings, Embeddings], Tensor]:
+    def function(self) -> Callable[[LossInputs, LossInputs], Tensor]:
         """Raises `Unavailable` with the reason where this implementation does not exist here."""
         if self.implementation in PEERS:
             return PEERS[self.implementation].function(self.loss)
@@ -131,7 +131,7 @@ class Case(NamedTuple):
 
             config.recompile_limit = 256  # a program for each loss, size and width; past the default of 8 nothing is compiled, silently
 
-        def run(student: Embeddings, teacher: Embeddings) -> Tensor:
+        def run(student: LossInputs, teacher: LossInputs) -> Tensor:
             # Asked beforehand: an error of the loss itself is a failure, and must not pass for a backend that is not there.
             try:
                 megakd_kernels.choose(_PUBLIC[self.loss], self.pairs, student.image.device, torch.float32, backend=backend)

@@ -19,7 +19,7 @@ FLUSH_BYTES = 256 << 20
 MATRIX_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (512, 1024, 2048)}
 
 
-class Sample(NamedTuple):
+class Timing(NamedTuple):
     """Seconds; bytes at the peak beyond what was allocated before (inputs are not counted, gradients are), None where not known."""
 
     forward: float
@@ -42,18 +42,18 @@ class Meter:
         self._clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
         self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if self._is_cuda else None
 
-    def sample(self, function: Callable[..., Tensor], student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Sample:
+    def sample(self, function: Callable[..., Tensor], student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Timing:
         """Both passes once; `student` holds leaves."""
         return self._cuda(function, student, teacher) if self._is_cuda else self._cpu(function, student, teacher)
 
-    def _cpu(self, function: Callable[..., Tensor], student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Sample:
+    def _cpu(self, function: Callable[..., Tensor], student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Timing:
         start = self._clock()
         loss = function(student, teacher)
         middle = self._clock()
         gradients(loss, student)
-        return Sample(middle - start, self._clock() - middle)
+        return Timing(middle - start, self._clock() - middle)
 
-    def _cuda(self, function: Callable[..., Tensor], student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Sample:
+    def _cuda(self, function: Callable[..., Tensor], student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Timing:
         assert self._flushed is not None
         start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         before = torch.cuda.memory_allocated(self.device)
@@ -67,7 +67,7 @@ class Meter:
         end.record()
         both_bytes = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.synchronize(self.device)
-        return Sample(start.elapsed_time(middle) / 1e3, middle.elapsed_time(end) / 1e3, forward_bytes, both_bytes)
+        return Timing(start.elapsed_time(middle) / 1e3, middle.elapsed_time(end) / 1e3, forward_bytes, both_bytes)
 
     def clear(self) -> None:
         """Gives back what a failed call held. Outside the `except` block, that is, whose traceback holds it too."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from cases import Case
+from cases import LossCase
 from measure import gradients
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -34,7 +34,7 @@ class Watcher:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def peaks(self, case: Case, dtype: torch.dtype) -> Peaks | None:
+    def peaks(self, case: LossCase, dtype: torch.dtype) -> Peaks | None:
         """None where this system does not say (no /proc), or the process ended: killed for memory, most likely."""
         if self._process is None:
             command = [sys.executable, str(Path(__file__).resolve())]
@@ -68,14 +68,12 @@ def _memory(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
 
 
-def _measure(case: Case, dtype: torch.dtype) -> Peaks | None:
+def _measure(case: LossCase, dtype: torch.dtype) -> Peaks | None:
     function = case.function()
-    student, teacher = case.material(torch.device("cpu"), dtype)
-    student = student.leaves()
+    student, teacher = case.inputs(torch.device("cpu"), dtype)
     # Libraries start here, and a compiled loss is compiled at its real size, which takes more memory than the loss.
     warm = case if case.compiles else case._replace(pairs=16)
-    small, small_teacher = warm.material(torch.device("cpu"), dtype)
-    small = small.leaves()
+    small, small_teacher = warm.inputs(torch.device("cpu"), dtype)
     gradients(function(small, small_teacher), small)
     del small, small_teacher
     gc.collect()
@@ -94,7 +92,7 @@ def main() -> None:
     for line in sys.stdin:
         *case, dtype = json.loads(line)
         try:
-            peaks = _measure(Case(*case), getattr(torch, dtype))
+            peaks = _measure(LossCase(*case), getattr(torch, dtype))
         except Exception as error:  # the row goes without its memory; the next case is still answered
             print(f"no memory for {case}: {error}", file=sys.stderr)
             peaks = None

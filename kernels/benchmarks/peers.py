@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class Embeddings(NamedTuple):
+class LossInputs(NamedTuple):
     """One model's embeddings of N pairs, as `megakd_kernels.Pair`, with the bias of the sigmoid losses."""
 
     image: Tensor
@@ -20,12 +20,12 @@ class Embeddings(NamedTuple):
     scale: Tensor
     bias: Tensor
 
-    def leaves(self) -> Embeddings:
+    def leaves(self) -> LossInputs:
         """The same numbers as leaves that want gradients; nothing is copied."""
-        return Embeddings(*(tensor.detach().requires_grad_() for tensor in self))
+        return LossInputs(*(tensor.detach().requires_grad_() for tensor in self))
 
 
-Function = Callable[[Embeddings, Embeddings], Tensor]
+Function = Callable[[LossInputs, LossInputs], Tensor]
 
 
 class Unavailable(Exception):
@@ -45,7 +45,7 @@ def open_clip(loss: str) -> Function:
     return lambda student, teacher: sum(_autocast(distil, student, teacher))
 
 
-def _autocast(module: torch.nn.Module, *pairs: Embeddings) -> Tensor:
+def _autocast(module: torch.nn.Module, *pairs: LossInputs) -> Tensor:
     image = pairs[0].image
     with torch.autocast(image.device.type, image.dtype, enabled=image.is_cuda):
         return module(*(tensor for pair in pairs for tensor in pair[:3]))
@@ -60,7 +60,7 @@ def inf_cl(loss: str) -> Function:
     except ImportError as error:
         raise Unavailable("inf_cl is not installed") from error
 
-    def run(student: Embeddings, teacher: Embeddings) -> Tensor:
+    def run(student: LossInputs, teacher: LossInputs) -> Tensor:
         sides = (student.image, student.text), (student.text, student.image)
         return sum(cal_flash_loss(left, right, scale=student.scale).mean() for left, right in sides) / 2
 
@@ -77,7 +77,7 @@ def liger(loss: str) -> Function:
         raise Unavailable("liger_kernel is not installed") from error
     fused = LigerFusedLinearJSD(jsd_beta=0.0)
 
-    def run(student: Embeddings, teacher: Embeddings) -> Tensor:
+    def run(student: LossInputs, teacher: LossInputs) -> Tensor:
         left, guide = ((pair.image * pair.scale).to(pair.image.dtype) for pair in (student, teacher))
         return fused(left, student.text, guide, teacher.text, None)
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from cases import PASSES, Case
-from measure import Meter, Sample, is_out_of_memory
+from cases import PASSES, LossCase
+from measure import Meter, Timing, is_out_of_memory
 from memory import Watcher
-from peers import PEERS, Embeddings, Unavailable
+from peers import PEERS, LossInputs, Unavailable
 from records import OK, Row
 from torch import Tensor
 
@@ -43,10 +43,10 @@ class Limits:
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def learn(self, case: Case, seconds: float) -> None:
+    def learn(self, case: LossCase, seconds: float) -> None:
         self._known[case._replace(pairs=0)] = case.pairs, seconds
 
-    def refusal(self, case: Case) -> str | None:
+    def refusal(self, case: LossCase) -> str | None:
         """Why this case is not even begun: its memory or its time are foreseen to be too much."""
         needed = case.matrix_bytes
         if needed > self.memory and (case.implementation == "compiled" or not self.tries_all):
@@ -58,7 +58,7 @@ class Limits:
             return f"skipped: time budget (needs about {seconds:.0f} s)"
         return None
 
-    def _seconds(self, case: Case) -> float:
+    def _seconds(self, case: LossCase) -> float:
         """Of one call: from the size last measured, by the square of N, and never less than the matrix products alone."""
         pairs, seconds = self._known.get(case._replace(pairs=0), (case.pairs, 0.0))
         return max(case.flops("both") / self.matrix_rate, seconds * (case.pairs / pairs) ** 2)
@@ -67,9 +67,9 @@ class Limits:
 class Result(NamedTuple):
     """What became of a case."""
 
-    case: Case
+    case: LossCase
     status: str
-    samples: list[Sample]
+    samples: list[Timing]
     note: str = ""
 
 
@@ -80,7 +80,7 @@ class Runner:
         self._meter, self._dtype, self._limits, self._rounds = meter, dtype, limits, rounds
         self._watcher = Watcher() if meter.device.type == "cpu" else None
 
-    def group(self, cases: Sequence[Case]) -> list[Result]:
+    def group(self, cases: Sequence[LossCase]) -> list[Result]:
         """One result a case, in order."""
         turns = {case: _Turn(case, self._limits.refusal(case)) for case in cases}
         for case, turn in turns.items():
@@ -88,20 +88,19 @@ class Runner:
                 self._find(case, turn)
         live = [turn for turn in turns.values() if turn.status is None]
         if live:
-            student, teacher = live[0].case.material(self._meter.device, self._dtype)
-            student = student.leaves()
+            student, teacher = live[0].case.inputs(self._meter.device, self._dtype)
             self._warm(live, student, teacher)
             self._take_rounds(live, student, teacher)
             del student, teacher
         return [turn.result(self._peaks(turn)) for turn in turns.values()]
 
-    def _find(self, case: Case, turn: _Turn) -> None:
+    def _find(self, case: LossCase, turn: _Turn) -> None:
         try:
             turn.function = case.function()
         except Unavailable as error:
             turn.status = f"unavailable: {error}"
 
-    def _warm(self, live: list[_Turn], student: Embeddings, teacher: Embeddings) -> None:
+    def _warm(self, live: list[_Turn], student: LossInputs, teacher: LossInputs) -> None:
         for turn in live:
             turn.status = self._limits.refusal(turn.case)  # the turns before it took their time
             first = turn.status is None and self._sample(turn, student, teacher)
@@ -112,7 +111,7 @@ class Runner:
             if first:
                 self._limits.learn(turn.case, turn.seconds)
 
-    def _take_rounds(self, live: list[_Turn], student: Embeddings, teacher: Embeddings) -> None:
+    def _take_rounds(self, live: list[_Turn], student: LossInputs, teacher: LossInputs) -> None:
         a_round = sum(turn.seconds for turn in live)
         rounds = min(self._rounds, max(FEWEST_ROUNDS, int(GROUP_SECONDS[self._meter.device.type] / max(a_round, 1e-6))))
         for _ in range(rounds):
@@ -124,7 +123,7 @@ class Runner:
                     if sample:
                         turn.samples.append(sample)
 
-    def _sample(self, turn: _Turn, student: Embeddings, teacher: Embeddings) -> Sample | None:
+    def _sample(self, turn: _Turn, student: LossInputs, teacher: LossInputs) -> Timing | None:
         """None where it failed; the turn's status says how."""
         began = time.monotonic()
         try:
@@ -159,10 +158,10 @@ class Runner:
 class _Turn:
     """One case on its way through a group; `status` is set as soon as it has dropped out."""
 
-    def __init__(self, case: Case, status: str | None) -> None:
+    def __init__(self, case: LossCase, status: str | None) -> None:
         self.case, self.status = case, status
         self.function: Callable[..., Tensor]
-        self.samples: list[Sample] = []
+        self.samples: list[Timing] = []
         self.seconds = 0.0  # that the last call took of the budget
 
     def result(self, peaks: tuple[int | None, int | None]) -> Result:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import plot
 import torch
-from cases import IMPLEMENTATIONS, LOSSES, PASSES, Case
+from cases import IMPLEMENTATIONS, LOSSES, PASSES, LossCase
 from measure import Meter
 from records import OK, Row, append, device_name, place, read, run_fields, slug
 from rounds import Limits, Runner, rows
@@ -78,14 +78,14 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _groups(args: argparse.Namespace, device: torch.device) -> list[list[Case]]:
+def _groups(args: argparse.Namespace, device: torch.device) -> list[list[LossCase]]:
     """The cases by loss and size, in the order of importance."""
     groups = []
     for number, (student, teacher) in enumerate(args.widths):
         for loss in args.losses:
             for pairs in args.sizes:
                 widths = LOSSES[loss].student_width(student, teacher), teacher
-                cases = [Case(loss, pairs, *widths, name) for name in IMPLEMENTATIONS if name in args.implementations]
+                cases = [LossCase(loss, pairs, *widths, name) for name in IMPLEMENTATIONS if name in args.implementations]
                 cases = [case for case in cases if case.exists]
                 place_of_loss = list(LOSSES).index(loss)
                 # On the CPU times are foreseen from smaller sizes, so those come first.

@@ -8,16 +8,18 @@ from importlib.util import find_spec
 
 import torch
 
+from megakd_kernels.one_pass import OnePassKernels
+from megakd_kernels.one_pass_torch import TorchOnePass
 from megakd_kernels.panels import chunk_rows
-from megakd_kernels.two_pass import Kernels
-from megakd_kernels.two_pass_torch import Chunked
+from megakd_kernels.two_pass import TwoPassKernels
+from megakd_kernels.two_pass_torch import TorchTwoPass
 
 BACKENDS = ("auto", "eager", "compiled", "chunked", "triton")
 
-# "auto": device type -> loss -> (largest N, backend), in order; beyond the last N what `BEYOND` says.
+# "auto": device type -> loss -> (largest N, backend), in order; beyond the last N the backend of `BEYOND`.
 # CPU: measured, kernels/benchmarks/results/cpu-amd-epyc.csv; interactive and sigmoid from 512 on chunked is the faster one. "compiled" is
 # the fastest at most sizes there (0.61 of chunked's time at 2048), but it needs a C++ compiler, tens of seconds for each new shape, and the
-# whole matrix: it runs where it is asked for.
+# whole matrix: it runs only by name.
 # CUDA: NOT measured yet. At 2048 eager holds ten matrices of 16 MB and launches outweigh the work.
 TABLE: dict[str, dict[str, list[tuple[int, str]]]] = {
     "cpu": {
@@ -36,21 +38,17 @@ TABLE: dict[str, dict[str, list[tuple[int, str]]]] = {
 BEYOND = {"cpu": "chunked", "cuda": "triton"}
 
 
-def _interpreted() -> bool:
-    """Triton's interpreter runs the kernels on the CPU, slowly: for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 @cache
-def _triton_is_there() -> bool:
+def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot compute in `dtype` on `device`; None where they can."""
-    if not _triton_is_there():
+    if not _has_triton():
         return "the package triton is not installed"
-    if device.type != "cuda" and not _interpreted():
+    # Triton's interpreter runs the kernels on the CPU, slowly: for tests.
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it needs a CUDA device, and the embeddings are on {device.type}"
     if dtype == torch.float64:
         return "it computes in float32, and an input is float64"
@@ -92,12 +90,21 @@ def choose(
     return "chunked" if beyond == "triton" and why_not_triton(device, dtype) else beyond
 
 
-def kernels_for(
+def two_pass_kernels(
     backend: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype, chunk: int | None, bound: float | None
-) -> Kernels:
-    """The two-pass kernels of `backend` for a stripe of `rows` by blocks of `columns`. bound: what no logit exceeds in size, if known."""
+) -> TwoPassKernels:
+    """Of backend "chunked" or "triton", for a stripe of `rows` by blocks of `columns`. bound: what no |logit| exceeds, if known."""
     if backend == "triton":
-        from megakd_kernels.triton.two_pass import Fused  # here: it imports triton
+        from megakd_kernels.triton.two_pass import TritonTwoPass  # here: it imports triton
 
-        return Fused.of(rows, columns, chunk, bound)
-    return Chunked(chunk or chunk_rows(rows, columns, dtype, device))
+        return TritonTwoPass.of(rows, columns, chunk, bound)
+    return TorchTwoPass(chunk or chunk_rows(rows, columns, dtype, device))
+
+
+def one_pass_kernels(backend: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype, chunk: int | None) -> OnePassKernels:
+    """Of backend "chunked" or "triton", for panels of `chunk` of the `rows` by blocks of `columns`."""
+    if backend == "triton":
+        from megakd_kernels.triton.one_pass import TritonOnePass  # here: it imports triton
+
+        return TritonOnePass.of(rows, columns, chunk)
+    return TorchOnePass(chunk or chunk_rows(rows, columns, dtype, device))

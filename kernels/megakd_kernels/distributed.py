@@ -1,20 +1,20 @@
-"""The collectives of this package, and one pass of this rank's rows over the columns of all ranks.
+"""What spans several ranks: collectives, agreement on what is computed, gathering with a gradient, passes over the columns of all ranks.
 
-Everything is summed or merged in rank order, so runs repeat bitwise. Columns are gathered at once, or come block by block around a ring.
-Gathering holds every column on every rank: N x D embeddings and, in a backward pass, N x D gradients. The ring holds two blocks
-of B columns and three of gradients instead.
+Sums and merges run in rank order, so runs repeat bitwise.
 
-Legend: B local rows, N columns (B x W rows of all ranks), M columns of a block, D width, W ranks.
+Legend: B rows of this rank, N = B * W rows of all ranks, M columns of a block, D width, W ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 # torch 2.14 renamed both; the old names warn there, the new ones are missing before. Drop the fallback when torch >= 2.14 is required.
@@ -23,7 +23,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class Ranks(NamedTuple):
-    """Where this process stands in its group. world 1 needs no group and starts no collective."""
+    """This process's rank in its group, and the number of ranks. A single rank needs no group and starts no collective."""
 
     group: ProcessGroup | None
     rank: int
@@ -39,49 +39,139 @@ class Ranks(NamedTuple):
         return cls(group, rank, dist.get_world_size(group))
 
     def gather(self, local_BD: Tensor) -> Tensor:
-        """(B, ...) -> (N, ...), the ranks' rows in rank order. Carries no gradient: the callers define their own."""
+        """(B, ...) -> (N, ...), the ranks' rows in rank order, without a gradient."""
         if self.world == 1:
             return local_BD
-        whole_ND = local_BD.new_empty((self.world * local_BD.shape[0], *local_BD.shape[1:]))
-        _all_gather(whole_ND, local_BD.detach().contiguous(), group=self.group)
-        return whole_ND
+        gathered_ND = local_BD.new_empty((self.world * local_BD.shape[0], *local_BD.shape[1:]))
+        _all_gather(gathered_ND, local_BD.detach().contiguous(), group=self.group)
+        return gathered_ND
 
-    def sum_to_owner(self, partial_ND: Tensor) -> Tensor:
-        """(N, D) partial sums on every rank -> (B, D), the sum over ranks of the rows that this rank owns."""
+    def reduce_scatter(self, partial_ND: Tensor) -> Tensor:
+        """(N, D) partial sums on every rank -> (B, D), the sum over ranks of this rank's rows."""
         if self.world == 1:
             return partial_ND
-        own_BD = partial_ND.new_empty((partial_ND.shape[0] // self.world, *partial_ND.shape[1:]))
-        _reduce_scatter(own_BD, partial_ND.contiguous(), group=self.group)
-        return own_BD
+        sum_BD = partial_ND.new_empty((partial_ND.shape[0] // self.world, *partial_ND.shape[1:]))
+        _reduce_scatter(sum_BD, partial_ND.contiguous(), group=self.group)
+        return sum_BD
 
-    def pass_on(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[dist.Work]]:
-        """Sends contiguous `tensors` to the next rank and receives the like from the one before, in one batch of messages.
+    def shift(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[dist.Work]]:
+        """Sends contiguous `tensors` to the next rank and receives as many from the previous one, in one batch of messages.
 
-        Returns the buffers and the works to wait for; until then neither side may be touched or, on CUDA, let go.
+        Returns the receive buffers and the works to wait for. Until then no tensor or buffer may be written, read or, on CUDA, freed.
         """
         if not tensors:
             return (), []
-        peers = [dist.get_global_rank(self._member(), (self.rank + step) % self.world) for step in (1, -1)]
-        arriving = tuple(torch.empty_like(tensor) for tensor in tensors)
-        moves = [dist.P2POp(dist.isend, tensor, peers[0], self.group) for tensor in tensors]
-        moves += [dist.P2POp(dist.irecv, buffer, peers[1], self.group) for buffer in arriving]
-        return arriving, dist.batch_isend_irecv(moves)
+        assert self.group is not None, "a single rank sends no messages"
+        following, previous = (dist.get_global_rank(self.group, (self.rank + step) % self.world) for step in (1, -1))
+        buffers = tuple(torch.empty_like(tensor) for tensor in tensors)
+        messages = [dist.P2POp(dist.isend, tensor, following, self.group) for tensor in tensors]
+        messages += [dist.P2POp(dist.irecv, buffer, previous, self.group) for buffer in buffers]
+        return buffers, dist.batch_isend_irecv(messages)
 
-    def _member(self) -> ProcessGroup:
-        assert self.group is not None, "a world of one sends no messages"
-        return self.group
+    def gather_integers(self, integers: Sequence[int], device: torch.device) -> list[list[int]]:
+        """Every rank's integers, on the host. Waits for no device where the group has a backend for the CPU.
 
-    def exchange(self, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
-        """Every rank's numbers, on the host. Free of a device wait where the group also speaks for the CPU.
-
-        `init_process_group("cpu:gloo,cuda:nccl")` does; an NCCL-only group costs one device wait a call.
+        `init_process_group("cpu:gloo,cuda:nccl")` has one; with NCCL alone each call waits for the device once.
         """
         if self.world == 1:
-            return [list(numbers)]
-        speaks_cpu = "cpu:" in dist.get_backend_config(self.group)
-        local_1K = torch.tensor([list(numbers)], dtype=torch.int64, device="cpu" if speaks_cpu else device)
+            return [list(integers)]
+        has_cpu_backend = "cpu:" in dist.get_backend_config(self.group)
+        local_1K = torch.tensor([list(integers)], dtype=torch.int64, device="cpu" if has_cpu_backend else device)
         table: list[list[int]] = self.gather(local_1K).tolist()
         return table
+
+
+Facts = Mapping[str, Any]
+"""What must be equal on all ranks, by the name that error messages use. Values are compared by their repr."""
+
+
+def agree(check: Callable[[], Facts], ranks: Ranks, device: torch.device) -> None:
+    """Raises on every rank where `check` raises on any of them, or where the facts it returns differ between them.
+
+    A rank that raised alone would leave the others waiting in the next collective; ranks that compute different things enter different
+    collectives, which ends in a hang or an abort. Every rank must call this. It costs one small exchange, and a second one, of the values
+    that the message shows, where something differs. Raises what `check` raised on the rank itself, and ValueError on the others.
+    """
+    facts: Facts = {}
+    fault: Exception | None = None
+    try:
+        facts = check()
+    except Exception as error:
+        fault = error
+    if ranks.world > 1:
+        values = {name: repr(value) for name, value in facts.items()}
+        table = ranks.gather_integers([int(fault is not None), _digest(sorted(values)), _digest(sorted(values.items()))], device)
+        faulty = [rank for rank, (is_faulty, *_) in enumerate(table) if is_faulty]
+        if fault is None and faulty:
+            raise ValueError(f"rank {faulty[0]} was given faulty arguments or embeddings; its own error says what is wrong")
+        if fault is None and len({names for _, names, _ in table}) > 1:
+            raise ValueError("the ranks compute different losses: every rank must call the same one")
+        if fault is None and len({digest for *_, digest in table}) > 1:
+            raise ValueError(_difference(values, ranks, device))
+    if fault is not None:
+        raise fault
+
+
+def _digest(values: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=7).digest(), "big")
+
+
+def _difference(values: Mapping[str, str], ranks: Ranks, device: torch.device) -> str:
+    """The message: each fact that differs, with every rank's value. A collective; the names are equal on all ranks."""
+    longest = max(max(len(value.encode()) for value in values.values()), 1)
+    longest = max(row[0] for row in ranks.gather_integers([longest], device))
+    differing = []
+    for name, value in sorted(values.items()):
+        table = ranks.gather_integers(list(value.encode().ljust(longest)), device)
+        of_ranks = [bytes(row).decode().strip() for row in table]
+        if len(set(of_ranks)) > 1:
+            differing.append(f"{name}: " + ", ".join(f"{each} on rank {rank}" for rank, each in enumerate(of_ranks)))
+    return "every rank must compute the same loss of as many pairs; these differ: " + "; ".join(differing)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local_BD: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks, ctx.rows = ranks, local_BD.shape[0]
+        return ranks.gather(local_BD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+        rows = slice(ctx.ranks.rank * ctx.rows, (ctx.ranks.rank + 1) * ctx.rows)
+        return grad_ND[rows] * ctx.ranks.world, None
+
+
+def gather_rows(local_BD: Tensor, ranks: Ranks) -> Tensor:
+    """`gather_with_grad` where the ranks have agreed on the shape already."""
+    gathered: Tensor = local_BD if ranks.world == 1 else _GatherRows.apply(local_BD, ranks)
+    return gathered
+
+
+def gather_with_grad(local: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """(B, ...) on each rank -> (N, ...) on every rank, N = B * world, the ranks' rows in rank order, with a gradient for `local`.
+
+    With it a loss over the batch of all ranks is plain torch: gather each tensor, then compute on every rank the same loss of all N rows.
+
+        image, text = gather_with_grad(image, group), gather_with_grad(text, group)
+        loss = cross_entropy(scale * image @ text.T, torch.arange(len(image), device=image.device))
+
+    The backward pass communicates nothing: since all ranks compute the same loss, a rank's slice of the gradient is complete. It is
+    multiplied by `world`, so that the mean over ranks that data parallelism takes is the gradient of the loss. A loss that differs between
+    ranks, such as one of a rank's own rows alone, would get a wrong gradient. There is no second derivative.
+
+    group: None is this process alone: `local` itself is returned, even where torch.distributed runs. With a group every rank must call.
+    Raises ValueError for a scalar; and on every rank where rows, the shape of a row or the dtype differ between ranks.
+    """
+    ranks = Ranks.of(group)
+
+    def check() -> Facts:
+        if not local.ndim:
+            raise ValueError("rows are gathered, and a tensor of shape () has none: pass (B, ...)")
+        return {"rows": len(local), "shape of a row": tuple(local.shape[1:]), "dtype": local.dtype}
+
+    agree(check, ranks, local.device)
+    return gather_rows(local, ranks)
 
 
 class Block(NamedTuple):
@@ -89,68 +179,70 @@ class Block(NamedTuple):
 
     first: int
     tensors: tuple[Tensor, ...]
-    share: Tensor | None
-    """(M, D') zeros, to which the caller adds what this rank's rows give to the gradient of these columns; None if not asked for."""
+    grad: Tensor | None
+    """(M, D') zeros, to which the caller adds its rows' part of the gradient of these columns; None where none is wanted."""
 
 
 class Sweep:
-    """Iterate once; then `home` where shares were asked for.
+    """One pass of this rank's rows over the columns of all ranks: gathered at once, or block by block around a ring.
 
-        sweep = Sweep((text_BD,), ranks, ring=True, share=text_BD.new_empty(0, width))
+    Gathering holds every column on every rank: N x D embeddings and, in a backward pass, N x D gradients. The ring holds two blocks of
+    B columns and three of gradients instead. Iterate once and to the end, on every rank; then `own_grad`, where gradients are wanted.
+
+        sweep = Sweep((text_BD,), ranks, ring=True, grad_like=text_BD.new_empty(0, width))
         for block in sweep:
-            block.share.addmm_(slope_BM.T, left_BD)
-        gradient_BD = sweep.home()
+            block.grad.addmm_(slope_BM.T, left_BD)
+        grad_BD = sweep.own_grad()
 
-    tensors: (B, D) each, as long on every rank. share: a tensor that shows the shares' width, dtype and device, or None.
-    gathered: what an earlier sweep over the same tensors left in `gathered`: saves gathering again; empty for a ring.
-    Every rank must iterate to the end.
+    tensors: (B, D) each, of as many rows on every rank. grad_like: a tensor of the gradients' width, dtype and device, or None.
+    gathered: the attribute of an earlier sweep over the same tensors, which saves gathering again; empty for a ring.
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], ranks: Ranks, *, ring: bool, share: Tensor | None, gathered: tuple[Tensor, ...] = ()
+        self, tensors: Sequence[Tensor], ranks: Ranks, *, ring: bool, grad_like: Tensor | None, gathered: tuple[Tensor, ...] = ()
     ) -> None:
         self._tensors = tuple(tensor.detach().contiguous() for tensor in tensors)
-        self._ranks, self._ring, self._like = ranks, ring and ranks.world > 1, share
+        self._ranks, self._ring, self._grad_like = ranks, ring and ranks.world > 1, grad_like
         self.gathered = gathered
-        self._home: Tensor | None = None
+        self._own_grad: Tensor | None = None
 
     def __iter__(self) -> Iterator[Block]:
-        return self._around() if self._ring else self._at_once()
+        return self._around_the_ring() if self._ring else self._all_at_once()
 
-    def home(self) -> Tensor:
-        """(B, D'): the shares of all ranks in this rank's own columns, summed."""
-        assert self._home is not None, "home() is for a finished pass with shares"
-        return self._home
+    def own_grad(self) -> Tensor:
+        """(B, D'): the gradient of this rank's own columns, summed over the rows of all ranks."""
+        assert self._own_grad is not None, "own_grad() is for a finished pass with gradients"
+        return self._own_grad
 
     def _zeros(self, columns: int) -> Tensor | None:
-        return None if self._like is None else self._like.new_zeros((columns, *self._like.shape[1:]))
+        return None if self._grad_like is None else self._grad_like.new_zeros((columns, *self._grad_like.shape[1:]))
 
-    def _at_once(self) -> Iterator[Block]:
+    def _all_at_once(self) -> Iterator[Block]:
         self.gathered = self.gathered or tuple(self._ranks.gather(tensor) for tensor in self._tensors)
-        share = self._zeros(len(self.gathered[0]))
-        yield Block(0, self.gathered, share)
-        if share is not None:
-            self._home = self._ranks.sum_to_owner(share)
+        grad = self._zeros(len(self.gathered[0]))
+        yield Block(0, self.gathered, grad)
+        if grad is not None:
+            self._own_grad = self._ranks.reduce_scatter(grad)
 
-    def _around(self) -> Iterator[Block]:
-        """Columns travel to the next rank while they are worked on; the sum of their shares follows one hop behind, back to its owner.
+    def _around_the_ring(self) -> Iterator[Block]:
+        """The columns go to the next rank while they are in use; their gradient follows one hop later, and ends at the columns' owner.
 
-        At hop h this rank holds the columns of rank (rank - h) mod W. What it added to those of hop h - 1 leaves, and what the rank
-        before added to those of hop h arrives, during the work of hop h: one batch of messages a hop, waited for after the work.
+        At hop h this rank has the columns of rank (rank - h) mod W. While the caller uses them, one batch of messages sends them on,
+        together with the gradient of the columns of hop h - 1, and receives the next columns and the gradient of those of hop h so far.
         """
-        here, rows, world = self._tensors, len(self._tensors[0]), self._ranks.world
+        columns, rows, world = self._tensors, len(self._tensors[0]), self._ranks.world
         finished: tuple[Tensor, ...] = ()
         for hop in range(world):
-            columns = here if hop + 1 < world else ()
-            arriving, works = self._ranks.pass_on((*columns, *finished))
-            share = self._zeros(rows)
-            yield Block((self._ranks.rank - hop) % world * rows, here, share)
+            outgoing = columns if hop + 1 < world else ()
+            buffers, works = self._ranks.shift((*outgoing, *finished))
+            grad = self._zeros(rows)
+            yield Block((self._ranks.rank - hop) % world * rows, columns, grad)
             for work in works:
                 work.wait()
-            here = arriving[: len(columns)]
-            if share is not None:
-                finished = (share if hop == 0 else share.add_(arriving[-1]),)
+            columns = buffers[: len(outgoing)]
+            if grad is not None:
+                finished = (grad if hop == 0 else grad.add_(buffers[-1]),)
         if finished:
-            (self._home,), works = self._ranks.pass_on(finished)
+            (self._own_grad,), works = self._ranks.shift(finished)
             for work in works:
                 work.wait()

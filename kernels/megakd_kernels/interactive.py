@@ -1,6 +1,6 @@
 """Interactive contrastive learning: the student's rows against the frozen teacher's columns.
 
-Legend: B local rows, N rows of all ranks, D width, M columns of a block, c rows of a panel, W ranks.
+Legend: B rows of this rank, N rows of all ranks, D width, M columns of a block, c rows of a panel, W ranks.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import logsigmoid
 
-from megakd_kernels.dispatch import choose
-from megakd_kernels.distributed import Ranks, Sweep
-from megakd_kernels.eager import gather
-from megakd_kernels.one_pass import Gradients, differentiable, own_columns, panels_for
-from megakd_kernels.one_pass_torch import Elementwise, half_gain
+from megakd_kernels.dispatch import choose, one_pass_kernels
+from megakd_kernels.distributed import Facts, Ranks, Sweep, agree, gather_rows
+from megakd_kernels.one_pass import Gradients, OnePassKernels, diagonal_in, differentiable, half_gain
 from megakd_kernels.panels import Logits, add_product
-from megakd_kernels.precision import full_precision, product, run
-from megakd_kernels.types import Facts, Pair, Towers, agree, compute_dtype, facts_of_pairs, wanted
+from megakd_kernels.precision import full_precision, product, run_compiled
+from megakd_kernels.types import CheckedPair, Pair, check_pairs, compute_dtype, device_of, needs_grad
 
 
 def interactive_kd(
@@ -60,139 +58,140 @@ def interactive_kd(
     """
     ranks = Ranks.of(group)
 
-    def pick() -> str:
+    def chosen_backend() -> str:
         dtype = compute_dtype(student.image, student.text, student.scale, teacher.text, teacher.image)
         pairs, device = len(student.image) * ranks.world, student.image.device
         return choose("interactive_kd", pairs, device, dtype, backend=backend, ring=ring, chunk=chunk)
 
-    def examine() -> Facts:
-        facts = facts_of_pairs(student, [teacher])
+    def check() -> Facts:
+        facts = check_pairs(student, [teacher])
         if student.image.shape[1] != teacher.image.shape[1]:
             raise ValueError(
                 f"student and teacher meet in one matrix and need one width, got {student.image.shape[1]} and {teacher.image.shape[1]}: "
                 "project the student's embeddings to the teacher's width"
             )
-        return {**facts, "ring": ring, "backend": pick()}
+        return {**facts, "ring": ring, "backend": chosen_backend()}
 
-    agree(examine, ranks, student)
-    own = Towers(student.image, student.text, student.scale.reshape(()))
-    guide = _Columns(teacher.text.detach(), teacher.image.detach())
-    dtype, device = compute_dtype(*own, *guide), own.image.device
-    rows, columns = len(own.image), len(own.image) * ranks.world
-    chosen = pick()
+    agree(check, ranks, device_of(student))
+    checked = CheckedPair(student.image, student.text, student.scale.reshape(()))
+    columns = _TeacherColumns(teacher.text.detach(), teacher.image.detach())
+    dtype, device = compute_dtype(*checked, *columns), checked.image.device
+    rows, chosen = len(checked.image), chosen_backend()
     with full_precision(device):
         if chosen in ("eager", "compiled"):
-            return _eager(own, guide, ranks, dtype, compiled=chosen == "compiled")
-        panels = panels_for(chosen, rows, rows if ring else columns, device, dtype, chunk)
-        needs = wanted(*own)
+            return _eager(checked, columns, ranks, dtype, compiled=chosen == "compiled")
+        kernels = one_pass_kernels(chosen, rows, rows if ring else rows * ranks.world, device, dtype, chunk)
+        needs = needs_grad(*checked)
         with torch.no_grad():
-            loss, gradients = _pass(own, guide, Sweep(guide, ranks, ring=ring, share=None), panels, ranks, dtype, needs)
-        return differentiable((loss,), (gradients,), own)[0]
+            loss, gradients = _one_pass(checked, columns, Sweep(columns, ranks, ring=ring, grad_like=None), kernels, ranks, dtype, needs)
+        return differentiable((loss,), (gradients,), checked)[0]
 
 
-class _Columns(NamedTuple):
-    """(B, D) each, the frozen teacher's: what the student's images and its texts are compared with."""
+class _TeacherColumns(NamedTuple):
+    """(B, D) each: the frozen teacher's embeddings that the student's images and its texts are compared with."""
 
-    of_images: Tensor
-    of_texts: Tensor
+    for_images: Tensor
+    for_texts: Tensor
 
 
 def _loss(logits: Iterable[Tensor]) -> Tensor:
-    """logits: (N, N) of each direction's anchors, by its columns; each is let go before the next is formed."""
-    by_image, by_text = map(_agreement, logits)
-    return (by_image + by_text) / -2
+    """logits: (N, N) of each direction, student rows by teacher columns; each is freed before the next is formed."""
+    image_log_p, text_log_p = (logits_NN.log_softmax(1).diagonal().mean() for logits_NN in logits)
+    return (image_log_p + text_log_p) / -2
 
 
-def _agreement(logits_NN: Tensor) -> Tensor:
-    return logits_NN.log_softmax(1).diagonal().mean()
-
-
-def _loss_of_flat(*sides: Tensor) -> tuple[Tensor]:
-    """Both directions' anchors, scaled, and columns, one after the other."""
-    return (_loss([left_ND @ right_ND.T for left_ND, right_ND in zip(sides[::2], sides[1::2], strict=True)]),)
+def _loss_of_factors(*factors: Tensor) -> tuple[Tensor]:
+    """factors: scaled rows and columns of both directions, one after the other."""
+    return (_loss([left_ND @ right_ND.T for left_ND, right_ND in zip(factors[::2], factors[1::2], strict=True)]),)
 
 
 @cache
 def _compiled_loss() -> Any:
-    return torch.compile(_loss_of_flat, dynamic=False)
+    return torch.compile(_loss_of_factors, dynamic=False)
 
 
-def _eager(student: Towers, teacher: _Columns, ranks: Ranks, dtype: torch.dtype, compiled: bool) -> Tensor:
-    """By plain autograd. The scale goes into the local rows before the gather, so that it too gets its own rows' share."""
-    sides = [
-        (gather(left_BD.to(dtype) * student.scale.to(dtype), ranks), ranks.gather(right_BD).to(dtype))
+def _eager(student: CheckedPair, teacher: _TeacherColumns, ranks: Ranks, dtype: torch.dtype, compiled: bool) -> Tensor:
+    """By plain autograd. The scale multiplies the local rows before the gather, so its gradient too is of the own rows."""
+    factors = [
+        (gather_rows(left_BD.to(dtype) * student.scale.to(dtype), ranks), ranks.gather(right_BD).to(dtype))
         for left_BD, right_BD in zip((student.image, student.text), teacher, strict=True)
     ]
     if compiled:
-        return run(_compiled_loss(), [tensor for side in sides for tensor in side])[0]
-    return _loss(product(*side) for side in sides)
+        return run_compiled(_compiled_loss(), [tensor for pair in factors for tensor in pair])[0]
+    return _loss(product(*pair) for pair in factors)
 
 
-class _Anchors(NamedTuple):
-    """One direction's rows, as far as the columns have come; updated in place.
+class _Rows(NamedTuple):
+    """One direction's rows, over the columns seen so far; updated in place.
 
-    top_B, sum_B: largest logit, and sum of exp(logit - top), over all columns but the own pair's, whose logit is own_B.
-    pulled_BD: sum of exp(logit - top) * column over the same; None where no gradient is wanted.
+    m_B, l_B: largest logit, and sum of exp(logit - m), over all columns but the positive's, whose logit is positive_B.
+    weighted_sum_BD: sum of exp(logit - m) * column over the same; None where no gradient is needed.
     """
 
     left_BD: Tensor
-    top_B: Tensor
-    sum_B: Tensor
-    own_B: Tensor
-    pulled_BD: Tensor | None
+    m_B: Tensor
+    l_B: Tensor
+    positive_B: Tensor
+    weighted_sum_BD: Tensor | None
 
     @classmethod
-    def of(cls, left_BD: Tensor, dtype: torch.dtype, want: bool) -> _Anchors:
-        top_B = left_BD.new_full((len(left_BD),), torch.finfo(dtype).min, dtype=dtype)
-        pulled_BD = torch.zeros_like(left_BD, dtype=dtype) if want else None
-        return cls(left_BD, top_B, torch.zeros_like(top_B), torch.zeros_like(top_B), pulled_BD)
+    def of(cls, left_BD: Tensor, dtype: torch.dtype, need: bool) -> _Rows:
+        m_B = left_BD.new_full((len(left_BD),), torch.finfo(dtype).min, dtype=dtype)
+        weighted_sum_BD = torch.zeros_like(left_BD, dtype=dtype) if need else None
+        return cls(left_BD, m_B, torch.zeros_like(m_B), torch.zeros_like(m_B), weighted_sum_BD)
 
-    def absorb(self, logits: Logits, diagonal: int | None, panels: Elementwise) -> None:
-        """One product for the logits, one for the gradient. What was summed before fades as a larger logit turns up."""
-        for rows, own_c, top_c, sum_c, weights_cM in panels.weigh(logits, diagonal, self.top_B, self.pulled_BD is not None):
-            fade_c = (self.top_B[rows] - top_c).exp()
-            self.sum_B[rows] = self.sum_B[rows] * fade_c + sum_c
-            self.top_B[rows] = top_c
-            if own_c is not None:
-                self.own_B[rows] = own_c
-            if self.pulled_BD is not None and weights_cM is not None:
-                add_product(self.pulled_BD[rows].mul_(fade_c[:, None]), weights_cM, logits.right_ND)
+    def add(self, logits: Logits, diagonal: int | None, kernels: OnePassKernels) -> None:
+        """Adds a block of columns: one product for the logits, one for the gradient."""
+        for rows, positive_c, m_c, l_c, exp_cM in kernels.exp_panels(logits, diagonal, self.m_B, self.weighted_sum_BD is not None):
+            alpha_c = (self.m_B[rows] - m_c).exp()
+            self.l_B[rows] = self.l_B[rows] * alpha_c + l_c
+            self.m_B[rows] = m_c
+            if positive_c is not None:
+                self.positive_B[rows] = positive_c
+            if self.weighted_sum_BD is not None and exp_cM is not None:
+                add_product(self.weighted_sum_BD[rows].mul_(alpha_c[:, None]), exp_cM, logits.right_ND)
 
-    def finish(self, right_BD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sum of -log softmax at the own pairs, and its gradient but for the scale, (B, D). right_BD: the own pairs' columns.
+    def finish(self, positives_BD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sum of -log softmax at the positives, and its gradient but for the scale, (B, D). positives_BD: the positives' columns.
 
-        -log p = softplus(lse of the others - own), and p - 1 = -q with q the sigmoid of that: no digit is lost where p is close to 1.
+        With delta = logsumexp of the negatives - positive, -log p = softplus(delta), and p - 1 = -sigmoid(delta): no digit is lost where p
+        is close to 1.
         """
-        gap_B = self.top_B + self.sum_B.log() - self.own_B
-        loss = -logsigmoid(-gap_B).sum()
-        if self.pulled_BD is None:
+        delta_B = self.m_B + self.l_B.log() - self.positive_B
+        loss = -logsigmoid(-delta_B).sum()
+        if self.weighted_sum_BD is None:
             return loss, None
-        weight_B = half_gain(self.left_BD.dtype) * self.sum_B.clamp_min(torch.finfo(gap_B.dtype).tiny)  # a row without others has sum 0
-        return loss, (self.pulled_BD / weight_B[:, None]).sub_(right_BD).mul_(gap_B.sigmoid()[:, None])
+        divisor_B = half_gain(self.left_BD.dtype) * self.l_B.clamp_min(torch.finfo(delta_B.dtype).tiny)  # l is 0 without negatives
+        return loss, (self.weighted_sum_BD / divisor_B[:, None]).sub_(positives_BD).mul_(delta_B.sigmoid()[:, None])
 
 
-def _pass(
-    student: Towers, teacher: _Columns, sweep: Sweep, panels: Elementwise, ranks: Ranks, dtype: torch.dtype, needs: tuple[bool, ...]
+def _one_pass(
+    student: CheckedPair,
+    teacher: _TeacherColumns,
+    sweep: Sweep,
+    kernels: OnePassKernels,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor, Gradients]:
     """The loss over all ranks, and its gradients in image, text and scale, each where needed."""
     need_image, need_text, need_scale = needs
-    rows, scale = len(student.image), student.scale.to(dtype)
-    anchors = [
-        _Anchors.of(left_BD, dtype, need or need_scale) for left_BD, need in ((student.image, need_image), (student.text, need_text))
+    count, scale = len(student.image), student.scale.to(dtype)
+    directions = [
+        _Rows.of(left_BD, dtype, need or need_scale) for left_BD, need in ((student.image, need_image), (student.text, need_text))
     ]
     for block in sweep:
-        diagonal = own_columns(block, ranks.rank * rows)
-        for of, right_MD in zip(anchors, block.tensors, strict=True):
-            of.absorb(Logits.of(of.left_BD, right_MD, scale), diagonal, panels)
-    finished = [of.finish(right_BD) for of, right_BD in zip(anchors, teacher, strict=True)]
-    loss = ranks.gather((finished[0][0] + finished[1][0])[None]).sum() / (2 * rows * ranks.world)
+        diagonal = diagonal_in(block, ranks.rank * count)
+        for rows, right_MD in zip(directions, block.tensors, strict=True):
+            rows.add(Logits.of(rows.left_BD, right_MD, scale), diagonal, kernels)
+    (image_loss, image_BD), (text_loss, text_BD) = (rows.finish(right_BD) for rows, right_BD in zip(directions, teacher, strict=True))
+    loss = ranks.gather((image_loss + text_loss)[None]).sum() / (2 * count * ranks.world)
     # times world: the mean that data parallelism takes over ranks then gives the gradient of the global loss
-    factor = 1 / (2 * rows)
-    image_BD, text_BD = (slope_BD for _, slope_BD in finished)
-    of_scale = None
+    factor = 1 / (2 * count)
+    scale_grad = None
     if need_scale and image_BD is not None and text_BD is not None:
-        of_scale = ((image_BD * student.image).sum(1) + (text_BD * student.text).sum(1)).sum() * factor
-    length = scale * factor
-    image = image_BD * length if need_image and image_BD is not None else None
-    text = text_BD * length if need_text and text_BD is not None else None
-    return loss, (image, text, of_scale)
+        scale_grad = ((image_BD * student.image).sum(1) + (text_BD * student.text).sum(1)).sum() * factor
+    scaled = scale * factor
+    image_grad = image_BD * scaled if need_image and image_BD is not None else None
+    text_grad = text_BD * scaled if need_text and text_BD is not None else None
+    return loss, (image_grad, text_grad, scale_grad)

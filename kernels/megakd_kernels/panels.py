@@ -1,4 +1,4 @@
-"""Logit panels: c rows of the similarity matrix by all N columns, the largest thing that the chunked backend ever holds.
+"""Panels of logits, c rows of the similarity matrix by all N columns, the largest tensors of the chunked backend; and their products.
 
 Legend: B local rows, N columns (rows of all ranks), D width, c rows of a chunk.
 """
@@ -12,12 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The size of one panel by device; five live in the forward pass, four in the backward. Time hardly depends on it on the CPU (N = 4096,
+# Bytes of one panel by device; five live in the forward pass, four in the backward. On the CPU time hardly depends on it (N = 4096,
 # widths 256 and 512, one core: 1 MB 1.17 s, 4 to 16 MB 1.0 s, 64 MB 1.24 s). CUDA is not measured: 64 MB is 512 rows at N = 32768.
 PANEL_BYTES = {"cpu": 16 << 20, "cuda": 64 << 20}
 
-
-# Of a product on its way into a sum, where torch cannot add it in one call: 16,384 rows at width 512.
+# Bytes of a product that torch cannot add to a sum in one call, and so computes in strips: 16,384 rows at width 512.
 STRIP_BYTES = 32 << 20
 
 
@@ -31,24 +30,24 @@ def chunks(rows: int, chunk: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk))
 
 
-def spare_panels(count: int, chunk: int, like: Logits) -> list[Tensor]:
+def scratch_panels(count: int, chunk: int, like: Logits) -> list[Tensor]:
     """(c, N) panels for one pass, reused from chunk to chunk.
 
-    Not left to the allocator: glibc 2.36 does not reuse freed aligned blocks of one size reliably, and fresh panels a chunk made the
-    peak at N = 6144 anything from 150 to 640 MB.
+    Not allocated for each chunk: glibc 2.36 does not reuse freed aligned blocks of one size reliably, and the peak at N = 6144 was anything
+    from 150 to 640 MB.
     """
     shape = (min(chunk, like.left_BD.shape[0]), like.right_ND.shape[0])
     return [like.gain.new_empty(shape) for _ in range(count)]
 
 
-def _multiplies_halves(left: Tensor, right: Tensor) -> bool:
-    """CUDA multiplies halves into float32 (`out_dtype`, torch >= 2.8); the CPU has no such product in torch 2.14."""
+def _has_half_product(left: Tensor, right: Tensor) -> bool:
+    """Whether torch multiplies these halves into float32 (`out_dtype`, torch >= 2.8): on CUDA; the CPU of torch 2.14 does not."""
     return left.is_cuda and left.dtype == right.dtype and left.dtype in (torch.float16, torch.bfloat16)
 
 
 @cache
-def _adds_halves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds a product of halves to a float32 sum in one call. Older ones want the sum in halves too; asked once."""
+def _has_half_addmm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product of halves to a float32 sum in one call. Older versions want the sum in halves too; tried once."""
     total, half = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
     try:
         torch.addmm(total, half, half, out_dtype=torch.float32, out=total)
@@ -59,12 +58,12 @@ def _adds_halves(device: torch.device, dtype: torch.dtype) -> bool:
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, summed in total's dtype, without a second matrix of total's size."""
-    if not (_multiplies_halves(left, right) and total.dtype == torch.float32):
+    if not (_has_half_product(left, right) and total.dtype == torch.float32):
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
-    elif _adds_halves(total.device, left.dtype):
+    elif _has_half_addmm(total.device, left.dtype):
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:
-        # 131,072 texts of width 768 would be 403 MB beside as many that are there already
+        # in strips: the product of 131,072 texts of width 768 would take 403 MB more
         for rows in chunks(len(total), max(1, STRIP_BYTES // (total.shape[1] * total.itemsize))):
             total[rows] += torch.mm(left[rows], right, out_dtype=torch.float32)
 
@@ -78,14 +77,14 @@ class Logits(NamedTuple):
 
     @classmethod
     def of(cls, left_BD: Tensor, right_ND: Tensor, gain: Tensor) -> Logits:
-        """Where halves cannot be multiplied as they are, the right side is widened here once instead of once a chunk."""
-        if _multiplies_halves(left_BD, right_ND) and gain.dtype == torch.float32:
+        """Where torch has no product of halves into float32, the right side is widened here, once instead of once a chunk."""
+        if _has_half_product(left_BD, right_ND) and gain.dtype == torch.float32:
             return cls(left_BD, right_ND, gain)
         return cls(left_BD, right_ND.to(gain.dtype), gain)
 
-    def rows(self, wanted: slice, out: Tensor) -> Tensor:
+    def rows(self, selected: slice, out: Tensor) -> Tensor:
         """(c, N), in the first c rows of `out`."""
-        left_cD = self.left_BD[wanted]
+        left_cD = self.left_BD[selected]
         panel_cN = out[: left_cD.shape[0]]
         if self.right_ND.dtype == self.gain.dtype:
             return torch.mm(left_cD.to(self.gain.dtype) * self.gain, self.right_ND.T, out=panel_cN)

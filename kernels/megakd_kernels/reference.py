@@ -1,4 +1,4 @@
-"""The yardstick: the definitions written out in float64 for one process, by plain autograd. Slow, N x N, for tests only.
+"""The definitions of the losses in float64, N x N, for one process, by plain autograd. Tests judge every backend by them.
 
 Legend: N pairs, D width.
 """
@@ -6,16 +6,12 @@ Legend: N pairs, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from megakd_kernels.types import Pair, SimilarityLoss
-
-if TYPE_CHECKING:
-    from megakd_kernels.sigmoid import BiasedPair
+from megakd_kernels.types import BiasedPair, Pair, SimilarityLoss
 
 
 def _logits_NN(left_ND: Tensor, right_ND: Tensor, scale: Tensor) -> Tensor:
@@ -36,16 +32,16 @@ def similarity_kd_reference(
 ) -> SimilarityLoss:
     """What `similarity_kd` computes, in float64 whatever the inputs' dtype; gradients flow to the inputs.
 
-    Both pairs hold all N rows: several ranks are judged against one process that holds their concatenation.
+    Both pairs hold all N rows: several ranks are compared with one process that holds their concatenation.
     """
     zero = torch.zeros((), dtype=torch.float64, device=student.image.device)
     logits_NN, kd, infonce = _logits_NN(student.image, student.text, student.scale), zero, zero
     teachers = teacher if isinstance(teacher, list) else [teacher] if teacher else []
-    for guide in teachers:
+    for each in teachers:
         with torch.no_grad():
-            soft_NN = _logits_NN(guide.image, guide.text, guide.scale) / temperature
+            teacher_NN = _logits_NN(each.image, each.text, each.scale) / temperature
         for dim, weight in zip((1, 0), directions, strict=True):
-            target_NN = _log_softmax(soft_NN, dim)
+            target_NN = _log_softmax(teacher_NN, dim)
             divergence_N = (target_NN.exp() * (target_NN - _log_softmax(logits_NN / temperature, dim))).sum(dim)
             kd = kd + weight * temperature**2 / len(teachers) * divergence_N.mean()
     if hard:
@@ -82,6 +78,6 @@ def sigmoid_kd_reference(student: BiasedPair, teachers: Sequence[BiasedPair], *,
         cross = binary_cross_entropy_with_logits(logits_NN, target_NN.sigmoid(), reduction="sum")
         kd = kd + (cross - entropy) / (len(logits_NN) * len(teachers))
     if hard:
-        agreement_NN = 2 * torch.eye(len(logits_NN), dtype=torch.float64, device=logits_NN.device) - 1
-        siglip = -logsigmoid(agreement_NN * logits_NN).sum() / len(logits_NN)
+        sign_NN = 2 * torch.eye(len(logits_NN), dtype=torch.float64, device=logits_NN.device) - 1
+        siglip = -logsigmoid(sign_NN * logits_NN).sum() / len(logits_NN)
     return SimilarityLoss(kd, siglip)

@@ -1,6 +1,6 @@
-"""The softmax losses over the similarity matrix, for the public: `similarity_kd` and its hard part alone, `contrastive`.
+"""The softmax losses over the similarity matrix: `similarity_kd` and its hard part alone, `contrastive`.
 
-Legend: B local rows, N rows of all ranks, D width.
+Legend: B rows of this rank, N rows of all ranks, D width.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megakd_kernels.dispatch import choose, kernels_for
-from megakd_kernels.distributed import Ranks
+from megakd_kernels.dispatch import choose, two_pass_kernels
+from megakd_kernels.distributed import Facts, Ranks, agree
 from megakd_kernels.eager import eager
 from megakd_kernels.precision import full_precision
-from megakd_kernels.two_pass import Plan, stripe
-from megakd_kernels.types import Facts, Pair, SimilarityLoss, Towers, agree, compute_dtype, facts_of_pairs
+from megakd_kernels.two_pass import TwoPass, two_pass
+from megakd_kernels.types import CheckedPair, Pair, SimilarityLoss, check_pairs, compute_dtype, device_of
 
 
-def _check_request(temperature: float, directions: tuple[float, float], scale_limit: float | None) -> None:
+def _check_arguments(temperature: float, directions: tuple[float, float], scale_limit: float | None) -> None:
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     if not all(0 <= weight < math.inf for weight in directions) or not any(directions):
@@ -28,10 +28,10 @@ def _check_request(temperature: float, directions: tuple[float, float], scale_li
         raise ValueError(f"scale_limit must be positive and finite, or None for unknown, got {scale_limit}")
 
 
-def _towers(pair: Pair) -> Towers:
+def _checked(pair: Pair) -> CheckedPair:
     """Where image and text differ in precision, both take the wider one."""
     dtype = torch.promote_types(pair.image.dtype, pair.text.dtype)
-    return Towers(pair.image.to(dtype), pair.text.to(dtype), pair.scale.reshape(()))
+    return CheckedPair(pair.image.to(dtype), pair.text.to(dtype), pair.scale.reshape(()))
 
 
 def similarity_kd(
@@ -89,29 +89,30 @@ def similarity_kd(
     ranks = Ranks.of(group)
     given = [] if teacher is None else teacher if isinstance(teacher, list) else [teacher]
 
-    def pick() -> str:
+    def chosen_backend() -> str:
         loss, pairs = "similarity_kd" if given else "contrastive", len(student.image) * ranks.world
         dtype = compute_dtype(*(tensor for pair in (student, *given) for tensor in (pair.image, pair.text, pair.scale)))
         return choose(loss, pairs, student.image.device, dtype, backend=backend, ring=ring, chunk=chunk)
 
-    def examine() -> Facts:
-        _check_request(temperature, directions, scale_limit)
-        asked = {"temperature": temperature, "hard": hard, "directions": directions, "scale_limit": scale_limit, "ring": ring}
-        return {**facts_of_pairs(student, given), **asked, "backend": pick()}
+    def check() -> Facts:
+        _check_arguments(temperature, directions, scale_limit)
+        options = {"temperature": temperature, "hard": hard, "directions": directions, "scale_limit": scale_limit, "ring": ring}
+        return {**check_pairs(student, given), **options, "backend": chosen_backend()}
 
-    agree(examine, ranks, student)
-    own = _towers(student)
-    teachers = tuple(Towers(*(tensor.detach() for tensor in _towers(guide))) for guide in given)
-    dtype = compute_dtype(*own, *(tensor for towers in teachers for tensor in towers))
-    rows, device = len(own.image), own.image.device
-    chosen = pick()
+    agree(check, ranks, device_of(student))
+    checked = _checked(student)
+    teachers = tuple(CheckedPair(*(tensor.detach() for tensor in _checked(each))) for each in given)
+    dtype = compute_dtype(*checked, *(tensor for pair in teachers for tensor in pair))
+    rows, device = len(checked.image), checked.image.device
+    chosen = chosen_backend()
     with full_precision(device):
         if chosen in ("eager", "compiled"):
             compiled = chosen == "compiled"
-            return eager(own, teachers, temperature=temperature, hard=hard, directions=directions, ranks=ranks, compiled=compiled)
+            return eager(checked, teachers, temperature=temperature, hard=hard, directions=directions, ranks=ranks, compiled=compiled)
         columns = rows if ring else rows * ranks.world
-        kernels = kernels_for(chosen, rows, columns, device, dtype, chunk, None if scale_limit is None else scale_limit / temperature)
-        return stripe(own, teachers, Plan(temperature, hard, directions, kernels, ranks, ring))
+        bound = None if scale_limit is None else scale_limit / temperature
+        kernels = two_pass_kernels(chosen, rows, columns, device, dtype, chunk, bound)
+        return two_pass(checked, teachers, TwoPass(temperature, hard, directions, kernels, ranks, ring))
 
 
 def contrastive(

@@ -1,8 +1,9 @@
-"""Online softmax statistics of student and teacher logits along the rows or the columns of the similarity matrix, and the softmaxes of the
-slope that follow from them.
+"""Online softmax statistics of student and teacher logits along the rows or the columns of the similarity matrix, and the weights of the
+softmaxes in the gradient that follow from them.
 
-Legend: c rows of a chunk, M columns, n the lines that are summarised (c rows or M columns), K teachers.
-a student logits, b_k teacher logits, both already divided by the temperature.
+Legend: c rows of a chunk, M columns, n lines (c rows or M columns), K teachers.
+a student logits, b_k teacher logits, both already divided by the temperature. m maximum, l sum of exp(logit - m).
+The hard part (InfoNCE at temperature 1) needs a sum of its own where the temperature is not 1: its logits are hard_temperature * a.
 """
 
 from __future__ import annotations
@@ -15,158 +16,160 @@ from torch import Tensor
 
 from megakd_kernels.distributed import Ranks
 
+# The slope (d loss / d logits) is cast to half precision where the product takes halves. Its entries are at most 8, mostly near 1 / N:
+# this gain keeps them inside float16 (8 * 2^12 < 65504, and 2^-24 / 2^12 is far below 1 / N). Exact in every other dtype.
+SLOPE_GAIN = 2.0**12
 
-def _held(field: Tensor | None) -> Tensor:
+
+def _present(field: Tensor | None) -> Tensor:
     """A field that the caller knows to be there."""
     assert field is not None
     return field
 
 
-class Normalisers(NamedTuple):
-    """What one line (a row or a column) needs to know about the logits seen so far.
+class SoftmaxStats(NamedTuple):
+    """The statistics of n lines over the logits seen so far.
 
-    max_a, sum_a: (n,), largest a; sum of exp(a - max_a).
-    sum_hard: (n,), sum of exp(temperature * (a - max_a)), the normaliser at temperature 1; None where sum_a already is it.
-    max_b, sum_b: (K, n), the same of each b_k; None without a teacher.
-    gap: (K, n), sum of exp(b - max_b) * ((b - max_b) - (a - max_a)). Centred on both maxima, unlike the textbook sum of (b - a):
+    m_a, l_a: (n,). l_hard: (n,), sum of exp(hard_temperature * (a - m_a)); None where l_a is that sum already.
+    m_b, l_b: (K, n), of each teacher; None without one.
+    cross_term: (K, n), sum of exp(b - m_b) * ((b - m_b) - (a - m_a)). Centred on both maxima, unlike the textbook's sum of (b - a):
         logits of 2000 (scale 100, temperature 0.05) would otherwise leave their rounding of 1e-4 in the divergence.
 
-    All that follows holds for any other reference in place of the maxima, as long as the sums neither overflow nor vanish.
+    All formulas hold for any other reference in place of the maxima, as long as the sums neither overflow nor vanish.
     """
 
-    max_a: Tensor
-    sum_a: Tensor
-    sum_hard: Tensor | None
-    max_b: Tensor | None
-    sum_b: Tensor | None
-    gap: Tensor | None
+    m_a: Tensor
+    l_a: Tensor
+    l_hard: Tensor | None
+    m_b: Tensor | None
+    l_b: Tensor | None
+    cross_term: Tensor | None
 
     def divergence(self) -> Tensor:
         """(n,), the mean over teachers of KL(teacher || student); exactly 0 where every b_k and a are the same numbers."""
-        sum_b = _held(self.sum_b)
-        # Not the logarithm of the quotient: relative to references other than the maxima that can be 0.
-        return (_held(self.gap) / sum_b + (self.sum_a.log() - sum_b.log())).mean(0)
+        l_b = _present(self.l_b)
+        # Not log(l_a / l_b): with references other than the maxima the quotient can underflow to 0.
+        return (_present(self.cross_term) / l_b + (self.l_a.log() - l_b.log())).mean(0)
 
-    def infonce(self, diagonal_n: Tensor, sharpen: float | None) -> Tensor:
-        """-log softmax of the diagonal at temperature 1 of each line; diagonal_n holds its a."""
-        below_n = self.max_a - diagonal_n
-        if sharpen is None:
-            return below_n + self.sum_a.log()
-        return below_n * sharpen + _held(self.sum_hard).log()
+    def infonce(self, diagonal_n: Tensor, hard_temperature: float | None) -> Tensor:
+        """(n,), logsumexp of the line less its diagonal logit, at temperature 1. diagonal_n: the a of the diagonal."""
+        shifted_n = self.m_a - diagonal_n
+        if hard_temperature is None:
+            return shifted_n + self.l_a.log()
+        return shifted_n * hard_temperature + _present(self.l_hard).log()
 
-    def lines(self, wanted: slice) -> Normalisers:
-        return Normalisers(*(None if field is None else field[..., wanted] for field in self))  # type: ignore[arg-type]
+    def lines(self, selected: slice) -> SoftmaxStats:
+        return SoftmaxStats(*(None if field is None else field[..., selected] for field in self))  # type: ignore[arg-type]
 
 
-def summarise(a_cM: Tensor, targets: Iterable[Tensor], sharpen: float | None, spare: Sequence[Tensor]) -> tuple[Normalisers, Normalisers]:
-    """The statistics of one panel: of its rows, finished where it spans all columns, and of its columns, a share. Overwrites a_cM.
+def panel_stats(
+    a_cM: Tensor, teacher_panels: Iterable[Tensor], hard_temperature: float | None, scratch: Sequence[Tensor]
+) -> tuple[SoftmaxStats, SoftmaxStats]:
+    """The statistics of one panel's rows, complete where it spans all columns, and of its columns, to be merged. Overwrites a_cM.
 
-    targets: the teachers' panels, one at a time: each may use the memory of the one before.
-    sharpen: the temperature, where the normaliser at temperature 1 is wanted besides; otherwise None.
-    spare: three panels to work in, of at least c rows; two are enough without a teacher.
+    teacher_panels: one at a time; each may reuse the memory of the one before.
+    scratch: three panels of at least c rows; two are enough without a teacher.
     """
-    spare = [panel[: len(a_cM)] for panel in spare]
-    top = [a_cM.amax(dim, keepdim=True) for dim in (1, 0)]
-    below = [torch.sub(a_cM, top[0], out=spare[0]), a_cM.sub_(top[1])]
-    sums_a = [torch.exp(below[side], out=spare[1]).sum(1 - side) for side in (0, 1)]
-    sums_hard: list[Tensor | None] = [None, None]
-    if sharpen is not None:
-        sums_hard = [torch.mul(below[side], sharpen, out=spare[1]).exp_().sum(1 - side) for side in (0, 1)]
-    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[], []]
-    for b_cM in targets:
+    scratch = [panel[: len(a_cM)] for panel in scratch]
+    m_a = [a_cM.amax(dim, keepdim=True) for dim in (1, 0)]
+    shifted_a = [torch.sub(a_cM, m_a[0], out=scratch[0]), a_cM.sub_(m_a[1])]
+    l_a = [torch.exp(shifted_a[side], out=scratch[1]).sum(1 - side) for side in (0, 1)]
+    l_hard: list[Tensor | None] = [None, None]
+    if hard_temperature is not None:
+        l_hard = [torch.mul(shifted_a[side], hard_temperature, out=scratch[1]).exp_().sum(1 - side) for side in (0, 1)]
+    of_teachers: list[list[tuple[Tensor, Tensor, Tensor]]] = [[], []]
+    for b_cM in teacher_panels:
         for side, dim in ((0, 1), (1, 0)):
-            top_b = b_cM.amax(dim, keepdim=True)
-            below_b = torch.sub(b_cM, top_b, out=spare[1])
-            weight = torch.exp(below_b, out=spare[2])
-            found[side].append((top_b.squeeze(dim), weight.sum(dim), below_b.sub_(below[side]).mul_(weight).sum(dim)))
-    student = [(top[side].squeeze(1 - side), sums_a[side], sums_hard[side]) for side in (0, 1)]
-    teachers: list[list[Tensor | None]] = [[torch.stack(field) for field in zip(*kept, strict=True)] or [None] * 3 for kept in found]
-    return Normalisers(*student[0], *teachers[0]), Normalisers(*student[1], *teachers[1])
+            m_b = b_cM.amax(dim, keepdim=True)
+            shifted_b = torch.sub(b_cM, m_b, out=scratch[1])
+            exp_b = torch.exp(shifted_b, out=scratch[2])
+            of_teachers[side].append((m_b.squeeze(dim), exp_b.sum(dim), shifted_b.sub_(shifted_a[side]).mul_(exp_b).sum(dim)))
+    stats = []
+    for side in (0, 1):
+        of_b: list[Tensor | None] = [torch.stack(field) for field in zip(*of_teachers[side], strict=True)] or [None] * 3
+        stats.append(SoftmaxStats(m_a[side].squeeze(1 - side), l_a[side], l_hard[side], *of_b))
+    return stats[0], stats[1]
 
 
-def join(parts: Sequence[Normalisers]) -> Normalisers:
+def join(parts: Sequence[SoftmaxStats]) -> SoftmaxStats:
     """The statistics of different lines, one part after the other."""
-    return Normalisers(*(None if fields[0] is None else torch.cat(fields, -1) for fields in zip(*parts, strict=True)))  # type: ignore[arg-type]
+    return SoftmaxStats(*(None if fields[0] is None else torch.cat(fields, -1) for fields in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
-def merge(left: Normalisers, right: Normalisers, sharpen: float | None) -> Normalisers:
-    """Statistics of the same lines over the union of two disjoint sets of logits. O(n)."""
-    max_a = torch.maximum(left.max_a, right.max_a)
+def merge(left: SoftmaxStats, right: SoftmaxStats, hard_temperature: float | None) -> SoftmaxStats:
+    """The statistics of the same lines over the union of two disjoint sets of logits. O(n)."""
     sides = (left, right)
-    drop_a = [side.max_a - max_a for side in sides]
-    sum_a = left.sum_a * drop_a[0].exp() + right.sum_a * drop_a[1].exp()
-    sum_hard = None
-    if sharpen is not None:
-        sum_hard = _held(left.sum_hard) * (drop_a[0] * sharpen).exp() + _held(right.sum_hard) * (drop_a[1] * sharpen).exp()
-    if left.max_b is None or right.max_b is None:
-        return Normalisers(max_a, sum_a, sum_hard, None, None, None)
-    max_b = torch.maximum(left.max_b, right.max_b)
-    sum_b, gap = torch.zeros_like(max_b), torch.zeros_like(max_b)
-    for side, fall_a in zip(sides, drop_a, strict=True):
-        fall_b = _held(side.max_b) - max_b
-        fade = fall_b.exp()
-        sum_b = sum_b + _held(side.sum_b) * fade
-        gap = gap + (_held(side.gap) + _held(side.sum_b) * (fall_b - fall_a)) * fade
-    return Normalisers(max_a, sum_a, sum_hard, max_b, sum_b, gap)
+    m_a = torch.maximum(left.m_a, right.m_a)
+    deltas_a = [side.m_a - m_a for side in sides]
+    l_a = left.l_a * deltas_a[0].exp() + right.l_a * deltas_a[1].exp()
+    l_hard = None
+    if hard_temperature is not None:
+        alphas = [(delta_a * hard_temperature).exp() for delta_a in deltas_a]
+        l_hard = _present(left.l_hard) * alphas[0] + _present(right.l_hard) * alphas[1]
+    if left.m_b is None or right.m_b is None:
+        return SoftmaxStats(m_a, l_a, l_hard, None, None, None)
+    m_b = torch.maximum(left.m_b, right.m_b)
+    l_b, cross_term = torch.zeros_like(m_b), torch.zeros_like(m_b)
+    for side, delta_a in zip(sides, deltas_a, strict=True):
+        delta_b = _present(side.m_b) - m_b
+        alpha_b = delta_b.exp()
+        l_b = l_b + _present(side.l_b) * alpha_b
+        cross_term = cross_term + (_present(side.cross_term) + _present(side.l_b) * (delta_b - delta_a)) * alpha_b
+    return SoftmaxStats(m_a, l_a, l_hard, m_b, l_b, cross_term)
 
 
-def merge_over_ranks(mine: Normalisers, ranks: Ranks, sharpen: float | None) -> Normalisers:
+def merge_over_ranks(local: SoftmaxStats, ranks: Ranks, hard_temperature: float | None) -> SoftmaxStats:
     """The columns' statistics over the rows of all ranks: gathered in one message, merged in rank order, equal on every rank."""
     if ranks.world == 1:
-        return mine
-    shapes = [None if field is None else field.shape for field in mine]
-    flat_1F = torch.cat([field.flatten() for field in mine if field is not None])[None]
-    merged: Normalisers | None = None
+        return local
+    shapes = [None if field is None else field.shape for field in local]
+    flat_1F = torch.cat([field.flatten() for field in local if field is not None])[None]
+    merged: SoftmaxStats | None = None
     for flat_F in ranks.gather(flat_1F).unbind(0):
         fields = iter(flat_F.split([shape.numel() for shape in shapes if shape is not None]))
-        theirs = Normalisers(*(None if shape is None else next(fields).view(shape) for shape in shapes))  # type: ignore[arg-type]
-        merged = theirs if merged is None else merge(merged, theirs, sharpen)
+        of_rank = SoftmaxStats(*(None if shape is None else next(fields).view(shape) for shape in shapes))  # type: ignore[arg-type]
+        merged = of_rank if merged is None else merge(merged, of_rank, hard_temperature)
     assert merged is not None
     return merged
 
 
-# Slopes are cast to half precision where the product takes halves. Their entries are at most 8, mostly near 1 / N:
-# this gain keeps them inside float16 (8 * 2^12 < 65504, and 2^-24 / 2^12 is far below 1 / N). Exact in every other dtype.
-SLOPE_GAIN = 2.0**12
-
-
-class Pull(NamedTuple):
-    """Upstream gradients as weights of the softmaxes in the slope, at most 1 in size each, and the unit taken out of them."""
+class UpstreamGradients(NamedTuple):
+    """The upstream gradients of the two losses, divided by `unit` so that each is at most 1 in size; kd includes the temperature."""
 
     kd: Tensor
     hard: Tensor
     unit: Tensor
 
     @classmethod
-    def of(cls, grad_kd: Tensor, grad_hard: Tensor, temperature: float) -> Pull:
+    def of(cls, grad_kd: Tensor, grad_hard: Tensor, temperature: float) -> UpstreamGradients:
         kd = grad_kd * temperature
         unit = torch.maximum(kd.abs(), grad_hard.abs()).clamp_min(torch.finfo(kd.dtype).tiny)
         return cls(kd / unit, grad_hard / unit, unit)
 
 
-class Softmaxes(NamedTuple):
-    """What one side adds to the slope at a line:
+class SlopeWeights(NamedTuple):
+    """What one side adds to SLOPE_GAIN * slope at a line:
 
-    soft * exp(a - top_a) + hard * exp(sharpen * (a - top_a)) + sum over k of teach_k * exp(b_k - top_b_k).
+    student * exp(a - m_a) + hard * exp(hard_temperature * (a - m_a)) + sum over k of teacher_k * exp(b_k - m_b_k).
 
-    top_a, soft: (n,). hard: (n,), or None where `soft` covers it. top_b, teach: (K, n), or None without a teacher; teach is negative.
+    m_a, student: (n,). hard: (n,), or None where `student` covers it. m_b, teacher: (K, n), or None without one; teacher is negative.
     """
 
-    top_a: Tensor
-    soft: Tensor
+    m_a: Tensor
+    student: Tensor
     hard: Tensor | None
-    top_b: Tensor | None
-    teach: Tensor | None
+    m_b: Tensor | None
+    teacher: Tensor | None
 
     @classmethod
-    def of(cls, lines: Normalisers, pull: Pull, direction: float) -> Softmaxes:
+    def of(cls, stats: SoftmaxStats, upstream: UpstreamGradients, direction: float) -> SlopeWeights:
         """direction: the weight of this side, 1 where rows and columns count alike."""
-        kd, hard = pull.kd * (direction * SLOPE_GAIN), pull.hard * (direction * SLOPE_GAIN)
-        sharp = None if lines.sum_hard is None else hard / lines.sum_hard
-        soft = (kd + hard if sharp is None else kd) / lines.sum_a
-        if lines.sum_b is None:
-            return cls(lines.max_a, soft, sharp, None, None)
-        return cls(lines.max_a, soft, sharp, lines.max_b, -kd / (len(lines.sum_b) * lines.sum_b))
+        kd, hard = upstream.kd * (direction * SLOPE_GAIN), upstream.hard * (direction * SLOPE_GAIN)
+        own_hard = None if stats.l_hard is None else hard / stats.l_hard
+        student = (kd + hard if own_hard is None else kd) / stats.l_a
+        if stats.l_b is None:
+            return cls(stats.m_a, student, own_hard, None, None)
+        return cls(stats.m_a, student, own_hard, stats.m_b, -kd / (len(stats.l_b) * stats.l_b))
 
-    def lines(self, wanted: slice) -> Softmaxes:
-        return Softmaxes(*(None if field is None else field[..., wanted] for field in self))  # type: ignore[arg-type]
+    def lines(self, selected: slice) -> SlopeWeights:
+        return SlopeWeights(*(None if field is None else field[..., selected] for field in self))  # type: ignore[arg-type]

@@ -1,22 +1,18 @@
-"""What the losses of this package take and return, and how it is checked before any large work, on several ranks together.
+"""What the losses take and return, and the checks of their arguments.
 
-A rank that raised by itself would leave the others waiting for it in the next collective, for ever or until the group's time limit; and
-ranks that were asked for different things would enter different collectives, which ends in a hang or an abort.
-
-Legend: B local rows (pairs on this rank), D embedding width.
+Legend: B rows of this rank (its pairs), D embedding width.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from megakd_kernels.distributed import Ranks
+from megakd_kernels.distributed import Facts
 
 
 class Pair(Protocol):
@@ -35,6 +31,14 @@ class Pair(Protocol):
         """() or (1,), multiplies the cosine ("temperature" would divide)."""
 
 
+class BiasedPair(Pair, Protocol):
+    """A `Pair` whose logits also carry a bias, as SigLIP's do."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """() or (1,), added to scale * cosine; None counts as 0."""
+
+
 class SimilarityLoss(NamedTuple):
     """Two scalars over the same similarity matrix; a part that was not asked for is 0 without a gradient."""
 
@@ -42,8 +46,8 @@ class SimilarityLoss(NamedTuple):
     hard: Tensor
 
 
-class Towers(NamedTuple):
-    """A `Pair` past the door: checked, contiguous, `scale` of shape (). What the backends receive."""
+class CheckedPair(NamedTuple):
+    """A `Pair` as the backends take it: checked, `scale` of shape ()."""
 
     image: Tensor
     text: Tensor
@@ -55,8 +59,14 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
-Facts = Mapping[str, Any]
-"""What must be alike on every rank, by the name that a message calls it; values that compare by their repr."""
+def needs_grad(*inputs: Tensor) -> tuple[bool, ...]:
+    """Which of the inputs need a gradient. To be called outside of autograd.Function, which hides the grad mode."""
+    return tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs)
+
+
+def device_of(pair: Pair) -> torch.device:
+    """The device of a pair that may still be faulty: the CPU where it has none."""
+    return getattr(getattr(pair, "image", None), "device", torch.device("cpu"))
 
 
 def _shapes(name: str, pair: Pair) -> str:
@@ -70,83 +80,31 @@ def _check_pair(name: str, pair: Pair) -> None:
         raise ValueError(f"the batch is empty: {_shapes(name, pair)}")
     if pair.scale.numel() != 1:
         raise ValueError(f"{name}.scale must hold one number, got shape {tuple(pair.scale.shape)}")
-    tensors = {"image": pair.image, "text": pair.text, "scale": pair.scale}
-    odd = [f"{name}.{key} is {tensor.dtype}" for key, tensor in tensors.items() if not tensor.is_floating_point()]
-    if odd:
-        raise ValueError(f"embeddings and scale must be floating point: {', '.join(odd)}")
-    places = {f"{name}.{key}": tensor.device for key, tensor in tensors.items()}
+    tensors = {f"{name}.image": pair.image, f"{name}.text": pair.text, f"{name}.scale": pair.scale}
+    integral = [f"{key} is {tensor.dtype}" for key, tensor in tensors.items() if not tensor.is_floating_point()]
+    if integral:
+        raise ValueError(f"embeddings and scale must be floating point: {', '.join(integral)}")
     if pair.image.device != pair.text.device or pair.scale.device not in (pair.image.device, torch.device("cpu")):
-        raise ValueError(f"embeddings and scale must be on one device, got {', '.join(f'{key} on {at}' for key, at in places.items())}")
+        devices = ", ".join(f"{key} on {tensor.device}" for key, tensor in tensors.items())
+        raise ValueError(f"embeddings and scale must be on one device, got {devices}")
 
 
-def facts_of_pairs(student: Pair, teachers: Sequence[Pair]) -> Facts:
-    """Raises ValueError for pairs that are faulty by themselves or do not fit each other; returns what all ranks must have alike."""
+def check_pairs(student: Pair, teachers: Sequence[Pair]) -> Facts:
+    """Raises ValueError for a faulty pair and for pairs that do not fit each other; returns what must be equal on all ranks."""
     _check_pair("student", student)
-    for place, teacher in enumerate(teachers):
-        name = "teacher" if len(teachers) == 1 else f"teacher[{place}]"
+    for number, teacher in enumerate(teachers):
+        name = "teacher" if len(teachers) == 1 else f"teacher[{number}]"
         _check_pair(name, teacher)
         if len(teacher.image) != len(student.image):
             raise ValueError(f"student and teacher must hold the same pairs, got {_shapes('student', student)}, {_shapes(name, teacher)}")
         if teacher.image.device != student.image.device:
             raise ValueError(f"student and teacher must be on one device, got {student.image.device} and {teacher.image.device}")
+    tensors = [(pair.image, pair.text, pair.scale) for pair in (student, *teachers)]
     return {
         "rows": len(student.image),
         "number of teachers": len(teachers),
-        "widths of student and teachers": [pair.image.shape[1] for pair in (student, *teachers)],
-        "dtypes of image, text and scale": [_dtypes(pair.image, pair.text, pair.scale) for pair in (student, *teachers)],
-        "gradients of the student's image, text and scale": wanted(student.image, student.text, student.scale),
+        "widths of student and teachers": [image.shape[1] for image, _, _ in tensors],
+        "dtypes of image, text and scale": [[str(tensor.dtype).removeprefix("torch.") for tensor in each] for each in tensors],
+        "gradients of the student's image, text and scale": needs_grad(*tensors[0]),
         "device": student.image.device.type,
     }
-
-
-def _dtypes(*tensors: Tensor) -> list[str]:
-    return [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
-
-
-def wanted(*inputs: Tensor) -> tuple[bool, ...]:
-    """Which of the inputs need a gradient. Asked before autograd.Function hides the grad mode."""
-    return tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs)
-
-
-def agree(examine: Callable[[], Facts], ranks: Ranks, student: Pair) -> None:
-    """Raise on every rank where `examine` raises on any of them, or where what it returns differs between them.
-
-    One small exchange; a second one, of the texts that the message shows, where something differs. Every rank must call it. Raises what
-    `examine` raised on the rank itself, and ValueError on the others. student: shows the device that the group speaks for.
-    """
-    device = getattr(getattr(student, "image", None), "device", torch.device("cpu"))
-    facts: Facts = {}
-    fault: Exception | None = None
-    try:
-        facts = examine()
-    except Exception as error:
-        fault = error
-    if ranks.world > 1:
-        known = {name: repr(value) for name, value in facts.items()}
-        table = ranks.exchange([int(fault is not None), _digest(sorted(known)), _digest(sorted(known.items()))], device)
-        faulty = [rank for rank, (is_faulty, *_) in enumerate(table) if is_faulty]
-        if fault is None and faulty:
-            raise ValueError(f"rank {faulty[0]} was given faulty arguments or embeddings; its own error says what is wrong")
-        if fault is None and len({names for _, names, _ in table}) > 1:
-            raise ValueError("the ranks compute different losses: every rank must call the same one")
-        if fault is None and len({values for *_, values in table}) > 1:
-            raise ValueError(_difference(known, ranks, device))
-    if fault is not None:
-        raise fault
-
-
-def _digest(known: Any) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(known).encode(), digest_size=7).digest(), "big")
-
-
-def _difference(known: Mapping[str, str], ranks: Ranks, device: torch.device) -> str:
-    """What differs between the ranks, each named once with every rank's value. A collective."""
-    parts = []
-    longest = max(max(len(value.encode()) for value in known.values()), 1)
-    longest = max(row[0] for row in ranks.exchange([longest], device))
-    for name, value in sorted(known.items()):  # the same names on every rank that came here
-        table = ranks.exchange(list(value.encode().ljust(longest)), device)
-        values = [bytes(row).decode().strip() for row in table]
-        if len(set(values)) > 1:
-            parts.append(f"{name}: " + ", ".join(f"{each} on rank {rank}" for rank, each in enumerate(values)))
-    return "every rank must compute the same loss of as many pairs; these differ: " + "; ".join(parts)

@@ -21,10 +21,10 @@ LIMIT = 60  # seconds; `make gpu` has minutes for all tests together
 # Sizes that fill no tile, both ways of keeping maxima, and no allocator between the kernels and the ends of their tensors.
 PROGRAM = """
 import torch
-from similarity_cases import Batch, batch
+from loss_cases import batch
 from megakd_kernels import similarity_kd
 
-student, teacher = (Batch(*(x.cuda() for x in batch(201, width, 30.0, torch.bfloat16))) for width in (48, 72))
+student, teacher = (batch(201, width, 30.0, dtype=torch.bfloat16).to("cuda") for width in (48, 72))
 for scale_limit in (None, 30.0):
     leaves = student.leaves()
     loss = similarity_kd(leaves, teacher, hard=True, backend="triton", scale_limit=scale_limit)

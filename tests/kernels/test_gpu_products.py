@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from similarity_cases import batch
+from loss_cases import batch
 
 from megakd_kernels import interactive_kd, similarity_kd
 from megakd_kernels.panels import STRIP_BYTES, add_product
@@ -33,8 +33,11 @@ def test_the_losses_run_on_a_device_that_is_not_the_current_one():
         pytest.skip("needs two CUDA devices")
     found = []
     for device in ("cuda:0", "cuda:1"):
-        leaves, teacher = batch(300, 48, 50.0, torch.bfloat16).to(device).leaves(), batch(300, 48, 30.0, torch.bfloat16, seed=3).to(device)
+        leaves, teacher = (
+            batch(300, 48, 50.0, dtype=torch.bfloat16).to(device).leaves(),
+            batch(300, 48, 30.0, dtype=torch.bfloat16, seed=3).to(device),
+        )
         loss = similarity_kd(leaves, teacher, hard=True, backend="triton").kd + interactive_kd(leaves, teacher, backend="triton")
         loss.backward()
-        found.append([loss.detach().cpu(), *(gradient.cpu() for gradient in leaves.gradients())])
+        found.append([loss.detach().cpu(), *(gradient.cpu() for gradient in leaves.gradients()[:3])])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

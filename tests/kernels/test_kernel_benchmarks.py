@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import sys
 import time
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,8 @@ BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import plot  # noqa: E402
 import run  # noqa: E402
-from cases import LOSSES, Case  # noqa: E402
-from measure import Meter, Sample, gradients  # noqa: E402
+from cases import LOSSES, LossCase  # noqa: E402
+from measure import Meter, Timing, gradients  # noqa: E402
 from memory import Watcher  # noqa: E402
 from peers import Unavailable  # noqa: E402
 from records import FIELDS, append, read, together  # noqa: E402
@@ -98,7 +100,7 @@ def test_a_spent_budget_makes_rows_of_what_is_left(tmp_path):
 
 def test_a_long_case_is_not_begun_when_its_predicted_time_exceeds_what_is_left():
     limits = Limits(time.monotonic() + 30, memory=1e12, matrix_rate=1e18)
-    case = Case("kd", 1024, 512, 1024, "chunked")
+    case = LossCase("kd", 1024, 512, 1024, "chunked")
     assert limits.refusal(case) is None
     limits.learn(case, 0.5)
     assert limits.refusal(case) is None
@@ -107,7 +109,7 @@ def test_a_long_case_is_not_begun_when_its_predicted_time_exceeds_what_is_left()
 
 def test_on_cuda_only_the_compiled_matrix_is_foreseen_not_to_fit():
     limits = Limits(float("inf"), memory=140e9, matrix_rate=1e18, tries_all=True)
-    found = {name: limits.refusal(Case("similarity", 131072, 512, 1024, name)) for name in ("eager", "compiled", "auto")}
+    found = {name: limits.refusal(LossCase("similarity", 131072, 512, 1024, name)) for name in ("eager", "compiled", "auto")}
     assert found == {"eager": None, "compiled": "out of memory (predicted: 343.6 GB)", "auto": None}
 
 
@@ -131,10 +133,10 @@ class ScriptedMeter(Meter):
         self.calls.append(name)
         if name in self.faults:
             raise self.faults[name]
-        return Sample(0.001, 0.002)
+        return Timing(0.001, 0.002)
 
 
-class NamedCase(Case):
+class NamedCase(LossCase):
     def function(self):
         def call():
             pass
@@ -169,12 +171,12 @@ def test_running_out_of_memory_or_failing_is_a_row_and_the_others_are_measured()
 @pytest.mark.parametrize(
     ("case", "forward", "both"),
     [  # by hand, N = 10: a product of (10, d) by (d, 10) is 2 * 100 * d
-        (Case("similarity", 10, 3, 5, "auto"), 100 * (2 * 3 + 2 * 5), 100 * (8 * 3 + 4 * 5)),
-        (Case("kd", 10, 3, 5, "auto"), 1600, 4400),
-        (Case("kd", 10, 3, 5, "liger"), 1600, 100 * (6 * 3 + 2 * 5)),
-        (Case("contrastive", 10, 3, 5, "auto"), 600, 2400),
-        (Case("interactive", 10, 5, 5, "auto"), 2 * 2 * 100 * 5, 2 * 4 * 100 * 5),
-        (Case("sigmoid", 10, 3, 5, "auto"), 1600, 2800),
+        (LossCase("similarity", 10, 3, 5, "auto"), 100 * (2 * 3 + 2 * 5), 100 * (8 * 3 + 4 * 5)),
+        (LossCase("kd", 10, 3, 5, "auto"), 1600, 4400),
+        (LossCase("kd", 10, 3, 5, "liger"), 1600, 100 * (6 * 3 + 2 * 5)),
+        (LossCase("contrastive", 10, 3, 5, "auto"), 600, 2400),
+        (LossCase("interactive", 10, 5, 5, "auto"), 2 * 2 * 100 * 5, 2 * 4 * 100 * 5),
+        (LossCase("sigmoid", 10, 3, 5, "auto"), 1600, 2800),
     ],
 )
 def test_ideal_operations_are_those_counted_by_hand(case, forward, both):
@@ -182,8 +184,8 @@ def test_ideal_operations_are_those_counted_by_hand(case, forward, both):
 
 
 def test_rates_are_the_ideal_operations_over_the_median():
-    samples = [Sample(seconds, 0.0) for seconds in (1.0, 2.0, 9.0)]
-    row = rows_of(Result(Case("similarity", 10, 3, 5, "auto"), "ok", samples), ["both"], 11e3, {})[0]
+    samples = [Timing(seconds, 0.0) for seconds in (1.0, 2.0, 9.0)]
+    row = rows_of(Result(LossCase("similarity", 10, 3, 5, "auto"), "ok", samples), ["both"], 11e3, {})[0]
     assert float(row["tflops"]) == pytest.approx(4400 / 2 / 1e12)
     assert float(row["percent_of_matrix"]) == pytest.approx(20)
     assert (row["p10_ms"], row["median_ms"], row["p90_ms"]) == ("1200", "2000", "7600")
@@ -192,7 +194,7 @@ def test_rates_are_the_ideal_operations_over_the_median():
 def test_peak_memory_on_the_cpu_counts_the_matrices_of_a_call():
     watcher, pairs = Watcher(), 1500
     try:
-        peaks = {name: watcher.peaks(Case("similarity", pairs, 16, 16, name), torch.float32) for name in ("eager", "chunked")}
+        peaks = {name: watcher.peaks(LossCase("similarity", pairs, 16, 16, name), torch.float32) for name in ("eager", "chunked")}
     finally:
         watcher.close()
     matrix = 4 * pairs**2
@@ -205,9 +207,8 @@ def test_peak_memory_on_the_cpu_counts_the_matrices_of_a_call():
 def test_open_clip_is_given_the_same_problem(loss, peer):
     found = {}
     for name in (peer, "eager"):
-        case = Case(loss, 33, 16, 24, name)
-        student, teacher = case.material(CPU, torch.float32)
-        student = student.leaves()
+        case = LossCase(loss, 33, 16, 24, name)
+        student, teacher = case.inputs(CPU, torch.float32)
         found[name] = torch.autograd.grad(case.function()(student, teacher), student[:3])
     for theirs, ours in zip(found[peer], found["eager"], strict=True):
         assert torch.allclose(theirs, ours, rtol=1e-3, atol=1e-6)
@@ -215,9 +216,8 @@ def test_open_clip_is_given_the_same_problem(loss, peer):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_can_be_differentiated_by_the_student(loss):
-    case = Case(loss, 33, LOSSES[loss].student_width(16, 24), 24, "chunked")
-    student, teacher = case.material(CPU, torch.float32)
-    student = student.leaves()
+    case = LossCase(loss, 33, LOSSES[loss].student_width(16, 24), 24, "chunked")
+    student, teacher = case.inputs(CPU, torch.float32)
     total = case.function()(student, teacher)
     assert total.shape == ()
     assert total > 0
@@ -347,9 +347,9 @@ def test_an_error_of_a_loss_does_not_pass_for_a_backend_that_is_not_there(monkey
     monkeypatch.setitem(LOSSES, "kd", LOSSES["kd"]._replace(compute=broken))
     cpu = torch.device("cpu")
     for implementation, error, words in (("chunked", ValueError, "a bug"), ("triton", Unavailable, "it needs a CUDA device")):
-        case = Case("kd", 8, 4, 6, implementation)
+        case = LossCase("kd", 8, 4, 6, implementation)
         with pytest.raises(error, match=words):
-            case.function()(*case.material(cpu, torch.float32))
+            case.function()(*case.inputs(cpu, torch.float32))
 
 
 def test_a_device_or_file_that_is_not_there_is_named(tmp_path, capsys, monkeypatch):
@@ -372,3 +372,14 @@ def test_recorded_results_have_todays_columns():
     for path in (BENCHMARKS / "results").glob("*.csv"):
         with open(path, newline="", encoding="utf-8") as file:
             assert tuple(csv.DictReader(file).fieldnames or ()) == FIELDS
+
+
+def test_the_benchmarks_import_each_other_without_a_circle():
+    modules = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in BENCHMARKS.glob("*.py")}
+    imports = {
+        name: {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        | {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        for name, tree in modules.items()
+    }
+    TopologicalSorter({name: targets & set(modules) for name, targets in imports.items()}).prepare()  # raises CycleError
+    assert {"cases", "measure"} <= imports["run"]

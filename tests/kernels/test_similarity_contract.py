@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import torch
-from similarity_cases import INTERPRETED, Batch, batch, measure
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from loss_cases import INTERPRETED, Batch, Watch, batch
+from similarity_cases import measure
 
 from megakd_kernels import contrastive, contrastive_reference, dispatch, similarity_kd
 
@@ -75,12 +74,12 @@ def test_losses_are_float32_scalars_and_parts_not_asked_for_are_zero(options):
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)])
 def test_a_gradient_does_not_depend_on_which_others_are_wanted(options, wanted):
     whole, some = STUDENT.leaves(), STUDENT.leaves()
-    for leaf, want in zip(some, wanted, strict=True):
+    for leaf, want in zip(some, (*wanted, 0), strict=True):
         leaf.requires_grad_(bool(want))
     for leaves in (whole, some):
         loss = similarity_kd(leaves, TEACHER, temperature=2.0, hard=True, **options)
         (loss.kd + loss.hard).backward()
-    for leaf, want, gradient in zip(some, wanted, whole.gradients(), strict=True):
+    for leaf, want, gradient in zip(some, (*wanted, 0), whole.gradients(), strict=True):
         assert torch.equal(leaf.grad, gradient) if want else leaf.grad is None
 
 
@@ -92,7 +91,7 @@ def test_each_part_can_be_differentiated_alone(options, part, temperature):
     getattr(similarity_kd(together, TEACHER, temperature=temperature, hard=True, **options), part).backward()
     teacher = TEACHER if part == "kd" else None
     getattr(similarity_kd(alone, teacher, temperature=temperature, hard=part == "hard", **options), part).backward()
-    for ours, expected in zip(together.gradients(), alone.gradients(), strict=True):
+    for ours, expected in zip(together.gradients()[:3], alone.gradients()[:3], strict=True):
         assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -100,7 +99,7 @@ def test_each_part_can_be_differentiated_alone(options, part, temperature):
 def test_the_teacher_gets_no_gradient(options):
     student, teacher = STUDENT.leaves(), TEACHER.leaves()
     similarity_kd(student, teacher, **options).kd.backward()
-    assert teacher.gradients() == [None, None, None]
+    assert teacher.gradients() == [None] * 4
     frozen_scale = STUDENT.leaves()._replace(scale=torch.tensor([50.0]))
     similarity_kd(frozen_scale, teacher, **options).kd.backward()
     assert torch.equal(frozen_scale.image.grad, student.image.grad)
@@ -138,29 +137,17 @@ def test_a_second_derivative_is_refused_where_it_would_be_wrong():
     assert gradient.requires_grad
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the most elements that any tensor had."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_chunked_backend_never_holds_more_than_a_panel(dtype, temperature):
     pairs, width, chunk = 600, 24, 32
-    student, teacher = batch(pairs, width, 50, dtype, seed=1), batch(pairs, width, 80, dtype, seed=2)
-    with _Largest() as largest:
+    student, teacher = batch(pairs, width, 50, dtype=dtype, seed=1), batch(pairs, width, 80, dtype=dtype, seed=2)
+    with Watch() as watch:
         measure(student, teacher, temperature=temperature, hard=True, backend="chunked", chunk=chunk)
-    assert largest.elements == chunk * pairs
-    with _Largest() as largest:
+    assert watch.elements == chunk * pairs
+    with Watch() as watch:
         measure(student, teacher, temperature=temperature, hard=True, backend="eager")
-    assert largest.elements == pairs * pairs  # the recorder does see a whole matrix where there is one
+    assert watch.elements == pairs * pairs  # the recorder does see a whole matrix where there is one
 
 
 def test_auto_is_eager_for_small_batches_and_chunked_for_large_ones(monkeypatch):

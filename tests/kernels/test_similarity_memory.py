@@ -6,7 +6,7 @@ import multiprocessing
 import resource
 
 import torch
-from similarity_cases import batch
+from loss_cases import batch
 
 from megakd_kernels import similarity_kd
 

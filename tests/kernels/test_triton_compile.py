@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megakd_kernels.panels import Logits
-from megakd_kernels.softmax_stats import Softmaxes
+from megakd_kernels.softmax_stats import SlopeWeights
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
@@ -91,7 +91,7 @@ class Variant(NamedTuple):
     """A loss as the kernels meet it. By default ViT-B/16 under ViT-L/14 in bfloat16, tiles without a rest."""
 
     teachers: int = 1
-    sharpen: float | None = None
+    hard_temperature: float | None = None
     static: bool = False
     dtype: torch.dtype = torch.bfloat16
     rows: int = 256
@@ -106,25 +106,25 @@ class Variant(NamedTuple):
 
 def statistics_launches(monkeypatch: pytest.MonkeyPatch, variant: Variant) -> list[tuple[Any, dict[str, Any]]]:
     student, teachers = batch(variant.teachers, variant.dtype, variant.rows, variant.widths)
-    kernels = [Recorder(triton_statistics._statistics_kernel), Recorder(triton_statistics._fold_kernel)]
+    kernels = [Recorder(triton_statistics._statistics_kernel), Recorder(triton_statistics._merge_kernel)]
     with monkeypatch.context() as patched:
         patched.setattr(triton_statistics, "_statistics_kernel", kernels[0])
-        patched.setattr(triton_statistics, "_fold_kernel", kernels[1])
-        triton_statistics.stripe_statistics(student, teachers, variant.sharpen, diagonal=0, static=variant.static)
+        patched.setattr(triton_statistics, "_merge_kernel", kernels[1])
+        triton_statistics.stripe_statistics(student, teachers, variant.hard_temperature, diagonal=0, static=variant.static)
     return [(one.kernel, one.launches[0]) for one in kernels]
 
 
 def slope_launches(monkeypatch: pytest.MonkeyPatch, variant: Variant) -> list[tuple[Any, dict[str, Any]]]:
     student, teachers = batch(variant.teachers, variant.dtype, variant.rows, variant.widths)
     line, above = torch.ones(variant.rows), torch.ones(variant.teachers, variant.rows)
-    hard = None if variant.sharpen is None else line
-    side = Softmaxes(line, line, hard, above, -above) if teachers else Softmaxes(line, line, hard, None, None)
+    hard = None if variant.hard_temperature is None else line
+    side = SlopeWeights(line, line, hard, above, -above) if teachers else SlopeWeights(line, line, hard, None, None)
     recorder = Recorder(triton_slope._slope_kernel)
     out = torch.empty(variant.rows, variant.rows, dtype=variant.dtype)
     with monkeypatch.context() as patched:
         patched.setattr(triton_slope, "_slope_kernel", recorder)
         triton_slope.slope_panel(
-            student, teachers, side, side, sharpen=variant.sharpen, diagonal=0, diagonal_weight=torch.ones(()), out_cM=out
+            student, teachers, side, side, hard_temperature=variant.hard_temperature, diagonal=0, diagonal_weight=torch.ones(()), out_cM=out
         )
     return [(recorder.kernel, launch) for launch in recorder.launches]
 
@@ -132,12 +132,12 @@ def slope_launches(monkeypatch: pytest.MonkeyPatch, variant: Variant) -> list[tu
 CARDS = {90: Card("wgmma.mma_async", 227 << 10), 80: Card("mma.sync", 163 << 10)}
 STATISTICS = [
     Variant(),
-    Variant(sharpen=2.0),
+    Variant(hard_temperature=2.0),
     Variant(static=True),
     Variant(teachers=0),
     Variant(teachers=0, static=True),
 ]
-SLOPES = [Variant(), Variant(sharpen=2.0), Variant(teachers=0), Variant(teachers=2)]
+SLOPES = [Variant(), Variant(hard_temperature=2.0), Variant(teachers=0), Variant(teachers=2)]
 # Bytes spilled, stored and loaded. Measured with Triton 3.8: 56 in the online statistics with a second normaliser on sm_90, 360 to 500
 # in the slope on sm_80, none elsewhere; with Triton 3.6 those statistics spill 352 on sm_80. A tile that does not fit spills thousands.
 SPILLED = {("statistics", 90): 160, ("statistics", 80): 480, ("slope", 90): 160, ("slope", 80): 800}

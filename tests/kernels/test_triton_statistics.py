@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton_cases import DEVICES, Stripe, rounding, stripe, truth
 
-from megakd_kernels.softmax_stats import Normalisers, merge
+from megakd_kernels.softmax_stats import SoftmaxStats, merge
 
 pytest.importorskip("triton")
 
@@ -26,32 +26,32 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
 def found(
-    case: Stripe, sharpen: float | None = None, *, static: bool = False, tiles: Tiles = SMALL
-) -> tuple[Normalisers, Normalisers, Tensor | None]:
-    ours = stripe_statistics(case.student, case.teachers, sharpen, diagonal=case.diagonal, static=static, tiles=tiles)
-    rows, columns = (Normalisers(*(None if field is None else field.cpu().double() for field in side)) for side in ours[:2])
+    case: Stripe, hard_temperature: float | None = None, *, static: bool = False, tiles: Tiles = SMALL
+) -> tuple[SoftmaxStats, SoftmaxStats, Tensor | None]:
+    ours = stripe_statistics(case.student, case.teachers, hard_temperature, diagonal=case.diagonal, static=static, tiles=tiles)
+    rows, columns = (SoftmaxStats(*(None if field is None else field.cpu().double() for field in side)) for side in ours[:2])
     return rows, columns, None if ours[2] is None else ours[2].cpu().double()
 
 
-def assert_near_the_truth(case: Stripe, sharpen: float | None = None, *, static: bool = False, tiles: Tiles = SMALL) -> None:
-    rows, columns, diagonal_B = found(case, sharpen, static=static, tiles=tiles)
+def assert_near_the_truth(case: Stripe, hard_temperature: float | None = None, *, static: bool = False, tiles: Tiles = SMALL) -> None:
+    rows, columns, diagonal_B = found(case, hard_temperature, static=static, tiles=tiles)
     unit = ROUNDINGS * rounding(case)
-    for ours, true in zip((rows, columns), truth(case, sharpen), strict=True):
+    for ours, true in zip((rows, columns), truth(case, hard_temperature), strict=True):
         near = {"rtol": 0, "atol": unit}
-        torch.testing.assert_close(ours.max_a + ours.sum_a.log(), true.max_a + true.sum_a.log(), **near)
+        torch.testing.assert_close(ours.m_a + ours.l_a.log(), true.m_a + true.l_a.log(), **near)
         if not static:
-            torch.testing.assert_close(ours.max_a, true.max_a, **near)
-        if sharpen is None:
-            assert ours.sum_hard is None
+            torch.testing.assert_close(ours.m_a, true.m_a, **near)
+        if hard_temperature is None:
+            assert ours.l_hard is None
         else:
-            logs = [side.max_a * sharpen + side.sum_hard.log() for side in (ours, true)]
-            torch.testing.assert_close(*logs, rtol=0, atol=unit * (1 + sharpen))
+            logs = [side.m_a * hard_temperature + side.l_hard.log() for side in (ours, true)]
+            torch.testing.assert_close(*logs, rtol=0, atol=unit * (1 + hard_temperature))
         if case.teachers:
-            assert ours.max_b.shape == true.max_b.shape
-            torch.testing.assert_close(ours.max_b + ours.sum_b.log(), true.max_b + true.sum_b.log(), **near)
+            assert ours.m_b.shape == true.m_b.shape
+            torch.testing.assert_close(ours.m_b + ours.l_b.log(), true.m_b + true.l_b.log(), **near)
             torch.testing.assert_close(ours.divergence(), true.divergence(), rtol=ROUNDINGS * 1e-7, atol=2 * unit)
         else:
-            assert (ours.max_b, ours.sum_b, ours.gap) == (None, None, None)
+            assert (ours.m_b, ours.l_b, ours.cross_term) == (None, None, None)
     if case.diagonal is None:
         assert diagonal_B is None
     else:
@@ -77,10 +77,10 @@ def test_sides_of_different_dtypes_are_multiplied_in_float32(device: str) -> Non
     assert_near_the_truth(case._replace(student=mixed))
 
 
-@pytest.mark.parametrize("sharpen", [None, 0.05, 2.0, 20.0])
+@pytest.mark.parametrize("hard_temperature", [None, 0.05, 2.0, 20.0])
 @pytest.mark.parametrize("gain", [0.05, 14.0, 100.0, 2000.0])
-def test_online_statistics_hold_at_any_gain_and_temperature(device: str, gain: float, sharpen: float | None) -> None:
-    assert_near_the_truth(stripe(37, 45, gain=gain, device=device), sharpen)
+def test_online_statistics_hold_at_any_gain_and_temperature(device: str, gain: float, hard_temperature: float | None) -> None:
+    assert_near_the_truth(stripe(37, 45, gain=gain, device=device), hard_temperature)
 
 
 @pytest.mark.parametrize("gain", [0.05, 14.0, 62.0, 65.0, STATIC_LIMIT])
@@ -98,17 +98,17 @@ def test_lines_of_extreme_cosines_neither_overflow_nor_vanish(device: str, stati
     assert_near_the_truth(case._replace(student=extreme), static=static)
     rows, columns, _ = found(case._replace(student=extreme), static=static)
     for side in (rows, columns):
-        assert ((2.0**13 / side.sum_a.float()).isfinite() & (side.sum_a > 0)).all()
+        assert ((2.0**13 / side.l_a.float()).isfinite() & (side.l_a > 0)).all()
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["online", "static"])
-@pytest.mark.parametrize(("teachers", "sharpen"), [(0, None), (0, 2.0), (2, None), (2, 2.0), (3, None)])
-def test_any_number_of_teachers_is_summarised(device: str, teachers: int, sharpen: float | None, static: bool) -> None:
-    if static and sharpen is not None:
+@pytest.mark.parametrize(("teachers", "hard_temperature"), [(0, None), (0, 2.0), (2, None), (2, 2.0), (3, None)])
+def test_any_number_of_teachers_is_summarised(device: str, teachers: int, hard_temperature: float | None, static: bool) -> None:
+    if static and hard_temperature is not None:
         with pytest.raises(AssertionError, match="offset"):
-            found(stripe(4, 4, device=device), sharpen, static=True)
+            found(stripe(4, 4, device=device), hard_temperature, static=True)
         return
-    assert_near_the_truth(stripe(37, 45, widths=(48, 80, 56, 64)[: 1 + teachers], device=device), sharpen, static=static)
+    assert_near_the_truth(stripe(37, 45, widths=(48, 80, 56, 64)[: 1 + teachers], device=device), hard_temperature, static=static)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["online", "static"])
@@ -159,8 +159,8 @@ def test_one_very_large_logit_drowns_nothing_elsewhere(device: str) -> None:
     rows, columns, _ = found(case)
     true_rows, true_columns = truth(case, None)
     for ours, true, large in ((rows, true_rows, 5), (columns, true_columns, 7)):
-        assert ours.sum_a[large] == 1
-        others = torch.arange(len(ours.sum_a)) != large
+        assert ours.l_a[large] == 1
+        others = torch.arange(len(ours.l_a)) != large
         if ours is rows:
             torch.testing.assert_close(ours.lines(others).divergence(), true.lines(others).divergence(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(ours.divergence(), true.divergence(), rtol=1e-5, atol=1e-2)
@@ -180,7 +180,7 @@ def test_statistics_of_two_halves_merge_into_those_of_the_whole(device: str, sta
     ]
     merged = merge(halves[0], halves[1], None)
     torch.testing.assert_close(merged.divergence(), whole.divergence(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(merged.max_a + merged.sum_a.log(), whole.max_a + whole.sum_a.log(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(merged.m_a + merged.l_a.log(), whole.m_a + whole.l_a.log(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["online", "static"])

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from similarity_cases import GPU, INTERPRETED
+from loss_cases import GPU, INTERPRETED
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from megakd_kernels.panels import Logits
-from megakd_kernels.softmax_stats import Normalisers, summarise
+from megakd_kernels.softmax_stats import SoftmaxStats, panel_stats
 
 DEVICES = [pytest.param("cpu", id="interpreted", marks=INTERPRETED), pytest.param("cuda", id="CUDA", marks=GPU)]
 
@@ -53,10 +53,10 @@ def stripe(
     return Stripe(made[0], made[1:], diagonal)
 
 
-def truth(case: Stripe, sharpen: float | None) -> tuple[Normalisers, Normalisers]:
+def truth(case: Stripe, hard_temperature: float | None) -> tuple[SoftmaxStats, SoftmaxStats]:
     """Rows' and columns' statistics in float64."""
     a, b = case.doubles()
-    return summarise(a.clone(), b, sharpen, [torch.empty_like(a) for _ in range(3)])
+    return panel_stats(a.clone(), b, hard_temperature, [torch.empty_like(a) for _ in range(3)])
 
 
 def rounding(case: Stripe) -> float:

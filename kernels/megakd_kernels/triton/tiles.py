@@ -1,4 +1,4 @@
-"""What the Triton kernels over tiles of the similarity matrix share: the tile's shape, its place, its logits.
+"""What the Triton kernels over tiles of the similarity matrix share: a tile's shape, its position, its logits.
 
 Legend: B rows, M columns, D width. All exponentials are powers of 2: logits are multiplied by log2(e) as they are formed.
 """
@@ -20,7 +20,7 @@ from megakd_kernels.panels import Logits
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 
-# Row tiles that take turns at each column tile: what 132 programs read at a time then stays in the 50 MB of a Hopper's L2.
+# Row tiles computed together for each column tile: what 132 programs read at a time then stays in the 50 MB of a Hopper's L2.
 GROUP = 8
 
 
@@ -50,7 +50,7 @@ class Operands(NamedTuple):
         return cls(left, right, gain)
 
     def arguments(self, name: str) -> dict[str, Any]:
-        """By the names that the kernels give them."""
+        """By the names of the kernels' parameters."""
         left, right, gain = self
         return {
             f"{name}_left": left,
@@ -63,7 +63,7 @@ class Operands(NamedTuple):
 
 
 def launch_options(student: Operands, teacher: Operands, tiles: Tiles) -> dict[str, Any]:
-    """What both kernels are compiled for besides their own switches."""
+    """The options that both kernels have in common."""
     rows, columns = len(student.left_BD), len(student.right_MD)
     return {
         "EVEN_LINES": rows % tiles.block_m == 0 and columns % tiles.block_n == 0,
@@ -79,16 +79,16 @@ def launch_options(student: Operands, teacher: Operands, tiles: Tiles) -> dict[s
     }
 
 
-def fitting(tiles: Tiles, *operands: Operands) -> Tiles:
-    """The same where operands are halves; smaller for float32, whose exact products do not run on the matrix units."""
+def tiles_for(tiles: Tiles, *operands: Operands) -> Tiles:
+    """`tiles` for halves; smaller ones for float32, whose exact products do not run on the matrix units."""
     if all(side.left_BD.dtype in (torch.float16, torch.bfloat16) for side in operands):
         return tiles
     return tiles._replace(block_m=min(tiles.block_m, 64), block_n=min(tiles.block_n, 64), block_k=min(tiles.block_k, 16))
 
 
 @triton.jit
-def place(program, down, across, GROUP_M: tl.constexpr):
-    """Row and column of a program in a grid of `down` by `across`: `GROUP_M` rows take turns at each column."""
+def tile_position(program, down, across, GROUP_M: tl.constexpr):
+    """Row and column of a program in a grid of `down` by `across`, in groups of `GROUP_M` rows by all columns."""
     group = program // (GROUP_M * across)
     first = group * GROUP_M
     height = tl.minimum(down - first, GROUP_M)
@@ -101,7 +101,7 @@ def product(
     left, right, left_stride, right_stride, width, rows, columns, n_rows, n_columns,
     EVEN_WIDTH: tl.constexpr, WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """left[rows] @ right[columns].T in float32. Lines beyond the last repeat the last: no masks in the loop; the caller drops them."""
+    """left[rows] @ right[columns].T in float32. Lines beyond the last repeat the last, so the loop has no masks; the caller drops them."""
     row_at = tl.minimum(rows, n_rows - 1).to(tl.int64) * left_stride
     column_at = tl.minimum(columns, n_columns - 1).to(tl.int64) * right_stride
     steps = tl.arange(0, BLOCK_K)

@@ -1,31 +1,29 @@
-"""Runs the triton backend of both losses on the CPU for `test_triton_elementwise`.
+"""Runs the triton backend of both losses on the CPU for `test_triton_one_pass`.
 
-TRITON_INTERPRET=1 python interpreted_single_pass.py OUT
+TRITON_INTERPRET=1 python interpreted_one_pass.py OUT
 """
 
 from __future__ import annotations
 
 import sys
 
-import test_interactive_accuracy
-import test_sigmoid_accuracy
 import torch
-from single_pass_cases import Batch, Case, batch, measure
+from loss_cases import Batch, Case, batch, measure
+from one_pass_cases import CASES, LOSSES, case_of
 from torch import Tensor
 
-from megakd_kernels.one_pass_torch import Biased
+from megakd_kernels.one_pass import BiasedLogits
 from megakd_kernels.panels import Logits
 
-ACCURACY = {"interactive": test_interactive_accuracy, "sigmoid": test_sigmoid_accuracy}
 HALVES = (torch.bfloat16, torch.float16)
 
 
 def accuracy_cases() -> dict[tuple, tuple[Case, int]]:
     """The cases of the accuracy tests, each with its chunk, but for most of the larger: a row takes the interpreter some milliseconds."""
     return {
-        (loss, place, str(dtype)): (tests._case(*shape, dtype), chunk)
-        for loss, tests in ACCURACY.items()
-        for place, (*shape, chunk) in enumerate(tests.CASES)
+        (loss, number, str(dtype)): (case_of(loss, shape, dtype), chunk)
+        for loss in LOSSES
+        for number, (*shape, chunk) in enumerate(CASES[loss])
         for dtype in (torch.float32, *HALVES)
         if shape[0] < 100 or (shape[:2] == [129, 512] and dtype == torch.float32)
     }
@@ -52,16 +50,16 @@ def _plain_products(logits: Logits, rows: slice, out_cM: Tensor) -> None:
 
 def slopes(dtype: torch.dtype, diagonal: int | None, widened: bool) -> list[Tensor]:
     """The kernels' panels where products take `dtype`, and the same in float32 of the same numbers."""
-    from megakd_kernels.triton.one_pass import Fused
+    from megakd_kernels.triton.one_pass import TritonOnePass
 
     student, teacher = batch(40, 48, 50.0, dtype=dtype, seed=1), batch(40, 64, 80.0, dtype=dtype, seed=2)
     made = [Logits(each.image[:23], each.text, each.scale) for each in (student, teacher)]
     if widened:
         made = [Logits(left.float(), right.float(), gain) for left, right, gain in made]
-    matrices = [Biased(logits, torch.tensor(-10.0)) for logits in made]
-    kernels = Fused(9)
-    found = [each.weights_cM.clone() for each in kernels.weigh(made[0], diagonal, torch.full((23,), -5.0), True)]
-    for _, parts in kernels.judge(matrices[0], matrices[1:] * 2, diagonal, True, True):
+    matrices = [BiasedLogits(logits, torch.tensor(-10.0)) for logits in made]
+    kernels = TritonOnePass(9)
+    found = [each.exp_cM.clone() for each in kernels.exp_panels(made[0], diagonal, torch.full((23,), -5.0), True)]
+    for _, parts in kernels.sigmoid_panels(matrices[0], matrices[1:] * 2, diagonal, True, True):
         found += [part.slope_cM.clone() for part in parts]
     return found
 

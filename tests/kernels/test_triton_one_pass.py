@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreted_single_pass import ACCURACY, HALVES, SIZES, accuracy_cases, pair_of
-from single_pass_cases import EPS, errors, forward, interpreted, judge, make, measure, measure_reference, rounding
+from interpreted_one_pass import HALVES, SIZES, accuracy_cases, pair_of
+from loss_cases import EPS, errors, forward, measure, measure_reference
+from one_pass_cases import LOSSES, MARGIN, interpreted, judge, make, rounding
 
 pytest.importorskip("triton", reason="the triton backend needs the package triton; 'chunked' computes the same and is tested without it")
 
@@ -18,14 +19,13 @@ pytest.importorskip("triton", reason="the triton backend needs the package trito
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     """Everything below from one process: the interpreter must be chosen before Triton is imported."""
-    return interpreted(str(Path(__file__).with_name("interpreted_single_pass.py")), tmp_path_factory.mktemp("interpreted") / "found.pt")
+    return interpreted(str(Path(__file__).with_name("interpreted_one_pass.py")), tmp_path_factory.mktemp("interpreted") / "found.pt")
 
 
 @pytest.mark.parametrize("name", accuracy_cases(), ids=lambda name: "-".join(map(str, name)))
 def test_losses_and_gradients_match_float64(found, name):
     case, _ = accuracy_cases()[name]
-    tests = ACCURACY[name[0]]
-    judge(case, {"eager": measure(case, backend="eager"), "triton": found["accuracy"][name]}, tests.MARGIN, tests.MARGIN)
+    judge(case, {"eager": measure(case, backend="eager"), "triton": found["accuracy"][name]}, MARGIN[case.loss])
 
 
 def test_logits_of_any_size_and_sign_give_a_divergence_exact_to_a_few_of_their_roundings(found):
@@ -58,7 +58,7 @@ def test_slopes_are_written_in_half_precision_as_a_cast_of_the_float32_ones(foun
         assert torch.allclose(half.float(), single * gain, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).smallest_normal)
 
 
-@pytest.mark.parametrize("loss", ["interactive", "sigmoid"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_triton_is_refused_where_it_cannot_run(loss, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     case = make(loss, 5, 8, 10.0, [(8, 10.0, 0.0)])
@@ -72,7 +72,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.knobs import nvidia
-from megakd_kernels.triton.one_pass import COLUMNS, WARPS, _judge, _weigh
+from megakd_kernels.triton.one_pass import COLUMNS, WARPS, _exp_panel_kernel, _sigmoid_panel_kernel
 
 INTEGERS = ("rows", "teacher_rows", "columns", "diagonal")
 
@@ -80,7 +80,7 @@ def spilled(kernel, slopes, **chosen):
     chosen |= {"SLOPES": True, "BLOCK": COLUMNS}
     signature = {name: "*fp32" for name in kernel.arg_names}
     signature |= {name: "*bf16" for name in slopes} | {name: "i32" for name in INTEGERS if name in signature}
-    signature |= {"half": "fp32"} | {name: "constexpr" for name in chosen}
+    signature |= {"half_gain": "fp32"} | {name: "constexpr" for name in chosen}
     source = ASTSource(fn=kernel, signature=signature, constexprs=chosen)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS}).asm["ptx"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -90,9 +90,9 @@ def spilled(kernel, slopes, **chosen):
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return sum(map(int, re.findall(r"(\\d+) bytes spill", report)))
 
-print(spilled(_weigh, ["weights_cM"], OWN=True))
+print(spilled(_exp_panel_kernel, ["exp_cM"], DIAGONAL=True))
 for teachers, hard in ((0, True), (1, False), (1, True), (3, True)):
-    print(spilled(_judge, ["kd_cM", "hard_cM"], OWN=True, TEACHERS=teachers, HARD=hard))
+    print(spilled(_sigmoid_panel_kernel, ["kd_cM", "hard_cM"], DIAGONAL=True, TEACHERS=teachers, HARD=hard))
 """
 
 
