@@ -17,6 +17,7 @@ import torch
 from megakd.models import clip, streaming
 from megakd.recipe import Model
 from megakd.runtime import collectives, launch, precision, zero3
+from megakd.runtime.files import write_text
 from megakd.runtime.launch import World
 from megakd.teachers.replicated import ReplicatedTeacher, Teacher
 from megakd.teachers.sharded import build_sharded_teacher
@@ -84,10 +85,7 @@ def _read_bytes() -> int:
 def main() -> None:
     world = launch.start()
     found = measure(json.loads(sys.argv[1]), world)
-    target = Path(sys.argv[2]) / f"rank-{world.rank}.json"
-    part = target.with_suffix(".part")
-    part.write_text(json.dumps(found), encoding="utf-8")
-    part.replace(target)
+    write_text(Path(sys.argv[2]) / f"rank-{world.rank}.json", json.dumps(found))
     launch.stop()
 
 

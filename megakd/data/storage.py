@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import random
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+from filelock import FileLock
 
 from megakd.recipe.credentials import redact, unsigned
 from megakd.runtime.files import atomic_file
@@ -145,8 +145,7 @@ def mirror(url: str, known: Stat, folder: str) -> str:
     target = shards / file_label(url, f"{known.size}-{known.stamp}")
     if target.exists():
         return str(target)
-    with open(f"{target}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(f"{target}.lock"):
         if not target.exists():
             fs, path = filesystem(url)
             with atomic_file(target) as partial:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from megakd.models.preprocessing import complete
 from megakd.models.student import SCALARS
 from megakd.models.tokenizing import SAMPLES
 from megakd.recipe.chain import CLIP_CONFIG
+from megakd.runtime.files import atomic_folder
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _TOWERS = "clip."
@@ -45,16 +45,11 @@ def write_model(folder: Path, weights: dict[str, Tensor], built: ClipModel) -> N
     Before it gets its name the export is loaded by open_clip, and has to tokenise and embed as the trained model does. Raises ValueError
     with what differs.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(clip_weights(weights), partial / WEIGHTS_FILE)
-    _write_description(partial, built.description)
-    _check_tokenizer(partial, built.description)
-    _check_embeddings(partial, weights, built)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with atomic_folder(folder) as partial:
+        save_file(clip_weights(weights), partial / WEIGHTS_FILE)
+        _write_description(partial, built.description)
+        _check_tokenizer(partial, built.description)
+        _check_embeddings(partial, weights, built)
 
 
 def rehearse(description: ModelSpec) -> None:

@@ -13,6 +13,7 @@ from open_clip.pretrained import download_pretrained, download_pretrained_from_h
 from megakd.models.weight_kinds import PICKLED_SUFFIXES
 from megakd.models.weights import INDEX_SUFFIX, shards
 from megakd.recipe import Model
+from megakd.runtime.files import sha256
 
 RANDOM = "random"
 WEIGHT_SUFFIXES = (".safetensors", *PICKLED_SUFFIXES)
@@ -90,11 +91,10 @@ def digest(path: Path) -> str:
     """SHA-256 of a file of weights; of an index, of it and the files that it names."""
     found = hashlib.sha256()
     for file in (path, *shards(path)):
-        with file.open("rb") as opened:
-            each = hashlib.file_digest(opened, "sha256")
-        if path == file and not path.name.endswith(INDEX_SUFFIX):
-            return each.hexdigest()
-        found.update(each.digest())
+        each = sha256(file)
+        if not path.name.endswith(INDEX_SUFFIX):
+            return each
+        found.update(bytes.fromhex(each))
     return found.hexdigest()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megakd.models.weight_kinds import recognise, unpickled
 from megakd.recipe import texts
+from megakd.runtime.files import atomic_file, partials, sync
 
 Shape = tuple[int, ...]
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -178,20 +179,15 @@ def write(path: Path, layout: Mapping[str, tuple[torch.dtype, Shape]], tensors: 
         offset += length
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
+    with atomic_file(path) as partial:
+        with partial.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name, (dtype, shape) in layout.items():
                 tensor = tensors(name)
                 assert tensor.dtype == dtype
                 assert tuple(tensor.shape) == tuple(shape)
                 file.write(_bytes(tensor.detach().contiguous().flatten().view(torch.uint8)))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        sync(partial)
 
 
 def open_weights(path: Path, cache: Path | None = None) -> SafetensorsFiles:
@@ -252,9 +248,9 @@ def _writable(folder: Path) -> bool:
 
 
 def _remove_abandoned(folder: Path, name: str) -> None:
-    for part in folder.glob(f"{name}.*.part"):
-        if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
-            part.unlink(missing_ok=True)
+    for partial in partials(folder / name):
+        if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
+            partial.unlink(missing_ok=True)
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

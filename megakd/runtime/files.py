@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -69,7 +70,7 @@ def atomic_file(target: Path, *, alone: bool = False) -> Iterator[Path]:
     """
     name = target.with_name(f".{target.name}{PARTIAL}")
     if not alone:
-        handle, random = tempfile.mkstemp(prefix=f".{target.name[:80]}.", suffix=PARTIAL, dir=target.parent)
+        handle, random = tempfile.mkstemp(prefix=_prefix(target), suffix=PARTIAL, dir=target.parent)
         os.close(handle)
         umask = os.umask(0)
         os.umask(umask)
@@ -83,6 +84,22 @@ def atomic_file(target: Path, *, alone: bool = False) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 os.unlink(name)
         raise
+
+
+def partials(target: Path) -> list[Path]:
+    """What writers of `target` by `atomic_file`, dead or alive, have beside it."""
+    return sorted(target.parent.glob(f"{glob.escape(_prefix(target))}*{PARTIAL}"))
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name[:80]}."
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a file that one process at a time writes: a reader sees the old text or the new one, also after a power cut."""
+    with atomic_file(target, alone=True) as partial:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
 
 
 @contextlib.contextmanager

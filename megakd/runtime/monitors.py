@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megakd.runtime.files import atomic_file, sync
+from megakd.runtime.files import atomic_file, sync, write_text
 
 # In a monitor's folder: whose it is. In a run folder: the id of its W&B run.
 OWNER, WANDB_ID = ".megakd_run", "wandb_run_id"
@@ -115,8 +115,7 @@ def _name_wandb_run(run: Path) -> None:
     """Let wandb.init, which DeepSpeed calls, go on with this folder's run. It takes no step that lies before its last one."""
     path = run / WANDB_ID
     if not path.exists():
-        with atomic_file(path, alone=True) as partial:
-            partial.write_text(secrets.token_hex(8) + "\n", encoding="utf-8")
+        write_text(path, secrets.token_hex(8) + "\n")
     for name, value in (("WANDB_RUN_ID", path.read_text(encoding="utf-8").strip()), ("WANDB_RESUME", "allow")):
         if os.environ.get(name) in (None, _named.get(name)):  # the user's own stays; that of a run before in this process does not
             os.environ[name] = _named[name] = value

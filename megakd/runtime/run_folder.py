@@ -27,7 +27,7 @@ from megakd.recipe import Recipe
 from megakd.recipe.credentials import redact, redacted
 from megakd.recipe.load import differences, load, refused, told
 from megakd.runtime import environment
-from megakd.runtime.files import atomic_file, sync
+from megakd.runtime.files import write_text
 
 RUN, METRICS, EVALUATION = "run.json", "metrics.jsonl", "evaluation.json"
 # What a run folder holds when something was trained in it: checkpoints, or what was made of the last one.
@@ -86,9 +86,7 @@ class RunLog:
         rows, damaged = _rows(path)
         if damaged:
             self.say(f"{path}: {damaged} damaged lines were dropped; what they said of the run is lost")
-        with atomic_file(path, alone=True) as partial:
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step), encoding="utf-8")
-            sync(partial)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
 
     def row(self, row: dict[str, Any], total_steps: int) -> None:
         """One row of metrics.jsonl, and its line or progress bar on the console."""
@@ -218,9 +216,7 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it. Credentials in URLs are left out."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path, alone=True) as partial:
-            partial.write_text(json.dumps(redacted(content), indent=1) + "\n", encoding="utf-8")
-            sync(partial)
+        write_text(path, json.dumps(redacted(content), indent=1) + "\n")
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megakd.recipe.credentials import redacted
+from megakd.runtime.files import write_text
 
 log = logging.getLogger("megakd.vqa")
 
@@ -69,13 +69,8 @@ class Journal:
     def close(self, rows: Mapping[int, Row]) -> None:
         """All rows in one file, in the set's order; no other file is left."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f".{self.name}.jsonl.partial"
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(self._header() + "\n")
-            file.writelines(f"{self._line(index, rows[index])}\n" for index in sorted(rows))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)  # first what holds all rows, then what held some of them
+        lines = (self._header(), *(self._line(index, rows[index]) for index in sorted(rows)))
+        write_text(self.path, "".join(f"{line}\n" for line in lines))  # first what holds all rows, then what held some of them
         for path in self._files():
             if path != self.path:
                 path.unlink()

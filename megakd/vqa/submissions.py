@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megakd.runtime.files import write_text
 from megakd.vqa.normalise import trimmed
 from megakd.vqa.scores import Answered, gqa_answer
 
@@ -52,7 +53,5 @@ def write(kind: str, pairs: Sequence[Answered], folder: Path, name: str) -> Path
         path, text = folder / f"{name}.submission.jsonl", "".join(json.dumps(_LINES[kind](pair)) + "\n" for pair in pairs)
     else:
         return None
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, text)
     return path

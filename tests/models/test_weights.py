@@ -234,12 +234,12 @@ def test_a_killed_conversion_leaves_nothing_that_is_taken_for_a_whole_one(tmp_pa
     path = tmp_path / "model.pt"
     torch.save(TENSORS, path)
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], env=environment(), stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: any(entry.suffix == ".part" for entry in tmp_path.iterdir()), child)
+    wait_for(lambda: any(entry.suffix == ".partial" for entry in tmp_path.iterdir()), child)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    (part,) = tmp_path.glob("*.part")
+    (part,) = tmp_path.glob("*.partial")
     assert not list(tmp_path.glob("*.safetensors"))
     old = part.stat().st_mtime - 2 * weights.ABANDONED_SECONDS
     os.utime(part, (old, old))
     _same(open_weights(path))
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.partial"))

@@ -7,7 +7,6 @@ and webdataset never enters this program's own environment.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,6 +16,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from megakd.benchmarks.common.children import environ
 
@@ -64,8 +65,7 @@ def set_up() -> Environment:
     """
     folder = place()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
         if (found := ready()) is not None:
             return found
         if folder.exists() and any(folder.iterdir()) and not (folder / STAMP).exists():

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from megakd.data.shapes.shards import sample_key, write_atomically, write_tar
+from megakd.runtime.files import atomic_file
 
 SHARDS, SAMPLES_A_SHARD = 16, 256
 SHORT_SIDE, LONG_SIDES = 256, (256, 288, 320, 341, 384)  # as img2dataset leaves web pictures at image_size=256, keep_ratio
@@ -105,7 +106,6 @@ def teacher_weights(cache: Path, model: str) -> Path:
 
         print(f"writing random weights of {model} to {path}, once", flush=True)
         torch.manual_seed(0)
-        partial_path = path.with_suffix(f".{os.getpid()}.partial")
-        torch.save(open_clip.create_model(model).state_dict(), partial_path)
-        partial_path.replace(path)
+        with atomic_file(path) as unfinished:
+            torch.save(open_clip.create_model(model).state_dict(), unfinished)
     return path

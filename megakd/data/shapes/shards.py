@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +17,11 @@ from megakd.data.shapes.captions import Caption, captions, negatives, training_k
 from megakd.data.shapes.pixels import draw_picture, jpeg
 from megakd.data.shapes.questions import annotation, questions
 from megakd.data.shapes.scene import PAIRS, Scene, draw_single, names_held_out, sample_seed, scene_graph, scene_of, stream
+from megakd.runtime.files import atomic_file
 
 Members = Mapping[str, bytes]  # extension -> content
 KEY_DIGITS, INDEX_DIGITS = 9, 4  # img2dataset's keys: five digits of the shard, four of the sample in it
 MAX_SHARD_SIZE = 10**INDEX_DIGITS
-PARTIAL = ".partial"
 TRAINING = ("train", "train_noisy")  # splits whose captions are of every kind
 
 
@@ -56,11 +55,10 @@ compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """A reader finds the whole file or none; the process id keeps two writers of one world apart."""
+    """A reader finds the whole file or none, also where two processes write one world."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with atomic_file(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> int:

@@ -41,7 +41,6 @@ from megakd.data.shapes.scene import (
 )
 from megakd.data.shapes.shards import (
     MAX_SHARD_SIZE,
-    PARTIAL,
     ShardJob,
     ShardReport,
     compact,
@@ -50,6 +49,7 @@ from megakd.data.shapes.shards import (
     write_single_things,
 )
 from megakd.data.shapes.vocabulary import CONTEXT_LENGTH, vocabulary, write_tokenizer
+from megakd.runtime.files import PARTIAL
 
 FORMAT_VERSION = 2  # 2: the split held_out and questions/train_text.json; all else is as in 1
 # Twelve pixels a cell: a tower with 12-pixel patches sees one cell in each. At 32 pixels, where 8-pixel patches cut through cells,
