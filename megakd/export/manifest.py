@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from safetensors import safe_open
 from transformers.utils import cached_file
 
-from megakd.runtime import strict_json
+from megakd.recipe import strict_json
 from megakd.runtime.files import atomic_folder, json_sha256, sha256
 from megakd.vqa.prompts import RULES
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import types
 from collections.abc import Iterator, Mapping
@@ -117,8 +116,8 @@ def _problems(config: Mapping[str, Any], written: bool) -> Iterator[str]:
 def _typed(table: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for key, value in table.items():
         if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            suggestion = f"did you mean {prefix}{nearest[0]}? " if nearest else ""
+            near = texts.nearest(key, known)
+            suggestion = f"did you mean {prefix}{near[0]}? " if near else ""
             yield f"{prefix}{key}: unknown key; {suggestion}known here: {', '.join(known)}"
         elif value is None and key in MAY_BE_NONE:
             continue
@@ -177,11 +176,10 @@ def _valued(name: str, part: Mapping[str, Any]) -> Iterator[str]:
             yield f"{prefix}{key} = {value}: a fraction, from 0 to below 1"
         elif (name, key) in CHOICES and value not in CHOICES[name, key]:
             known = [option for option in CHOICES[name, key] if option]
-            nearest = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
-            yield f"{prefix}{key} = {value!r}: {f'did you mean {nearest[0]!r}? ' if nearest else ''}one of {', '.join(known)}"
+            yield f"{prefix}{key} = {value!r}: {texts.did_you_mean(value, known)}one of {', '.join(known)}"
     if (model := part.get("timm_model_name")) and isinstance(model, str) and ":" not in model and not timm.is_model(model):
-        nearest = difflib.get_close_matches(model, timm.list_models(), n=3, cutoff=0.5)
-        yield f"{prefix}timm_model_name = {model!r}: timm has no such model{f'; nearest: {chr(44).join(nearest)}' if nearest else ''}"
+        near = ", ".join(texts.nearest(model, timm.list_models(), most=3))
+        yield f"{prefix}timm_model_name = {model!r}: timm has no such model{f'; nearest: {near}' if near else ''}"
 
 
 def _fitting(vision: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import json
 import logging
 import tempfile
@@ -33,6 +32,7 @@ from megakd.models.weight_kinds import recognise
 from megakd.models.weights import in_memory
 from megakd.recipe import Model
 from megakd.recipe.chain import CLIP_CONFIG
+from megakd.recipe.texts import nearest
 from megakd.runtime import precision as precisions
 from megakd.runtime.precision import Precision
 
@@ -123,8 +123,8 @@ def _configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str
         return architecture.split_config(content, key)
     known = get_model_config(source.open_clip_name(name))
     if known is None:
-        nearest = difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.5)
-        suggestion = f"nearest: {', '.join(nearest)}; " if nearest else ""
+        near = ", ".join(nearest(name, open_clip.list_models(), most=3))
+        suggestion = f"nearest: {near}; " if near else ""
         raise ValueError(f"{key}: open_clip has no such model; {suggestion}`open_clip.list_models()` lists all")
     return known, None
 

@@ -5,8 +5,9 @@ Legend: every rate is a second's: FLOPs, bytes.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
+
+from megakd.recipe.texts import did_you_mean
 
 TERA, GIGA = 1e12, 1e9
 
@@ -49,9 +50,7 @@ ADAMW_BYTES = 28
 def gpu(name: str) -> Gpu:
     """Raises ValueError for an unknown one, with the nearest."""
     if name not in GPUS:
-        nearest = difflib.get_close_matches(name.lower(), GPUS, n=1, cutoff=0.3)
-        suggestion = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise ValueError(f"--gpu {name!r}: unknown; {suggestion}known: {', '.join(GPUS)}")
+        raise ValueError(f"--gpu {name!r}: unknown; {did_you_mean(name.lower(), GPUS, 0.3)}known: {', '.join(GPUS)}")
     return GPUS[name]
 
 

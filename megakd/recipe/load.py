@@ -5,7 +5,6 @@ Errors are `ValueError`s that name the key, the value, the file and the remedy, 
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,7 +56,7 @@ def load(source: str, overrides: Iterable[str] = (), *, to_compare: bool = False
 
 def check_given(section: BaseModel, origin: str, prefix: str = "") -> None:
     """Raise ValueError for values of a recipe, or of a section, whose credentials were left out when run.json was written."""
-    for key, value in _flat(section.model_dump(mode="json"), prefix).items():
+    for key, value in texts.flat(section.model_dump(mode="json"), prefix).items():
         if any(isinstance(text, str) and credentials.is_hidden(text) for text in (value if isinstance(value, list) else [value])):
             raise ValueError(
                 f"recipe {origin}: {key} = {value!r}: run.json holds no credentials ({credentials.HIDDEN}); give the whole value "
@@ -74,8 +73,7 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
             )
         return _parse(texts.read_text(path, f"recipe {path}"), path), str(path)
     if source not in shipped():
-        nearest = _nearest(source, shipped(), 0.4)
-        suggestion = f"did you mean {nearest!r}? " if nearest else ""
+        suggestion = texts.did_you_mean(source, shipped(), 0.4)
         shown = texts.shown(source)
         raise ValueError(f"recipe {shown}: not a shipped recipe; {suggestion}shipped: {', '.join(shipped())}; a path must end in .toml")
     text = (resources.files("megakd.recipe.shipped") / f"{source}.toml").read_text(encoding="utf-8")
@@ -157,19 +155,14 @@ def _explain(problem: Mapping[str, Any]) -> str:
     key = texts.shown(".".join(location) or "(recipe)")[1:-1]
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
-        nearest = _nearest(location[-1], known, 0.5)
-        suggestion = f"did you mean {'.'.join([*location[:-1], nearest])!r}? " if nearest else ""
+        near = texts.nearest(location[-1], known)
+        suggestion = f"did you mean {'.'.join([*location[:-1], near[0]])!r}? " if near else ""
         return f"  {key}: unknown key; {suggestion}known here: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"  {key}: missing; every recipe has to give it"
     reason = problem["msg"].removeprefix("Value error, ")
     value = "" if isinstance(problem["input"], dict) else f" = {texts.shown(problem['input'])}"
     return f"  {key}{value}: {reason}"
-
-
-def _nearest(name: str, known: Sequence[str], cutoff: float) -> str | None:
-    """Comparing takes the square of the length, and no name of ours is long."""
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=cutoff)), None) if len(name) <= 100 else None
 
 
 def _known_keys(section: list[str]) -> list[str]:
@@ -217,16 +210,6 @@ def told(old: Recipe, new: Recipe) -> list[str]:
 
 
 def _changed(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
-    before, after = (_flat(credentials.redacted(recipe.model_dump(mode="json"))) for recipe in (old, new))
+    before, after = (texts.flat(credentials.redacted(recipe.model_dump(mode="json"))) for recipe in (old, new))
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [(key, before.get(key), after.get(key)) for key in keys if resume.change(key) != "free"]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

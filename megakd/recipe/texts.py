@@ -6,13 +6,16 @@ dates, control characters, tables within tables without an end.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from megakd.recipe import strict_json
 
 MOST_BYTES = 16_000_000
 DEEPEST = 40
@@ -50,7 +53,9 @@ def read_text(path: Path, named: str) -> str:
 def parse_json(text: str, named: str) -> Any:
     """The value in `text`. Raises ValueError that begins with `named` for what is no JSON, and for what the module's docstring lists."""
     try:
-        value = json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=strict_json.keys_once)
+    except strict_json.KeyTwice as error:
+        raise ValueError(f"{named}: not valid JSON: the key {shown(error.key)} is there twice; keep one") from None
     except json.JSONDecodeError as error:
         hint = "; JSON has no comments" if re.search(r"^\s*(//|#|/\*)", text, re.MULTILINE) else ""
         raise ValueError(f"{named}: not valid JSON: {error}{hint}") from None
@@ -81,6 +86,29 @@ def shown(value: Any, most: int = 200) -> str:
     except (RecursionError, ValueError):  # Python refuses to print integers of more than 4300 digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+def nearest(word: object, known: Iterable[str], most: int = 1, cutoff: float = 0.5) -> list[str]:
+    """The known names most like `word`, which a user wrote; of none above 100 characters, as comparing takes the square of the length.
+
+    cutoff: least likeness, 0 to 1.
+    """
+    text = str(word)
+    return difflib.get_close_matches(text, list(known), n=most, cutoff=cutoff) if len(text) <= 100 else []
+
+
+def did_you_mean(word: object, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """A question for an error message, with a space behind it: "did you mean 'optim.lr'? "; empty where no known name is near."""
+    near = nearest(word, known, cutoff=cutoff)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one with dotted keys; an empty table inside is a value of its own."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {prefix + key: value}
+    return found
 
 
 def check_values(value: Any, named: str) -> None:
@@ -124,15 +152,6 @@ def _walk(value: Any) -> Iterator[tuple[str, Any, int]]:
             waiting += [(f"{key}.{name}" if key else str(name), below, depth + 1) for name, below in inner.items()]
         elif isinstance(inner, list):
             waiting += [(f"{key}[{number}]", below, depth + 1) for number, below in enumerate(inner)]
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {shown(key)} is there twice; keep one")
-        found[key] = value
-    return found
 
 
 def _brief(error: ValueError) -> str:

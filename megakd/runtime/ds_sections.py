@@ -5,11 +5,10 @@ Nothing is taken and left unused: a section without an effect in megakd is an er
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from megakd.recipe.texts import shown
+from megakd.recipe.texts import nearest, shown
 
 # Shared with the recipe: "auto" there. `ds_config.resolve` looks at what they say.
 SHARED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -146,8 +145,7 @@ def unknown(key: str, known: Iterable[str], named: str) -> str:
     """The message for a key that DeepSpeed would refuse or pass over."""
     names = sorted(known)
     *section, last = key.rsplit(".", 1)
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5) if len(key) <= 100 else []
-    near = near or [name for name in names if last and len(last) > 3 and name.endswith(last)][:1]
+    near = nearest(key, names) or [name for name in names if last and len(last) > 3 and name.endswith(last)][:1]
     suggestion = f"did you mean {near[0]!r}? " if near else ""
     here = ", ".join(name.rsplit(".", 1)[-1] if section else name for name in names)
     return f"{shown(key)[1:-1]} in {named}: unknown key; {suggestion}known here: {here}"

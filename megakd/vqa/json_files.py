@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megakd.runtime import strict_json
+from megakd.recipe import strict_json
 
 Entry = Mapping[str, Any]
 _SHOWN = 3  # examples in an error

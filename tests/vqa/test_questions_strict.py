@@ -13,8 +13,7 @@ from question_files import source, talk, write, write_images
 from shard_files import data, no_barrier
 from tiny_tokenizers import qwen2, whole_words
 
-from megakd.recipe import Decoder, QuestionSource
-from megakd.runtime import strict_json
+from megakd.recipe import Decoder, QuestionSource, strict_json
 from megakd.vqa import check
 from megakd.vqa.formats import Question
 from megakd.vqa.prompts import PromptEncoder

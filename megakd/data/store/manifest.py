@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from megakd.recipe.texts import flat
 from megakd.runtime.files import json_sha256
 
 FORMAT = 2
@@ -140,7 +141,7 @@ def differences(store: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
     Weights are equal when their checksums are; their names count where one side has no checksum, for want of the file.
     """
-    mine, theirs = _flat(store), _flat(wanted)
+    mine, theirs = ({key: value for key, value in flat(side).items() if value != {}} for side in (store, wanted))
     name, digest = "weights.name", "weights.sha256"
     by_digest = mine.get(digest) is not None and theirs.get(digest) is not None
     ignored = {name} if by_digest else {digest}
@@ -154,10 +155,3 @@ def made_as_wanted(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[s
     if made.get("int8"):
         then["product"] = asked if (asked := wanted.get("product")) in INTEGER_PRODUCTS else " or ".join(INTEGER_PRODUCTS)
     return {**then, **made}
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat

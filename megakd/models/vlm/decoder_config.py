@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from megakd.models.vlm import decoder_tokenizer, lora
 from megakd.recipe import Decoder
+from megakd.recipe.texts import nearest
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,8 @@ def _own_architecture(architecture: dict[str, Any], tokenizer: PreTrainedTokeniz
     """The configuration of a recipe's table; the vocabulary is the tokenizer's where the table does not say."""
     kind = architecture.get("model_type")
     if kind not in CONFIG_MAPPING_NAMES:
-        nearest = difflib.get_close_matches(str(kind), CONFIG_MAPPING_NAMES, n=3)
-        raise ValueError(
-            f"decoder.architecture.model_type = {kind!r}: transformers has no such model; nearest: {', '.join(nearest) or '-'}"
-        )
+        near = nearest(kind, CONFIG_MAPPING_NAMES, most=3)
+        raise ValueError(f"decoder.architecture.model_type = {kind!r}: transformers has no such model; nearest: {', '.join(near) or '-'}")
     plain = _configured({"model_type": kind})
     known = {*plain.to_dict(), *plain.attribute_map}
     for key in architecture:
@@ -197,7 +195,7 @@ def _check_quantise(settings: Decoder) -> None:
 
 
 def _nearest(word: object, known: Iterable[str]) -> str:
-    return f"nearest: {', '.join(difflib.get_close_matches(str(word), known, n=3)) or 'none'}"
+    return f"nearest: {', '.join(nearest(word, known, most=3)) or 'none'}"
 
 
 def _first_line(error: Exception) -> str:

@@ -14,6 +14,24 @@ class NotStrict(ValueError):
     """Why a text is not taken; for people, to be followed by a file's name or put behind it."""
 
 
+class KeyTwice(ValueError):
+    """An object has `key` twice, of which one would be lost."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        super().__init__(key)
+
+
+def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for json.loads (`object_pairs_hook`). Raises KeyTwice."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise KeyTwice(key)
+        content[key] = value
+    return content
+
+
 def loads(text: str) -> Any:
     """The value of a JSON text.
 
@@ -21,11 +39,13 @@ def loads(text: str) -> Any:
     that is deeper than Python goes; half a surrogate pair, which is no text that could be written again.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+        value = json.loads(text, object_pairs_hook=keys_once, parse_constant=_constant, parse_float=_float)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except NotStrict:
         raise
+    except KeyTwice as error:
+        raise NotStrict(f"has the key {error.key[:80]!r} twice in one object") from error
     except json.JSONDecodeError as error:
         raise NotStrict(f"is no JSON ({error})") from error
     except UnicodeEncodeError as error:
@@ -35,15 +55,6 @@ def loads(text: str) -> Any:
     except ValueError as error:  # int() of more than 4300 digits
         raise NotStrict(f"holds a number that cannot be read ({str(error)[:80]})") from error
     return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise NotStrict(f"has the key {twice[:80]!r} twice in one object")
-    return found
 
 
 def _constant(name: str) -> Any:
