@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+import pkgutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from megakd.recipe.section import Fraction, Name, Positive, PositiveFloat, Section
+
+# A benchmark is one file of vqa/benchmarks: its name there is its format here. Names alone, nothing is imported.
+BENCHMARKS = tuple(
+    sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / "vqa" / "benchmarks")]) if module.name != "base")
+)
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal[(*BENCHMARKS, "captions")]
 
 
 class Lora(Section):
@@ -65,7 +76,7 @@ class Decoder(Section):
 class QuestionSource(Section):
     """Questions with answers and images, in the files their benchmark publishes."""
 
-    format: Literal["vqav2", "textvqa", "vizwiz", "gqa", "scienceqa", "pope", "llava", "captions"] = Field(
+    format: Format = Field(
         description="vqav2 is OK-VQA's too; llava: conversations, also without images; captions: shards, the caption is the answer"
     )
     questions: str | None = Field(None, description="the questions' file; captions have none")

@@ -26,11 +26,11 @@ from megakd.recipe import Data, QuestionSource, Recipe
 from megakd.runtime import collectives, run_folder, watchdog
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
-from megakd.vqa import submissions
 from megakd.vqa.answers_log import Journal, Row
+from megakd.vqa.benchmarks import benchmark
+from megakd.vqa.benchmarks.base import Answered
 from megakd.vqa.loader import ImageProcessor, PromptBatch, evaluation_questions, rank_slice
 from megakd.vqa.prompts import PromptEncoder
-from megakd.vqa.scores import Answered, score
 from megakd.vqa.sets import CaptionSet, QuestionSet, open_questions
 
 # Legend: B questions, L tokens of a prompt, V patches of the tower, C its width.
@@ -163,19 +163,15 @@ def _evaluate_one(
 def _finish(name: str, opened: Opened, journal: Journal, rows: dict[int, Row], folder: Path, max_bad_fraction: float) -> dict[str, Any]:
     journal.close(rows)
     _refuse_unasked(name, rows, max_bad_fraction)
-    kind, questions = opened.source.format, opened.questions
-    pairs = [Answered(questions[index], *_said(rows[index])) for index in range(len(questions))]
-    submission = submissions.write(kind, pairs, folder / ANSWERS, name)
+    questions, of_format = opened.questions, benchmark(opened.source.format)
+    answered = [Answered(questions[index], rows[index].answer, rows[index].unusable is None) for index in range(len(questions))]
+    submission = of_format.write_submission(answered, folder / ANSWERS, name)
     return {
-        "format": kind,
-        **score(kind, pairs),
+        "format": of_format.name,
+        **of_format.results(answered),
         "unusable": sum(row.unusable is not None for row in rows.values()),
         "submission": None if submission is None else f"{ANSWERS}/{submission.name}",
     }
-
-
-def _said(row: Row) -> tuple[str, bool]:
-    return row.answer, row.unusable is None
 
 
 def _refuse_unasked(name: str, rows: Mapping[int, Row], max_bad_fraction: float) -> None:

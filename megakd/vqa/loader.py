@@ -22,8 +22,9 @@ from megakd.data.pairs import located
 from megakd.data.sampler import Order, Positions
 from megakd.data.stream import WorkerStream, reported
 from megakd.data.transforms import evaluation_pixels, rgb_image
+from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import Encoded, PromptEncoder, stack
-from megakd.vqa.sets import Asked, Question, Questions
+from megakd.vqa.sets import Asked, Questions
 
 if TYPE_CHECKING:
     from open_clip.transform import PreprocessCfg

@@ -30,8 +30,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.data.bad_samples import BadSample
 from megakd.recipe import Decoder
+from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.plain_text import PlainText
-from megakd.vqa.sets import Question
 
 IGNORED = -100
 # How prompts become ids. 1, of bundles that say nothing else: all white space at the prompt's end is the answer's, and a begin token of the

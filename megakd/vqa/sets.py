@@ -1,6 +1,6 @@
 """Sets of questions: what a benchmark's files hold, its images found, and all of it readable by a number.
 
-1. `formats` reads the benchmark's file and yields `Question`s.
+1. `benchmarks` reads the benchmark's file: `Question`s.
 2. `images` finds every image before anything starts: missing ones are an error here, not after an hour.
 3. `QuestionSet`, or `CaptionSet` for image-text shards, hands out question and image bytes by index; `Mixture` joins several.
 
@@ -27,11 +27,10 @@ from megakd.data.sampler import Order
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.storage import local_path
 from megakd.recipe import Data, QuestionSource
-from megakd.vqa.formats import Question, Reading, parse
+from megakd.vqa.benchmarks import benchmark, parse
+from megakd.vqa.benchmarks.base import Question, QuestionFile
 from megakd.vqa.images import Folder, Found, Images, MissingImages, Shards, is_shards
 from megakd.vqa.json_files import some
-
-__all__ = ["Asked", "CaptionSet", "Mixture", "Question", "QuestionSet", "Questions", "open_mixture", "open_questions", "question_order"]
 
 # Blocks are for sequential reads of shards; questions jump between images anyway, so that all of an epoch are shuffled one by one.
 _BLOCK, _WINDOW = 1, 4096
@@ -195,21 +194,20 @@ def open_questions(
     try:
         if source.format == "captions":
             return _open_captions(source, key, data, rank, world, barrier)
-        reading = Reading(source)
-        questions = list(parse(source, reading))
+        questions, file = parse(source)
         if not questions:
             raise ValueError(f"questions = {source.questions!r} has not one question")
-        for said in reading.said if rank == 0 else ():
-            log.warning("%s: %s", key, said)
+        for note in file.notes if rank == 0 else ():
+            log.warning("%s: %s", key, note)
         if to_learn:
             questions = _answered(questions, source, key if rank == 0 else None)
-        return QuestionSet.of(key, questions, _found_images(source, reading, questions, data, rank, world, barrier))
+        return QuestionSet.of(key, questions, _found_images(source, file, questions, data, rank, world, barrier))
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
 
 
 def _found_images(
-    source: QuestionSource, reading: Reading, questions: list[Question], data: Data, rank: int, world: int, barrier: Callable[[], None]
+    source: QuestionSource, file: QuestionFile, questions: list[Question], data: Data, rank: int, world: int, barrier: Callable[[], None]
 ) -> Images | None:
     if source.images is None:
         return None
@@ -218,8 +216,8 @@ def _found_images(
         return _images(source.images, names, data, rank, world, barrier)
     except MissingImages as error:
         raise ValueError(
-            f"{error}: complete it, or say by image_name how its files are named. Now it is {reading.pattern!r}, with the entries' fields "
-            f"{', '.join(reading.fields) or 'none'}; there are {some(error.there)}{'' if is_shards(source.images) else ' in that folder'}; "
+            f"{error}: complete it, or say by image_name how its files are named. Now it is {file.pattern!r}, with the entries' fields "
+            f"{', '.join(file.fields) or 'none'}; there are {some(error.there)}{'' if is_shards(source.images) else ' in that folder'}; "
             f"keys of shards go without extension"
         ) from error
 
@@ -236,16 +234,13 @@ def _answered(questions: list[Question], source: QuestionSource, key: str | None
     lacking = [question.question_id for question in questions if not question.answer.strip()]
     if not lacking:
         return questions
-    said = f"{len(lacking)} of {len(questions)} questions have no answer to learn ({some(lacking)})"
-    if source.format == "llava" and len(lacking) < len(questions):
-        if key is not None:
-            log.warning("%s: %s: they are left out", key, said)
-        return [question for question in questions if question.answer.strip()]
-    if source.format == "vqav2" and source.annotations is None:
-        raise ValueError(f"{said}: name the annotations")
-    if source.format == "llava":
-        raise ValueError(f"{said}: gpt says nothing in {source.questions!r}, which is for evaluation alone")
-    raise ValueError(f"{said}: take another split if this is a test set, and these questions out of {source.questions!r} otherwise")
+    problem = f"{len(lacking)} of {len(questions)} questions have no answer to learn ({some(lacking)})"
+    of_format = benchmark(source.format)
+    if not of_format.skips_unanswered or len(lacking) == len(questions):
+        raise ValueError(f"{problem}: {of_format.without_answers(source)}")
+    if key is not None:
+        log.warning("%s: %s: they are left out", key, problem)
+    return [question for question in questions if question.answer.strip()]
 
 
 def question_order(questions: Questions, batch: int, seed: int) -> Order:

@@ -25,7 +25,7 @@ from tiny_tokenizers import qwen2
 from megakd.data.bad_samples import BadSample
 from megakd.recipe import Decoder, QuestionSource
 from megakd.vqa import check
-from megakd.vqa.formats import Question
+from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import PromptEncoder
 from megakd.vqa.sets import Asked, QuestionSet, open_questions
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megakd.data.bad_samples import BadSample
 from megakd.recipe import Decoder
-from megakd.vqa.formats import Question
+from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.plain_text import PlainText
 from megakd.vqa.prompts import IGNORED, PromptEncoder
 

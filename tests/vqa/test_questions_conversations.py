@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from megakd.data.bad_samples import BadSample
 from megakd.data.shapes.vocabulary import write_tokenizer
 from megakd.recipe import Decoder
-from megakd.vqa.formats import Question
+from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import IGNORED, PromptEncoder, stack
 
 P = 4

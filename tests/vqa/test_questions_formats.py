@@ -13,11 +13,12 @@ import question_files as files
 from question_files import source, talk, vqav2_entries, write
 
 from megakd.recipe import QuestionSource
-from megakd.vqa.formats import Question, most_frequent, parse
+from megakd.vqa.benchmarks import parse
+from megakd.vqa.benchmarks.base import Question, most_frequent
 
 
 def read(source: QuestionSource) -> list[Question]:
-    return list(parse(source))
+    return parse(source)[0]
 
 
 def test_vqav2_joins_questions_and_annotations(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tiny_tokenizers import qwen2, whole_words
 
 from megakd.recipe import Decoder, QuestionSource, strict_json
 from megakd.vqa import check
-from megakd.vqa.formats import Question
+from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import PromptEncoder
 from megakd.vqa.sets import QuestionSet, open_questions
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import question_files as files
 
-from megakd.vqa import submissions
-from megakd.vqa.formats import Question, parse
-from megakd.vqa.scores import METRICS, Answered
+from megakd.recipe.vqa import BENCHMARKS
+from megakd.vqa.benchmarks import benchmark, parse
+from megakd.vqa.benchmarks.base import Answered
 
 ASK = "\nAnswer with the option's letter from the given choices directly."
 NORTH = "Context: N/A\nQuestion: Which is north?\nOptions: (A) Maine (B) Ohio"
@@ -35,8 +35,9 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
 
 
 def written(kind: str, folder: Path, make: Callable[..., Any]) -> Path | None:
-    questions: list[Question] = list(parse(make(folder / "set")))[:2]
-    return submissions.write(kind, [Answered(*pair) for pair in zip(questions, (" A Bus.\n", ""), strict=False)], folder, "test")
+    questions = parse(make(folder / "set"))[0][:2]
+    answered = [Answered(*pair) for pair in zip(questions, (" A Bus.\n", ""), strict=False)]
+    return benchmark(kind).write_submission(answered, folder, "test")
 
 
 @pytest.mark.parametrize("kind", ENTRIES)
@@ -52,4 +53,4 @@ def test_every_benchmark_gets_the_entries_it_reads(tmp_path: Path, kind: str) ->
 
 def test_conversations_have_no_server_and_every_other_format_one(tmp_path: Path) -> None:
     assert written("llava", tmp_path, files.llava) is None
-    assert set(ENTRIES) == set(METRICS) - {"llava"}
+    assert set(ENTRIES) == set(BENCHMARKS) - {"llava"}

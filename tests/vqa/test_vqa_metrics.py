@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megakd.recipe import QuestionSource
-from megakd.vqa.formats import Question
+from megakd.recipe.vqa import BENCHMARKS
+from megakd.vqa import benchmarks
+from megakd.vqa.benchmarks import benchmark
+from megakd.vqa.benchmarks.base import Answered, Benchmark, Question
+from megakd.vqa.benchmarks.pope import pope_says_yes
+from megakd.vqa.benchmarks.scienceqa import scienceqa_letter
+from megakd.vqa.benchmarks.textvqa import textvqa_accuracy
+from megakd.vqa.benchmarks.vizwiz import vizwiz_accuracy
 from megakd.vqa.normalise import CONTRACTIONS, NUMBER_WORDS, normalised, textvqa_normalised, trimmed, vizwiz_normalised
-from megakd.vqa.scores import METRICS, Answered, pope_says_yes, scienceqa_letter, score, textvqa_accuracy, vizwiz_accuracy, vqa_accuracy
+from megakd.vqa.scores import vqa_accuracy
+
+
+def score(name: str, answered: list[Answered]) -> dict[str, Any]:
+    return benchmark(name).results(answered)
 
 
 def question(answers: tuple[str, ...], family: str = "", image: str | None = "a.jpg", **meta: Any) -> Question:
@@ -85,7 +97,7 @@ def test_a_contraction_that_vqav2_spells_out_scores_nothing_in_vizwiz() -> None:
     assert vqa_accuracy("dont know", people) == 1.0
     assert vizwiz_accuracy("dont know", people) == 0.0
     assert vizwiz_accuracy("cant", ("can't",) * 10) == 1.0
-    assert any("typographic apostrophe" in caveat for caveat in METRICS["vizwiz"].caveats)
+    assert any("typographic apostrophe" in caveat for caveat in benchmark("vizwiz").caveats)
 
 
 def test_a_sole_answer_is_an_exact_match() -> None:
@@ -305,7 +317,7 @@ def test_scienceqa_has_five_letters_whatever_the_problem_has() -> None:
     assert [scienceqa_letter(letter, 7) for letter in "DEF"] == ["D", "E", None]
     assert scienceqa_letter("The answer is F.", 7) is None
     assert scienceqa_letter("F. six", 7) is None
-    assert any("a sixth option has no letter" in caveat for caveat in METRICS["scienceqa"].caveats)
+    assert any("a sixth option has no letter" in caveat for caveat in benchmark("scienceqa").caveats)
 
 
 def test_scienceqa_by_subject_context_and_grade() -> None:
@@ -386,6 +398,9 @@ def test_vizwiz_scores_what_is_said_to_be_unanswerable() -> None:
     assert found["by_answerable"]["yes"] == {"accuracy": 0.5, "questions": 2}
 
 
-def test_every_format_that_has_answers_has_a_metric() -> None:
+def test_every_file_of_the_benchmarks_folder_is_a_format_of_the_recipe_and_the_reverse() -> None:
+    files = {path.stem for path in Path(benchmarks.__file__).parent.glob("*.py")} - {"__init__", "base"}
     formats = set(QuestionSource.model_fields["format"].annotation.__args__)  # type: ignore[union-attr]
-    assert set(METRICS) == formats - {"captions"}
+    assert files == formats - {"captions"} == set(BENCHMARKS)
+    assert {name: benchmark(name).name for name in files} == {name: name for name in files}
+    assert {type(benchmark(name)) for name in files} == set(Benchmark.__subclasses__())

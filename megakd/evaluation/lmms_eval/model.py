@@ -1,7 +1,7 @@
 """A megakd bundle as lmms-eval asks it: greedy answers, one image a question, the harness's own prompts in the bundle's template.
 
 Scores of the two differ where their rules do, not their answers: lmms-eval processes unanimous answers too, takes POPE's "Yes." for
-wrong and its yes-ratio from the labels (see `vqa/scores.py`). Prompts come with the instruction that their task's YAML
+wrong and its yes-ratio from the labels (see `vqa/benchmarks/pope.py`). Prompts come with the instruction that their task's YAML
 appends; the bundle was trained with `decoder.instruction`, and the two should say the same.
 Source: lmms_eval/api/model.py and api/task.py of lmms-eval 0.7.3
 """
@@ -24,7 +24,7 @@ from PIL import Image
 
 from megakd.data.bad_samples import BadSample
 from megakd.export.bundle import Bundle
-from megakd.vqa.formats import Question
+from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import Encoded, stack
 
 log = logging.getLogger("megakd.evaluation")

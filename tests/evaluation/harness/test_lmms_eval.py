@@ -25,8 +25,8 @@ from megakd.models.patches import patch_tokens
 from megakd.recipe import QuestionSource
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
+from megakd.vqa.benchmarks.base import Question, most_frequent
 from megakd.vqa.evaluate import Answerer, Opened, evaluate
-from megakd.vqa.formats import Question, most_frequent
 from megakd.vqa.loader import ImageProcessor
 from megakd.vqa.prompts import stack
 from megakd.vqa.sets import Asked, QuestionSet, open_questions
