@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -24,9 +24,10 @@ from megakd.benchmarks.common import comparison
 from megakd.benchmarks.common.children import ended_by_sigterm, running
 from megakd.models import clip as clip_models
 from megakd.models import streaming, weights
+from megakd.recipe import TeacherMode
 from megakd.runtime import run_folder
 
-MODES = ("replicated", "replicated_int8", "zero3", "zero3_int8")
+MODES = get_args(TeacherMode)
 SECONDS = 1800  # patience with one mode
 COLUMNS = {
     "load_seconds": "load s",

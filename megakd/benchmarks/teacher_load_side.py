@@ -15,35 +15,27 @@ import open_clip
 import torch
 
 from megakd.models import clip, streaming
-from megakd.recipe import Model
-from megakd.runtime import collectives, launch, precision, zero3
+from megakd.recipe import Teacher, TeacherMode
+from megakd.runtime import collectives, launch
 from megakd.runtime.files import write_text
 from megakd.runtime.launch import World
-from megakd.teachers.replicated import ReplicatedTeacher, Teacher
-from megakd.teachers.sharded import build_sharded_teacher
+from megakd.teachers import build
 
 
-def description(model: str, pretrained: str) -> clip.ModelSpec:
-    """Of a model whose tokenizer need not be here: the texts are random tokens."""
+def description(model: str, pretrained: str, mode: TeacherMode = "replicated", offload: bool = False) -> clip.ModelSpec:
+    """Of a teacher whose tokenizer need not be here: the texts are random tokens."""
     config = open_clip.get_model_config(model)
     if config is None:
         raise ValueError(f"--model {model}: open_clip has no such model; `open_clip.list_models()` lists all")
-    return clip.ModelSpec("teacher", Model(model=model, pretrained=pretrained), config, {}, lambda texts: torch.zeros(len(texts), 1))
-
-
-def build(model: str, weights: str, mode: str, offload: bool, world: World) -> Teacher:
-    """The teacher in `mode`, a value of the recipe's teacher.mode."""
-    described = description(model, weights)
-    int8 = streaming.Int8() if mode.endswith("int8") else None
-    if mode.startswith("zero3"):
-        return build_sharded_teacher(described, world, zero3.settings(offload=offload), int8=int8)
-    return ReplicatedTeacher(streaming.load(described, world, precision.of(world.device), int8=int8))
+    settings = Teacher(model=model, pretrained=pretrained, mode=mode, offload=offload)
+    return clip.ModelSpec("teacher", settings, config, {}, lambda texts: torch.zeros(len(texts), 1))
 
 
 def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
     """Seconds, and gigabytes of this process: resident at the start, after loading, the peaks; read from files while loading."""
     read, start, began = _read_bytes(), _resident("VmRSS"), time.perf_counter()
-    teacher = build(settings["model"], settings["weights"], settings["mode"], settings["offload"], world)
+    described = description(settings["model"], settings["weights"], settings["mode"], settings["offload"])
+    teacher = build.load(described, world, streaming.Int8() if build.settings_of(described).int8 else None)
     collectives.barrier(world)
     found: dict[str, Any] = {
         "rank": world.rank,

@@ -55,7 +55,7 @@ def computation(description: ModelSpec, device: torch.device) -> dict[str, Any]:
     """
     settings = description.settings
     assert isinstance(settings, Teacher), "described from [teacher] or [ensemble] of a recipe"
-    told: dict[str, Any] = {"precision": precision.of(device), "int8": settings.mode.endswith("_int8")}
+    told: dict[str, Any] = {"precision": precision.of(device), "int8": settings.int8}
     if not told["int8"]:
         return {**told, "outlier_threshold": None, "product": None, "calibration": None}
     return {

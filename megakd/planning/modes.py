@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from megakd.planning import rates, zero
 from megakd.planning.models import BACKWARD_FLOPS, Form, StudentCost, TeacherCost
 from megakd.planning.objectives import LossCost
+from megakd.recipe import Placement
 
 
 @dataclass(frozen=True)
 class Mode:
-    """text: whether the text tower is there, or its embeddings come from a store. tower: False where those of the images do too."""
+    """weights: as the tables name them. placement: None where all embeddings come from a store, or there is no teacher.
+
+    text: whether the text tower is there, or its embeddings come from a store.
+    """
 
     weights: str
-    partitioned: bool
-    int8: bool
-    offload: bool
-    text: bool
-    tower: bool = True
+    placement: Placement | None = None
+    int8: bool = False
+    offload: bool = False
+    text: bool = False
 
     @property
     def name(self) -> str:
-        if not self.tower:
+        if self.placement is None:
             return self.weights
         return self.weights + (" + offload" if self.offload else "") + ("" if self.text else ", text from store")
 
@@ -90,20 +94,15 @@ class Row:
 def modes(job: PlannedJob) -> list[Mode]:
     """Simplest first. DeepSpeed offloads what it partitions, so replicas have no offload."""
     if not job.teachers:
-        return [Mode(NONE, False, False, False, False, tower=False)]
+        return [Mode(NONE)]
     wide = "fp32" if job.teachers[0].element == 4 else "bf16"
-    held = [
-        (f"replicated {wide}", False, False),
-        ("replicated int8", False, True),
-        (f"zero3 {wide}", True, False),
-        ("zero3 int8", True, True),
+    whole = [
+        Mode(f"{placement} {'int8' if int8 else wide}", placement, int8, offload, text=True)
+        for placement in get_args(Placement)
+        for int8 in (False, True)
+        for offload in ((False, True) if placement == "zero3" else (False,))
     ]
-    whole = [Mode(*one, offload, True) for one in held for offload in ((False, True) if one[1] else (False,))]
-    return [
-        *whole,
-        *(Mode(one.weights, one.partitioned, one.int8, one.offload, False) for one in whole),
-        Mode(STORE, False, False, False, False, tower=False),
-    ]
+    return [*whole, *(replace(mode, text=False) for mode in whole), Mode(STORE)]
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class _Held:
 
 
 def row(job: PlannedJob, mode: Mode) -> Row:
-    teacher = _together([_teacher(job, mode, cost) for cost in job.teachers if mode.tower])
+    teacher = _together([_teacher(job, mode, cost) for cost in job.teachers if mode.placement])
     student, of = job.student, zero.held(job.student.sizes, job.ranks, job.student_zero, job.student.frozen)
     batch = student.raw + sum(cost.raw for cost in job.teachers)
     standing = of.weights + of.optimizer + of.standing + teacher.weights + batch
@@ -176,7 +175,7 @@ def _teacher(job: PlannedJob, mode: Mode, cost: TeacherCost) -> _Held:
     forms = [tower.int8 if mode.int8 else tower.wide for tower in towers]
     total, activations = sum(one.bytes for one in forms), max(one.activations for one in forms)
     flops = sum(tower.flops for tower in towers)
-    if not mode.partitioned:
+    if mode.placement == "replicated":
         return _Held(total, 0, 0, activations, cost.input, 0, flops)
     kept = sum(one.kept for one in forms)
     share = math.ceil((total - kept) / job.ranks)

@@ -94,10 +94,8 @@ def asked(recipe: Recipe, rows: list[Row]) -> str:
         return rows[0].mode.name
     if teacher.store is not None:
         return STORE
-    partitioned, int8 = teacher.mode.startswith("zero3"), teacher.mode.endswith("int8")
-    offload = teacher.offload and partitioned
-    wanted = (partitioned, int8, offload, True)
-    return next(row.mode.name for row in rows if (row.mode.partitioned, row.mode.int8, row.mode.offload, row.mode.text) == wanted)
+    wanted = (teacher.placement, teacher.int8, teacher.offload, True)
+    return next(row.mode.name for row in rows if (row.mode.placement, row.mode.int8, row.mode.offload, row.mode.text) == wanted)
 
 
 def recommend(rows: list[Row], cluster: Cluster) -> tuple[str | None, str]:

@@ -19,7 +19,7 @@ from megakd.recipe.schema import (
     Views,
     Watchdog,
 )
-from megakd.recipe.section import Section, TeacherMode
+from megakd.recipe.section import Placement, Section, TeacherMode
 from megakd.recipe.vqa import (
     Answers,
     Decoder,
@@ -43,6 +43,7 @@ __all__ = [
     "Model",
     "Objectives",
     "Optim",
+    "Placement",
     "Preprocess",
     "QuestionSource",
     "Recipe",

@@ -18,6 +18,7 @@ from megakd.recipe.section import (
     Int8Product,
     Name,
     NonNegative,
+    Placement,
     Positive,
     PositiveFloat,
     Section,
@@ -142,11 +143,21 @@ class Teacher(Model):
     )
     store_miss: Literal["teacher", "fail"] = Field("teacher", description="what the store lacks: ask the live teacher, or end the run")
 
+    @property
+    def placement(self) -> Placement:
+        """Where the weights lie: whole on every rank, or partitioned over the ranks."""
+        return "zero3" if self.mode.startswith("zero3") else "replicated"
+
+    @property
+    def int8(self) -> bool:
+        """Whether attention and MLP weights are in 8 bit."""
+        return self.mode.endswith("_int8")
+
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Teacher:
-        if not self.mode.startswith("zero3") and (self.offload or self.ds_config is not None):
+        if self.placement != "zero3" and (self.offload or self.ds_config is not None):
             raise ValueError(f"offload and ds_config are for a partitioned teacher: set mode to zero3 or zero3_int8, it is {self.mode!r}")
-        if not self.mode.endswith("int8"):
+        if not self.int8:
             for key in ("outlier_threshold", "calibration", "int8_product", "int8_agreement"):
                 if getattr(self, key) != (default := type(self).model_fields[key].default):
                     raise ValueError(

@@ -14,7 +14,9 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 HeadKind = Annotated[
     Literal["linear", "mlp"], Field(description="projection of each modality to the teacher's width; mlp: with one hidden layer")
 ]
+# How a teacher is held: where its weights lie, and "_int8" where they are in 8 bit. Teacher.placement and Teacher.int8 are the two apart.
 TeacherMode = Literal["replicated", "replicated_int8", "zero3", "zero3_int8"]
+Placement = Literal["replicated", "zero3"]
 Int8Product = Literal["auto", "dequantise", "bitsandbytes", "int_mm"]
 # Names become parts of file names, which end at 255 bytes.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=100)]

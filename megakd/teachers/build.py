@@ -62,22 +62,23 @@ def live_teacher(
     """
     settings = settings_of(description)
     torch.manual_seed(recipe.seed + 1)
-    if not settings.mode.endswith("int8"):
-        return _loaded(description, world, None, without_text)
+    if not settings.int8:
+        return load(description, world, without_text=without_text)
     shards = shards or ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     product = matmul.resolved(settings.int8_product, world.device)
     int8 = streaming.Int8(settings.outlier_threshold, product, migrated=settings.calibration > 0)
-    teacher = _loaded(description, world, int8, without_text)
+    teacher = load(description, world, int8, without_text=without_text)
     source = StoredViews(shards, recipe.views, recipe.seed, TowerView(preprocessing(description), description.tokenize))
     _Comparison(teacher, description, source, world, piece or recipe.evaluation.batch, without_text).settle(say)
     return teacher
 
 
-def _loaded(
-    description: clip.ModelSpec, world: World, int8: streaming.Int8 | None, without_text: bool
+def load(
+    description: clip.ModelSpec, world: World, int8: streaming.Int8 | None = None, *, without_text: bool = False
 ) -> ReplicatedTeacher | ShardedTeacher:
+    """The teacher with its weights, placed as its settings say; in 8 bit where `int8` says how. A collective."""
     settings = settings_of(description)
-    if settings.mode.startswith("zero3"):
+    if settings.placement == "zero3":
         return build_sharded_teacher(
             description, world, zero3.settings(settings.ds_config, offload=settings.offload), int8=int8, without_text=without_text
         )
@@ -152,7 +153,7 @@ class _Comparison:
         raise ValueError(
             f"{role}.mode = {settings.mode!r}: in 8 bit it loses too much, {lines[-1]}; {role}.int8_agreement asks for a centred cosine of "
             f"{settings.int8_agreement}. Set {other}, or {role}.int8_product = 'dequantise', or {role}.mode = "
-            f"{settings.mode.removesuffix('_int8')!r}; where that is good enough, lower {role}.int8_agreement"
+            f"{settings.placement!r}; where that is good enough, lower {role}.int8_agreement"
         )
 
     def _pairs(self, count: int, shift: float) -> Seen:

@@ -15,7 +15,7 @@ from torch import Tensor
 from megakd.models.embeddings import Embeddings
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
-from megakd.teachers.replicated import Teacher
+from megakd.teachers.base import Teacher
 
 StoreMiss = Literal["teacher", "fail"]
 # (samples (M,), view numbers (M,), type of the pixels) -> what `Teacher.embed` takes, on the device; one row of anything for M = 0

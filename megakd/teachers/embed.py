@@ -37,8 +37,9 @@ from megakd.recipe import Recipe
 from megakd.recipe import load as recipes
 from megakd.runtime import collectives, ds_config, launch, precision, shared_folder
 from megakd.runtime.launch import World
+from megakd.teachers.base import Teacher
 from megakd.teachers.build import live_teacher, open_store, store_key
-from megakd.teachers.replicated import ReplicatedTeacher, Teacher
+from megakd.teachers.replicated import ReplicatedTeacher
 from megakd.teachers.sharded import ShardedTeacher
 
 SAMPLED = 256  # samples that a check recomputes: a defect of one in a hundred shows with 92 %

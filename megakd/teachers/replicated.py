@@ -1,11 +1,6 @@
-"""One interface for teachers, whatever runs behind it: here a frozen replica on every rank.
-
-A teacher that is sharded, quantised or read from a store implements the same two attributes and one method.
-"""
+"""A teacher that is whole on every rank, frozen."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,24 +9,6 @@ from megakd.models import clip
 from megakd.models.embeddings import Embeddings
 from megakd.models.student import encode_images, encode_texts
 from megakd.runtime import precision
-
-
-class Teacher(Protocol):
-    """What the trainer and the objectives need of a teacher."""
-
-    @property
-    def width(self) -> int:
-        """Width D of its embeddings."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the pixels that `embed` takes."""
-        ...
-
-    def embed(self, pixels: Tensor, tokens: Tensor) -> Embeddings:
-        """Unit embeddings of a batch, without gradient. Every rank calls it equally often: a sharded teacher communicates in it."""
-        ...
 
 
 class ReplicatedTeacher:

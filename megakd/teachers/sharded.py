@@ -44,7 +44,7 @@ class TextTower(nn.Module):
 
 
 class ShardedTeacher:
-    """Implements `megakd.teachers.replicated.Teacher`. Every rank calls its methods equally often, with batches of any size."""
+    """Implements `megakd.teachers.base.Teacher`. Every rank calls its methods equally often, with batches of any size."""
 
     def __init__(self, built: clip.ClipModel, image: Partitioned, text: Partitioned | None) -> None:
         self.towers, self._image, self._text = built, image, text

@@ -110,7 +110,7 @@ def prepare(request: RunRequest, world: World, to_come: frozenset[str] = frozens
     config = ds_config.resolve(raw, recipe, world.size, config_name=config_name, recipe_name=request.recipe_name)
     ds_check.check(config, config_name)
     for teacher in recipe.teachers().values():
-        if teacher.mode.startswith("zero3"):
+        if teacher.placement == "zero3":
             zero3.settings(teacher.ds_config, offload=teacher.offload)
     collectives.by_main(lambda: files.check_place(request.out, "--out"), world)
     run_folder.check_resume(request.out, request.resume, recipe)

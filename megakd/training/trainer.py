@@ -31,8 +31,8 @@ from megakd.runtime.exits import Interrupted, LossNotFinite, StopRequest
 from megakd.runtime.launch import World
 from megakd.runtime.run_folder import RunLog, memory_gb
 from megakd.runtime.stopwatch import Stopwatch
+from megakd.teachers.base import Teacher
 from megakd.teachers.cached import StoredTeacher, TextStoredTeacher
-from megakd.teachers.replicated import Teacher
 from megakd.training.batch import BadSamples, JointBatch
 
 AnyTeacher = Teacher | StoredTeacher | TextStoredTeacher

@@ -29,7 +29,8 @@ from megakd.recipe import Optim
 from megakd.runtime import launch, zero3
 from megakd.runtime.engine import Engine
 from megakd.runtime.launch import World
-from megakd.teachers.replicated import ReplicatedTeacher, Teacher
+from megakd.teachers.base import Teacher
+from megakd.teachers.replicated import ReplicatedTeacher
 from megakd.teachers.sharded import ShardedTeacher, build_sharded_teacher
 
 OPTIM = Optim(steps=9, batch=8, lr=1e-3, weight_decay=0.1, clip=0.5)
