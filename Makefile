@@ -34,7 +34,7 @@ golden: $(INSTALLED)  ## the numbers that tests/golden holds runs to, anew; the 
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PYTHONPATH=tests $(BIN)/python tests/golden/renew.py $(GOLDEN)
 
 faults: $(INSTALLED)  ## thousands of damaged files and mistaken settings, a fixed seed and a fresh one (FAULTS="--family tars --seed 7")
-	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PYTHONPATH=tests:tests/faults $(BIN)/python tests/faults/campaign.py $(FAULTS)
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PYTHONPATH=tests $(BIN)/python -m faults $(FAULTS)
 
 lint: $(INSTALLED)  ## ruff, formatting included, and vulture: nothing is dead, in tests/ neither
 	$(BIN)/ruff check .

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture
+def no_process_is_left() -> Iterator[None]:
+    """Of those that multiprocessing starts, after the test."""
+    yield
+    assert multiprocessing.active_children() == []
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """600 training pairs in 3 shards, 60 test pairs, 70 zero-shot images, a tokenizer."""
@@ -31,8 +40,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def recipe_file(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny recipe of `tiny_runs`, on the world's shards."""
-    from tiny_runs import RECIPE
+    """The tiny recipe of `support.runs`, on the world's shards."""
+    from support.runs import RECIPE
 
     path = tmp_path_factory.mktemp("recipes") / "tiny.toml"
     path.write_text(RECIPE.format(world=world), encoding="utf-8")

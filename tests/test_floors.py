@@ -11,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from tiny_runs import REPOSITORY, environment
+
+from support.runs import REPOSITORY, environment
 
 # A package imports from the layers below its own. `megakd` is __init__.py, `megakd.train` the training program's entry point.
 LAYERS = (

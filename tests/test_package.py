@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from library_environments import beside_ours
 
 import megakd
+from support.library_environments import beside_ours
 
 ROOT = Path(__file__).parents[1]
 PACKED = ("pyproject.toml", "README.md", "LICENSE", "megakd", "kernels")

@@ -6,33 +6,24 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from open_clip.transform import PreprocessCfg
-from shard_files import ByteTokenizer, bomb_png, data, jpeg, no_barrier, pair, text_of, write_set, write_tar
 
-from megakd.data.pairs import Batch, TrainBatches, train_batches
+from megakd.data.pairs import Batch, train_batches
 from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
 from megakd.data.transforms import TowerView
 from megakd.recipe import Views
 from megakd.runtime import failures
+from support import PROGRAMS
+from support.loaders import BATCH, TOWERS, stream
+from support.runs import REPOSITORY, environment
+from support.shards import ByteTokenizer, bomb_png, data, jpeg, no_barrier, pair, text_of, write_set, write_tar
 
-TOWERS = {
-    "student": TowerView(PreprocessCfg(size=16), ByteTokenizer(12)),
-    "teacher": TowerView(PreprocessCfg(size=(24, 20), interpolation="bilinear"), ByteTokenizer(20)),
-}
-BATCH = 8
-
-
-@pytest.fixture(autouse=True)
-def _no_process_is_left() -> Iterator[None]:
-    yield
-    assert multiprocessing.active_children() == []
+pytestmark = pytest.mark.usefixtures("no_process_is_left")
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +49,6 @@ def bad_members() -> list[tuple[str, bytes]]:
 def spoiled(tmp_path: Path) -> ShardSet:
     pattern = str(write_tar(tmp_path / "0.tar", bad_members()))
     return ShardSet.open(data(pattern, max_bad_fraction=0.5), 0, 1, no_barrier)
-
-
-def stream(shards: ShardSet, rank: int = 0, world: int = 1, workers: int = 0, start: int = 0, batch: int = BATCH) -> TrainBatches:
-    order = Order(len(shards), batch, seed=3, block=4, window=3)
-    return train_batches(shards, order, Views(), TOWERS, rank=rank, world=world, start_position=start, workers=workers, pin_memory=False)
 
 
 def take(shards: ShardSet, count: int, **more: int) -> list[Batch]:
@@ -216,39 +202,13 @@ def test_an_exception_of_the_trainer_ends_the_workers(clean: ShardSet) -> None:
     assert multiprocessing.active_children() == []
 
 
-SCRIPT = """
-import itertools, multiprocessing, os, signal, sys
-import test_loader as t
-from megakd.data.shards import ShardSet
-from shard_files import data, no_barrier
-batches = t.stream(ShardSet.open(data(sys.argv[1]), 0, 1, no_barrier), workers=2)
-next(batches)
-workers = [child.pid for child in multiprocessing.active_children()]
-print(*workers, flush=True)
-if sys.argv[2] == "signals":
-    for pid in workers:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            os.kill(pid, number)
-    for batch in itertools.islice(batches, 20):
-        pass
-    print("alive", flush=True)
-elif sys.argv[2] == "ctrl_c":
-    print("ready", flush=True)
-    for batch in batches:
-        pass
-"""
-
-
 def run_script(clean: ShardSet, how: str) -> subprocess.Popen[str]:
-    root = Path(__file__).parents[2]
     pattern = clean.names[0].replace("00000", "{00000..00002}")
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), pattern, how]
-    folders = (root, root / "tests", Path(__file__).parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+    command = [sys.executable, str(PROGRAMS / "loader_workers.py"), pattern, how]
     return subprocess.Popen(
         command,
-        cwd=root,
-        env=environment,
+        cwd=REPOSITORY,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

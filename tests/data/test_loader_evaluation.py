@@ -7,11 +7,11 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from shard_files import ByteTokenizer, data, jpeg, no_barrier, text_of, write_set, write_tar
 
 from megakd.data.evaluation import EvaluationBatch, Field, evaluation_batches
 from megakd.data.shards import ShardSet
 from megakd.data.transforms import TowerView, normalise
+from support.shards import ByteTokenizer, data, jpeg, no_barrier, text_of, write_set, write_tar
 
 VIEW = TowerView(PreprocessCfg(size=16), ByteTokenizer(20))
 ALL: tuple[Field, ...] = ("pixels", "tokens", "captions", "json")

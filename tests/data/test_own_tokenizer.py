@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from open_clip.tokenizer import HFTokenizer
-from tiny_runs import train
 from typer.testing import CliRunner
 
 from megakd.cli import app
 from megakd.data import own_tokenizer
+from support.runs import train
 
 
 @pytest.mark.parametrize("kind", ["bpe", "words"])

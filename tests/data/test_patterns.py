@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from shard_files import data, no_barrier, pair, write_tar
 
 from megakd.data.patterns import expand
 from megakd.data.shards import ShardSet
+from support.shards import data, no_barrier, pair, write_tar
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from open_clip.transform import PreprocessCfg
 from PIL import Image
-from shard_files import bomb_png
 
 from megakd.data.bad_samples import BadSample
 from megakd.data.pairs import decoded
 from megakd.data.shards import Sample
 from megakd.data.transforms import Augmentation, as_rgb, decode, evaluation_pixels, rgb_image, train_pixels
 from megakd.vqa.loader import ImageProcessor
+from support.shards import bomb_png
 
 MOST = 1_000_000
 RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_files import data, jpeg, no_barrier, pair, write_set, write_tar
 
 from megakd.data import tar_index
 from megakd.data.bad_samples import REASONS, BadCounter, BadLog, BadSample
 from megakd.data.shards import ShardSet, expand
+from support.shards import data, jpeg, no_barrier, pair, write_set, write_tar
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_files import data, jpeg, no_barrier, pair, write_tar
 
 from megakd.data import tar_index
 from megakd.data.bad_samples import BadSample
 from megakd.data.shards import ShardSet
+from support.shards import data, jpeg, no_barrier, pair, write_tar
 
 
 @pytest.fixture(autouse=True)

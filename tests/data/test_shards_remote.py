@@ -10,11 +10,11 @@ from typing import ClassVar
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from shard_files import data, no_barrier, pair, write_tar
 
 from megakd.data import storage, tar_index
 from megakd.data.bad_samples import BadSample
 from megakd.data.shards import ShardSet, expand
+from support.shards import data, no_barrier, pair, write_tar
 
 NAMES = (f"set{number}" for number in itertools.count())
 

@@ -17,7 +17,6 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg
 from safetensors.torch import load_file
-from shard_files import ByteTokenizer, data, no_barrier, pair, write_set, write_tar
 
 from megakd.data.pairs import Batch, train_batches
 from megakd.data.sampler import Order
@@ -27,6 +26,7 @@ from megakd.data.store.reader import Layout, Manifest, Store, StoreError, conten
 from megakd.data.store.views import StoredViews
 from megakd.data.transforms import TowerView, draw_stored, train_pixels
 from megakd.recipe import Views
+from support.shards import ByteTokenizer, data, no_barrier, pair, write_set, write_tar
 
 # 43 samples in parts of 8: five whole ones and one of 3.
 LAYOUT = Layout(samples=43, part=8, views=3, width=5, dtype="fp32")

@@ -8,12 +8,12 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from scipy import stats
-from shard_files import ByteTokenizer, bomb_png, jpeg
 from torchvision.transforms import RandomResizedCrop
 
 from megakd.data.bad_samples import BadSample
 from megakd.data.transforms import Augmentation, TowerView, decode, draw, evaluation_pixels, normalise, train_pixels
 from megakd.recipe import Views
+from support.shards import ByteTokenizer, bomb_png, jpeg
 
 
 def picture(mode: str, size: tuple[int, int]) -> Image.Image:

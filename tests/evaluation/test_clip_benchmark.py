@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from clip_benchmark_job import embeddings
-from library_environments import CLIP_BENCHMARK, set_up
-from tiny_runs import environment, train
 
 from megakd.evaluation import retrieval
+from support import PROGRAMS
+from support.library_environments import CLIP_BENCHMARK, set_up
+from support.programs.clip_benchmark import embeddings
+from support.runs import environment, train
 
-JOB = Path(__file__).with_name("clip_benchmark_job.py")
-# `python tests/evaluation/clip_benchmark_job.py table SEED`, by clip_benchmark 1.6.2
+JOB = PROGRAMS / "clip_benchmark.py"
+# `python tests/support/programs/clip_benchmark.py table SEED`, by clip_benchmark 1.6.2
 FROZEN = {
     0: {
         "image_to_text": {"R@1": 0.5666666626930237, "R@5": 0.9333333373069763, "R@10": 0.9666666388511658},

@@ -14,12 +14,12 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import Finished, ds_config, environment, events, train
 
 from megakd import cli
 from megakd.evaluation import run as evaluation_run
 from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_USER_ERROR
+from support.runs import Finished, ds_config, environment, events, train
 
 STEPS = 4
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from numbered_pictures import Reader, captioned, picture, recipe, results
-from shard_files import write_tar
-from tiny_runs import REPOSITORY, environment, finish
 
 from megakd.runtime.launch import port
+from support import PROGRAMS
+from support.numbered_pictures import Reader, captioned, picture, recipe, results
+from support.runs import environment, finish
+from support.shards import write_tar
 
 PERFECT = {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0}
 
@@ -199,10 +200,9 @@ def test_hard_negatives_of_a_broken_model_are_an_error(tmp_path: Path) -> None:
 def ranks(pattern: str, broken_number: str) -> list[str]:
     """What two ranks say."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port(os.getpid()))}
-    path = os.pathsep.join(str(REPOSITORY / folder) for folder in (".", "kernels", "tests"))
-    command = [sys.executable, str(REPOSITORY / "tests" / "numbered_pictures.py"), pattern, broken_number]
+    command = [sys.executable, str(PROGRAMS / "retrieval.py"), pattern, broken_number]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-    started = [subprocess.Popen(command, env=environment(RANK=rank, LOCAL_RANK=rank, PYTHONPATH=path, **shared), **pipes) for rank in "01"]
+    started = [subprocess.Popen(command, env=environment(RANK=rank, LOCAL_RANK=rank, **shared), **pipes) for rank in "01"]
     return [finish(process).out.strip() for process in started]
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from numbered_pictures import captioned
-from shard_files import jpeg, write_tar
-from tiny_runs import TINY_LLAMA, answering, ds_config, events, question_source, train
 
 from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_USER_ERROR
+from support.numbered_pictures import captioned
+from support.runs import TINY_LLAMA, answering, ds_config, events, question_source, train
+from support.shards import jpeg, write_tar
 
 
 def _numbers(path: Path) -> dict[int, float]:

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import REPOSITORY, TINY_LLAMA, Finished, answering, curve, environment, events, finish, settings, wait_for
 
 from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_SAVED, Interrupted, StopRequest
 from megakd.runtime.launch import World, port
 from megakd.runtime.preemption import StopPoller
+from support.runs import REPOSITORY, TINY_LLAMA, Finished, answering, curve, environment, events, finish, settings, wait_for
 
 pytestmark = pytest.mark.timeout(400)
 

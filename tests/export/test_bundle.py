@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_decoders import CPU, make_decoder, make_towers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +19,7 @@ from megakd.cli import vqa
 from megakd.export import bundle
 from megakd.export.bundle import Bundle
 from megakd.models.vlm.decoder import Decoder
+from support.decoders import CPU, make_decoder, make_towers
 
 LORA = recipe.Lora(rank=4, alpha=8.0, dropout=0.0)
 QUESTIONS = ["how many squares are there ?", "is there a red circle ?", "what shape is blue ?"]

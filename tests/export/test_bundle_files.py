@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_decoders import CPU, make_decoder, make_towers
 
 from megakd import recipe
 from megakd.cli import vqa
 from megakd.export.bundle import Bundle
 from megakd.export.manifest import MANIFEST
 from megakd.runtime.files import json_sha256
+from support.decoders import CPU, make_decoder, make_towers
 
 TEMPLATE = "USER: {question} ASSISTANT:\n"
 

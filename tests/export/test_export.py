@@ -11,11 +11,11 @@ import pytest
 import torch
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import load_file, save_file
-from tiny_runs import train
 
 from megakd.export import clip_folder
 from megakd.models import clip
 from megakd.recipe import Model, Preprocess
+from support.runs import train
 
 ARCHITECTURE: dict[str, Any] = {
     "embed_dim": 16,

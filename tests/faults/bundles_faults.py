@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from campaign import Mutant, SilentFault
 from safetensors.torch import load_file, save_file
-from tiny_decoders import CPU, make_decoder, make_towers
 
+from faults.campaign import Mutant, SilentFault
 from megakd import recipe
 from megakd.data.shapes.vocabulary import write_tokenizer
 from megakd.export.bundle import Bundle
 from megakd.export.manifest import MANIFEST
 from megakd.runtime.files import json_sha256, sha256
+from support.decoders import CPU, make_decoder, make_towers
 
 NAME, COUNT, LIMIT, FEW = "bundles", 330, 60.0, 12
 ASKED = ["how many squares are there ?", "what colour is it ?"]

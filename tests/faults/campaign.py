@@ -1,8 +1,8 @@
 """Damaged files and mistaken settings, by the hundred: nothing may end in a traceback, hang, or lose data without a word.
 
 Each module `*_faults.py` beside this one is a family: it defines NAME, COUNT (its full number of mutants), LIMIT (seconds for one) and
-`mutants(count, draw, folder)`, a generator of `Mutant`s. `make faults` runs all of them, `python tests/faults/campaign.py --family tars
---count 50 --seed 7` a part of one. Exit code 1 when any mutant ended in a way that a user should never see.
+`mutants(count, draw, folder)`, a generator of `Mutant`s. `make faults` runs all of them, `make faults FAULTS="--family tars --count 50
+--seed 7"` a part of one. Exit code 1 when any mutant ended in a way that a user should never see.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import importlib
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -58,7 +57,7 @@ class Result:
 
 def families() -> dict[str, ModuleType]:
     """By name. Each runs alone, so a family's imports cost nothing to the others' start."""
-    modules = [importlib.import_module(path.stem) for path in sorted(HERE.glob("*_faults.py")) if not path.name.startswith("test_")]
+    modules = [importlib.import_module(f"faults.{path.stem}") for path in sorted(HERE.glob("*_faults.py"))]
     return {module.NAME: module for module in modules}
 
 
@@ -142,9 +141,3 @@ def main() -> int:
                 results = list(run_family(known[name], asked.count or known[name].COUNT, seed, Path(folder)))
             good &= report(name, results, time.perf_counter() - start, asked.most)
     return 0 if good else 1
-
-
-if __name__ == "__main__":
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
-    # The families know this module by its name: run as itself, its SilentFault would be another class than theirs.
-    sys.exit(importlib.import_module("campaign").main())

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import damage
 import torch
-from campaign import Mutant, SilentFault
 
+from faults import damage
+from faults.campaign import Mutant, SilentFault
 from megakd.recipe import Recipe
 from megakd.recipe import load as recipes
 from megakd.runtime import checkpoint, files, run_folder

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from campaign import Mutant
-from tiny_commands import SHORT, recipe_in, tried
+from faults.campaign import Mutant
+from faults.tiny_commands import SHORT, recipe_in, tried
 
 NAME, COUNT, LIMIT = "ds_json", 320, 90.0
 FEW = 12

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from campaign import Mutant, SilentFault
-from numbered_pictures import picture, recipe, results
-from shard_files import bomb_png, write_tar
+from faults.campaign import Mutant, SilentFault
+from support.numbered_pictures import picture, recipe, results
+from support.shards import bomb_png, write_tar
 
 NAME = "evaluation_sets"
 COUNT = 300

@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from campaign import Mutant, SilentFault
-from tiny_runs import RECIPE, TEACHER, curve, environment, settings
-
+from faults.campaign import Mutant, SilentFault
 from megakd.data.shapes import write_world
 from megakd.runtime import checkpoint
+from support import PROGRAMS, REPOSITORY
+from support.runs import RECIPE, TEACHER, curve, environment, settings
 
 NAME, COUNT, FEW, LIMIT = "kills", 160, 4, 180
-REPOSITORY = Path(__file__).parents[2]
 TRAIN = ("optim.steps=6", "checkpoint.every=2", "checkpoint.keep=2", "evaluation.every=3", "evaluation.batch=64")
 
 
@@ -33,10 +32,9 @@ class Programs:
         self.recipe = folder / "tiny.toml"
         self.recipe.write_text(RECIPE.format(world=world))
         self.sets = (*TRAIN, f"evaluation.retrieval={{ test = '{world}/test/*.tar' }}")
-        paths = (str(REPOSITORY), str(REPOSITORY / "kernels"))
-        command = [sys.executable, str(Path(__file__).with_name("killable.py"))]
+        command = [sys.executable, str(PROGRAMS / "killable.py")]
         self._server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(PYTHONPATH=":".join(paths)), cwd=REPOSITORY
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), cwd=REPOSITORY
         )
         assert self._server.stdout is not None
         assert self._server.stdout.readline() == "ready\n"

@@ -17,17 +17,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import question_files as files
-from campaign import Mutant, SilentFault
-from shard_files import data, no_barrier
-from tiny_tokenizers import qwen2
-
+from faults.campaign import Mutant, SilentFault
 from megakd.data.bad_samples import BadSample
 from megakd.recipe import Decoder, QuestionSource
 from megakd.vqa import check
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import PromptEncoder
 from megakd.vqa.sets import Asked, QuestionSet, open_questions
+from support import questions as files
+from support.shards import data, no_barrier
+from support.tokenizers import qwen2
 
 NAME, COUNT, LIMIT, FEW = "questions", 1200, 20.0, 24
 DATA = data("unused.tar")

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from campaign import Mutant
-from sets_faults import TEXTS
-from tiny_commands import SHORT, recipe_in, tried
+from faults.campaign import Mutant
+from faults.sets_faults import TEXTS
+from faults.tiny_commands import SHORT, recipe_in, tried
 
 NAME, COUNT, LIMIT = "recipes", 320, 90.0
 FEW = 16

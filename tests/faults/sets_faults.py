@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from campaign import Mutant
 from pydantic import BaseModel
-from tiny_commands import SHORT, recipe_in, tried
 
+from faults.campaign import Mutant
+from faults.tiny_commands import SHORT, recipe_in, tried
 from megakd.recipe import Recipe
 
 NAME, COUNT, LIMIT = "sets", 330, 90.0

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import damage
 import numpy as np
 import torch
-from campaign import Mutant, SilentFault
 from torch.nn import functional as F
 
+from faults import damage
+from faults.campaign import Mutant, SilentFault
 from megakd.data.store import writer
 from megakd.data.store.reader import Layout, Manifest, Rows, Store, StoreType, part_path
 

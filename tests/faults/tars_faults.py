@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from campaign import Mutant, SilentFault
-
+from faults.campaign import Mutant, SilentFault
 from megakd.data.bad_samples import BadSample
 from megakd.data.pairs import decoded
 from megakd.data.shards import ShardSet

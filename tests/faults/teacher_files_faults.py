@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from campaign import Mutant, SilentFault
 from safetensors.torch import save_file
 from torch import Tensor
 
+from faults.campaign import Mutant, SilentFault
 from megakd.data.shapes.vocabulary import write_tokenizer
 from megakd.models import clip as clip_models
 from megakd.models import streaming

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from campaign import BAD, Mutant, SilentFault, _attempt, families, run_family
+
+from faults.campaign import BAD, Mutant, SilentFault, _attempt, families, run_family
 
 FEW = 24
 

@@ -6,11 +6,10 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from campaign import verdict_of_command
-from tiny_runs import RECIPE, train
-
+from faults.campaign import verdict_of_command
 from megakd.data.shapes import write_world
 from megakd.runtime import exits
+from support.runs import RECIPE, train
 
 # Overrides of a run that is to be over in two steps, whatever the recipe says.
 SHORT = ("optim.steps=2", "optim.warmup=0", "data.max_bad_fraction=1.0")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from golden_runs import make_workplace
+
+from support.golden import make_workplace
 
 
 @pytest.fixture(scope="module")

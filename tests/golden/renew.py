@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from golden_runs import (
+from support.golden import (
     ALONE,
     DECODER,
     HERE,
@@ -33,7 +33,7 @@ from golden_runs import (
     run,
     scores,
 )
-from tiny_runs import settings, train
+from support.runs import settings, train
 
 # Two hundred steps: what a student is to take over from this teacher is then more than noise.
 TAUGHT = ("optim.steps=200", "optim.warmup=20", "checkpoint.every=200", "checkpoint.keep=1", "optim.batch=48", "data.workers=0")

@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 
 import pytest
-from golden_runs import RUNS, differences, digest, golden, machine, make_workplace, measured, run
+
+from support.golden import RUNS, differences, digest, golden, machine, make_workplace, measured, run
 
 ADVICE = "what is computed has changed; if it had to, renew with `make golden` and say why in the commit (tests/golden/README.md)"
 

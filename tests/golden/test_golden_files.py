@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from golden_runs import ALONE, QUESTIONS, STORE, WRITTEN, ask, differences, golden, inside, machine, measured, megakd, run, scores
-from tiny_runs import settings, train
+from support.golden import ALONE, QUESTIONS, STORE, WRITTEN, ask, differences, golden, inside, machine, measured, megakd, run, scores
+from support.runs import settings, train
 
 HALF = "checkpoints/step_00000006"
 

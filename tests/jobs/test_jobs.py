@@ -17,30 +17,18 @@ from pathlib import Path
 
 import pytest
 import submitit
-from tiny_runs import ds_config, environment, settings, train
 
-from megakd import cli
 from megakd.jobs import batch_words, slurm, status, submit
 from megakd.jobs.slurm import JobState
 from megakd.jobs.submit import Resources
 from megakd.runtime.locks import FolderLock, held
+from support.runs import ds_config, environment, megakd, settings, train
 
 HOLD = "import sys, pathlib; from megakd.runtime.locks import FolderLock\n"
 HOLD += "with FolderLock(pathlib.Path(sys.argv[1]), doing='works', remedy='wait'): print('held', flush=True); sys.stdin.read()"
 
 
-def command(*arguments: object) -> int:
-    """The exit code of `megakd ARGUMENTS`, run in this process."""
-    before, sys.argv = sys.argv, ["megakd", *map(str, arguments)]
-    try:
-        return cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        sys.argv = before
-
-
-def megakd(*arguments: object) -> subprocess.CompletedProcess[str]:
+def started(*arguments: object) -> subprocess.CompletedProcess[str]:
     """`megakd ARGUMENTS` in a process of its own."""
     program = [sys.executable, "-m", "megakd.cli", *map(str, arguments)]
     return subprocess.run(program, capture_output=True, text=True, env=environment(), timeout=200, check=False)
@@ -74,7 +62,7 @@ def local(time: str) -> str:
 
 def table(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     capsys.readouterr()
-    assert command("jobs", folder) == 0
+    assert megakd("jobs", folder) == 0
     return capsys.readouterr().out.splitlines()
 
 
@@ -86,7 +74,7 @@ def write_run(run: Path, **content: object) -> Path:
 
 def test_a_local_job_trains_on_two_ranks_and_is_listed(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    done = megakd("submit", "--recipe", recipe_file, "--out", run, "--cluster", "local", "--tasks_per_node", 2, "--wait")
+    done = started("submit", "--recipe", recipe_file, "--out", run, "--cluster", "local", "--tasks_per_node", 2, "--wait")
     assert done.returncode == 0, done.stderr
     content = json.loads((run / "run.json").read_text())
     assert (content["ranks"], content["slurm_job_id"]) == (2, None)
@@ -101,7 +89,7 @@ def test_a_local_job_trains_on_two_ranks_and_is_listed(recipe_file: Path, tmp_pa
 def test_starting_over_sets_the_earlier_run_aside_and_not_the_job_that_does_it(recipe_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(recipe_file, "--out", run).code == 0
-    done = megakd("submit", "--recipe", recipe_file, "--out", run, "--cluster", "local", "--resume", "none", "--wait")
+    done = started("submit", "--recipe", recipe_file, "--out", run, "--cluster", "local", "--resume", "none", "--wait")
     assert done.returncode == 0, done.stderr
     assert f"finished, log: {run}/slurm/" in done.stdout
     assert len(list((run / "slurm").glob("*_result.pkl"))) == 1
@@ -146,7 +134,7 @@ def test_waiting_goes_on_when_slurm_does_not_answer_once(
 
 def test_a_local_jobs_error_reaches_the_submitter_with_its_log(recipe_file: Path, tmp_path: Path) -> None:
     options = ("--cluster", "local", "--wait", *settings("data.train=/nowhere/*.tar"))
-    done = megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "run", *options)
+    done = started("submit", "--recipe", recipe_file, "--out", tmp_path / "run", *options)
     assert done.returncode == 2
     assert "/nowhere" in done.stderr
     assert f"log: {tmp_path}/run/slurm/" in done.stderr
@@ -154,7 +142,7 @@ def test_a_local_jobs_error_reaches_the_submitter_with_its_log(recipe_file: Path
 
 
 def test_debug_trains_in_the_process_itself(recipe_file: Path, tmp_path: Path) -> None:
-    done = megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "run", "--cluster", "debug")
+    done = started("submit", "--recipe", recipe_file, "--out", tmp_path / "run", "--cluster", "debug")
     assert done.returncode == 0, done.stderr
     assert "step 6/6" in done.stdout
     assert (tmp_path / "run" / "model").is_dir()
@@ -183,7 +171,7 @@ def test_what_is_wrong_with_a_run_is_said_before_it_is_submitted(
         (("--cluster", "debug", "--time", "10"), "--time: not used by --cluster debug"),
         (("--cluster", "slurm", "--container_mounts", "/data"), "--container_mounts /data: there is no --container_image"),
     ):
-        code = command("submit", "--recipe", recipe_file, "--out", tmp_path / "run", "--cluster", "local", *options)
+        code = megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "run", "--cluster", "local", *options)
         said = capsys.readouterr().err
         assert (code, answer in said) == (2, True), (options, said)
         assert "Traceback" not in said
@@ -203,7 +191,7 @@ def test_no_option_of_submit_breaks_the_line_it_is_written_into(option: str, val
 def test_a_line_break_in_an_option_is_refused_before_anything_is_shown(
     recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("submit", "--recipe", recipe_file, "--out", tmp_path / "run", "--partition", "gpu\ntouch pwned", "--dry_run") == 2
+    assert megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "run", "--partition", "gpu\ntouch pwned", "--dry_run") == 2
     said = capsys.readouterr()
     assert ("--partition 'gpu\\ntouch pwned': write" in said.err, said.out) == (True, "")
 
@@ -225,7 +213,7 @@ def test_words_with_spaces_and_shell_signs_stay_words_of_the_batch_file(
         (tmp_path / "bin" / name).chmod(0o755)
     python, image, folder = "/opt/my env/python; touch pwned", "docker://a b$(touch pwned)", tmp_path / "my runs; touch pwned"
     options = ("--container_image", image, "--python", python, "--out", folder, "--setup", "cd .")
-    assert command("submit", "--recipe", recipe_file, *options, "--dry_run") == 0
+    assert megakd("submit", "--recipe", recipe_file, *options, "--dry_run") == 0
     text = capsys.readouterr().out
     (tmp_path / "here").mkdir()
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
@@ -250,10 +238,10 @@ def test_without_slurm_the_way_to_run_here_is_said(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert command("submit", "--recipe", recipe_file, "--out", tmp_path / "run") == 2
+    assert megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "run") == 2
     answer = "no SLURM on this machine; submit on a login node, or run here with --cluster local"
     assert answer in capsys.readouterr().err
-    assert command("submit", "--recipe", recipe_file, "--out", tmp_path / "run", "--nodes", 2, "--dry_run") == 0
+    assert megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "run", "--nodes", 2, "--dry_run") == 0
     said = capsys.readouterr()
     assert "#SBATCH --nodes=2" in said.out
     assert f"not checked: partition, nodes and GPUs (sinfo: {answer})" in said.err
@@ -261,7 +249,7 @@ def test_without_slurm_the_way_to_run_here_is_said(
 
 def test_a_local_dry_run_says_what_would_run(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--cluster", "local", "--tasks_per_node", 2, "--setup", "module load cuda", "--dry_run")
-    assert command("submit", "--recipe", recipe_file, "--out", tmp_path / "run", *options) == 0
+    assert megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "run", *options) == 0
     setup, run = capsys.readouterr().out.splitlines()
     assert setup == "module load cuda"
     assert run == f"python megakd/train.py --recipe {recipe_file} --out {tmp_path}/run --resume auto  # 2 ranks, by submitit"
@@ -325,7 +313,7 @@ def test_a_folder_without_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_slurm_is_not_asked_more_often_than_every_fifteen_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("jobs", tmp_path, "--watch", 2) == 2
+    assert megakd("jobs", tmp_path, "--watch", 2) == 2
     assert "--watch 2: give 15 seconds or more" in capsys.readouterr().err
 
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from loss_cases import Batch, batch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megakd_kernels import interactive_kd, sigmoid_kd, similarity_kd
 from megakd_kernels.precision import full_precision
+from support.loss_cases import Batch, batch
 
 STUDENT, TEACHER, EQUAL = batch(37, 48, 50, -10, seed=1), batch(37, 64, 80, -10, seed=2), batch(37, 48, 20, seed=3)
 

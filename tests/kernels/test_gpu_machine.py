@@ -6,10 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+
+from support import python_path
 
 pytestmark = pytest.mark.gpu
 
@@ -21,7 +22,7 @@ LIMIT = 60  # seconds; `make gpu` has minutes for all tests together
 # Sizes that fill no tile, both ways of keeping maxima, and no allocator between the kernels and the ends of their tensors.
 PROGRAM = """
 import torch
-from loss_cases import batch
+from support.loss_cases import batch
 from megakd_kernels import similarity_kd
 
 student, teacher = (batch(201, width, 30.0, dtype=torch.bfloat16).to("cuda") for width in (48, 72))
@@ -41,11 +42,9 @@ def test_compute_sanitizer_finds_nothing_in_the_triton_kernels(tool, kernels):
         pytest.skip("no CUDA device")
     if checker is None:
         pytest.skip("compute-sanitizer is not on PATH (it comes with the CUDA toolkit)")
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parents[1] / "kernels"), os.environ.get("PYTHONPATH", "")])
     options = ["--tool", tool, "--kernel-name", f"kns={kernels}", "--error-exitcode", "9", "--report-api-errors", "no"]
     command = [checker, *options, "--target-processes", "application-only", sys.executable, "-c", PROGRAM]
-    environment = {**os.environ, "PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT)
     except subprocess.TimeoutExpired:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import batch
 
 from megakd_kernels import interactive_kd, similarity_kd
 from megakd_kernels.panels import STRIP_BYTES, add_product
+from support.loss_cases import batch
 
 pytestmark = pytest.mark.gpu
 

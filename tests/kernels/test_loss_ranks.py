@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from loss_cases import Batch, Case, Watch, batch, forward, forward_reference, measure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from megakd_kernels import SimilarityLoss, contrastive, contrastive_reference, gather_with_grad
+from support.loss_cases import Batch, Case, Watch, batch, forward, forward_reference, measure
 
 # Legend: W ranks, B rows of one rank, D width.
 ROWS = 7  # of each rank; no chunk below divides it

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import EPS, Batch, Case, batch, errors, forward, measure, measure_reference
-from one_pass_cases import CASES, LOSSES, MARGIN, case_of, judge, make, rounding
+
+from support.loss_cases import EPS, Batch, Case, batch, errors, forward, measure, measure_reference
+from support.one_pass_cases import CASES, LOSSES, MARGIN, case_of, judge, make, rounding
 
 EACH_CASE = pytest.mark.parametrize(
     ("loss", "shape"), [pytest.param(loss, shape, id=f"{loss}-{'-'.join(map(str, shape))}") for loss in LOSSES for shape in CASES[loss]]

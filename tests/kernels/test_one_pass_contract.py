@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import Batch, Case, Watch, batch, forward, measure
-from one_pass_cases import LOSSES, make
 
 from megakd_kernels import interactive_kd, sigmoid_kd
+from support.loss_cases import Batch, Case, Watch, batch, forward, measure
+from support.one_pass_cases import LOSSES, make
 
 STUDENT, TEACHER, WIDE = batch(37, 48, 50, -10, seed=1), batch(37, 48, 80, -12, seed=2), batch(37, 64, 80, -12, seed=3)
 CASES = {"interactive": Case("interactive", STUDENT, (TEACHER,)), "sigmoid": Case("sigmoid", STUDENT, (TEACHER, WIDE))}

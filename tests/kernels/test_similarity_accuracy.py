@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import Batch, Outcome, batch, errors
-from similarity_cases import RIVALS, Teacher, measure, measure_reference, rounding
+
+from support.loss_cases import Batch, Outcome, batch, errors
+from support.similarity_cases import RIVALS, Teacher, measure, measure_reference, rounding
 
 RIVAL = ("backend", "device"), RIVALS
 

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from loss_cases import INTERPRETED, Batch, Watch, batch
-from similarity_cases import measure
 
 from megakd_kernels import contrastive, contrastive_reference, dispatch, similarity_kd
+from support.loss_cases import INTERPRETED, Batch, Watch, batch
+from support.similarity_cases import measure
 
 STUDENT, TEACHER = batch(37, 48, 50, seed=1), batch(37, 64, 80, seed=2)
 EVERY_BACKEND = pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import multiprocessing
 import resource
 
 import torch
-from loss_cases import batch
 
 from megakd_kernels import similarity_kd
+from support.loss_cases import batch
 
 PAIRS = 16_384
 

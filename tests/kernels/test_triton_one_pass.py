@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from interpreted_one_pass import HALVES, SIZES, accuracy_cases, pair_of
-from loss_cases import EPS, errors, forward, measure, measure_reference
-from one_pass_cases import LOSSES, MARGIN, interpreted, judge, make, rounding
+
+from support import PROGRAMS, python_path
+from support.loss_cases import EPS, errors, forward, measure, measure_reference
+from support.one_pass_cases import LOSSES, MARGIN, interpreted, judge, make, rounding
+from support.programs.interpreted_one_pass import HALVES, SIZES, accuracy_cases, pair_of
 
 pytest.importorskip("triton", reason="the triton backend needs the package triton; 'chunked' computes the same and is tested without it")
 
@@ -19,7 +20,7 @@ pytest.importorskip("triton", reason="the triton backend needs the package trito
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
     """Everything below from one process: the interpreter must be chosen before Triton is imported."""
-    return interpreted(str(Path(__file__).with_name("interpreted_one_pass.py")), tmp_path_factory.mktemp("interpreted") / "found.pt")
+    return interpreted(str(PROGRAMS / "interpreted_one_pass.py"), tmp_path_factory.mktemp("interpreted") / "found.pt")
 
 
 @pytest.mark.parametrize("name", accuracy_cases(), ids=lambda name: "-".join(map(str, name)))
@@ -97,9 +98,7 @@ for teachers, hard in ((0, True), (1, False), (1, True), (3, True)):
 
 
 def test_the_kernels_compile_for_hopper_without_a_spilled_register():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-        "PYTHONPATH": os.pathsep.join(sys.path)
-    }
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": python_path()}
     run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == ["0"] * 5

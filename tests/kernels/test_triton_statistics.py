@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import DEVICES, Stripe, rounding, stripe, truth
 
 from megakd_kernels.softmax_stats import SoftmaxStats, merge
+from support.triton_cases import DEVICES, Stripe, rounding, stripe, truth
 
 pytest.importorskip("triton")
 

@@ -12,12 +12,12 @@ import open_clip
 import pytest
 import timm
 import torch
-from narrow_teachers import ARCHITECTURES
 from open_clip.factory import get_model_config
 from safetensors.torch import save_file
 
 from megakd.models import architecture, clip
 from megakd.recipe import Model
+from support.teachers import ARCHITECTURES
 
 SOUND: dict[str, Any] = {
     "embed_dim": 16,

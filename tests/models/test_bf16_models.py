@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from narrow_teachers import KINDS, describe, inputs
 from open_clip.transformer import LayerNormFp32
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from megakd.models.int8.convert import quantise
 from megakd.runtime.launch import World
 from megakd.runtime.precision import Precision
 from megakd.teachers.replicated import ReplicatedTeacher
+from support.teachers import KINDS, describe, inputs
 
 CPU = torch.device("cpu")
 NAMES = sorted(KINDS)

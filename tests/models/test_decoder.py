@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_decoders import LLAMA, QWEN, make_decoder, make_towers, questions
 from torch import Tensor, nn
 
 from megakd import recipe
 from megakd.models.patches import patch_tokens
 from megakd.models.vlm import decoder
+from support.decoders import LLAMA, QWEN, make_decoder, make_towers, questions
 
 LORA = recipe.Lora(rank=4, alpha=8.0, dropout=0.0)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_decoders import CPU, LLAMA, QWEN, SMALL, make_decoder, settings
 
 from megakd import recipe
 from megakd.models.vlm import decoder, decoder_check, lora
+from support.decoders import CPU, LLAMA, QWEN, SMALL, make_decoder, settings
 
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 2}
 MOE = {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_decoders import CPU, LLAMA, make_decoder, settings
 from transformers import AutoTokenizer
 
 from megakd import recipe
 from megakd.models.vlm import decoder
+from support.decoders import CPU, LLAMA, make_decoder, settings
 
 
 @pytest.fixture(scope="module")

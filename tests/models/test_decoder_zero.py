@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from decoder_ranks import CASES, CONFIGURATIONS
-from tiny_runs import finish, launch
+
+from support import PROGRAMS
+from support.programs.decoder import CASES, CONFIGURATIONS
+from support.runs import finish, launch
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -19,8 +21,7 @@ EXACT = [pair for pair in PAIRS if not pair[1].endswith("bf16")]
 
 def _measured(world: Path, folder: Path, ranks: int) -> Measured:
     """In processes of their own: this one would keep the memory and the threads of every engine."""
-    program = Path(__file__).with_name("decoder_ranks.py")
-    finished = finish(launch("torchrun", program, world / "tokenizer", folder, ranks=ranks), seconds=400)
+    finished = finish(launch("torchrun", PROGRAMS / "decoder.py", world / "tokenizer", folder, ranks=ranks), seconds=400)
     assert finished.code == 0, finished.out[-6000:]
     return {f"{case}_{how}": torch.load(folder / f"{case}_{how}.pt", weights_only=True) for case, how in PAIRS}
 

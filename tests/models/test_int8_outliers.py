@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from outlier_teachers import ARCHITECTURES, build, description, inputs
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +22,7 @@ from megakd.models.weights import InMemory
 from megakd.runtime.launch import World
 from megakd.runtime.zero3 import overwrite
 from megakd.teachers.replicated import ReplicatedTeacher
+from support.outlier_teachers import ARCHITECTURES, build, description, inputs
 
 ALONE = World(0, 1, torch.device("cpu"))
 PAIRS, SCALE = 48, 100.0

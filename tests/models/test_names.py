@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from narrow_teachers import ARCHITECTURES, build, described
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
@@ -16,6 +15,7 @@ from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 from megakd.models import clip as clip_models
 from megakd.models import streaming
 from megakd.runtime.launch import World
+from support.teachers import ARCHITECTURES, build, described
 
 HERE = World(0, 1, torch.device("cpu"))
 WORDS = 99

@@ -7,12 +7,12 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from tiny_decoders import CLIP, CPU
 from torch import nn
 
 from megakd.models import clip
 from megakd.models.patches import blocks, measure, patch_tokens
 from megakd.recipe import Student
+from support.decoders import CLIP, CPU
 
 TEXT = {"context_length": 16, "width": 32, "heads": 2, "layers": 1}
 TOWERS: dict[str, dict[str, Any]] = {

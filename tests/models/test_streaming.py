@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from narrow_teachers import ARCHITECTURES, build, describe, described, inputs
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from megakd.models import clip, streaming
 from megakd.models.weights import SafetensorsFiles
 from megakd.runtime.launch import World
 from megakd.runtime.precision import Precision
+from support.teachers import ARCHITECTURES, build, describe, described, inputs
 
 HERE = World(0, 1, torch.device("cpu"))
 NAMES = sorted(ARCHITECTURES)

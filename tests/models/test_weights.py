@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_runs import environment, wait_for
 
 from megakd.models import weights
 from megakd.models.weights import SafetensorsFiles, convert, open_weights, write
+from support.runs import environment, wait_for
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from test_plan_measured import MODELS, Peaks
-from tiny_runs import REPOSITORY, answering, train
 
 from megakd.benchmarks import plan_check
 from megakd.planning import plan as planner
 from megakd.planning import zero
 from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import load as recipes
+from support.runs import REPOSITORY, answering, train
 
 STUDENT = MODELS[0]
 LENGTH, QUESTIONS = 128, 16

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import train
 
 from megakd.benchmarks import plan_check
 from megakd.planning import plan as planner
@@ -16,6 +15,7 @@ from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import load as recipes
 from megakd.runtime.engine import Engine
 from megakd.training.trainer import Trainer
+from support.runs import train
 
 # Large enough that a step's tensors outweigh what the loader and the log make beside it.
 MODELS = (

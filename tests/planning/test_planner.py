@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import REPOSITORY, environment
 
 from megakd.models.int8 import matmul
 from megakd.models.int8.linear import Int8Linear
@@ -18,6 +17,7 @@ from megakd.planning import models, objectives, rates, zero
 from megakd.planning import plan as planner
 from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import Recipe, Teacher
+from support.runs import REPOSITORY, environment
 
 ZERO1 = str(REPOSITORY / "ds_configs" / "zero1_bf16.json")
 CLUSTER = planner.Cluster(16, 80)

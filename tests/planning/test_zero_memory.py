@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import environment
-from zero_ranks import LAYERS, WIDTH
 
 from megakd.planning import zero
+from support import PROGRAMS
+from support.programs.zero import LAYERS, WIDTH
+from support.runs import environment
 
 RANKS = 2
 SIZES = tuple(size for _ in range(LAYERS // 2) for size in (2 * WIDTH * WIDTH, 2 * WIDTH, 2 * WIDTH * WIDTH, WIDTH))
@@ -35,10 +34,8 @@ CONFIGS["zero1 bf16, sums in fp32"]["communication_data_type"] = "fp32"
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, int]]:
-    program = Path(__file__).with_name("zero_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
-    tests = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
-    done = subprocess.run([*command, *map(json.dumps, CONFIGS.values())], env=environment(PYTHONPATH=tests), capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(PROGRAMS / "zero.py")]
+    done = subprocess.run([*command, *map(json.dumps, CONFIGS.values())], env=environment(), capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULTS")]
     assert lines, done.stdout + done.stderr
     return dict(zip(CONFIGS, json.loads(lines[0].removeprefix("RESULTS")), strict=True))

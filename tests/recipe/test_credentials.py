@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 import pytest
-from tiny_runs import train
 
 from megakd.data.storage import file_label
 from megakd.recipe import credentials
@@ -15,6 +14,7 @@ from megakd.recipe import load as recipes
 from megakd.runtime import run_folder
 from megakd.runtime.exits import EXIT_USER_ERROR
 from megakd.runtime.run_folder import RunLog
+from support.runs import train
 
 
 @pytest.mark.parametrize(

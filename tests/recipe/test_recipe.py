@@ -10,11 +10,11 @@ from typing import Any, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from tiny_runs import ENSEMBLE, TEACHER
 
 from megakd.objectives.registry import FAMILIES, WITH_BIAS, WITHOUT_TEACHER
 from megakd.recipe import Objectives, Recipe, Section, resume
 from megakd.recipe import load as recipes
+from support.runs import ENSEMBLE, TEACHER
 
 
 def _load(path: Path | str, *overrides: str) -> Recipe:

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_runs import environment
 
 from megakd.runtime import checkpoint, files
 from megakd.runtime.checkpoint import CheckpointError, Progress
 from megakd.runtime.engine import State
 from megakd.runtime.exits import LossNotFinite
+from support.runs import environment
 
 
 def _progress(step: int) -> Progress:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import REPOSITORY
 
 from megakd.recipe import Recipe
 from megakd.recipe import load as recipes
 from megakd.runtime import ds_check, ds_config, zero3
+from support.runs import REPOSITORY
 
 SHIPPED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 

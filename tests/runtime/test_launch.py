@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_runs import LAUNCHER_VARIABLES, NODE_LISTS, REPOSITORY, environment
 
 from megakd.runtime import launch, peers
+from support.runs import LAUNCHER_VARIABLES, NODE_LISTS, REPOSITORY, environment
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
 SRUN = {

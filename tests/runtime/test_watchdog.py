@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import KD, REPOSITORY, environment, rows, settings, start_ranks
 
 from megakd.recipe import Watchdog as Settings
 from megakd.runtime import watchdog
 from megakd.runtime.exits import EXIT_HUNG
 from megakd.runtime.launch import World
 from megakd.runtime.watchdog import Watchdog
+from support.runs import KD, REPOSITORY, environment, rows, settings, start_ranks
 
 pytestmark = pytest.mark.timeout(180)
 

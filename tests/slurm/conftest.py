@@ -9,12 +9,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import cluster
 import pytest
-from cluster_jobs import until
-from script_runs import repository, shrunk
 
 from megakd.runtime.launch import TORCH_VARIABLES
+from support import slurm_cluster as cluster
+from support.slurm_jobs import until
+from support.slurm_scripts import repository, shrunk
 
 # pytest itself may run inside a SLURM job, or under torchrun; sbatch hands its environment on to the ranks
 FOREIGN = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_", *TORCH_VARIABLES)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
-from cluster_jobs import job, until, wait
-from script_runs import SMALL, Script, lost, scontrol, submit_higher
-from tiny_runs import curve, rows, settings
 
 from megakd.runtime import checkpoint
+from support.runs import curve, rows, settings
+from support.slurm_cluster import Cluster
+from support.slurm_jobs import job, until, wait
+from support.slurm_scripts import SMALL, Script, lost, scontrol, submit_higher
 
 pytestmark = [pytest.mark.usefixtures("no_jobs_left"), pytest.mark.timeout(800)]
 

@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_runs import REPOSITORY
+
+from support.runs import REPOSITORY
 
 # Answers from a queue of files for `show` and `requeue`, of which the last stays; an answer FAIL is a controller that does not reply.
 SCONTROL = """#!/bin/bash

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_jobs import job, sbatch, until, wait
-from script_runs import SMALL, Script, repository, submit_higher
 
 from megakd.runtime.launch import TORCH_VARIABLES
+from support.slurm_jobs import job, sbatch, until, wait
+from support.slurm_scripts import SMALL, Script, repository, submit_higher
 
 pytestmark = pytest.mark.usefixtures("no_jobs_left")
 

@@ -9,7 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_runs import REPOSITORY, settings, train
+
+from support.runs import REPOSITORY, settings, train
 
 SCRIPTS = [*sorted((REPOSITORY / "slurm").glob("*.sh")), REPOSITORY / "megakd" / "jobs" / "requeue.sh"]
 JOBS = [path for path in SCRIPTS if "#SBATCH" in path.read_text()]

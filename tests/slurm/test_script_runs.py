@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
-from cluster_jobs import job, sbatch, wait
-from script_runs import SMALL, STEPS, Script, connections, lost, ranks_of, scontrol, send
-from tiny_runs import TINY_LLAMA, answering, curve, settings
 
 from megakd.runtime.exits import EXIT_HUNG
 from megakd.runtime.launch import port
+from support.runs import TINY_LLAMA, answering, curve, settings
+from support.slurm_cluster import Cluster
+from support.slurm_jobs import job, sbatch, wait
+from support.slurm_scripts import SMALL, STEPS, Script, connections, lost, ranks_of, scontrol, send
 
 pytestmark = [pytest.mark.usefixtures("no_jobs_left"), pytest.mark.timeout(600)]
 ONE = (*SMALL, "--nodes=1")

@@ -9,16 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
-from cluster_jobs import job, until, wait
-from script_runs import submit_higher
 from submitit.core.utils import FailedJobError
-from tiny_runs import NODE_LISTS, curve, rows, settings
 
-from megakd import cli
 from megakd.jobs import slurm as cluster
 from megakd.jobs import status, submit
 from megakd.runtime import checkpoint
+from support.runs import NODE_LISTS, curve, megakd, rows, settings
+from support.slurm_cluster import Cluster
+from support.slurm_jobs import job, until, wait
+from support.slurm_scripts import submit_higher
 
 pytestmark = pytest.mark.usefixtures("no_jobs_left")
 LONG = ("optim.steps=500", "checkpoint.every=100000")
@@ -28,17 +27,6 @@ TWO_NODES = ("--nodes", "2", "--gpus_per_node", "0", "--cpus_per_task", "1", "--
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-def megakd(*arguments: object) -> int:
-    """The exit code of `megakd ARGUMENTS`, run in this process."""
-    before, sys.argv = sys.argv, ["megakd", *map(str, arguments)]
-    try:
-        return cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    finally:
-        sys.argv = before
 
 
 def submitted(run: Path) -> dict[str, str]:

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from narrow_teachers import ARCHITECTURES, build, described
 from safetensors.torch import save_file
-from sharded_teacher_job import STUDENTS
-from tiny_runs import REPOSITORY, finish, launch, rank_process, wait_for
 
 from megakd.runtime import launch as ranks
 from megakd.runtime import zero3
 from megakd.teachers.sharded import build_sharded_teacher
+from support import PROGRAMS
+from support.programs.sharded_teacher import STUDENTS
+from support.runs import REPOSITORY, finish, launch, rank_process, wait_for
+from support.teachers import ARCHITECTURES, build, described
 
-JOB = Path(__file__).with_name("sharded_teacher_job.py")
+JOB = PROGRAMS / "sharded_teacher.py"
 NAMES = sorted(ARCHITECTURES)
 BITS = (32, 8)
 

@@ -14,8 +14,6 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from shard_files import ByteTokenizer, pair, write_tar
-from tiny_runs import REPOSITORY, TEACHER, environment, finish, launch, wait_for
 
 from megakd.data.store import writer
 from megakd.data.store.reader import Store, StoreError, part_path, read_manifest
@@ -29,10 +27,13 @@ from megakd.runtime.launch import World
 from megakd.teachers import embed
 from megakd.teachers.build import open_store
 from megakd.teachers.embed import EmbedJob, EmbedRequest
+from support import PROGRAMS
+from support.runs import TEACHER, environment, finish, launch, wait_for
+from support.shards import ByteTokenizer, pair, write_tar
 
 ALONE = World(0, 1, torch.device("cpu"))
 PARTS = 38  # of 16 samples
-PROGRAM = Path(__file__).with_name("embed_job.py")
+PROGRAM = PROGRAMS / "embed.py"
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,9 @@ def assert_equal_stores(one: Path, other: Path) -> None:
 
 
 def start(command: list[str | Path]) -> subprocess.Popen[str]:
-    env = environment(PYTHONPATH=str(REPOSITORY))
-    return subprocess.Popen([sys.executable, *map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def arguments(recipe_file: Path, out: Path) -> list[str | Path]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import KD, Finished, curve, finish, launch, losses, rows, settings, train
 
 from megakd.benchmarks import cached
 from megakd.data.store.reader import part_path
@@ -19,6 +18,7 @@ from megakd.runtime import checkpoint
 from megakd.runtime.launch import World
 from megakd.teachers.cached import StoredTeacher
 from megakd.teachers.embed import EmbedJob, EmbedRequest
+from support.runs import KD, Finished, curve, finish, launch, losses, rows, settings, train
 
 ALONE = World(0, 1, torch.device("cpu"))
 STEPS = 14  # of 96 pairs: an epoch has 6, so the third epoch takes the first view again

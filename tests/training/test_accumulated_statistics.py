@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import KD, ds_config, train, zero
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+
+from support.runs import KD, ds_config, train, zero
 
 RESNET = "student.architecture.vision_cfg={ image_size = 64, layers = [1, 1, 1, 1], width = 8, head_width = 16 }"
 FIRST = "clip.visual.bn1"

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_decoders import evaluated_and_asked_again
-from tiny_runs import KD, TINY_LLAMA, answering, ds_config, losses, train, zero
 
 from megakd.runtime import checkpoint
+from support.decoders import evaluated_and_asked_again
+from support.runs import KD, TINY_LLAMA, answering, ds_config, losses, ran, zero
 
 STEPS = ("optim.steps=3", "optim.warmup=0", "checkpoint.every=1", "checkpoint.keep=9", "optim.batch=8", "optim.clip=0.0")
 RESNET = ("student.architecture.vision_cfg={ image_size = 64, layers = [1, 1, 1, 1], width = 8, head_width = 16 }",)
@@ -22,12 +22,6 @@ WITHOUT_OBJECTIVES = ("objectives.contrastive=0.0",)
 def asking(world: Path) -> tuple[str, ...]:
     """Overrides that add a decoder of random weights, with adapters, and the world's questions."""
     return (f"decoder.architecture={TINY_LLAMA}", f"decoder.tokenizer={world}/tokenizer", *answering(world), *STEPS)
-
-
-def ran(recipe: Path, out: Path, *sets: str, config: Path | None = None) -> Path:
-    finished = train(recipe, "--out", out, *(() if config is None else ("--ds_config", config)), sets=sets)
-    assert finished.code == 0, finished.err + finished.out
-    return out
 
 
 def statistics(run: Path, step: int) -> dict[str, torch.Tensor]:

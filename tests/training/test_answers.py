@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_decoders import evaluated_and_asked_again
-from tiny_runs import KD, TINY_LLAMA, answering, curve, ds_config, events, losses, question_source, rows, train, zero
 from typer.testing import CliRunner
 
 from megakd.cli import app
@@ -21,6 +19,8 @@ from megakd.runtime import ds_config as ds_config_module
 from megakd.runtime.exits import EXIT_USER_ERROR
 from megakd.runtime.launch import World
 from megakd.training import prepare
+from support.decoders import evaluated_and_asked_again
+from support.runs import KD, TINY_LLAMA, answering, curve, ds_config, events, losses, question_source, ran, rows, train, zero
 
 WITHOUT_OBJECTIVES = ("objectives.contrastive=0.0",)
 STEPS = ("optim.steps=4", "optim.warmup=0", "checkpoint.every=1", "checkpoint.keep=9", "optim.clip=0.0")
@@ -46,12 +46,6 @@ def reader(recipe_file: Path, world: Path, tmp_path_factory: pytest.TempPathFact
 def asking(world: Path, reader: Path) -> tuple[str, ...]:
     """Overrides that add a decoder with adapters and the world's questions to the tiny recipe."""
     return (f"decoder.model={reader}/bundle/language", *answering(world))
-
-
-def ran(recipe: Path, out: Path, *sets: str, config: Path | None = None) -> Path:
-    finished = train(recipe, "--out", out, *(() if config is None else ("--ds_config", config)), sets=sets)
-    assert finished.code == 0, finished.err + finished.out
-    return out
 
 
 def step_of(run: Path, number: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

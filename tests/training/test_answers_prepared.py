@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY_LLAMA, answering, question_source, rows, train
 
 from megakd.recipe import chain
 from megakd.recipe import load as recipes
@@ -15,6 +14,7 @@ from megakd.runtime.exits import EXIT_USER_ERROR
 from megakd.runtime.launch import World
 from megakd.training import prepare
 from megakd.training.build import build_learners
+from support.runs import TINY_LLAMA, answering, question_source, rows, train
 
 WITHOUT_OBJECTIVES = ("objectives.contrastive=0.0",)
 # The tiny student has 4 x 4 patches and one block.

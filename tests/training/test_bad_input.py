@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import TINY_LLAMA, answering, ds_config, rows, train
 
 from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_USER_ERROR
+from support.runs import TINY_LLAMA, answering, ds_config, rows, train
 
 
 def _refused(recipe: Path | str | None, *arguments: str | Path, sets: tuple[str, ...] = (), out: Path) -> str:

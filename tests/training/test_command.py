@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import REPOSITORY, ds_config, rows, settings, train
 
 from megakd.recipe import load as recipes
 from megakd.runtime.exits import EXIT_SAVED, EXIT_USER_ERROR
 from megakd.training import command
+from support.runs import REPOSITORY, ds_config, rows, settings, train
 
 
 def test_the_flags_are_these_and_no_more() -> None:

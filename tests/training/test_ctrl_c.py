@@ -7,9 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny_runs import REPOSITORY, environment, finish, rows, settings, train, wait_for
-
 from megakd.runtime import checkpoint
+from support.runs import REPOSITORY, environment, finish, rows, settings, train, wait_for
 
 SETS = ("optim.steps=100", "checkpoint.every=5")
 

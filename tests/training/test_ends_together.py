@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import REPOSITORY, Finished, environment, rows
 
 from megakd.runtime import peers
 from megakd.runtime.launch import port
+from support.runs import REPOSITORY, Finished, environment, rows
 
 
 def _start(folders: tuple[Path, Path], *arguments: str | Path, meeting: int | None = None, **own: str) -> list[subprocess.Popen[str]]:
@@ -23,12 +22,11 @@ def _start(folders: tuple[Path, Path], *arguments: str | Path, meeting: int | No
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(meeting or port(time.time_ns() // 1000))}
     command = [sys.executable, str(REPOSITORY / "megakd" / "train.py"), *map(str, arguments)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    python = {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'kernels'}"}
     return [
         subprocess.Popen(
             command,
             cwd=folders[rank],
-            env=environment(**{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared, **python, **(own if rank else {})}),
+            env=environment(**{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared, **(own if rank else {})}),
             **pipes,
         )
         for rank in (0, 1)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import REPOSITORY, curve, environment, finish, rows, settings, start_ranks, train
 
 from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_USER_ERROR
+from support.runs import REPOSITORY, curve, environment, finish, rows, settings, start_ranks, train
 
 STEPS, EVERY = 60, 10
 pytestmark = pytest.mark.timeout(300)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import (
+
+from support import python_path
+from support.runs import (
     ENSEMBLE,
     KD,
     LAUNCHER_VARIABLES,
@@ -36,8 +38,7 @@ LIMIT = 150.0  # seconds; `make gpu` has two minutes for all of these, side by s
 def _run(*command: str | Path) -> str:
     """A Python program on the GPU to its end; its output."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = {**kept, "DS_ACCELERATOR": "cuda", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    environment = {**kept, "DS_ACCELERATOR": "cuda", "PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT
     )

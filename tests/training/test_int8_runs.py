@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import KD, TEACHER, curve, rows, train
 
 from megakd.benchmarks import outliers
 from megakd.export import clip_folder
@@ -15,6 +14,7 @@ from megakd.recipe import Teacher
 from megakd.recipe import load as recipes
 from megakd.runtime.launch import World
 from megakd.teachers.embed import EmbedJob, EmbedRequest
+from support.runs import KD, TEACHER, curve, rows, train
 
 ALONE = World(0, 1, torch.device("cpu"))
 ARCHITECTURE = {

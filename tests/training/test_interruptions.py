@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tiny_runs import REPOSITORY, Finished, curve, environment, finish, launch, rank_process, rows, settings, wait_for
 
 from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_SAVED
+from support.runs import REPOSITORY, Finished, curve, environment, finish, launch, rank_process, rows, settings, wait_for
 
 STEPS = 40
 SETTINGS = (

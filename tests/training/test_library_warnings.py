@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import KD, environment, train
+
+from support.runs import KD, environment, train
 
 # Each line is what a library would say, from where it says it.
 SAID = """

@@ -6,10 +6,10 @@ import gc
 from pathlib import Path
 
 import pytest
-from tiny_runs import KD, ds_config, train
 from torch import nn
 
 from megakd.models.student import Student
+from support.runs import KD, ds_config, train
 
 
 def _living() -> tuple[int, int]:

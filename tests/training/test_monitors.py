@@ -10,9 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tiny_runs import ds_config, finish, launch, train
 
 from megakd.runtime import checkpoint, monitors
+from support.runs import ds_config, finish, launch, train
 
 SETS = ("optim.steps=4", "checkpoint.every=2")
 

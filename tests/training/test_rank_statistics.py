@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tiny_runs import TINY_LLAMA, answering, ds_config, finish, launch, losses, settings, zero
+
+from support import PROGRAMS
+from support.runs import TINY_LLAMA, answering, ds_config, finish, launch, losses, settings, zero
 
 RESNET = "student.architecture.vision_cfg={ image_size = 64, layers = [1, 1, 1, 1], width = 8, head_width = 16 }"
 STEPS = ("optim.steps=3", "optim.warmup=0", "optim.batch=8")
@@ -51,7 +53,7 @@ def runs(recipe_file: Path, world: Path, tmp_path_factory: pytest.TempPathFactor
         for name, own in jobs.items()
     }
     (folder / "jobs.json").write_text(json.dumps(commands), encoding="utf-8")
-    finished = finish(launch("torchrun", Path(__file__).with_name("statistics_job.py"), folder / "jobs.json", folder / "outcomes"), 240)
+    finished = finish(launch("torchrun", PROGRAMS / "rank_statistics.py", folder / "jobs.json", folder / "outcomes"), 240)
     assert finished.code == 0, finished.out[-4000:]
     ranks = [json.loads((folder / f"outcomes.{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     assert all(outcome.get("code") == 0 for rank in ranks for outcome in rank.values()), ranks

@@ -16,11 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import (
+
+from megakd.recipe import Objectives
+from megakd.runtime import checkpoint
+from support import PROGRAMS
+from support.runs import (
     ENSEMBLE,
     EVERY_OBJECTIVE,
     KD,
-    REPOSITORY,
     TINY_LLAMA,
     answering,
     curve,
@@ -31,9 +34,6 @@ from tiny_runs import (
     settings,
     train,
 )
-
-from megakd.recipe import Objectives
-from megakd.runtime import checkpoint
 
 STEPS, BETA1 = 4, 0.9
 KEPT = ("checkpoint.every=1", "checkpoint.keep=9", f"optim.steps={STEPS}", "optim.clip=0.0", "optim.warmup=0")
@@ -112,7 +112,7 @@ def runs(recipe_file: Path, evaluations: tuple[str, ...], world: Path, tmp_path_
     }
     content = [{"arguments": command, "poison": 4 if name == "poisoned" else None} for name, command in jobs.items()]
     (folder / "jobs.json").write_text(json.dumps(content), encoding="utf-8")
-    outcomes = _as_srun(folder, [sys.executable, str(Path(__file__).with_name("ranks_job.py")), "jobs.json", "outcomes"])
+    outcomes = _as_srun(folder, [sys.executable, str(PROGRAMS / "train_jobs.py"), "jobs.json", "outcomes"])
     found.outcomes = {name: list(pair) for name, *pair in zip(jobs, *outcomes, strict=True)}
     _half(found["two"], found["one_from_two"])
     alone("one_from_two", kd)
@@ -130,7 +130,7 @@ def _as_srun(folder: Path, command: list[str]) -> list[list[dict[str, Any]]]:
     shared = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid())}
     ranks = []
     for rank in ("0", "1"):
-        env = environment(SLURM_PROCID=rank, SLURM_LOCALID=rank, PYTHONPATH=str(REPOSITORY), **shared)
+        env = environment(SLURM_PROCID=rank, SLURM_LOCALID=rank, **shared)
         ranks.append(subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
         printed = [process.communicate(timeout=240)[0] for process in ranks]

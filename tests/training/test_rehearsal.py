@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from narrow_teachers import KINDS as ARCHITECTURES
-from tiny_runs import ds_config, rows, train, zero
 
 from megakd.runtime import precision
 from megakd.runtime.run_folder import RUN
 from megakd.teachers import embed
+from support.runs import ds_config, rows, train, zero
+from support.teachers import KINDS as ARCHITECTURES
 
 # Native ViT, ResNet, timm ViT, EVA, SigLIP, ConvNeXt, CoCa.
 KINDS = ("ViT-bigG", "ResNet", "timm ViT", "EVA02-E", "SigLIP", "ConvNeXt", "CoCa")

@@ -9,8 +9,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from tiny_decoders import make_decoder
-from tiny_runs import KD, TEACHER, answering, ds_config, events, finish, launch, rows, settings, train, zero
 from typer.testing import CliRunner
 
 from megakd.cli import app
@@ -20,6 +18,8 @@ from megakd.recipe import load as recipes
 from megakd.runtime import precision
 from megakd.runtime.launch import start, stop
 from megakd.teachers import embed
+from support.decoders import make_decoder
+from support.runs import KD, TEACHER, answering, ds_config, events, finish, launch, rows, settings, train, zero
 
 STEPS = ("optim.steps=2", "optim.warmup=0", "optim.batch=8")
 RESNET = "student.architecture.vision_cfg={ image_size = 64, layers = [1, 1, 1, 1], width = 8, head_width = 16 }"

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_runs import LAUNCHER_VARIABLES, curve, ds_config, rows, settings, train
 
 from megakd.data.shards import ShardSet
 from megakd.recipe import Data
 from megakd.runtime import checkpoint, files
 from megakd.runtime.exits import EXIT_NOT_FINITE, EXIT_SAVED, EXIT_USER_ERROR
 from megakd.training.command import run_command
+from support.runs import LAUNCHER_VARIABLES, curve, ds_config, rows, settings, train
 
 STEPS = 8
 SETTINGS = (f"optim.steps={STEPS}", "checkpoint.every=2", "checkpoint.keep=3")

@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny_runs import rows, train
 
 from megakd.recipe import Optim
 from megakd.training.trainer import learning_rate
+from support.runs import rows, train
 
 
 def test_warmup_rises_in_equal_steps_to_lr() -> None:

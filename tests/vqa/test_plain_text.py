@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from tiny_tokenizers import KINDS, gpt2, llama, qwen2, whole_words
 from transformers import PreTrainedTokenizerFast
 
 from megakd.data.bad_samples import BadSample
@@ -11,6 +10,7 @@ from megakd.recipe import Decoder
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.plain_text import PlainText
 from megakd.vqa.prompts import IGNORED, PromptEncoder
+from support.tokenizers import KINDS, gpt2, llama, qwen2, whole_words
 
 CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 

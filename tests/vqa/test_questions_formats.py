@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import question_files as files
-from question_files import source, talk, vqav2_entries, write
 
 from megakd.recipe import QuestionSource
 from megakd.vqa.benchmarks import parse
 from megakd.vqa.benchmarks.base import Question, most_frequent
+from support import questions as files
+from support.questions import source, talk, vqav2_entries, write
 
 
 def read(source: QuestionSource) -> list[Question]:

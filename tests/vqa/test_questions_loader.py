@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import question_files as files
 import torch
 from open_clip.transform import PreprocessCfg
-from question_files import source, talk, write
-from shard_files import bomb_png, data, jpeg, no_barrier, write_set
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megakd.data.shapes.vocabulary import write_tokenizer
@@ -29,17 +24,15 @@ from megakd.vqa.loader import (
 )
 from megakd.vqa.prompts import PromptEncoder
 from megakd.vqa.sets import Mixture, open_mixture, question_order
+from support import questions as files
+from support.questions import source, talk, write
+from support.shards import bomb_png, data, jpeg, no_barrier, write_set
 
 DATA = data("unused.tar")
 PREPROCESS = PreprocessCfg(size=(24, 20), resize_mode="squash")
 EYES = ImageProcessor(PREPROCESS, 50_000)
 BATCH, P = 8, 4
-
-
-@pytest.fixture(autouse=True)
-def _no_process_is_left() -> Iterator[None]:
-    yield
-    assert multiprocessing.active_children() == []
+pytestmark = pytest.mark.usefixtures("no_process_is_left")
 
 
 @pytest.fixture(scope="module")

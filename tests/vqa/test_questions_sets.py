@@ -7,15 +7,15 @@ import pickle
 from pathlib import Path
 
 import pytest
-import question_files as files
-from question_files import source, talk, write, write_images
-from shard_files import data, jpeg, no_barrier, write_set, write_tar
 
 from megakd.data.bad_samples import BadSample
 from megakd.data.shapes import write_world
 from megakd.recipe import QuestionSource
 from megakd.vqa.images import is_shards
 from megakd.vqa.sets import Asked, CaptionSet, Mixture, QuestionSet, open_mixture, open_questions, question_order
+from support import questions as files
+from support.questions import source, talk, write, write_images
+from support.shards import data, jpeg, no_barrier, write_set, write_tar
 
 DATA = data("unused.tar")
 

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import question_files as files
-from question_files import source, talk, write, write_images
-from shard_files import data, no_barrier
-from tiny_tokenizers import qwen2, whole_words
 
 from megakd.recipe import Decoder, QuestionSource, strict_json
 from megakd.vqa import check
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import PromptEncoder
 from megakd.vqa.sets import QuestionSet, open_questions
+from support import questions as files
+from support.questions import source, talk, write, write_images
+from support.shards import data, no_barrier
+from support.tokenizers import qwen2, whole_words
 
 
 def opened(given: QuestionSource, *, to_learn: bool = False) -> QuestionSet:

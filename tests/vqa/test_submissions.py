@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import question_files as files
 
 from megakd.recipe.vqa import BENCHMARKS
 from megakd.vqa.benchmarks import benchmark, parse
 from megakd.vqa.benchmarks.base import Answered
+from support import questions as files
 
 ASK = "\nAnswer with the option's letter from the given choices directly."
 NORTH = "Context: N/A\nQuestion: Which is north?\nOptions: (A) Maine (B) Ohio"

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import question_files as files
 import torch
-from shard_files import data
-from tiny_runs import REPOSITORY, environment, finish, wait_for
-from vqa_job import QUESTIONS, answerer, run, write_sets
 
 from megakd.recipe import Evaluation, Recipe
 from megakd.runtime.launch import World, port
 from megakd.runtime.preemption import StopPoller
 from megakd.vqa import evaluate
+from support import PROGRAMS
+from support import questions as files
+from support.programs.vqa import QUESTIONS, answerer, run, write_sets
+from support.runs import environment, finish, wait_for
+from support.shards import data
 
 ALONE = World(0, 1, torch.device("cpu"))
 HERE = Path(__file__).parent
@@ -45,9 +46,8 @@ def answers(out: Path, name: str = "vqav2") -> list[dict[str, Any]]:
 
 def start(sets: Path, out: Path, seconds: float) -> list[subprocess.Popen[str]]:
     """Two ranks without a launcher."""
-    paths = os.pathsep.join(str(path) for path in (HERE, HERE.parent, REPOSITORY))
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port(os.getpid())), "PYTHONPATH": paths}
-    command = [sys.executable, str(HERE / "vqa_job.py"), str(sets), str(out), str(seconds)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port(os.getpid()))}
+    command = [sys.executable, str(PROGRAMS / "vqa.py"), str(sets), str(out), str(seconds)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     return [subprocess.Popen(command, env=environment(RANK=rank, LOCAL_RANK=rank, **shared), **pipes) for rank in ("0", "1")]
 

@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(scope="session")
 def harness_python() -> Path:
     """A python that imports lmms-eval; skips, with the reason, where none can be made."""
-    from library_environments import LMMS_EVAL, set_up
+    from support.library_environments import LMMS_EVAL, set_up
 
     try:
         return set_up(LMMS_EVAL)

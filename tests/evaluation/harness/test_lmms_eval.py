@@ -15,9 +15,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from shard_files import data
-from tiny_decoders import make_decoder, make_towers
-from tiny_runs import REPOSITORY
 
 from megakd.data.transforms import decode
 from megakd.export.bundle import Bundle
@@ -30,6 +27,9 @@ from megakd.vqa.evaluate import Answerer, Opened, evaluate
 from megakd.vqa.loader import ImageProcessor
 from megakd.vqa.prompts import stack
 from megakd.vqa.sets import Asked, QuestionSet, open_questions
+from support.decoders import make_decoder, make_towers
+from support.runs import REPOSITORY
+from support.shards import data
 
 HERE, CPU = Path(__file__).parent, torch.device("cpu")
 COUNT, CHOICES, LONGEST = 24, ["red", "blue", "yes", "no", "2"], 6

@@ -1,6 +1,6 @@
 """Started on two ranks by `test_rank_statistics`: runs one after the other, and the batch norm statistics that each rank went by.
 
-`statistics_job.py JOBS.json OUTCOMES`: JOBS has command lines of the training program by name; each rank writes OUTCOMES.RANK.json, for
+`rank_statistics.py JOBS.json OUTCOMES`: JOBS has command lines of the training program by name; each rank writes OUTCOMES.RANK.json, for
 each run its exit code and the running means of its tower's first batch norm, in training and in evaluation mode, in the order of forwards.
 """
 
@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ranks_job import _run
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from megakd.runtime import launch
 from megakd.runtime.exits import StopRequest
+from support.programs.train_jobs import _run
 
 
 def main() -> None:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from loss_cases import EPS, Batch, Case, Outcome, batch, errors, measure_reference
 from torch import Tensor
 from torch.nn.functional import softplus
+
+from support import python_path
+from support.loss_cases import EPS, Batch, Case, Outcome, batch, errors, measure_reference
 
 LOSSES = ("interactive", "sigmoid")
 
@@ -140,6 +142,6 @@ def judge(case: Case, outcomes: dict[str, Outcome], excess: Outcome | None = Non
 
 def interpreted(script: str, result: Path) -> object:
     """What `script` saves in `result` when it runs under Triton's interpreter, which must be chosen before Triton is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": python_path()}
     subprocess.run([sys.executable, script, str(result)], env=environment, check=True, timeout=240)
     return torch.load(result, weights_only=False)

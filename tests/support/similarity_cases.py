@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import loss_cases
 import pytest
 import torch
-from loss_cases import EPS, GPU, INTERPRETED, Batch, Case, Outcome
+
+from support import loss_cases
+from support.loss_cases import EPS, GPU, INTERPRETED, Batch, Case, Outcome
 
 # The backends that are judged by eager, and the devices they run on here.
 RIVALS = [

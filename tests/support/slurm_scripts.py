@@ -12,11 +12,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from cluster import NODES, Cluster
-from cluster_jobs import sbatch, until
-from tiny_runs import REPOSITORY, rows, settings
-
 from megakd.runtime import checkpoint
+from support.runs import REPOSITORY, rows, settings
+from support.slurm_cluster import NODES, Cluster
+from support.slurm_jobs import sbatch, until
 
 STEPS = 100
 

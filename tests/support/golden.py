@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_runs import ds_config, finish, rows, settings, start_ranks, train, zero
 from typer.testing import CliRunner
 
 from megakd.cli import app
 from megakd.data.shapes import write_world
+from support import TESTS
+from support.runs import ds_config, finish, rows, settings, start_ranks, train, zero
 
-HERE = Path(__file__).parent
+HERE = TESTS / "golden"
 WRITTEN = HERE / "written"
 TOLERANCE = 1e-4  # relative, of every number of a curve on another machine
 SHARE_TOLERANCE = 0.1  # of a score on another machine: one of the 14 things in the smallest set may turn, or six of 60 pairs

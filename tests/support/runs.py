@@ -17,11 +17,12 @@ from typing import Any
 
 import psutil
 
+from megakd import cli
 from megakd.runtime.launch import port
 from megakd.runtime.run_folder import read_metrics
 from megakd.training.command import run_command
+from support import REPOSITORY, python_path
 
-REPOSITORY = Path(__file__).parents[1]
 # SLURM's lists of nodes, and the first one of each.
 NODE_LISTS = [
     ("gpu7", "gpu7"),
@@ -149,6 +150,24 @@ def train(recipe: Path | str | None, *arguments: str | Path, sets: tuple[str, ..
     return Finished(code, out.getvalue(), err.getvalue())
 
 
+def ran(recipe: Path, out: Path, *sets: str, config: Path | None = None) -> Path:
+    """A run that has to end well; its folder."""
+    finished = train(recipe, "--out", out, *(() if config is None else ("--ds_config", config)), sets=sets)
+    assert finished.code == 0, finished.err + finished.out
+    return out
+
+
+def megakd(*arguments: object) -> int:
+    """The exit code of `megakd ARGUMENTS`, run in this process."""
+    before, sys.argv = sys.argv, ["megakd", *map(str, arguments)]
+    try:
+        return cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+
+
 @contextlib.contextmanager
 def _untouched_process() -> Iterator[None]:
     environment = dict(os.environ)
@@ -165,10 +184,14 @@ def _untouched_process() -> Iterator[None]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For child processes: one thread, the CPU, the environment's programs, and no launcher's variables but `more`."""
+    """For child processes: one thread, the CPU, the environment's programs, and no launcher's variables but `more`.
+
+    They import `support` as well, see `python_path`.
+    """
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **more}
+    ours = {"PATH": path, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return {**kept, **ours, **more}
 
 
 def launch(launcher: str, *arguments: str | Path, ranks: int = 2) -> subprocess.Popen[str]:

@@ -12,11 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import question_files as files
 import torch
 from open_clip.factory import create_model
 from open_clip.transform import PreprocessCfg
-from shard_files import data
 from torch import Tensor
 
 from megakd.data.shapes.vocabulary import write_tokenizer
@@ -30,6 +28,8 @@ from megakd.vqa.evaluate import Answerer, Opened, evaluate
 from megakd.vqa.loader import ImageProcessor
 from megakd.vqa.prompts import PromptEncoder
 from megakd.vqa.sets import open_questions
+from support import questions as files
+from support.shards import data
 
 QUESTIONS = 30
 TOWER = {"image_size": 24, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}

@@ -1,4 +1,4 @@
-"""Started on two ranks by test_sharded_teacher.py: `sharded_teacher_job.py TASK FOLDER`; every rank writes FOLDER/TASK-RANK.json.
+"""Started on two ranks by test_sharded_teacher.py: `sharded_teacher.py TASK FOLDER`; every rank writes FOLDER/TASK-RANK.json.
 
 FOLDER holds NAME.safetensors for every narrow architecture and `bad.safetensors`, which fits none.
 """
@@ -14,9 +14,6 @@ from typing import Any
 
 import psutil
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from narrow_teachers import ARCHITECTURES, build, describe, inputs
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,6 +29,7 @@ from megakd.runtime.launch import World
 from megakd.teachers.base import Teacher
 from megakd.teachers.replicated import ReplicatedTeacher
 from megakd.teachers.sharded import ShardedTeacher, build_sharded_teacher
+from support.teachers import ARCHITECTURES, build, describe, inputs
 
 OPTIM = Optim(steps=9, batch=8, lr=1e-3, weight_decay=0.1, clip=0.5)
 # bits of the teacher: (stage, accumulation steps) of the student beside it

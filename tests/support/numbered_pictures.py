@@ -6,9 +6,7 @@ A picture shows its number in sixteen black or white squares; a caption begins w
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,20 +89,3 @@ def results(wanted: Recipe, model: nn.Module | None = None, world: World | None 
 def captioned(number: int, captions: Sequence[str] | None = None) -> list[tuple[str, bytes]]:
     lines = [f"{number} as it is"] if captions is None else captions
     return [(f"{number:04d}.png", picture(number)), (f"{number:04d}.txt", "\n".join(lines).encode())]
-
-
-def rank_main(pattern: str, broken: str) -> None:
-    """One of several ranks; prints what it comes to."""
-    from megakd.runtime import launch
-
-    world = launch.start()
-    try:
-        print("FOUND", results(recipe(retrieval={"mine": pattern}), Reader(broken=int(broken) if broken else None), world)["retrieval"])
-    except ValueError as error:
-        print("ERROR", error)
-    finally:
-        launch.stop()
-
-
-if __name__ == "__main__":
-    rank_main(*(Path(sys.argv[1]).as_posix(), sys.argv[2]))

@@ -1,6 +1,6 @@
 """Started on two ranks by `test_precision`: what each of them hears where they would compute in different types.
 
-`precision_ranks.py FOLDER` writes FOLDER/RANK.json: for each case the error's text, or null.
+`precision.py FOLDER` writes FOLDER/RANK.json: for each case the error's text, or null.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 
 import torch
-from loss_cases import Batch, Case, batch, measure
-from one_pass_cases import CASES, LOSSES, case_of
 from torch import Tensor
 
 from megakd_kernels.one_pass import BiasedLogits
 from megakd_kernels.panels import Logits
+from support.loss_cases import Batch, Case, batch, measure
+from support.one_pass_cases import CASES, LOSSES, case_of
 
 HALVES = (torch.bfloat16, torch.float16)
 

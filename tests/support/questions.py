@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shard_files import jpeg
-
 from megakd.recipe import QuestionSource
+from support.shards import jpeg
 
 IMAGES = 5
 

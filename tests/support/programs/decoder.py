@@ -1,4 +1,4 @@
-"""Trains a decoder on two ranks, or on one, through DeepSpeed's stages and saves what it exported: `decoder_ranks.py TOKENIZER FOLDER`.
+"""Trains a decoder on two ranks, or on one, through DeepSpeed's stages and saves what it exported: `decoder.py TOKENIZER FOLDER`.
 
 Started by test_decoder_zero.py under torchrun. The second half of the rows, rank 1's of two, has no image.
 """
@@ -12,10 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny_decoders import QWEN, make_decoder, make_towers, questions
-from tiny_runs import zero
-
 from megakd import recipe
 from megakd.models.patches import patch_tokens
 from megakd.models.student import decay_groups
@@ -23,6 +19,8 @@ from megakd.recipe import Optim
 from megakd.runtime import launch
 from megakd.runtime.engine import Engine, State
 from megakd.runtime.launch import World
+from support.decoders import QWEN, make_decoder, make_towers, questions
+from support.runs import zero
 
 ROWS, STEPS = 4, 3
 OPTIM = Optim(steps=STEPS, batch=ROWS, lr=0.01, weight_decay=0.1, clip=1.0, eps=1e-3)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from loss_cases import GPU, INTERPRETED
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from megakd_kernels.panels import Logits
 from megakd_kernels.softmax_stats import SoftmaxStats, panel_stats
+from support.loss_cases import GPU, INTERPRETED
 
 DEVICES = [pytest.param("cpu", id="interpreted", marks=INTERPRETED), pytest.param("cuda", id="CUDA", marks=GPU)]
 

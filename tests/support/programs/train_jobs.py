@@ -1,6 +1,6 @@
 """Started on two ranks by the tests: several runs one after the other in one process each, so that Python and DeepSpeed start once.
 
-`ranks_job.py JOBS.json OUTCOMES`: JOBS is a list of command lines of the training program; each rank writes OUTCOMES.RANK.json, a list of
+`train_jobs.py JOBS.json OUTCOMES`: JOBS is a list of command lines of the training program; each rank writes OUTCOMES.RANK.json, a list of
 its exit codes or errors. A job may name a step after which rank 1's replica is poisoned with NaN, as failing memory would.
 """
 

@@ -1,0 +1,1 @@
+"""Damaged files and mistaken settings by the hundred; see `faults.campaign`."""

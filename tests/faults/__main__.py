@@ -1,0 +1,7 @@
+"""`make faults`."""
+
+import sys
+
+from faults.campaign import main
+
+sys.exit(main())
