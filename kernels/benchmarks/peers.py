@@ -1,6 +1,6 @@
-"""Other people's losses, where they are installed: what an answer to "and how fast is X?" is measured with.
+"""Losses of other packages, where they are installed, to be measured beside ours.
 
-Each peer is asked for one of its losses by name and gives a function of student and teacher, or raises `Unavailable` with the reason.
+Each peer returns a function of student and teacher for the name of a loss, or raises `Unavailable` with the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class LossInputs(NamedTuple):
     bias: Tensor
 
     def leaves(self) -> LossInputs:
-        """The same numbers as leaves that want gradients; nothing is copied."""
+        """The same numbers as leaves that require gradients; nothing is copied."""
         return LossInputs(*(tensor.detach().requires_grad_() for tensor in self))
 
 
@@ -78,14 +78,14 @@ def liger(loss: str) -> Function:
     fused = LigerFusedLinearJSD(jsd_beta=0.0)
 
     def run(student: LossInputs, teacher: LossInputs) -> Tensor:
-        left, guide = ((pair.image * pair.scale).to(pair.image.dtype) for pair in (student, teacher))
-        return fused(left, student.text, guide, teacher.text, None)
+        rows, teacher_rows = ((pair.image * pair.scale).to(pair.image.dtype) for pair in (student, teacher))
+        return fused(rows, student.text, teacher_rows, teacher.text, None)
 
     return run
 
 
 class Peer(NamedTuple):
-    """Which of our losses it has, how it is asked for one, and what is not the same as in ours (stored beside its rows)."""
+    """Which of our losses it has, the function that returns one, and how it differs from ours (stored with its rows)."""
 
     losses: tuple[str, ...]
     function: Callable[[str], Function]

@@ -62,12 +62,12 @@ def _widths(rows: list[Row], loss: str) -> str:
 
 def _panel(axis: Axes, rows: list[Row], panel: tuple[str, str, str]) -> None:
     passes, quantity, label = panel
-    found = together(rows, passes)
+    by_place = together(rows, passes)
     for name in reversed(IMPLEMENTATIONS):
-        places = sorted(where for where, rows_by_name in found.items() if float(rows_by_name.get(name, {}).get(quantity) or 0))
+        places = sorted(where for where, rows_by_name in by_place.items() if float(rows_by_name.get(name, {}).get(quantity) or 0))
         if not places:
             continue
-        sizes, points = [where[1] for where in places], [found[where][name] for where in places]
+        sizes, points = [where[1] for where in places], [by_place[where][name] for where in places]
         look = {"color": COLOURS[name], "marker": MARKERS[name], "linewidth": 2.2 if name == "auto" else 1.3, "markersize": 4.5}
         axis.plot(sizes, [float(row[quantity]) for row in points], "--" if name == "auto" else "-", label=name, **look)
         if quantity == "median_ms":

@@ -109,4 +109,4 @@ def together(rows: list[Row], passes: str, wanted: Iterable[str] = ()) -> dict[P
     for row in alike(rows):
         if row["pass"] == passes and row["status"] == OK:
             runs[place(row), row["date"]][row["implementation"]] = row
-    return {where: found for (where, _), found in runs.items() if set(wanted) <= set(found)}
+    return {where: by_name for (where, _), by_name in runs.items() if set(wanted) <= set(by_name)}

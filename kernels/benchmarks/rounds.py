@@ -1,7 +1,7 @@
-"""A group: all implementations of one loss at one size, in turns, and every way in which a turn may not take place made into a row.
+"""A group: all implementations of one loss at one size, in turns. What cannot be measured becomes a row with the reason.
 
-Machines are noisy in phases that outlast a call. So the implementations alternate, each once a round, and their medians are over rounds
-that they lived through together.
+Machines are noisy in phases that outlast a call. So the implementations alternate, each once a round, and their medians are over the same
+rounds.
 """
 
 from __future__ import annotations
@@ -133,9 +133,9 @@ class Runner:
         except Unavailable as error:
             turn.status = f"unavailable: {error}"
             return None
-        except Exception as error:  # whatever one implementation does, the others are still measured
-            said = " ".join([type(error).__name__, *str(error).split()])[:160]
-            turn.status = "out of memory" if is_out_of_memory(error) else f"failed: {said}"
+        except Exception as error:  # the other implementations are still measured
+            message = " ".join([type(error).__name__, *str(error).split()])[:160]
+            turn.status = "out of memory" if is_out_of_memory(error) else f"failed: {message}"
         self._meter.clear()
         return None
 

@@ -138,12 +138,12 @@ def table(rows: list[Row]) -> str:
         if row not in absent:
             cases.setdefault((*place(row), row["implementation"]), {})[row["pass"]] = row
     lines = [("loss", "N", "widths", "implementation", *(f"{one} ms" for one in PASSES), "x eager", "peak MB", "% of mm", "")]
-    for (loss, pairs, student, teacher, name), found in cases.items():
-        whole = found.get("both", next(iter(found.values())))
+    for (loss, pairs, student, teacher, name), passes in cases.items():
+        whole = passes.get("both", next(iter(passes.values())))
         eager = cases.get((loss, pairs, student, teacher, "eager"), {}).get("both", {}).get("median_ms")
         ours = whole.get("median_ms") if whole["pass"] == "both" else None
         ratio = f"{float(eager) / float(ours):.2f}" if eager and ours else ""
-        times = (found.get(one, {}).get("median_ms", "") for one in PASSES)
+        times = (passes.get(one, {}).get("median_ms", "") for one in PASSES)
         remark = "" if whole["status"] == OK else whole["status"]
         numbers = (ratio, whole.get("peak_mb", ""), whole.get("percent_of_matrix", ""))
         lines.append((str(loss), str(pairs), f"{student}/{teacher}", str(name), *times, *numbers, remark))
@@ -170,9 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         csv = args.csv or args.out / f"{slug(device_name(_device(args.device)))}.csv"
         if args.check:
-            found = verdicts(read(csv))
-            print("\n".join(map(str, found)))
-            return int(any(verdict.holds is False for verdict in found))
+            judged = verdicts(read(csv))
+            print("\n".join(map(str, judged)))
+            return int(any(verdict.holds is False for verdict in judged))
         if args.dispatch:
             print("\n".join(dispatch(read(csv))))
             return 0

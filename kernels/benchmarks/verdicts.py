@@ -52,13 +52,13 @@ def _verdict(target: str, numbers: list[_Number]) -> Verdict:
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
     """Of the last run that measured what a target compares."""
-    ours = {where: found[OURS] for where, found in _places(rows, OURS).items()}
+    ours = {where: by_name[OURS] for where, by_name in _places(rows, OURS).items()}
     large = {where: row for where, row in ours.items() if where[1] >= MATRIX_PAIRS}
     shares = [
         _Number(where, share, " %", share >= OF_MATRIX_RATE) for where, row in large.items() for share in _float(row, "percent_of_matrix")
     ]
     largest = {where: row for where, row in ours.items() if where[1] == LARGEST_PAIRS}
-    memory = [_memory(where, found) for where, found in _places(rows, OURS, "eager").items() if where[1] == LESS_MEMORY_PAIRS]
+    memory = [_memory(where, by_name) for where, by_name in _places(rows, OURS, "eager").items() if where[1] == LESS_MEMORY_PAIRS]
     return [
         _verdict(f"at least {FASTER_THAN_EAGER} x eager from N {FROM_PAIRS} on", _speed(rows, "eager", FASTER_THAN_EAGER, FROM_PAIRS)),
         _verdict("at least as fast as compiled at every N, within its spread", _speed(rows, "compiled", FASTER_THAN_COMPILED, 0)),
@@ -70,22 +70,22 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
 
 
 def _places(rows: list[Row], *implementations: str) -> dict[Place, dict[str, Row]]:
-    return {where: found for where, found in together(rows, "both", implementations).items() if where[0] == LOSS}
+    return {where: by_name for where, by_name in together(rows, "both", implementations).items() if where[0] == LOSS}
 
 
 def _speed(rows: list[Row], other: str, at_least: float, from_pairs: int) -> list[_Number]:
     """Where a parity is asked for, `auto` may have chosen the other itself: its median inside the other's p10 to p90 is as fast."""
     numbers = []
-    for where, found in _places(rows, OURS, other).items():
+    for where, by_name in _places(rows, OURS, other).items():
         if where[1] >= from_pairs:
-            ratio = float(found[other]["median_ms"]) / float(found[OURS]["median_ms"])
-            is_level = at_least == 1 and float(found[OURS]["median_ms"]) <= float(found[other]["p90_ms"])
+            ratio = float(by_name[other]["median_ms"]) / float(by_name[OURS]["median_ms"])
+            is_level = at_least == 1 and float(by_name[OURS]["median_ms"]) <= float(by_name[other]["p90_ms"])
             numbers.append(_Number(where, ratio, " x", ratio >= at_least or is_level))
     return numbers
 
 
-def _memory(where: Place, found: dict[str, Row]) -> _Number | None:
-    peaks = [*_float(found["eager"], "peak_mb"), *_float(found[OURS], "peak_mb")]
+def _memory(where: Place, by_name: dict[str, Row]) -> _Number | None:
+    peaks = [*_float(by_name["eager"], "peak_mb"), *_float(by_name[OURS], "peak_mb")]
     if len(peaks) < 2:
         return None
     ratio = peaks[0] / max(peaks[1], 1e-3)
@@ -104,11 +104,11 @@ def _float(row: Row, name: str) -> list[float]:
 def dispatch(rows: list[Row]) -> list[str]:
     """JSON lines, one a loss and size: the backend with the least time for both passes, and everybody's ms."""
     lines = []
-    for (loss, pairs, student, teacher), found in sorted(together(rows, "both").items()):
-        times = {name: float(found[name]["median_ms"]) for name in CHOICES if name in found}
+    for (loss, pairs, student, teacher), by_name in sorted(together(rows, "both").items()):
+        times = {name: float(by_name[name]["median_ms"]) for name in CHOICES if name in by_name}
         if times:
             fastest = min(times, key=times.__getitem__)
-            row = found[fastest]
+            row = by_name[fastest]
             shape = {"loss": loss, "pairs": pairs, "widths": [student, teacher], "dtype": row["dtype"], "threads": int(row["threads"])}
             lines.append(json.dumps({**shape, "fastest": fastest, "ms": times}))
     return lines

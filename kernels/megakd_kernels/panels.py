@@ -33,8 +33,8 @@ def chunks(rows: int, chunk: int) -> Iterator[slice]:
 def scratch_panels(count: int, chunk: int, like: Logits) -> list[Tensor]:
     """(c, N) panels for one pass, reused from chunk to chunk.
 
-    Not allocated for each chunk: glibc 2.36 does not reuse freed aligned blocks of one size reliably, and the peak at N = 6144 was anything
-    from 150 to 640 MB.
+    Not allocated for each chunk: glibc 2.36 does not reuse freed aligned blocks of one size reliably, and the peak at N = 6144 varied
+    between 150 and 640 MB.
     """
     shape = (min(chunk, like.left_BD.shape[0]), like.right_ND.shape[0])
     return [like.gain.new_empty(shape) for _ in range(count)]

@@ -16,6 +16,7 @@ from PIL import Image
 
 BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import measure  # noqa: E402
 import plot  # noqa: E402
 import run  # noqa: E402
 from cases import LOSSES, LossCase  # noqa: E402
@@ -37,6 +38,14 @@ def benchmark(out: Path, *arguments: str) -> list[dict[str, str]]:
     assert run.main([*TINY, "--out", str(out), *arguments]) == 0
     (path,) = out.glob("*.csv")
     return read(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_products():
+    """The rate of matrix products is measured at a size that takes milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(measure.MATRIX_SIZES, "cpu", (256,))
+        yield
 
 
 @pytest.fixture(scope="module")
