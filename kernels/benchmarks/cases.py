@@ -127,9 +127,8 @@ class LossCase(NamedTuple):
         compute, backend = LOSSES[self.loss].compute, self.implementation.removesuffix("_static")
         scale_limit = SCALE_LIMITS.get(self.implementation, CLAMP)
         if backend == "compiled":
-            from torch._dynamo import config  # here: it takes a second to import
-
-            config.recompile_limit = 256  # a program for each loss, size and width; past the default of 8 nothing is compiled, silently
+            # a program for each loss, size and width; past the default of 8 nothing is compiled, silently
+            torch.compiler.config.recompile_limit = 256
 
         def run(student: LossInputs, teacher: LossInputs) -> Tensor:
             # Asked beforehand: an error of the loss itself is a failure, and must not pass for a backend that is not there.

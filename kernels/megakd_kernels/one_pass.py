@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from megakd_kernels.distributed import Block
 from megakd_kernels.panels import Logits
-from megakd_kernels.precision import NO_SECOND_DERIVATIVE
+from megakd_kernels.precision import save, saved_once
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -85,17 +84,13 @@ def diagonal_in(block: Block, first: int) -> int | None:
 class _PrecomputedGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, losses: tuple[Tensor, ...], gradients: tuple[Gradients, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
-        saved, ctx.layout = tree_flatten(gradients)
-        ctx.save_for_backward(*saved)
+        save(ctx, gradients)
         ctx.dtypes = [tensor.dtype for tensor in inputs]
         return losses
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # `once_differentiable` raises only where the upstream gradient carries a graph; after a plain loss it would drop the term.
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
-        gradients: tuple[Gradients, ...] = tree_unflatten(ctx.saved_tensors, ctx.layout)
+        gradients: tuple[Gradients, ...] = saved_once(ctx)
         totals: list[Tensor | None] = []
         for number, dtype in enumerate(ctx.dtypes):
             terms = [grad * each for grad, of in zip(upstream, gradients, strict=True) if (each := of[number]) is not None]

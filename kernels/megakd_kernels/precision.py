@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 # Precisions of float32 products that truncate nothing. "none": nothing was set, which is full precision.
 _FULL = ("none", "ieee")
@@ -45,6 +46,22 @@ def full_precision(device: torch.device) -> Iterator[None]:
         for backend, precision in zip(backends, before, strict=True):
             if backend.fp32_precision != precision:
                 backend.fp32_precision = precision
+
+
+def save(ctx: Any, tree: Any) -> None:
+    """Keep the tensors in a tuple, nested ones included, for a backward pass that calls `saved_once`."""
+    tensors, ctx.layout = tree_flatten(tree)
+    ctx.save_for_backward(*tensors)
+
+
+def saved_once(ctx: Any) -> Any:
+    """What `save` was given. Raises RuntimeError in a backward pass that is to be differentiated itself.
+
+    `once_differentiable` raises only where the upstream gradient carries a graph; after a plain loss it would drop the term.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+    return tree_unflatten(ctx.saved_tensors, ctx.layout)
 
 
 class _Product(torch.autograd.Function):

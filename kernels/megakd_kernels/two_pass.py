@@ -14,11 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from megakd_kernels.distributed import Block, Ranks, Sweep
 from megakd_kernels.panels import Logits, add_product
-from megakd_kernels.precision import NO_SECOND_DERIVATIVE, full_precision
+from megakd_kernels.precision import full_precision, save, saved_once
 from megakd_kernels.softmax_stats import SLOPE_GAIN, SlopeWeights, SoftmaxStats, UpstreamGradients, join, merge, merge_over_ranks
 from megakd_kernels.types import CheckedPair, SimilarityLoss, compute_dtype
 
@@ -166,8 +165,7 @@ class _TwoPassLoss(torch.autograd.Function):
         dtype = compute_dtype(*student, *(tensor for pair in teachers for tensor in pair))
         sweep = _sweep(student, teachers, plan, None)
         stats = _statistics(student, teachers, sweep, dtype, plan)
-        saved, ctx.layout = tree_flatten(_Saved(student, teachers, stats, sweep.gathered))
-        ctx.save_for_backward(*saved)
+        save(ctx, _Saved(student, teachers, stats, sweep.gathered))
         ctx.plan = plan
         kd, hard = _losses(stats, plan)
         ctx.mark_non_differentiable(*(() if teachers else (kd,)), *(() if plan.hard else (hard,)))
@@ -175,11 +173,8 @@ class _TwoPassLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_kd: Tensor, grad_hard: Tensor) -> tuple[Tensor | None, ...]:
-        # `once_differentiable` raises only where the upstream gradient carries a graph; after a plain loss it would drop the term.
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
         plan: TwoPass = ctx.plan
-        saved: _Saved = tree_unflatten(ctx.saved_tensors, ctx.layout)
+        saved: _Saved = saved_once(ctx)
         student, dtype = saved.student, saved.statistics.diagonal_B.dtype
         needs = ctx.needs_input_grad[:3]
         with full_precision(student.image.device):

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import timm
+from open_clip import CLIPTextCfg, CLIPVisionCfg
 from open_clip.coca_model import MultimodalCfg
 from open_clip.hf_model import _POOLERS
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from megakd.recipe import texts
 from megakd.recipe.chain import CLIP_CONFIG

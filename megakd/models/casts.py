@@ -17,6 +17,7 @@ from open_clip.transformer import LayerNorm, LayerNormFp32
 from torch import Tensor, nn
 
 from megakd.models.student import SCALARS
+from megakd.runtime.precision import BatchNorm
 
 
 def to_bf16(clip: nn.Module) -> None:
@@ -30,7 +31,7 @@ def to_bf16(clip: nn.Module) -> None:
     for module in clip.modules():
         if type(module) is LayerNorm:
             module.__class__ = LayerNormFp32  # what open_clip builds a model with that it means to cast
-        if isinstance(module, LayerNormFp32 | nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, LayerNormFp32 | BatchNorm):
             whole |= {id(parameter) for parameter in module.parameters(recurse=False)}
     for parameter in clip.parameters():
         if parameter.is_floating_point() and id(parameter) not in whole:
@@ -45,15 +46,19 @@ def cast_exact_buffers(module: nn.Module) -> None:
     all of the constructor's.
     """
     for owner in module.modules():
-        if isinstance(owner, nn.modules.batchnorm._BatchNorm):
+        if isinstance(owner, BatchNorm):
             continue
-        for key in owner._non_persistent_buffers_set:
-            buffer = owner._buffers.get(key)
-            if buffer is None or not buffer.is_floating_point():
-                continue
-            narrow = buffer.to(torch.bfloat16)
-            if buffer.is_meta or torch.equal(narrow.to(buffer.dtype), buffer):
-                owner._buffers[key] = narrow
+        for key, buffer in computed_buffers(owner).items():
+            if buffer.is_floating_point():
+                narrow = buffer.to(torch.bfloat16)
+                if buffer.is_meta or torch.equal(narrow.to(buffer.dtype), buffer):
+                    setattr(owner, key, narrow)
+
+
+def computed_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own buffers that no file of weights holds, since its constructor computes them."""
+    own = module.named_buffers(recurse=False, remove_duplicate=False)
+    return {key: buffer for key, buffer in own if key in module._non_persistent_buffers_set}
 
 
 def for_engine(module: nn.Module) -> None:
@@ -63,7 +68,7 @@ def for_engine(module: nn.Module) -> None:
     float32 on both. Masks and zero biases become bf16, as in `to_bf16`.
     """
     for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        if isinstance(norm, BatchNorm):
             wide: Any = type(norm)
             norm.__class__ = _reading_float32(wide)
     cast_exact_buffers(module)

@@ -18,8 +18,7 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.factory import get_model_config
-from open_clip.pretrained import list_pretrained_tags_by_model
+from open_clip import get_model_config, list_pretrained_tags_by_model
 from open_clip.transform import PreprocessCfg
 from torch import nn
 

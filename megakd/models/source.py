@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
+from open_clip import download_pretrained, get_pretrained_cfg
+from open_clip.pretrained import download_pretrained_from_hf
 
 from megakd.models.weight_kinds import PICKLED_SUFFIXES
 from megakd.models.weights import INDEX_SUFFIX, shards

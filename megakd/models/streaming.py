@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megakd.models import casts
 from megakd.models import clip as clip_models
 from megakd.models import source as sources
 from megakd.models.int8 import convert as int8_towers
@@ -145,14 +146,6 @@ def empty_parameters() -> Iterator[None]:
         nn.Module.register_parameter, nn.Module._apply = register, apply  # type: ignore[method-assign]
 
 
-@dataclass(frozen=True)
-class _Owner:
-    """Where in the model a tensor lives; a tied one lives in several places."""
-
-    table: dict[str, Any]
-    key: str
-
-
 class _Slots:
     """The tensors of a model's state by name, a tied one by its first name, and how to put others in their place."""
 
@@ -160,19 +153,18 @@ class _Slots:
         names: dict[int, str] = {}
         state: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self.tensors = {name: tensor for name, tensor in state.items() if names.setdefault(id(tensor), name) == name}
-        self._owners: dict[int, list[_Owner]] = {}
+        self._owners: dict[int, list[tuple[nn.Module, str]]] = {}  # a tied tensor has several
         for module in model.modules():
-            for table in (module._parameters, module._buffers):
-                for key, tensor in table.items():
-                    if tensor is not None:
-                        self._owners.setdefault(id(tensor), []).append(_Owner(table, key))
+            for tensors in (module.named_parameters, module.named_buffers):
+                for key, tensor in tensors(recurse=False, remove_duplicate=False):
+                    self._owners.setdefault(id(tensor), []).append((module, key))
 
     def put(self, name: str, value: Tensor) -> Tensor:
         """Returns what is now in the model: a frozen parameter where there was one, else the value."""
         old = self.tensors[name]
         new = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
-        for owner in self._owners.pop(id(old)):
-            owner.table[owner.key] = new
+        for owner, key in self._owners.pop(id(old)):
+            setattr(owner, key, new)
         self.tensors[name] = new
         return new
 
@@ -250,22 +242,21 @@ def fill(
             place(placed)
     for module in model.modules():
         _compute_again(module)
-        for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.device.type != "meta":
-                module._buffers[key] = buffer.to(world.device)
+        for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if buffer.device.type != "meta":
+                setattr(module, key, buffer.to(world.device))
 
 
 def _compute_again(module: nn.Module) -> None:
     """A table that no file has and that a constructor computed where its empty parameters were, as timm's Swin does its masks."""
-    tables = {key: buffer for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+    tables = {key: buffer for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False) if buffer.is_meta}
     compute: Any = getattr(module, "init_non_persistent_buffers", None)
-    if compute is None or not tables.keys() & module._non_persistent_buffers_set:
+    if compute is None or not tables.keys() & casts.computed_buffers(module).keys():
         return
     compute()
-    for key, table in tables.items():
-        made = module._buffers[key]
-        if made is not None and made.is_floating_point():
-            module._buffers[key] = made.to(table.dtype)
+    for key, made in module.named_buffers(recurse=False, remove_duplicate=False):
+        if key in tables and made.is_floating_point():
+            setattr(module, key, made.to(tables[key].dtype))
 
 
 def _batches(conversions: list[Conversion], empty: Mapping[str, Tensor]) -> Iterator[list[Conversion]]:

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from open_clip.factory import get_model_config
-from open_clip.pretrained import _clean_tag, get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip import get_model_config, get_pretrained_cfg, list_pretrained_tags_by_model
+from open_clip.pretrained import _clean_tag
 
 from megakd.models.source import is_file, open_clip_name
 from megakd.recipe import Model

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from open_clip.model import CLIP
+from open_clip import CLIP
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode

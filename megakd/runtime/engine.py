@@ -95,7 +95,7 @@ class Engine:
         self.micro_batch = int(config["train_micro_batch_size_per_gpu"])
         self.accumulation = int(config["gradient_accumulation_steps"])
         self._norm: Tensor | float = math.nan
-        norms = [part for part in self.module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        norms = [part for part in self.module.modules() if isinstance(part, precision.BatchNorm)]
         self._persistent = list(persistent_buffers(self.module).values())
         self._statistics = [own for part in norms for own in (part.running_mean, part.running_var) if own is not None]
         self.updates = 0 if start is None else start.updates
@@ -203,7 +203,7 @@ class Engine:
             full = parameter if key is None else self._base_optimizer().state[parameter][key]
         else:
             full = safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
-            full = full.reshape(getattr(parameter, "ds_shape", parameter.shape))
+            full = full.reshape(full_shape(parameter))
         return full  # type: ignore[no-any-return]
 
     def _restore(self, start: State) -> None:
@@ -252,6 +252,22 @@ class Engine:
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 keeps a share of it on each rank."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Of a partitioned one, too, whose own shape is that of nothing between two forwards."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def resident_bytes(partitioned: nn.Parameter) -> int:
+    """Bytes that this rank holds of it: its share, and what is gathered now."""
+    share: Tensor = partitioned.ds_tensor  # type: ignore[attr-defined]
+    return share.nbytes + partitioned.data.nbytes
 
 
 def forget() -> None:

@@ -14,9 +14,12 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 Precision = Literal["fp32", "bf16"]
+
+# Layers with running statistics, which are sums and stay float32; timm's kinds are of these, too.
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 VARIABLE = "MEGAKD_PRECISION"
 _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megakd.recipe import texts
-from megakd.runtime import ds_check, ds_sections, precision
+from megakd.runtime import ds_check, ds_sections, engine, precision
 from megakd.runtime.engine import deepspeed
 from megakd.runtime.launch import World
 
@@ -107,7 +107,7 @@ class Partitioner:
 def overwrite(parameter: nn.Parameter, value: Tensor) -> None:
     """Put the first rank's `value` into a parameter, which may be partitioned. A collective where it is."""
     with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        if not hasattr(parameter, "ds_id") or dist.get_rank() == 0:
+        if not engine.is_partitioned(parameter) or dist.get_rank() == 0:
             parameter.data.copy_(value)
 
 
@@ -130,7 +130,7 @@ class Partitioned:
 
     def __init__(self, module: nn.Module, config: dict[str, Any]) -> None:
         self.module = module.eval().requires_grad_(False)
-        assert all(hasattr(parameter, "ds_id") for parameter in module.parameters()), "a parameter was never partitioned"
+        assert all(map(engine.is_partitioned, module.parameters())), "a parameter was never partitioned"
         for leaf in gathered_together(module, int(config["zero_optimization"].get("stage3_max_live_parameters", 10**9)) // 2):
             deepspeed.utils.set_z3_leaf_module(leaf, True)
         self._engine, _, _, _ = deepspeed.initialize(model=module, config=config)
@@ -143,8 +143,7 @@ class Partitioned:
     @property
     def resident_bytes(self) -> int:
         """Bytes of parameters that this rank holds between two forwards: its shares, and small parameters whole."""
-        parameters: list[Any] = list(self.module.parameters())
-        return sum(parameter.ds_tensor.nbytes + parameter.data.nbytes for parameter in parameters)
+        return sum(map(engine.resident_bytes, self.module.parameters()))
 
 
 def gathered_together(module: nn.Module, limit: int) -> list[nn.Module]:
@@ -167,4 +166,4 @@ def _reads_children(module: nn.Module) -> bool:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+    return sum(engine.full_shape(parameter).numel() for parameter in module.parameters())

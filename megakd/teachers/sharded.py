@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from open_clip.model import CLIP
+from open_clip import CLIP
 from torch import Tensor, nn
 
 from megakd.models import clip, streaming

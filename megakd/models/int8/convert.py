@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from timm.layers.linear import Linear as TimmLinear
+from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 
 from megakd.models.int8 import attention, matmul

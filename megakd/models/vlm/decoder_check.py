@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoModelForCausalLM, Conv1D, GenerationConfig, PreTrainedConfig
 
 from megakd.models.vlm import lora as adapters
 from megakd.models.vlm.decoder_config import DecoderSpec, source

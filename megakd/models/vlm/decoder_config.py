@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from megakd.models.vlm import decoder_tokenizer, lora
 from megakd.recipe import Decoder
@@ -134,8 +141,8 @@ def _stored(name: str) -> PreTrainedConfig:
 def _own_architecture(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     """The configuration of a recipe's table; the vocabulary is the tokenizer's where the table does not say."""
     kind = architecture.get("model_type")
-    if kind not in CONFIG_MAPPING_NAMES:
-        near = nearest(kind, CONFIG_MAPPING_NAMES, most=3)
+    if kind not in CONFIG_MAPPING:
+        near = nearest(kind, CONFIG_MAPPING.keys(), most=3)
         raise ValueError(f"decoder.architecture.model_type = {kind!r}: transformers has no such model; nearest: {', '.join(near) or '-'}")
     plain = _configured({"model_type": kind})
     known = {*plain.to_dict(), *plain.attribute_map}

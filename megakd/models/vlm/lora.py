@@ -11,8 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 from megakd.recipe import Lora
 
@@ -89,7 +88,7 @@ def coverage(language: Any) -> str:
         for own, weight in module.named_parameters(recurse=False):
             if weight.ndim < 2:
                 continue
-            count = weight.shape[0] if weight.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd) else 1
+            count = weight.shape[0] if weight.ndim == 3 and not isinstance(module, nn.Conv1d | nn.ConvTranspose1d) else 1
             every = [every[0] + count, every[1] + weight.numel()]
             if id(weight) in adapted:
                 reached = [reached[0] + count, reached[1] + weight.numel()]
