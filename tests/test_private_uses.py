@@ -15,7 +15,8 @@ from collections.abc import Iterator
 
 import pytest
 from packaging.requirements import Requirement
-from tiny_runs import REPOSITORY
+
+from support.runs import REPOSITORY
 
 # library: what is used, and by which module alone
 OWNERS: dict[str, dict[str, str]] = {
