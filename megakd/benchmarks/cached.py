@@ -16,7 +16,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 import megakd
@@ -176,7 +175,7 @@ def _report(job: CachedBenchmark, result: Comparison, measured: list[tuple[list[
     for side, seconds in zip((STORED, LIVE), parts, strict=True):
         print(f"{side}: median seconds a step: " + ", ".join(f"{part} {value:.3f}" for part, value in seconds.items()))
     for note in NOTES:
-        Console(highlight=False, soft_wrap=True).print(f"- {note}", markup=False)
+        print(f"- {note}")
     row = {
         "benchmark": "bench cached", "unit": "images/s", "stored": result.ours, "live": result.theirs, "ratio": result.ratio,
         "ratio_paired": result.paired, "flops": {"teacher_forward": teacher, "student_step": student},

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import megakd
@@ -23,6 +22,7 @@ from megakd.benchmarks.common.children import ended_by_sigterm, running
 from megakd.data.shapes import write_world
 from megakd.planning import plan as planner
 from megakd.recipe import load as recipes
+from megakd.runtime.console import plain
 from megakd.runtime.run_folder import METRICS, read_metrics
 
 TOLERANCE = 0.15
@@ -91,7 +91,7 @@ def run(file: Path | None = None) -> None:
         table.add_row(
             one.case.name, *(f"{size / planner.GB:.2f}" for size in (one.baseline, one.predicted, one.measured)), f"{one.error:+.1%}"
         )
-    Console().print(table)
+    plain().print(table)
     if file is not None:
         rows = [{**asdict(one), "error": one.error} for one in checks]
         file.write_text(json.dumps({"device": _device(), "tolerance": TOLERANCE, "checks": rows}, indent=2) + "\n", encoding="utf-8")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from megakd.models import clip as clip_models
 from megakd.models import streaming, weights
 from megakd.recipe import TeacherMode
 from megakd.runtime import run_folder
+from megakd.runtime.console import plain
 
 MODES = get_args(TeacherMode)
 SECONDS = 1800  # patience with one mode
@@ -120,7 +120,7 @@ def _report(found: list[dict[str, Any]], settings: dict[str, Any], where: dict[s
     for rank in found:
         seconds = " ".join(f"{value:.2f}" for value in rank["forward_seconds"])
         table.add_row(str(rank["rank"]), *(f"{rank[key]:.2f}" for key in columns), seconds)
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain()
     console.print(table)
     console.print(f"{where['processor']}, {where['cores']} cores, load {where['load_average']}, {where['threads']} thread(s) a rank")
     console.print(where["command"], markup=False)

@@ -16,7 +16,6 @@ from typing import Any, get_args
 
 import open_clip
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +28,8 @@ from megakd.models.int8.agreement import agreement
 from megakd.models.int8.migration import Reference, migrate
 from megakd.models.originals import Originals
 from megakd.models.weights import InMemory
-from megakd.runtime import precision, run_folder
+from megakd.runtime import environment, precision
+from megakd.runtime.console import plain
 from megakd.runtime.launch import World
 
 PACKAGES = ("torch", "open_clip_torch", "timm", "bitsandbytes", "triton")
@@ -43,7 +43,7 @@ def run(model: str, batch: int, rounds: int, file: Path | None = None, *, outlie
     rows = measure(model, batch, rounds, device, outliers=outliers)
     weights = "random with outliers" if outliers else "random"
     settings = {"model": model, "batch": batch, "rounds": rounds, "weights": weights}
-    where = comparison.conditions({name: run_folder.version(name) for name in PACKAGES}, torch.get_num_threads())
+    where = comparison.conditions(environment.versions(PACKAGES), torch.get_num_threads())
     where["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     _report(rows, settings)
     line = json.dumps({"benchmark": "bench teacher-speed", "rows": rows, "settings": settings, **where})
@@ -158,4 +158,4 @@ def _report(rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         numbers = f"{row['images_per_second']:.2f}", f"{row['speed_ratio']:.2f}x", f"{row['weight_bytes'] / 1e9:.2f}"
         cosines = f"{row['worst_cosine']:.5f}", f"{row['centred_cosine']:.5f}"
         table.add_row(row["weights"], *numbers, f"{row['memory_ratio']:.2f}x", *cosines)
-    Console().print(table)
+    plain().print(table)

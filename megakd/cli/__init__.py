@@ -88,7 +88,7 @@ def evaluate(
 ) -> None:
     """Score a run's student on the recipe's evaluation sets and write RUN/evaluation.json. Starts under torchrun as well."""
     from megakd.evaluation import run as evaluation_run
-    from megakd.training.command import quiet_libraries
+    from megakd.runtime.console import quiet_libraries
 
     quiet_libraries()
     evaluation_run.evaluate_run(run, checkpoint, overrides or [])
@@ -105,8 +105,8 @@ def embed(
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one setting of the recipe")] = None,
 ) -> None:
     """Write a recipe's teacher embeddings to a store that training reads instead of running the teacher (teacher.store)."""
+    from megakd.runtime.console import quiet_libraries
     from megakd.teachers import embed
-    from megakd.training.command import quiet_libraries
 
     quiet_libraries()
     if dtype not in ("bf16", "fp32"):
@@ -169,7 +169,7 @@ def submit(
 ) -> None:
     """Submit a training run to SLURM. It saves and goes back into the queue at preemptions and time limits."""
     from megakd.jobs import submit
-    from megakd.training.command import quiet_libraries
+    from megakd.runtime.console import quiet_libraries
 
     quiet_libraries()
     if cluster not in ("slurm", "local", "debug"):
@@ -241,7 +241,7 @@ def answer(
     """Answer a question about an image, or about none: megakd answer RUN/bundle image.jpg "How many red squares?"."""
     from megakd.cli import vqa
     from megakd.export import bundle as bundles
-    from megakd.training.command import quiet_libraries
+    from megakd.runtime.console import quiet_libraries
 
     quiet_libraries()
     if merge is not None:
@@ -311,7 +311,7 @@ def teacher_speed(
 ) -> None:
     """Images/s and weight memory of a teacher in int8, by each way to multiply, against 16 bit (on a CPU float32)."""
     from megakd.benchmarks import teacher_speed as benchmark
-    from megakd.training.command import quiet_libraries
+    from megakd.runtime.console import quiet_libraries
 
     quiet_libraries()
     benchmark.run(model, batch, rounds, json, outliers=outliers)

@@ -11,10 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from megakd.jobs import slurm as cluster
+from megakd.runtime.console import plain
 from megakd.runtime.environment import SUBMISSIONS
 from megakd.runtime.locks import held
 from megakd.runtime.run_folder import METRICS, RUN
@@ -26,7 +26,6 @@ INSIDE = {"checkpoints", *RESULTS, "previous", SUBMISSIONS, "answers", "hung"}
 TAIL = 65536
 # Least seconds between two tables, each of which asks SLURM once or twice.
 GENTLE = 15.0
-WIDE = 4000
 COLUMNS = ("run", "job", "state", "step", "images/s", "loss", "log")
 
 
@@ -188,9 +187,7 @@ def show(folder: Path, watch: float | None) -> None:
     """Print the table, every `watch` seconds if that is given. Raises ValueError when that is less than SLURM should be asked."""
     if watch is not None and watch < GENTLE:
         raise ValueError(f"--watch {watch:g}: give {GENTLE:.0f} seconds or more; every table asks SLURM's controller")
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, markup=False, width=WIDE)
+    console = plain()
     ended = dict[str, cluster.JobState]()
     while True:
         runs = find(folder)
@@ -198,7 +195,7 @@ def show(folder: Path, watch: float | None) -> None:
             console.print(f"no runs in {folder}: `megakd submit --out {folder}/NAME` and megakd/train.py make some")
         else:
             slurm, problem = _slurm(runs, ended)
-            console.print(table(runs, slurm), crop=False)
+            console.print(table(runs, slurm))
             if problem:
                 console.print(f"the states above are from the folders alone: {problem}")
         if watch is None:

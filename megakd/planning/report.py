@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rich.console import Console
 from rich.table import Table
 
 from megakd.planning.modes import PlannedJob, Row
 from megakd.planning.result import GB, MemoryPlan
+from megakd.runtime.console import plain
 
 Cell = Callable[[Row], str]
 
@@ -25,8 +25,7 @@ WIDTH = 128
 
 def show(plan: MemoryPlan) -> None:
     """Print the job, its memory, work and time in every mode, the recommendation, and what the numbers rest on."""
-    console = Console(highlight=False, soft_wrap=True)
-    console.width = max(console.width, WIDTH)
+    console = plain(WIDTH)
     own = next(row for row in plan.rows if row.mode.name == plan.asked)
     for line in (*_job(plan), *_student(own)):
         console.print(line, markup=False)

@@ -1,12 +1,15 @@
-"""The SLURM job that this process belongs to, for run.json and the console: its id, its restarts, its machines and its log."""
+"""Where a run runs, for run.json and the console: its SLURM job, machines and log; the device, the versions and the commit of the code."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from typing import Any
 LOG_VARIABLE = "MEGAKD_LOG"
 # What `megakd submit` keeps in a run folder: what it sent and the logs.
 SUBMISSIONS = "slurm"
-PATIENCE = 10.0
+SCONTROL_SECONDS = 10.0
 
 
 def job_id(environ: Mapping[str, str]) -> str | None:
@@ -56,8 +59,40 @@ def log_path(environ: Mapping[str, str]) -> str | None:
         return None
     command = ["scontrol", "show", "job", environ["SLURM_JOB_ID"]]
     try:
-        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
+        shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SCONTROL_SECONDS)
     except (OSError, subprocess.SubprocessError):
         return None  # a log nobody can point to is no reason to end a run
     found = re.search(r"^\s*StdOut=(.+)$", shown.stdout, re.MULTILINE)
     return found[1] if found else None
+
+
+def device_name() -> str:
+    """The GPU that this process computes on, or the machine's processor."""
+    import torch  # this module is read before torch is there, see `jobs/task.py`
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+
+
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Of python and of these packages; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Commit of the source tree this package runs from, with '+' for uncommitted changes; None outside a checkout or without git."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    here = [git, "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*here, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        return None
+    changes = subprocess.run([*here, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")

@@ -1,4 +1,4 @@
-"""A run is a folder: run.json, metrics.jsonl, checkpoints/, evaluation.json. This module writes the first two, and the console.
+"""A run is a folder: run.json, metrics.jsonl, checkpoints/, evaluation.json. This module writes the first two, and reads them.
 
 run.json    the resolved recipe and DeepSpeed configuration, command line, versions, commit: what it takes to replay the run; and
             `jobs`, one entry for each start of it, the newest last
@@ -9,24 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import resource
-import shutil
-import subprocess
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from megakd.recipe import Recipe
-from megakd.recipe.credentials import redact, redacted
+from megakd.recipe.credentials import redacted
 from megakd.recipe.load import differences, load, refused, told
 from megakd.runtime import environment
+from megakd.runtime.console import RunConsole
 from megakd.runtime.files import write_text
 
 RUN, METRICS, EVALUATION = "run.json", "metrics.jsonl", "evaluation.json"
@@ -36,27 +28,23 @@ PACKAGES = ("megakd", "torch", "deepspeed", "open_clip_torch", "transformers", "
 
 
 class RunLog:
-    """Writer of a run folder and of the console. Only the main rank writes; on others every method does nothing.
+    """Writer of a run folder, and of the run's console. Only the main rank writes; on others every method does nothing.
 
     failure: why a row or a line could not be written. It is only noted, and ends all ranks together at the next step, see `Trainer.step`.
     """
 
     def __init__(self, run: Path, *, main: bool) -> None:
         self.run, self._main = run, main
-        self.failure: OSError | None = None
-        self.console = Console(stderr=False, highlight=False, soft_wrap=True)
-        self._progress: Progress | None = None
+        self._console = RunConsole(main=main)
+        self._unwritten: OSError | None = None  # a row
+
+    @property
+    def failure(self) -> OSError | None:
+        return self._unwritten or self._console.failure
 
     def say(self, text: str) -> None:
         """A line for people: on the console, not in the metrics."""
-        if self._main:
-            self._print(text)
-
-    def _print(self, text: str) -> None:
-        try:
-            self.console.print(redact(text), markup=False)
-        except OSError as error:  # where a job's output goes may be full as well
-            self.failure = self.failure or OSError(error.errno, error.strerror, "standard output")
+        self._console.say(text)
 
     def open(self, recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> None:
         """Write run.json. A folder of another recipe has been refused before, see `check_resume`."""
@@ -69,10 +57,10 @@ class RunLog:
             "ds_config": ds_config,
             "argv": sys.argv,
             "ranks": ranks,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+            "device": environment.device_name(),
             "started": started,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "commit": commit(),
+            "versions": environment.versions(PACKAGES),
+            "commit": environment.commit(),
             "slurm_job_id": job["slurm_job_id"],
             "jobs": [*_earlier_jobs(self.run), job],
         }
@@ -93,10 +81,7 @@ class RunLog:
         if not self._main:
             return
         self._append(row)
-        if self.console.is_terminal:
-            self._bar(row, total_steps)
-        else:
-            self._print(_line(row, total_steps))
+        self._console.step(row, total_steps)
 
     def event(self, step: int, name: str, content: Any) -> None:
         """A row that is no step: an evaluation, bad samples, a checkpoint."""
@@ -104,27 +89,17 @@ class RunLog:
             self._append({"step": step, "event": name, "content": content})
 
     def _append(self, row: dict[str, Any]) -> None:
-        if self.failure is not None:
+        if self._unwritten is not None:
             return  # the last line may be half a row: nothing is written after it
         path = self.run / METRICS
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(redacted(_finite(row))) + "\n")
         except OSError as error:
-            self.failure = OSError(error.errno, error.strerror, str(path))
-
-    def _bar(self, row: dict[str, Any], total_steps: int) -> None:
-        if self._progress is None:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-            self._progress = Progress(*columns, console=self.console)
-            self._progress.start()
-            self._progress.add_task("", total=total_steps)
-        self._progress.update(self._progress.task_ids[0], completed=row["step"], description=_summary(row))
+            self._unwritten = OSError(error.errno, error.strerror, str(path))
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._console.close()
 
 
 def _earlier_jobs(run: Path) -> list[dict[str, Any]]:
@@ -221,33 +196,6 @@ def write_json(path: Path, content: Any) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def commit() -> str | None:
-    """Commit of the source tree this package runs from, with '+' for uncommitted changes; None outside a checkout or without git."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    here = [git, "-C", str(Path(__file__).parent)]
-    found = subprocess.run([*here, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-    if found.returncode:
-        return None
-    changed = subprocess.run([*here, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory of this process in GB: allocated on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _finite(value: Any) -> Any:
     """null for NaN and infinity, which JSON does not have: a gradient norm may be one in a run's last row."""
     if isinstance(value, float):
@@ -255,15 +203,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _summary(row: dict[str, Any]) -> str:
-    parts = " ".join(f"{name} {value:.4f}" for name, value in row["losses"].items())
-    return f"loss {row['loss']:.4f} ({parts}) | {row['images_per_second']:.0f} images/s | lr {row['lr']:.2e}"
-
-
-def _line(row: dict[str, Any], total_steps: int) -> str:
-    seconds = " ".join(f"{name} {value:.2f}" for name, value in row["seconds"].items())
-    scale = f"scale {row['scale']:.2f} | " if "scale" in row else ""
-    extra = f"{scale}norm {row['gradient_norm']:.3f} | {row['memory_gb']:.2f} GB | seconds: {seconds}"
-    return f"step {row['step']}/{total_steps} | {_summary(row)} | {extra}"

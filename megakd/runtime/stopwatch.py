@@ -1,7 +1,8 @@
-"""Seconds spent in named parts of a step: host time on a CPU, event pairs on a GPU, which cost no synchronisation until read."""
+"""What a step costs. Seconds of its named parts: host time on a CPU, event pairs on a GPU, which cost no synchronisation until read."""
 
 from __future__ import annotations
 
+import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -45,3 +46,10 @@ class Stopwatch:
         self._events.clear()
         seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in GB: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from megakd.data.shapes import write_world
+from megakd.runtime.console import plain
 from megakd.runtime.run_folder import read_metrics
 
 TRAIN_PAIRS, TEST_PAIRS, CAPTION_NOISE = 20000, 2000, 0.5
@@ -140,9 +140,7 @@ def _show(rows: list[dict[str, Any]], seeds: int, seconds: float) -> None:
         cells = [percent([run[key] for run in row["runs"]]) for key in COLUMNS]
         speed = statistics.median(run["images_per_second"] for run in row["runs"])
         table.add_row(row["model"], *cells, f"{row['runs'][0]['parameters'] / 1e6:.2f} M", f"{speed:.0f}")
-    console = Console()
-    # A log file has no width; the table would be cut at 80 columns there.
-    Console(width=None if console.is_terminal else 150).print(table)
+    plain().print(table)
     with_kd, without = (next(row["runs"] for row in rows if row["model"] == name) for name in ("student, KD", "student, no KD"))
     for key, name in (("zero_shot", "zero-shot top-1"), ("mean_R@1", "mean R@1")):
         gains = [with_run[key] - without_run[key] for with_run, without_run in zip(with_kd, without, strict=True)]

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from megakd.data.shapes import write_world
 from megakd.recipe import load as recipes
+from megakd.runtime.console import plain
 from megakd.study.smoke import CAPTION_NOISE, SHIPPED_DATA, WITHOUT_KD, percent, train
 
 # Eight minutes on two cores: a smaller world than `megakd smoke`'s, half the steps for its towers, which are judged by questions alone.
@@ -105,8 +105,7 @@ def _show(found: dict[str, list[dict[str, Any]]], seeds: int, seconds: float) ->
     for row, runs in found.items():
         families = [percent([run["test"]["by_family"][family]["accuracy"] for run in runs]) for family in FAMILIES]
         table.add_row(row, percent(_overall(runs, "test")), *families, percent(_overall(runs, "held_out")))
-    console = Console()
-    Console(width=None if console.is_terminal else 190).print(table)
+    plain().print(table)
     for lower, upper in itertools.pairwise(ROWS):
         gains = [high - low for low, high in zip(_overall(found[lower], "test"), _overall(found[upper], "test"), strict=True)]
         print(f"{upper} over {lower}: " + ", ".join(f"{gain:+.1%}" for gain in gains) + f" (mean {statistics.mean(gains):+.1%})")

@@ -8,17 +8,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
-from megakd.recipe import credentials, texts
 from megakd.recipe import load as recipes
+from megakd.recipe import texts
 from megakd.recipe.credentials import redact
 from megakd.runtime import environment, failures, launch, peers
+from megakd.runtime.console import quiet_libraries
 from megakd.runtime.exits import EXIT_NOT_FINITE, EXIT_USER_ERROR, LossNotFinite, StopRequest
 from megakd.runtime.launch import World
 
@@ -159,16 +158,6 @@ def _resume(asked: str, out: Path) -> str:
     past = "" if asked in ("auto", "none") else Path(asked).name
     saved = any(found.name > past for found in checkpoint.available(out))
     return "auto" if saved and environment.has_come_back(os.environ, starts) else asked
-
-
-def quiet_libraries() -> None:
-    """Leave the console to the run: libraries speak from warnings up, and torch's deprecations inside DeepSpeed are not the user's."""
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    credentials.keep_out_of_logs()
-    for chatty in ("torch.utils.cpp_extension", "bitsandbytes.backends.cpu.ops"):  # the latter misses a package that nothing here calls
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.|deepspeed\.|transformers\.|peft\.")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _complain(world: World | None, text: str) -> None:

@@ -29,8 +29,8 @@ from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine
 from megakd.runtime.exits import Interrupted, LossNotFinite, StopRequest
 from megakd.runtime.launch import World
-from megakd.runtime.run_folder import RunLog, memory_gb
-from megakd.runtime.stopwatch import Stopwatch
+from megakd.runtime.run_folder import RunLog
+from megakd.runtime.stopwatch import Stopwatch, memory_gb
 from megakd.teachers.base import Teacher
 from megakd.teachers.cached import StoredTeacher, TextStoredTeacher
 from megakd.training.batch import BadSamples, JointBatch

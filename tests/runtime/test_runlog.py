@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megakd.recipe import load as recipes
-from megakd.runtime import run_folder
+from megakd.runtime import environment, run_folder
 from megakd.runtime.run_folder import RunLog
 
 
@@ -177,4 +177,4 @@ def test_run_json_is_set_aside_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_machine_without_git_has_no_commit_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert run_folder.commit() is None
+    assert environment.commit() is None

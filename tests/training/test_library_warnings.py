@@ -14,7 +14,7 @@ from support.runs import KD, environment, train
 # Each line is what a library would say, from where it says it.
 SAID = """
 import logging, warnings
-from megakd.training.command import quiet_libraries
+from megakd.runtime.console import quiet_libraries
 quiet_libraries()
 def said_by(module, text, category=UserWarning):
     names = {"__name__": module, "text": text, "category": category}

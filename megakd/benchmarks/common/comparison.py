@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from megakd.runtime import run_folder
+from megakd.runtime import environment, run_folder
+from megakd.runtime.console import plain
 
 OURS, THEIRS = "megakd", "open_clip"
 
@@ -94,8 +94,7 @@ def conditions(versions: Mapping[str, str | None], threads: int) -> dict[str, An
     """Where and with what a number was measured."""
     return {
         "versions": {
-            "python": platform.python_version(),
-            **{name: run_folder.version(name) for name in ("megakd", "deepspeed")},
+            **environment.versions(("megakd", "deepspeed")),
             **versions,
         },
         "processor": _processor(),
@@ -103,7 +102,7 @@ def conditions(versions: Mapping[str, str | None], threads: int) -> dict[str, An
         "threads": threads,
         "load_average": round(os.getloadavg()[1], 2),
         "command": shlex.join(["megakd", *sys.argv[1:]]),
-        "commit": run_folder.commit(),
+        "commit": environment.commit(),
     }
 
 
@@ -118,7 +117,7 @@ def report(
     file: Path | None,
 ) -> None:
     """Print the table, the notes, the conditions and one line of JSON, and write the latter to `file`."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain()
     console.print(table(f"{name}, {unit}", comparison))
     ratios = f"{comparison.ratio:.3f} | median of the rounds' ratios {comparison.paired:.3f} | of the fastest {comparison.best:.3f}"
     console.print(f"ratio of the medians {ratios}")
