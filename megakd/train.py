@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
-from megakd.runtime.exits import ignore_from_here, note_early  # noqa: E402
+from megakd.runtime.preemption import ignore_from_here, note_early  # noqa: E402
 
 note_early()  # before the imports below, which take ten seconds
 

@@ -21,7 +21,8 @@ from typing import TextIO
 import submitit
 
 from megakd.runtime.environment import LOG_VARIABLE
-from megakd.runtime.exits import EXIT_SAVED, ignore_from_here, note_early
+from megakd.runtime.exits import EXIT_SAVED
+from megakd.runtime.preemption import ignore_from_here, note_early
 
 
 class RunFailed(RuntimeError):

@@ -18,11 +18,11 @@ from megakd.recipe import texts
 from megakd.recipe.credentials import redact
 from megakd.runtime import environment, failures, launch, peers
 from megakd.runtime.console import quiet_libraries
-from megakd.runtime.exits import EXIT_NOT_FINITE, EXIT_USER_ERROR, LossNotFinite, StopRequest
+from megakd.runtime.exits import EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_NOT_FINITE, EXIT_USER_ERROR, LossNotFinite
 from megakd.runtime.launch import World
+from megakd.runtime.preemption import StopRequest
 
 DEFAULT_RECIPE = "smoke"
-EXIT_INTERRUPTED, EXIT_LOST_PEER = 130, 1
 
 
 def parser() -> argparse.ArgumentParser:

@@ -38,10 +38,10 @@ from megakd.runtime import (
 )
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine, State, trained_shapes
-from megakd.runtime.exits import EXIT_SAVED, Interrupted, StopRequest
+from megakd.runtime.exits import EXIT_SAVED, Interrupted
 from megakd.runtime.launch import World
 from megakd.runtime.locks import LOCK, FolderLock
-from megakd.runtime.preemption import StopPoller
+from megakd.runtime.preemption import StopPoller, StopRequest
 from megakd.runtime.run_folder import RunLog
 from megakd.runtime.watchdog import HUNG, Watchdog
 from megakd.teachers import build as teacher_build

@@ -27,8 +27,9 @@ from megakd.recipe import Optim, Recipe
 from megakd.runtime import collectives, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine
-from megakd.runtime.exits import Interrupted, LossNotFinite, StopRequest
+from megakd.runtime.exits import Interrupted, LossNotFinite
 from megakd.runtime.launch import World
+from megakd.runtime.preemption import StopRequest
 from megakd.runtime.run_folder import RunLog
 from megakd.runtime.stopwatch import Stopwatch, memory_gb
 from megakd.teachers.base import Teacher

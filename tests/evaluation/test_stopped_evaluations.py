@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from megakd.runtime import checkpoint
-from megakd.runtime.exits import EXIT_SAVED, Interrupted, StopRequest
+from megakd.runtime.exits import EXIT_SAVED, Interrupted
 from megakd.runtime.launch import World, port
-from megakd.runtime.preemption import StopPoller
+from megakd.runtime.preemption import StopPoller, StopRequest
 from support.runs import REPOSITORY, TINY_LLAMA, Finished, answering, curve, environment, events, finish, settings, wait_for
 
 pytestmark = pytest.mark.timeout(400)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megakd.runtime.exits import WATCHED, StopRequest
+from megakd.runtime.preemption import WATCHED, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def test_a_program_that_is_ending_keeps_its_exit_code_whatever_signal_comes() ->
     """Python gives SIGTERM its default action back before it has ended."""
     program = (
         "import os, sys\n"
-        "from megakd.runtime.exits import ignore_from_here\n"
+        "from megakd.runtime.preemption import ignore_from_here\n"
         "class Late:\n    def __del__(self, kill=os.kill, pid=os.getpid()):\n        kill(pid, 15)\n"
         "sys.late = Late()\n"  # deleted with the modules, after the signal handlers are gone
         "ignore_from_here()\n"

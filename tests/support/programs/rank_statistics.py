@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from megakd.runtime import launch
-from megakd.runtime.exits import StopRequest
+from megakd.runtime.preemption import StopRequest
 from support.programs.train_jobs import _run
 
 

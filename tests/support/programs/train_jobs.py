@@ -16,8 +16,8 @@ import torch
 from megakd.recipe import load as recipes
 from megakd.runtime import launch
 from megakd.runtime.checkpoint import Progress
-from megakd.runtime.exits import StopRequest
 from megakd.runtime.launch import World
+from megakd.runtime.preemption import StopRequest
 from megakd.training import prepare
 from megakd.training import run as training_run
 from megakd.training.command import parser
