@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Generic, Literal, NamedTuple, TypeVar, get_args
+
+Item = TypeVar("Item")
+Row = TypeVar("Row")
 
 Reason = Literal[
     "missing_image",
@@ -37,6 +41,15 @@ class BadSample(Exception):
 
     def __str__(self) -> str:
         return f"{self.where} ({self.detail})" if self.where else self.detail
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Tells a bad sample found inside where it is."""
+    try:
+        yield
+    except BadSample as bad:
+        raise BadSample(bad.reason, bad.detail, where) from bad
 
 
 @dataclass
@@ -100,6 +113,30 @@ class BadCounter:
     def by_reason(self) -> str:
         ordered = sorted(self.counts.items(), key=lambda item: -item[1])
         return ", ".join(f"{reason} {count}" for reason, count in ordered)
+
+
+class Usable(NamedTuple, Generic[Row]):
+    """What could be used of some items, and what could not: index_of_row[r] is the item of rows[r], unusable holds the others."""
+
+    index_of_row: list[int]
+    rows: list[Row]
+    unusable: list[tuple[int, BadSample]]
+    bad: BadCounter
+
+
+def usable(indices: Sequence[int], items: Iterable[Item | BadSample], to_row: Callable[[int, Item], Row]) -> Usable[Row]:
+    """A row of each item, by to_row(index, item), and without those that raise BadSample or are one."""
+    made: Usable[Row] = Usable([], [], [], BadCounter(seen=len(indices)))
+    for index, item in zip(indices, items, strict=True):
+        try:
+            if isinstance(item, BadSample):
+                raise item
+            made.rows.append(to_row(index, item))
+            made.index_of_row.append(index)
+        except BadSample as error:
+            made.bad.add(error.reason, str(error))
+            made.unusable.append((index, error))
+    return made
 
 
 class BadLog:

@@ -15,9 +15,29 @@ from typing import Any
 
 import torch
 
+from megakd.data.bad_samples import BadSample
+
 Tokenize = Callable[[list[str]], torch.Tensor]
+# A million letters are no caption; a tokenizer would take seconds for them.
+_LONGEST_CAPTION = 1 << 20
 # A shorter text is never measured against the longest token.
 _SHORT = 512
+
+
+def caption(data: bytes) -> str:
+    """The caption as it is stored, without a byte-order mark. Raises BadSample: bad_text, or empty_caption for nothing to be seen."""
+    if len(data) > _LONGEST_CAPTION:
+        raise BadSample("bad_text", f"{len(data)} bytes, more than {_LONGEST_CAPTION}: no caption")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadSample("bad_text", str(error)) from error
+    if "\0" in text:
+        raise BadSample("bad_text", "holds a NUL: damaged, or no UTF-8")
+    # white space, and signs that control or format
+    if all(letter.isspace() or unicodedata.category(letter)[0] == "C" for letter in text):
+        raise BadSample("empty_caption", "white space alone")
+    return text
 
 
 def plain_captions(tokenize: Tokenize) -> Tokenize:

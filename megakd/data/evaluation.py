@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from megakd.data.bad_samples import BadCounter, BadSample
-from megakd.data.pairs import caption, located
+from megakd.data.bad_samples import BadCounter, BadSample, Usable, located, usable
+from megakd.data.caption_tokens import caption
 from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.stream import WorkerStream, reported
@@ -102,19 +102,12 @@ class _EvaluationSet:
 
     def __getitems__(self, indices: range) -> EvaluationBatch:
         needs = tuple(dict.fromkeys(_SLOT_OF[name] for name in self.fields))
-        rows: list[tuple[int, dict[Slot, Any]]] = []
-        bad, unreadable = BadCounter(seen=len(indices)), []
-        for index, sample in zip(indices, self.shards.read_each(list(indices), needs), strict=True):
-            try:
-                rows.append((index, self._parse(sample, needs)))
-            except BadSample as error:
-                bad.add(error.reason, str(error))
-                unreadable.append(Unreadable(index) if error.reason == "read_error" else self._rest(index, needs))
-        return self._batch(rows, bad, tuple(unreadable))
+        items = self.shards.read_each(list(indices), needs)
+        made = usable(indices, items, lambda _, sample: self._parse(sample, needs))
+        unreadable = (Unreadable(index) if bad.reason == "read_error" else self._rest(index, needs) for index, bad in made.unusable)
+        return self._batch(made, tuple(unreadable))
 
-    def _parse(self, sample: Sample | BadSample, needs: tuple[Slot, ...]) -> dict[Slot, Any]:
-        if isinstance(sample, BadSample):
-            raise sample
+    def _parse(self, sample: Sample, needs: tuple[Slot, ...]) -> dict[Slot, Any]:
         parsed: dict[Slot, Any] = {}
         with located(sample.where):
             if "image" in needs:
@@ -148,9 +141,9 @@ class _EvaluationSet:
                     found = found._replace(content=self._content(rgb_image(sample.members[slot], self.shards.data.max_pixels)))
         return found
 
-    def _batch(self, rows: list[tuple[int, dict[Slot, Any]]], bad: BadCounter, unreadable: tuple[Unreadable, ...]) -> EvaluationBatch:
+    def _batch(self, made: Usable[dict[Slot, Any]], unreadable: tuple[Unreadable, ...]) -> EvaluationBatch:
         def column(slot: Slot, *names: Field) -> list[Any] | None:
-            return [parsed[slot] for _, parsed in rows] if set(names) & set(self.fields) else None
+            return [parsed[slot] for parsed in made.rows] if set(names) & set(self.fields) else None
 
         images, captions, objects = column("image", "pixels", "content"), column("caption", "captions", "tokens"), column("json", "json")
         classes = column("cls", "cls")
@@ -162,10 +155,10 @@ class _EvaluationSet:
             content = torch.tensor([key for _, key in images], dtype=torch.long).reshape(-1, 2)
         if captions is not None and "tokens" in self.fields:
             tokens = self.view.tokenize(captions).long() if captions else torch.empty((0, 0), dtype=torch.long)
-        index = torch.tensor([index for index, _ in rows], dtype=torch.long)
+        index = torch.tensor(made.index_of_row, dtype=torch.long)
         labels = None if classes is None else torch.tensor(classes, dtype=torch.long)
         texts = captions if "captions" in self.fields else None
-        return EvaluationBatch(index, pixels, tokens, texts, objects, labels, bad, content, unreadable)
+        return EvaluationBatch(index, pixels, tokens, texts, objects, labels, made.bad, content, unreadable)
 
 
 def _digest(data: bytes) -> tuple[int, int]:

@@ -8,9 +8,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megakd.data.bad_samples import BadCounter, BadSample
+from megakd.data.bad_samples import BadCounter, BadSample, located
+from megakd.data.caption_tokens import caption
 from megakd.data.evaluation import labelled
-from megakd.data.pairs import caption, located
 from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.transforms import rgb_image

@@ -19,8 +19,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from megakd.data.bad_samples import BadCounter, BadSample, Reason
-from megakd.data.pairs import located
+from megakd.data.bad_samples import BadCounter, BadSample, Reason, located
 from megakd.data.transforms import normalise, rgb_image
 from megakd.recipe import Data, QuestionSource, Recipe
 from megakd.runtime import collectives, run_folder, watchdog

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megakd.data.bad_samples import BadCounter, BadLog, BadSample, Reason
-from megakd.data.pairs import located
-from megakd.data.sampler import Order, Positions
+from megakd.data.bad_samples import BadCounter, BadSample, located, usable
+from megakd.data.resumable import BatchSource, ResumableBatches
+from megakd.data.sampler import Order
 from megakd.data.stream import WorkerStream, reported
 from megakd.data.transforms import evaluation_pixels, rgb_image
 from megakd.vqa.benchmarks.base import Question
@@ -28,8 +28,6 @@ from megakd.vqa.sets import Asked, Questions
 
 if TYPE_CHECKING:
     from open_clip.transform import PreprocessCfg
-
-_ATTEMPTS = 64  # as in the shards' loader
 
 
 @dataclass(frozen=True)
@@ -109,37 +107,6 @@ class PromptBatch:
         return dataclasses.replace(self, index=self.index.pin_memory(), **_moved(self, torch.Tensor.pin_memory))
 
 
-class QuestionBatches(Iterator[QuestionBatch]):
-    """What `question_batches` returns: an endless iterator and a context manager. `close()` ends its workers."""
-
-    def __init__(self, dataset: _TrainSet, start_position: int, workers: int, pin_memory: bool) -> None:
-        self._batch = dataset.order.batch
-        self._log = BadLog()
-        self._position = start_position
-        self._stream: WorkerStream[_Part] = WorkerStream(
-            dataset, Positions(dataset.order, dataset.rank, dataset.world, start_position), workers, pin_memory
-        )
-
-    def __next__(self) -> QuestionBatch:
-        part = next(self._stream)
-        bad = BadCounter.from_list(part.counts, part.examples)
-        self._log.report(bad)
-        if part.tensors is None:
-            self.close()
-            raise ValueError(part.failure)
-        position, self._position = self._position, self._position + self._batch
-        return QuestionBatch(position, self._position, *part.tensors, bad)
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def __enter__(self) -> QuestionBatches:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 def question_batches(
     questions: Questions,
     order: Order,
@@ -158,13 +125,16 @@ def question_batches(
     Raises ValueError when the global batch does not divide by the ranks, when the order was made for other questions, and, while
     iterating, when no usable question is found for a position; errors of a worker come with its traceback.
     """
-    if order.batch % world:
-        raise ValueError(f"answers.batch = {order.batch} does not divide by {world} ranks: make it a multiple of the number of ranks")
-    if order.samples != len(questions):
-        raise ValueError(f"the order covers {order.samples} questions, but the sources hold {len(questions)}")
-    if start_position < 0:
-        raise ValueError(f"start_position = {start_position}: positions start at 0")
-    return QuestionBatches(_TrainSet(questions, order, conversations, eyes, rank, world), start_position, workers, pin_memory)
+    return ResumableBatches(
+        _QuestionSource(questions, conversations, eyes),
+        order,
+        lambda position, next_position, index, columns, bad: QuestionBatch(position, next_position, index, *columns, bad),
+        rank=rank,
+        world=world,
+        start_position=start_position,
+        workers=workers,
+        pin_memory=pin_memory,
+    )
 
 
 def evaluation_questions(
@@ -187,10 +157,9 @@ def rank_slice(count: int, rank: int, world: int) -> range:
     return range(count * rank // world, count * (rank + 1) // world)
 
 
-class _Tensors(NamedTuple):
+class _Columns(NamedTuple):
     """In the order of QuestionBatch's fields."""
 
-    index_B: torch.Tensor
     pixels: torch.Tensor | None
     has_image: torch.Tensor
     ids_BL: torch.Tensor
@@ -199,20 +168,7 @@ class _Tensors(NamedTuple):
     labels_BL: torch.Tensor
 
 
-@dataclass
-class _Part:
-    """What a worker ships; tensors None: the `failure`."""
-
-    tensors: _Tensors | None
-    counts: list[int]
-    examples: dict[Reason, str]
-    failure: str = ""
-
-    def pin_memory(self) -> _Part:
-        if self.tensors is None:
-            return self
-        pinned = _Tensors(*(None if tensor is None else tensor.pin_memory() for tensor in self.tensors))  # type: ignore[arg-type]
-        return dataclasses.replace(self, tensors=pinned)
+QuestionBatches = ResumableBatches[_Columns, QuestionBatch]
 
 
 class _Row(NamedTuple):
@@ -221,52 +177,32 @@ class _Row(NamedTuple):
     pixels: NDArray[np.uint8] | None  # None: no image, or no eyes
 
 
-class _Exhausted(Exception):
-    """No usable question was found for a position."""
-
-
-@dataclass
-class _TrainSet:
-    """The dataset in the worker: positions -> one part of a batch."""
-
+@dataclass(frozen=True)
+class _QuestionSource(BatchSource[Asked, list[_Row], _Columns]):
     questions: Questions
-    order: Order
     conversations: PromptEncoder
     eyes: ImageProcessor | None
-    rank: int
-    world: int
 
-    def __getitems__(self, positions: range) -> _Part:
-        bad = BadCounter()
-        chosen = [int(index) for index in self.order.indices(positions.start, len(positions))]
-        asked = self.questions.read(chosen, self.eyes is not None)
-        try:
-            placed = [self._place(*place, bad) for place in zip(positions, chosen, asked, strict=True)]
-        except _Exhausted as error:
-            return _Part(None, bad.to_list(), dict(bad.examples), str(error))
-        rows = [row for _, row in placed]
+    item_name = "question"
+    contents = "sources"
+    batch_key = "answers.batch"
+    remedy = "Almost all of answers.train is unusable: repair it, or raise answers.max_length if questions are too long for it"
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def read(self, indices: Sequence[int]) -> list[Asked | BadSample]:
+        return self.questions.read(indices, self.eyes is not None)
+
+    def allocate(self, count: int) -> list[_Row]:
+        return []
+
+    def fill(self, rows: list[_Row], row: int, position: int, index: int, item: Asked) -> None:
+        rows.append(_row(item, self.eyes, self.conversations.training))
+
+    def collate(self, rows: list[_Row], positions: range, index_B: NDArray[np.int64]) -> _Columns:
         stacked = stack([row.encoded for row in rows], self.conversations.padding, left=False)
-        index = torch.tensor([index for index, _ in placed], dtype=torch.long)
-        return _Part(_Tensors(index, *_images(rows, self.eyes), *stacked), bad.to_list(), dict(bad.examples))
-
-    def _place(self, position: int, chosen: int, asked: Asked | BadSample, bad: BadCounter) -> tuple[int, _Row]:
-        """The question of one position and what it becomes."""
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                chosen = self.order.replacement(position, attempt)
-                (asked,) = self.questions.read([chosen], self.eyes is not None)
-            bad.seen += 1
-            try:
-                return chosen, _row(asked, self.eyes, self._encoded)
-            except BadSample as error:
-                bad.add(error.reason, str(error))
-        raise _Exhausted(
-            f"no usable question in {_ATTEMPTS} attempts for position {position}: {bad.by_reason()}. Example: {bad.example}. "
-            f"Almost all of answers.train is unusable: repair it, or raise answers.max_length if questions are too long for it"
-        )
-
-    def _encoded(self, question: Question, image: bool) -> Encoded:
-        return self.conversations.training(question, image)
+        return _Columns(*_images(rows, self.eyes), *stacked)
 
 
 @dataclass
@@ -276,28 +212,18 @@ class _PromptSet:
     eyes: ImageProcessor | None
 
     def __getitems__(self, indices: list[int]) -> PromptBatch:
-        rows: list[_Row] = []
-        used: list[int] = []
-        bad, unusable = BadCounter(seen=len(indices)), []
-        for index, asked in zip(indices, self.questions.read(indices, self.eyes is not None), strict=True):
-            try:
-                rows.append(_row(asked, self.eyes, self._encoded))
-                used.append(index)
-            except BadSample as error:
-                bad.add(error.reason, str(error))
-                unusable.append((index, f"{error.reason}: {error}"))
-        ids, attend, image_mask, _ = stack([row.encoded for row in rows], self.conversations.padding, left=True)
-        images, index_B = _images(rows, self.eyes), torch.tensor(used, dtype=torch.long)
-        return PromptBatch(index_B, *images, ids, attend, image_mask, [row.question for row in rows], unusable, bad)
+        made = usable(indices, self.questions.read(indices, self.eyes is not None), lambda _, item: _row(item, self.eyes, self._encoded))
+        ids, attend, image_mask, _ = stack([row.encoded for row in made.rows], self.conversations.padding, left=True)
+        images, index_B = _images(made.rows, self.eyes), torch.tensor(made.index_of_row, dtype=torch.long)
+        unusable = [(index, f"{bad.reason}: {bad}") for index, bad in made.unusable]
+        return PromptBatch(index_B, *images, ids, attend, image_mask, [row.question for row in made.rows], unusable, made.bad)
 
     def _encoded(self, question: Question, image: bool) -> Encoded:
         return self.conversations.prompt(question.text, question.short, image)
 
 
-def _row(asked: Asked | BadSample, eyes: ImageProcessor | None, encode: Callable[[Question, bool], Encoded]) -> _Row:
+def _row(asked: Asked, eyes: ImageProcessor | None, encode: Callable[[Question, bool], Encoded]) -> _Row:
     """Raises BadSample, with its place, for what cannot be read, seen or encoded."""
-    if isinstance(asked, BadSample):
-        raise asked
     with located(asked.where):
         pixels = None if eyes is None or asked.image is None else eyes.pixels(asked.image)
         return _Row(asked.question, encode(asked.question, pixels is not None), pixels)

@@ -21,8 +21,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.data.bad_samples import BadSample
-from megakd.data.pairs import caption, located
+from megakd.data.bad_samples import BadSample, located
+from megakd.data.caption_tokens import caption
 from megakd.data.sampler import Order
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.storage import local_path

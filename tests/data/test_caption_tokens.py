@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from megakd.data.bad_samples import BadSample
-from megakd.data.caption_tokens import PlainCaptions, plain_captions
-from megakd.data.pairs import caption
+from megakd.data.caption_tokens import PlainCaptions, caption, plain_captions
 from megakd.data.transforms import TowerView
 
 WORDS = ["red", "blue", "end", "of", "text", "s", "sep", "pad", "mask", "unk", "cls", "a", "picture", "<", ">", "/", "[", "]", "|", "_"]

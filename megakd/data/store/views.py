@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megakd.data.bad_samples import BadCounter, BadSample
+from megakd.data.bad_samples import BadCounter, usable
 from megakd.data.pairs import decoded
-from megakd.data.shards import ShardSet
+from megakd.data.shards import Sample, ShardSet
 from megakd.data.stream import WorkerStream, reported
 from megakd.data.transforms import TowerView, draw_stored, train_pixels
 from megakd.recipe import Views
@@ -50,25 +50,19 @@ class StoredViews:
         """The samples `index_N`, each in its views `view_NV`, without the bad ones."""
         height, width, _ = self.tower.train_pixels
         pixels = np.empty((*view_NV.shape, 3, height, width), np.uint8)
-        kept: list[int] = []
         texts: list[str] = []
-        bad = BadCounter(seen=len(index_N))
-        for index, views, sample in zip(
-            index_N.tolist(), view_NV.tolist(), self.shards.read_each(index_N.tolist(), ("image", "caption")), strict=True
-        ):
-            try:
-                image, text = decoded(sample, self.shards.data.max_pixels)
-                for number, view in enumerate(views):
-                    augmentation = draw_stored(self.views, self.seed, index, view, *image.size)
-                    pixels[len(kept), number] = train_pixels(image, augmentation, self.tower.train_pixels)
-            except BadSample as error:
-                bad.add(error.reason, str(error))
-                continue
-            kept.append(index)
+
+        def to_row(place: int, sample: Sample) -> None:  # place: in index_N, where a sample may stand twice
+            image, text = decoded(sample, self.shards.data.max_pixels)
+            for number, view in enumerate(view_NV[place].tolist()):
+                augmentation = draw_stored(self.views, self.seed, int(index_N[place]), view, *image.size)
+                pixels[len(texts), number] = train_pixels(image, augmentation, self.tower.train_pixels)
             texts.append(text)
+
+        made = usable(range(len(index_N)), self.shards.read_each(index_N.tolist(), ("image", "caption")), to_row)
         # a tokenizer may not take an empty list
-        tokens = self.tower.tokenize(texts or [""]).long()[: len(kept)]
-        return Seen(torch.tensor(kept, dtype=torch.long), torch.from_numpy(pixels[: len(kept)]), tokens, bad)
+        tokens = self.tower.tokenize(texts or [""]).long()[: len(texts)]
+        return Seen(torch.from_numpy(index_N[made.index_of_row].astype(np.int64)), torch.from_numpy(pixels[: len(texts)]), tokens, made.bad)
 
     def see_all(self, index_M: NDArray[np.int64], view_M: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """pixels (M, 3, H, W) uint8 and tokens (M, L) of samples in one view each; one blank pair for M = 0.
@@ -83,20 +77,20 @@ class StoredViews:
             raise ValueError(f"a sample could be read for the student and not again for the teacher: {seen.bad.example}")
         return seen.pixels[:, 0], seen.tokens
 
-    def __getitems__(self, asked: _Asked) -> Seen:
-        return self.see(asked.index_N, asked.view_NV)
+    def __getitems__(self, part: _SampleViews) -> Seen:
+        return self.see(part.index_N, part.view_NV)
 
     def stream(
-        self, asked: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], workers: int, pin_memory: bool
+        self, parts: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], workers: int, pin_memory: bool
     ) -> Generator[Seen, None, None]:
-        """see() of each, in order, made by `workers` processes; bad samples are logged here."""
-        stream: WorkerStream[Seen] = WorkerStream(self, [_Asked(*one) for one in asked], workers, pin_memory)
+        """see() of each (index_N, view_NV), in order, made by `workers` processes; bad samples are logged here."""
+        stream: WorkerStream[Seen] = WorkerStream(self, [_SampleViews(*part) for part in parts], workers, pin_memory)
         yield from reported(stream)
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What one `see` is asked for; torch's loader looks at a batch's length."""
+class _SampleViews:
+    """The arguments of one `see`; torch's loader looks at a batch's length."""
 
     index_N: NDArray[np.int64]
     view_NV: NDArray[np.int64]

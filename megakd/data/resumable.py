@@ -1,0 +1,170 @@
+"""Batches to train on, without end and resumable anywhere: the one loader behind image-text pairs and questions.
+
+1. `Order` turns a position into an index; a rank takes its contiguous part of each global batch.
+2. A worker reads that part from a `BatchSource` and makes a row of each item.
+3. An item that cannot be used is counted, and the order's next choice for its position takes its place.
+4. The main process logs what was bad and hands out batches, each with the position that resumes after it.
+
+The rows of all ranks, in rank order, are the same global batch for every number of ranks and workers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megakd.data.bad_samples import BadCounter, BadLog, BadSample, Reason
+from megakd.data.sampler import Order, Positions
+from megakd.data.stream import WorkerStream
+
+Item = TypeVar("Item")  # what is read of one index
+Rows = TypeVar("Rows")  # the rows of a batch while they are filled
+Columns = TypeVar("Columns")  # a batch's tensors: a NamedTuple, or what else torch sends between processes and pins
+BatchT = TypeVar("BatchT")
+
+# At a bad fraction of .9 one position in a thousand is still without a row after this many.
+_ATTEMPTS = 64
+
+
+class BatchSource(ABC, Generic[Item, Rows, Columns]):
+    """What a worker makes batches of. It is pickled to the workers.
+
+    item_name: "sample" or "question"; contents: what holds them; batch_key: the recipe's key of the global batch; all for errors.
+    remedy: the sentence that follows when no usable item is found for a position.
+    """
+
+    item_name: ClassVar[str]
+    contents: ClassVar[str]
+    batch_key: ClassVar[str]
+    remedy: ClassVar[str]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, indices: Sequence[int]) -> Iterable[Item | BadSample]:
+        """One result for each index, in order."""
+
+    @abstractmethod
+    def allocate(self, count: int) -> Rows:
+        """Empty rows."""
+
+    @abstractmethod
+    def fill(self, rows: Rows, row: int, position: int, index: int, item: Item) -> None:
+        """Make `row` of the item at `index`, which stands at `position` of the order. Raises BadSample; the row is then filled anew."""
+
+    @abstractmethod
+    def collate(self, rows: Rows, positions: range, index_B: NDArray[np.int64]) -> Columns:
+        """The batch of rows that are all filled."""
+
+
+class ResumableBatches(Iterator[BatchT], Generic[Columns, BatchT]):
+    """This rank's parts of the global batches from `start_position` on, without end; a context manager. `close()` ends the workers.
+
+    to_batch(position, next_position, index_B, columns, bad) makes what is handed out. position: of the global batch's first item, over
+    all ranks; index_B: (B,) int64, the items used, replacements included; bad: what this rank skipped, with `seen` items tried.
+
+    Raises ValueError when the global batch does not divide by the ranks, when the order was made for another source, and, while
+    iterating, when no usable item is found for a position; errors of a worker come with its traceback.
+    """
+
+    def __init__(
+        self,
+        source: BatchSource[Item, Rows, Columns],
+        order: Order,
+        to_batch: Callable[[int, int, torch.Tensor, Columns, BadCounter], BatchT],
+        *,
+        rank: int,
+        world: int,
+        start_position: int,
+        workers: int,
+        pin_memory: bool,
+    ) -> None:
+        if order.batch % world:
+            raise ValueError(
+                f"{source.batch_key} = {order.batch} does not divide by {world} ranks: make it a multiple of the number of ranks"
+            )
+        if order.samples != len(source):
+            raise ValueError(f"the order covers {order.samples} {source.item_name}s, but the {source.contents} hold {len(source)}")
+        if start_position < 0:
+            raise ValueError(f"start_position = {start_position}: positions start at 0")
+        self._batch, self._position, self._to_batch, self._log = order.batch, start_position, to_batch, BadLog()
+        positions = Positions(order, rank, world, start_position)
+        self._stream: WorkerStream[_Loaded[Columns]] = WorkerStream(_PositionSet(source, order), positions, workers, pin_memory)
+
+    def __next__(self) -> BatchT:
+        loaded = next(self._stream)
+        bad = BadCounter.from_list(loaded.counts, loaded.examples)
+        self._log.report(bad)
+        if loaded.columns is None:
+            self.close()
+            raise ValueError(loaded.failure)
+        position, self._position = self._position, self._position + self._batch
+        return self._to_batch(position, self._position, loaded.index_B, loaded.columns, bad)
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __enter__(self) -> ResumableBatches[Columns, BatchT]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Loaded(NamedTuple, Generic[Columns]):
+    """What a worker sends. columns None: the `failure`. counts: as `BadCounter.to_list` gives them."""
+
+    index_B: torch.Tensor
+    columns: Columns | None
+    counts: list[int]
+    examples: dict[Reason, str]
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class _PositionSet(Generic[Item, Rows, Columns]):
+    """The dataset in a worker: positions -> one rank's part of a batch."""
+
+    source: BatchSource[Item, Rows, Columns]
+    order: Order
+
+    def __getitems__(self, positions: range) -> _Loaded[Columns]:
+        bad = BadCounter()
+        index_B = self.order.indices(positions.start, len(positions))
+        items = self.source.read(index_B.tolist())
+        rows = self.source.allocate(len(positions))
+        for row, (position, item) in enumerate(zip(positions, items, strict=True)):
+            used = self._fill(rows, row, position, int(index_B[row]), item, bad)
+            if used is None:
+                failure = (
+                    f"no usable {self.source.item_name} in {_ATTEMPTS} attempts for position {position}: {bad.by_reason()}. "
+                    f"Example: {bad.example}. {self.source.remedy}"
+                )
+                return _Loaded(torch.empty(0), None, bad.to_list(), dict(bad.examples), failure)
+            index_B[row] = used
+        columns = self.source.collate(rows, positions, index_B)
+        return _Loaded(torch.from_numpy(index_B), columns, bad.to_list(), dict(bad.examples))
+
+    def _fill(self, rows: Rows, row: int, position: int, index: int, item: Item | BadSample, bad: BadCounter) -> int | None:
+        """Fills a row and returns the index of the item that did it, `index` or a replacement; None when no attempt found a usable one."""
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                index = self.order.replacement(position, attempt)
+                (item,) = self.source.read([index])
+            bad.seen += 1
+            try:
+                if isinstance(item, BadSample):
+                    raise item
+                self.source.fill(rows, row, position, index, item)
+            except BadSample as error:
+                bad.add(error.reason, str(error))
+            else:
+                return index
+        return None
