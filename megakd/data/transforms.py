@@ -21,7 +21,7 @@ from PIL import Image
 
 from megakd.data.bad_samples import BadSample
 from megakd.data.caption_tokens import PlainCaptions, Tokenize, plain_captions
-from megakd.data.draws import uniform
+from megakd.data.sampler import uniform
 from megakd.recipe import Views
 
 if TYPE_CHECKING:

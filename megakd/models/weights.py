@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megakd.models.weight_kinds import recognise, unpickled
 from megakd.recipe import texts
-from megakd.runtime.files import atomic_file, partials, sync
+from megakd.runtime.files import atomic_file, partials, safetensors_header, sync
 
 Shape = tuple[int, ...]
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -118,8 +118,7 @@ def _header(path: Path) -> dict[str, _Place]:
         with safe_open(path, framework="pt"):
             pass
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header: dict[str, Any] = json.loads(file.read(length))
+            begin, header = safetensors_header(file)
     except (SafetensorError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path}: no complete safetensors file, and so no file of plain tensors ({error}); it was truncated, or is something else: "
@@ -132,7 +131,7 @@ def _header(path: Path) -> dict[str, _Place]:
     places = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
-        places[name] = _Place(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + start, end - start)
+        places[name] = _Place(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin + start, end - start)
     return places
 
 

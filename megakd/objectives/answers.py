@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from megakd.models.vlm import IGNORED
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
 
 # Legend: B questions of a rank's part of the batch, or of one micro-batch; L tokens of a conversation.
 
 NAME = "answer"
-IGNORED = -100  # a label that is not learned: torch's and transformers' convention
 
 
 class Answer:

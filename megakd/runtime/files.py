@@ -13,10 +13,11 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 PARTIAL, REMOVED, REPLACED = ".partial", ".removed", ".replaced"
 # What versions before 0.2 had under way.
@@ -173,3 +174,14 @@ def _settle(target: Path) -> None:
 
 def _beside(path: Path, end: str) -> Path:
     return path.with_name(f".{path.name.lstrip('.')}{end}")
+
+
+def safetensors_header(file: BinaryIO, largest: int = 1 << 27) -> tuple[int, dict[str, Any]]:
+    """(where the tensors' bytes begin, {name: {"dtype", "shape", "data_offsets"}, "__metadata__": ...}) of a safetensors file at its start.
+
+    largest: bytes of a header; more are not read, as a damaged length would be gigabytes. Raises ValueError where there is no JSON; the
+    offsets count from where the bytes begin, and nothing is compared with the file's length.
+    """
+    (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+    header: dict[str, Any] = json.loads(file.read(min(length, largest)))
+    return 8 + length, header

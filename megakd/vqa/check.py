@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megakd.data.bad_samples import BadCounter, BadSample
+from megakd.models.vlm import IGNORED
 from megakd.vqa.benchmarks.base import Question
-from megakd.vqa.prompts import IGNORED, PromptEncoder, SilentAnswer
+from megakd.vqa.prompts import PromptEncoder, SilentAnswer
 from megakd.vqa.sets import CaptionSet, Questions, QuestionSet
 
 _MOST = 5000  # questions of a set that are tried, evenly spread over it: a few seconds

@@ -29,11 +29,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megakd.data.bad_samples import BadSample
+from megakd.models.vlm import IGNORED
 from megakd.recipe import Decoder
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.plain_text import PlainText
 
-IGNORED = -100
 # How prompts become ids. 1, of bundles that say nothing else: all white space at the prompt's end is the answer's, and a begin token of the
 # template comes beside the tokenizer's own. 2: as above.
 RULES = 2

@@ -3,8 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakd.data.draws import raw
-from megakd.data.sampler import Order
+from megakd.data.sampler import Order, raw
 
 PINNED = [210, 844, 140, 141, 839, 211, 135, 133]
 PINNED_RAW = [844147632273947768, 2592160334605157396]

@@ -6,10 +6,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from megakd.data.bad_samples import BadSample
+from megakd.models.vlm import IGNORED
 from megakd.recipe import Decoder
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.plain_text import PlainText
-from megakd.vqa.prompts import IGNORED, PromptEncoder
+from megakd.vqa.prompts import PromptEncoder
 from support.tokenizers import KINDS, gpt2, llama, qwen2, whole_words
 
 CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from megakd.data.bad_samples import BadSample
 from megakd.data.shapes.vocabulary import write_tokenizer
+from megakd.models.vlm import IGNORED
 from megakd.recipe import Decoder
 from megakd.vqa.benchmarks.base import Question
-from megakd.vqa.prompts import IGNORED, PromptEncoder, stack
+from megakd.vqa.prompts import PromptEncoder, stack
 
 P = 4
 

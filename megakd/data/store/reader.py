@@ -21,7 +21,6 @@ import base64
 import hashlib
 import json
 import math
-import struct
 import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -36,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megakd.data.store.manifest import MANIFEST, Layout, Manifest, StoreError, StoreType, differences, made_as_wanted, read_manifest
+from megakd.runtime.files import safetensors_header
 
 __all__ = [
     "MANIFEST",
@@ -93,10 +93,10 @@ def read_part(folder: Path, manifest: Manifest, number: int) -> PartFile:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length, header, note = _header(file)
+            begin, header, note = _header(file)
             described = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for name in shapes}
-            spans = {name: (int(begin), int(end)) for name in shapes for begin, end in [header[name]["data_offsets"]]}
-            facts = PartFile({name: 8 + length + span[0] for name, span in spans.items()}, str(note["sha256"]), int(note["known"]))
+            spans = {name: (int(first), int(end)) for name in shapes for first, end in [header[name]["data_offsets"]]}
+            facts = PartFile({name: begin + span[0] for name, span in spans.items()}, str(note["sha256"]), int(note["known"]))
             file.seek(facts.offsets["known"] if 0 <= facts.offsets["known"] <= size else 0)
             known = np.frombuffer(file.read(layout.count(number)), np.uint8)
         owner = (note["store"], note["number"], facts.sha256)
@@ -107,14 +107,14 @@ def read_part(folder: Path, manifest: Manifest, number: int) -> PartFile:
         raise StoreError(f"{path}: no part of a store ({error!r})") from error
     if described != {name: (types[name], shape) for name, shape in shapes.items()}:
         raise StoreError(f"{path}: its tensors are {described}, not those of the manifest's layout")
-    if (expected := 8 + length + max(end for _, end in spans.values())) != size:
+    if (expected := begin + max(end for _, end in spans.values())) != size:
         raise StoreError(f"{path}: {size} bytes instead of {expected}")
     # save_file puts tensors of one type in the order of their names, image before text: swapped, they would be read as each other
     bytes_of = {"BF16": 2, "F32": 4, "U8": 1}
     lengths = {name: math.prod(shape) * bytes_of[types[name]] for name, shape in shapes.items()}
     ordered = sorted(spans.values())
-    tiled = [0, *(end for _, end in ordered)] == [*(begin for begin, _ in ordered), size - 8 - length]
-    if not tiled or any(end - begin != lengths[name] for name, (begin, end) in spans.items()) or spans["image"] > spans["text"]:
+    tiled = [0, *(end for _, end in ordered)] == [*(first for first, _ in ordered), size - begin]
+    if not tiled or any(end - first != lengths[name] for name, (first, end) in spans.items()) or spans["image"] > spans["text"]:
         raise StoreError(f"{path}: its tensors do not lie where they were written: {spans}")
     listed = manifest.parts[number]["sha256"] if manifest.parts else facts.sha256
     if owner != (manifest.digest, number, listed):
@@ -125,10 +125,9 @@ def read_part(folder: Path, manifest: Manifest, number: int) -> PartFile:
 
 
 def _header(file: BinaryIO) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """Length and content of a safetensors header, and the note in it. Raises ValueError, KeyError or TypeError for anything else."""
-    (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-    header = json.loads(file.read(min(length, _LARGEST_HEADER)))
-    return length, header, json.loads(header["__metadata__"][NOTE])
+    """Where the tensors' bytes begin, the header, and the note in it. Raises ValueError, KeyError or TypeError for anything else."""
+    begin, header = safetensors_header(file, _LARGEST_HEADER)
+    return begin, header, json.loads(header["__metadata__"][NOTE])
 
 
 def _checks(note: Mapping[str, Any], layout: Layout, number: int) -> NDArray[np.int32] | None:

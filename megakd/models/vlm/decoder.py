@@ -38,13 +38,12 @@ from transformers.utils import logging as transformers_logging
 
 from megakd import recipe
 from megakd.models.patches import measure
-from megakd.models.vlm import decoder_tokenizer, lora
+from megakd.models.vlm import IGNORED, decoder_tokenizer, lora
 from megakd.models.vlm.decoder_config import DecoderSpec, resolve
 from megakd.models.vlm.projector import Projector
 
-__all__ = ["IGNORED", "Decoder", "DecoderSpec", "build", "resolve"]
+__all__ = ["Decoder", "DecoderSpec", "build", "resolve"]
 
-IGNORED = -100  # a label that is not learned: torch's and transformers' convention
 _BLOCK = 64  # weights that share a scale in bitsandbytes' nf4
 
 
