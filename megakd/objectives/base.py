@@ -1,34 +1,66 @@
-"""The contract of an objective: embeddings in, its losses out."""
+"""The contract of an objective: embeddings in, its losses out. What a recipe knows of it is declared in `recipe/objectives.py`."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol, TypedDict
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megakd.models.embeddings import Embeddings
+from megakd.objectives import cost
+from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
 from megakd_kernels import choose
 
 
-class Objective(Protocol):
-    """Losses over a batch that share their work. It holds no rank and makes no collective; what spans ranks is in `megakd_kernels`.
+@dataclass(frozen=True)
+class StepContext:
+    """What an objective is called with: this rank's part of one step's batch of pairs.
 
-    names: keys of the recipe's `[objectives]` that it computes.
-    backend: which implementation of `megakd_kernels` it calls; None where it calls none.
+    teachers: in the recipe's order, none where no active objective needs one. group: the ranks whose pairs form one batch, None for this
+    process alone. step: optimiser steps done before this one.
     """
 
-    names: tuple[str, ...]
-    backend: str | None
+    student: Embeddings
+    teachers: Sequence[Embeddings] = ()
+    group: ProcessGroup | None = None
+    step: int = 0
+
+
+class Objective(ABC):
+    """One or several losses of the recipe's `[objectives]` that share their work. It is called once a step, on the whole batch of its rank.
+
+    names: keys of `[objectives]` that it computes, in the recipe's order.
+    backend: which implementation of `megakd_kernels` it calls; None where it calls none.
+    state: tensors kept from step to step under names of its own, equal on every rank. They are saved with each checkpoint, and are there
+    again, on the device, before the first step of a run that goes on.
+    """
+
+    backend: str | None = None
+
+    def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
+        self.names, self.state = names, dict[str, Tensor]()
+
+    @classmethod
+    def shared(cls, recipe: Recipe, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """The active losses of this class in groups, of which one object computes each; all in one unless a subclass says otherwise."""
+        return [names]
 
     def head(self, student_width: int, teacher_width: int) -> nn.Module | None:
         """A projection to train inside the engine, one for each teacher; outputs come back by their `head_name`. None for none."""
-        ...
+        return None
 
-    def __call__(self, student: Embeddings, teachers: Sequence[Embeddings], group: ProcessGroup | None) -> dict[str, Tensor]:
+    def cost(self, shape: LossShape) -> LossCost:
+        """Memory, traffic and FLOPs of one rank and step, for `megakd plan`. Without an override: those of eager, N x N products."""
+        return cost.eager(shape)
+
+    @abstractmethod
+    def __call__(self, context: StepContext) -> dict[str, Tensor]:
         """Each of `names` as a float32 scalar whose gradient, averaged over ranks, is that of the global batch; the teachers' mean."""
         ...
 
@@ -50,8 +82,8 @@ def kernel_options(recipe: Recipe, loss: str, device: torch.device) -> KernelOpt
 
     Raises ValueError naming the key where the forced backend cannot run on this device.
     """
-    asked: dict[str, Any] = {"backend": recipe.kernels.backend, "ring": recipe.kernels.ring}
+    options: dict[str, Any] = {"backend": recipe.kernels.backend, "ring": recipe.kernels.ring}
     try:
-        return KernelOptions(backend=choose(loss, recipe.optim.batch, device, torch.float32, **asked), ring=recipe.kernels.ring)
+        return KernelOptions(backend=choose(loss, recipe.optim.batch, device, torch.float32, **options), ring=recipe.kernels.ring)
     except ValueError as error:
         raise ValueError(f"kernels.backend = {recipe.kernels.backend!r}: {error}") from error

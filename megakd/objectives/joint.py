@@ -20,12 +20,12 @@ class Joint:
         self.weights = (distill.weights if distill else {}) | ({NAME: answer.weight} if answer else {})
         self.backends = distill.backends if distill else {}
 
-    def losses(self, outputs: dict[str, Tensor], teachers: Sequence[Embeddings], answer_tokens: float) -> dict[str, Tensor]:
+    def losses(self, outputs: dict[str, Tensor], teachers: Sequence[Embeddings], answer_tokens: float, step: int) -> dict[str, Tensor]:
         """Unweighted float32 scalars by name, in the order of `weights`. outputs: those of the engine's module for this rank's part.
 
-        learned_tokens: `Answer.answer_tokens` of the global batch; without answers it is not looked at.
+        answer_tokens: `Answer.answer_tokens` of the global batch; without answers it is not looked at.
         """
-        found = self.distill.losses(embeddings(outputs), teachers) if self.distill else {}
+        found = self.distill.losses(embeddings(outputs), teachers, step) if self.distill else {}
         return found | ({NAME: self.answer.loss(outputs, answer_tokens)} if self.answer else {})
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:

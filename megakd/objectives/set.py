@@ -1,17 +1,33 @@
-"""The distillation task: a batch of image-text pairs -> one loss for each objective of the recipe."""
+"""The recipe's objectives together: a batch of image-text pairs -> one loss for each that has a positive weight."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megakd.models.embeddings import Embeddings
-from megakd.objectives.base import head_name
-from megakd.objectives.registry import WITH_BIAS, WITHOUT_TEACHER, build
+from megakd.objectives.base import Objective, StepContext, head_name
+from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
+from megakd.recipe.objectives import declaration
+
+
+def build(recipe: Recipe, device: torch.device) -> list[Objective]:
+    """The active objectives, in the order of the recipe's keys. Raises ValueError for a forced backend that cannot run on `device`."""
+    by_class: dict[str, tuple[str, ...]] = {}
+    for name in recipe.objectives.active():
+        where = declaration(name).where
+        by_class[where] = (*by_class.get(where, ()), name)
+    built: list[Objective] = []
+    for where, names in by_class.items():
+        module, _, found = where.rpartition(".")
+        kind: type[Objective] = getattr(importlib.import_module(module), found)
+        built += [kind(recipe, device, together) for together in kind.shared(recipe, names)]
+    return built
 
 
 class ObjectiveSet:
@@ -20,30 +36,29 @@ class ObjectiveSet:
     def __init__(self, recipe: Recipe, device: torch.device, group: ProcessGroup | None) -> None:
         """group: the ranks whose pairs form one batch; None is this process alone.
 
-        Raises ValueError when an objective needs a teacher and the recipe has no `[teacher]`, and for a backend that cannot run.
+        Raises ValueError when an objective needs what the recipe's models do not have, and for a backend that cannot run.
         """
         self.weights = recipe.objectives.active()
-        self.needs_teacher = self.uses_teacher(recipe)
-        if self.needs_teacher and recipe.teacher is None:
-            needy = [name for name in self.weights if name not in WITHOUT_TEACHER]
+        in_need = recipe.objectives.in_need_of_a_teacher()
+        self.needs_teacher = bool(in_need)
+        if in_need and recipe.teacher is None:
             raise ValueError(
-                f"objectives.{', objectives.'.join(needy)}: needs a teacher, and the recipe has no [teacher]; "
+                f"objectives.{', objectives.'.join(in_need)}: needs a teacher, and the recipe has no [teacher]; "
                 f"add one or set the weight to 0"
             )
+        for name in self.weights:
+            if features := declaration(name).features:
+                raise ValueError(f"objectives.{name}: reads {', '.join(features)}, and the models hand over no outputs of blocks yet")
         self._objectives = build(recipe, device)
-        self._group = group
+        self._device, self._group = device, group
         self.backends = {name: part.backend for part in self._objectives for name in part.names if part.backend is not None}
-
-    @staticmethod
-    def uses_teacher(recipe: Recipe) -> bool:
-        return not WITHOUT_TEACHER.issuperset(recipe.objectives.active())
 
     def check_bias(self, model: str, has_bias: bool) -> None:
         """Raises ValueError when an objective needs the logit bias of a sigmoid-trained model that `model` has not."""
-        needy = sorted(WITH_BIAS.intersection(self.weights))
-        if needy and not has_bias:
+        in_need = sorted(name for name in self.weights if declaration(name).needs_bias)
+        if in_need and not has_bias:
             raise ValueError(
-                f"objectives.{needy[0]}: the {model} has no logit bias, so every pair would count as a match; use a model trained "
+                f"objectives.{in_need[0]}: the {model} has no logit bias, so every pair would count as a match; use a model trained "
                 f"with a sigmoid loss, or give a {model}.architecture of your own `init_logit_bias` (SigLIP starts at -10)"
             )
 
@@ -56,9 +71,28 @@ class ObjectiveSet:
         }
         return {name: head for name, head in built.items() if head is not None}
 
-    def losses(self, student: Embeddings, teachers: Sequence[Embeddings]) -> dict[str, Tensor]:
-        """Unweighted float32 scalars by objective name, in the order of `weights`."""
-        found: dict[str, Tensor] = {}
+    def losses(self, student: Embeddings, teachers: Sequence[Embeddings], step: int = 0) -> dict[str, Tensor]:
+        """Unweighted float32 scalars by objective name, in the order of `weights`. step: optimiser steps done before this one."""
+        context, losses = StepContext(student, teachers, self._group, step), dict[str, Tensor]()
         for objective in self._objectives:
-            found |= objective(student, teachers, self._group)
-        return {name: found[name] for name in self.weights}
+            losses |= objective(context)
+        return {name: losses[name] for name in self.weights}
+
+    def cost(self, shape: LossShape) -> LossCost:
+        """Of all active objectives on one rank in one step."""
+        costs = [objective.cost(shape) for objective in self._objectives]
+        return LossCost(sum(one.memory for one in costs), sum(one.wire for one in costs), sum(one.flops for one in costs))
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies on the CPU of what objectives keep from step to step, as OBJECTIVE.NAME: what a checkpoint has of them."""
+        kept = {f"{part.names[0]}.{name}": value for part in self._objectives for name, value in part.state.items()}
+        return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in kept.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Give each objective what `state` returned. Raises ValueError for that of an objective which is not active."""
+        owners = {part.names[0]: part for part in self._objectives}
+        for key, value in state.items():
+            owner, _, name = key.partition(".")
+            if owner not in owners:
+                raise ValueError(f"objectives.{owner}: the checkpoint has its state {name!r}, and the recipe gives it no weight")
+            owners[owner].state[name] = value.to(self._device)

@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import get_args
 
+from megakd.objectives.cost import LossCost
 from megakd.planning import rates, zero
 from megakd.planning.models import BACKWARD_FLOPS, Form, StudentCost, TeacherCost
-from megakd.planning.objectives import LossCost
 from megakd.recipe import Placement
 
 

@@ -2,7 +2,7 @@
 
 1. The DeepSpeed JSON is resolved against the recipe, as a run would.
 2. Teacher, student and decoder are built on `meta` and watched through a step: activations, temporaries, FLOPs (`planning.models`).
-3. DeepSpeed's share comes from formulas that a test counts again on real engines (`planning.zero`), the losses' from `planning.loss`.
+3. DeepSpeed's share comes from formulas that a test counts again on real engines (`planning.zero`), the losses' from `objectives.cost`.
 4. Each teacher mode adds its weights, gathered blocks and temporaries; the peak is that of the worst place in the step.
 5. What fits and is fastest is recommended.
 
@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from megakd.objectives.cost import LossShape
 from megakd.objectives.set import ObjectiveSet
-from megakd.planning import models, objectives, rates, report, zero
+from megakd.planning import models, rates, report, zero
 from megakd.planning.modes import STORE, Mode, PlannedJob, Row, modes, row
 from megakd.planning.result import GB, IN_PIECES, OUTSIDE, Cluster, MemoryPlan
 from megakd.recipe import Recipe
@@ -80,9 +81,9 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
         recipe, lambda own: task.heads(own, widths), shares, bf16=ds_config.is_bf16(resolved), drop=student_zero.stage > 1
     )
     elements = (student.element, teacher_settings.element)
-    shape = objectives.Shape(pairs, cluster.gpus, (student.width, sum(widths)), elements, len(teachers), recipe.kernels.ring, device)
+    shape = LossShape(pairs, cluster.gpus, (student.width, sum(widths)), elements, len(teachers), recipe.kernels.ring, device)
     return PlannedJob(
-        student, teachers, objectives.cost(recipe.objectives, task.backends, shape), task.backends, student_zero, teacher_settings,
+        student, teachers, task.cost(shape), task.backends, student_zero, teacher_settings,
         pairs, cluster.gpus, questions, rounds, rates.gpu(cluster.kind), cluster.per_node,
     )  # fmt: skip
 

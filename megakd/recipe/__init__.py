@@ -1,19 +1,16 @@
 """What is learned: the sections of a recipe. See `schema.py` for its whole tree."""
 
+from megakd.recipe.objectives import Feature, Interactive, Objectives, Similarity
 from megakd.recipe.schema import (
     Checkpoint,
     Data,
     Evaluation,
-    Feature,
-    Interactive,
     Kernels,
     Log,
     Model,
-    Objectives,
     Optim,
     Preprocess,
     Recipe,
-    Similarity,
     Student,
     Teacher,
     Views,

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+from megakd.recipe import objectives
+
 Change = Literal["free", "told", "refused"]
 
 _PREPROCESS = tuple(f"preprocess.{key}" for key in ("mean", "std", "interpolation", "resize_mode"))
@@ -52,8 +54,7 @@ _REFUSED = (
     *("seed", "data.caption", "data.block", "data.window", "views.crop_scale", "views.crop_ratio", "views.flip"),
     *(f"student.{key}" for key in ("model", "architecture", "pretrained", "tokenizer", "max_scale", *_PREPROCESS)),
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_REFUSED),
-    *(f"objectives.{key}" for key in ("contrastive", "similarity", "sigmoid_contrastive", "sigmoid_similarity", "interactive", "feature")),
-    *("similarity.temperature", "similarity.student_scale", "interactive.head", "feature.head"),
+    *objectives.keys(),
     *(f"decoder.{key}" for key in ("model", "architecture", "tokenizer", "adapt", "quantise", "image_tokens", "layer", "template")),
     *("decoder.instruction", "decoder.start", *(f"decoder.lora.{key}" for key in ("rank", "alpha", "dropout", "targets"))),
     *("answers.train.*.format", "answers.train.*.split", "answers.weight", "answers.batch", "answers.tower"),

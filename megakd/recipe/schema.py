@@ -1,7 +1,7 @@
 """A recipe says what is learned: data, models, objectives, optimisation. One frozen, typed tree; no other module has defaults.
 
 How a run is carried out (ZeRO stage, precision, micro-batch, monitors) is the DeepSpeed JSON's to say; see `runtime/engine.py`.
-Reading, overriding and comparing recipes is in `load.py`; the sections about questions are in `vqa.py`.
+Reading, overriding and comparing recipes is in `load.py`; the losses are in `objectives.py`, the sections about questions in `vqa.py`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from megakd.recipe.objectives import ObjectiveSections
 from megakd.recipe.section import (
     FloatPair,
     FloatTriple,
     Fraction,
-    HeadKind,
     Int8Product,
     Name,
     NonNegative,
@@ -175,39 +175,6 @@ class Teacher(Model):
         return self
 
 
-class Objectives(Section):
-    """name = weight; 0 leaves an objective out."""
-
-    contrastive: Weight = Field(0.0, description="CLIP's InfoNCE, without a teacher")
-    similarity: Weight = Field(0.0, description="similarity-matrix KD, see [similarity]")
-    sigmoid_contrastive: Weight = Field(0.0, description="SigLIP's loss, without a teacher; for models with a logit bias")
-    sigmoid_similarity: Weight = Field(0.0, description="the same with the teacher's probabilities as labels")
-    interactive: Weight = Field(0.0, description="interactive contrastive learning, see [interactive]")
-    feature: Weight = Field(0.0, description="feature KD, see [feature]")
-
-    def active(self) -> dict[str, float]:
-        return {name: weight for name, weight in self if weight > 0}
-
-
-class Similarity(Section):
-    """Similarity-matrix KD: KL divergence of the two towers' softmaxes over rows and columns."""
-
-    temperature: PositiveFloat = Field(1.0, description="divides both towers' logits")
-    student_scale: PositiveFloat | None = Field(None, description="fixed logit scale; default: the learned one")
-
-
-class Interactive(Section):
-    """Interactive contrastive learning: projected student embeddings as queries among the teacher's of the other modality."""
-
-    head: HeadKind = "linear"
-
-
-class Feature(Section):
-    """Feature KD: squared distance of the projected student embedding to the teacher's, both normalised."""
-
-    head: HeadKind = "linear"
-
-
 class Kernels(Section):
     """How losses over the similarity matrix are computed: speed and memory, not what is learned."""
 
@@ -286,7 +253,9 @@ class Watchdog(Section):
         return self
 
 
-class Recipe(Section):
+class Sources(Section):
+    """What a recipe begins with: its name, the data and the models. A base of `Recipe`, so that its keys come first."""
+
     name: str = Field(
         pattern=r"^[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*$",
         max_length=100,
@@ -298,10 +267,11 @@ class Recipe(Section):
     student: Student | None = Field(None, description="absent: a decoder that learns from text alone, the blind control")
     teacher: Teacher | None = None
     ensemble: dict[Name, Teacher] = Field(default_factory=dict, description="further teachers by name; the losses of all are averaged")
-    objectives: Objectives = Objectives()
-    similarity: Similarity = Similarity()
-    interactive: Interactive = Interactive()
-    feature: Feature = Feature()
+
+
+class Recipe(ObjectiveSections, Sources):
+    """Everything that is learned, and from what."""
+
     kernels: Kernels = Kernels()
     decoder: Decoder | None = None
     answers: Answers | None = None

@@ -3,7 +3,8 @@
     checkpoints/step_00000500/
         weights.safetensors     every trained parameter, fp32
         moments.safetensors     AdamW's moments, fp32
-        state.json              step, updates, position in the data, generator seeds, sizes and SHA-256 of the two files and of itself
+        objectives.safetensors  what losses keep from step to step; only where one does
+        state.json              step, updates, position in the data, generator seeds, sizes and SHA-256 of these files and of itself
 
 A checkpoint is written to a hidden folder beside it, synced to the disk and renamed: a crash at any moment leaves the previous ones
 untouched. Random numbers need no stored state: every step seeds torch's generators from (seed, step, rank), see `training/trainer.py`.
@@ -32,7 +33,7 @@ from megakd.runtime.engine import State
 from megakd.runtime.exits import LossNotFinite
 
 FORMAT = 2
-WEIGHTS, MOMENTS, STATE = "weights.safetensors", "moments.safetensors", "state.json"
+WEIGHTS, MOMENTS, OBJECTIVES, STATE = "weights.safetensors", "moments.safetensors", "objectives.safetensors", "state.json"
 # Under a kilobyte as we write it; what is larger is not ours, and is not parsed.
 _LARGEST_STATE = 1 << 20
 _NAME = re.compile(r"step_(\d{8,})")
@@ -66,7 +67,8 @@ def save(run: Path, progress: Progress, state: State, keep: int) -> Path:
     Raises CheckpointError when the disk is full or not writable, and LossNotFinite for a state that no run could go on from; the
     earlier checkpoints then stay as they were.
     """
-    broken = [name for name, value in (*state.weights.items(), *state.moments.items()) if not bool(value.isfinite().all())]
+    tensors = {WEIGHTS: state.weights, MOMENTS: state.moments} | ({OBJECTIVES: state.objectives} if state.objectives else {})
+    broken = [name for content in tensors.values() for name, value in content.items() if not bool(value.isfinite().all())]
     if broken:
         shown = ", ".join(broken[:3]) + f" and {len(broken) - 3} more" * (len(broken) > 3)
         raise LossNotFinite(f"step {progress.step}: not saved, because {shown} became NaN or infinite in the last update")
@@ -75,11 +77,11 @@ def save(run: Path, progress: Progress, state: State, keep: int) -> Path:
     try:
         files.clear(folder)  # a run has one writer
         with files.atomic_folder(target) as partial:
-            save_file(state.weights, partial / WEIGHTS)
-            save_file(state.moments, partial / MOMENTS)
+            for file, held in tensors.items():
+                save_file(held, partial / file)
             content = {"format": FORMAT, **asdict(progress), "updates": state.updates}
             content["files"] = {
-                name: {"bytes": (partial / name).stat().st_size, "sha256": files.sha256(partial / name)} for name in (WEIGHTS, MOMENTS)
+                name: {"bytes": (partial / name).stat().st_size, "sha256": files.sha256(partial / name)} for name in tensors
             }
             text = json.dumps({**content, "sha256": files.json_sha256(content)}, indent=1)
             (partial / STATE).write_text(text, encoding="utf-8")
@@ -127,7 +129,8 @@ def load(path: Path) -> tuple[Progress, State]:
             raise CheckpointError(f"{path / MOMENTS}: {name} is no moment, in float32, of a tensor in {WEIGHTS}; {_ELSEWHERE}")
     if len(moments) != len(KINDS) * len(trained) or any(bool((moments[f"exp_avg_sq/{name}"] < 0).any()) for name in trained):
         raise CheckpointError(f"{path / MOMENTS}: moments are missing, or squares are negative; {_ELSEWHERE}")
-    return progress, State(weights, moments, content["updates"])
+    objectives = _tensors(path / OBJECTIVES) if OBJECTIVES in content["files"] else {}
+    return progress, State(weights, moments, content["updates"], objectives)
 
 
 def load_weights(path: Path) -> tuple[Progress, dict[str, Tensor]]:
@@ -155,7 +158,7 @@ _ELSEWHERE = "resume from another checkpoint"
 
 
 def _verified(path: Path) -> tuple[Progress, dict[str, Any]]:
-    """What `state.json` says, after it and both files were checked."""
+    """What `state.json` says, after it and the files that it lists were checked."""
     if not (path / STATE).is_file():
         raise CheckpointError(f"{path}: no checkpoint there (it has no {STATE}); a run's checkpoints are in RUN/checkpoints/step_*")
     try:
@@ -204,7 +207,7 @@ def _contradiction(folder: str, content: dict[str, Any]) -> str | None:
     if content["format"] == 1 and content["step"] and content["position"] % content["step"]:
         return f"position = {content['position']} after {content['step']} steps of equal size"
     listed = content.get("files")
-    if not isinstance(listed, dict) or set(listed) != {WEIGHTS, MOMENTS}:
+    if not isinstance(listed, dict) or set(listed) - {OBJECTIVES} != {WEIGHTS, MOMENTS}:
         return f"files are not {WEIGHTS} and {MOMENTS}"
     if any(not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys() for facts in listed.values()):
         return "files have no size or checksum"

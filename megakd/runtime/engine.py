@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,15 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 @dataclass(frozen=True)
 class State:
-    """Everything the optimizer moves, unsharded and in fp32 on the CPU: weights by parameter name, moments by `MOMENT/name`."""
+    """Everything the optimizer moves, unsharded and in fp32 on the CPU: weights by parameter name, moments by `MOMENT/name`.
+
+    objectives: what losses keep from step to step, which the engine knows nothing of; see `ObjectiveSet.state`.
+    """
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
     updates: int
+    objectives: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Engine:

@@ -318,6 +318,8 @@ class Run:
         self._judge = Evaluator(self.plan, self.world, self._learners, StopPoller(self.world, self._stop))
         if state is not None:
             checkpoint.check_fits(self._resumed_from, state.weights, trained_shapes(module))
+            if self.plan.pairs is not None:
+                self.plan.pairs.task.restore(state.objectives)
         self._engine = Engine(module.to(device), self._learners.groups, recipe.optim, self.plan.config, self.world, state)
 
     def _fit(self, progress: Progress) -> None:
@@ -344,7 +346,9 @@ class Run:
     def save(self, progress: Progress) -> None:
         """Write a checkpoint; every rank learns whether it is there before it goes on."""
         watchdog.beat("saving a checkpoint", progress.step)
-        state = self._engine.export(moments=True, everywhere=False)
+        exported = self._engine.export(moments=True, everywhere=False)
+        pairs = self.plan.pairs
+        state = exported if pairs is None else dataclasses.replace(exported, objectives=pairs.task.state())
         collectives.by_main(lambda: self._write_checkpoint(progress, state), self.world)
 
     def _write_checkpoint(self, progress: Progress, state: State) -> None:

@@ -183,7 +183,7 @@ class Trainer:
         parts: list[dict[str, Tensor]] = []
         for number, piece in enumerate(pieces):
             outputs = self._forward(piece, step, number)
-            losses, total = self._losses(outputs, taught, learned)
+            losses, total = self._losses(outputs, taught, learned, step)
             parts.append({**{name: loss.detach() for name, loss in losses.items()}, "scale": outputs.get("scale", _NO_SCALE)})
             if number + 1 == len(pieces):
                 summed = {name: torch.stack([part[name] for part in parts]).sum() for name in losses}
@@ -201,7 +201,7 @@ class Trainer:
         with torch.no_grad(), self.engine.unmoved_buffers():
             found = [self._forward(piece, step, number) for number, piece in enumerate(pieces)]
         leaves = {name: value.detach().requires_grad_() for name, value in _joined(found).items()}
-        losses, total = self._losses(leaves, taught, learned)
+        losses, total = self._losses(leaves, taught, learned, step)
         pending = self._announce(losses, leaves["scale"], batch)
         total.backward()  # type: ignore[no-untyped-call]
         gradients = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
@@ -236,9 +236,9 @@ class Trainer:
         with self.clock.part("student"):
             return self.engine.forward(*inputs)
 
-    def _losses(self, outputs: dict[str, Tensor], taught: list[Embeddings], learned: float) -> tuple[dict[str, Tensor], Tensor]:
+    def _losses(self, outputs: dict[str, Tensor], taught: list[Embeddings], learned: float, step: int) -> tuple[dict[str, Tensor], Tensor]:
         with self.clock.part("loss"):
-            losses = self.task.losses(outputs, taught, learned)
+            losses = self.task.losses(outputs, taught, learned, step)
             return losses, self.task.total(losses)
 
     def _teach(self, batch: Batch, role: str, teacher: AnyTeacher) -> Embeddings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megakd.models.embeddings import Embeddings
-from megakd.objectives.base import Objective, head_name
+from megakd.objectives import cost
+from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.joint import Joint
-from megakd.objectives.registry import FAMILIES, WITHOUT_TEACHER, build
-from megakd.objectives.set import ObjectiveSet
-from megakd.recipe import Recipe
+from megakd.objectives.set import ObjectiveSet, build
+from megakd.recipe import Objectives, Recipe
 from megakd.recipe import load as recipes
+from megakd.recipe.objectives import declaration
 
 # Legend: B pairs, D embedding width.
 B = 12
 CPU = torch.device("cpu")
-NAMES = [name for family in FAMILIES for name in family]
+NAMES = list(Objectives.model_fields)
+WITH_TEACHER = [name for name in NAMES if declaration(name).needs_teacher]
 HEADS = ("feature", "interactive")
 
 
@@ -37,7 +40,7 @@ def _objective(recipe_file: Path, name: str, *overrides: str) -> Objective:
 
 
 def _loss(objective: Objective, student: Embeddings, teacher: Embeddings | None) -> Tensor:
-    (loss,) = objective(student, [] if teacher is None else [teacher], None).values()
+    (loss,) = objective(StepContext(student, [] if teacher is None else [teacher])).values()
     return loss
 
 
@@ -159,22 +162,22 @@ def test_the_teacher_gets_no_gradient(recipe_file: Path, name: str) -> None:
 
 def test_losses_of_one_matrix_come_from_one_pass_and_are_what_they_are_alone(recipe_file: Path) -> None:
     student, teacher = _pair(1, 16)._replace(bias=torch.tensor(-8.0)), _pair(5, 24)._replace(bias=torch.tensor(-9.0))
-    for first, second in list(FAMILIES)[:2]:
+    for first, second in (("contrastive", "similarity"), ("sigmoid_contrastive", "sigmoid_similarity")):
         weights = [f"objectives.{name}={float(name in (first, second))}" for name in NAMES]
         (both,) = build(_recipe(recipe_file, *weights), CPU)
         assert both.names == (first, second)
-        for name, loss in both(student, [teacher], None).items():
+        for name, loss in both(StepContext(student, [teacher])).items():
             torch.testing.assert_close(loss, _loss(_objective(recipe_file, name), student, teacher))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITHOUT_TEACHER])
+@pytest.mark.parametrize("name", WITH_TEACHER)
 def test_several_teachers_give_the_mean_of_their_losses(recipe_file: Path, name: str) -> None:
     student, teachers = _pair(1, 16)._replace(bias=torch.tensor(-4.0)), [_pair(5, 24), _pair(7, 20, 35.0)]
     teachers = [teacher._replace(bias=torch.tensor(-3.0)) for teacher in teachers]
     queries = [(_unit(9, width), _unit(10, width)) for width in (24, 20)]
     objective = _objective(recipe_file, name)
     both = student._replace(projected={head_name(name, place): pair for place, pair in enumerate(queries)})
-    (found,) = objective(both, teachers, None).values()
+    (found,) = objective(StepContext(both, teachers)).values()
     alone = [
         _loss(_objective(recipe_file, name), student._replace(projected={name: pair}), teacher)
         for teacher, pair in zip(teachers, queries, strict=True)
@@ -224,3 +227,58 @@ def test_an_objective_of_weight_zero_is_left_out_with_its_head(recipe_file: Path
 def test_an_objective_that_needs_a_teacher_is_refused_without_one(recipe_file: Path) -> None:
     with pytest.raises(ValueError, match=r"objectives\.similarity, objectives\.feature: needs a teacher.*\[teacher\]"):
         ObjectiveSet(_recipe(recipe_file, "objectives.similarity=1", "objectives.feature=1"), CPU, None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_objective_costs_more_than_nothing_in_the_plan(recipe_file: Path, name: str) -> None:
+    shape = cost.LossShape(64, 4, (8, 16), (2, 2), 1, False, CPU)
+    of_one = _objective(recipe_file, name).cost(shape)
+    assert of_one.memory > 0
+    assert of_one.flops > 0
+
+
+class Drift(Objective):
+    """A loss with a memory: how far the batch's mean image embedding is from that of the batches before."""
+
+    def __call__(self, context: StepContext) -> dict[str, Tensor]:
+        (name,), mean_D = self.names, context.student.image.float().mean(dim=0)
+        before_D = self.state.get("mean", torch.zeros_like(mean_D))
+        self.state["mean"] = (before_D + mean_D.detach()) / 2
+        self.state["step"] = torch.tensor(context.step)
+        return {name: (mean_D - before_D).square().sum()}
+
+
+@pytest.fixture
+def drift(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectiveSet:
+    """The set of a recipe whose `feature` is computed by Drift."""
+    monkeypatch.setattr("megakd.objectives.feature.Feature", Drift)
+    return ObjectiveSet(_recipe(recipe_file, "objectives.feature=1", "teacher.model=ViT-B-32"), CPU, None)
+
+
+def test_an_objective_whose_cost_nobody_counted_is_planned_as_eager(drift: ObjectiveSet, recipe_file: Path) -> None:
+    shape = cost.LossShape(64, 4, (8, 16), (2, 2), 1, False, CPU)
+    alone = ObjectiveSet(_recipe(recipe_file), CPU, None).cost(shape)
+    assert drift.cost(shape).memory - alone.memory == cost.of_kernel(cost.SOFTMAX_KD, "eager", shape).memory > 10 * 4 * 64**2
+
+
+def test_an_objective_is_told_the_step_and_goes_on_with_its_state(drift: ObjectiveSet, recipe_file: Path) -> None:
+    students, teacher = [_pair(seed, 16) for seed in (1, 11, 21)], _pair(5, 16)
+    undisturbed = [drift.losses(student, [teacher], step)["feature"] for step, student in enumerate(students)]
+    first, second = (ObjectiveSet(_recipe(recipe_file, "objectives.feature=1", "teacher.model=ViT-B-32"), CPU, None) for _ in range(2))
+    for step, student in enumerate(students[:2]):
+        first.losses(student, [teacher], step)
+    kept = first.state()
+    assert kept["feature.step"] == 1
+    second.restore(kept)
+    assert torch.equal(second.losses(students[2], [teacher], 2)["feature"], undisturbed[2])
+
+
+def test_the_state_of_an_objective_that_is_not_active_is_refused(recipe_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"objectives\.feature: the checkpoint has its state 'mean', and the recipe gives it no weight"):
+        ObjectiveSet(_recipe(recipe_file), CPU, None).restore({"feature.mean": torch.zeros(4)})
+
+
+def test_features_that_no_model_hands_over_are_refused(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megakd.objectives.set.declaration", lambda name: replace(declaration(name), features=("visual.-2",)))
+    with pytest.raises(ValueError, match=r"objectives\.contrastive: reads visual\.-2, and the models hand over no outputs of blocks yet"):
+        ObjectiveSet(_recipe(recipe_file), CPU, None)

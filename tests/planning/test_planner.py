@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megakd.models.embeddings import Embeddings
 from megakd.models.int8 import matmul
 from megakd.models.int8.linear import Int8Linear
-from megakd.planning import models, objectives, rates, zero
+from megakd.objectives.base import head_name
+from megakd.objectives.cost import LossShape
+from megakd.objectives.set import ObjectiveSet
+from megakd.planning import models, rates, zero
 from megakd.planning import plan as planner
 from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import Recipe, Teacher
@@ -223,10 +227,9 @@ def test_traffic_of_each_zero_stage() -> None:
 
 def test_traffic_of_the_losses() -> None:
     """32 pairs on 4 ranks, widths 8 and 16, bf16: a rank brings in 3/4 of all texts and sends as much."""
-    both, shape = recipe().objectives, objectives.Shape(32, 4, (8, 16), (2, 2), 1, False, torch.device("cpu"))
-    by_blocks = objectives.cost(both, {"similarity": "chunked", "contrastive": "chunked"}, shape)
+    shape = LossShape(32, 4, (8, 16), (2, 2), 1, False, torch.device("cpu"))
+    by_blocks, whole = (ObjectiveSet(recipe(kernels={"backend": name}), shape.device, None).cost(shape) for name in ("chunked", "eager"))
     assert by_blocks.wire == 0.75 * (32 * (8 * 2 + 16 * 2) + 32 * 8 * 4 + 5 * 4 * 32 * 4)
-    whole = objectives.cost(both, {"similarity": "eager", "contrastive": "eager"}, shape)
     assert whole.wire == 0.75 * 2 * 32 * (8 + 16) * 4
     assert whole.flops == 32 * 32 * (6 * 8 + 2 * 16)
     assert by_blocks.flops == 32 * 8 * (8 * 8 + 4 * 16)
@@ -235,15 +238,11 @@ def test_traffic_of_the_losses() -> None:
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("backend", ["eager", "chunked"])
 @pytest.mark.parametrize(
-    "names", [("similarity", "contrastive"), ("contrastive",), ("interactive",), ("sigmoid_similarity",), ("sigmoid_contrastive",)]
+    "names",
+    [("similarity", "contrastive"), ("contrastive",), ("interactive",), ("feature",), ("sigmoid_similarity",), ("sigmoid_contrastive",)],
 )
 def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[str, ...], count: int) -> None:
     """N = 1536 on one rank, without any projection between the widths; to 15 %."""
-    from megakd.models.embeddings import Embeddings
-    from megakd.objectives.base import head_name
-    from megakd.objectives.joint import Joint
-    from megakd.objectives.set import ObjectiveSet
-
     pairs, width = 1536, 64
     described = recipe(objectives=dict.fromkeys(names, 1.0), kernels={"backend": backend}, optim={"steps": 1, "batch": pairs, "lr": 1.0})
     task = ObjectiveSet(described, torch.device("cpu"), None)
@@ -253,14 +252,14 @@ def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[st
         return Embeddings(image, text, torch.tensor(10.0).requires_grad_(learns), torch.tensor(-5.0).requires_grad_(learns))
 
     student, teachers = towers(True), [towers(False) for _ in range(count)]
-    if "interactive" in names:
-        student = student._replace(projected={head_name("interactive", place): (student.image, student.text) for place in range(count)})
+    if names[0] in ("interactive", "feature"):
+        student = student._replace(projected={head_name(names[0], place): (student.image, student.text) for place in range(count)})
     watch = MemoryTracker("cpu")
     watch.ignore(tensor for tower in (student, *teachers) for tensor in tower[:4])  # type: ignore[list-item]
     with watch:
-        Joint(task, None).total(task.losses(student, teachers)).backward()
-    shape = objectives.Shape(pairs, 1, (width, count * width), (4, 4), count, False, torch.device("cpu"))
-    assert objectives.cost(described.objectives, task.backends, shape).memory == pytest.approx(watch.peak, rel=0.15)
+        sum(task.losses(student, teachers).values()).backward()
+    shape = LossShape(pairs, 1, (width, count * width), (4, 4), count, False, torch.device("cpu"))
+    assert task.cost(shape).memory == pytest.approx(watch.peak, rel=0.15)
 
 
 def test_the_report_names_every_mode_and_the_json_holds_every_number(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

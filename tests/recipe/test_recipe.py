@@ -11,9 +11,9 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megakd.objectives.registry import FAMILIES, WITH_BIAS, WITHOUT_TEACHER
 from megakd.recipe import Objectives, Recipe, Section, resume
 from megakd.recipe import load as recipes
+from megakd.recipe.objectives import declaration, keys
 from support.runs import ENSEMBLE, TEACHER
 
 
@@ -34,10 +34,12 @@ def test_every_shipped_recipe_loads_and_bears_its_file_name(name: str) -> None:
     assert origin == f"megakd/recipe/shipped/{name}.toml"
 
 
-def test_the_registry_has_an_objective_for_each_key_of_the_recipe() -> None:
-    names = [name for family in FAMILIES for name in family]
-    assert set(names) == set(Objectives.model_fields)
-    assert set(names) > WITH_BIAS | WITHOUT_TEACHER
+def test_every_objective_declares_its_class_and_its_options_are_keys_of_the_recipe() -> None:
+    for name in Objectives.model_fields:
+        assert declaration(name).where.startswith("megakd.objectives.")
+    assert {name for name in Objectives.model_fields if not declaration(name).needs_teacher} == {"contrastive", "sigmoid_contrastive"}
+    assert {name for name in Objectives.model_fields if declaration(name).needs_bias} == {"sigmoid_contrastive", "sigmoid_similarity"}
+    assert {"objectives.feature", "feature.head", "similarity.temperature"} <= set(keys()) <= dict(_leaves(Recipe)).keys()
 
 
 def _leaves(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

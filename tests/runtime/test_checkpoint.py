@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,22 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
         assert found.keys() == saved.keys()
         assert all(torch.equal(found[name], saved[name]) for name in saved)
     assert checkpoint.load_weights(path)[1].keys() == state.weights.keys()
+
+
+def test_what_objectives_keep_is_saved_beside_the_weights_and_verified_like_them(tmp_path: Path) -> None:
+    kept = {"feature.mean": torch.arange(4.0), "feature.step": torch.tensor(7)}
+    (without,) = _save(tmp_path / "without", 7)
+    assert not (without / "objectives.safetensors").exists()
+    assert checkpoint.load(without)[1].objectives == {}
+    path = checkpoint.save(tmp_path / "with", _progress(7), replace(_state(7), objectives=kept), 5)
+    found = checkpoint.load(path)[1].objectives
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+    save_file({"feature.mean": torch.zeros(4)}, path / "objectives.safetensors")
+    with pytest.raises(CheckpointError, match=r"objectives\.safetensors is missing or was changed"):
+        checkpoint.load(path)
+    with pytest.raises(LossNotFinite, match=r"feature\.mean became NaN or infinite"):
+        checkpoint.save(tmp_path / "with", _progress(8), replace(_state(8), objectives={"feature.mean": torch.tensor(float("nan"))}), 5)
 
 
 def test_the_newest_few_stay(tmp_path: Path) -> None:

@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from megakd.data.shards import ShardSet
+from megakd.objectives.base import StepContext
+from megakd.objectives.softmax import Softmax
 from megakd.recipe import Data
 from megakd.runtime import checkpoint, files
 from megakd.runtime.exits import EXIT_NOT_FINITE, EXIT_SAVED, EXIT_USER_ERROR
@@ -57,6 +60,32 @@ def test_the_same_command_goes_on_from_the_newest_checkpoint(recipe_file: Path, 
     assert finished.code == 0, finished.err
     assert "step_00000006" in finished.out
     assert curve(stopped) == curve(undisturbed)
+
+
+class Fading(Softmax):
+    """Weighs the contrastive loss by what it remembers of the steps before."""
+
+    def __call__(self, context: StepContext) -> dict[str, Tensor]:
+        losses = super().__call__(context)
+        weight = self.state.get("weight", torch.ones((), device=context.student.image.device))
+        self.state["weight"] = 0.9 * weight + 0.01 * losses["contrastive"].detach()
+        return {name: weight * loss for name, loss in losses.items()}
+
+
+def test_an_objective_that_remembers_goes_on_with_what_it_remembered(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megakd.objectives.softmax.Softmax", Fading)
+    run, sets = tmp_path / "run", ("optim.steps=4", "checkpoint.every=2")
+    assert train(recipe_file, "--out", run, sets=sets).code == 0
+    whole = curve(run)
+    last = checkpoint.available(run)[-1]
+    assert (last / "objectives.safetensors").is_file()
+    shutil.rmtree(last)
+    finished = train(recipe_file, "--out", run, sets=sets)
+    assert finished.code == 0, finished.err
+    assert "step 2 of 4" in finished.out
+    assert curve(run) == whole
 
 
 def test_a_finished_run_is_not_trained_again(recipe_file: Path, undisturbed: Path) -> None:

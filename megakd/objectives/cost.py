@@ -1,6 +1,6 @@
-"""The losses over the similarity matrix: memory, traffic and FLOPs of one rank, by objective and backend.
+"""What losses over the similarity matrix cost one rank: memory, traffic and FLOPs, by kernel and backend. `megakd plan` adds them up.
 
-Numbers of matrices and panels were counted by `planning.watch.Watch` on real losses at N = 1024 and 2048; FLOPs are those of
+Numbers of matrices and panels were counted by `planning.memory_tracker` on real losses at N = 1024 and 2048; FLOPs are those of
 kernels/README.md. Legend: N pairs of all ranks, B of one, c rows of a panel, D student's width, T teacher's.
 """
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from megakd.recipe import Objectives
 from megakd_kernels.panels import chunk_rows
 
 FP32 = 4
@@ -19,7 +18,7 @@ TRITON_PANEL, TRITON_SCRATCH = 256 << 20, 128 << 20
 
 
 @dataclass(frozen=True)
-class Family:
+class LossFamily:
     """Objectives that one call computes. matrices: N x N of float32 that eager holds at its peak, and further for each teacher but the
     first; panels: (c, N) of chunked.
 
@@ -36,10 +35,10 @@ class Family:
     home: int
 
 
-SOFTMAX_KD, SOFTMAX_HARD = Family(10, 4, 5, (6, 2), (8, 4), (1, 1), 1), Family(4, 0, 3, (6, 0), (8, 0), (1, 0), 1)
-SIGMOID_KD, SIGMOID_HARD = Family(11, 3, 8, (6, 2), (6, 2), (1, 1), 1), Family(5, 0, 4, (6, 0), (6, 0), (1, 0), 1)
-SIGMOID_BOTH = Family(11, 3, 8, (6, 2), (10, 2), (1, 1), 2)
-INTERACTIVE = Family(4, 2, 1, (0, 8), (0, 8), (0, 2), 0)
+SOFTMAX_KD, SOFTMAX_HARD = LossFamily(10, 4, 5, (6, 2), (8, 4), (1, 1), 1), LossFamily(4, 0, 3, (6, 0), (8, 0), (1, 0), 1)
+SIGMOID_KD, SIGMOID_HARD = LossFamily(11, 3, 8, (6, 2), (6, 2), (1, 1), 1), LossFamily(5, 0, 4, (6, 0), (6, 0), (1, 0), 1)
+SIGMOID_BOTH = LossFamily(11, 3, 8, (6, 2), (10, 2), (1, 1), 2)
+INTERACTIVE = LossFamily(4, 2, 1, (0, 8), (0, 8), (0, 2), 0)
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class LossCost:
 
 
 @dataclass(frozen=True)
-class Shape:
+class LossShape:
     """pairs: N. widths: of the student and of all teachers in sum. elements: bytes of a number of their embeddings."""
 
     pairs: int
@@ -64,27 +63,19 @@ class Shape:
     device: torch.device
 
 
-def families(objectives: Objectives) -> dict[str, Family]:
-    """The recipe's objectives by the name under which a task tells its backend; `feature` costs next to nothing."""
-    active, found = objectives.active(), {}
-    for hard, kd, alone, taught, both in (
-        ("contrastive", "similarity", SOFTMAX_HARD, SOFTMAX_KD, SOFTMAX_KD),
-        ("sigmoid_contrastive", "sigmoid_similarity", SIGMOID_HARD, SIGMOID_KD, SIGMOID_BOTH),
-    ):
-        if kd in active:
-            found[kd] = both if hard in active else taught
-        elif hard in active:
-            found[hard] = alone
-    return found | ({"interactive": INTERACTIVE} if "interactive" in active else {})
+def eager(shape: LossShape) -> LossCost:
+    """For a loss that nobody has counted: what KD on softmaxes over the whole matrix costs."""
+    return of_kernel(SOFTMAX_KD, "eager", shape)
 
 
-def cost(objectives: Objectives, backends: dict[str, str], shape: Shape) -> LossCost:
-    """Of all active objectives. backends: objective -> backend, as `ObjectiveSet.backends` has them."""
-    costs = [_of_family(family, backends[name], shape) for name, family in families(objectives).items()]
-    return LossCost(sum(one.memory for one in costs), sum(one.wire for one in costs), sum(one.flops for one in costs))
+def rowwise(shape: LossShape) -> LossCost:
+    """A loss that compares each embedding with its own teacher's, counted on `feature`: differences and gradients; nothing is sent."""
+    local, width = shape.pairs // shape.ranks, shape.widths[1]
+    return LossCost(FP32 * local * (2 * width + 3 * width // max(1, shape.teachers)), 0, 12 * local * width)
 
 
-def _of_family(of: Family, backend: str, shape: Shape) -> LossCost:
+def of_kernel(of: LossFamily, backend: str, shape: LossShape) -> LossCost:
+    """A call of `megakd_kernels` with the backend that was chosen for it."""
     pairs, local, part = shape.pairs, shape.pairs // shape.ranks, (shape.ranks - 1) / shape.ranks
     both_widths = sum(shape.widths)
     if backend in ("eager", "compiled"):

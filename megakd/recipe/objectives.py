@@ -1,0 +1,96 @@
+"""The losses on image-text pairs: each one's weight and options, what it needs, and the class that computes it.
+
+A new loss is a field of `Objectives`, a section of `ObjectiveSections` where it has options, and a class in `megakd/objectives/`, whose
+README says how. Nothing else lists the losses: the trainer, the planner and the rules of resuming read this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from megakd.recipe.section import HeadKind, PositiveFloat, Section, Weight
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is known of a loss before torch is imported.
+
+    where: dotted name of the class, an `Objective` of `megakd/objectives/base.py`. Losses of one class that are active together may share
+    their products.
+    needs_bias: of student and teachers, the logit bias of models trained with a sigmoid loss.
+    features: outputs of blocks that it reads beside the embeddings, such as "visual.-2"; no model hands any over yet.
+    """
+
+    where: str
+    needs_teacher: bool = True
+    needs_bias: bool = False
+    features: tuple[str, ...] = ()
+
+
+_SOFTMAX, _SIGMOID = "megakd.objectives.softmax.Softmax", "megakd.objectives.sigmoid.Sigmoid"
+
+
+class Objectives(Section):
+    """name = weight; 0 leaves an objective out."""
+
+    contrastive: Annotated[Weight, Declaration(_SOFTMAX, needs_teacher=False)] = Field(0.0, description="CLIP's InfoNCE, without a teacher")
+    similarity: Annotated[Weight, Declaration(_SOFTMAX)] = Field(0.0, description="similarity-matrix KD, see [similarity]")
+    sigmoid_contrastive: Annotated[Weight, Declaration(_SIGMOID, needs_teacher=False, needs_bias=True)] = Field(
+        0.0, description="SigLIP's loss, without a teacher; for models with a logit bias"
+    )
+    sigmoid_similarity: Annotated[Weight, Declaration(_SIGMOID, needs_bias=True)] = Field(
+        0.0, description="the same with the teacher's probabilities as labels"
+    )
+    interactive: Annotated[Weight, Declaration("megakd.objectives.interactive.Interactive")] = Field(
+        0.0, description="interactive contrastive learning, see [interactive]"
+    )
+    feature: Annotated[Weight, Declaration("megakd.objectives.feature.Feature")] = Field(0.0, description="feature KD, see [feature]")
+
+    def active(self) -> dict[str, float]:
+        """name -> weight of those with a positive one, in the order above."""
+        return {name: weight for name, weight in self if weight > 0}
+
+    def in_need_of_a_teacher(self) -> list[str]:
+        """Names of the active ones that compare the student with a teacher."""
+        return [name for name in self.active() if declaration(name).needs_teacher]
+
+
+def declaration(name: str) -> Declaration:
+    """What the field `name` of `Objectives` declares."""
+    return next(part for part in Objectives.model_fields[name].metadata if isinstance(part, Declaration))
+
+
+class Similarity(Section):
+    """Similarity-matrix KD: KL divergence of the two towers' softmaxes over rows and columns."""
+
+    temperature: PositiveFloat = Field(1.0, description="divides both towers' logits")
+    student_scale: PositiveFloat | None = Field(None, description="fixed logit scale; default: the learned one")
+
+
+class Interactive(Section):
+    """Interactive contrastive learning: projected student embeddings as queries among the teacher's of the other modality."""
+
+    head: HeadKind = "linear"
+
+
+class Feature(Section):
+    """Feature KD: squared distance of the projected student embedding to the teacher's, both normalised."""
+
+    head: HeadKind = "linear"
+
+
+class ObjectiveSections(Section):
+    """The part of a recipe that says what is learned from pairs: the weights, then one section for each loss that has options."""
+
+    objectives: Objectives = Objectives()
+    similarity: Similarity = Similarity()
+    interactive: Interactive = Interactive()
+    feature: Feature = Feature()
+
+
+def keys() -> list[str]:
+    """Every key of these sections: `objectives.feature` and `feature.head` are two."""
+    return [f"{name}.{key}" for name, section in ObjectiveSections() for key in type(section).model_fields]
