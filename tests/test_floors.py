@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
+import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
@@ -145,3 +148,13 @@ def test_test_files_have_names_of_their_own() -> None:
     """pytest imports them by their names alone: two of one name end the collection."""
     names = Counter(path.name for path in (REPOSITORY / "tests").rglob("*.py"))
     assert {name for name, count in names.items() if count > 1} <= {"conftest.py", "__init__.py"}
+
+
+def test_vulture_is_told_to_ignore_only_what_it_would_find() -> None:
+    """A name on its list that nothing bears any more would hide the next one that is dead."""
+    found: set[str] = set()
+    for folders in (["megakd", "kernels"], ["megakd", "kernels", "tests"]):
+        command = [str(Path(sys.executable).with_name("vulture")), *folders, "--ignore-names", "nothing"]
+        found |= set(re.findall("'([^']+)'", subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout))
+    ignored = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["vulture"]["ignore_names"]
+    assert [pattern for pattern in ignored if not fnmatch.filter(found, pattern)] == []
