@@ -26,7 +26,7 @@ from megakd.runtime.console import plain
 from megakd.runtime.run_folder import METRICS, read_metrics
 
 TOLERANCE = 0.15
-STEPS, PATIENCE = 2, 900
+STEPS, RUN_SECONDS = 2, 900
 # glibc keeps freed blocks below 32 MB for itself, 10 % of a ViT-B-32's training: its allocator would be measured with the program.
 ALLOCATOR = "MALLOC_MMAP_THRESHOLD_=1048576"
 TINY = (
@@ -128,7 +128,7 @@ def _train(case: Case, shards: Path, folder: Path) -> tuple[float, float]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"] if case.ranks > 1 else []
     arguments = ["--recipe", str(recipe), "--ds_config", str(config), "--out", str(folder / "run")]
     with running(["env", ALLOCATOR, sys.executable, *launcher, str(program), *arguments], folder, "train", 1) as child:
-        return child.wait_for(lambda: _peak(folder / "run"), PATIENCE), planned
+        return child.wait_for(lambda: _peak(folder / "run"), RUN_SECONDS), planned
 
 
 def _peak(run_folder: Path) -> float | None:

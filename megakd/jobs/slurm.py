@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-PATIENCE = 60.0
+SLURM_SECONDS = 60.0
 # Not the end of a job: it waits, runs, or comes back.
 UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "PREEMPTED")
 
@@ -117,11 +117,11 @@ def _gpus(gres: str) -> int:
 def _ask(*command: str, unless: str | None = None) -> str:
     """Standard output; empty when the command fails with `unless` in its message."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_SECONDS, check=False)
     except FileNotFoundError:
         raise ValueError(f"{command[0]}: no SLURM on this machine; submit on a login node, or run here with --cluster local") from None
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{command[0]}: no answer from SLURM in {PATIENCE:.0f} s; try again later") from None
+        raise ValueError(f"{command[0]}: no answer from SLURM in {SLURM_SECONDS:.0f} s; try again later") from None
     if done.returncode and not (unless and unless in done.stderr):
         raise ValueError(f"{command[0]}: SLURM does not answer:\n{done.stderr.strip()}\nor run on this machine with --cluster local")
     return "" if done.returncode else done.stdout

@@ -25,7 +25,7 @@ INSIDE = {"checkpoints", *RESULTS, "previous", SUBMISSIONS, "answers", "hung"}
 # The newest rows of metrics.jsonl: a row is under 2 KB.
 TAIL = 65536
 # Least seconds between two tables, each of which asks SLURM once or twice.
-GENTLE = 15.0
+LEAST_WATCH_SECONDS = 15.0
 COLUMNS = ("run", "job", "state", "step", "images/s", "loss", "log")
 
 
@@ -185,8 +185,8 @@ def table(runs: Sequence[Found], slurm: Mapping[str, cluster.JobState]) -> Table
 
 def show(folder: Path, watch: float | None) -> None:
     """Print the table, every `watch` seconds if that is given. Raises ValueError when that is less than SLURM should be asked."""
-    if watch is not None and watch < GENTLE:
-        raise ValueError(f"--watch {watch:g}: give {GENTLE:.0f} seconds or more; every table asks SLURM's controller")
+    if watch is not None and watch < LEAST_WATCH_SECONDS:
+        raise ValueError(f"--watch {watch:g}: give {LEAST_WATCH_SECONDS:.0f} seconds or more; every table asks SLURM's controller")
     console = plain()
     ended = dict[str, cluster.JobState]()
     while True:

@@ -34,11 +34,11 @@ from megakd.runtime.launch import TORCH_VARIABLES
 # submitit gives up after so many time limits and, for jobs of up to ten minutes, interruptions of any kind. A run of a week on a partition
 # of one hour meets 168; a run that cannot get anywhere ends by its own errors, so this only has to be large.
 MAX_TIMEOUTS = 1000
-# Seconds between two looks at the results (files), and between two questions to SLURM.
-LOOK, ASK = 2.0, 30.0
+# Between two looks at the results (files), and between two questions to SLURM.
+POLL_SECONDS, SLURM_POLL_SECONDS = 2.0, 30.0
 LONGEST_NAME = 255
-# Seconds that a result may be on its way over a shared file system after SLURM has called the job ended.
-LATE = 20.0
+# That a result may be on its way over a shared file system after SLURM has called the job ended.
+RESULT_SECONDS = 20.0
 Where = Literal["slurm", "local", "debug"]
 # What has no meaning there, so that no option is taken and left unused.
 NOT_LOCAL = ("cpus_per_task", "mem", "partition", "constraint", "account", "qos", "container_image", "container_mounts")
@@ -291,7 +291,7 @@ def wait(jobs: Sequence[submitit.Job[int]], where: Where) -> int:
     asked, ended = time.monotonic(), dict[str, tuple[float, slurm.JobState]]()
     while len(codes) < len(jobs):
         open_jobs = [job for job in jobs if job.job_id not in codes]
-        if where == "slurm" and time.monotonic() - asked >= ASK:
+        if where == "slurm" and time.monotonic() - asked >= SLURM_POLL_SECONDS:
             asked = time.monotonic()
             try:
                 states = slurm.states(job.job_id for job in open_jobs)
@@ -301,13 +301,13 @@ def wait(jobs: Sequence[submitit.Job[int]], where: Where) -> int:
                 ended = {id: ended.get(id, (asked, state)) for id, state in states.items() if state.ended}
         for job in open_jobs:
             code = _result(job)
-            if code is None and job.job_id in ended and time.monotonic() - ended[job.job_id][0] >= LATE:
+            if code is None and job.job_id in ended and time.monotonic() - ended[job.job_id][0] >= RESULT_SECONDS:
                 code = _no_result(job, ended[job.job_id][1])
             if code is None and where == "local" and job.state != "RUNNING" and _result(job) is None:
                 code = _no_result(job, slurm.JobState(job.state))
             if code is not None:
                 codes[job.job_id] = code
-        time.sleep(LOOK if len(codes) < len(jobs) else 0)
+        time.sleep(POLL_SECONDS if len(codes) < len(jobs) else 0)
     return next((code for code in codes.values() if code), 0)
 
 

@@ -169,7 +169,7 @@ def _slurm(environ: Mapping[str, str]) -> dict[str, str]:
             f"MASTER_ADDR = {environ['MASTER_ADDR']!r} in a job on {nodes} nodes: each would look for the others on itself; unset it "
             f"where the job is submitted, and the first node's name is taken"
         )
-    # An array's tasks have job ids of their own here. A restarted job must not meet a stale peer of its former life.
+    # An array's tasks have job ids of their own here. A restarted job must not meet a stale peer of its earlier start.
     meeting = port(_number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_RESTART_COUNT", "0"), _number(environ, "SLURM_STEP_ID"))
     where = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if not where and not environ.get("MASTER_ADDR"):
@@ -252,7 +252,7 @@ def _meeting(found: Mapping[str, str], environ: Mapping[str, str]) -> peers.Meet
         agent=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         attempt=environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
         # In a shell of `srun --pty`, one process takes itself for one of several tasks.
-        patience=peers.PATIENCE_AT_A_TERMINAL if "SLURM_PTY_PORT" in environ and "RANK" not in environ else peers.PATIENCE,
+        timeout=peers.MEETING_SECONDS_AT_A_TERMINAL if "SLURM_PTY_PORT" in environ and "RANK" not in environ else peers.MEETING_SECONDS,
     )
 
 

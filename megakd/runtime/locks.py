@@ -23,11 +23,11 @@ class FolderLock:
 
     A POSIX record lock, which child processes do not inherit, so that no loader worker can hold it longer than the job. Over NFS it works
     too, but a server of version 3 does not notice that a client died: a job that SLURM starts again, and has ended before, takes the
-    lock from its former life. Where the file system has no locks the job is warned and goes on without.
+    lock from its earlier start. Where the file system has no locks the job is warned and goes on without.
     """
 
-    def __init__(self, folder: Path, *, doing: str, remedy: str, error: type[ValueError] = ValueError, patience: float = 0.0) -> None:
-        """doing: what the holder does there, after its name. patience: seconds to wait for a holder that may be dying.
+    def __init__(self, folder: Path, *, doing: str, remedy: str, error: type[ValueError] = ValueError, timeout: float = 0.0) -> None:
+        """doing: what the holder does there, after its name. timeout: seconds to wait for a holder that may be dying.
 
         Raises `error` when another process holds it after that, or nothing can be written.
         """
@@ -38,22 +38,22 @@ class FolderLock:
         except OSError as reason:
             raise error(f"{folder}: cannot be written ({reason}); choose another --out") from reason
         try:
-            self._take(time.monotonic() + patience)
+            self._take(time.monotonic() + timeout)
         except (BlockingIOError, PermissionError) as reason:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            if not _is_former_life(holder):
+            if not _is_earlier_start_of_this_job(holder):
                 dead = f"if it is dead and the file system has not noticed (NFS), rm {path}"
                 raise error(f"{folder}: {holder} {doing}; {remedy}; {dead}") from reason
-            log.warning("%s: taken from this job's former life, %s", path, holder)
+            log.warning("%s: taken over from an earlier start of this job, %s", path, holder)
             path.unlink(missing_ok=True)
             self._file = path.open("a+", encoding="utf-8")
             self._take(time.monotonic())
         except OSError as reason:
             log.warning("%s: no locks on this file system (%s): see to it that no second job works in this folder", path, reason)
         self._file.truncate(0)
-        self._file.write(f"{_me()}\n")
+        self._file.write(f"{_holder()}\n")
         self._file.flush()
 
     def _take(self, deadline: float) -> None:
@@ -74,13 +74,13 @@ class FolderLock:
         self._file.close()
 
 
-def _me() -> str:
+def _holder() -> str:
     job = environment.job_id(os.environ)
     slurm = f", SLURM job {job}, restart {environment.restarts(os.environ)}" if job else ""
     return f"process {os.getpid()} on {socket.gethostname()}{slurm}"
 
 
-def _is_former_life(holder: str) -> bool:
+def _is_earlier_start_of_this_job(holder: str) -> bool:
     """Whether a lock's holder is an earlier start of this SLURM job."""
     found = re.search(r", SLURM job (\S+), restart (\d+)$", holder)
     return found is not None and found[1] == environment.job_id(os.environ) and int(found[2]) < environment.restarts(os.environ)

@@ -1,7 +1,7 @@
 """How ranks find each other, and end together: where they meet is checked with words, and the error of one is the error of all.
 
 `meet` joins the ranks at MASTER_ADDR:MASTER_PORT and says who is missing. `Peers.tell` lets the others know that this rank ends and why;
-each looks once a second, in a thread, because a rank that waits in a collective of the GPU never hears that another one has gone.
+each looks every half second, in a thread, because a rank that waits in a collective of the GPU never hears that another one has gone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ import torch.distributed as dist
 
 from megakd.runtime.exits import EXIT_USER_ERROR
 
-# Seconds: of one attempt to reach the meeting point, until waiting is said, and until it ends: nodes of one job start minutes apart,
-# ranks in a shell of `srun --pty` never do.
-ATTEMPT, SAID, PATIENCE, PATIENCE_AT_A_TERMINAL = 10.0, 10.0, 600.0, 30.0
-LOOK, GRACE, LINGER, LAST = 0.5, 5.0, 10.0, 30.0
+CONNECT_SECONDS = 10.0  # one attempt to reach the meeting point
+NOTICE_SECONDS = 10.0  # until a line says what is waited for
+# Until waiting ends: nodes of one job start minutes apart, ranks in a shell of `srun --pty` never do.
+MEETING_SECONDS, MEETING_SECONDS_AT_A_TERMINAL = 600.0, 30.0
+POLL_SECONDS = 0.5  # between two looks for a failure of another rank
+ABORT_SECONDS = 5.0  # the main thread's, to hear of that failure by itself
+DRAIN_SECONDS = 10.0  # that rank 0 keeps the store for the others to read its failure
+CLOSE_SECONDS = 30.0  # that a failed rank has to close what it opened
 FAILED, REFUSED, GONE = "failed", "refused", "gone"
 
 
@@ -36,7 +40,7 @@ class Meeting:
     port: int
     agent: bool = False
     attempt: str = "0"
-    patience: float = PATIENCE
+    timeout: float = MEETING_SECONDS
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port} (MASTER_ADDR, MASTER_PORT)"
@@ -57,11 +61,11 @@ def meet(place: Meeting) -> tuple[dist.Store, dist.TCPStore]:
     Raises ValueError with the remedy for a host nobody knows, a port that something else has, two processes of one rank, and ranks that do
     not come.
     """
-    end = time.monotonic() + place.patience
+    end = time.monotonic() + place.timeout
     _resolve(place)
     serves = place.rank == 0 and not place.agent
     connection = _serve(place) if serves else _reach(place, end)
-    # torch's own name for the attempts of torchrun, so that a restarted rank does not meet its former life
+    # torch's own name for the attempts of torchrun, so that a restarted rank does not meet itself of the attempt before
     store = dist.PrefixStore(f"/worker/attempt_{place.attempt}", connection)
     try:
         _register(place, store)
@@ -109,7 +113,7 @@ def _serve(place: Meeting) -> dist.TCPStore:
 
 
 def _reach(place: Meeting, end: float) -> dist.TCPStore:
-    said = time.monotonic() + SAID
+    said = time.monotonic() + NOTICE_SECONDS
     while True:
         found = _attempt(place)
         if isinstance(found, dist.TCPStore):
@@ -124,7 +128,7 @@ def _reach(place: Meeting, end: float) -> dist.TCPStore:
             )
         if time.monotonic() > end:
             raise ValueError(
-                f"rank {place.rank} of {place.size}: nobody answers at {place} for {place.patience:.0f} s; rank 0 has not started or has "
+                f"rank {place.rank} of {place.size}: nobody answers at {place} for {place.timeout:.0f} s; rank 0 has not started or has "
                 f"ended (see its log), MASTER_ADDR names another machine, or a firewall closes the port"
             ) from found
         if time.monotonic() > said:
@@ -144,13 +148,13 @@ def _attempt(place: Meeting) -> dist.TCPStore | Exception | None:
 
     thread = threading.Thread(target=connect, name="meeting", daemon=True)
     thread.start()
-    thread.join(ATTEMPT + 5)
+    thread.join(CONNECT_SECONDS + 5)
     return done[0] if done else None
 
 
 def _store(place: Meeting, *, serves: bool) -> dist.TCPStore:
     # not longer than an attempt: torch looks for the host again and again by itself
-    limit = timedelta(seconds=min(ATTEMPT, place.patience))
+    limit = timedelta(seconds=min(CONNECT_SECONDS, place.timeout))
     return dist.TCPStore(place.host, place.port, place.size, serves, timeout=limit, wait_for_workers=False, multi_tenant=serves)
 
 
@@ -168,7 +172,7 @@ def _register(place: Meeting, store: dist.Store) -> None:
         store.set("size", str(place.size))
     else:
         try:
-            store.wait(["size"], timedelta(seconds=2 * ATTEMPT))
+            store.wait(["size"], timedelta(seconds=2 * CONNECT_SECONDS))
         except dist.DistError:
             raise ValueError(
                 f"the ranks of another job meet at {place}: set MASTER_PORT to a port of this job's own, the same on all ranks"
@@ -186,7 +190,7 @@ def _register(place: Meeting, store: dist.Store) -> None:
 
 
 def _await(place: Meeting, store: dist.Store, end: float) -> None:
-    said = time.monotonic() + SAID
+    said = time.monotonic() + NOTICE_SECONDS
     pause = 0.02
     while (joined := store.add("joined", 0)) < place.size:
         if (failure := _heard(store, place.rank, REFUSED)) is not None:
@@ -198,7 +202,7 @@ def _await(place: Meeting, store: dist.Store, end: float) -> None:
             )
             if time.monotonic() > end:
                 raise ValueError(
-                    f"{missing}; waited {place.patience:.0f} s. Start as many processes as WORLD_SIZE says (under SLURM: srun python "
+                    f"{missing}; waited {place.timeout:.0f} s. Start as many processes as WORLD_SIZE says (under SLURM: srun python "
                     f"megakd/train.py ..., with --pty one task alone); for one process in such a shell: WORLD_SIZE=1 RANK=0 LOCAL_RANK=0 "
                     f"MASTER_ADDR=localhost MASTER_PORT=0 python megakd/train.py ..."
                 )
@@ -210,7 +214,7 @@ def _await(place: Meeting, store: dist.Store, end: float) -> None:
 
 
 class Peers:
-    """The other ranks of this run. After `tell` on one of them, each of the others ends within GRACE seconds with the same words."""
+    """The other ranks of this run. After `tell` on one of them, each of the others ends within ABORT_SECONDS with the same words."""
 
     def __init__(self, rank: int, size: int, store: dist.Store, connection: dist.TCPStore, attempt: str = "0") -> None:
         self._rank, self._size, self._store = rank, size, store
@@ -245,25 +249,25 @@ class Peers:
         failed = self._ending.is_set()
         self._closed.set()
         if failed and self._rank == 0:
-            end = time.monotonic() + LINGER
+            end = time.monotonic() + DRAIN_SECONDS
             try:
                 while self._store.add(GONE, 0) < self._size and time.monotonic() < end:
                     time.sleep(0.05)
             except dist.DistError:
                 pass
-        self._thread.join(timeout=2 * LOOK)
+        self._thread.join(timeout=2 * POLL_SECONDS)
 
     def _watch(self) -> None:
-        while not self._closed.wait(LOOK):
+        while not self._closed.wait(POLL_SECONDS):
             if self._ending.is_set():
-                if not self._closed.wait(LAST) and self._said is not None:
+                if not self._closed.wait(CLOSE_SECONDS) and self._said is not None:
                     os._exit(self._said.code)  # what was to be closed waits for a device or a peer
                 return
             failure = _heard(self._own, self._rank)
             if failure is None:
                 continue
             # The main thread hears it by itself where its collective fails; it may also wait for ever.
-            if self._closed.wait(GRACE) or self._ending.is_set():
+            if self._closed.wait(ABORT_SECONDS) or self._ending.is_set():
                 continue
             print(f"[rank {self._rank}] {of_another(failure)}", file=sys.stderr, flush=True)
             try:

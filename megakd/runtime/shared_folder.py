@@ -11,12 +11,12 @@ from megakd.runtime import collectives
 from megakd.runtime.files import PARTIAL
 from megakd.runtime.launch import World
 
-# Seconds in which a file server shows a new file to all clients; NFS keeps what a folder did not have for up to 30 s.
-PATIENCE = 40.0
-SKEW = 60.0
+# In which a file server shows a new file to all clients; NFS keeps what a folder did not have for up to 30 s.
+VISIBLE_SECONDS = 40.0
+CLOCK_SKEW_SECONDS = 60.0
 
 
-def check(folder: Path, world: World, patience: float = PATIENCE) -> list[str]:
+def check(folder: Path, world: World, timeout: float = VISIBLE_SECONDS) -> list[str]:
     """Raise ValueError, on every rank, when one does not see what rank 0 writes into `folder`. Rank 0 has made the folder.
 
     Returns lines for people: clocks that differ, by which times in run.json are not in order. A collective.
@@ -26,7 +26,7 @@ def check(folder: Path, world: World, patience: float = PATIENCE) -> list[str]:
     name = collectives.share(f".seen_{secrets.token_hex(8)}{PARTIAL}", world)
     assert isinstance(name, str)
     collectives.by_main(lambda: (folder / name).touch(), world)
-    end = time.monotonic() + patience
+    end = time.monotonic() + timeout
     while not (seen := (folder / name).exists()) and time.monotonic() < end:
         time.sleep(0.1)
     told = collectives.everyones((seen, socket.gethostname(), str(folder.absolute())), world)
@@ -40,6 +40,6 @@ def check(folder: Path, world: World, patience: float = PATIENCE) -> list[str]:
             f"system that all ranks share, by its absolute path"
         )
     clocks = collectives.everyones(time.time(), world)
-    if max(clocks) - min(clocks) > SKEW:
+    if max(clocks) - min(clocks) > CLOCK_SKEW_SECONDS:
         return [f"the ranks' clocks differ by {max(clocks) - min(clocks):.0f} s: times in logs and run.json are each machine's own"]
     return []

@@ -20,10 +20,10 @@ from megakd.runtime.exits import EXIT_HUNG
 from megakd.runtime.launch import World
 
 HUNG = "hung"
-# Seconds after the limit in which the thread must have ended the process. Python's own thread needs the interpreter's lock, which C code
+# After the limit, in which the thread must have ended the process. Python's own thread needs the interpreter's lock, which C code
 # may hold, and a file system, which may be what hangs; faulthandler's timer needs neither.
-GRACE = 60.0
-LONGEST_TICK = 10.0
+SECOND_LINE_SECONDS = 60.0
+LONGEST_TICK_SECONDS = 10.0
 STDERR = 2
 
 _latest: tuple[str, int | None] = ("starting", None)
@@ -35,20 +35,20 @@ def beat(phase: str, step: int | None = None) -> None:
     _latest = (phase, step)
 
 
-class Watchdog:
+class HangWatchdog:
     """Ends this process with EXIT_HUNG when no beat came for `limit` seconds inside the block; 0 watches nothing.
 
     Time in which the process itself was stopped (`scontrol suspend`) is not counted by the thread; the second line of defence does
-    count it, so a run that was suspended for longer than the limit and GRACE ends when it is let go on, with exit code 1.
+    count it, so a run that was suspended for longer than the limit and SECOND_LINE_SECONDS ends when it is let go on, with exit code 1.
     """
 
     def __init__(self, limit: float, run: Path, world: World) -> None:
         self._limit, self._run, self._world = limit, run, world
-        self._tick = min(LONGEST_TICK, limit / 20)
+        self._tick = min(LONGEST_TICK_SECONDS, limit / 20)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> HangWatchdog:
         beat("starting")
         if self._limit:
             self._thread.start()
@@ -74,7 +74,7 @@ class Watchdog:
             self._second_line(idle)
 
     def _second_line(self, idle: float) -> None:
-        faulthandler.dump_traceback_later(self._limit - idle + GRACE, exit=True, file=STDERR)
+        faulthandler.dump_traceback_later(self._limit - idle + SECOND_LINE_SECONDS, exit=True, file=STDERR)
 
     def _end(self, idle: float) -> None:
         try:

@@ -43,7 +43,7 @@ from megakd.runtime.launch import World
 from megakd.runtime.locks import LOCK, FolderLock
 from megakd.runtime.preemption import StopPoller, StopRequest
 from megakd.runtime.run_folder import RunLog
-from megakd.runtime.watchdog import HUNG, Watchdog
+from megakd.runtime.watchdog import HUNG, HangWatchdog
 from megakd.teachers import build as teacher_build
 from megakd.training import build
 from megakd.training.evaluate import Evaluator
@@ -55,7 +55,7 @@ from megakd.vqa import evaluate as vqa_evaluate
 T = TypeVar("T")
 MODEL, BUNDLE = "model", "bundle"
 # Seconds in which the ranks of a job that was just killed are gone, so that the same command may follow at once.
-PATIENCE = 20.0
+LOCK_SECONDS = 20.0
 _COMPARED = 20  # questions on which the bundle's tokenizer is compared with the run's
 
 
@@ -85,7 +85,7 @@ class Run:
             collectives.by_main(lambda: self._lock(held), self.world)
             for line in shared_folder.check(self.folder, self.world):
                 self.log.say(line)
-            held.enter_context(Watchdog(self.recipe.watchdog.limit, self.folder, self.world))
+            held.enter_context(HangWatchdog(self.recipe.watchdog.limit, self.folder, self.world))
             launch.wait_longer_than(self.recipe.watchdog.limit)
             code = self._execute()
             if self._is_built:
@@ -103,7 +103,7 @@ class Run:
 
     def _lock(self, held: contextlib.ExitStack) -> None:
         remedy = "end it first, or choose another --out"
-        held.enter_context(FolderLock(self.folder, doing="is at work on this run now", remedy=remedy, patience=PATIENCE))
+        held.enter_context(FolderLock(self.folder, doing="is at work on this run now", remedy=remedy, timeout=LOCK_SECONDS))
         if left := files.clear(self.folder, checkpoint.folder_of(self.folder), self.folder / vqa_evaluate.ANSWERS):
             names = ", ".join(path.name for path in left[:4]) + f" and {len(left) - 4} more" * (len(left) > 4)
             self.log.say(f"{self.folder}: cleared what an earlier start had half written or half removed: {names}")

@@ -122,7 +122,7 @@ def test_waiting_goes_on_when_slurm_does_not_answer_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Only the answers of `squeue` are set here."""
-    for name, seconds in {"LOOK": 0.01, "ASK": 0.01, "LATE": 0.05}.items():
+    for name, seconds in {"POLL_SECONDS": 0.01, "SLURM_POLL_SECONDS": 0.01, "RESULT_SECONDS": 0.05}.items():
         monkeypatch.setattr(submit, name, seconds)
     answering(tmp_path, monkeypatch, '[ -e "$0.asked" ] && exec echo "7|CANCELLED|N/A|None"\n> "$0.asked"; echo busy >&2; exit 1')
     job: submitit.SlurmJob[int] = submitit.SlurmJob(tmp_path, "7")

@@ -135,8 +135,8 @@ def test_python_in_the_shell_that_salloc_gives_is_one_process(special: str) -> N
 
 def test_a_shell_of_srun_with_pty_does_not_wait_long_for_tasks_that_never_come() -> None:
     found = launch.variables(SRUN)
-    assert launch._meeting(found, {**SRUN, "SLURM_PTY_PORT": "40001"}).patience == peers.PATIENCE_AT_A_TERMINAL == 30
-    assert launch._meeting(found, SRUN).patience == peers.PATIENCE
+    assert launch._meeting(found, {**SRUN, "SLURM_PTY_PORT": "40001"}).timeout == peers.MEETING_SECONDS_AT_A_TERMINAL == 30
+    assert launch._meeting(found, SRUN).timeout == peers.MEETING_SECONDS
 
 
 OPEN_MPI = {

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megakd.recipe import Watchdog as Settings
+from megakd.recipe import Watchdog
 from megakd.runtime import watchdog
 from megakd.runtime.exits import EXIT_HUNG
 from megakd.runtime.launch import World
-from megakd.runtime.watchdog import Watchdog
+from megakd.runtime.watchdog import HangWatchdog
 from support.runs import KD, REPOSITORY, environment, rows, settings, start_ranks
 
 pytestmark = pytest.mark.timeout(180)
@@ -38,8 +38,8 @@ def with_the_interpreters_lock():
     ctypes.PyDLL(None).sleep(60)
 
 threading.Thread(target=stand_still, name="loader", daemon=True).start()
-watchdog.GRACE = 2.0
-with watchdog.Watchdog({limit}, Path(sys.argv[1]), World(3, 8, torch.device("cpu"))):
+watchdog.SECOND_LINE_SECONDS = 2.0
+with watchdog.HangWatchdog({limit}, Path(sys.argv[1]), World(3, 8, torch.device("cpu"))):
     print("started", flush=True)
 {body}
 print("came to its end")
@@ -125,9 +125,9 @@ for number in range(2):
 
 def test_a_limit_of_0_watches_nothing(tmp_path: Path) -> None:
     threads = threading.active_count()
-    with Watchdog(0.0, tmp_path, World(0, 1, torch.device("cpu"))):
+    with HangWatchdog(0.0, tmp_path, World(0, 1, torch.device("cpu"))):
         assert threading.active_count() == threads
-    with Watchdog(60.0, tmp_path, World(0, 1, torch.device("cpu"))):
+    with HangWatchdog(60.0, tmp_path, World(0, 1, torch.device("cpu"))):
         assert threading.active_count() == threads + 1
     assert threading.active_count() == threads
 
@@ -148,7 +148,7 @@ def test_a_beat_costs_nothing_to_speak_of() -> None:
 
 
 def test_the_default_limit_is_half_an_hour() -> None:
-    assert Settings().limit == 1800
+    assert Watchdog().limit == 1800
 
 
 @dataclass

@@ -123,8 +123,8 @@ def test_a_crash_reaches_the_submitter_as_that_error_with_the_logs_path(
 def test_a_cancelled_run_is_not_requeued_and_ends_the_waiting(
     slurm: Cluster, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(submit, "ASK", 1.0)
-    monkeypatch.setattr(submit, "LATE", 1.0)
+    monkeypatch.setattr(submit, "SLURM_POLL_SECONDS", 1.0)
+    monkeypatch.setattr(submit, "RESULT_SECONDS", 1.0)
     wanted = submit.Resources(nodes=2, gpus_per_node=0, tasks_per_node=1, time="15", signal_delay=60)
     top, runs = submit.requests(str(recipe_file), ["optim.steps=100000"], None, tmp_path / "run", "auto", [])
     jobs = submit.submit(top, runs, wanted, "slurm")

@@ -53,7 +53,7 @@ with FolderLock(Path(sys.argv[1]), doing="is at work", remedy="wait"):
 def test_a_second_job_on_a_run_folder_is_refused_and_a_dead_one_holds_nothing(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megakd.training.run.PATIENCE", 0.0)
+    monkeypatch.setattr("megakd.training.run.LOCK_SECONDS", 0.0)
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None

@@ -106,18 +106,18 @@ def test_a_port_that_another_program_has_is_named_with_the_remedy_on_every_rank(
 def test_ranks_that_do_not_come_are_named_and_not_waited_for_without_an_end(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(peers, "SAID", 0.1)
+    monkeypatch.setattr(peers, "NOTICE_SECONDS", 0.1)
     with pytest.raises(ValueError, match=r"2 of 3 ranks are missing at localhost:\d+ .*: 1, 2; waited 1 s"):
-        peers.meet(peers.Meeting(0, 3, "localhost", port(time.time_ns() // 1000), patience=1.0))
+        peers.meet(peers.Meeting(0, 3, "localhost", port(time.time_ns() // 1000), timeout=1.0))
     assert "waiting: 2 of 3 ranks are missing" in capfd.readouterr().err
 
 
 def test_a_rank_whose_first_one_does_not_come_says_what_may_be_wrong() -> None:
     with pytest.raises(ValueError, match=r"rank 1 of 2: nobody answers at localhost:\d+ .* firewall"):
-        peers.meet(peers.Meeting(1, 2, "localhost", port(time.time_ns() // 1000), patience=1.0))
+        peers.meet(peers.Meeting(1, 2, "localhost", port(time.time_ns() // 1000), timeout=1.0))
 
 
 @pytest.mark.parametrize(("host", "words"), [("no-such-host.invalid", "no machine of that name"), ("a" * 300, "not a name of a machine")])
 def test_a_host_that_nobody_knows_is_named(host: str, words: str) -> None:
     with pytest.raises(ValueError, match=f"MASTER_ADDR = .*{words}"):
-        peers.meet(peers.Meeting(1, 2, host, 12345, patience=1.0))
+        peers.meet(peers.Meeting(1, 2, host, 12345, timeout=1.0))

@@ -74,7 +74,7 @@ from pathlib import Path
 from megakd.runtime import launch, shared_folder
 world = launch.start()
 try:
-    print(shared_folder.check(Path(sys.argv[1 + world.rank]), world, patience=1.0), flush=True)
+    print(shared_folder.check(Path(sys.argv[1 + world.rank]), world, timeout=1.0), flush=True)
 except ValueError as error:
     print(f"rank {world.rank} ends: {error}", flush=True)
 launch.stop()
