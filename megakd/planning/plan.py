@@ -65,20 +65,20 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     raw, config_name = ds_config.read(config, precision.of(device))
     resolved = ds_config.resolve(raw, recipe, cluster.gpus, config_name=config_name, recipe_name=recipe_name)
     ds_check.check(resolved, config_name)
-    rounds, pairs = resolved["gradient_accumulation_steps"], recipe.optim.batch if recipe.objectives.active() else 0
+    rounds, pairs = resolved.micro_batches, recipe.optim.batch if recipe.objectives.active() else 0
     questions = recipe.questions_in_a_step()
     local, asked = pairs // cluster.gpus, math.ceil(questions / cluster.gpus)
     shares = models.Shares(local // rounds, local, math.ceil(asked / rounds), asked)
     task = ObjectiveSet(recipe, device, None)
     student_zero, teacher_settings = (
-        zero.Settings.of(resolved, 2 if ds_config.is_bf16(resolved) else 4),
+        zero.Settings.of(resolved, precision.dtype(resolved.precision).itemsize),
         zero.Settings.of(teacher_zero, precision.dtype(precision.of(device)).itemsize),
     )
     taught = recipe.teachers().values() if task.needs_teacher else ()
     teachers = tuple(models.teacher(settings, shares.micro, local, precision.of(device), teacher_settings, device) for settings in taught)
     widths = [teacher.width for teacher in teachers]
     student = models.student(
-        recipe, lambda own: task.heads(own, widths), shares, bf16=ds_config.is_bf16(resolved), drop=student_zero.stage > 1
+        recipe, lambda own: task.heads(own, widths), shares, bf16=resolved.precision == "bf16", drop=student_zero.stage > 1
     )
     elements = (student.element, teacher_settings.element)
     shape = LossShape(pairs, cluster.gpus, (student.width, sum(widths)), elements, len(teachers), recipe.kernels.ring, device)

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megakd.runtime.ds_config import DsConfig
+
 # fp32 master copy (ZeRO only) and AdamW's two moments
 MASTER, MOMENTS = 4, 8
 # Elements: DeepSpeed's bucket for gradients, without ZeRO and by default with it
@@ -36,15 +38,14 @@ class Settings:
     sums_in_fp32: bool
 
     @classmethod
-    def of(cls, config: dict[str, Any], element: int) -> Settings:
-        zero = config.get("zero_optimization", {})
-        stage = int(zero.get("stage", 0))
-        offloaded = {key: zero.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")}
+    def of(cls, raw: dict[str, Any], element: int) -> Settings:
+        config = DsConfig(raw)
+        zero, stage = config.zero, config.stage
         return cls(
             stage, element, int(zero.get("reduce_bucket_size", BUCKET)), int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
             int(zero.get("stage3_param_persistence_threshold", 100_000)), int(zero.get("stage3_max_reuse_distance", 1_000_000_000)),
             int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
-            bool(zero.get("overlap_comm", stage == 3)), offloaded["offload_optimizer"], offloaded["offload_param"],
+            bool(zero.get("overlap_comm", stage == 3)), config.offloads_optimizer, config.offloads_weights,
             element < MASTER and config.get("data_types", {}).get("grad_accum_dtype") == "fp32",
         )  # fmt: skip
 

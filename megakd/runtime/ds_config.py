@@ -17,6 +17,49 @@ from megakd.runtime.precision import Precision
 BUILT_IN = "(built-in default)"
 
 
+class DsConfig(dict[str, Any]):
+    """A DeepSpeed JSON as a dict, which is what DeepSpeed takes and run.json keeps, with what megakd reads of it by name."""
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        return self.get("zero_optimization") or {}
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO: 0 is none, as without the section."""
+        stage: int = self.zero.get("stage", 0)
+        return stage
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether AdamW's moments lie and move in CPU memory."""
+        return bool((self.zero.get("offload_optimizer") or {}).get("device", "none") != "none")
+
+    @property
+    def offloads_weights(self) -> bool:
+        return bool((self.zero.get("offload_param") or {}).get("device", "none") != "none")
+
+    @property
+    def precision(self) -> Precision:
+        """In which the student computes."""
+        return "bf16" if self.get("bf16", {}).get("enabled", False) else "fp32"
+
+    @property
+    def micro_batch(self) -> int:
+        """Pairs of one rank in one forward; of a resolved configuration."""
+        return int(self["train_micro_batch_size_per_gpu"])
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one rank in a step; of a resolved configuration."""
+        return int(self["gradient_accumulation_steps"])
+
+    @property
+    def accumulates_in_bf16(self) -> bool:
+        """Whether micro-batches' gradients add up in bf16, as only a literal in the JSON asks for; of a resolved configuration."""
+        return self.micro_batches > 1 and self.get("data_types", {}).get("grad_accum_dtype") == "bf16"
+
+
 def read(path: str | None, precision: Precision) -> tuple[dict[str, Any], str]:
     """The JSON at `path`, or the built-in default: ZeRO-1 in bf16, or no ZeRO in fp32, as `precision` says. Returns it with its name."""
     if path is None:
@@ -30,15 +73,16 @@ def read(path: str | None, precision: Precision) -> tuple[dict[str, Any], str]:
     return config, path
 
 
-def resolve(config: dict[str, Any], recipe: Recipe, ranks: int, *, config_name: str, recipe_name: str) -> dict[str, Any]:
+def resolve(config: dict[str, Any], recipe: Recipe, ranks: int, *, config_name: str, recipe_name: str) -> DsConfig:
     """A copy of `config` that DeepSpeed takes, with every shared key filled from the recipe.
 
     Raises ValueError that names the key, both values and both files where a literal disagrees, and where the global batch does
     not divide over `ranks` and micro-batches.
     """
     ds_sections.check(config, config_name)
-    asked = {key: value for key, value in copy.deepcopy(config).items() if key not in ds_sections.REFUSED}  # what is left of those is off
-    merge = _Merge(asked, config_name, recipe_name)
+    # What is left of the refused sections is off.
+    active = DsConfig((key, value) for key, value in copy.deepcopy(config).items() if key not in ds_sections.REFUSED)
+    merge = _Merge(active, config_name, recipe_name)
     optim = recipe.optim
     merge.fill("train_batch_size", "optim.batch", optim.batch)
     micro = merge.micro_batch(optim.batch, ranks)
@@ -53,7 +97,7 @@ def resolve(config: dict[str, Any], recipe: Recipe, ranks: int, *, config_name: 
 
 
 class _Merge:
-    def __init__(self, config: dict[str, Any], config_name: str, recipe_name: str) -> None:
+    def __init__(self, config: DsConfig, config_name: str, recipe_name: str) -> None:
         self.config, self.config_name, self.recipe_name = config, config_name, recipe_name
 
     def fill(self, key: str, owner: str, value: Any, inside: dict[str, Any] | None = None, shown: str | None = None) -> None:
@@ -113,10 +157,10 @@ class _Merge:
             self.fill(key, f"optim.{key}", owned[key], params, f"optimizer.params.{key}")
 
     def precision(self) -> None:
-        stage = self.config.get("zero_optimization", {}).get("stage", 0)
+        stage: Any = self.config.stage
         if not isinstance(stage, int) or isinstance(stage, bool) or stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_optimization.stage = {stage!r} in {self.config_name}: give 0, 1, 2 or 3")
-        if is_bf16(self.config) and stage == 0:
+        if self.config.precision == "bf16" and stage == 0:
             raise ValueError(
                 f"bf16 without ZeRO in {self.config_name}: DeepSpeed would keep no fp32 master weights; "
                 f"set zero_optimization.stage to 1, 2 or 3"
@@ -124,9 +168,9 @@ class _Merge:
         kind = self.config.get("data_types", {}).get("grad_accum_dtype")
         if kind not in (None, "fp32", "bf16"):
             raise ValueError(f"data_types.grad_accum_dtype = {kind!r} in {self.config_name}: write fp32, or bf16 to save memory")
-        if kind == "bf16" and not is_bf16(self.config):
+        if kind == "bf16" and self.config.precision == "fp32":
             raise ValueError(f"data_types.grad_accum_dtype = 'bf16' in {self.config_name}: the run is in fp32; remove it, or enable bf16")
-        if is_bf16(self.config) and self.config["gradient_accumulation_steps"] > 1:
+        if self.config.precision == "bf16" and self.config.micro_batches > 1:
             self.accumulation(stage)
 
     def accumulation(self, stage: int) -> None:
@@ -139,15 +183,6 @@ class _Merge:
         types["grad_accum_dtype"] = kind
         if kind == "fp32" and stage == 1:
             self.config.setdefault("communication_data_type", "fp32")
-
-
-def accumulates_in_bf16(config: dict[str, Any]) -> bool:
-    """Whether a resolved configuration adds micro-batches' gradients up in bf16, as only a literal in the JSON asks for."""
-    return bool(config["gradient_accumulation_steps"] > 1 and config.get("data_types", {}).get("grad_accum_dtype") == "bf16")
-
-
-def is_bf16(config: dict[str, Any]) -> bool:
-    return bool(config.get("bf16", {}).get("enabled", False))
 
 
 def _same(literal: Any, value: Any) -> bool:

@@ -45,7 +45,7 @@ from deepspeed.utils import (  # noqa: E402
 
 from megakd.recipe import Optim  # noqa: E402
 from megakd.runtime import monitors, precision  # noqa: E402
-from megakd.runtime.ds_config import is_bf16  # noqa: E402
+from megakd.runtime.ds_config import DsConfig  # noqa: E402
 from megakd.runtime.launch import World  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -67,6 +67,11 @@ class State:
     objectives: dict[str, Tensor] = field(default_factory=dict)
 
 
+def join(world: World) -> None:
+    """Tell DeepSpeed of the process group that `launch.start` has joined."""
+    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+
+
 class Engine:
     """The student in DeepSpeed's hands.
 
@@ -77,16 +82,17 @@ class Engine:
         self, module: nn.Module, groups: list[dict[str, object]], optim: Optim, config: dict[str, Any], world: World, start: State | None
     ) -> None:
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        known = DsConfig(config)
         if start is not None:
             load_weights(module, start.weights)
-        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
-        self.dtype, self._device = torch.bfloat16 if is_bf16(config) else torch.float32, world.device
+        join(world)
+        self.dtype, self._device = precision.dtype(known.precision), world.device
         if self.dtype != torch.float32:
             for parameter in module.parameters():
                 if parameter.numel() == 1 and parameter.is_floating_point():  # trained ones follow the optimizer
                     parameter.in_float32 = parameter.detach().float().clone()  # type: ignore[attr-defined]
-        optimizer = _adamw(groups, optim, config)
-        self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        optimizer = _adamw(groups, optim, known)
+        self.stage = known.stage
         # Without ZeRO, DeepSpeed clips and does not tell the norm; `update` does both.
         self._clip = float(config["gradient_clipping"]) if self.stage == 0 else 0.0
         handed_over = {**config, "gradient_clipping": 0.0} if self.stage == 0 else config
@@ -96,8 +102,8 @@ class Engine:
             csv.filenames += monitors.header_is_there(config)
         if start is not None:  # by which it numbers the values that it gives to monitors itself
             self._engine.global_samples = start.updates * self._engine.train_batch_size()
-        self.micro_batch = int(config["train_micro_batch_size_per_gpu"])
-        self.accumulation = int(config["gradient_accumulation_steps"])
+        self.micro_batch = known.micro_batch
+        self.accumulation = known.micro_batches
         self._norm: Tensor | float = math.nan
         norms = [part for part in self.module.modules() if isinstance(part, precision.BatchNorm)]
         self._persistent = list(persistent_buffers(self.module).values())
@@ -291,10 +297,9 @@ def _own_slice(value: Tensor, numel: int, rank: int) -> Tensor:
     return torch.cat([flat, flat.new_zeros(numel - flat.numel())])
 
 
-def _adamw(groups: list[dict[str, object]], optim: Optim, config: dict[str, Any]) -> torch.optim.Optimizer:
-    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+def _adamw(groups: list[dict[str, object]], optim: Optim, config: DsConfig) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
-    if offload != "none":
+    if config.offloads_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use, so only where it is needed
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)  # type: ignore[no-any-return]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megakd.recipe import texts
 from megakd.runtime import ds_check, ds_sections, engine, precision
-from megakd.runtime.engine import deepspeed
+from megakd.runtime.engine import deepspeed, join
 from megakd.runtime.launch import World
 
 BUILT_IN: dict[str, Any] = {
@@ -91,7 +91,7 @@ class Partitioner:
 
     def __init__(self, config: dict[str, Any], world: World) -> None:
         self.config = config
-        deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+        join(world)
         if world.device.type == "cpu" and sys.platform == "linux":
             _return_freed_memory()
 

@@ -18,7 +18,7 @@ from megakd.models.student import Student, decay_groups
 from megakd.models.vlm import decoder
 from megakd.models.vlm.student import VisionLanguageStudent, freeze_all_but
 from megakd.recipe import Recipe
-from megakd.runtime import ds_config, watchdog
+from megakd.runtime import precision, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.launch import World
 from megakd.runtime.run_folder import RunLog
@@ -46,7 +46,7 @@ def build_teachers(plan: PreparedRun, world: World, log: RunLog) -> dict[str, An
     if recipe.teacher is not None and not (pairs and pairs.teachers):
         log.say("the teacher is not loaded: no objective with a positive weight uses it")
     built: dict[str, AnyTeacher] = {}
-    piece = plan.config["train_micro_batch_size_per_gpu"]
+    piece = plan.config.micro_batch
     for role, description in pairs.teachers.items() if pairs else ():
         watchdog.beat(f"loading {role}")
         if pairs is not None and pairs.store is not None:
@@ -68,7 +68,7 @@ def build_learners(plan: PreparedRun, teachers: Mapping[str, AnyTeacher], device
     if plan.pairs is not None and plan.student is not None:
         heads = plan.pairs.task.heads(plan.student.width, [teacher.width for teacher in teachers.values()])
     module = _module(plan, student, heads, device)
-    if ds_config.is_bf16(plan.config) and student is not None:
+    if plan.config.precision == "bf16" and student is not None:
         casts.for_engine(student.clip)
     return Learners(module, decay_groups(module, recipe.optim.weight_decay, _rates(recipe)), student)
 
@@ -79,7 +79,7 @@ def _module(plan: PreparedRun, student: clip.ClipModel | None, heads: dict[str, 
     if plan.asking is None or recipe.decoder is None or recipe.answers is None:
         assert student is not None
         return Student(student.clip, heads, max_scale)
-    dtype = torch.bfloat16 if ds_config.is_bf16(plan.config) else torch.float32
+    dtype = precision.dtype(plan.config.precision)
     # Quantised weights are made where they stay; others go to the device with the engine, after the judge has made its copies.
     device = device if recipe.decoder.quantise != "none" else torch.device("cpu")
     reader = decoder.build(plan.asking.decoder, None if student is None else student.clip.visual, device, dtype)  # type: ignore[arg-type]

@@ -11,7 +11,6 @@ from megakd.data.pairs import train_batches
 from megakd.data.transforms import TowerView
 from megakd.models import clip
 from megakd.recipe import Recipe
-from megakd.runtime import ds_config
 from megakd.runtime.launch import World
 from megakd.training.prepare import AnswerData, PairData, PreparedRun, on_meta
 
@@ -39,13 +38,11 @@ def show(plan: PreparedRun, world: World) -> str:
 
 def _outline(plan: PreparedRun, world: World) -> str:
     recipe, config = plan.request.recipe, plan.config
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    precise = "bf16" if ds_config.is_bf16(config) else "fp32"
-    pieces = f"{world.size} ranks x {config['gradient_accumulation_steps']} x {config['train_micro_batch_size_per_gpu']}"
+    pieces = f"{world.size} ranks x {config.micro_batches} x {config.micro_batch}"
     seen = recipe.optim.steps * recipe.samples_in_a_step()
     learned = "pairs" if recipe.objectives.active() else "questions"
     objectives = ", ".join(f"{weight:g} {name}" for name, weight in recipe.objectives.active().items()) or "answers"
-    how = f"ZeRO {stage}, {precise}; {objectives}"
+    how = f"ZeRO {config.stage}, {config.precision}; {objectives}"
     return f"{recipe.optim.steps} steps of batch {recipe.optim.batch} = {pieces}, {seen:,} {learned} in all; {how}"
 
 

@@ -39,9 +39,8 @@ class Evaluator:
         self._clip = copy.deepcopy(self._student.clip) if plan.sets and self._student is not None else None
         if self._clip is not None and hasattr(self._clip, "set_grad_checkpointing"):
             self._clip.set_grad_checkpointing(False)  # type: ignore[operator]
-        stage = plan.config.get("zero_optimization", {}).get("stage", 0)
         self._asks = bool(plan.asking and plan.asking.sets)
-        self._whole = copy.deepcopy(learners.module) if plan.asking is not None and stage == 3 else None
+        self._whole = copy.deepcopy(learners.module) if plan.asking is not None and plan.config.stage == 3 else None
 
     def __bool__(self) -> bool:
         return self._clip is not None or self._asks

@@ -26,6 +26,7 @@ from megakd.objectives.set import ObjectiveSet
 from megakd.recipe import Answers, Recipe, Student, chain
 from megakd.recipe import load as recipes
 from megakd.runtime import collectives, ds_check, ds_config, files, precision, run_folder, zero3
+from megakd.runtime.ds_config import DsConfig
 from megakd.runtime.launch import World
 from megakd.teachers import build
 from megakd.vqa import check, evaluate
@@ -78,7 +79,7 @@ class PreparedRun:
     """
 
     request: RunRequest
-    config: dict[str, Any]
+    config: DsConfig
     config_name: str
     student: clip.ModelSpec | None
     pairs: PairData | None
@@ -196,10 +197,10 @@ def _outline(answers: Answers, description: DecoderSpec, student: clip.ModelSpec
     return built
 
 
-def _check_answers(recipe: Recipe, config: dict[str, Any], world: World) -> None:
+def _check_answers(recipe: Recipe, config: DsConfig, world: World) -> None:
     if recipe.answers is None or recipe.decoder is None:
         return
-    stage, rounds = config.get("zero_optimization", {}).get("stage", 0), config["gradient_accumulation_steps"]
+    stage, rounds = config.stage, config.micro_batches
     if recipe.decoder.quantise != "none" and stage == 3:
         raise ValueError(
             f"decoder.quantise = {recipe.decoder.quantise!r}: ZeRO-3 would part what bitsandbytes reads as a whole; use stage 1 or 2"

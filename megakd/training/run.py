@@ -25,7 +25,6 @@ from megakd.objectives.joint import Joint
 from megakd.runtime import (
     checkpoint,
     collectives,
-    ds_config,
     engine,
     environment,
     files,
@@ -161,15 +160,13 @@ class Run:
     def _outline(self) -> str:
         """What is about to start, before the wait for models and DeepSpeed."""
         config, recipe = self.plan.config, self.recipe
-        micro, rounds = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
-        how = f"{self.world.size} x {self.world.device.type}, ZeRO {config.get('zero_optimization', {}).get('stage', 0)}"
-        how += f", {'bf16' if ds_config.is_bf16(config) else 'fp32'}"
+        how = f"{self.world.size} x {self.world.device.type}, ZeRO {config.stage}, {config.precision}"
         if (asked := precision.asked()) is not None:
             how += f" ({precision.VARIABLE}={asked})"
-        if ds_config.accumulates_in_bf16(config):
+        if config.accumulates_in_bf16:
             how += " (gradients add up in bf16, as data_types.grad_accum_dtype says: fp32 loses nothing)"
         if self.plan.pairs is not None:
-            how += f", batch {recipe.optim.batch} = {self.world.size} ranks x {rounds} x {micro}"
+            how += f", batch {recipe.optim.batch} = {self.world.size} ranks x {config.micro_batches} x {config.micro_batch}"
         return f"{recipe.optim.steps} steps, {how}\n{self._sources()}"
 
     def _sources(self) -> str:

@@ -76,7 +76,7 @@ def test_micro_batches_of_a_run_in_bf16_add_up_in_float32(stage: int, recipe: Re
     resolved = _resolve({**BF16, "zero_optimization": {"stage": stage}}, recipe)
     assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
     assert resolved.get("communication_data_type") == ("fp32" if stage == 1 else None)
-    assert not ds_config.accumulates_in_bf16(resolved)
+    assert not resolved.accumulates_in_bf16
 
 
 def test_a_run_without_accumulation_or_in_float32_needs_no_second_type(recipe: Recipe) -> None:
@@ -87,7 +87,7 @@ def test_a_run_without_accumulation_or_in_float32_needs_no_second_type(recipe: R
 
 def test_a_json_may_save_the_memory_of_float32_sums_and_no_other_type_is_taken(recipe: Recipe) -> None:
     config = {**BF16, "zero_optimization": {"stage": 2}}
-    assert ds_config.accumulates_in_bf16(_resolve({**config, "data_types": {"grad_accum_dtype": "bf16"}}, recipe))
+    assert _resolve({**config, "data_types": {"grad_accum_dtype": "bf16"}}, recipe).accumulates_in_bf16
     assert "data_types.grad_accum_dtype = 'fp16'" in _error({**config, "data_types": {"grad_accum_dtype": "fp16"}}, recipe)
 
 
