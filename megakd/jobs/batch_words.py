@@ -51,6 +51,6 @@ def check(wanted: Any, top: Path | None, here: Path) -> None:
 
 
 def _check_folder(option: str, folder: Path, refused: str) -> None:
-    found = CONTROL.search(str(folder)) or re.search(f"[{re.escape(refused)}]", str(folder))
-    if found:
-        raise ValueError(f"{option} {str(folder)!r}: {found[0]!r} in a path means something else to SLURM; choose a folder without it")
+    match = CONTROL.search(str(folder)) or re.search(f"[{re.escape(refused)}]", str(folder))
+    if match:
+        raise ValueError(f"{option} {str(folder)!r}: {match[0]!r} in a path means something else to SLURM; choose a folder without it")

@@ -48,11 +48,11 @@ def check(partition: str | None, nodes: int, gpus_per_node: int | None, there: l
     gpus_per_node: None, nothing said, will do where there are none. there: what `partitions` has found, if it was asked.
     """
     there = partitions() if there is None else there
-    wanted = partition.split(",") if partition else [found.partition for found in there if found.default]
+    wanted = partition.split(",") if partition else [group.partition for group in there if group.default]
     for name in wanted:
-        if name not in {found.partition for found in there}:
+        if name not in {group.partition for group in there}:
             raise ValueError(f"--partition {name}: this cluster has no such partition; it has\n{listing(there)}")
-    idle = [found for found in there if found.partition in wanted and found.gpus]
+    idle = [group for group in there if group.partition in wanted and group.gpus]
     if gpus_per_node is None and idle:
         raise ValueError(f"--gpus_per_node: say how many, 0 to train on the CPU; there are\n{listing(idle)}")
     if not wanted or any(_has(there, name, nodes, gpus_per_node or 0) for name in wanted):
@@ -62,7 +62,7 @@ def check(partition: str | None, nodes: int, gpus_per_node: int | None, there: l
 
 
 def _has(there: Iterable[Nodes], partition: str, nodes: int, gpus_per_node: int) -> bool:
-    return sum(found.count for found in there if found.partition == partition and found.gpus >= gpus_per_node) >= nodes
+    return sum(group.count for group in there if group.partition == partition and group.gpus >= gpus_per_node) >= nodes
 
 
 def partitions() -> list[Nodes]:
@@ -75,7 +75,7 @@ def partitions() -> list[Nodes]:
 
 
 def listing(nodes: Iterable[Nodes]) -> str:
-    return "\n".join(f"  {found}" for found in nodes)
+    return "\n".join(f"  {group}" for group in nodes)
 
 
 def states(jobs: Iterable[str]) -> dict[str, JobState]:
@@ -83,19 +83,19 @@ def states(jobs: Iterable[str]) -> dict[str, JobState]:
 
     Raises ValueError where squeue does not run. A cluster without accounting leaves the forgotten ones out.
     """
-    asked = sorted(set(jobs))
-    if not asked:
+    ids = sorted(set(jobs))
+    if not ids:
         return {}
-    queued = ["squeue", "--array", "--noheader", "--states=all", f"--jobs={','.join(asked)}", "--format=%i|%T|%S|%r"]
-    found = {}
+    queued = ["squeue", "--array", "--noheader", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%S|%r"]
+    known = {}
     for line in _ask(*queued, unless="Invalid job id").splitlines():
         job, name, since, reason = line.split("|", 3)
-        found[job] = JobState(name, "" if reason == "None" else reason, since)
+        known[job] = JobState(name, "" if reason == "None" else reason, since)
     # An ended job's exit code is not in squeue.
-    unknown = [job for job in asked if job not in found or found[job].ended]
+    unknown = [job for job in ids if job not in known or known[job].ended]
     if unknown:
-        found |= _accounted(unknown)
-    return {job: found[job] for job in asked if job in found}
+        known |= _accounted(unknown)
+    return {job: known[job] for job in ids if job in known}
 
 
 def _accounted(jobs: list[str]) -> dict[str, JobState]:
@@ -103,10 +103,10 @@ def _accounted(jobs: list[str]) -> dict[str, JobState]:
         rows = _ask("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(jobs)}", "--format=JobID,State,ExitCode")
     except ValueError:  # no accounting here
         return {}
-    found = {}
+    known = {}
     for job, name, code in (line.split("|") for line in rows.splitlines()):
-        found[job] = JobState(name.split()[0], code=int(code.split(":")[0]))  # "CANCELLED by 1000"
-    return found
+        known[job] = JobState(name.split()[0], code=int(code.split(":")[0]))  # "CANCELLED by 1000"
+    return known
 
 
 def _gpus(gres: str) -> int:

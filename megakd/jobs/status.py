@@ -212,11 +212,11 @@ def _slurm(runs: Sequence[Found], ended: dict[str, cluster.JobState]) -> tuple[d
         if run.job and run.held:
             ended.pop(run.job, None)  # it was requeued by hand
     try:
-        asked = cluster.states(run.job for run in runs if run.job and run.job not in ended and not _finished(run))
+        known = cluster.states(run.job for run in runs if run.job and run.job not in ended and not _finished(run))
     except ValueError as error:
         return dict(ended), str(error)
-    ended |= {job: found for job, found in asked.items() if found.ended}
-    return ended | asked, None
+    ended |= {job: job_state for job, job_state in known.items() if job_state.ended}
+    return ended | known, None
 
 
 def _finished(run: Found) -> bool:

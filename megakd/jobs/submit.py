@@ -288,17 +288,17 @@ def wait(jobs: Sequence[submitit.Job[int]], where: Where) -> int:
     Looks for submitit's result files, and asks SLURM every half minute about all jobs at once: a job that was cancelled leaves no file.
     """
     codes: dict[str, int] = {}
-    asked, ended = time.monotonic(), dict[str, tuple[float, slurm.JobState]]()
+    last_asked, ended = time.monotonic(), dict[str, tuple[float, slurm.JobState]]()
     while len(codes) < len(jobs):
         open_jobs = [job for job in jobs if job.job_id not in codes]
-        if where == "slurm" and time.monotonic() - asked >= SLURM_POLL_SECONDS:
-            asked = time.monotonic()
+        if where == "slurm" and time.monotonic() - last_asked >= SLURM_POLL_SECONDS:
+            last_asked = time.monotonic()
             try:
                 states = slurm.states(job.job_id for job in open_jobs)
             except ValueError as error:  # a controller that is busy or restarts is no end of the jobs
                 print(f"asking again later: {error}", file=sys.stderr, flush=True)
             else:
-                ended = {id: ended.get(id, (asked, state)) for id, state in states.items() if state.ended}
+                ended = {id: ended.get(id, (last_asked, state)) for id, state in states.items() if state.ended}
         for job in open_jobs:
             code = _result(job)
             if code is None and job.job_id in ended and time.monotonic() - ended[job.job_id][0] >= RESULT_SECONDS:

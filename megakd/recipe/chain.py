@@ -26,9 +26,9 @@ def model(settings: M, role: str) -> M:
     first = recipes.load(settings.recipe)[0].student
     if first is None:
         raise ValueError(f"{role}.recipe = {settings.recipe!r}: has no [student], and so trains no {role}: name another recipe")
-    found = model(first, "student")
-    source = {name: getattr(found, name) for name in ("model", "architecture", "pretrained", "recipe")}
-    kept = {name: getattr(settings, name) or getattr(found, name) for name in ("tokenizer", "preprocess")}
+    trained = model(first, "student")
+    source = {name: getattr(trained, name) for name in ("model", "architecture", "pretrained", "recipe")}
+    kept = {name: getattr(settings, name) or getattr(trained, name) for name in ("tokenizer", "preprocess")}
     return settings.model_copy(update={**source, **kept})
 
 
@@ -40,10 +40,10 @@ def decoder(settings: Decoder) -> Decoder:
     name = settings.model or ""
     if settings.recipe is None or not name.endswith(LANGUAGE) or (Path(name) / "config.json").is_file():
         return settings
-    found = decoder(before(settings))
-    source = {"model": found.model, "architecture": found.architecture, "tokenizer": settings.tokenizer or found.tokenizer}
+    earlier = decoder(before(settings))
+    source = {"model": earlier.model, "architecture": earlier.architecture, "tokenizer": settings.tokenizer or earlier.tokenizer}
     # An architecture has no weights that could be quantised; the folder that is made of it has.
-    return settings.model_copy(update={**source, "quantise": "none" if found.model is None else settings.quantise})
+    return settings.model_copy(update={**source, "quantise": "none" if earlier.model is None else settings.quantise})
 
 
 def before(settings: Decoder) -> Decoder:

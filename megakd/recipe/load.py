@@ -38,16 +38,16 @@ def load(source: str, overrides: Iterable[str] = (), *, to_compare: bool = False
     applied = list(overrides)
     for override in applied:
         _apply(settings, override)
-    told = " ".join(f"--set {texts.shown(o)[1:-1] if len(o) > 400 else o}" for o in applied)
-    origin_in_messages = f"{origin} with {told}" if applied else origin
+    given = " ".join(f"--set {texts.shown(o)[1:-1] if len(o) > 400 else o}" for o in applied)
+    origin_in_messages = f"{origin} with {given}" if applied else origin
     if problems := list(itertools.islice(texts.impossible(settings), MOST_PROBLEMS)):
         raise ValueError(f"recipe {origin_in_messages}:\n" + "\n".join(f"  {problem}" for problem in problems))
     try:
         recipe = Recipe.model_validate(settings)
     except ValidationError as error:
-        found = error.errors()
-        more = [f"  and {len(found) - MOST_PROBLEMS} more"] if len(found) > MOST_PROBLEMS else []
-        lines = [*map(_explain, found[:MOST_PROBLEMS]), *more]
+        errors = error.errors()
+        more = [f"  and {len(errors) - MOST_PROBLEMS} more"] if len(errors) > MOST_PROBLEMS else []
+        lines = [*map(_explain, errors[:MOST_PROBLEMS]), *more]
         raise ValueError(f"recipe {origin_in_messages}:\n" + "\n".join(lines)) from None
     if not to_compare:
         check_given(recipe, origin)
@@ -129,7 +129,7 @@ def _parts(key: str, override: str) -> list[str]:
 def _value(text: str, override: str) -> Any:
     """A TOML value (3e-4, true, [1, 2], "text"); what is none is taken as a bare string, so that paths need no quotes."""
     try:
-        found = tomllib.loads(f"value = {text}")
+        parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
     except RecursionError:
@@ -137,7 +137,7 @@ def _value(text: str, override: str) -> Any:
     except ValueError:
         raise ValueError(f"--set {override}: an integer of thousands of digits; integers have 64 bits") from None
     # More than one value: a line break in the text, or a comment that would be dropped.
-    return found["value"] if found.keys() == {"value"} and _is_whole(text) else text
+    return parsed["value"] if parsed.keys() == {"value"} and _is_whole(text) else text
 
 
 def _is_whole(text: str) -> bool:
@@ -204,8 +204,8 @@ def told(old: Recipe, new: Recipe) -> list[str]:
     """What is to be said of the settings that may change, when `refused` has none."""
     lines = []
     for key, before, after in _changed(old, new):
-        found = resume.entry(key)
-        lines.append(f"{key}: {before!r} -> {after!r}: {resume.TOLD.get(found or '', 'changed')}")
+        name = resume.entry(key)
+        lines.append(f"{key}: {before!r} -> {after!r}: {resume.TOLD.get(name or '', 'changed')}")
     return lines
 
 

@@ -70,7 +70,7 @@ ON_RESUME: dict[str, Change] = {
 def entry(key: str) -> str | None:
     """The table's entry for a key of a recipe, `evaluation.vqa.mine.images`; None for one that it does not have."""
     parts = key.split(".")
-    return next((found for end in range(len(parts), 0, -1) for found in _spelled(parts[:end]) if found in ON_RESUME), None)
+    return next((name for end in range(len(parts), 0, -1) for name in _spelled(parts[:end]) if name in ON_RESUME), None)
 
 
 def _spelled(parts: list[str]) -> Iterable[str]:
@@ -82,5 +82,5 @@ def _spelled(parts: list[str]) -> Iterable[str]:
 def change(key: str) -> Change:
     """How a change of this key is taken; one that the table lacks is refused, a section that comes or goes for one."""
     # A set that is added is named by its own keys, the last one that is taken out by its section's.
-    found = "evaluation.vqa.*.format" if key == "evaluation.vqa" else entry(key)
-    return "refused" if found is None else ON_RESUME[found]
+    name = "evaluation.vqa.*.format" if key == "evaluation.vqa" else entry(key)
+    return "refused" if name is None else ON_RESUME[name]

@@ -245,7 +245,7 @@ class Watchdog(Section):
     )
 
     @model_validator(mode="after")
-    def _longer_than_a_breath(self) -> Watchdog:
+    def _at_least_a_second(self) -> Watchdog:
         if 0 < self.limit < 1:
             raise ValueError(
                 f"limit = {self.limit}: a run without progress for so short would always be ended; give seconds, or 0 for never"

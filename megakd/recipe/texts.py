@@ -105,16 +105,16 @@ def did_you_mean(word: object, known: Iterable[str], cutoff: float = 0.5) -> str
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as one with dotted keys; an empty table inside is a value of its own."""
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {prefix + key: value}
-    return found
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {prefix + key: value}
+    return leaves
 
 
 def check_values(value: Any, named: str) -> None:
     """Raise ValueError for what no setting can mean; see the module's docstring."""
-    if found := next(impossible(value), None):
-        raise ValueError(f"{named}: {found}")
+    if problem := next(impossible(value), None):
+        raise ValueError(f"{named}: {problem}")
 
 
 def impossible(value: Any) -> Iterator[str]:
@@ -130,8 +130,8 @@ def impossible(value: Any) -> Iterator[str]:
                     yield f"{where}: the key {name!r} in it is empty; give it a name"
                 elif UNPRINTABLE.search(name):
                     yield f"{where}: the key {shown(name)} in it holds a control character; take it out"
-        elif isinstance(inner, str) and (found := UNPRINTABLE.search(inner)):
-            yield f"{where} = {shown(inner)}: holds the control character {found[0]!r}; take it out"
+        elif isinstance(inner, str) and (match := UNPRINTABLE.search(inner)):
+            yield f"{where} = {shown(inner)}: holds the control character {match[0]!r}; take it out"
         elif isinstance(inner, float) and not math.isfinite(inner):
             yield f"{where} = {inner}: not a finite number; write one"
         elif isinstance(inner, int) and abs(inner) > LARGEST:

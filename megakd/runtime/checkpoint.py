@@ -140,13 +140,13 @@ def load_weights(path: Path) -> tuple[Progress, dict[str, Tensor]]:
 
 def check_fits(path: Path, weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError with the names and shapes that differ when `weights` are of another architecture."""
-    found = {name: tuple(value.shape) for name, value in weights.items()}
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
     problems = [
-        f"{name}: {shape} here, {found.get(name, 'absent')} in the checkpoint"
+        f"{name}: {shape} here, {shapes.get(name, 'absent')} in the checkpoint"
         for name, shape in expected.items()
-        if found.get(name) != shape
+        if shapes.get(name) != shape
     ]
-    problems += [f"{name}: absent here, {shape} in the checkpoint" for name, shape in found.items() if name not in expected]
+    problems += [f"{name}: absent here, {shape} in the checkpoint" for name, shape in shapes.items() if name not in expected]
     if problems:
         shown = "\n  ".join(problems[:8] + [f"... and {len(problems) - 8} more"] * (len(problems) > 8))
         raise CheckpointError(
@@ -217,10 +217,10 @@ def _contradiction(folder: str, content: dict[str, Any]) -> str | None:
 def _tensors(file: Path) -> dict[str, Tensor]:
     """A file's tensors, all finite."""
     try:
-        found = load_file(file)
+        tensors = load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); {_ELSEWHERE}") from error
-    for name, value in found.items():
+    for name, value in tensors.items():
         if not bool(value.isfinite().all()):
             raise CheckpointError(f"{file}: {name} holds NaN or infinity; {_ELSEWHERE}")
-    return found
+    return tensors

@@ -104,9 +104,11 @@ def check(config: dict[str, Any], named: str) -> None:
             raise ValueError(f"{unknown(key, (*SHARED, *SCALARS, *SECTIONS), named)}")
     for key in SHARED:
         value = config.get(key, "auto")
-        whole = key != "gradient_clipping"
-        if value != "auto" and (isinstance(value, bool) or not isinstance(value, (int, float) if not whole else int)):
-            raise ValueError(f'{key} = {shown(value)} in {named}: {TYPES[int if whole else float]} is needed, or "auto" for the recipe\'s')
+        integer = key != "gradient_clipping"
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, (int, float) if not integer else int)):
+            raise ValueError(
+                f'{key} = {shown(value)} in {named}: {TYPES[int if integer else float]} is needed, or "auto" for the recipe\'s'
+            )
 
 
 def _check_section(section: str, content: dict[str, Any], named: str) -> None:

@@ -62,8 +62,8 @@ def log_path(environ: Mapping[str, str]) -> str | None:
         shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SCONTROL_SECONDS)
     except (OSError, subprocess.SubprocessError):
         return None  # a log nobody can point to is no reason to end a run
-    found = re.search(r"^\s*StdOut=(.+)$", shown.stdout, re.MULTILINE)
-    return found[1] if found else None
+    match = re.search(r"^\s*StdOut=(.+)$", shown.stdout, re.MULTILINE)
+    return match[1] if match else None
 
 
 def device_name() -> str:

@@ -96,8 +96,8 @@ def explain(error: BaseException) -> str | None:
         if isinstance(cause, ValueError) and is_ours(cause):
             return str(cause)
     for cause in chain:
-        if found := _known(cause):
-            return found
+        if explanation := _known(cause):
+            return explanation
     return None
 
 

@@ -145,11 +145,11 @@ def clear(*folders: Path) -> list[Path]:
 
     Nobody else may be writing there. A folder that is not there holds nothing.
     """
-    found: list[Path] = []
+    cleared: list[Path] = []
     for folder in folders:
         for kept in sorted(folder.glob(f".*{REPLACED}")):
             _settle(kept.with_name(kept.name[1 : -len(REPLACED)]))
-            found.append(kept)
+            cleared.append(kept)
         for pattern in (f".*{PARTIAL}", f".*{REMOVED}", *_FORMERLY):
             for path in sorted(folder.glob(pattern)):
                 if path.is_symlink():
@@ -158,8 +158,8 @@ def clear(*folders: Path) -> list[Path]:
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
-                found.append(path)
-    return found
+                cleared.append(path)
+    return cleared
 
 
 def _settle(target: Path) -> None:

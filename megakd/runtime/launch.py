@@ -55,26 +55,28 @@ def variables(environ: Mapping[str, str]) -> dict[str, str]:
     SLURM's list of nodes, or mpirun, does not say where the ranks meet.
     """
     if "RANK" in environ:
-        found = _as_given(environ)
+        rendezvous = _as_given(environ)
     elif environ.get("SUBMITIT_EXECUTOR") == "local" and "SUBMITIT_LOCAL_GLOBALID" in environ:
-        found = _submitit_local(environ)
+        rendezvous = _submitit_local(environ)
     # Before SLURM: mpirun starts its daemons by srun, whose variables the ranks inherit.
     elif "OMPI_COMM_WORLD_RANK" in environ:
-        found = _mpirun(environ, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+        rendezvous = _mpirun(
+            environ, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
+        )
     elif "PMI_RANK" in environ and "MPI_LOCALRANKID" in environ:  # of MPICH and Intel MPI; srun --mpi=pmi2 sets the first alone
-        found = _mpirun(environ, "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+        rendezvous = _mpirun(environ, "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
     elif _is_task_of_srun(environ):
-        found = _slurm(environ)
+        rendezvous = _slurm(environ)
     else:
         return _alone(environ)
     # An IPv6 address as URLs write it: torch's store would look for a host of that name.
-    return _checked({**found, "MASTER_ADDR": re.sub(r"^\[(.*)\]$", r"\1", found["MASTER_ADDR"])})
+    return _checked({**rendezvous, "MASTER_ADDR": re.sub(r"^\[(.*)\]$", r"\1", rendezvous["MASTER_ADDR"])})
 
 
-def _checked(found: dict[str, str]) -> dict[str, str]:
+def _checked(rendezvous: dict[str, str]) -> dict[str, str]:
     """Raises ValueError for numbers that are none, and ranks that cannot be."""
-    rank, size = _number(found, "RANK"), _number(found, "WORLD_SIZE")
-    local, port_ = _number(found, "LOCAL_RANK"), _number(found, "MASTER_PORT")
+    rank, size = _number(rendezvous, "RANK"), _number(rendezvous, "WORLD_SIZE")
+    local, port_ = _number(rendezvous, "LOCAL_RANK"), _number(rendezvous, "MASTER_PORT")
     if size < 1 or not 0 <= rank < size:
         raise ValueError(
             f"RANK = {rank} and WORLD_SIZE = {size}: ranks count from 0 to WORLD_SIZE - 1; start with torchrun, deepspeed or srun"
@@ -83,9 +85,9 @@ def _checked(found: dict[str, str]) -> dict[str, str]:
         raise ValueError(f"LOCAL_RANK = {local} of {size} ranks: they count from 0; start with torchrun, deepspeed or srun")
     if not 0 <= port_ < 65536 or (port_ == 0 and size > 1):
         raise ValueError(f"MASTER_PORT = {port_}: give a port from 1024 to 65535, the same on all ranks")
-    if not found["MASTER_ADDR"].strip():
+    if not rendezvous["MASTER_ADDR"].strip():
         raise ValueError("MASTER_ADDR is empty: give the name or the address of the machine of rank 0, or unset it")
-    return found
+    return rendezvous
 
 
 def _number(environ: Mapping[str, str], name: str, default: str | None = None) -> int:
@@ -219,21 +221,21 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     and on every rank where they would compute in different types.
     """
     global _peers
-    found = variables(os.environ)
-    rank, size, local_rank = int(found["RANK"]), int(found["WORLD_SIZE"]), int(found["LOCAL_RANK"])
+    rendezvous = variables(os.environ)
+    rank, size, local_rank = int(rendezvous["RANK"]), int(rendezvous["WORLD_SIZE"]), int(rendezvous["LOCAL_RANK"])
     if size > 1 and not dist.is_initialized():
-        place = _meeting(found, os.environ)
+        place = _meeting(rendezvous, os.environ)
         store, connection = peers.meet(place)
         _peers = peers.Peers(rank, size, store, connection, place.attempt)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        index = device_index(local_rank, int(found.get("LOCAL_WORLD_SIZE", local_rank + 1)), torch.cuda.device_count())
+        index = device_index(local_rank, int(rendezvous.get("LOCAL_WORLD_SIZE", local_rank + 1)), torch.cuda.device_count())
         torch.cuda.set_device(index)
         device = torch.device("cuda", index)
         # DeepSpeed takes LOCAL_RANK for the number of the device (its engine, zero.Init and zero/utils.py), and nothing else asks for it.
-        found["LOCAL_RANK"] = str(index)
-    _before.update({name: os.environ.get(name) for name in found if name not in _before})
-    os.environ.update(found)
+        rendezvous["LOCAL_RANK"] = str(index)
+    _before.update({name: os.environ.get(name) for name in rendezvous if name not in _before})
+    os.environ.update(rendezvous)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         common = dist.HashStore() if size == 1 else dist.PrefixStore("group", store)
@@ -243,12 +245,12 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
     return World(rank, size, device)
 
 
-def _meeting(found: Mapping[str, str], environ: Mapping[str, str]) -> peers.Meeting:
+def _meeting(rendezvous: Mapping[str, str], environ: Mapping[str, str]) -> peers.Meeting:
     return peers.Meeting(
-        rank=int(found["RANK"]),
-        size=int(found["WORLD_SIZE"]),
-        host=found["MASTER_ADDR"],
-        port=int(found["MASTER_PORT"]),
+        rank=int(rendezvous["RANK"]),
+        size=int(rendezvous["WORLD_SIZE"]),
+        host=rendezvous["MASTER_ADDR"],
+        port=int(rendezvous["MASTER_PORT"]),
         agent=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         attempt=environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
         # In a shell of `srun --pty`, one process takes itself for one of several tasks.

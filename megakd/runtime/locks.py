@@ -82,8 +82,8 @@ def _holder() -> str:
 
 def _is_earlier_start_of_this_job(holder: str) -> bool:
     """Whether a lock's holder is an earlier start of this SLURM job."""
-    found = re.search(r", SLURM job (\S+), restart (\d+)$", holder)
-    return found is not None and found[1] == environment.job_id(os.environ) and int(found[2]) < environment.restarts(os.environ)
+    match = re.search(r", SLURM job (\S+), restart (\d+)$", holder)
+    return match is not None and match[1] == environment.job_id(os.environ) and int(match[2]) < environment.restarts(os.environ)
 
 
 def held(folder: Path) -> bool | None:
@@ -94,9 +94,9 @@ def held(folder: Path) -> bool | None:
     try:
         with (folder / LOCK).open("rb") as file:
             # struct flock of 64-bit Linux: type, whence, start, length (0: to the end), process
-            asked = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
     except FileNotFoundError:
         return False
     except OSError:
         return None
-    return bool(struct.unpack_from("h", asked)[0] != fcntl.F_UNLCK)
+    return bool(struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK)

@@ -31,16 +31,16 @@ def go_on(config: Mapping[str, Any], run: Path, samples: int, *, evaluated: bool
     evaluated: whether the scores of that step stay; else they are about to be written again.
     Returns lines for people: what was left as it is, and why. Raises OSError where a file cannot be written.
     """
-    said = []
+    lines = []
     for section, clear in (("csv_monitor", _clear_csv), ("tensorboard", _clear_events)):
         folder = _folder(config.get(section))
         if folder is None:
             continue
         owner = _owner(folder)
         if owner not in (None, str(run.absolute())):
-            said.append(f"{section}: {folder} is written to by another run, {owner}, too: give each a job_name of its own")
+            lines.append(f"{section}: {folder} is written to by another run, {owner}, too: give each a job_name of its own")
         elif owner is None and samples == 0 and folder.is_dir() and any(folder.iterdir()):
-            said.append(f"{section}: {folder} holds another run's values, and this one's follow: give each a job_name of its own")
+            lines.append(f"{section}: {folder} holds another run's values, and this one's follow: give each a job_name of its own")
         else:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / OWNER).write_text(f"{run.absolute()}\n", encoding="utf-8")
@@ -48,7 +48,7 @@ def go_on(config: Mapping[str, Any], run: Path, samples: int, *, evaluated: bool
     wandb = config.get("wandb")
     if isinstance(wandb, Mapping) and wandb.get("enabled"):
         _name_wandb_run(run)
-    return said
+    return lines
 
 
 def header_is_there(config: Mapping[str, Any]) -> list[str]:

@@ -113,15 +113,15 @@ def _serve(place: Meeting) -> dist.TCPStore:
 
 
 def _reach(place: Meeting, end: float) -> dist.TCPStore:
-    said = time.monotonic() + NOTICE_SECONDS
+    next_notice = time.monotonic() + NOTICE_SECONDS
     while True:
-        found = _attempt(place)
-        if isinstance(found, dist.TCPStore):
-            return found
-        if found is None or _answers(place):
-            again = None if found is None else _attempt(place)  # rank 0 may have begun to answer just now
-            if isinstance(again, dist.TCPStore):
-                return again
+        connection = _attempt(place)
+        if isinstance(connection, dist.TCPStore):
+            return connection
+        if connection is None or _answers(place):
+            retried = None if connection is None else _attempt(place)  # rank 0 may have begun to answer just now
+            if isinstance(retried, dist.TCPStore):
+                return retried
             raise ValueError(
                 f"something answers at {place} that is not rank 0 of this run: another program has the port; end it, or set MASTER_PORT "
                 f"to a free one on all ranks (torchrun and deepspeed: --master_port)"
@@ -130,10 +130,10 @@ def _reach(place: Meeting, end: float) -> dist.TCPStore:
             raise ValueError(
                 f"rank {place.rank} of {place.size}: nobody answers at {place} for {place.timeout:.0f} s; rank 0 has not started or has "
                 f"ended (see its log), MASTER_ADDR names another machine, or a firewall closes the port"
-            ) from found
-        if time.monotonic() > said:
+            ) from connection
+        if time.monotonic() > next_notice:
             print(f"[rank {place.rank}] waiting for rank 0 at {place}", file=sys.stderr, flush=True)
-            said = time.monotonic() + 60
+            next_notice = time.monotonic() + 60
 
 
 def _attempt(place: Meeting) -> dist.TCPStore | Exception | None:
@@ -190,12 +190,12 @@ def _register(place: Meeting, store: dist.Store) -> None:
 
 
 def _await(place: Meeting, store: dist.Store, end: float) -> None:
-    said = time.monotonic() + NOTICE_SECONDS
+    next_notice = time.monotonic() + NOTICE_SECONDS
     pause = 0.02
     while (joined := store.add("joined", 0)) < place.size:
         if (failure := _heard(store, place.rank, REFUSED)) is not None:
             raise ValueError(of_another(failure))
-        if time.monotonic() > min(end, said):
+        if time.monotonic() > min(end, next_notice):
             absent = [rank for rank in range(min(place.size, 256)) if not store.check([f"rank/{rank}"])]
             missing = f"{place.size - joined} of {place.size} ranks are missing at {place}: {', '.join(map(str, absent[:8]))}" + (
                 ", ..." if len(absent) > 8 else ""
@@ -208,7 +208,7 @@ def _await(place: Meeting, store: dist.Store, end: float) -> None:
                 )
             if place.rank == 0:
                 print(f"waiting: {missing}", file=sys.stderr, flush=True)
-            said = time.monotonic() + 60
+            next_notice = time.monotonic() + 60
         time.sleep(pause)
         pause = min(0.5, pause * 1.5)
 
@@ -239,9 +239,9 @@ class Peers:
         """What another rank has told, now or within so many seconds."""
         end = time.monotonic() + seconds
         while True:
-            found = _heard(self._store, self._rank)
-            if found is not None or time.monotonic() >= end:
-                return found
+            failure = _heard(self._store, self._rank)
+            if failure is not None or time.monotonic() >= end:
+                return failure
             time.sleep(0.1)
 
     def close(self) -> None:
@@ -285,10 +285,10 @@ def _heard(store: dist.Store, rank: int, key: str = FAILED) -> Failure | None:
     try:
         if not store.check([key]):
             return None
-        found = json.loads(store.get(key))
+        content = json.loads(store.get(key))
     except RuntimeError:
         return None
-    return None if found["rank"] == rank else Failure(found["rank"], found["text"], found["code"])
+    return None if content["rank"] == rank else Failure(content["rank"], content["text"], content["code"])
 
 
 def of_another(failure: Failure) -> str:

@@ -29,15 +29,15 @@ def check(folder: Path, world: World, timeout: float = VISIBLE_SECONDS) -> list[
     end = time.monotonic() + timeout
     while not (seen := (folder / name).exists()) and time.monotonic() < end:
         time.sleep(0.1)
-    told = collectives.everyones((seen, socket.gethostname(), str(folder.absolute())), world)
+    answers = collectives.everyones((seen, socket.gethostname(), str(folder.absolute())), world)
     collectives.by_main(lambda: (folder / name).unlink(missing_ok=True), world)
-    blind = [(rank, host, place) for rank, (sees, host, place) in enumerate(told) if not sees]
-    if blind:
-        shown = ", ".join(f"rank {rank} on {host} ({place})" for rank, host, place in blind[:4])
-        more = f" and {len(blind) - 4} more" * (len(blind) > 4)
+    without = [(rank, host, place) for rank, (sees, host, place) in enumerate(answers) if not sees]
+    if without:
+        shown = ", ".join(f"rank {rank} on {host} ({place})" for rank, host, place in without[:4])
+        more = f" and {len(without) - 4} more" * (len(without) > 4)
         raise ValueError(
-            f"--out {told[0][2]}: what rank 0 on {told[0][1]} writes there is not seen by {shown}{more}: give --out a folder on a file "
-            f"system that all ranks share, by its absolute path"
+            f"--out {answers[0][2]}: what rank 0 on {answers[0][1]} writes there is not seen by {shown}{more}: give --out a folder on a "
+            f"file system that all ranks share, by its absolute path"
         )
     clocks = collectives.everyones(time.time(), world)
     if max(clocks) - min(clocks) > CLOCK_SKEW_SECONDS:
