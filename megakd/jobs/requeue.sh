@@ -1,5 +1,6 @@
 # shellcheck shell=bash
 # How a job's batch shell ends, on the first node and outside any container. slurm/*.sh read this file, `megakd submit` sends its text.
+# The whole story of a preemption is told in runtime/preemption.py; this is its fifth step.
 
 # finish CODE HOW: the end of a job whose ranks ended with CODE. 85 says: saved after a signal, to be gone on with. SIGUSR1 and SIGUSR2
 # (138, 140) end ranks that have not come to their first line; a preemption's SIGTERM those that still start, which the job's record tells

@@ -1,10 +1,9 @@
 """What each task of a submitted job does: train, and go back into the queue when it is asked to stop.
 
-Preemption and time limits. SIGUSR1 and SIGUSR2 are noted from the first line on, SIGTERM while the run trains; all ranks save at the step's
-end, `run_command` returns 85 and so do the tasks. The batch shell then requeues the job as that of slurm/*.sh does, by
-jobs/requeue.sh: outside a container, which may have no `scontrol`, and whether the cluster sends a job's own signal at a preemption or
+What happens at a preemption or a time limit is told in runtime/preemption.py. Here the tasks end with 85, and the batch shell requeues the
+job, as that of slurm/*.sh does: outside a container, which may have no `scontrol`, and whether the cluster sends a job's own signal or
 SIGTERM alone. submitit ignores SIGTERM while the run starts, and SLURM requeues by itself after it. SLURM starts the same pickle again, as
-it does after a node failure; the run goes on from its newest checkpoint.
+it does after a node failure.
 
 Only what is light is imported here: SLURM's signals are answered from the moment submitit has read the pickle, before torch is there.
 """
