@@ -7,7 +7,6 @@ one call, because ZeRO-3 gathers parameters in hooks of `forward` alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -84,22 +83,6 @@ def embeddings(outputs: dict[str, Tensor]) -> Embeddings:
     names = sorted({key.split(".")[0] for key in outputs if "." in key})
     projected = {name: (outputs[f"{name}.image"], outputs[f"{name}.text"]) for name in names}
     return Embeddings(outputs["image"], outputs["text"], outputs["scale"], outputs.get("bias"), projected)
-
-
-def decay_groups(module: nn.Module, weight_decay: float, rates: Mapping[str, float] | None = None) -> list[dict[str, object]]:
-    """AdamW parameter groups: weight decay on matrices, none on norms, biases and scales (all of them below two dimensions).
-
-    rates: prefix of parameters' names -> their learning rate as a multiple of the others'; the first prefix that fits counts.
-    """
-    sorted_out: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            factor = next((factor for prefix, factor in (rates or {}).items() if name.startswith(prefix)), 1.0)
-            sorted_out.setdefault((factor, parameter.ndim < 2), []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": 0.0 if small else weight_decay, "lr_factor": factor}
-        for (factor, small), parameters in sorted(sorted_out.items(), key=lambda group: group[0])
-    ]
 
 
 def encode_images(clip: nn.Module, pixels: Tensor) -> Tensor:

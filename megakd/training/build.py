@@ -14,7 +14,7 @@ from megakd.data.transforms import TowerView
 from megakd.export import bundle
 from megakd.models import casts, clip
 from megakd.models.fingerprint import preprocessing
-from megakd.models.student import Student, decay_groups
+from megakd.models.student import Student
 from megakd.models.vlm import decoder
 from megakd.models.vlm.student import VisionLanguageStudent, freeze_all_but
 from megakd.recipe import Recipe
@@ -25,6 +25,7 @@ from megakd.runtime.run_folder import RunLog
 from megakd.teachers import build
 from megakd.teachers.cached import StoredTeacher
 from megakd.training.batch import JointBatches
+from megakd.training.optim import decay_groups
 from megakd.training.prepare import PreparedRun
 from megakd.training.trainer import AnyTeacher
 from megakd.vqa.loader import ImageProcessor, question_batches

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megakd.models.student import Head, Student, decay_groups, embeddings, normalised
+from megakd.models.student import Head, Student, embeddings, normalised
+from megakd.training.optim import decay_groups
 
 
 class Towers(nn.Module):

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from megakd.models.student import decay_groups
 from megakd.runtime import launch as ranks
 from megakd.runtime.engine import State
+from megakd.training.optim import decay_groups
 from support import PROGRAMS
 from support.programs.engine_states import ACCUMULATED, CONFIGURATIONS, OFFLOADED, OPTIM, Odd, data, measure, measure_all, why_not_compile
 from support.runs import finish, launch

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megakd.recipe import Optim
-from megakd.training.trainer import learning_rate
+from megakd.training.optim import learning_rate
 from support.runs import rows, train
 
 

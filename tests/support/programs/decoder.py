@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from megakd import recipe
 from megakd.models.patches import patch_tokens
-from megakd.models.student import decay_groups
 from megakd.recipe import Optim
 from megakd.runtime import launch
 from megakd.runtime.engine import Engine, State
 from megakd.runtime.launch import World
+from megakd.training.optim import decay_groups
 from support.decoders import QWEN, make_decoder, make_towers, questions
 from support.runs import zero
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.models.student import decay_groups
 from megakd.recipe import Optim
 from megakd.runtime import launch
 from megakd.runtime.engine import Engine, State, forget
 from megakd.runtime.launch import World
 from megakd.runtime.precision import exact
+from megakd.training.optim import decay_groups
 
 
 def why_not_compile() -> str | None:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from megakd.models import clip, streaming
 from megakd.models.int8 import convert
 from megakd.models.int8.migration import Reference, migrate
-from megakd.models.student import Student, decay_groups, embeddings
+from megakd.models.student import Student, embeddings
 from megakd.models.weights import SafetensorsFiles
 from megakd.recipe import Optim
 from megakd.runtime import launch, zero3
@@ -29,6 +29,7 @@ from megakd.runtime.launch import World
 from megakd.teachers.base import Teacher
 from megakd.teachers.replicated import ReplicatedTeacher
 from megakd.teachers.sharded import ShardedTeacher, build_sharded_teacher
+from megakd.training.optim import decay_groups
 from support.teachers import ARCHITECTURES, build, describe, inputs
 
 OPTIM = Optim(steps=9, batch=8, lr=1e-3, weight_decay=0.1, clip=0.5)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.models.student import decay_groups
 from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import Optim
 from megakd.runtime import launch
 from megakd.runtime.engine import Engine
+from megakd.training.optim import decay_groups
 
 WIDTH, LAYERS = 256, 8
 
