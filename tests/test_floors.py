@@ -17,9 +17,10 @@ import pytest
 
 from support.runs import REPOSITORY, environment
 
-# A package imports from the layers below its own. `megakd` is __init__.py, `megakd.train` the training program's entry point.
+# A package imports from the layers below its own. `megakd` is __init__.py with its public names, `megakd.train` the
+# training program's entry point.
 LAYERS = (
-    {"megakd", "megakd.recipe", "megakd_kernels"},
+    {"megakd.recipe", "megakd.version", "megakd_kernels"},
     {"megakd.runtime"},
     {"megakd.data", "megakd.models"},
     {"megakd.objectives", "megakd.study", "megakd.teachers", "megakd.vqa"},
@@ -27,7 +28,7 @@ LAYERS = (
     {"megakd.benchmarks", "megakd.evaluation"},
     {"megakd.training"},
     {"megakd.jobs", "megakd.train"},
-    {"megakd.cli"},
+    {"megakd", "megakd.cli"},
 )
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 # The programs of kernels/benchmarks, started as files, import each other by their names alone.

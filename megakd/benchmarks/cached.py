@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import megakd
 from megakd.benchmarks.common import comparison, environment, material
 from megakd.benchmarks.common.children import Child, ended_by_sigterm, running
 from megakd.benchmarks.common.comparison import Comparison, Round
@@ -128,7 +127,7 @@ def measure(job: CachedBenchmark, folder: Path, store: Path | None) -> list[Step
     folder.mkdir(parents=True)
     recipe, config = _write(job.recipe(store), folder / "recipe.json"), folder / "ds_config.json"
     config.write_text("{}", encoding="utf-8")  # fp32 without ZeRO
-    program = Path(megakd.__file__).parent / "train.py"
+    program = Path(__file__).parents[1] / "train.py"
     command = [sys.executable, str(program), "--recipe", str(recipe), "--ds_config", str(config), "--out", str(folder / "run")]
     with running(command, folder, "train", job.threads) as child:
         return _timed(child, folder / "run", job)

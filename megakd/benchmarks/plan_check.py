@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from rich.table import Table
 
-import megakd
 from megakd.benchmarks.common.children import ended_by_sigterm, running
 from megakd.data.shapes import write_world
 from megakd.planning import plan as planner
@@ -124,7 +123,7 @@ def _train(case: Case, shards: Path, folder: Path) -> tuple[float, float]:
     kind, zero = ("h200", case.zero or {"stage": 1}) if cuda else ("cpu", case.zero or {"stage": 0})
     config.write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": cuda}}), encoding="utf-8")
     planned = planner.plan(*recipes.load(str(recipe)), str(config), planner.Cluster(case.ranks, 1000, kind=kind)).rows[0].bytes
-    program = Path(megakd.__file__).parent / "train.py"
+    program = Path(__file__).parents[1] / "train.py"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.ranks}"] if case.ranks > 1 else []
     arguments = ["--recipe", str(recipe), "--ds_config", str(config), "--out", str(folder / "run")]
     with running(["env", ALLOCATOR, sys.executable, *launcher, str(program), *arguments], folder, "train", 1) as child:

@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import megakd
 from megakd.benchmarks.common import comparison, environment, material
 from megakd.benchmarks.common.children import Child, ended_by_sigterm, running
 from megakd.benchmarks.common.comparison import OURS, THEIRS
@@ -126,7 +125,7 @@ def measure_ours(job: StepBenchmark, folder: Path) -> Timed:
     recipe, config = folder / "recipe.toml", folder / "ds_config.json"
     recipe.write_text(recipe_text(job), encoding="utf-8")
     config.write_text("{}", encoding="utf-8")  # fp32 without ZeRO, on a GPU as well: what open_clip's side runs
-    program = Path(megakd.__file__).parent / "train.py"
+    program = Path(__file__).parents[1] / "train.py"
     command = [sys.executable, str(program), "--recipe", str(recipe), "--ds_config", str(config), "--out", str(folder / "run")]
     with running(command, folder, "ours", job.threads) as child:
         return _observe(child, lambda: our_steps(folder / "run"), job)

@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-import torch
-from PIL import Image
-
-from megakd.data.bad_samples import BadSample
-from megakd.data.transforms import rgb_image
-from megakd.export.bundle import Bundle
-from megakd.recipe import Data, Evaluation
-from megakd.runtime import precision
-
-_MAX_PIXELS: int = Data.model_fields["max_pixels"].default
-_MAX_NEW_TOKENS: int = Evaluation.model_fields["answer_tokens"].default
+import typer
 
 
-def run(bundle: Path, image: Path | None, question: str, max_new_tokens: int = _MAX_NEW_TOKENS) -> None:
+def answer(
+    bundle: Annotated[Path, typer.Argument(help="RUN/bundle of a run that trained a decoder")],
+    image: Annotated[str | None, typer.Argument(help="image file; none: a question about no image")] = None,
+    question: Annotated[str | None, typer.Argument(help="in quotes")] = None,
+    merge: Annotated[Path | None, typer.Option(metavar="OUT", help="write the bundle to OUT, its adapter merged, and ask nothing")] = None,
+) -> None:
+    """Answer a question about an image, or about none: megakd answer RUN/bundle image.jpg "How many red squares?"."""
+    from megakd.export import merge as merging
+    from megakd.runtime.console import quiet_libraries
+
+    quiet_libraries()
+    if merge is not None:
+        merging.merge(bundle, merge)
+        print(f"{merge}: {bundle} with its adapter merged")
+    elif image is None or (question is None and is_file(image)):
+        raise ValueError("give an image and a question: megakd answer RUN/bundle image.jpg 'How many red squares?'")
+    elif question is None:
+        run(bundle, None, image)  # the only argument is what is asked
+    else:
+        run(bundle, Path(image), question)
+
+
+def run(bundle: Path, image: Path | None, question: str, max_new_tokens: int | None = None) -> None:
     """Print the answer to `question`, asked as sets with short answers are. image None: a question about no image.
 
-    Raises ValueError naming the folder or the file: no bundle or a damaged one, an image that is missing or unreadable, an image for a
-    decoder without eyes, a question that is empty or too long.
+    max_new_tokens: default evaluation.answer_tokens'. Raises ValueError naming the folder or the file: no bundle or a damaged one, an image
+    that is missing or unreadable, an image for a decoder without eyes, a question that is empty or too long.
     """
+    from megakd.evaluation.encoder import read_image
+    from megakd.export.bundle import load_bundle
+    from megakd.recipe import Evaluation
+
     if not question.strip():
         raise ValueError("the question is empty: write it in quotes, as the last argument")
     picture = None if image is None else read_image(image)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = Bundle.load(bundle, device, precision.dtype(precision.of(device)))
+    loaded = load_bundle(bundle)
     if picture is not None and loaded.towers is None:
         raise ValueError(f"{bundle}: this decoder was trained without a vision tower and sees no image: ask without {image}")
-    print(loaded.answer([picture], [question], max_new_tokens, short=True)[0])
+    longest = max_new_tokens or Evaluation.model_fields["answer_tokens"].default
+    print(loaded.answer([picture], [question], longest, short=True)[0])
 
 
 def is_file(text: str) -> bool:
@@ -39,13 +56,3 @@ def is_file(text: str) -> bool:
         return Path(text).is_file()
     except OSError:
         return False
-
-
-def read_image(path: Path) -> Image.Image:
-    """The image, decoded. Raises ValueError naming the file: missing, no image, damaged, larger than data.max_pixels' default."""
-    try:
-        return rgb_image(path.read_bytes(), _MAX_PIXELS)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except BadSample as bad:
-        raise ValueError(f"{path}: {bad.reason}: {bad}") from bad

@@ -29,11 +29,11 @@ def negatives_of(own: dict[str, Any], where: str) -> dict[str, str]:
 
 def margins(encoder: Encoder, image_ND: Tensor, captions: Sequence[str], negatives: Sequence[dict[str, str]]) -> dict[str, Tensor]:
     """By kind of negative: how much nearer the true caption is than the false one, (n,) for the n samples that have one; NaN of a NaN."""
-    true_N = (image_ND * encoder.texts(captions)).sum(dim=1)
+    true_N = (image_ND * encoder.encode_texts(captions)).sum(dim=1)
     found = {}
     for kind in sorted({kind for own in negatives for kind in own}):
         rows = [index for index, own in enumerate(negatives) if kind in own]
-        false_n = (image_ND[rows] * encoder.texts([negatives[index][kind] for index in rows])).sum(dim=1)
+        false_n = (image_ND[rows] * encoder.encode_texts([negatives[index][kind] for index in rows])).sum(dim=1)
         found[kind] = true_N[torch.tensor(rows)] - false_n
     return found
 

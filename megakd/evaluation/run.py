@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,51 +17,81 @@ from megakd.evaluation.suite import Suite, open_sets
 from megakd.export import clip_folder
 from megakd.models import clip
 from megakd.recipe import load as recipes
-from megakd.runtime import checkpoint, collectives, launch, run_folder
+from megakd.runtime import checkpoint as checkpoints
+from megakd.runtime import collectives, launch, run_folder
+from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 
 
+def evaluate(run: str | Path, checkpoint: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The scores of a run's student on the evaluation sets of its recipe, as evaluation.json holds them; nothing is written.
+
+    {"step": optimiser steps, "zero_shot": {set: {"top1", "top5", "images", ...}}, "retrieval": {set: {"image_to_text": {"R@1", "R@5",
+    "R@10"}, "text_to_image": {...}, "mean_R@1", ...}}, "hard_negatives": {set: {kind: {"accuracy", "pairs", ...}}}, "parameters": number,
+    "images_per_second": number, "sets": checksum of what was scored on}. Scores are fractions of 1.
+
+    checkpoint: its folder; default: the newest valid one. overrides: settings that differ, "evaluation.retrieval.mine=my/*.tar" for one.
+    In a program that torchrun started, every rank calls it, takes its share of the images, and gets the same scores.
+
+    Raises ValueError when the run, a checkpoint or an evaluation set is missing or damaged, or more of a set than data.max_bad_fraction.
+
+    >>> scores = megakd.evaluate("runs/mine")
+    >>> sorted(scores["retrieval"]["test"]["image_to_text"])
+    ['R@1', 'R@10', 'R@5']
+    """
+    with _joined() as world:
+        return _scores(Path(run), checkpoint, overrides, world)[0]
+
+
 def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
-    """Write RUN/evaluation.json and print it. Raises ValueError when the run, a checkpoint or an evaluation set is missing."""
-    if not (run / run_folder.RUN).is_file():
-        raise ValueError(f"{run}: no run folder (it has no {run_folder.RUN}); give the --out of a training run, such as runs/smoke")
-    recipe, _ = recipes.load(str(run / run_folder.RUN), overrides, to_compare=True)
-    recipes.check_given(recipe.evaluation, str(run / run_folder.RUN), "evaluation.")
-    world = launch.start()
-    try:
-        if recipe.student is None or not recipe.objectives.active():
-            raise ValueError(f"{run}: a run of answers alone is scored at its end; `megakd answer {run}/bundle` asks its decoder")
-        path = collectives.by_main(lambda: chosen or _newest(run), world)
-        sets = open_sets(recipe, world)
-        if not sets:
-            raise ValueError(f"{run}: its recipe names no evaluation set; add one with --set evaluation.retrieval.NAME=SHARDS")
-        progress, weights = checkpoint.load_weights(path)
-        # The weights that the run started from may be gone; how their images were prepared still holds.
-        _, preprocess = clip.configuration(recipe.student, "student")
-        described = clip.resolve(recipe.student.model_copy(update={"pretrained": None}), "student")
-        description = dataclasses.replace(described, preprocess=preprocess)
-        built = clip.build(description, torch.device("cpu"), load_weights=False)
-        _check_fits(path, built.clip, weights)
-        clip_folder.load_clip(built.clip, weights)
-        encoder = Encoder(built.clip.to(world.device).eval(), built.preprocess, description.tokenize, world.device, recipe.evaluation.batch)
-        results = {
-            "step": progress.step,
-            "sets": sets_of(recipe),
-            **Suite(sets, encoder, world, recipe.data.workers, StopPoller(world)).run(),
-        }
+    """`evaluate`, written to RUN/evaluation.json and printed."""
+    with _joined() as world:
+        results, path = _scores(run, chosen, overrides, world)
         if world.is_main:
             run_folder.write_json(run / run_folder.EVALUATION, results)
             print(f"{path}\n{report.lines(results)}\nwritten to {run / run_folder.EVALUATION}")
+
+
+@contextlib.contextmanager
+def _joined() -> Iterator[World]:
+    """The process group for a block: of one process where no launcher has started several."""
+    try:
+        yield launch.start()
     finally:
         launch.stop()
 
 
+def _scores(run: Path, chosen: str | Path | None, overrides: Sequence[str], world: World) -> tuple[dict[str, Any], Path]:
+    """The scores, and the checkpoint that they are of."""
+    if not (run / run_folder.RUN).is_file():
+        raise ValueError(f"{run}: no run folder (it has no {run_folder.RUN}); give the --out of a training run, such as runs/smoke")
+    recipe, _ = recipes.load(str(run / run_folder.RUN), overrides, to_compare=True)
+    recipes.check_given(recipe.evaluation, str(run / run_folder.RUN), "evaluation.")
+    if recipe.student is None or not recipe.objectives.active():
+        raise ValueError(f"{run}: a run of answers alone is scored at its end; `megakd answer {run}/bundle` asks its decoder")
+    path = collectives.by_main(lambda: Path(chosen) if chosen else _newest(run), world)
+    sets = open_sets(recipe, world)
+    if not sets:
+        raise ValueError(f"{run}: its recipe names no evaluation set; add one with --set evaluation.retrieval.NAME=SHARDS")
+    progress, weights = checkpoints.load_weights(path)
+    # The weights that the run started from may be gone; how their images were prepared still holds.
+    _, preprocess = clip.configuration(recipe.student, "student")
+    described = clip.resolve(recipe.student.model_copy(update={"pretrained": None}), "student")
+    description = dataclasses.replace(described, preprocess=preprocess)
+    built = clip.build(description, torch.device("cpu"), load_weights=False)
+    _check_fits(path, built.clip, weights)
+    clip_folder.load_clip(built.clip, weights)
+    encoder = Encoder(built.clip.to(world.device).eval(), built.preprocess, description.tokenize, world.device, recipe.evaluation.batch)
+    scores = Suite(sets, encoder, world, recipe.data.workers, StopPoller(world)).run()
+    return {"step": progress.step, "sets": sets_of(recipe), **scores}, path
+
+
 def _newest(run: Path) -> Path:
     """The newest sound checkpoint. Raises ValueError where there is none."""
-    path = checkpoint.latest_valid(run, print)
+    path = checkpoints.latest_valid(run, print)
     if path is not None:
         return path
-    if damaged := len(checkpoint.available(run)):
+    if damaged := len(checkpoints.available(run)):
         raise ValueError(f"{run}: its {damaged} checkpoints are damaged; start the run's command again, or give --checkpoint")
     raise ValueError(f"{run}: no checkpoint in it yet; train further, or give --checkpoint")
 

@@ -104,7 +104,7 @@ class Suite:
         for batch in self._batches(shards, ("pixels", "content", "captions"), own):
             images.append(self._encode(batch))
             captions = [text.splitlines() for text in batch.captions or []]
-            texts.append(self._encoder.texts([line for lines in captions for line in lines]))
+            texts.append(self._encoder.encode_texts([line for lines in captions for line in lines]))
             own.captions += captions
             own.contents += [(high, low) for high, low in _listed(batch.content)]
         facts, unreadable = self._everyones(own, shards, key)
@@ -204,14 +204,14 @@ class Suite:
     def _encode(self, batch: EvaluationBatch) -> Tensor:
         assert batch.pixels is not None
         start = time.perf_counter()
-        image_nD = self._encoder.images(batch.pixels)
+        image_nD = self._encoder.encode_pixels(batch.pixels)
         self._seconds += time.perf_counter() - start
         self._images += len(image_nD)
         return image_nD
 
     def _gather(self, pieces: list[Tensor], what: str) -> Tensor:
         """(N, D), of all ranks in rank order. Raises ValueError on every rank when one is not finite."""
-        here = torch.cat(pieces) if pieces else torch.zeros(0, self._encoder.texts(["a"]).shape[1])
+        here = torch.cat(pieces) if pieces else torch.zeros(0, self._encoder.width)
         return _finite(collectives.gather_rows(here, self._world), what)
 
 

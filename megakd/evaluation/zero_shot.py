@@ -67,7 +67,7 @@ def class_embeddings(encoder: Encoder, classes: ClassSet) -> Tensor:
     """(C, D): for each class the mean of its templates' unit embeddings, again of unit length. Classes of one name get one embedding."""
     names = list(dict.fromkeys(classes.names))
     sentences = [template.replace("{c}", name) for name in names for template in classes.templates]
-    rows_UTD = encoder.texts(sentences).unflatten(0, (len(names), len(classes.templates)))
+    rows_UTD = encoder.encode_texts(sentences).unflatten(0, (len(names), len(classes.templates)))
     place = {name: number for number, name in enumerate(names)}
     return F.normalize(rows_UTD.mean(dim=1), dim=-1)[[place[name] for name in classes.names]]
 

@@ -7,45 +7,39 @@
     tower/                  open_clip's `local-dir:` form, where the vision tower is not known by reference
     tokenizer/              a transformers folder
 
-A reference names a language model or tower that the run did not change, with the SHA-256 of its files: another one is refused.
+A language model or tower that the run did not change is known by reference, see `references`; another one is refused.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
 from PIL import Image
-from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-import megakd
 from megakd.data.bad_samples import BadSample
 from megakd.data.transforms import as_rgb, evaluation_pixels, normalise
 from megakd.export import clip_folder
 from megakd.export import manifest as manifests
-from megakd.export.manifest import ADAPTER, LANGUAGE, PROJECTOR, TOKENIZER, TOWER, fingerprint
-from megakd.models import clip
+from megakd.export.manifest import ADAPTER, LANGUAGE, PROJECTOR, TOKENIZER, TOWER
+from megakd.export.references import language_reference, load_tower, referenced_language, tower_reference, validated
 from megakd.models.casts import pixel_dtype
 from megakd.models.clip import ClipModel
-from megakd.models.fingerprint import weights_file
 from megakd.models.patches import image_size, patch_tokens
 from megakd.models.vlm import decoder_tokenizer, lora
 from megakd.models.vlm.decoder import Decoder, build, resolve
 from megakd.recipe import Decoder as Settings
-from megakd.recipe import Model
-from megakd.recipe.section import Section
-from megakd.runtime.files import sha256
+from megakd.runtime import precision
+from megakd.version import __version__
 from megakd.vqa.prompts import RULES, PromptEncoder, Stacked, stack
 
-S = TypeVar("S", bound=Section)
 # Legend: B questions, V patches of the tower, C its width.
 
 # Asked of a bundle that was just written, besides what its run brings: short, so that they fit any length.
@@ -139,11 +133,11 @@ class Bundle:
             decoder.write_language(partial / LANGUAGE)
         decoder_tokenizer.write(decoder.tokenizer, partial / TOKENIZER)
         return {
-            "versions": {"megakd": megakd.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": {"megakd": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
             "decoder": settings.model_dump(mode="json"),
             "max_length": self.max_length,
             "prompt": self.rules,
-            "language": None if inside else _language_reference(settings.model or ""),
+            "language": None if inside else language_reference(settings.model or ""),
             "tower": None if self.towers is None else self._tower(partial, self.towers, tower_inside),
         }
 
@@ -152,16 +146,30 @@ class Bundle:
             weights = {f"clip.{name}": value.detach().cpu().contiguous() for name, value in built.clip.state_dict().items()}
             clip_folder.write_model(partial / TOWER, weights, built)
             return {"inside": True}
-        return {"inside": False, **_tower_reference(built.description)}
+        return {"inside": False, **tower_reference(built.description)}
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Bundle:
-        """The bundle with all its weights on `device`, ready to answer. dtype: of the language model.
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, *, quantise: str | None = None) -> Bundle:
+        """The bundle with all its weights on `device`, ready to answer. dtype: of the language model. quantise: other than it was trained.
 
         Raises ValueError naming the file or the key: no bundle, a file missing or changed, a reference that leads nowhere or to another
         model.
         """
-        return _load(Path(folder), device, dtype, None)
+        manifest = manifests.read(folder)
+        changed: dict[str, Any] = {"tokenizer": str(folder / TOKENIZER), "start": None, "recipe": None}
+        if manifest["language"] is None:
+            changed |= {"model": str(folder / LANGUAGE), "architecture": None}
+        else:
+            changed |= {"model": referenced_language(folder, manifest["language"])}
+        if quantise is not None:
+            changed["quantise"] = quantise
+        settings = validated(Settings, {**manifest["decoder"], **changed}, folder, "decoder")
+        built = None if manifest["tower"] is None else load_tower(folder, manifest["tower"], device)
+        decoder = build(resolve(settings), None if built is None else built.clip.visual, device, dtype)  # type: ignore[arg-type]
+        if decoder.adapted:
+            lora.load_adapter(decoder.language, folder / ADAPTER)
+        load_projector(folder, decoder, str(folder))
+        return cls(decoder.eval(), built, manifest["max_length"], manifest["prompt"])
 
     def answer(
         self, images: Sequence[Image.Image | None], prompts: Sequence[str], max_new_tokens: int = 10, *, short: bool = False
@@ -206,64 +214,21 @@ class Bundle:
             visual.train(training)
 
 
-def merge(folder: Path, out: Path) -> None:
-    """Write to `out` the bundle in `folder` without references and without an adapter: it is added to the language model's weights.
+def load_bundle(folder: str | Path, device: torch.device | str | None = None) -> Bundle:
+    """The decoder that a run on questions has left in RUN/bundle, with its vision tower and tokenizer, ready to answer.
 
-    `out/language` is a plain transformers folder, in the base's own precision; the sum is taken in float32, also for a quantised base.
-    Raises ValueError as `Bundle.load` does, and when `out` is `folder` itself or holds something else.
+    device: default a GPU where there is one; the language model is in bf16 on a GPU and in float32 on a CPU. `Bundle.answer` takes n
+    images of any size (None for a question about no image) and n questions, and gives n greedy answers.
+
+    Raises ValueError naming the file or the key: no bundle, a file missing or changed, a reference that leads nowhere or to another model.
+
+    >>> bundle = megakd.load_bundle("runs/vqa/bundle")
+    >>> answers = bundle.answer([Image.new("RGB", (64, 48), "red")], ["what colour is it?"], max_new_tokens=4)
+    >>> len(answers)
+    1
     """
-    if out.resolve() == folder.resolve():
-        raise ValueError(f"{out}: is the bundle that is merged; choose another folder")
-    loaded = _load(folder, torch.device("cpu"), torch.float32, "none")
-    old = loaded.decoder
-    language = old.language.merge_and_unload() if old.adapted else old.language
-    dtype = old.description.config.get_text_config().dtype or torch.float32
-    for weight in language.parameters():  # buffers keep theirs: rotary tables are float32 in a bf16 model too
-        weight.data = weight.data.to(dtype)
-    settings = old.settings.model_copy(update={"adapt": "none"})
-    merged = Decoder(dataclasses.replace(old.description, settings=settings), old.projector, language)
-    dataclasses.replace(loaded, decoder=merged).save(out, tower_inside=True, language_inside=True)
-
-
-def warm_start(folder: Path, decoder: Decoder, tower: clip.ModelSpec | None) -> None:
-    """Put the projector and the adapter of the bundle in `folder` into a decoder that was just built. tower: that it reads.
-
-    A bundle without adapter leaves a new one as it is: alignment trains the projector alone. The prompt may be another one, as in LLaVA's
-    two stages. Raises ValueError as `Bundle.load` does, and when the two decoders have other language models, projectors, adapters, or
-    towers, as far as the bundle knows its tower by reference: one that was trained in its run is gone on with as that run's model.
-    """
-    manifest, key = manifests.read(folder), f"decoder.start = {str(folder)!r}"
-    _check_same_language(folder, manifest, decoder.settings, key)
-    if decoder.projector is not None and tower is not None:
-        _check_same_view(manifest, decoder.settings, tower, key)
-    if (decoder.projector is None) != (PROJECTOR not in manifest["files"]):
-        raise ValueError(f"{key}: one of the two decoders has no eyes: give both runs a student, or neither")
-    if (folder / ADAPTER).is_dir():
-        if not decoder.adapted:
-            raise ValueError(
-                f"{key}: has an adapter, and decoder.adapt = {decoder.settings.adapt!r} has no place for it: set it to 'lora', or merge "
-                f"that bundle (`megakd answer {folder} --merge OUT`) and start from OUT with decoder.model = 'OUT/{LANGUAGE}'"
-            )
-        lora.load_adapter(decoder.language, folder / ADAPTER)
-    _load_projector(folder, decoder, key)
-
-
-def _load(folder: Path, device: torch.device, dtype: torch.dtype, quantise: str | None) -> Bundle:
-    manifest = manifests.read(folder)
-    changed: dict[str, Any] = {"tokenizer": str(folder / TOKENIZER), "start": None, "recipe": None}
-    if manifest["language"] is None:
-        changed |= {"model": str(folder / LANGUAGE), "architecture": None}
-    else:
-        changed |= {"model": _found_language(folder, manifest["language"])}
-    if quantise is not None:
-        changed["quantise"] = quantise
-    settings = _valid(Settings, {**manifest["decoder"], **changed}, folder, "decoder")
-    built = None if manifest["tower"] is None else _load_tower(folder, manifest["tower"], device)
-    decoder = build(resolve(settings), None if built is None else built.clip.visual, device, dtype)  # type: ignore[arg-type]
-    if decoder.adapted:
-        lora.load_adapter(decoder.language, folder / ADAPTER)
-    _load_projector(folder, decoder, str(folder))
-    return Bundle(decoder.eval(), built, manifest["max_length"], manifest["prompt"])
+    where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    return Bundle.load(Path(folder), where, precision.dtype(precision.of(where)))
 
 
 @torch.no_grad()
@@ -296,16 +261,8 @@ def _other_weights(written: Bundle, read: Bundle) -> list[str]:
     return []
 
 
-def _valid(kind: type[S], values: dict[str, Any], folder: Path, key: str) -> S:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, (key, *first["loc"])))
-        raise ValueError(f"{folder / manifests.MANIFEST}: {where}: {first['msg']}; copy the bundle again") from error
-
-
-def _load_projector(folder: Path, decoder: Decoder, key: str) -> None:
+def load_projector(folder: Path, decoder: Decoder, key: str) -> None:
+    """Put the projector of the bundle in `folder` into `decoder`, where it has one. Raises ValueError, with `key`, for another shape."""
     if decoder.projector is None:
         return
     stored, own = lora.finite_weights(folder / PROJECTOR), decoder.projector.state_dict()
@@ -317,84 +274,3 @@ def _load_projector(folder: Path, decoder: Decoder, key: str) -> None:
                 f"decoder that the bundle was trained with"
             )
     decoder.projector.load_state_dict(stored)
-
-
-def _language_reference(model: str) -> dict[str, Any]:
-    found = fingerprint(model)
-    return {"model": str(Path(model).resolve()) if Path(model).is_dir() else model, "sha256": found}
-
-
-def _found_language(folder: Path, reference: dict[str, Any]) -> str:
-    model = str(reference["model"])
-    try:
-        found = fingerprint(model)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    if found != reference["sha256"]:
-        raise ValueError(f"{folder}: its language model {model!r} is another one now (SHA-256 differs): put the one it was trained on back")
-    return model
-
-
-def _check_same_language(folder: Path, manifest: dict[str, Any], settings: Settings, key: str) -> None:
-    inside = manifest["language"] is None
-    known = fingerprint(str(folder / LANGUAGE)) if inside else manifest["language"]["sha256"]
-    if settings.model is None or fingerprint(settings.model) != known:
-        right = str(folder / LANGUAGE) if inside else manifest["language"]["model"]
-        raise ValueError(f"{key}: was trained on another language model than this run's: set decoder.model = {right!r}")
-
-
-def _check_same_view(manifest: dict[str, Any], settings: Settings, tower: clip.ModelSpec, key: str) -> None:
-    """What a projector makes image tokens of means something for the tower, the block and the grid that it was trained on alone."""
-    check_same_grid(manifest["decoder"], settings, key)
-    known = manifest["tower"]
-    if known is None or known["inside"]:
-        return
-    file = None if tower.settings.pretrained == clip.RANDOM else weights_file(tower)
-    if file is None or sha256(file) != known["sha256"]:
-        before = known["settings"]["model"] or known["settings"]["pretrained"]
-        raise ValueError(f"{key}: its projector was trained on another vision tower ({before!r}) than this run's: make that the student")
-
-
-def check_same_grid(before: Mapping[str, Any], settings: Settings, key: str) -> None:
-    """Raises ValueError when a projector that was trained by the decoder settings `before` reads another block or another grid."""
-    for name in ("layer", "image_tokens"):
-        was, now = before[name], getattr(settings, name)
-        if was != now:
-            raise ValueError(f"{key}: its projector was trained with decoder.{name} = {was}, and this run has {now}: set it to {was}")
-
-
-def _tower_reference(description: clip.ModelSpec) -> dict[str, Any]:
-    settings = description.settings
-    file = None if settings.pretrained == clip.RANDOM else weights_file(description)
-    if file is None:
-        raise ValueError("the vision tower has no file of weights that a bundle could refer to: save it with the tower inside")
-    known = settings.model_dump(mode="json", include=set(Model.model_fields))
-    known |= {"model": _resolved(settings.model), "pretrained": _resolved(settings.pretrained), "tokenizer": _resolved(settings.tokenizer)}
-    return {"settings": known | {"recipe": None}, "sha256": sha256(file)}
-
-
-def _resolved(name: str | None) -> str | None:
-    """A file or folder by its whole path, as a bundle is read from anywhere; other names as they are."""
-    if name is None:
-        return None
-    prefix = "local-dir:" if name.startswith("local-dir:") else ""
-    path = Path(name.removeprefix(prefix))
-    return f"{prefix}{path.resolve()}" if path.exists() else name
-
-
-def _load_tower(folder: Path, known: dict[str, Any], device: torch.device) -> ClipModel:
-    settings = Model(model=f"local-dir:{folder / TOWER}") if known["inside"] else _valid(Model, known["settings"], folder, "tower.settings")
-    try:
-        description = clip.resolve(settings, "tower")
-    except ValueError as error:
-        raise ValueError(f"{folder}: its vision tower cannot be found; put it where it was, or take a merged bundle: {error}") from error
-    if not known["inside"]:
-        file = weights_file(description)
-        if file is None or sha256(file) != known["sha256"]:
-            raise ValueError(
-                f"{folder}: its vision tower ({settings.model or 'an architecture'}, {settings.pretrained}) is not here, or another one "
-                f"(SHA-256 differs): put the one it was trained with back"
-            )
-    built = clip.build(description, device)
-    built.clip.eval().requires_grad_(False)
-    return built

@@ -21,6 +21,8 @@ from megakd.models.tokenizing import SAMPLES
 from megakd.recipe.chain import CLIP_CONFIG
 from megakd.runtime.files import atomic_folder
 
+# Of a run folder, what a finished run leaves of its student.
+MODEL = "model"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _TOWERS = "clip."
 

@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from safetensors import safe_open
-from transformers.utils import cached_file
 
 from megakd.recipe import strict_json
 from megakd.runtime.files import atomic_folder, json_sha256, sha256
@@ -164,20 +163,3 @@ def _refuse_pieces(folder: Path) -> None:
         with safe_open(path, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - no dict
                 assert 0 not in opened.get_slice(name).get_shape(), f"{path.name}: {name} is empty"
-
-
-def fingerprint(model: str) -> dict[str, str]:
-    """SHA-256 of a language model's configuration and weights, by file name. model: a folder, or a hub name whose files are here.
-
-    Weights of gigabytes are read once for it. Raises ValueError when the model is not on this machine.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        try:
-            found = cached_file(model, "config.json", local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the language model {model!r} is not on this machine: put it where it was, or download it") from error
-        assert found is not None
-        folder = Path(found).parent
-    files = [*folder.glob("config.json"), *folder.glob("*.safetensors")]
-    return {path.name: sha256(path) for path in sorted(files)}

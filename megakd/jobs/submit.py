@@ -25,6 +25,7 @@ import torch
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from megakd.jobs import batch_words, slurm
+from megakd.jobs.resources import Resources
 from megakd.jobs.task import Training
 from megakd.recipe import load as recipes
 from megakd.runtime import ds_check, ds_config, precision, run_folder
@@ -47,46 +48,6 @@ UNUSED: dict[Where, tuple[str, ...]] = {
     "local": NOT_LOCAL,
     "debug": (*NOT_LOCAL, "gpus_per_node", "tasks_per_node", "time", "signal_delay", "setup", "python"),
 }
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a job asks for, in SLURM's words; None leaves it to the cluster's default."""
-
-    nodes: int = 1
-    gpus_per_node: int | None = None
-    tasks_per_node: int | None = None
-    time: str = "24:00:00"
-    signal_delay: int = 180
-    cpus_per_task: int | None = None
-    mem: str | None = None
-    partition: str | None = None
-    constraint: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    container_image: str | None = None
-    container_mounts: str | None = None
-    setup: tuple[str, ...] = ()
-    python: str | None = None
-
-    @property
-    def ranks_per_node(self) -> int:
-        return self.tasks_per_node or max(1, self.gpus_per_node or 0)
-
-    @property
-    def minutes(self) -> int:
-        """Raises ValueError where `time` is not one of SLURM's forms, or ends before the signal that asks for a checkpoint."""
-        found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", self.time)
-        if not found:
-            raise ValueError(f"--time {self.time}: write minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")
-        days, first, second, third = (int(part or 0) for part in found.groups())
-        if found[1] or found[4]:
-            seconds = ((days * 24 + first) * 60 + second) * 60 + third
-        else:
-            seconds = first * 60 + second
-        if seconds <= self.signal_delay:
-            raise ValueError(f"--time {self.time}: no longer than --signal_delay {self.signal_delay} s, so nothing would be trained")
-        return -(-seconds // 60)
 
 
 @dataclass(frozen=True)

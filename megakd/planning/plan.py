@@ -22,8 +22,9 @@ import torch
 from megakd.objectives.cost import LossShape
 from megakd.objectives.set import ObjectiveSet
 from megakd.planning import models, rates, report, zero
+from megakd.planning.cluster import GB, IN_PIECES, OUTSIDE, Cluster
 from megakd.planning.modes import STORE, Mode, PlannedJob, Row, modes, row
-from megakd.planning.result import GB, IN_PIECES, OUTSIDE, Cluster, MemoryPlan
+from megakd.planning.result import MemoryPlan
 from megakd.recipe import Recipe
 from megakd.runtime import ds_check, ds_config, precision, zero3
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from rich.table import Table
 
+from megakd.planning.cluster import GB
 from megakd.planning.modes import PlannedJob, Row
-from megakd.planning.result import GB, MemoryPlan
+from megakd.planning.result import MemoryPlan
 from megakd.runtime.console import plain
 
 Cell = Callable[[Row], str]

@@ -54,6 +54,20 @@ def load(source: str, overrides: Iterable[str] = (), *, to_compare: bool = False
     return recipe, origin
 
 
+def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe called `source`: a shipped name, a `.toml` file, or a run's `run.json`; see `megakd/recipe/schema.py` for its sections.
+
+    overrides: settings that differ, each "key=value" with a value of TOML, as after `--set` on the command line.
+
+    Raises ValueError with every key that is wrong, its value, the file, and the nearest known key for a typo.
+
+    >>> recipe = megakd.load_recipe("smoke", ["optim.steps=100", "optim.lr=3e-4"])
+    >>> recipe.optim.steps, recipe.objectives.similarity
+    (100, 1.0)
+    """
+    return load(str(source), overrides)[0]
+
+
 def check_given(section: BaseModel, origin: str, prefix: str = "") -> None:
     """Raise ValueError for values of a recipe, or of a section, whose credentials were left out when run.json was written."""
     for key, value in texts.flat(section.model_dump(mode="json"), prefix).items():

@@ -16,12 +16,11 @@ from typing import TypeVar, cast
 
 import torch
 
-import megakd
 import megakd_kernels
 
 NOTE = "raised_by_megakd"
 E = TypeVar("E", bound=BaseException)
-OURS = tuple(Path(package.__file__ or "").parent for package in (megakd, megakd_kernels))
+OURS = (Path(__file__).parents[1], Path(megakd_kernels.__file__).parent)
 # A full or read-only disk, a quota, a file too large, no permission, a name that is too long, a file where a folder should be, or back.
 STORAGE = "make room there or choose another --out; checkpoints written before are untouched"
 PLACE = "check the path and its permissions, or choose another --out; checkpoints written before are untouched"

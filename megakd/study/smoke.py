@@ -8,26 +8,20 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from megakd.data.shapes import write_world
 from megakd.runtime.console import plain
 from megakd.runtime.run_folder import read_metrics
+from megakd.study import launcher
 
 TRAIN_PAIRS, TEST_PAIRS, CAPTION_NOISE = 20000, 2000, 0.5
-SHIPPED_DATA = "data/shapes"
 WITHOUT_KD = "objectives.similarity=0.0"
 
 
@@ -43,7 +37,7 @@ def run(seeds: int, out: Path, data: Path) -> int:
         jobs[out / f"kd_seed{seed}"] = ("smoke", student)
         jobs[out / f"no_kd_seed{seed}"] = ("smoke", [*student, WITHOUT_KD])
     for folder, (recipe, overrides) in jobs.items():
-        code = train(recipe, folder, [*overrides, *_moved(recipe, data)])
+        code = launcher.run(recipe, folder, [*overrides, *launcher.moved(recipe, data)])
         if code:
             print(
                 f"the run in {folder} ended with exit code {code}; `megakd smoke` again goes on from its last checkpoint", file=sys.stderr
@@ -53,47 +47,6 @@ def run(seeds: int, out: Path, data: Path) -> int:
     (out / "table.json").write_text(json.dumps({"rows": rows, "seeds": seeds}, indent=1) + "\n", encoding="utf-8")
     _show(rows, seeds, time.perf_counter() - start)
     return 0
-
-
-def train(recipe: str, folder: Path, overrides: list[str]) -> int:
-    """One run through the deepspeed launcher, one rank a GPU or a CPU core (at most two), and its exit code."""
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--master_port", str(_free_port())]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    if not torch.cuda.is_available():
-        # Two ranks of one thread: several OpenMP threads wait for each other by spinning, which a busy machine punishes tenfold.
-        launcher += ["--num_accelerators", str(min(2, len(os.sched_getaffinity(0))))]
-        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    arguments = ["--recipe", recipe, "--out", str(folder), *(part for item in overrides for part in ("--set", item))]
-    print("\n$ deepspeed megakd/train.py " + shlex.join(arguments), flush=True)
-    process = subprocess.Popen([*launcher, str(Path(__file__).parents[1] / "train.py"), *arguments], env=environment)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        raise
-
-
-def _free_port() -> int:
-    """DeepSpeed's default is 29500, which a second run on the machine would find taken."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _moved(recipe: str, data: Path) -> list[str]:
-    """Overrides that point a shipped recipe to another data folder."""
-    if str(data) == SHIPPED_DATA:
-        return []
-    split = "train_noisy" if recipe == "smoke" else "train"
-    return [
-        f"data.train={data}/{split}/*.tar",
-        f"student.tokenizer={data}/tokenizer",
-        f"evaluation.zero_shot.seen={data}/zeroshot",
-        f"evaluation.zero_shot.held_out={data}/zeroshot_held_out",
-        f"evaluation.retrieval.test={data}/test/*.tar",
-        f"evaluation.hard_negatives.test={data}/test/*.tar",
-    ]
 
 
 def _rows(out: Path, seeds: int) -> list[dict[str, Any]]:

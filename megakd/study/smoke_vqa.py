@@ -21,9 +21,10 @@ from typing import Any
 from rich.table import Table
 
 from megakd.data.shapes import write_world
-from megakd.recipe import load as recipes
+from megakd.recipe.load import load_recipe
 from megakd.runtime.console import plain
-from megakd.study.smoke import CAPTION_NOISE, SHIPPED_DATA, WITHOUT_KD, percent, train
+from megakd.study import launcher
+from megakd.study.smoke import CAPTION_NOISE, WITHOUT_KD, percent
 
 # Eight minutes on two cores: a smaller world than `megakd smoke`'s, half the steps for its towers, which are judged by questions alone.
 TRAIN_PAIRS, TEST_PAIRS = 12000, 1000
@@ -41,12 +42,8 @@ class Recipes:
 
     def derive(self, shipped: str, folder: str, *overrides: str) -> str:
         """The path of the recipe for the run OUT/folder."""
-        recipe, _ = recipes.load(shipped, overrides)
-        text = json.dumps({"recipe": recipe.model_dump(mode="json")}, indent=1).replace(f'"{SHIPPED_DATA}/', f'"{self._data}/')
-        path = self.out / "recipes" / f"{folder}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
-        return str(path)
+        recipe = load_recipe(shipped, [*launcher.moved(shipped, self._data), *overrides])
+        return str(launcher.write_recipe(recipe, self.out / "recipes" / f"{folder}.json"))
 
     def of_row(self, row: str, seed: int) -> tuple[str, Path]:
         """The recipe of a row's last run, which names all that come before it, and that run's folder."""
@@ -84,7 +81,7 @@ def run(seeds: int, out: Path, data: Path) -> int:
         # The teacher's row first: it is the teacher that the students' recipes wait for.
         for row in ("blind", "teacher's tower", "random tower", "student, no KD", "student, KD"):
             recipe, folder = recipes.of_row(row, seed)
-            code = train(recipe, folder, [])
+            code = launcher.run(recipe, folder, [])
             if code:
                 again = "`megakd smoke --vqa` again goes on from its last checkpoint"
                 print(f"the run in {folder} ended with exit code {code}; {again}", file=sys.stderr)

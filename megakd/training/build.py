@@ -11,7 +11,7 @@ from torch import nn
 
 from megakd.data.pairs import train_batches
 from megakd.data.transforms import TowerView
-from megakd.export import bundle
+from megakd.export.warm_start import warm_start
 from megakd.models import casts, clip
 from megakd.models.fingerprint import preprocessing
 from megakd.models.student import Student
@@ -85,7 +85,7 @@ def _module(plan: PreparedRun, student: clip.ClipModel | None, heads: dict[str, 
     device = device if recipe.decoder.quantise != "none" else torch.device("cpu")
     reader = decoder.build(plan.asking.decoder, None if student is None else student.clip.visual, device, dtype)  # type: ignore[arg-type]
     if recipe.decoder.start is not None:
-        bundle.warm_start(Path(recipe.decoder.start), reader, plan.student)
+        warm_start(Path(recipe.decoder.start), reader, plan.student)
     tower_learns = recipe.answers.tower == "trained"
     clip = None if student is None else student.clip
     module = VisionLanguageStudent(clip, heads, max_scale, reader, recipe.decoder.layer, tower_learns=tower_learns)

@@ -17,7 +17,8 @@ from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
 from megakd.data.store.reader import Store
 from megakd.evaluation.suite import Sets, open_sets
-from megakd.export import bundle, clip_folder, manifest
+from megakd.export import clip_folder, manifest
+from megakd.export.warm_start import check_same_grid
 from megakd.models import clip
 from megakd.models.fingerprint import computation
 from megakd.models.vlm import decoder, decoder_check, decoder_tokenizer, lora
@@ -167,7 +168,7 @@ def _asking(recipe: Recipe, world: World, student: clip.ModelSpec | None, decode
         start = Path(recipe.decoder.start)
         before = chain.before(recipe.decoder).model_dump() if decoder_is_to_come else manifest.read(start)["decoder"]
         if student is not None:
-            bundle.check_same_grid(before, recipe.decoder, f"decoder.start = {str(start)!r}")
+            check_same_grid(before, recipe.decoder, f"decoder.start = {str(start)!r}")
     train = open_mixture(recipe.answers.train, "answers.train", recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     order = question_order(train, recipe.questions_in_a_step(), recipe.seed)
     sets = evaluate.open_sets(recipe, world)

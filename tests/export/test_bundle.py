@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from megakd import recipe
 from megakd.cli import vqa
-from megakd.export import bundle
 from megakd.export.bundle import Bundle
+from megakd.export.merge import merge
+from megakd.export.warm_start import warm_start
+from megakd.models import clip
 from megakd.models.vlm.decoder import Decoder
 from support.decoders import CPU, make_decoder, make_towers
 
@@ -156,15 +158,15 @@ def test_a_tower_that_was_only_loaded_is_known_by_reference_and_a_changed_one_is
     first, folder = _make(tokenizer, model=str(language)), tmp_path / "first"
     first.save(folder, tower_inside=True)
     copied = Path(shutil.copytree(folder / "tower", tmp_path / "tower"))
-    built = bundle.towers.build(bundle.towers.describe(recipe.Model(model=f"local-dir:{copied}"), "student"), CPU)
+    built = clip.build(clip.resolve(recipe.Model(model=f"local-dir:{copied}"), "student"), CPU)
     second = Bundle(first.decoder, built, 64)
     second.save(tmp_path / "second", tower_inside=False)
     assert not (tmp_path / "second" / "tower").exists()
     assert _answers(Bundle.load(tmp_path / "second", CPU)) == _answers(first)
     fresh = make_decoder(None, built.clip.visual, model=str(language), lora=LORA)  # type: ignore[arg-type]
-    bundle.warm_start(tmp_path / "second", fresh, built.description)
+    warm_start(tmp_path / "second", fresh, built.description)
     with pytest.raises(ValueError, match="trained on another vision tower"):
-        bundle.warm_start(tmp_path / "second", fresh, make_towers(tokenizer).description)
+        warm_start(tmp_path / "second", fresh, make_towers(tokenizer).description)
     weights = load_file(copied / "open_clip_model.safetensors")
     save_file({name: value + 1 for name, value in weights.items()}, copied / "open_clip_model.safetensors")
     with pytest.raises(ValueError, match=r"vision tower .* is not here, or another one"):
@@ -179,7 +181,7 @@ def test_a_tower_that_was_named_by_a_relative_path_is_found_from_anywhere(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tokenizer, tmp_path / "words")
     named = recipe.Model(model="local-dir:first/tower", tokenizer="words", recipe=None)
-    built = bundle.towers.build(bundle.towers.describe(named, "student"), CPU)
+    built = clip.build(clip.resolve(named, "student"), CPU)
     Bundle(made.decoder, built, 64).save(Path("second"), tower_inside=False)
     monkeypatch.chdir("/")
     assert _answers(Bundle.load(tmp_path / "second", CPU)) == _answers(made)
@@ -223,7 +225,7 @@ def test_a_merged_bundle_needs_nothing_else_and_answers_the_same(tokenizer: Path
     base = Path(shutil.copytree(language, tmp_path / "base"))
     made = _make(tokenizer, model=str(base))
     made.save(tmp_path / "bundle", tower_inside=True)
-    bundle.merge(tmp_path / "bundle", tmp_path / "merged")
+    merge(tmp_path / "bundle", tmp_path / "merged")
     shutil.rmtree(base)
     shutil.rmtree(tmp_path / "bundle")
     merged = Bundle.load(tmp_path / "merged", CPU)
@@ -240,7 +242,7 @@ def test_a_merged_language_model_has_the_bases_precision_and_its_end_token(token
     half.save_pretrained(base)
     made = _make(tokenizer, model=str(base))
     made.save(tmp_path / "bundle", tower_inside=True)
-    bundle.merge(tmp_path / "bundle", tmp_path / "merged")
+    merge(tmp_path / "bundle", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "language")
     assert {weight.dtype for weight in load_file(tmp_path / "merged" / "language" / "model.safetensors").values()} == {torch.bfloat16}
     assert merged.generation_config.eos_token_id == made.decoder.tokenizer.eos_token_id
@@ -250,7 +252,7 @@ def test_a_quantised_base_is_loaded_quantised_and_merged_in_full_precision(token
     made = _make(tokenizer, model=str(language), quantise="nf4")
     made.save(tmp_path / "bundle", tower_inside=True)
     assert _answers(Bundle.load(tmp_path / "bundle", CPU)) == _answers(made)
-    bundle.merge(tmp_path / "bundle", tmp_path / "merged")
+    merge(tmp_path / "bundle", tmp_path / "merged")
     merged, layer = Bundle.load(tmp_path / "merged", CPU), "model.layers.0.self_attn.q_proj"
     assert merged.decoder.settings.quantise == "none"
     first, second = (made.decoder.language.get_submodule(f"base_model.model.{layer}.lora_{side}.default").weight for side in "AB")
@@ -273,7 +275,7 @@ def test_a_run_goes_on_from_the_projector_and_the_adapter_of_a_bundle(
 ) -> None:
     made, folder = adapted
     fresh = make_decoder(None, make_towers(tokenizer).clip.visual, model=str(language), lora=LORA)  # type: ignore[arg-type]
-    bundle.warm_start(folder, fresh, make_towers(tokenizer).description)
+    warm_start(folder, fresh, make_towers(tokenizer).description)
     saved = made.decoder.state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in fresh.state_dict().items())
 
@@ -282,7 +284,7 @@ def test_an_aligned_projector_is_gone_on_with_under_a_new_adapter(tokenizer: Pat
     aligned = _make(tokenizer, model=str(language), adapt="none")
     aligned.save(tmp_path / "bundle", tower_inside=True)
     fresh = make_decoder(None, make_towers(tokenizer).clip.visual, model=str(language), lora=LORA)  # type: ignore[arg-type]
-    bundle.warm_start(tmp_path / "bundle", fresh, make_towers(tokenizer).description)
+    warm_start(tmp_path / "bundle", fresh, make_towers(tokenizer).description)
     assert aligned.decoder.projector is not None
     assert fresh.projector is not None
     saved = aligned.decoder.projector.state_dict()
@@ -294,18 +296,18 @@ def test_going_on_with_other_parts_is_an_error_that_names_the_key(adapted: tuple
     folder, model = adapted[1], str(language)
     seen = make_towers(tokenizer).description
     with pytest.raises(ValueError, match=r"set decoder\.model = "):
-        bundle.warm_start(folder, _fresh(tokenizer), seen)
+        warm_start(folder, _fresh(tokenizer), seen)
     with pytest.raises(ValueError, match="has no eyes"):
-        bundle.warm_start(folder, _fresh(tokenizer, model=model, sees=False), None)
+        warm_start(folder, _fresh(tokenizer, model=model, sees=False), None)
     with pytest.raises(ValueError, match=r"decoder\.adapt = 'none' has no place for it"):
-        bundle.warm_start(folder, _fresh(tokenizer, model=model, adapt="none"), seen)
+        warm_start(folder, _fresh(tokenizer, model=model, adapt="none"), seen)
     narrow = make_decoder(None, make_towers(tokenizer).clip.visual, model=model, lora=LORA.model_copy(update={"rank": 2}))  # type: ignore[arg-type]
     for setting in ({"layer": -1}, {"image_tokens": 1}):
         name, value = next(iter(setting.items()))
         with pytest.raises(ValueError, match=rf"trained with decoder\.{name} = .* this run has {value}"):
-            bundle.warm_start(folder, _fresh(tokenizer, model=model, **setting), seen)
+            warm_start(folder, _fresh(tokenizer, model=model, **setting), seen)
     with pytest.raises(ValueError, match=r"decoder\.lora\.rank"):
-        bundle.warm_start(folder, narrow, seen)
+        warm_start(folder, narrow, seen)
 
 
 def test_the_command_prints_the_answer_of_the_bundle(

@@ -1,0 +1,89 @@
+"""`megakd bench`: side by side with the field's own tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megakd.cli.options import Batch, Json, Rounds, Steps, Threads, Workers
+
+
+def step(
+    rounds: Rounds = 5,
+    batch: Batch = 32,
+    steps: Steps = 6,
+    workers: Workers = 1,
+    threads: Threads = 1,
+    json: Json = None,
+) -> None:
+    """Training images/s against open_clip's own distillation loop, on the same shards and models."""
+    from megakd.benchmarks import step as benchmark
+
+    benchmark.run(rounds, batch, steps, workers, threads, json)
+
+
+def loader(
+    rounds: Rounds = 5,
+    workers: Workers = 2,
+    batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 64,
+    batches: Annotated[int, typer.Option(min=1, help="timed batches a round, rounded up to whole turns of the workers")] = 32,
+    json: Json = None,
+) -> None:
+    """Samples/s of the training loader against open_clip's webdataset loader, on the same shards."""
+    from megakd.benchmarks import loader as benchmark
+
+    benchmark.run(rounds, workers, batch, batches, json)
+
+
+def teacher_load(
+    model: Annotated[str, typer.Option(help="open_clip name; random weights of full size are written and deleted")] = "ViT-bigG-14",
+    mode: Annotated[str, typer.Option(help="teacher.mode")] = "zero3_int8",
+    ranks: Annotated[int, typer.Option(min=1, help="processes")] = 2,
+    threads: Threads = 1,
+    folder: Annotated[Path | None, typer.Option(help="where the weights go for a while; default: the system's temporary folder")] = None,
+    json: Json = None,
+) -> None:
+    """Seconds and peak memory a rank of loading a full-size teacher and embedding two pairs."""
+    from megakd.benchmarks import teacher_load as benchmark
+
+    benchmark.run(model, mode, ranks, threads=threads, folder=folder, file=json)
+
+
+def teacher_speed(
+    model: Annotated[str, typer.Option(help="open_clip name; only its image tower runs, with random weights")] = "ViT-bigG-14",
+    batch: Annotated[int, typer.Option(min=1, help="images a forward")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="how often each way to multiply takes its turn")] = 9,
+    outliers: Annotated[
+        bool, typer.Option("--outliers", help="give activations outliers, as trained giants have, and measure the remedies too")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Images/s and weight memory of a teacher in int8, by each way to multiply, against 16 bit (on a CPU float32)."""
+    from megakd.benchmarks import teacher_speed as benchmark
+    from megakd.runtime.console import quiet_libraries
+
+    quiet_libraries()
+    benchmark.run(model, batch, rounds, json, outliers=outliers)
+
+
+def cached(
+    rounds: Rounds = 3,
+    batch: Batch = 16,
+    steps: Steps = 4,
+    workers: Workers = 1,
+    threads: Threads = 1,
+    json: Json = None,
+) -> None:
+    """Training images/s from a store of embeddings against the live teacher, which costs ten times the student."""
+    from megakd.benchmarks import cached as benchmark
+
+    benchmark.run(rounds, batch, steps, workers, threads, json)
+
+
+def plan_check(json: Json = None) -> None:
+    """What `megakd plan` predicts against what runs on this machine take."""
+    from megakd.benchmarks import plan_check as benchmark
+
+    benchmark.run(json)

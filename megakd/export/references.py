@@ -1,0 +1,101 @@
+"""What a bundle knows by reference: a language model or a vision tower that its run did not change, with the SHA-256 of its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+from transformers.utils import cached_file
+
+from megakd.export.manifest import MANIFEST, TOWER
+from megakd.models import clip
+from megakd.models.clip import ClipModel
+from megakd.models.fingerprint import weights_file
+from megakd.recipe import Model
+from megakd.recipe.section import Section
+from megakd.runtime.files import sha256
+
+S = TypeVar("S", bound=Section)
+
+
+def fingerprint(model: str) -> dict[str, str]:
+    """SHA-256 of a language model's configuration and weights, by file name. model: a folder, or a hub name whose files are here.
+
+    Weights of gigabytes are read once for it. Raises ValueError when the model is not on this machine.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        try:
+            found = cached_file(model, "config.json", local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the language model {model!r} is not on this machine: put it where it was, or download it") from error
+        assert found is not None
+        folder = Path(found).parent
+    files = [*folder.glob("config.json"), *folder.glob("*.safetensors")]
+    return {path.name: sha256(path) for path in sorted(files)}
+
+
+def language_reference(model: str) -> dict[str, Any]:
+    found = fingerprint(model)
+    return {"model": str(Path(model).resolve()) if Path(model).is_dir() else model, "sha256": found}
+
+
+def referenced_language(folder: Path, reference: dict[str, Any]) -> str:
+    model = str(reference["model"])
+    try:
+        found = fingerprint(model)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if found != reference["sha256"]:
+        raise ValueError(f"{folder}: its language model {model!r} is another one now (SHA-256 differs): put the one it was trained on back")
+    return model
+
+
+def tower_reference(description: clip.ModelSpec) -> dict[str, Any]:
+    settings = description.settings
+    file = None if settings.pretrained == clip.RANDOM else weights_file(description)
+    if file is None:
+        raise ValueError("the vision tower has no file of weights that a bundle could refer to: save it with the tower inside")
+    known = settings.model_dump(mode="json", include=set(Model.model_fields))
+    known |= {"model": _resolved(settings.model), "pretrained": _resolved(settings.pretrained), "tokenizer": _resolved(settings.tokenizer)}
+    return {"settings": known | {"recipe": None}, "sha256": sha256(file)}
+
+
+def _resolved(name: str | None) -> str | None:
+    """A file or folder by its whole path, as a bundle is read from anywhere; other names as they are."""
+    if name is None:
+        return None
+    prefix = "local-dir:" if name.startswith("local-dir:") else ""
+    path = Path(name.removeprefix(prefix))
+    return f"{prefix}{path.resolve()}" if path.exists() else name
+
+
+def load_tower(folder: Path, known: dict[str, Any], device: torch.device) -> ClipModel:
+    settings = (
+        Model(model=f"local-dir:{folder / TOWER}") if known["inside"] else validated(Model, known["settings"], folder, "tower.settings")
+    )
+    try:
+        description = clip.resolve(settings, "tower")
+    except ValueError as error:
+        raise ValueError(f"{folder}: its vision tower cannot be found; put it where it was, or take a merged bundle: {error}") from error
+    if not known["inside"]:
+        file = weights_file(description)
+        if file is None or sha256(file) != known["sha256"]:
+            raise ValueError(
+                f"{folder}: its vision tower ({settings.model or 'an architecture'}, {settings.pretrained}) is not here, or another one "
+                f"(SHA-256 differs): put the one it was trained with back"
+            )
+    built = clip.build(description, device)
+    built.clip.eval().requires_grad_(False)
+    return built
+
+
+def validated(kind: type[S], values: dict[str, Any], folder: Path, key: str) -> S:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (key, *first["loc"])))
+        raise ValueError(f"{folder / MANIFEST}: {where}: {first['msg']}; copy the bundle again") from error

@@ -1,0 +1,154 @@
+"""Training runs started as a user starts them: `deepspeed megakd/train.py` in processes of their own, one rank a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megakd.recipe import Recipe
+from megakd.recipe.load import load_recipe
+from megakd.runtime.exits import EXIT_USER_ERROR
+
+SHIPPED_DATA = "data/shapes"
+_LINES_KEPT = 400  # of a run's output: the message of one that fails is among them
+_LAUNCHERS = re.compile(r"\[20\d\d-\d\d-\d\d ")  # what DeepSpeed's launcher logs, with the time
+
+
+class TrainingFailed(RuntimeError):
+    """A run that ended before its last step. code: see `runtime/exits.py`; 85 after a signal, and the same call goes on from there."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def train(
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    ds_config: str | Path | None = None,
+    resume: str = "auto",
+    ranks: int | None = None,
+) -> Path:
+    """Train `recipe` (a name, a file, or one in memory) in the run folder `out`, and return it: model, scores and curves are in there.
+
+    The run is what `deepspeed megakd/train.py` starts, in processes of its own, because DeepSpeed keeps one engine's state a process: this
+    one holds no weights, and may be a notebook. Its output is printed here. The same call goes on from the newest checkpoint, and returns
+    at once when the run is finished.
+    overrides: settings that differ, "optim.lr=3e-4". ds_config: a DeepSpeed JSON. resume: "auto", "none" or a checkpoint's folder.
+    ranks: processes; default one a GPU, without a GPU one or two. Several machines: `megakd submit`.
+
+    Raises ValueError with what is wrong with recipe, data or configuration, and TrainingFailed for another end than the last step's.
+
+    >>> run = megakd.train("smoke_teacher", "runs/mine", ["optim.steps=2", "optim.warmup=1", "optim.batch=16"])
+    $ deepspeed megakd/train.py --recipe smoke_teacher --out runs/mine --set optim.steps=2 --set optim.warmup=1 --set optim.batch=16
+    ...
+    done: runs/mine
+    >>> sorted(path.name for path in run.glob("*.json"))
+    ['evaluation.json', 'run.json']
+    """
+    if not isinstance(recipe, Recipe):
+        load_recipe(recipe, overrides)  # its mistakes are known here, before processes start
+    more = ["--resume", resume] if resume != "auto" else []
+    more += ["--ds_config", str(ds_config)] if ds_config is not None else []
+    output: deque[str] = deque(maxlen=_LINES_KEPT)
+    with tempfile.TemporaryDirectory(prefix="megakd-recipe-") as folder:
+        name = str(write_recipe(recipe, Path(folder) / "recipe.json") if isinstance(recipe, Recipe) else recipe)
+        process = _start(name, Path(out), overrides, more, ranks, subprocess.PIPE)
+        with _ended_with(process):
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                output.append(line)
+            code = process.wait()
+    if code:
+        message = _last_words(output)
+        if code == EXIT_USER_ERROR:
+            raise ValueError(message)
+        raise TrainingFailed(f"the run in {out} ended with exit code {code}: {message}", code)
+    return Path(out)
+
+
+def _last_words(output: Sequence[str]) -> str:
+    """The message of a run that failed, without what the launcher says after it."""
+    lines = [line.rstrip() for line in output if line.strip() and not _LAUNCHERS.match(line)]
+    first = max((place for place, line in enumerate(lines) if line.startswith("error: ")), default=max(0, len(lines) - 20))
+    return "\n".join(lines[first:]).removeprefix("error: ")
+
+
+def run(recipe: str, folder: Path, overrides: Sequence[str]) -> int:
+    """As `train`, with this process's own output and the run's exit code: what a program does that makes several runs."""
+    print(flush=True)
+    process = _start(recipe, folder, overrides, [], None, None)
+    with _ended_with(process):
+        return process.wait()
+
+
+def write_recipe(recipe: Recipe, path: Path) -> Path:
+    """The recipe as a file that `--recipe` takes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def moved(shipped: str, data: Path) -> list[str]:
+    """Overrides that point a shipped recipe, whose files lie in data/shapes, to another folder."""
+    return list(_moved("", load_recipe(shipped).model_dump(mode="json"), str(data))) if str(data) != SHIPPED_DATA else []
+
+
+def _moved(key: str, value: Any, data: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _moved(f"{key}.{name}".lstrip("."), inner, data)
+    elif isinstance(value, str) and value.startswith(f"{SHIPPED_DATA}/"):
+        yield f"{key}={data}{value.removeprefix(SHIPPED_DATA)}"
+
+
+def _start(
+    recipe: str, folder: Path, overrides: Sequence[str], more: Sequence[str], ranks: int | None, output: int | None
+) -> subprocess.Popen[str]:
+    """One rank a GPU or a CPU core (at most two)."""
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--master_port", str(_free_port())]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    if not torch.cuda.is_available():
+        # Ranks of one thread: several OpenMP threads wait for each other by spinning, which a busy machine punishes tenfold.
+        ranks = ranks or min(2, len(os.sched_getaffinity(0)))
+        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    launcher += ["--num_accelerators", str(ranks)] if ranks else []
+    arguments = ["--recipe", recipe, "--out", str(folder), *more, *(part for item in overrides for part in ("--set", item))]
+    print("$ deepspeed megakd/train.py " + shlex.join(arguments), flush=True)
+    program = str(Path(__file__).parents[1] / "train.py")
+    errors = subprocess.STDOUT if output is not None else None
+    return subprocess.Popen([*launcher, program, *arguments], env=environment, stdout=output, stderr=errors, text=True)
+
+
+@contextlib.contextmanager
+def _ended_with(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Ctrl-C in the block ends the run as a signal does, after a checkpoint, and is raised again."""
+    try:
+        yield
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+
+
+def _free_port() -> int:
+    """DeepSpeed's default is 29500, which a second run on the machine would find taken."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
