@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -34,15 +35,14 @@ def top(
 
 
 # In the order of --help.
-for verb in (
+VERBS: tuple[Callable[..., None], ...] = (
     data.shapes, data.tokenizer, runs.evaluate, data.embed, runs.plan, runs.submit, runs.jobs, runs.smoke, vqa.answer,
-):  # fmt: skip
+)  # fmt: skip
+for verb in VERBS:
     app.command()(verb)
-for name, benchmark in {
-    "step": bench.step, "loader": bench.loader, "teacher-load": bench.teacher_load, "teacher-speed": bench.teacher_speed,
-    "cached": bench.cached, "plan": bench.plan_check,
-}.items():  # fmt: skip
-    benchmarks.command(name)(benchmark)
+for verb in (bench.step, bench.loader, bench.teacher_load, bench.teacher_speed, bench.cached):
+    benchmarks.command(verb.__name__.replace("_", "-"))(verb)
+benchmarks.command("plan")(bench.plan_check)
 app.add_typer(benchmarks, name="bench")
 
 

@@ -27,7 +27,7 @@ def from_fields(verb: Callable[..., None]) -> Callable[..., None]:
     A field's metadata are arguments of `typer.Option`; "flag" is its name where that is not the field's.
     """
     hints = get_type_hints(verb, include_extras=True)
-    owners = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    owners = {name: hint for name, hint in hints.items() if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(verb).parameters.items():
         if name in owners:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megakd.recipe.texts import did_you_mean
-
 TERA, GIGA = 1e12, 1e9
 
 
@@ -50,6 +48,8 @@ ADAMW_BYTES = 28
 def gpu(name: str) -> Gpu:
     """Raises ValueError for an unknown one, with the nearest."""
     if name not in GPUS:
+        from megakd.recipe.texts import did_you_mean  # pydantic's half second, which `megakd --help` does not wait for
+
         raise ValueError(f"--gpu {name!r}: unknown; {did_you_mean(name.lower(), GPUS, 0.3)}known: {', '.join(GPUS)}")
     return GPUS[name]
 
