@@ -94,7 +94,7 @@ def test_mistakes_name_the_folder_or_the_key(desk: Path, recipe_file: Path) -> N
         megakd.load_bundle(desk / "nowhere")
     with pytest.raises(ValueError, match=r"absent\.png: cannot be read"):
         megakd.load_model(WRITTEN / "smoke_teacher").encode_images([desk / "absent.png"])
-    with pytest.raises(ValueError, match=r"did you mean 'steps'"):
+    with pytest.raises(ValueError, match=r"did you mean 'optim.steps'"):
         megakd.train(recipe_file, desk / "never", ["optim.stpes=3"])
     assert not (desk / "never").exists()
 
