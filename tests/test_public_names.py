@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import RECIPE, REPOSITORY, environment
 
 import megakd
 from megakd.data.shapes import write_world
+from support.runs import RECIPE, REPOSITORY, environment
 
 WRITTEN = REPOSITORY / "tests" / "golden" / "written"
 FUNCTIONS = ("load_recipe", "train", "evaluate", "load_model", "load_bundle")  # in the order of their examples
