@@ -132,10 +132,10 @@ class PlainCaptions:
 def _specials(tokenize: Any) -> list[str]:
     """Of open_clip's own tokenizer, or of a Hugging Face one that it holds."""
     inner = getattr(tokenize, "tokenizer", tokenize)
-    found = getattr(inner, "all_special_tokens", None)
-    if found is None and hasattr(inner, "decoder") and hasattr(inner, "all_special_ids"):
-        found = [inner.decoder[number] for number in inner.all_special_ids]
-    return [word for word in found or [] if len(word) > 2]
+    tokens = getattr(inner, "all_special_tokens", None)
+    if tokens is None and hasattr(inner, "decoder") and hasattr(inner, "all_special_ids"):
+        tokens = [inner.decoder[number] for number in inner.all_special_ids]
+    return [word for word in tokens or [] if len(word) > 2]
 
 
 def _letters(text: str) -> str:

@@ -129,17 +129,17 @@ class _EvaluationSet:
 
     def _rest(self, index: int, needs: tuple[Slot, ...]) -> Unreadable:
         """What a sample that cannot be used has beside what is wrong with it."""
-        found = Unreadable(index)
+        rest = Unreadable(index)
         for slot in needs:
             with contextlib.suppress(BadSample, ValueError):
                 sample = self.shards.read(index, (slot,))
                 if slot == "json":
-                    found = found._replace(json=labelled(sample, slot))
+                    rest = rest._replace(json=labelled(sample, slot))
                 elif slot == "caption":
-                    found = found._replace(caption=caption(sample.members[slot]))
+                    rest = rest._replace(caption=caption(sample.members[slot]))
                 elif slot == "image":
-                    found = found._replace(content=self._content(rgb_image(sample.members[slot], self.shards.data.max_pixels)))
-        return found
+                    rest = rest._replace(content=self._content(rgb_image(sample.members[slot], self.shards.data.max_pixels)))
+        return rest
 
     def _batch(self, made: Usable[dict[Slot, Any]], unreadable: tuple[Unreadable, ...]) -> EvaluationBatch:
         def column(slot: Slot, *names: Field) -> list[Any] | None:
@@ -163,8 +163,8 @@ class _EvaluationSet:
 
 def _digest(data: bytes) -> tuple[int, int]:
     """128 bits, as two numbers that a tensor of int64 holds."""
-    found = hashlib.blake2b(data, digest_size=16).digest()
-    return int.from_bytes(found[:8], "big", signed=True), int.from_bytes(found[8:], "big", signed=True)
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    return int.from_bytes(digest[:8], "big", signed=True), int.from_bytes(digest[8:], "big", signed=True)
 
 
 def labelled(sample: Sample, slot: Literal["json", "cls"]) -> Any:

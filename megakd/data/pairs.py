@@ -21,7 +21,7 @@ from megakd.data.caption_tokens import Tokenize, caption
 from megakd.data.resumable import BatchSource, ResumableBatches
 from megakd.data.sampler import Order
 from megakd.data.shards import Sample, ShardSet
-from megakd.data.store.reader import Rows, Store
+from megakd.data.store.reader import Store, StoredRows
 from megakd.data.transforms import Augmentation, TowerView, draw, draw_stored, rgb_image, train_pixels
 from megakd.recipe import Views
 
@@ -44,7 +44,7 @@ class Batch:
     tokens: dict[str, torch.Tensor]
     bad: BadCounter
     view: torch.Tensor | None = None
-    stored: Rows | None = None
+    stored: StoredRows | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -96,12 +96,12 @@ def train_batches(
     pixels_of = {name: sizes.index(view.train_pixels) for name, view in towers.items()}
     tokens_of = {name: list(tokenizers).index(view.tokens) for name, view in towers.items()}
 
-    def to_batch(position: int, next_position: int, index: torch.Tensor, columns: _Columns, bad: BadCounter) -> Batch:
+    def to_batch(position: int, next_position: int, index: torch.Tensor, columns: _PairColumns, bad: BadCounter) -> Batch:
         pixels = {name: columns.pixels[number] for name, number in pixels_of.items()}
         tokens = {name: columns.tokens[number] for name, number in tokens_of.items()}
         return Batch(position, next_position, index, pixels, tokens, bad, columns.view, columns.stored)
 
-    source = _PairSource(shards, order, views, sizes, list(tokenizers.values()), store, replay)
+    source = _TrainingPairs(shards, order, views, sizes, list(tokenizers.values()), store, replay)
     return ResumableBatches(
         source,
         order,
@@ -114,16 +114,16 @@ def train_batches(
     )
 
 
-class _Columns(NamedTuple):
+class _PairColumns(NamedTuple):
     """A batch's distinct tensors, which several towers may share."""
 
     pixels: list[torch.Tensor]
     tokens: list[torch.Tensor]
     view: torch.Tensor | None
-    stored: Rows | None
+    stored: StoredRows | None
 
 
-TrainBatches = ResumableBatches[_Columns, Batch]
+TrainBatches = ResumableBatches[_PairColumns, Batch]
 
 
 class _PairRows(NamedTuple):
@@ -134,7 +134,7 @@ class _PairRows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _PairSource(BatchSource[Sample, _PairRows, _Columns]):
+class _TrainingPairs(BatchSource[Sample, _PairRows, _PairColumns]):
     shards: ShardSet
     order: Order
     views: Views
@@ -163,12 +163,12 @@ class _PairSource(BatchSource[Sample, _PairRows, _Columns]):
         for pixels, size in zip(rows.pixels, self.sizes, strict=True):
             pixels[row].numpy()[...] = train_pixels(image, augmentation, size)
 
-    def collate(self, rows: _PairRows, positions: range, index_B: NDArray[np.int64]) -> _Columns:
+    def collate(self, rows: _PairRows, positions: range, index_B: NDArray[np.int64]) -> _PairColumns:
         tokens = [tokenize(rows.captions).long() for tokenize in self.tokenizers]
         if self.store is None:
-            return _Columns(rows.pixels, tokens, None, None)
+            return _PairColumns(rows.pixels, tokens, None, None)
         view = np.array([self.store.view_at(position, self.order.epoch_length) for position in positions], np.int64)
-        return _Columns(rows.pixels, tokens, torch.from_numpy(view), self.store.read(index_B, view))
+        return _PairColumns(rows.pixels, tokens, torch.from_numpy(view), self.store.read(index_B, view))
 
     def _augmentation(self, position: int, index: int, width: int, height: int) -> Augmentation:
         if self.store is None or not self.replay:

@@ -37,20 +37,20 @@ def expand(patterns: str | list[str]) -> list[str]:
 
 def expand_with_stats(patterns: str | list[str]) -> list[tuple[str, Stat]]:
     """As `expand`, with the size and stamp of each shard, so that remote ones are asked once."""
-    found = []
+    named = []
     for pattern in _sources(patterns):
         if _depth(pattern) > _DEEPEST or pattern.count("{") > _MOST_BRACES:
             raise ValueError(f"{pattern[:60]!r}...: its braces are too many or nested too deeply: give a list of patterns")
         if _count(pattern) > _MOST_SHARDS:
             raise ValueError(f"{pattern!r} names more than {_MOST_SHARDS} shards: check its braces")
-        found += [(name, pattern) for name in _names(pattern)]
-        if len(found) > _MOST_SHARDS:
+        named += [(name, pattern) for name in _names(pattern)]
+        if len(named) > _MOST_SHARDS:
             raise ValueError(f"{pattern!r} brings the set to more than {_MOST_SHARDS} shards: check its braces")
-    if not found:
+    if not named:
         raise ValueError(f"data: {patterns!r} names no shard; give paths or URLs of .tar files")
-    _refuse_twice(found)
+    _refuse_twice(named)
     shards: list[tuple[str, Stat]] = []
-    for (name, pattern), stat in zip(found, stat_all([name for name, _ in found]), strict=True):
+    for (name, pattern), stat in zip(named, stat_all([name for name, _ in named]), strict=True):
         if stat is None:
             raise ValueError(_missing(name, pattern))
         shards.append((name, stat))
@@ -62,9 +62,9 @@ def _sources(patterns: str | list[str]) -> list[str]:
     return [part.strip() for pattern in listed for part in pattern.split("::") if part.strip()]
 
 
-def _refuse_twice(found: list[tuple[str, str]]) -> None:
+def _refuse_twice(named: list[tuple[str, str]]) -> None:
     first: dict[str, str] = {}
-    for name, pattern in found:
+    for name, pattern in named:
         same = name if is_remote(name) else os.path.abspath(name)
         if same in first:
             by = repr(pattern) if first[same] == pattern else f"{first[same]!r} and by {pattern!r}"
@@ -95,14 +95,14 @@ def _matches(name: str, pattern: str) -> list[str]:
         raise ValueError(
             f"{pattern!r}: '**' stands for folders at any depth and has to be a whole part of the path, as in 'shards/**/*.tar'"
         )
-    found = [match for match in sorted(glob.glob(name, recursive=True)) if not match.endswith(INDEX)]
-    if packed := [match for match in found if _COMPRESSED.search(match.lower())]:
+    matches = [match for match in sorted(glob.glob(name, recursive=True)) if not match.endswith(INDEX)]
+    if packed := [match for match in matches if _COMPRESSED.search(match.lower())]:
         raise ValueError(
             f"{pattern!r} finds {len(packed)} compressed tars ({shown(packed[0])}), samples of which cannot be read out of order: "
             f"unpack them, or name the .tar files alone"
         )
-    tars = [match for match in found if match.lower().endswith(".tar")] or found
-    if left := sorted(set(found) - set(tars)):
+    tars = [match for match in matches if match.lower().endswith(".tar")] or matches
+    if left := sorted(set(matches) - set(tars)):
         log.warning("%r: %d files are no .tar and are left out: %s", pattern, len(left), ", ".join(map(shown, left[:3])))
     if not tars:
         raise ValueError(_missing(name, pattern))
@@ -150,7 +150,7 @@ def _braces(pattern: str) -> Iterator[str]:
 def _pairs(pattern: str) -> Iterator[tuple[int, int, list[int]]]:
     """(opening, closing, its own commas) of each pair of braces, in order of opening."""
     open_at: list[tuple[int, list[int]]] = []
-    found: list[tuple[int, int, list[int]]] = []
+    pairs: list[tuple[int, int, list[int]]] = []
     for place, letter in enumerate(pattern):
         if letter == "{":
             open_at.append((place, []))
@@ -158,8 +158,8 @@ def _pairs(pattern: str) -> Iterator[tuple[int, int, list[int]]]:
             open_at[-1][1].append(place)
         elif letter == "}" and open_at:
             start, commas = open_at.pop()
-            found.append((start, place, commas))
-    return iter(sorted(found))
+            pairs.append((start, place, commas))
+    return iter(sorted(pairs))
 
 
 def _span(inside: str) -> Iterator[str] | None:

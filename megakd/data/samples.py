@@ -18,15 +18,15 @@ IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "
 _NAME = re.compile(r"^((?:.*/|)[^./][^./]*)\.([^/]*)$", re.DOTALL)
 
 # Where a member's bytes are: (offset, size, sparse or not).
-Place = tuple[int, int, bool]
+BytesPlace = tuple[int, int, bool]
 
 
 @dataclass
-class Row:
+class TarSample:
     """One sample: its members by slot, a link's target where its bytes are not known yet; `start` .. `end` span the tar's bytes."""
 
     key: str
-    slots: dict[Slot, Place | str] = field(default_factory=dict)
+    slots: dict[Slot, BytesPlace | str] = field(default_factory=dict)
     extensions: set[str] = field(default_factory=set)
     start: int = 0
     end: int = 0
@@ -46,7 +46,7 @@ class Losses:
     unused: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
-class Samples:
+class SampleBuilder:
     """Members grouped into samples by their key, over the whole tar and in order of first appearance.
 
     The same name once more (shards appended to each other, say) begins another sample of that key, so that nothing is lost
@@ -55,11 +55,11 @@ class Samples:
     """
 
     def __init__(self, caption: str) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[TarSample] = []
         self.losses = Losses()
         self._caption = caption
         self._row_of: dict[str, int] = {}
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, BytesPlace] = {}
         self._links: list[tuple[int, Slot, str]] = []
         self._dotted: dict[str, tuple[str, set[str], str]] = {}
         self._homeless: dict[str, tuple[str, str]] = {}
@@ -104,7 +104,7 @@ class Samples:
         number = self._row_of.get(key)
         if number is None or extension in self.rows[number].extensions:
             number = self._row_of[key] = len(self.rows)
-            self.rows.append(Row(key, start=member.start))
+            self.rows.append(TarSample(key, start=member.start))
         row, self._latest = self.rows[number], number
         if self._holes and self._holes[-1][2] is None:
             self._holes = [(hole, before, number if after is None else after) for hole, before, after in self._holes]
@@ -178,7 +178,7 @@ class Samples:
         if not self._holes:
             return set()
         near = {number for _, before, after in self._holes for number in (before, after) if number is not None and number >= 0}
-        whole = [row for number, row in enumerate(self.rows) if number not in near | empty]
+        undamaged = [row for number, row in enumerate(self.rows) if number not in near | empty]
         there = [row for number, row in enumerate(self.rows) if number not in empty]
         expected = {slot for slot in SLOTS if there and sum(slot in row.slots for row in there) * 2 >= len(there)} or {"image", "caption"}
         partial = {number for number, row in enumerate(self.rows) if number not in empty and not expected <= set(row.slots)}
@@ -189,7 +189,7 @@ class Samples:
         wanted = expected | {"image", "caption"} if apart else expected
         lacking = [number for number in range(len(self.rows)) if number not in empty] if apart else broken
         missing = {number: len(wanted - set(self.rows[number].slots)) for number in lacking}
-        footprint = _median(row.end - row.start for row in whole) or _median(row.end - row.start for row in self.rows)
+        footprint = _median(row.end - row.start for row in undamaged) or _median(row.end - row.start for row in self.rows)
         certain, guessed, members, beside_known = len(broken), 0, 0, set(missing) if apart else set()
         for hole, before, after in self._holes:
             beside = {number for number in (before, after) if number in broken}

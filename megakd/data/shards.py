@@ -24,7 +24,7 @@ from megakd.data.bad_samples import BadCounter, BadSample, Reason
 from megakd.data.patterns import expand, expand_with_stats
 from megakd.data.samples import Slot
 from megakd.data.storage import Reader, Stat, shown
-from megakd.data.tar_index import HEADER, SPARSE, Known, Rows
+from megakd.data.tar_index import HEADER, SPARSE, IndexRows, Known
 from megakd.data.tar_members import expand as expand_sparse
 from megakd.recipe import Data
 from megakd.recipe.credentials import unsigned
@@ -61,7 +61,7 @@ class ShardSet:
     known_bad: BadCounter  # what the indexes say, without one image read
     digest: int  # of the samples' keys, sizes and first bytes
     _reader: Reader
-    _rows: OrderedDict[int, Rows] = field(default_factory=OrderedDict)
+    _rows: OrderedDict[int, IndexRows] = field(default_factory=OrderedDict)
 
     @classmethod
     def open(cls, data: Data, rank: int, world: int, barrier: Callable[[], None]) -> ShardSet:
@@ -109,19 +109,19 @@ class ShardSet:
         if failure is not None:
             raise failure
         try:
-            found = [tar_index.known(_index(name, stat, data, tar_index.load_checked)) for name, stat in named]
+            indexes = [tar_index.known(_index(name, stat, data, tar_index.load_checked)) for name, stat in named]
         except OSError as error:
             raise ValueError(f"a shard cannot be read: {error}; check the disk or the network, and its permissions") from error
-        bad = _known_bad([name for name, _ in named], found)
-        samples = [known.samples for known in found]
+        bad = _known_bad([name for name, _ in named], indexes)
+        samples = [known.samples for known in indexes]
         if rank == 0:
-            _say(patterns, bad, [name for name, _ in named], found, captions)
+            _say(patterns, bad, [name for name, _ in named], indexes, captions)
         if sum(samples) == 0:
             lost = f"; {bad.by_reason()}, for example {bad.example}" if bad.total else ""
             raise ValueError(f"{patterns!r}: {len(named)} shards, but not one sample in them (the first is {shown(named[0][0])}){lost}")
         starts = np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
         log.info("%d samples in %d shards", starts[-1], len(named))
-        digest = zlib.crc32(repr([known.digest for known in found]).encode())
+        digest = zlib.crc32(repr([known.digest for known in indexes]).encode())
         return cls([name for name, _ in named], [stat for _, stat in named], data, starts, bad, digest, Reader(data.cache))
 
     def __len__(self) -> int:
@@ -159,7 +159,7 @@ class ShardSet:
 
     def _read(self, shard: int, row: np.void, needs: tuple[Slot, ...]) -> Sample:
         where = self._label(shard, row)
-        places = {slot: _Place(*(int(row[f"{slot}_{what}"]) for what in ("offset", "size", "check"))) for slot in needs}
+        places = {slot: _MemberPlace(*(int(row[f"{slot}_{what}"]) for what in ("offset", "size", "check"))) for slot in needs}
         places = {slot: place for slot, place in places.items() if place.offset > 0}
         if "image" in needs and "image" not in places:
             raise BadSample("missing_image", "no image member", where)
@@ -192,7 +192,7 @@ class ShardSet:
         with ThreadPoolExecutor(_REMOTE_READS) as pool:
             yield from pool.map(one, places)
 
-    def _fetch(self, shard: int, places: dict[Slot, _Place]) -> dict[Slot, bytes]:
+    def _fetch(self, shard: int, places: dict[Slot, _MemberPlace]) -> dict[Slot, bytes]:
         if not places:
             return {}
         first, end = min(place.start for place in places.values()), max(place.end for place in places.values())
@@ -226,7 +226,7 @@ class ShardSet:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _MemberPlace:
     """Of one member, as its index has it. It is read from `start` to `end`, with the 512 bytes whose checksum is `check`."""
 
     offset: int
@@ -242,24 +242,24 @@ class _Place:
         return (self.offset & ~SPARSE) + self.size
 
 
-def _content(place: _Place, data: bytes) -> bytes:
+def _content(place: _MemberPlace, data: bytes) -> bytes:
     """The member's bytes out of those from its `start` to its `end`. Raises OSError when its header is not the one that was indexed."""
     if zlib.crc32(data[:HEADER]) != place.check:
         raise OSError(f"another member lies at byte {place.start}: {_CHANGED}")
     return expand_sparse(data) if place.offset & SPARSE else data[HEADER:]
 
 
-def _index(name: str, stat: Stat, data: Data, load: Callable[..., Rows | None] | None = None) -> Rows:
+def _index(name: str, stat: Stat, data: Data, load: Callable[..., IndexRows | None] | None = None) -> IndexRows:
     rows = (load or tar_index.load)(name, stat, data.caption, data.cache)
     return tar_index.build(name, stat, data.caption, data.cache) if rows is None else rows
 
 
-def _known_bad(names: list[str], found: list[Known]) -> BadCounter:
+def _known_bad(names: list[str], indexes: list[Known]) -> BadCounter:
     """Of samples that the indexes know, and of those that they know to be lost."""
-    sound = [known.samples for known in found if not known.losses.why]
+    sound = [known.samples for known in indexes if not known.losses.why]
     elsewhere = round(sum(sound) / len(sound)) if sound else None
     bad = BadCounter()
-    for name, known in zip(names, found, strict=True):
+    for name, known in zip(names, indexes, strict=True):
         lost = known.lost(elsewhere, alike=len(set(sound)) == 1)
         fewer = "its _stats.json tells of more samples; remove that file if some were taken out on purpose"
         counts: list[tuple[Reason, int, str]] = [("truncated_tar", lost, known.losses.why or fewer)]
@@ -272,13 +272,13 @@ def _known_bad(names: list[str], found: list[Known]) -> BadCounter:
     return bad
 
 
-def _say(patterns: str | list[str], bad: BadCounter, names: list[str], found: list[Known], captions: bool) -> None:
+def _say(patterns: str | list[str], bad: BadCounter, names: list[str], indexes: list[Known], captions: bool) -> None:
     for reason, count in bad.counts.items():
         if reason in ("missing_caption", "empty_caption") and not captions:
             continue
         log.warning("%r: %d of %d samples cannot be used, %s: %s", patterns, count, bad.seen, reason, bad.examples[reason])
     unused: dict[str, tuple[int, str]] = {}
-    for name, known in zip(names, found, strict=True):
+    for name, known in zip(names, indexes, strict=True):
         for kind, (count, example) in known.losses.unused.items():
             before, first = unused.get(kind, (0, f"{shown(name)}: {shown(example)}"))
             unused[kind] = (before + count, first)

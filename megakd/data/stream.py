@@ -151,11 +151,11 @@ def _quiet_worker(worker: int) -> None:
 
 def _once_a_place(show: Callable[..., None]) -> Callable[..., None]:
     """Warnings of one line of a library are one kind, whatever numbers and names of files their texts have: each is said once."""
-    said: set[tuple[str, int]] = set()
+    shown_places: set[tuple[str, int]] = set()
 
     def shown(message: Any, category: Any, filename: str, lineno: int, *more: Any) -> None:
-        if (filename, lineno) not in said:
-            said.add((filename, lineno))
+        if (filename, lineno) not in shown_places:
+            shown_places.add((filename, lineno))
             show(message, category, filename, lineno, *more)
 
     return shown

@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.data import tar_members
-from megakd.data.samples import SLOTS, Losses, Row, Samples
+from megakd.data.samples import SLOTS, Losses, SampleBuilder, TarSample
 from megakd.data.storage import INDEX, Stat, file_label, filesystem, is_remote, local_path, mirror, retry, shown
 from megakd.runtime.files import atomic_file
 
-Rows = NDArray[np.void]
+IndexRows = NDArray[np.void]
 
 # Row 0 of the file is about the tar itself and not a sample, so that one file, replaced at once, holds all there is to know:
 # key = magic, image = (size of the tar, checksum of the caption's extension, checksum of this file), caption = (stamp of the tar,
@@ -71,7 +71,7 @@ class Known:
         return self.losses.lost
 
 
-def known(rows: Rows) -> Known:
+def known(rows: IndexRows) -> Known:
     head = rows[0]
     report = json.loads(np.ascontiguousarray(rows[1 : 1 + int(head["json_offset"])]).tobytes()[: int(head["caption_size"])])
     missing = {name: (int(count), str(key)) for name, (count, key) in report.pop("missing").items()}
@@ -79,17 +79,17 @@ def known(rows: Rows) -> Known:
     return Known(len(samples(rows)), **missing, losses=losses, expected=report["expected"], digest=int(head["json_size"]))
 
 
-def samples(rows: Rows) -> Rows:
+def samples(rows: IndexRows) -> IndexRows:
     """The rows of the samples alone."""
     return rows[1 + int(rows[0]["json_offset"]) :]
 
 
-def load(name: str, stat: Stat, caption: str, cache: str | None) -> Rows | None:
+def load(name: str, stat: Stat, caption: str, cache: str | None) -> IndexRows | None:
     """The stored index, memory-mapped, header rows included; None when none is there that fits the tar as it is now."""
     return next(_stored(name, stat, caption, cache, say=False), None)
 
 
-def load_checked(name: str, stat: Stat, caption: str, cache: str | None) -> Rows | None:
+def load_checked(name: str, stat: Stat, caption: str, cache: str | None) -> IndexRows | None:
     """As `load`, with all of it read for its checksum: an index that is damaged is said and not used."""
     for rows in _stored(name, stat, caption, cache, say=True):
         if int(rows[0]["image_check"]) == _checksum(rows) and _is_readable(rows):
@@ -98,10 +98,10 @@ def load_checked(name: str, stat: Stat, caption: str, cache: str | None) -> Rows
     return None
 
 
-def _stored(name: str, stat: Stat, caption: str, cache: str | None, *, say: bool) -> Iterator[Rows]:
+def _stored(name: str, stat: Stat, caption: str, cache: str | None, *, say: bool) -> Iterator[IndexRows]:
     for path in _places(name, caption, cache):
         try:
-            rows: Rows = np.load(path, mmap_mode="r", allow_pickle=False)
+            rows: IndexRows = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             continue
         except Exception:  # cut short, or no .npy, whose header np.load reads as Python: it is built anew
@@ -112,7 +112,7 @@ def _stored(name: str, stat: Stat, caption: str, cache: str | None, *, say: bool
             yield rows
 
 
-def build(name: str, stat: Stat, caption: str, cache: str | None) -> Rows:
+def build(name: str, stat: Stat, caption: str, cache: str | None) -> IndexRows:
     """Reads the tar from end to end, stores its index in the first place that can be written, and returns it.
 
     Raises ValueError for a compressed tar, for a file that is no tar, and for one that may not be read.
@@ -171,13 +171,13 @@ def extension(caption: str) -> str:
     return caption.lower().lstrip(".")
 
 
-def _checksum(rows: Rows) -> int:
+def _checksum(rows: IndexRows) -> int:
     head = np.array(rows[:1])
     head["image_check"] = 0
     return zlib.crc32(np.ascontiguousarray(rows[1:]).view(np.uint8).data, zlib.crc32(head.tobytes()))
 
 
-def _is_readable(rows: Rows) -> bool:
+def _is_readable(rows: IndexRows) -> bool:
     try:
         known(rows)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -185,7 +185,7 @@ def _is_readable(rows: Rows) -> bool:
     return True
 
 
-def _scan(name: str, stat: Stat, caption: str, cache: str | None) -> Rows:
+def _scan(name: str, stat: Stat, caption: str, cache: str | None) -> IndexRows:
     with ExitStack() as stack:
         file: IO[bytes]
         if is_remote(name) and cache is None:
@@ -195,16 +195,16 @@ def _scan(name: str, stat: Stat, caption: str, cache: str | None) -> Rows:
             local = mirror(name, stat, cache) if is_remote(name) and cache else local_path(name)
             file = stack.enter_context(open(local, "rb"))
         _refuse_others(file, name, stat.size)
-        found, measured = Samples(extension(caption)), {}
+        builder, measured = SampleBuilder(extension(caption)), {}
         for member in tar_members.members(file, stat.size):
             if isinstance(member, tar_members.Hole):
-                found.damage(member)
+                builder.damage(member)
                 continue
             if member.kind in ("file", "sparse"):
                 measured[member.offset] = _measured(file, member)
-            found.add(member)
-        found.finish()
-        return _table(found, measured, stat, caption, _expected(name, damaged=bool(found.losses.why)))
+            builder.add(member)
+        builder.finish()
+        return _table(builder, measured, stat, caption, _expected(name, damaged=bool(builder.losses.why)))
 
 
 def _refuse_others(file: IO[bytes], name: str, length: int) -> None:
@@ -245,12 +245,12 @@ def _measured(file: IO[bytes], member: tar_members.Member) -> tuple[int, int]:
     return zlib.crc32(file.read(HEADER)), zlib.crc32(file.read(min(member.size - HEADER * is_sparse, _DIGESTED)))
 
 
-def _table(found: Samples, measured: dict[int, tuple[int, int]], stat: Stat, caption: str, expected: int | None) -> Rows:
+def _table(builder: SampleBuilder, measured: dict[int, tuple[int, int]], stat: Stat, caption: str, expected: int | None) -> IndexRows:
     # the end of a long key tells more than its beginning; it is a label for people and joins nothing
-    keys = [row.key.encode("utf-8", "surrogateescape")[-_LONGEST_KEY:] for row in found.rows]
+    keys = [row.key.encode("utf-8", "surrogateescape")[-_LONGEST_KEY:] for row in builder.rows]
     table = np.zeros(len(keys), _dtype(max(len(_MAGIC), *map(len, keys), 1)))
     digest = 0
-    for number, (key, row) in enumerate(zip(keys, found.rows, strict=True)):
+    for number, (key, row) in enumerate(zip(keys, builder.rows, strict=True)):
         table[number]["key"] = key
         for slot, place in row.slots.items():
             assert not isinstance(place, str), "links are followed"
@@ -259,7 +259,7 @@ def _table(found: Samples, measured: dict[int, tuple[int, int]], stat: Stat, cap
             table[number][f"{slot}_size"], table[number][f"{slot}_check"] = size, check
             if slot in ("image", "caption"):
                 digest = zlib.crc32(repr((key, slot, size, content)).encode(), digest)
-    report = {"missing": _missing(table, found.rows), "losses": dataclasses.asdict(found.losses), "expected": expected}
+    report = {"missing": _missing(table, builder.rows), "losses": dataclasses.asdict(builder.losses), "expected": expected}
     text = json.dumps(report).encode()
     head = np.zeros(1, table.dtype)
     told = np.frombuffer(text.ljust(-(-len(text) // table.dtype.itemsize) * table.dtype.itemsize), table.dtype)
@@ -271,7 +271,7 @@ def _table(found: Samples, measured: dict[int, tuple[int, int]], stat: Stat, cap
     return rows
 
 
-def _missing(table: Rows, rows: list[Row]) -> dict[str, tuple[int, str]]:
+def _missing(table: IndexRows, rows: list[TarSample]) -> dict[str, tuple[int, str]]:
     pictured, captioned = table["image_offset"] > 0, table["caption_offset"] > 0  # offset 0 is the first header's
     lacking = {
         "missing_image": ~pictured,

@@ -78,10 +78,10 @@ def members(file: IO[bytes], length: int) -> Iterator[Member | Hole]:
             if is_header(reader.block(end)) and _ends_archive(at, end):
                 at = end
                 continue
-            found = reader.next_header(end)
-            if found is None and reader.is_noise(at):
+            next_start = reader.next_header(end)
+            if next_start is None and reader.is_noise(at):
                 return
-            yield (hole := reader.hole(at, found, f"zeros at byte {at}"))
+            yield (hole := reader.hole(at, next_start, f"zeros at byte {at}"))
             if hole.cut:
                 return
             at, doubtful = hole.end, True
@@ -89,13 +89,13 @@ def members(file: IO[bytes], length: int) -> Iterator[Member | Hole]:
         try:
             info, after = reader.member(at, block)
         except _DAMAGE as error:
-            found = reader.next_header(at + BLOCK)
-            if found is None and reader.is_noise(at):
+            next_start = reader.next_header(at + BLOCK)
+            if next_start is None and reader.is_noise(at):
                 return
-            if found is None and isinstance(error, _Beyond):
+            if next_start is None and isinstance(error, _Beyond):
                 yield Hole(at, length, 1, str(error), cut=True)
                 return
-            yield (hole := reader.hole(at, found, f"damaged header at byte {at} ({error})"))
+            yield (hole := reader.hole(at, next_start, f"damaged header at byte {at} ({error})"))
             if hole.cut:
                 return
             at, doubtful = hole.end, True
@@ -174,8 +174,8 @@ class _Reader:
         if info.issparse():
             return False
         own = self.block(info.offset_data - BLOCK)[:100]
-        whole = own.rstrip(b"\0").decode("utf-8", "surrogateescape")
-        return info.name == whole and (len(own.rstrip(b"\0")) == len(own) or "?" in whole)
+        full_name = own.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        return info.name == full_name and (len(own.rstrip(b"\0")) == len(own) or "?" in full_name)
 
     def first_used(self, at: int) -> int | None:
         """The first block from `at` on that is not all zeros."""
@@ -213,13 +213,13 @@ class _Reader:
             yield at, blocks
             at += len(blocks) * BLOCK
 
-    def hole(self, start: int, found: int | None, why: str) -> Hole:
-        if found is None:
+    def hole(self, start: int, next_start: int | None, why: str) -> Hole:
+        if next_start is None:
             end = self._zeros_before_end(start)
             if end is None:
                 return Hole(start, self._length, self._lost(start, self._length), why, cut=True)
             return Hole(start, end, self._lost(start, end), why)
-        return Hole(start, found, self._lost(start, found), why)
+        return Hole(start, next_start, self._lost(start, next_start), why)
 
     def _zeros_before_end(self, start: int) -> int | None:
         """Where the zeros of an end marker begin that closes the file, at or after the block behind `start`; None without one."""

@@ -183,10 +183,10 @@ def _tried_questions(recipe: Recipe, outline: Decoder, train: Mixture, sets: dic
     eyes, most, said = outline.projector is not None, recipe.data.max_bad_fraction, []
     for name, part in train.sets.items():
         key = f"answers.train.{name}"
-        said += check.try_training(part, talk, eyes, key, most).said(key, learned=True)
+        said += check.try_training(part, talk, eyes, key, most).sentences(key, learned=True)
     for name, opened in sets.items():
         key = f"evaluation.vqa.{name}"
-        said += check.try_prompts(opened.questions, talk, eyes, key, most).said(key, learned=False)
+        said += check.try_prompts(opened.questions, talk, eyes, key, most).sentences(key, learned=False)
     return said
 
 

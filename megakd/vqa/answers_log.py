@@ -24,15 +24,15 @@ from megakd.runtime.files import write_text
 log = logging.getLogger("megakd.vqa")
 
 
-class Row(NamedTuple):
-    """What was said; unusable: why the question could not be asked, and then `answer` is ""."""
+class GivenAnswer(NamedTuple):
+    """An answer; unusable: why the question could not be asked, and then `answer` is ""."""
 
     answer: str
     unusable: str | None = None
 
 
 @dataclass(frozen=True)
-class Journal:
+class AnswersLog:
     """The answers of the set `name`, which has no dot, in `folder`. identity: what they depend on. question_ids: of the set, in order."""
 
     folder: Path
@@ -44,29 +44,29 @@ class Journal:
     def path(self) -> Path:
         return self.folder / f"{self.name}.jsonl"
 
-    def open(self) -> dict[int, Row]:
+    def open(self) -> dict[int, GivenAnswer]:
         """Answers of an earlier start, by index, joined into one file. Rank 0 alone; the others wait for it."""
-        rows: dict[int, Row] = {}
+        rows: dict[int, GivenAnswer] = {}
         for path in self._files():
             rows |= self._read(path)
         self.close(rows)
         return rows
 
     @contextmanager
-    def appending(self, rank: int) -> Iterator[Callable[[Mapping[int, Row]], None]]:
+    def appending(self, rank: int) -> Iterator[Callable[[Mapping[int, GivenAnswer]], None]]:
         """Inside the block, the function given writes rows so that a killed process loses none of them."""
         path = self.folder / f"{self.name}.rank{rank}.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
 
-            def append(rows: Mapping[int, Row]) -> None:
+            def append(rows: Mapping[int, GivenAnswer]) -> None:
                 file.writelines(f"{self._line(index, row)}\n" for index, row in rows.items())
                 file.flush()
 
             file.write(self._header() + "\n")
             yield append
 
-    def close(self, rows: Mapping[int, Row]) -> None:
+    def close(self, rows: Mapping[int, GivenAnswer]) -> None:
         """All rows in one file, in the set's order; no other file is left."""
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = (self._header(), *(self._line(index, rows[index]) for index in sorted(rows)))
@@ -84,34 +84,34 @@ class Journal:
     def _key(self) -> str:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
-    def _line(self, index: int, row: Row) -> str:
+    def _line(self, index: int, row: GivenAnswer) -> str:
         why = {} if row.unusable is None else {"unusable": row.unusable}
         return json.dumps({"index": index, "question_id": self.question_ids[index], "answer": row.answer, **why})
 
-    def _read(self, path: Path) -> dict[int, Row]:
+    def _read(self, path: Path) -> dict[int, GivenAnswer]:
         header, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
         if (_object(header) or {}).get("key") != self._key():
             log.warning("%s: answers of another model, set or setting: all questions are asked again", path)
             return {}
-        rows: dict[int, Row] = {}
+        rows: dict[int, GivenAnswer] = {}
         damaged = 0
         for line in lines:
-            if (found := self._row(line)) is None:
+            if (row := self._row(line)) is None:
                 damaged += 1
             else:
-                rows[found[0]] = found[1]
+                rows[row[0]] = row[1]
         if damaged:
             log.warning("%s: %d lines are damaged: their questions are asked again", path, damaged)
         return rows
 
-    def _row(self, line: str) -> tuple[int, Row] | None:
+    def _row(self, line: str) -> tuple[int, GivenAnswer] | None:
         row = _object(line)
         if row is None or type(index := row.get("index")) is not int or not 0 <= index < len(self.question_ids):
             return None
         answer, why = row.get("answer"), row.get("unusable")
         if row.get("question_id") != self.question_ids[index] or not isinstance(answer, str) or not (why is None or isinstance(why, str)):
             return None
-        return index, Row(answer, why)
+        return index, GivenAnswer(answer, why)
 
 
 def _object(line: str) -> dict[str, Any] | None:

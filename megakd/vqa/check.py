@@ -16,9 +16,12 @@ _MOST_CAPTIONS = 50  # each is read from its shard, which may be far away
 
 
 @dataclass
-class Tried:
-    """What was found in one set. cut: conversations that lose turns, and how many turns. unseen: questions that name an image, and are
-    asked without, as the source has no `images`. unknown: the answers that are unknown words alone, and the first of their questions."""
+class TrialEncoding:
+    """What came of encoding a part of one set.
+
+    cut: conversations that lose turns, and how many turns. unseen: questions that name an image, and are asked without, as the source
+    has no `images`. unknown: the answers that are unknown words alone, and the first of their questions.
+    """
 
     bad: BadCounter = field(default_factory=BadCounter)
     cut: tuple[int, int] = (0, 0)
@@ -29,7 +32,7 @@ class Tried:
     def looked_at(self) -> int:
         return self.bad.seen
 
-    def said(self, name: str, learned: bool) -> list[str]:
+    def sentences(self, name: str, learned: bool) -> list[str]:
         """Sentences for people, none where all is well."""
         lines, of = [], f"of {self.looked_at} questions looked at"
         if self.unseen:
@@ -46,54 +49,54 @@ class Tried:
         return lines
 
 
-def try_training(questions: Questions, conversations: PromptEncoder, eyes: bool, key: str, max_bad_fraction: float) -> Tried:
-    """A part of what is to be learned, encoded without reading its images. eyes: whether the decoder has any.
+def try_training(questions: Questions, encoder: PromptEncoder, sees_images: bool, key: str, max_bad_fraction: float) -> TrialEncoding:
+    """A part of what is to be learned, encoded without reading its images. sees_images: whether the decoder is shown images.
 
     Raises ValueError naming the question for an answer that encodes to nothing, and when more than `max_bad_fraction` cannot be learned
     or are answered by words that the tokenizer does not know.
     """
-    found = Tried()
+    trial = TrialEncoding()
     for question in _spread(questions):
-        found.bad.seen += 1
+        trial.bad.seen += 1
         try:
-            encoded = conversations.training(question, _shown(questions, question, eyes, found))
+            encoded = encoder.training(question, _shown(questions, question, sees_images, trial))
         except SilentAnswer as bad:
             raise ValueError(f"{key}: question {question.question_id!r}: {bad.detail}{_MUTE}") from bad
         except BadSample as bad:
-            found.bad.add(bad.reason, f"question {question.question_id!r} ({bad.detail})")
+            trial.bad.add(bad.reason, f"question {question.question_id!r} ({bad.detail})")
             continue
-        if not conversations.says([label for label in encoded.labels if label not in (IGNORED, conversations.end)]):
-            found.unknown = (found.unknown[0] + 1, found.unknown[1] or f"question {question.question_id!r}, {question.answer[:80]!r}")
-        turns, kept = len(question.conversation), encoded.labels.count(conversations.end)
+        if not encoder.says([label for label in encoded.labels if label not in (IGNORED, encoder.end)]):
+            trial.unknown = (trial.unknown[0] + 1, trial.unknown[1] or f"question {question.question_id!r}, {question.answer[:80]!r}")
+        turns, kept = len(question.conversation), encoded.labels.count(encoder.end)
         if kept < turns:
-            found.cut = (found.cut[0] + 1, found.cut[1] + turns - kept)
-    _check(found, key, max_bad_fraction)
-    if found.unknown[0] > max_bad_fraction * found.looked_at:
+            trial.cut = (trial.cut[0] + 1, trial.cut[1] + turns - kept)
+    _check(trial, key, max_bad_fraction)
+    if trial.unknown[0] > max_bad_fraction * trial.looked_at:
         raise ValueError(
-            f"{key}: {found.unknown[0]} of {found.looked_at} answers looked at encode to nothing but unknown words "
-            f"({found.unknown[1]}){_MUTE}"
+            f"{key}: {trial.unknown[0]} of {trial.looked_at} answers looked at encode to nothing but unknown words "
+            f"({trial.unknown[1]}){_MUTE}"
         )
-    return found
+    return trial
 
 
-def try_prompts(questions: Questions, conversations: PromptEncoder, eyes: bool, key: str, max_bad_fraction: float) -> Tried:
+def try_prompts(questions: Questions, encoder: PromptEncoder, sees_images: bool, key: str, max_bad_fraction: float) -> TrialEncoding:
     """A part of what is to be asked. Raises ValueError when more than `max_bad_fraction` cannot be."""
-    found = Tried()
+    trial = TrialEncoding()
     for question in _spread(questions):
-        found.bad.seen += 1
+        trial.bad.seen += 1
         try:
-            conversations.prompt(question.text, question.short, _shown(questions, question, eyes, found))
+            encoder.prompt(question.text, question.short, _shown(questions, question, sees_images, trial))
         except BadSample as bad:
-            found.bad.add(bad.reason, f"question {question.question_id!r} ({bad.detail})")
-    _check(found, key, max_bad_fraction)
-    return found
+            trial.bad.add(bad.reason, f"question {question.question_id!r} ({bad.detail})")
+    _check(trial, key, max_bad_fraction)
+    return trial
 
 
-def _shown(questions: Questions, question: Question, eyes: bool, found: Tried) -> bool:
-    if not eyes or question.image is None:
+def _shown(questions: Questions, question: Question, sees_images: bool, trial: TrialEncoding) -> bool:
+    if not sees_images or question.image is None:
         return False
     shown = not isinstance(questions, QuestionSet) or questions.images is not None
-    found.unseen += not shown
+    trial.unseen += not shown
     return shown
 
 
@@ -104,17 +107,17 @@ def _spread(questions: Questions) -> list[Question]:
 def examples(questions: Questions, most: int) -> list[Question]:
     """At most so many, evenly spread, of those that can be read; a caption that cannot is counted where it is met."""
     step = max(1, -(-len(questions) // most))
-    found = []
+    questions_read = []
     for index in range(0, len(questions), step):
         try:
-            found.append(questions[index])
+            questions_read.append(questions[index])
         except BadSample:
             continue
-    return found
+    return questions_read
 
 
-def _check(found: Tried, key: str, max_bad_fraction: float) -> None:
+def _check(trial: TrialEncoding, key: str, max_bad_fraction: float) -> None:
     try:
-        found.bad.check(max_bad_fraction, at_least=1, what="questions")
+        trial.bad.check(max_bad_fraction, at_least=1, what="questions")
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error

@@ -25,7 +25,7 @@ from megakd.recipe import Data, QuestionSource, Recipe
 from megakd.runtime import collectives, run_folder, watchdog
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
-from megakd.vqa.answers_log import Journal, Row
+from megakd.vqa.answers_log import AnswersLog, GivenAnswer
 from megakd.vqa.benchmarks import benchmark
 from megakd.vqa.benchmarks.base import Answered
 from megakd.vqa.loader import ImageProcessor, PromptBatch, evaluation_questions, rank_slice
@@ -38,7 +38,7 @@ RESULTS, ANSWERS = "vqa.json", "answers"
 _TRIED = 16
 
 
-class Decoder(Protocol):
+class GreedyDecoder(Protocol):
     """What answers: greedily, from left-padded prompts, the same whatever else is in the batch. B lists of token ids."""
 
     def generate(
@@ -50,14 +50,14 @@ class Decoder(Protocol):
 class Answerer:
     """A decoder with whole weights on this rank, in evaluation mode, and all that turns questions into its answers.
 
-    look: normalised pixels (B, 3, H, W) -> (B, V, C); None, with eyes None, for a decoder that sees nothing.
+    look: normalised pixels (B, 3, H, W) -> (B, V, C); None, with image_processor None, for a decoder that is shown no images.
     identity: of weights and preprocessing, plain JSON: answers of another identity are not gone on with.
     """
 
-    decoder: Decoder
+    decoder: GreedyDecoder
     look: Callable[[Tensor], Tensor] | None
-    conversations: PromptEncoder
-    eyes: ImageProcessor | None
+    encoder: PromptEncoder
+    image_processor: ImageProcessor | None
     device: torch.device
     dtype: torch.dtype
     batch: int
@@ -72,14 +72,14 @@ class Answerer:
         here = prompts.to(self.device, non_blocking=True)
         with torch.inference_mode():
             tokens = self.decoder.generate(self._see(here), here.ids_BL, here.attend_BL, here.image_mask_BL, self.max_new_tokens)
-        return [str(self.conversations.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in tokens]
+        return [str(self.encoder.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in tokens]
 
     def _see(self, prompts: PromptBatch) -> Tensor | None:
         if self.look is None:
             return None
-        assert self.eyes is not None, "a decoder with eyes needs the tower's preprocessing"
+        assert self.image_processor is not None, "a decoder that is shown images needs the tower's preprocessing"
         assert prompts.pixels is not None
-        return self.look(normalise(prompts.pixels, self.eyes.preprocess, self.dtype))
+        return self.look(normalise(prompts.pixels, self.image_processor.preprocess, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,13 @@ def _try_images(questions: QuestionSet, key: str, data: Data) -> None:
     """
     bad = BadCounter(seen=len(questions))
     for index in range(min(len(questions), _TRIED)):
-        (asked,) = questions.read([index], True)
+        (item,) = questions.read([index], True)
         try:
-            if isinstance(asked, BadSample):
-                raise asked
-            if asked.image is not None:
-                with located(asked.where):
-                    rgb_image(asked.image, data.max_pixels)
+            if isinstance(item, BadSample):
+                raise item
+            if item.image is not None:
+                with located(item.where):
+                    rgb_image(item.image, data.max_pixels)
         except BadSample as error:
             bad.add(error.reason, str(error))
             continue
@@ -137,7 +137,7 @@ def evaluate(
     Raises ValueError, with the answers kept, when more than data.max_bad_fraction of a set's questions could not be asked, and when the
     decoder's logits are NaN; on every rank. Raises Interrupted when a signal comes: the answers given before it are not asked again.
 
-    FOLDER/answers/SET.jsonl holds each answer as it was said; SET.submission.json or .jsonl is for the benchmark's server. Started again
+    FOLDER/answers/SET.jsonl holds each answer as it was given; SET.submission.json or .jsonl is for the benchmark's server. Started again
     after an interruption, questions that are answered are not asked again, on any number of ranks; another model, set, prompt or length
     of answers starts anew.
     """
@@ -151,7 +151,7 @@ def _evaluate_one(
 ) -> dict[str, Any]:
     questions = opened.questions
     ids = [questions[index].question_id for index in range(len(questions))]
-    journal = Journal(folder / ANSWERS, name, _identity(opened, answerer), ids)
+    journal = AnswersLog(folder / ANSWERS, name, _identity(opened, answerer), ids)
     # What could not be asked is tried again: its image may have been repaired.
     known = {index: row for index, row in collectives.by_main(journal.open, world).items() if row.unusable is None}
     missing = [index for index in range(len(questions)) if index not in known]
@@ -159,9 +159,11 @@ def _evaluate_one(
     return collectives.by_main(lambda: _finish(name, opened, journal, rows, folder, data.max_bad_fraction), world)
 
 
-def _finish(name: str, opened: Opened, journal: Journal, rows: dict[int, Row], folder: Path, max_bad_fraction: float) -> dict[str, Any]:
+def _finish(
+    name: str, opened: Opened, journal: AnswersLog, rows: dict[int, GivenAnswer], folder: Path, max_bad_fraction: float
+) -> dict[str, Any]:
     journal.close(rows)
-    _refuse_unasked(name, rows, max_bad_fraction)
+    _check_unusable(name, rows, max_bad_fraction)
     questions, of_format = opened.questions, benchmark(opened.source.format)
     answered = [Answered(questions[index], rows[index].answer, rows[index].unusable is None) for index in range(len(questions))]
     submission = of_format.write_submission(answered, folder / ANSWERS, name)
@@ -173,7 +175,7 @@ def _finish(name: str, opened: Opened, journal: Journal, rows: dict[int, Row], f
     }
 
 
-def _refuse_unasked(name: str, rows: Mapping[int, Row], max_bad_fraction: float) -> None:
+def _check_unusable(name: str, rows: Mapping[int, GivenAnswer], max_bad_fraction: float) -> None:
     """Raises ValueError where so many questions could not be asked that the rest is no score of the set."""
     bad = BadCounter(seen=len(rows))
     for row in rows.values():
@@ -189,35 +191,35 @@ def _refuse_unasked(name: str, rows: Mapping[int, Row], max_bad_fraction: float)
 def _ask(
     questions: QuestionSet,
     missing: list[int],
-    journal: Journal,
+    journal: AnswersLog,
     answerer: Answerer,
     world: World,
     workers: int,
     interruptions: StopPoller,
-) -> dict[int, Row]:
+) -> dict[int, GivenAnswer]:
     """This rank's part of the questions without an answer, each written down as soon as its batch is answered."""
     mine = [missing[place] for place in rank_slice(len(missing), world.rank, world.size)]
     batches = evaluation_questions(
         questions,
         mine,
-        answerer.conversations,
-        answerer.eyes,
+        answerer.encoder,
+        answerer.image_processor,
         batch=answerer.batch,
         workers=workers,
         pin_memory=world.device.type == "cuda",
     )
-    rows: dict[int, Row] = {}
+    rows: dict[int, GivenAnswer] = {}
     with journal.appending(world.rank) as append:
         answered = ((batch, answerer.answers(batch)) for batch in batches)  # an error of one rank is then raised on all
         for batch, answers in interruptions.between(answered, len(missing), answerer.batch):
-            found = {int(index): Row(said) for index, said in zip(batch.index, answers, strict=True)}
-            found |= {index: Row("", why) for index, why in batch.unusable}
-            append(found)
-            rows |= found
+            given = {int(index): GivenAnswer(answer) for index, answer in zip(batch.index, answers, strict=True)}
+            given |= {index: GivenAnswer("", why) for index, why in batch.unusable}
+            append(given)
+            rows |= given
     return rows
 
 
-def _gathered(rows: dict[int, Row], world: World) -> dict[int, Row]:
+def _gathered(rows: dict[int, GivenAnswer], world: World) -> dict[int, GivenAnswer]:
     """Every rank's rows, on rank 0; elsewhere nothing."""
     if world.size == 1:
         return rows
@@ -228,13 +230,13 @@ def _gathered(rows: dict[int, Row], world: World) -> dict[int, Row]:
 
 def _identity(opened: Opened, answerer: Answerer) -> dict[str, Any]:
     """What an answer depends on. Not the batch and not the ranks."""
-    prompts = answerer.conversations
+    prompts = answerer.encoder
     return {
         "model": dict(answerer.identity),
         "questions": opened.questions.signature,
         "format": opened.source.format,
         "prompt": [prompts.settings.template, prompts.settings.instruction, prompts.image_tokens, prompts.max_length],
-        "sees": answerer.eyes is not None and opened.questions.images is not None,
+        "sees": answerer.image_processor is not None and opened.questions.images is not None,
         "max_new_tokens": answerer.max_new_tokens,
         "dtype": str(answerer.dtype),
     }
@@ -243,11 +245,11 @@ def _identity(opened: Opened, answerer: Answerer) -> dict[str, Any]:
 def lines(results: Mapping[str, Any]) -> str:
     """A few lines for people: one for each set, percentages, then its families."""
     rows = []
-    for name, found in results.items():
-        scored = "not scored" if found["accuracy"] is None else f"{found['accuracy']:.1%}"
-        lost = f", {found['unusable']} could not be asked" if found["unusable"] else ""
-        rows.append(f"  vqa {name}: {scored} of {found['questions']} questions ({found['metric']}){lost}")
-        families = found.get("by_family", {})
+    for name, scores in results.items():
+        scored = "not scored" if scores["accuracy"] is None else f"{scores['accuracy']:.1%}"
+        lost = f", {scores['unusable']} could not be asked" if scores["unusable"] else ""
+        rows.append(f"  vqa {name}: {scored} of {scores['questions']} questions ({scores['metric']}){lost}")
+        families = scores.get("by_family", {})
         if len(families) > 1:
             rows.append("    " + ", ".join(f"{family} {part['accuracy']:.1%}" for family, part in families.items()))
     return "\n".join(rows)

@@ -23,7 +23,7 @@ _SHOWN = 3
 _TAR = re.compile(r"\.tar(?![\w./-])")  # at the end of a part, of a word in braces, or of the path of a signed URL
 _KEY_BYTES = 64  # of a long key, an index keeps the end
 
-Found = tuple[str, bytes] | BadSample  # (where, the image's bytes)
+ImageBytes = tuple[str, bytes] | BadSample  # (where, the image's bytes)
 
 
 class MissingImages(ValueError):
@@ -37,11 +37,11 @@ class MissingImages(ValueError):
 class Images(Protocol):
     """Images by the names that questions give them."""
 
-    def read(self, names: Sequence[str]) -> Iterator[Found]:
+    def read(self, names: Sequence[str]) -> Iterator[ImageBytes]:
         """One result for each name, in order; an image that cannot be read is a result, not raised."""
 
 
-class Folder:
+class ImageFolder:
     """Image files below one folder. Names come from the questions' file, and may not leave the folder."""
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
@@ -65,7 +65,7 @@ class Folder:
             there = (str(path.relative_to(folder)) for path in _files(folder))
             raise MissingImages(missing, str(folder), list(itertools.islice(there, _SHOWN)))
 
-    def read(self, names: Sequence[str]) -> Iterator[Found]:
+    def read(self, names: Sequence[str]) -> Iterator[ImageBytes]:
         for name in names:
             path = self.folder / name
             try:
@@ -76,7 +76,7 @@ class Folder:
                 yield BadSample("read_error", str(error), str(path))
 
 
-class Shards:
+class ImageShards:
     """The images of tar shards, by webdataset's key: the name up to the first dot of its last part."""
 
     def __init__(self, shards: ShardSet, names: Iterable[str], where: str) -> None:
@@ -84,7 +84,7 @@ class Shards:
         self.shards = shards
         self._sample_of = _samples(shards, list(dict.fromkeys(names)), where)
 
-    def read(self, names: Sequence[str]) -> Iterator[Found]:
+    def read(self, names: Sequence[str]) -> Iterator[ImageBytes]:
         for sample in self.shards.read_each([self._sample_of[name] for name in names], ("image",)):
             yield (sample.where, sample.members["image"]) if isinstance(sample, Sample) else sample
 

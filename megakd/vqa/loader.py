@@ -24,7 +24,7 @@ from megakd.data.stream import WorkerStream, reported
 from megakd.data.transforms import evaluation_pixels, rgb_image
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import Encoded, PromptEncoder, stack
-from megakd.vqa.sets import Asked, Questions
+from megakd.vqa.sets import Questions, QuestionWithImage
 
 if TYPE_CHECKING:
     from open_clip.transform import PreprocessCfg
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """How a decoder sees: the tower's preprocessing, and the largest image that is decoded."""
+    """How images are made ready for a decoder's tower: its preprocessing, and the largest image that is decoded."""
 
     preprocess: PreprocessCfg
     max_pixels: int
@@ -54,7 +54,7 @@ class QuestionBatch:
 
     position: of the global batch's first question, over all ranks; next_position: what resumes after this batch.
     index: (B,) int64, the questions used, replacements included. Row r was drawn at position + rank * B + r.
-    pixels: (B, 3, H, W) uint8, zeros where has_image, (B,) bool, is False; None for a decoder without eyes.
+    pixels: (B, 3, H, W) uint8, zeros where has_image, (B,) bool, is False; None for a decoder that is shown no images.
     ids_BL, labels_BL int64 (-100: not learned), attend_BL, image_mask_BL bool: see `prompts`.
     bad: what this rank skipped for this batch, with `seen` questions tried and examples.
     """
@@ -110,8 +110,8 @@ class PromptBatch:
 def question_batches(
     questions: Questions,
     order: Order,
-    conversations: PromptEncoder,
-    eyes: ImageProcessor | None,
+    encoder: PromptEncoder,
+    image_processor: ImageProcessor | None,
     *,
     rank: int,
     world: int,
@@ -119,14 +119,14 @@ def question_batches(
     workers: int,
     pin_memory: bool,
 ) -> QuestionBatches:
-    """This rank's parts of the global batches from `start_position` on, without end. eyes None: no image is read.
+    """This rank's parts of the global batches from `start_position` on, without end. image_processor None: no image is read.
 
     The rows of all ranks, in rank order, are the same for every number of ranks and workers, padding aside.
     Raises ValueError when the global batch does not divide by the ranks, when the order was made for other questions, and, while
     iterating, when no usable question is found for a position; errors of a worker come with its traceback.
     """
     return ResumableBatches(
-        _QuestionSource(questions, conversations, eyes),
+        _TrainingQuestions(questions, encoder, image_processor),
         order,
         lambda position, next_position, index, columns, bad: QuestionBatch(position, next_position, index, *columns, bad),
         rank=rank,
@@ -140,8 +140,8 @@ def question_batches(
 def evaluation_questions(
     questions: Questions,
     indices: Sequence[int],
-    conversations: PromptEncoder,
-    eyes: ImageProcessor | None,
+    encoder: PromptEncoder,
+    image_processor: ImageProcessor | None,
     *,
     batch: int,
     workers: int,
@@ -149,7 +149,7 @@ def evaluation_questions(
 ) -> Iterator[PromptBatch]:
     """The questions `indices`, in order, as prompts. A rank gives its own part of the set, less what is already answered."""
     parts = [list(indices[start : start + batch]) for start in range(0, len(indices), batch)]
-    return reported(WorkerStream(_PromptSet(questions, conversations, eyes), parts, min(workers, len(parts)), pin_memory))
+    return reported(WorkerStream(_Prompts(questions, encoder, image_processor), parts, min(workers, len(parts)), pin_memory))
 
 
 def rank_slice(count: int, rank: int, world: int) -> range:
@@ -157,7 +157,7 @@ def rank_slice(count: int, rank: int, world: int) -> range:
     return range(count * rank // world, count * (rank + 1) // world)
 
 
-class _Columns(NamedTuple):
+class _QuestionColumns(NamedTuple):
     """In the order of QuestionBatch's fields."""
 
     pixels: torch.Tensor | None
@@ -168,20 +168,20 @@ class _Columns(NamedTuple):
     labels_BL: torch.Tensor
 
 
-QuestionBatches = ResumableBatches[_Columns, QuestionBatch]
+QuestionBatches = ResumableBatches[_QuestionColumns, QuestionBatch]
 
 
-class _Row(NamedTuple):
+class _EncodedQuestion(NamedTuple):
     question: Question
     encoded: Encoded
-    pixels: NDArray[np.uint8] | None  # None: no image, or no eyes
+    pixels: NDArray[np.uint8] | None  # None: no image, or none is shown to the decoder
 
 
 @dataclass(frozen=True)
-class _QuestionSource(BatchSource[Asked, list[_Row], _Columns]):
+class _TrainingQuestions(BatchSource[QuestionWithImage, list[_EncodedQuestion], _QuestionColumns]):
     questions: Questions
-    conversations: PromptEncoder
-    eyes: ImageProcessor | None
+    encoder: PromptEncoder
+    image_processor: ImageProcessor | None
 
     item_name = "question"
     contents = "sources"
@@ -191,50 +191,56 @@ class _QuestionSource(BatchSource[Asked, list[_Row], _Columns]):
     def __len__(self) -> int:
         return len(self.questions)
 
-    def read(self, indices: Sequence[int]) -> list[Asked | BadSample]:
-        return self.questions.read(indices, self.eyes is not None)
+    def read(self, indices: Sequence[int]) -> list[QuestionWithImage | BadSample]:
+        return self.questions.read(indices, self.image_processor is not None)
 
-    def allocate(self, count: int) -> list[_Row]:
+    def allocate(self, count: int) -> list[_EncodedQuestion]:
         return []
 
-    def fill(self, rows: list[_Row], row: int, position: int, index: int, item: Asked) -> None:
-        rows.append(_row(item, self.eyes, self.conversations.training))
+    def fill(self, rows: list[_EncodedQuestion], row: int, position: int, index: int, item: QuestionWithImage) -> None:
+        rows.append(_encoded_question(item, self.image_processor, self.encoder.training))
 
-    def collate(self, rows: list[_Row], positions: range, index_B: NDArray[np.int64]) -> _Columns:
-        stacked = stack([row.encoded for row in rows], self.conversations.padding, left=False)
-        return _Columns(*_images(rows, self.eyes), *stacked)
+    def collate(self, rows: list[_EncodedQuestion], positions: range, index_B: NDArray[np.int64]) -> _QuestionColumns:
+        stacked = stack([row.encoded for row in rows], self.encoder.padding, left=False)
+        return _QuestionColumns(*_images(rows, self.image_processor), *stacked)
 
 
 @dataclass
-class _PromptSet:
+class _Prompts:
     questions: Questions
-    conversations: PromptEncoder
-    eyes: ImageProcessor | None
+    encoder: PromptEncoder
+    image_processor: ImageProcessor | None
 
     def __getitems__(self, indices: list[int]) -> PromptBatch:
-        made = usable(indices, self.questions.read(indices, self.eyes is not None), lambda _, item: _row(item, self.eyes, self._encoded))
-        ids, attend, image_mask, _ = stack([row.encoded for row in made.rows], self.conversations.padding, left=True)
-        images, index_B = _images(made.rows, self.eyes), torch.tensor(made.index_of_row, dtype=torch.long)
+        made = usable(
+            indices,
+            self.questions.read(indices, self.image_processor is not None),
+            lambda _, item: _encoded_question(item, self.image_processor, self._encoded),
+        )
+        ids, attend, image_mask, _ = stack([row.encoded for row in made.rows], self.encoder.padding, left=True)
+        images, index_B = _images(made.rows, self.image_processor), torch.tensor(made.index_of_row, dtype=torch.long)
         unusable = [(index, f"{bad.reason}: {bad}") for index, bad in made.unusable]
         return PromptBatch(index_B, *images, ids, attend, image_mask, [row.question for row in made.rows], unusable, made.bad)
 
     def _encoded(self, question: Question, image: bool) -> Encoded:
-        return self.conversations.prompt(question.text, question.short, image)
+        return self.encoder.prompt(question.text, question.short, image)
 
 
-def _row(asked: Asked, eyes: ImageProcessor | None, encode: Callable[[Question, bool], Encoded]) -> _Row:
+def _encoded_question(
+    item: QuestionWithImage, image_processor: ImageProcessor | None, encode: Callable[[Question, bool], Encoded]
+) -> _EncodedQuestion:
     """Raises BadSample, with its place, for what cannot be read, seen or encoded."""
-    with located(asked.where):
-        pixels = None if eyes is None or asked.image is None else eyes.pixels(asked.image)
-        return _Row(asked.question, encode(asked.question, pixels is not None), pixels)
+    with located(item.where):
+        pixels = None if image_processor is None or item.image is None else image_processor.pixels(item.image)
+        return _EncodedQuestion(item.question, encode(item.question, pixels is not None), pixels)
 
 
-def _images(rows: list[_Row], eyes: ImageProcessor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
+def _images(rows: list[_EncodedQuestion], image_processor: ImageProcessor | None) -> tuple[torch.Tensor | None, torch.Tensor]:
     """(pixels, has_image) of the rows."""
     has_image = torch.tensor([row.pixels is not None for row in rows], dtype=torch.bool)
-    if eyes is None:
+    if image_processor is None:
         return None, has_image
-    blank = eyes.blank()
+    blank = image_processor.blank()
     pixels = np.empty((len(rows), *blank.shape), np.uint8)
     for place, row in enumerate(rows):
         pixels[place] = blank if row.pixels is None else row.pixels

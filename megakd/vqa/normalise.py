@@ -41,9 +41,9 @@ _SEVERAL = """
 
 
 def _contractions() -> dict[str, str]:
-    table = {whole.replace("'", ""): whole for whole in _SINGLE.split()}
-    for whole in _SEVERAL.split():
-        table |= {whole[:place] + whole[place + 1 :]: whole for place, sign in enumerate(whole) if sign == "'"}
+    table = {word.replace("'", ""): word for word in _SINGLE.split()}
+    for word in _SEVERAL.split():
+        table |= {word[:place] + word[place + 1 :]: word for place, sign in enumerate(word) if sign == "'"}
     return table | {"somebody'd": "somebodyd"}
 
 

@@ -23,20 +23,20 @@ class PlainText:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def ids(self, text: str, said: Sequence[Span]) -> list[int]:
-        """The ids of `text`, without what the tokenizer adds of its own. said: where it is somebody's words and not the recipe's.
+    def ids(self, text: str, quoted: Sequence[Span]) -> list[int]:
+        """The ids of `text`, without what the tokenizer adds of its own. quoted: where it is a person's words and not the recipe's.
 
-        A special token that the recipe's part spells is that token; one that touches `said` is tokenised as the letters that it is of.
+        A special token that the recipe's part spells is that token; one that touches `quoted` is tokenised letter by letter.
         Raises BadSample("bad_text") where the tokenizer cannot do so, as its vocabulary has no other way to write that word.
         """
-        meant = [found for found in self._pattern.finditer(text) if not _touches(found.span(), said)]
-        whole = self._encoded(text, split=False)
-        if sum(one in self._special for one in whole) <= len(meant):
-            return whole
+        meant = [special for special in self._pattern.finditer(text) if not _touches(special.span(), quoted)]
+        ids_as_written = self._encoded(text, split=False)
+        if sum(one in self._special for one in ids_as_written) <= len(meant):
+            return ids_as_written
         ids, at = [], 0
-        for found in meant:
-            ids += [*self._plain(text[at : found.start()]), self._special_words[found.group()]]
-            at = found.end()
+        for special in meant:
+            ids += [*self._plain(text[at : special.start()]), self._special_words[special.group()]]
+            at = special.end()
         return ids + self._plain(text[at:])
 
     def _plain(self, text: str) -> list[int]:
@@ -70,5 +70,5 @@ class PlainText:
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-def _touches(span: Span, said: Sequence[Span]) -> bool:
-    return any(span[0] < end and start < span[1] for start, end in said)
+def _touches(span: Span, quoted: Sequence[Span]) -> bool:
+    return any(span[0] < end and start < span[1] for start, end in quoted)

@@ -70,7 +70,7 @@ class PromptEncoder:
     """Encodes questions for one decoder.
 
     tokenizer: with an end token; the begin token is put first if the tokenizer itself or the template would. settings: the prompt's words.
-    image_tokens: P, 0 for a decoder without eyes. max_length: most tokens of a conversation, image tokens included. rules: see RULES.
+    image_tokens: P, 0 without images. max_length: most tokens of a conversation, image tokens included. rules: see RULES.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -122,13 +122,13 @@ class PromptEncoder:
                 if turn == 0:
                     raise self._too_many_characters(len(text) + len(answer))
                 break
-            asked, answered = self._turn(text, answer, question.short, first=turn == 0)
-            if len(ids) + len(asked) + len(answered) > self.max_length:
+            prompt, answer_ids = self._turn(text, answer, question.short, first=turn == 0)
+            if len(ids) + len(prompt) + len(answer_ids) > self.max_length:
                 if turn == 0:
-                    raise self._too_long(len(ids) + len(asked) + len(answered))
+                    raise self._too_long(len(ids) + len(prompt) + len(answer_ids))
                 break
-            ids += asked + answered
-            labels += [IGNORED] * len(asked) + answered
+            ids += prompt + answer_ids
+            labels += [IGNORED] * len(prompt) + answer_ids
         return Encoded(ids, labels, start, self._places(image))
 
     def prompt(self, text: str, short: bool, image: bool) -> Encoded:
@@ -141,7 +141,7 @@ class PromptEncoder:
         start = len(ids) - self._places(image)
         if len(text) > self._most_characters:
             raise self._too_many_characters(len(text))
-        ids += self._without_begin(self._asked(text, short))
+        ids += self._without_begin(self._prompt_ids(text, short))
         if len(ids) > self.max_length:
             raise self._too_long(len(ids))
         if not ids:
@@ -155,8 +155,8 @@ class PromptEncoder:
         # not str.format: a question may hold braces
         return self.settings.template.replace("{question}", text + self.settings.instruction if short else text)
 
-    def _asked(self, text: str, short: bool) -> list[int]:
-        """The ids of a prompt when an answer is asked for: with the white space at its end that is its own."""
+    def _prompt_ids(self, text: str, short: bool) -> list[int]:
+        """The ids of a prompt that is to be answered: with the white space at its end that is its own, and not the answer's."""
         prompt, spans = self.prompt_text(text, short), self._spans(text, short)
         bare = prompt.rstrip()
         spaces = prompt[len(bare) :]
@@ -165,8 +165,8 @@ class PromptEncoder:
         tail = bare[-_TAIL:] + spaces
         if tail not in self._answers_part:
             self._answers_part[tail] = self._tokens_of_an_answer(tail)
-        whole = self._words.ids(prompt + _ANSWERS[0], spans)
-        return whole[: -self._answers_part[tail]]
+        with_answer = self._words.ids(prompt + _ANSWERS[0], spans)
+        return with_answer[: -self._answers_part[tail]]
 
     def _tokens_of_an_answer(self, tail: str) -> int:
         """How many tokens of `tail` + _ANSWERS[0] depend on which answer it is. At least 1: all may be unknown, and the same token."""
@@ -176,33 +176,33 @@ class PromptEncoder:
         return len(rows[0]) - shared
 
     def _turn(self, text: str, answer: str, short: bool, *, first: bool) -> tuple[list[int], list[int]]:
-        """The ids of one turn: what is asked, and the answer with its end token."""
+        """The ids of one turn: the prompt, and the answer with its end token."""
         prompt, spans = self.prompt_text(text, short), self._spans(text, short)
-        asked = self._asked(text, short)
-        whole = self._words.ids(prompt + answer, (*spans, (len(prompt), len(prompt) + len(answer))))
-        answered = whole[len(asked) :] if whole[: len(asked)] == asked else []
-        if not self.says(answered):  # prompt and answer became one word
-            answered = self._words.ids(answer, ((0, len(answer)),))
-        if not answered:
+        prompt_ids = self._prompt_ids(text, short)
+        with_answer = self._words.ids(prompt + answer, (*spans, (len(prompt), len(prompt) + len(answer))))
+        answer_ids = with_answer[len(prompt_ids) :] if with_answer[: len(prompt_ids)] == prompt_ids else []
+        if not self.says(answer_ids):  # prompt and answer became one word
+            answer_ids = self._words.ids(answer, ((0, len(answer)),))
+        if not answer_ids:
             raise SilentAnswer("bad_text", f"the answer {answer[:80]!r} encodes to nothing")
-        return (self._without_begin(asked) if first else asked), [*answered, self.end]
+        return (self._without_begin(prompt_ids) if first else prompt_ids), [*answer_ids, self.end]
 
     def says(self, ids: Sequence[int]) -> bool:
         """Whether there is more in an answer's ids than unknown words, which are decoded to nothing."""
         return bool(set(ids) - {self.tokenizer.unk_token_id})
 
-    def _without_begin(self, asked: list[int]) -> list[int]:
+    def _without_begin(self, prompt_ids: list[int]) -> list[int]:
         """The ids of a conversation's first prompt, whose begin token stands before the image."""
-        return asked[1:] if self.rules > 1 and self.start and asked[:1] == self.start else asked
+        return prompt_ids[1:] if self.rules > 1 and self.start and prompt_ids[:1] == self.start else prompt_ids
 
     def _spans(self, text: str, short: bool) -> tuple[tuple[int, int], ...]:
         """Where the question's own words stand in the prompt."""
-        parts, at, found = self.settings.template.split("{question}"), 0, []
+        parts, at, spans = self.settings.template.split("{question}"), 0, []
         for part in parts[:-1] if text else ():
             at += len(part)
-            found.append((at, at + len(text)))
+            spans.append((at, at + len(text)))
             at += len(text) + (len(self.settings.instruction) if short else 0)
-        return tuple(found)
+        return tuple(spans)
 
     @functools.cached_property
     def _words(self) -> PlainText:

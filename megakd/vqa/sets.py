@@ -29,7 +29,7 @@ from megakd.data.storage import local_path
 from megakd.recipe import Data, QuestionSource
 from megakd.vqa.benchmarks import benchmark, parse
 from megakd.vqa.benchmarks.base import Question, QuestionFile
-from megakd.vqa.images import Folder, Found, Images, MissingImages, Shards, is_shards
+from megakd.vqa.images import ImageBytes, ImageFolder, Images, ImageShards, MissingImages, is_shards
 from megakd.vqa.json_files import some
 
 # Blocks are for sequential reads of shards; questions jump between images anyway, so that all of an epoch are shuffled one by one.
@@ -39,7 +39,7 @@ log = logging.getLogger("megakd.vqa")
 _ENCODE = json.JSONEncoder(separators=(",", ":")).encode
 
 
-class Asked(NamedTuple):
+class QuestionWithImage(NamedTuple):
     """A question, the bytes of its image (None: there is none, or it was not asked for), and where they come from."""
 
     question: Question
@@ -54,7 +54,7 @@ class Questions(Protocol):
 
     def __getitem__(self, index: int) -> Question: ...
 
-    def read(self, indices: Sequence[int], images: bool) -> list[Asked | BadSample]: ...
+    def read(self, indices: Sequence[int], images: bool) -> list[QuestionWithImage | BadSample]: ...
 
     @property
     def signature(self) -> int: ...
@@ -85,24 +85,24 @@ class QuestionSet:
             raise IndexError(f"question {index} of {len(self)}")
         start = int(self.ends[index - 1]) if index else 0
         question_id, image, text, answers, answer, family, meta, turns, short = json.loads(self.packed[start : int(self.ends[index])])
-        said = tuple((human, reply) for human, reply in turns)
-        return Question(question_id, image, text, tuple(answers), answer, family, meta, said, short)
+        pairs = tuple((human, reply) for human, reply in turns)
+        return Question(question_id, image, text, tuple(answers), answer, family, meta, pairs, short)
 
-    def read(self, indices: Sequence[int], images: bool) -> list[Asked | BadSample]:
-        asked = [self[index] for index in indices]
-        names = [question.image for question in asked if question.image is not None]
-        found: Mapping[str, Found] = {}
+    def read(self, indices: Sequence[int], images: bool) -> list[QuestionWithImage | BadSample]:
+        questions = [self[index] for index in indices]
+        names = [question.image for question in questions if question.image is not None]
+        bytes_of: Mapping[str, ImageBytes] = {}
         if images and self.images is not None:
             distinct = list(dict.fromkeys(names))
-            found = dict(zip(distinct, self.images.read(distinct), strict=True))
-        return [self._joined(question, found) for question in asked]
+            bytes_of = dict(zip(distinct, self.images.read(distinct), strict=True))
+        return [self._joined(question, bytes_of) for question in questions]
 
-    def _joined(self, question: Question, found: Mapping[str, Found]) -> Asked | BadSample:
+    def _joined(self, question: Question, bytes_of: Mapping[str, ImageBytes]) -> QuestionWithImage | BadSample:
         where = f"{self.name}: question {question.question_id}"
-        image = None if question.image is None else found.get(question.image)
+        image = None if question.image is None else bytes_of.get(question.image)
         if isinstance(image, BadSample):
             return BadSample(image.reason, image.detail, f"{where}: {image.where}")
-        return Asked(question, None, where) if image is None else Asked(question, image[1], f"{where}: {image[0]}")
+        return QuestionWithImage(question, None, where) if image is None else QuestionWithImage(question, image[1], f"{where}: {image[0]}")
 
     @property
     def signature(self) -> int:
@@ -124,15 +124,15 @@ class CaptionSet:
         """Raises BadSample for a caption that cannot be read."""
         return _captioned(index, self.shards.read(index, ("caption",)))
 
-    def read(self, indices: Sequence[int], images: bool) -> list[Asked | BadSample]:
+    def read(self, indices: Sequence[int], images: bool) -> list[QuestionWithImage | BadSample]:
         needs = self.shards.read_each(list(indices), ("image", "caption") if images else ("caption",))
         return [self._joined(index, sample) for index, sample in zip(indices, needs, strict=True)]
 
-    def _joined(self, index: int, sample: Sample | BadSample) -> Asked | BadSample:
+    def _joined(self, index: int, sample: Sample | BadSample) -> QuestionWithImage | BadSample:
         if isinstance(sample, BadSample):
             return sample
         try:
-            return Asked(_captioned(index, sample), sample.members.get("image"), sample.where)
+            return QuestionWithImage(_captioned(index, sample), sample.members.get("image"), sample.where)
         except BadSample as bad:
             return bad
 
@@ -163,9 +163,9 @@ class Mixture:
         part, within = self._locate(index)
         return self._parts[part][within]
 
-    def read(self, indices: Sequence[int], images: bool) -> list[Asked | BadSample]:
+    def read(self, indices: Sequence[int], images: bool) -> list[QuestionWithImage | BadSample]:
         places = [self._locate(index) for index in indices]
-        results: dict[int, Asked | BadSample] = {}
+        results: dict[int, QuestionWithImage | BadSample] = {}
         for part in sorted({part for part, _ in places}):  # one call a set: remote shards are then asked many at a time
             slots = [slot for slot, place in enumerate(places) if place[0] == part]
             results.update(zip(slots, self._parts[part].read([places[slot][1] for slot in slots], images), strict=True))
@@ -265,5 +265,5 @@ def _open_captions(source: QuestionSource, key: str, data: Data, rank: int, worl
 
 def _images(images: str, names: list[str], data: Data, rank: int, world: int, barrier: Callable[[], None]) -> Images:
     if is_shards(images):
-        return Shards(ShardSet.open_set(images, data, rank, world, barrier), names, images)
-    return Folder(Path(local_path(images)), names)
+        return ImageShards(ShardSet.open_set(images, data, rank, world, barrier), names, images)
+    return ImageFolder(Path(local_path(images)), names)

@@ -169,7 +169,7 @@ def test_noise_moves_captions_and_nothing_else(world: Path, tmp_path: Path) -> N
     assert [sample["json"]["true_caption"] for sample in few] == [sample["json"]["true_caption"] for sample in many]
     assert [sample["jpg"] for sample in few] == [sample["jpg"] for sample in many]
     assert not any(sample["json"]["caption_is_noisy"] for sample in split(world, "train"))
-    everything = shapes_world.Settings(**{**SETTINGS, "image_size": 32, "caption_noise": 1.0})
+    everything = shapes_world.WorldSettings(**{**SETTINGS, "image_size": 32, "caption_noise": 1.0})
     ring = shapes_world.exchanged_captions(everything)
     assert sorted(ring) == sorted(ring.values()) == list(range(410))
     assert all(index != source for index, source in ring.items())

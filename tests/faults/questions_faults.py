@@ -23,7 +23,7 @@ from megakd.recipe import Decoder, QuestionSource
 from megakd.vqa import check
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import PromptEncoder
-from megakd.vqa.sets import Asked, QuestionSet, open_questions
+from megakd.vqa.sets import QuestionSet, QuestionWithImage, open_questions
 from support import questions as files
 from support.shards import data, no_barrier
 from support.tokenizers import qwen2
@@ -77,13 +77,13 @@ def _read(source: QuestionSource) -> tuple[list[tuple[Question, bytes | None]], 
     talk = PromptEncoder(qwen2(), Decoder(model="any"), 4, 2048)
     tried = check.try_training(opened, talk, True, "answers.train.mine", 0.5)
     check.try_prompts(opened, talk, True, "evaluation.vqa.mine", 0.5)
-    lines = told.lines + tried.said("answers.train.mine", learned=True)
+    lines = told.lines + tried.sentences("answers.train.mine", learned=True)
     found = []
     for one in opened.read(range(len(opened)), True):
         if isinstance(one, BadSample):
             lines.append(str(one))
         else:
-            assert isinstance(one, Asked)
+            assert isinstance(one, QuestionWithImage)
             found.append((one.question, one.image))
     return found, lines
 

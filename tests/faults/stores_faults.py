@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from faults import damage
 from faults.campaign import Mutant, SilentFault
 from megakd.data.store import writer
-from megakd.data.store.reader import Layout, Manifest, Rows, Store, StoreType, part_path
+from megakd.data.store.reader import Layout, Manifest, Store, StoredRows, StoreType, part_path
 
 NAME, COUNT, LIMIT = "stores", 500, 20
 SAMPLES, PART, VIEWS, WIDTH = 40, 16, 2, 8
@@ -32,7 +32,7 @@ class Original:
 
     folder: Path
     formerly: bool
-    rows: list[Rows]  # of every sample, by view
+    rows: list[StoredRows]  # of every sample, by view
 
 
 def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
@@ -85,7 +85,7 @@ def _without_checks(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
 
 
-def _read(store: Store) -> list[Rows]:
+def _read(store: Store) -> list[StoredRows]:
     index = np.arange(SAMPLES)
     return [store.read(index, np.full(SAMPLES, view)) for view in range(VIEWS)]
 

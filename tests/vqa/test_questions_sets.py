@@ -12,7 +12,7 @@ from megakd.data.bad_samples import BadSample
 from megakd.data.shapes import write_world
 from megakd.recipe import QuestionSource
 from megakd.vqa.images import is_shards
-from megakd.vqa.sets import Asked, CaptionSet, Mixture, QuestionSet, open_mixture, open_questions, question_order
+from megakd.vqa.sets import CaptionSet, Mixture, QuestionSet, QuestionWithImage, open_mixture, open_questions, question_order
 from support import questions as files
 from support.questions import source, talk, write, write_images
 from support.shards import data, jpeg, no_barrier, write_set, write_tar
@@ -26,8 +26,8 @@ def opened(source: QuestionSource) -> QuestionSet | CaptionSet:
 
 def images_of(questions: QuestionSet | CaptionSet | Mixture) -> list[bytes | None]:
     read = questions.read(range(len(questions)), True)
-    assert all(isinstance(one, Asked) for one in read), read
-    return [one.image for one in read if isinstance(one, Asked)]
+    assert all(isinstance(one, QuestionWithImage) for one in read), read
+    return [one.image for one in read if isinstance(one, QuestionWithImage)]
 
 
 @pytest.mark.parametrize("format", files.WRITERS)
@@ -102,7 +102,7 @@ def test_an_image_that_vanishes_is_a_bad_sample_of_its_questions_alone(tmp_path:
     assert isinstance(read[1], BadSample)
     assert read[1].reason == "missing_image"
     assert str(read[1]).startswith("answers.train.mine: question 1003: ")
-    assert all(isinstance(one, Asked) and one.image is None for one in questions.read([2, 3], False))
+    assert all(isinstance(one, QuestionWithImage) and one.image is None for one in questions.read([2, 3], False))
 
 
 def test_captions_are_questions_without_words(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_mixture_is_its_sets_one_after_the_other(tmp_path: Path) -> None:
     expected = [questions[index] for questions in alone for index in range(len(questions))]
     assert [mixture[index] for index in range(len(mixture))] == expected
     mixed = mixture.read([38, 0, 30, 33, 1, 35], True)
-    assert [one.question for one in mixed if isinstance(one, Asked)] == [expected[index] for index in (38, 0, 30, 33, 1, 35)]
+    assert [one.question for one in mixed if isinstance(one, QuestionWithImage)] == [expected[index] for index in (38, 0, 30, 33, 1, 35)]
     with pytest.raises(IndexError, match="question 39 of 39"):
         mixture[39]
 

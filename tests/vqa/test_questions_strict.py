@@ -149,7 +149,7 @@ def test_lengths_and_cut_turns_are_found_before_a_run(tmp_path: Path) -> None:
     )
     found = check.try_training(mixed, talk, False, "answers.train.mine", 0.5)
     assert (found.looked_at, found.bad.counts, found.cut) == (8, {"too_long": 1}, (7, 7))
-    first, second = found.said("answers.train.mine", learned=True)
+    first, second = found.sentences("answers.train.mine", learned=True)
     assert "1 of 8 questions looked at are replaced by others: too_long 1; too_long: question 3" in first
     assert "7 of 8 questions looked at are conversations longer than answers.max_length; 7 turns are dropped" in second
     with pytest.raises(ValueError, match=r"evaluation\.vqa\.mine: 1 of 8 questions are unusable .* Raise answers\.max_length"):
@@ -170,7 +170,7 @@ def test_an_answer_that_encodes_to_nothing_is_named_before_the_run() -> None:
     with pytest.raises(ValueError, match=r"1 of 2 answers looked at encode to nothing but unknown words \(question 8, 'violet'\)"):
         check.try_training(questions, talk, False, "answers.train.mine", 0.4)
     found = check.try_training(questions, talk, False, "answers.train.mine", 0.5)
-    assert "1 of 2 questions looked at have an answer of unknown words alone" in found.said("answers.train.mine", learned=True)[0]
+    assert "1 of 2 questions looked at have an answer of unknown words alone" in found.sentences("answers.train.mine", learned=True)[0]
     nothing = _set(_ask(9, "is it ?", ("is it ?", "\n")))
     with pytest.raises(ValueError, match=r"answers\.train\.mine: question 9: the answer '\\n' encodes to nothing"):
         check.try_training(nothing, talk, False, "answers.train.mine", 1.0)

@@ -105,7 +105,7 @@ def captions(scene: Scene, rng: random.Random) -> dict[str, Caption]:
     """A true caption of every kind that the scene allows; "relational" needs two things."""
     order = rng.sample(scene, len(scene))
     full = Claim(tuple(Mention(*thing) for thing in order), complete=True)
-    said = {
+    by_kind = {
         "full": Caption("full", full),
         "partial": Caption("partial", Claim(tuple(_mention_in_part(t, rng) for t in order[: rng.randint(1, len(order))]))),
         "counting": Caption("counting", _counting(scene, rng)),
@@ -115,13 +115,13 @@ def captions(scene: Scene, rng: random.Random) -> dict[str, Caption]:
     if len(order) > 1:
         true = [relation for relation in RELATIONS if related(relation, order[0], order[1])]
         pair = tuple(_mention_in_part(thing, rng)._replace(cell=None) for thing in order[:2])
-        said["relational"] = Caption("relational", Claim(pair, relation=rng.choice(true)))
-    return said
+        by_kind["relational"] = Caption("relational", Claim(pair, relation=rng.choice(true)))
+    return by_kind
 
 
-def training_kind(said: Mapping[str, Caption], rng: random.Random) -> str:
+def training_kind(by_kind: Mapping[str, Caption], rng: random.Random) -> str:
     (kind,) = rng.choices(CAPTION_KINDS, CAPTION_WEIGHTS)
-    return kind if kind in said else "full"
+    return kind if kind in by_kind else "full"
 
 
 def _mention_in_part(thing: Thing, rng: random.Random) -> Mention:
@@ -143,16 +143,16 @@ def negatives(caption: Caption, scene: Scene, rng: random.Random) -> dict[str, s
     attribute_swap: two mentions exchange their colours or shapes. relation: two things exchange their places, or the two
     sides of a relation. attribute: another colour or size. object: another shape. count: one thing more or fewer.
     """
-    found = {}
+    by_kind = {}
     for kind in NEGATIVE_KINDS:
         for _ in range(_TRIES):
             edited = _EDITS[kind](caption.claim, rng)
             if edited is None:
                 break
             if not any(names_held_out(m.shape, m.colour) for m in edited.mentions) and not holds(edited, scene):
-                found[kind] = Caption(caption.kind, edited, caption.wording).text
+                by_kind[kind] = Caption(caption.kind, edited, caption.wording).text
                 break
-    return found
+    return by_kind
 
 
 def _with(claim: Claim, changes: Mapping[int, Mention]) -> Claim:
@@ -166,8 +166,10 @@ def _exchange(claim: Claim, one: int, other: int, attribute: str) -> Claim:
 
 def _both_say(claim: Claim, attribute: str) -> list[tuple[int, int]]:
     """The pairs of mentions that say different things of the attribute."""
-    said = [getattr(mention, attribute) for mention in claim.mentions]
-    return [(i, j) for j in range(len(said)) for i in range(j) if said[i] is not None and said[j] is not None and said[i] != said[j]]
+    values = [getattr(mention, attribute) for mention in claim.mentions]
+    return [
+        (i, j) for j in range(len(values)) for i in range(j) if values[i] is not None and values[j] is not None and values[i] != values[j]
+    ]
 
 
 def _swap_attributes(claim: Claim, rng: random.Random) -> Claim | None:

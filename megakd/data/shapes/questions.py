@@ -33,25 +33,25 @@ ANSWER_TYPE = {"count": "number", "existence": "yes/no", "relation": "yes/no"}  
 FAMILIES = tuple(ANSWERS)
 
 
-class Question(NamedTuple):
+class ShapesQuestion(NamedTuple):
     family: str
     text: str
     answer: str
 
 
-def questions(scene: Scene, rng: random.Random) -> list[Question]:
+def questions(scene: Scene, rng: random.Random) -> list[ShapesQuestion]:
     """QUESTIONS_PER_IMAGE questions (fewer where the scene allows no more), each of another family."""
-    asked: list[Question] = []
+    chosen: list[ShapesQuestion] = []
     for family in rng.sample(FAMILIES, len(FAMILIES)):
-        if len(asked) == QUESTIONS_PER_IMAGE:
+        if len(chosen) == QUESTIONS_PER_IMAGE:
             break
         question = _ASK[family](scene, rng)
         if question is not None:
-            asked.append(question)
-    return asked
+            chosen.append(question)
+    return chosen
 
 
-def annotation(question: Question, rng: random.Random) -> dict[str, object]:
+def annotation(question: ShapesQuestion, rng: random.Random) -> dict[str, object]:
     """The question's entry in a VQAv2 annotations file, without its ids."""
     return {
         "question_type": question.family,
@@ -61,7 +61,7 @@ def annotation(question: Question, rng: random.Random) -> dict[str, object]:
     }
 
 
-def ten_answers(question: Question, rng: random.Random) -> list[dict[str, object]]:
+def ten_answers(question: ShapesQuestion, rng: random.Random) -> list[dict[str, object]]:
     """Ten answers with `answer_id` 1 to 10, the official metric's key. A dissenter words it differently or is wrong."""
     (dissenters,) = rng.choices(DISSENTERS, DISSENT_WEIGHTS)
     dissent = set(rng.sample(range(PEOPLE), dissenters))
@@ -90,8 +90,8 @@ def _variants(answer: str) -> list[str]:
 
 def _describe(thing: Thing, scene: Scene, rng: random.Random, hide: tuple[str, ...]) -> Mention | None:
     """A mention that fits this thing alone and leaves the hidden attributes unsaid; None when there is none."""
-    said = [attribute for attribute in Mention._fields if attribute not in hide]
-    subsets = [chosen for number in range(len(said) + 1) for chosen in combinations(said, number)]
+    shown = [attribute for attribute in Mention._fields if attribute not in hide]
+    subsets = [chosen for number in range(len(shown) + 1) for chosen in combinations(shown, number)]
     mentions = [Mention(**{attribute: getattr(thing, attribute) for attribute in chosen}) for chosen in subsets]
     others = [other for other in scene if other is not thing]
     unique = [mention for mention in mentions if not any(map(mention.fits, others))]
@@ -106,43 +106,43 @@ def _describable(scene: Scene, rng: random.Random, *hide: str) -> Iterator[tuple
             yield thing, mention
 
 
-def _ask_attribute(attribute: str, asks: str) -> Callable[[Scene, random.Random], Question | None]:
-    def ask(scene: Scene, rng: random.Random) -> Question | None:
+def _ask_attribute(attribute: str, asks: str) -> Callable[[Scene, random.Random], ShapesQuestion | None]:
+    def ask(scene: Scene, rng: random.Random) -> ShapesQuestion | None:
         for thing, mention in _describable(scene, rng, attribute):
             answer = CELLS[thing.cell] if attribute == "cell" else str(getattr(thing, attribute))
-            return Question("position" if attribute == "cell" else attribute, f"{asks} is {mention.words('the')}?", answer)
+            return ShapesQuestion("position" if attribute == "cell" else attribute, f"{asks} is {mention.words('the')}?", answer)
         return None
 
     return ask
 
 
-def _ask_count(scene: Scene, rng: random.Random) -> Question | None:
+def _ask_count(scene: Scene, rng: random.Random) -> ShapesQuestion | None:
     mentions = [Mention(), *(Mention(shape=s) for s in SHAPES), *(Mention(colour=c) for c in COLOURS)]
     by_count: dict[int, list[Mention]] = {}
     for mention in mentions:
         by_count.setdefault(sum(map(mention.fits, scene)), []).append(mention)
     # The answer is drawn before the question: most of the questions one could ask are answered "0".
     number = rng.choice(sorted(by_count))
-    return Question("count", f"how many {rng.choice(by_count[number]).words(plural=True)} are there?", str(number))
+    return ShapesQuestion("count", f"how many {rng.choice(by_count[number]).words(plural=True)} are there?", str(number))
 
 
-def _ask_existence(scene: Scene, rng: random.Random) -> Question | None:
+def _ask_existence(scene: Scene, rng: random.Random) -> ShapesQuestion | None:
     """ "no" is asked about a near miss: a thing of the scene with one attribute changed."""
     thing = rng.choice(scene)
-    said = rng.choice((("shape",), ("colour",), ("shape", "colour"), ("shape", "colour"), ("shape", "size")))
-    mention = Mention(**{attribute: getattr(thing, attribute) for attribute in said})
+    attributes = rng.choice((("shape",), ("colour",), ("shape", "colour"), ("shape", "colour"), ("shape", "size")))
+    mention = Mention(**{attribute: getattr(thing, attribute) for attribute in attributes})
     if rng.random() < 0.5:
-        return Question("existence", f"is there {mention.words('a')}?", "yes")
+        return ShapesQuestion("existence", f"is there {mention.words('a')}?", "yes")
     misses = [
         missed
-        for attribute in said
+        for attribute in attributes
         for value in ANSWERS[attribute]
         if not any(map((missed := mention.saying(attribute, value)).fits, scene)) and not names_held_out(missed.shape, missed.colour)
     ]
-    return Question("existence", f"is there {rng.choice(misses).words('a')}?", "no") if misses else None
+    return ShapesQuestion("existence", f"is there {rng.choice(misses).words('a')}?", "no") if misses else None
 
 
-def ask_relation(scene: Scene, rng: random.Random) -> Question | None:
+def ask_relation(scene: Scene, rng: random.Random) -> ShapesQuestion | None:
     """Whether one thing is left of, right of, above or below another; None where no two can be told apart without their places."""
     described = list(islice(_describable(scene, rng, "cell"), 2))
     if len(described) < 2:
@@ -151,10 +151,10 @@ def ask_relation(scene: Scene, rng: random.Random) -> Question | None:
     answer = rng.choice(("yes", "no"))
     # Two things in one row or column are in one relation of the four, others in two: "no" is always there to ask.
     relation = rng.choice([r for r in RELATIONS if related(r, one, other) == (answer == "yes")])
-    return Question("relation", f"is {one_words.words('the')} {relation} {other_words.words('the')}?", answer)
+    return ShapesQuestion("relation", f"is {one_words.words('the')} {relation} {other_words.words('the')}?", answer)
 
 
-_ASK: dict[str, Callable[[Scene, random.Random], Question | None]] = {
+_ASK: dict[str, Callable[[Scene, random.Random], ShapesQuestion | None]] = {
     "colour": _ask_attribute("colour", "what colour"),
     "shape": _ask_attribute("shape", "what shape"),
     "size": _ask_attribute("size", "what size"),

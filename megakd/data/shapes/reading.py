@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megakd.data.shapes.captions import Caption, Claim, Mention
-from megakd.data.shapes.questions import Question, ask_relation, questions
+from megakd.data.shapes.questions import ShapesQuestion, ask_relation, questions
 from megakd.data.shapes.scene import Scene, scene_of, stream
 from megakd.data.shapes.shards import compact
 
@@ -28,12 +28,12 @@ def conversations(seed: int, scenes: int) -> Iterator[str]:
     for index in range(scenes):
         scene = scene_of(seed, SPLIT, index)
         caption = _full(scene, stream(seed, SPLIT, index, "words")).text
-        asked = _asked(scene, stream(seed, SPLIT, index, "questions"))
-        said = [[("caption", "", caption)]] if index % CAPTION_EVERY == 0 else []
-        said.append([(q.family, q.text if turn else f"{caption} . {q.text}", q.answer) for turn, q in enumerate(asked)])
-        for turns in said:
-            told = [{"from": who, "value": value} for _, *texts in turns for who, value in zip(("human", "gpt"), texts, strict=True)]
-            entry: dict[str, Any] = {"id": number, "families": [family for family, *_ in turns], "conversations": told}
+        scene_questions = _questions(scene, stream(seed, SPLIT, index, "questions"))
+        entries = [[("caption", "", caption)]] if index % CAPTION_EVERY == 0 else []
+        entries.append([(q.family, q.text if turn else f"{caption} . {q.text}", q.answer) for turn, q in enumerate(scene_questions)])
+        for turns in entries:
+            messages = [{"from": who, "value": value} for _, *texts in turns for who, value in zip(("human", "gpt"), texts, strict=True)]
+            entry: dict[str, Any] = {"id": number, "families": [family for family, *_ in turns], "conversations": messages}
             yield compact(entry)
             number += 1
 
@@ -43,13 +43,13 @@ def _full(scene: Scene, rng: random.Random) -> Caption:
     return Caption("full", Claim(tuple(Mention(*thing) for thing in rng.sample(scene, len(scene))), complete=True))
 
 
-def _asked(scene: Scene, rng: random.Random) -> list[Question]:
+def _questions(scene: Scene, rng: random.Random) -> list[ShapesQuestion]:
     """As in the splits with images, and about a relation wherever there is one to ask about.
 
     A relation is the hardest to learn, one bit an answer and none of it in the words of the question: it is asked most.
     """
-    asked = questions(scene, rng)
-    if all(question.family != "relation" for question in asked) and (more := ask_relation(scene, rng)) is not None:
-        asked.append(more)
-    rng.shuffle(asked)  # about an image there is one question, the first: that one is to be of any family
-    return asked
+    chosen = questions(scene, rng)
+    if all(question.family != "relation" for question in chosen) and (more := ask_relation(scene, rng)) is not None:
+        chosen.append(more)
+    rng.shuffle(chosen)  # about an image there is one question, the first: that one is to be of any family
+    return chosen

@@ -95,10 +95,10 @@ def write_pairs(job: ShardJob) -> ShardReport:
 
 def _pair(job: ShardJob, key: str, index: int, scene: Scene) -> tuple[Members, int]:
     """One sample's members, and the words in the longest text of it."""
-    said, caption = _told(job, index, scene)
+    by_kind, caption = _captions(job, index, scene)
     false = negatives(caption, scene, stream(job.seed, job.split, index, "negatives"))
     source = job.caption_from.get(index)
-    text = caption.text if source is None else _told(job, source, scene_of(job.seed, job.split, source))[1].text
+    text = caption.text if source is None else _captions(job, source, scene_of(job.seed, job.split, source))[1].text
     truth: dict[str, Any] = {
         "key": key,
         "caption": text,
@@ -108,21 +108,21 @@ def _pair(job: ShardJob, key: str, index: int, scene: Scene) -> tuple[Members, i
         "caption_is_noisy": source is not None,
         "true_caption": caption.text,
         "caption_kind": caption.kind,
-        "captions": {kind: told.text for kind, told in said.items()},
+        "captions": {kind: each.text for kind, each in by_kind.items()},
         "negatives": false,
         "scene": scene_graph(scene),
         "sample_seed": sample_seed(job.seed, job.split, index, attempt=job.attempts.get(index, 0)),
     }
     picture = _jpeg_of(job, index, scene)
-    longest = max(len(told.split(" ")) for told in (*truth["captions"].values(), *false.values()))
+    longest = max(len(each.split(" ")) for each in (*truth["captions"].values(), *false.values()))
     return {"jpg": picture, "txt": text.encode(), "json": compact(truth).encode()}, longest
 
 
-def _told(job: ShardJob, index: int, scene: Scene) -> tuple[dict[str, Caption], Caption]:
+def _captions(job: ShardJob, index: int, scene: Scene) -> tuple[dict[str, Caption], Caption]:
     """All captions of a scene, and the sample's own: of any kind in training, in full elsewhere."""
     words = stream(job.seed, job.split, index, "words")
-    said = captions(scene, words)
-    return said, said[training_kind(said, words) if job.split in TRAINING else "full"]
+    by_kind = captions(scene, words)
+    return by_kind, by_kind[training_kind(by_kind, words) if job.split in TRAINING else "full"]
 
 
 def _jpeg_of(job: ShardJob, index: int, scene: Scene) -> bytes:

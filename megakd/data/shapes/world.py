@@ -65,7 +65,7 @@ _OLDER = (1,)
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class WorldSettings:
     """What makes a world; equal settings are equal bytes (given the versions of Pillow and its JPEG encoder)."""
 
     train: int
@@ -147,14 +147,14 @@ def write_world(
     processes: default, one a core when the world is large enough; any number writes the same bytes.
     Raises ValueError for a setting out of range and for a folder that holds anything else.
     """
-    settings = Settings(train, test, seed, float(caption_noise), image_size, shard_size, zeroshot_per_class)
+    settings = WorldSettings(train, test, seed, float(caption_noise), image_size, shard_size, zeroshot_per_class)
     settings.check()
     if processes is not None and processes < 1:
         raise ValueError(f"processes = {processes}: give at least 1, or None for one a core")
     out = Path(out)
-    found = _found(out, settings)
-    if found is not None:
-        return World(out, **found, seconds=0.0, written=False)
+    counts = _counts_there(out, settings)
+    if counts is not None:
+        return World(out, **counts, seconds=0.0, written=False)
     start, began = time.perf_counter(), time.time()
     _clear_unfinished(out, settings)
     counts = _write(out, settings, processes)
@@ -167,7 +167,7 @@ def write_world(
     return World(out, **counts, seconds=time.perf_counter() - start, written=True)
 
 
-def _found(out: Path, settings: Settings) -> dict[str, int] | None:
+def _counts_there(out: Path, settings: WorldSettings) -> dict[str, int] | None:
     """The counts of the finished world of these settings, None where there is none yet."""
     if not (out / "world.json").exists():
         strangers = [path.name for path in out.iterdir()] if out.is_dir() else []
@@ -190,7 +190,7 @@ def _found(out: Path, settings: Settings) -> dict[str, int] | None:
     return counts
 
 
-def _clear_unfinished(out: Path, settings: Settings) -> None:
+def _clear_unfinished(out: Path, settings: WorldSettings) -> None:
     """Claim the folder; what an interrupted write of other settings left there goes."""
     out.mkdir(parents=True, exist_ok=True)
     marker, claim = out / _UNFINISHED, (json.dumps(asdict(settings)) + "\n").encode()
@@ -205,14 +205,14 @@ def _shards(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _tars(out: Path, settings: Settings) -> list[Path]:
+def _tars(out: Path, settings: WorldSettings) -> list[Path]:
     paths = [out / "zeroshot/test/0.tar", out / "zeroshot_held_out/test/0.tar"]
     for split, count in settings.splits.items():
         paths += [out / split / f"{shard:05d}.tar" for shard in range(len(_shards(count, settings.shard_size)))]
     return paths
 
 
-def exchanged_captions(settings: Settings) -> dict[int, int]:
+def exchanged_captions(settings: WorldSettings) -> dict[int, int]:
     """Noisy index of train_noisy -> the index whose caption it gets: one ring, so nobody keeps their own.
 
     The noisy samples of a smaller fraction are among those of a larger one.
@@ -223,7 +223,7 @@ def exchanged_captions(settings: Settings) -> dict[int, int]:
     return {index: ring[position - 1] for position, index in enumerate(ring)}
 
 
-def _jobs(out: Path, settings: Settings, split: str) -> list[ShardJob]:
+def _jobs(out: Path, settings: WorldSettings, split: str) -> list[ShardJob]:
     noise = exchanged_captions(settings) if split == "train_noisy" else {}
     redrawn = {i: n for i, n in enumerate(distinct_attempts(settings.seed, "test", settings.test)) if n} if split == "test" else {}
     return [
@@ -241,7 +241,7 @@ def _jobs(out: Path, settings: Settings, split: str) -> list[ShardJob]:
     ]
 
 
-def _write(out: Path, settings: Settings, processes: int | None) -> dict[str, int]:
+def _write(out: Path, settings: WorldSettings, processes: int | None) -> dict[str, int]:
     write_tokenizer(out / "tokenizer")
     jobs = [job for split in settings.splits for job in _jobs(out, settings, split)]
     if processes is None:
@@ -251,16 +251,16 @@ def _write(out: Path, settings: Settings, processes: int | None) -> dict[str, in
     def of(split: str) -> list[ShardReport]:
         return [report for job, report in zip(jobs, reports, strict=True) if job.split == split]
 
-    asked = {split: _write_questions(out, split, of(split)) for split in ("train", "test", "held_out")}
+    counts_of_questions = {split: _write_questions(out, split, of(split)) for split in ("train", "test", "held_out")}
     return {
         "train": settings.train,
         "train_noisy": settings.splits.get("train_noisy", 0),
         "test": settings.test,
         "zeroshot": _write_zeroshot(out, settings, "zeroshot", SEEN_PAIRS),
         "zeroshot_held_out": _write_zeroshot(out, settings, "zeroshot_held_out", HELD_OUT_PAIRS),
-        "train_questions": asked["train"],
-        "test_questions": asked["test"],
-        "held_out_questions": asked["held_out"],
+        "train_questions": counts_of_questions["train"],
+        "test_questions": counts_of_questions["test"],
+        "held_out_questions": counts_of_questions["held_out"],
         "text_conversations": _write_text(out, settings),
         "noisy_captions": settings.noisy,
         "vocabulary_size": len(vocabulary()),
@@ -278,23 +278,23 @@ def _map(work: Callable[[ShardJob], ShardReport], jobs: Sequence[ShardJob], proc
 
 def _write_questions(out: Path, split: str, reports: Sequence[ShardReport]) -> int:
     """Write the split's two files in VQAv2's format; returns the number of questions."""
-    asked = [entry for report in reports for entry in report.questions]
-    answered = [entry for report in reports for entry in report.annotations]
+    questions = [entry for report in reports for entry in report.questions]
+    annotations = [entry for report in reports for entry in report.annotations]
     head = {"info": {"description": "megakd shapes world", "version": str(FORMAT_VERSION)}, "data_type": "shapes", "data_subtype": split}
-    for name, entries, more in (("questions", asked, {"task_type": "Open-Ended"}), ("annotations", answered, {})):
+    for name, entries, more in (("questions", questions, {"task_type": "Open-Ended"}), ("annotations", annotations, {})):
         text = f'{compact({**head, **more})[:-1]},"{name}":[\n' + ",\n".join(entries) + "\n]}\n"
         write_atomically(out / "questions" / f"{split}_{name}.json", text.encode())
-    return len(asked)
+    return len(questions)
 
 
-def _write_text(out: Path, settings: Settings) -> int:
+def _write_text(out: Path, settings: WorldSettings) -> int:
     """Write the conversations about as many scenes as there are training pairs; returns their number."""
     entries = list(conversations(settings.seed, min(settings.train, MOST_SCENES)))
     write_atomically(out / "questions" / "train_text.json", ("[\n" + ",\n".join(entries) + "\n]\n").encode())
     return len(entries)
 
 
-def _write_zeroshot(out: Path, settings: Settings, name: str, pairs: tuple[tuple[str, str], ...]) -> int:
+def _write_zeroshot(out: Path, settings: WorldSettings, name: str, pairs: tuple[tuple[str, str], ...]) -> int:
     """Write a zero-shot set in the layout of CLIP_benchmark's `wds/` datasets; returns the number of images."""
     folder = out / name
     write_atomically(folder / "classnames.txt", "".join(f"{colour} {shape}\n" for shape, colour in PAIRS).encode())
@@ -305,7 +305,7 @@ def _write_zeroshot(out: Path, settings: Settings, name: str, pairs: tuple[tuple
     return write_single_things(ShardJob(settings.seed, name, 0, images, settings.image_size, folder / "test" / "0.tar"), pairs)
 
 
-def _description(settings: Settings) -> dict[str, Any]:
+def _description(settings: WorldSettings) -> dict[str, Any]:
     """What world.json says besides the counts."""
     call = ", ".join(f"{name}={value!r}" for name, value in asdict(settings).items())
     return {

@@ -91,14 +91,14 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     remedy = "make the store anew in another folder, or put its manifest back"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        version, said = found["format"], found.pop("sha256", None)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version, checksum = content["format"], content.pop("sha256", None)
         if version not in (1, FORMAT):
             raise StoreError(f"{path}: format {version}, this version reads format 1 and {FORMAT}; make the store anew")
-        if (version == FORMAT or said is not None) and said != json_sha256(found):
+        if (version == FORMAT or checksum is not None) and checksum != json_sha256(content):
             raise StoreError(f"{path}: was changed after it was written; {remedy}")
-        layout = Layout(**found["layout"])
-        manifest = Manifest(found["key"], found["made"], layout, found["scale"], found["bias"], tuple(found["parts"]))
+        layout = Layout(**content["layout"])
+        manifest = Manifest(content["key"], content["made"], layout, content["scale"], content["bias"], tuple(content["parts"]))
         problem = _contradiction(manifest)
     except StoreError:
         raise

@@ -58,7 +58,7 @@ _HEADER_THREADS = 16
 _LARGEST_HEADER = 1 << 26  # ours have some 100 KB, of checks; a damaged length must not make us read gigabytes
 
 
-class Rows(NamedTuple):
+class StoredRows(NamedTuple):
     """What a store says of B samples: image and text (B, D) in the store's type, known (B,) bool. Unknown rows are zero.
 
     damaged: (B,) bool, of those that are unknown because they are not as they were written.
@@ -162,10 +162,10 @@ def row_checks(image_NVD: NDArray[Any], text_ND: NDArray[Any], known_N: NDArray[
 
 def content_digest(arrays: Mapping[str, NDArray[Any]]) -> str:
     """SHA-256 of a part's values: image, text and known, one after the other."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in ("image", "text", "known"):
-        found.update(np.ascontiguousarray(arrays[name]).data)
-    return found.hexdigest()
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
 
 
 def to_tensor(values: NDArray[Any]) -> Tensor:
@@ -202,11 +202,11 @@ class Store:
         defects: list[str] = []
         numbers = range(manifest.layout.parts)
         with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-            for number, found in zip(numbers, pool.map(lambda number: _part_or_defect(folder, manifest, number), numbers), strict=True):
-                if isinstance(found, PartFile):
-                    parts[number] = found
+            for number, part in zip(numbers, pool.map(lambda number: _part_or_defect(folder, manifest, number), numbers), strict=True):
+                if isinstance(part, PartFile):
+                    parts[number] = part
                 else:
-                    defects.append(str(found))
+                    defects.append(str(part))
         return cls(folder, manifest, parts, defects)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -252,7 +252,7 @@ class Store:
         """The view number of a position in the order: every epoch takes the next one, and after V epochs the first again."""
         return position // epoch_length % self.layout.views
 
-    def read(self, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> Rows:
+    def read(self, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> StoredRows:
         """The embeddings of samples `index_B` in their views `view_B`. Raises StoreError when a part vanishes while it is in use."""
         layout, count = self.layout, len(index_B)
         image_BD = torch.zeros((count, layout.width), dtype=layout.torch_dtype)
@@ -274,7 +274,7 @@ class Store:
             used = sound & (known == 1)
             where = torch.from_numpy(rows[used])
             image_BD[where], text_BD[where], known_B[where] = to_tensor(image[used]), to_tensor(text[used]), True
-        return Rows(image_BD, text_BD, known_B, damaged_B)
+        return StoredRows(image_BD, text_BD, known_B, damaged_B)
 
     def _as_written(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> bool:
         """Of a whole part, which is read for it once a process."""

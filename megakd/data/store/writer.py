@@ -65,22 +65,22 @@ def existing(folder: Path, key: dict[str, Any], made: dict[str, Any], layout: La
 
     Raises StoreError for a folder with other content and, with every difference, for another store.
     """
-    found = read_manifest(folder)
+    manifest = read_manifest(folder)
     if left := clear(folder, folder / PARTS):
         log.warning("%s: cleared what a killed job had half written: %s", folder, ", ".join(path.name for path in left[:4]))
-    if found is None:
+    if manifest is None:
         # A job that was killed before its first manifest leaves its lock and a folder without parts.
         began = {LOCK} | ({PARTS} if (folder / PARTS).is_dir() and not any((folder / PARTS).iterdir()) else set())
         if other := sorted(entry.name for entry in folder.iterdir() if entry.name not in began):
             raise StoreError(f"{folder}: holds {', '.join(other[:4])} and no {MANIFEST}; give --out a new folder or a store")
         return None
-    before = made_as_wanted(found.made, made)
+    before = made_as_wanted(manifest.made, made)
     mine, theirs = (
-        {**one, "made": how, "layout": vars(shape)} for one, how, shape in ((found.key, before, found.layout), (key, made, layout))
+        {**one, "made": how, "layout": vars(shape)} for one, how, shape in ((manifest.key, before, manifest.layout), (key, made, layout))
     )
     if lines := differences(mine, theirs):
         raise StoreError(f"{folder}: a store of other embeddings is there:\n  " + "\n  ".join(lines) + "\nchoose another --out")
-    return found
+    return manifest
 
 
 def start(folder: Path, manifest: Manifest) -> Manifest:

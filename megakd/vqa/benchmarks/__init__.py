@@ -12,9 +12,8 @@ from megakd.vqa.json_files import Misfit
 
 def benchmark(name: str) -> Benchmark:
     """The benchmark whose format in the recipe is `name`, one of recipe.vqa.BENCHMARKS."""
-    module = importlib.import_module(f"{__name__}.{name}")
-    found: Benchmark = module.BENCHMARK
-    return found
+    instance: Benchmark = importlib.import_module(f"{__name__}.{name}").BENCHMARK
+    return instance
 
 
 def parse(source: QuestionSource) -> tuple[list[Question], QuestionFile]:

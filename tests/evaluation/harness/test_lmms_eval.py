@@ -26,7 +26,7 @@ from megakd.vqa.benchmarks.base import Question, most_frequent
 from megakd.vqa.evaluate import Answerer, Opened, evaluate
 from megakd.vqa.loader import ImageProcessor
 from megakd.vqa.prompts import stack
-from megakd.vqa.sets import Asked, QuestionSet, open_questions
+from megakd.vqa.sets import QuestionSet, QuestionWithImage, open_questions
 from support.decoders import make_decoder, make_towers
 from support.runs import REPOSITORY
 from support.shards import data
@@ -69,7 +69,7 @@ def documents(world: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactor
     entries, answered, docs = [], [], []
     for number in range(COUNT):
         (read,) = asked.read([number], True)
-        assert isinstance(read, Asked)
+        assert isinstance(read, QuestionWithImage)
         assert read.image is not None
         (folder / f"{number}.png").write_bytes(read.image)
         prompt = read.question.text + loaded.decoder.settings.instruction

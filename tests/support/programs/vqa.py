@@ -5,6 +5,7 @@ The weights are random and large, so that answers differ from question to questi
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -51,8 +52,6 @@ class Slow:
 
 def write_sets(folder: Path) -> None:
     write_tokenizer(folder / "tokenizer")
-    for make in (files.vqav2, files.pope):
-        make(folder / make.__name__)
 
 
 def answerer(folder: Path, batch: int, seconds: float = 0.0, *, blind: bool = False, seed: int = 0) -> Answerer:
@@ -84,11 +83,11 @@ def answerer(folder: Path, batch: int, seconds: float = 0.0, *, blind: bool = Fa
 
 
 def opened(folder: Path, *names: str) -> dict[str, Opened]:
-    """The sets that `write_sets` has written; more are given by their own name."""
+    """The sets of these names."""
     makers: dict[str, Any] = {"vqav2": files.vqav2, "pope": files.pope}
     sets = {}
     for name in names:
-        source = makers[name](folder / name)
+        source = makers[name](folder / f"{name}.{os.getpid()}")  # written by each process: another rank may be reading
         questions = open_questions(source, f"evaluation.vqa.{name}", data("unused.tar"), 0, 1, lambda: None)
         sets[name] = Opened(source, questions)  # type: ignore[arg-type]
     return sets
