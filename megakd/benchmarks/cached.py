@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megakd.benchmarks.common import comparison, environment, material
-from megakd.benchmarks.common.children import Child, ended_by_sigterm, running
+from megakd.benchmarks.common import comparison, environment, material, side_by_side
+from megakd.benchmarks.common.children import ended_by_sigterm, running
 from megakd.benchmarks.common.comparison import Comparison, Round
 from megakd.benchmarks.common.logs import Step, our_steps
+from megakd.benchmarks.common.side_by_side import PAIR_SECONDS, START_SECONDS, WARM_UP
 from megakd.models import clip
 from megakd.recipe import Student
 from megakd.runtime import run_folder
@@ -37,9 +38,6 @@ STUDENT: dict[str, Any] = {
     "text_cfg": {"context_length": 77, "width": 64, "heads": 2, "layers": 3},
 }
 STORED, LIVE = "store", "live teacher"
-WARM_UP = 2  # the first steps fill the allocators and the loaders' queues
-UNREACHED = 100_000  # runs are ended long before
-START_SECONDS, PAIR_SECONDS = 600, 4  # patience with a start, and with the embedding or the step of one pair on a busy core
 NOTES = [
     "same on both sides: shards, batch, order, augmentation of .9 to 1 without flip, AdamW, contrastive + similarity KD at weight 1, fp32, "
     "threads, workers, one process; random weights: speed alone is compared",
@@ -62,18 +60,9 @@ class CachedBenchmark:
 
     def recipe(self, store: Path | None) -> dict[str, Any]:
         """The run's recipe, as a run.json holds it."""
-        return {
-            "name": "bench-cached",
-            "data": {"train": self.pattern, "workers": self.workers},
-            "views": {"crop_scale": [0.9, 1.0], "flip": 0.0},
-            "student": {"architecture": self.student},
-            "teacher": {"architecture": self.teacher, "pretrained": clip.RANDOM} | ({"store": str(store)} if store else {}),
-            "objectives": {"contrastive": 1.0, "similarity": 1.0},
-            "optim": {"steps": UNREACHED, "batch": self.batch, "lr": 1e-4, "warmup": 1000},
-            "evaluation": {"batch": self.batch},
-            "checkpoint": {"every": UNREACHED},
-            "log": {"every": 1},
-        }
+        teacher = {"architecture": self.teacher, "pretrained": clip.RANDOM} | ({"store": str(store)} if store else {})
+        student = {"architecture": self.student}
+        return side_by_side.recipe("bench-cached", self.pattern, student, teacher, self.batch, self.workers)
 
 
 def run(rounds: int, batch: int, steps: int, workers: int = 1, threads: int = 1, file: Path | None = None) -> None:
@@ -116,7 +105,7 @@ def rates(steps: list[Step]) -> list[float]:
 
 def make_store(job: CachedBenchmark, store: Path, samples: int, folder: Path) -> None:
     """The embeddings of all pairs in one view, in a process of its own."""
-    recipe = _write(job.recipe(None), folder / "embed.json")
+    recipe = side_by_side.write_recipe(job.recipe(None), folder / "embed.json")
     command = [sys.executable, "-P", "-m", "megakd.cli", "embed", "--recipe", str(recipe), "--views", "1", "--out", str(store)]
     with running(command, folder, "embed", job.threads) as child:
         child.wait_for(lambda: True if ": complete, " in child.text() else None, START_SECONDS + samples * PAIR_SECONDS)
@@ -124,28 +113,8 @@ def make_store(job: CachedBenchmark, store: Path, samples: int, folder: Path) ->
 
 def measure(job: CachedBenchmark, folder: Path, store: Path | None) -> list[Step]:
     """The timed steps of one run of megakd/train.py."""
-    folder.mkdir(parents=True)
-    recipe, config = _write(job.recipe(store), folder / "recipe.json"), folder / "ds_config.json"
-    config.write_text("{}", encoding="utf-8")  # fp32 without ZeRO
-    program = Path(__file__).parents[1] / "train.py"
-    command = [sys.executable, str(program), "--recipe", str(recipe), "--ds_config", str(config), "--out", str(folder / "run")]
-    with running(command, folder, "train", job.threads) as child:
-        return _timed(child, folder / "run", job)
-
-
-def _timed(child: Child, run_folder: Path, job: CachedBenchmark) -> list[Step]:
-    needed = WARM_UP + job.steps
-
-    def enough() -> list[Step] | None:
-        found = our_steps(run_folder)
-        return found[WARM_UP:needed] if len(found) >= needed else None
-
-    return child.wait_for(enough, START_SECONDS + needed * job.batch * PAIR_SECONDS)
-
-
-def _write(recipe: dict[str, Any], path: Path) -> Path:
-    path.write_text(json.dumps({"recipe": recipe}), encoding="utf-8")
-    return path
+    with side_by_side.training(job.recipe(store), folder, job.threads) as child:
+        return side_by_side.timed(child, lambda: our_steps(folder / "run"), job.steps, job.batch).steps
 
 
 def cost(architecture: dict[str, Any], *, training: bool) -> int:

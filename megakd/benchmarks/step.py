@@ -8,26 +8,20 @@
 from __future__ import annotations
 
 import itertools
-import json
-import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megakd.benchmarks.common import comparison, environment, material
-from megakd.benchmarks.common.children import Child, ended_by_sigterm, running
+from megakd.benchmarks.common import comparison, environment, material, side_by_side
+from megakd.benchmarks.common.children import ended_by_sigterm, running
 from megakd.benchmarks.common.comparison import OURS, THEIRS
-from megakd.benchmarks.common.logs import Step, open_clip_steps, our_steps, share_beside_towers
+from megakd.benchmarks.common.logs import open_clip_steps, our_steps, share_beside_towers
 from megakd.benchmarks.common.material import Shards
+from megakd.benchmarks.common.side_by_side import UNREACHED, WARM_UP, Timed, timed
 
 TEACHER, STUDENT = "ViT-B-32", "ViT-S-32"
-WARM_UP = 2  # the first steps fill the allocators and the loaders' queues
-# Both programs are stopped long before: no side ends its epoch, drains its loader or writes a checkpoint inside the timed steps.
-UNREACHED = 100_000
-START_SECONDS, STEP_SECONDS = 600, 120  # patience with a start and with one step of 32 pairs on a busy core
 NOTES = [
     "same on both sides: tar shards, ViT-B-32 teacher (one file of random weights), ViT-S-32 student from scratch, 224 px, random resized "
     "crop of .9 to 1 without flip, contrastive + similarity-matrix KD at weight 1, AdamW, gradient clipping at 1, fp32, threads, workers, "
@@ -43,14 +37,6 @@ NOTES = [
 
 
 @dataclass(frozen=True)
-class Timed:
-    """What one side did in one round. processor_seconds: of a timed step, over the program and its workers."""
-
-    steps: list[Step]
-    processor_seconds: float
-
-
-@dataclass(frozen=True)
 class StepBenchmark:
     """One comparison. teacher_weights: a file; models by open_clip name, or as a recipe's `architecture` on our side."""
 
@@ -62,14 +48,10 @@ class StepBenchmark:
     workers: int
     threads: int
 
-    @property
-    def needed(self) -> int:
-        return WARM_UP + self.steps
-
-    @property
-    def patience(self) -> float:
-        """Seconds after which a side is given up."""
-        return START_SECONDS + self.needed * STEP_SECONDS * max(1.0, self.batch / 32)
+    def recipe(self) -> dict[str, Any]:
+        """Our side's, as a run.json holds it."""
+        made = side_by_side.recipe("bench-step", self.shards.pattern, self.student, self.teacher, self.batch, self.workers)
+        return {**made, "optim": {**made["optim"], "weight_decay": 0.2, "clip": 1.0}}
 
 
 def run(rounds: int, batch: int, steps: int, workers: int = 1, threads: int = 1, file: Path | None = None) -> None:
@@ -88,11 +70,11 @@ def run(rounds: int, batch: int, steps: int, workers: int = 1, threads: int = 1,
 
         def ours(number: int) -> list[float]:
             our_rounds.append(measure_ours(job, Path(name) / f"ours-{number}"))
-            return [step.images_per_second for step in our_rounds[-1].steps]
+            return our_rounds[-1].rates
 
         def theirs(number: int) -> list[float]:
             their_rounds.append(measure_theirs(job, env.python, Path(name) / f"theirs-{number}"))
-            return [step.images_per_second for step in their_rounds[-1].steps]
+            return their_rounds[-1].rates
 
         result = comparison.alternate(rounds, ours, theirs)
     measured = [step for each in our_rounds for step in each.steps]
@@ -121,57 +103,14 @@ def _check(shards: Shards, batch: int, workers: int) -> None:
 
 def measure_ours(job: StepBenchmark, folder: Path) -> Timed:
     """The timed steps of megakd/train.py."""
-    folder.mkdir(parents=True)
-    recipe, config = folder / "recipe.toml", folder / "ds_config.json"
-    recipe.write_text(recipe_text(job), encoding="utf-8")
-    config.write_text("{}", encoding="utf-8")  # fp32 without ZeRO, on a GPU as well: what open_clip's side runs
-    program = Path(__file__).parents[1] / "train.py"
-    command = [sys.executable, str(program), "--recipe", str(recipe), "--ds_config", str(config), "--out", str(folder / "run")]
-    with running(command, folder, "ours", job.threads) as child:
-        return _observe(child, lambda: our_steps(folder / "run"), job)
+    with side_by_side.training(job.recipe(), folder, job.threads) as child:
+        return timed(child, lambda: our_steps(folder / "run"), job.steps, job.batch)
 
 
 def measure_theirs(job: StepBenchmark, python: Path, folder: Path) -> Timed:
     """The timed steps of open_clip_train.main."""
     with running(open_clip_command(job, python, folder), folder, "theirs", job.threads) as child:
-        return _observe(child, lambda: open_clip_steps(child.text()), job)
-
-
-def _observe(child: Child, steps: Callable[[], list[Step]], job: StepBenchmark) -> Timed:
-    """Waits for the timed steps. A look every .2 s is exact enough for the processor time of steps that take seconds."""
-
-    def at_least(count: int) -> tuple[list[Step], float] | None:
-        found = steps()
-        return (found, child.processor_seconds()) if len(found) >= count else None
-
-    before, start = child.wait_for(lambda: at_least(WARM_UP), job.patience)
-    after, end = child.wait_for(lambda: at_least(max(job.needed, len(before) + 1)), job.patience)
-    return Timed(after[WARM_UP : job.needed], (end - start) / (len(after) - len(before)))
-
-
-def recipe_text(job: StepBenchmark) -> str:
-    """Our side's recipe. Its augmentation is open_clip's default."""
-    tables: dict[str, dict[str, Any]] = {
-        "data": {"train": job.shards.pattern, "workers": job.workers},
-        "views": {"crop_scale": [0.9, 1.0], "flip": 0.0},
-        "student": job.student,
-        "teacher": job.teacher,
-        "objectives": {"contrastive": 1.0, "similarity": 1.0},
-        "optim": {"steps": UNREACHED, "batch": job.batch, "lr": 1e-4, "warmup": 1000, "weight_decay": 0.2, "clip": 1.0},
-        "checkpoint": {"every": UNREACHED},
-        "log": {"every": 1},
-    }
-    lines = ['name = "bench-step"']
-    for table, settings in tables.items():
-        lines += [f"[{table}]", *(f"{key} = {_toml(value)}" for key, value in settings.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    """TOML takes JSON's strings, numbers, booleans and lists; only tables look different."""
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + " }"
-    return json.dumps(value)
+        return timed(child, lambda: open_clip_steps(child.text()), job.steps, job.batch)
 
 
 def open_clip_command(job: StepBenchmark, python: Path, folder: Path) -> list[str]:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from megakd.benchmarks import loader, loader_side, teacher_speed
 from megakd.benchmarks import step as benchmark
-from megakd.benchmarks.common import comparison, environment, material
+from megakd.benchmarks.common import comparison, environment, material, side_by_side
 from megakd.benchmarks.common.children import environ, running
 from megakd.benchmarks.common.comparison import Comparison, Round
 from megakd.benchmarks.common.logs import Step, open_clip_steps, our_steps, share_beside_towers
@@ -132,8 +132,7 @@ def test_both_programs_minimise_the_same_loss() -> None:
 
 def test_our_recipe_is_a_valid_one(tmp_path: Path) -> None:
     job = benchmark.StepBenchmark(Shards(tmp_path, 64), {"architecture": TINY, "pretrained": "random"}, {"architecture": TINY}, 8, 2, 1, 1)
-    (tmp_path / "recipe.toml").write_text(benchmark.recipe_text(job), encoding="utf-8")
-    recipe, _ = load(str(tmp_path / "recipe.toml"))
+    recipe, _ = load(str(side_by_side.write_recipe(job.recipe(), tmp_path / "recipe.json")))
     assert isinstance(recipe, Recipe)
     assert recipe.student.architecture == TINY
     assert recipe.objectives.active() == {"contrastive": 1.0, "similarity": 1.0}

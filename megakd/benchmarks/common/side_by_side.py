@@ -1,0 +1,79 @@
+"""What the benchmarks of training steps share: this program's run, its timed steps, and how long they are waited for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megakd.benchmarks.common.children import Child, running
+from megakd.benchmarks.common.logs import Step
+
+WARM_UP = 2  # the first steps fill the allocators and the loaders' queues
+# Programs are stopped long before: none ends its epoch, drains its loader or writes a checkpoint inside the timed steps.
+UNREACHED = 100_000
+START_SECONDS, PAIR_SECONDS = 600, 4  # limits of a start, and of the embedding or the step of one pair on a busy core
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What one side did in one round. processor_seconds: of a timed step, over the program and its workers."""
+
+    steps: list[Step]
+    processor_seconds: float
+
+    @property
+    def rates(self) -> list[float]:
+        """Images/s of each step."""
+        return [step.images_per_second for step in self.steps]
+
+
+def recipe(name: str, pattern: str, student: dict[str, Any], teacher: dict[str, Any], batch: int, workers: int) -> dict[str, Any]:
+    """Contrastive and similarity loss, as a run.json holds a recipe. Its augmentation is open_clip's default."""
+    return {
+        "name": name,
+        "data": {"train": pattern, "workers": workers},
+        "views": {"crop_scale": [0.9, 1.0], "flip": 0.0},
+        "student": student,
+        "teacher": teacher,
+        "objectives": {"contrastive": 1.0, "similarity": 1.0},
+        "optim": {"steps": UNREACHED, "batch": batch, "lr": 1e-4, "warmup": 1000},
+        "evaluation": {"batch": batch},
+        "checkpoint": {"every": UNREACHED},
+        "log": {"every": 1},
+    }
+
+
+def write_recipe(content: dict[str, Any], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"recipe": content}), encoding="utf-8")
+    return path
+
+
+@contextmanager
+def training(content: dict[str, Any], folder: Path, threads: int) -> Iterator[Child]:
+    """megakd/train.py on this recipe into FOLDER/run, in float32 without ZeRO on a GPU as well; killed at the end of the block."""
+    recipe_file, config = write_recipe(content, folder / "recipe.json"), folder / "ds_config.json"
+    config.write_text("{}", encoding="utf-8")
+    program = Path(__file__).parents[2] / "train.py"
+    command = [sys.executable, str(program), "--recipe", str(recipe_file), "--ds_config", str(config), "--out", str(folder / "run")]
+    with running(command, folder, folder.name, threads) as child:
+        yield child
+
+
+def timed(child: Child, steps: Callable[[], list[Step]], count: int, batch: int) -> Timed:
+    """The `count` steps after the warm-up. A look every .2 s is exact enough for the processor time of steps that take seconds."""
+    needed = WARM_UP + count
+    limit = START_SECONDS + needed * PAIR_SECONDS * max(batch, 32)
+
+    def at_least(number: int) -> tuple[list[Step], float] | None:
+        done = steps()
+        return (done, child.processor_seconds()) if len(done) >= number else None
+
+    before, start = child.wait_for(lambda: at_least(WARM_UP), limit)
+    after, end = child.wait_for(lambda: at_least(max(needed, len(before) + 1)), limit)
+    return Timed(after[WARM_UP:needed], (end - start) / (len(after) - len(before)))
