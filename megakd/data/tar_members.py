@@ -65,7 +65,7 @@ class Hole:
 
 def members(file: IO[bytes], length: int) -> Iterator[Member | Hole]:
     """Every member and every hole of an uncompressed tar of `length` bytes, in order. Raises OSError for what cannot be read."""
-    reader = _Reader(file, length)
+    reader = _TarReader(file, length)
     at, doubtful = 0, False
     while at + BLOCK <= length:
         block = reader.block(at)
@@ -141,7 +141,7 @@ class _Beyond(tarfile.HeaderError):
     """A member ends behind the end of the file."""
 
 
-class _Reader:
+class _TarReader:
     def __init__(self, file: IO[bytes], length: int) -> None:
         self._file, self._length = file, length
         # a TarFile for its settings alone: it is not asked to look for members, since it ends at the first that is damaged

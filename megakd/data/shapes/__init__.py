@@ -3,6 +3,6 @@
 Read in this order: scene (what is there), captions, questions, pixels, shards (one tar), world (the whole folder).
 """
 
-from megakd.data.shapes.world import IMAGE_SIZE, World, write_world
+from megakd.data.shapes.world import IMAGE_SIZE, ShapesWorld, write_world
 
-__all__ = ["IMAGE_SIZE", "World", "write_world"]
+__all__ = ["IMAGE_SIZE", "ShapesWorld", "write_world"]

@@ -107,7 +107,7 @@ class WorldSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class ShapesWorld:
     """What stands in the folder: numbers of samples, and how long it took (0 seconds and written=False when it was there)."""
 
     out: Path
@@ -138,7 +138,7 @@ def write_world(
     shard_size: int = 1000,
     zeroshot_per_class: int = 30,
     processes: int | None = None,
-) -> World:
+) -> ShapesWorld:
     """Write the world into the folder `out`, or find it there.
 
     train, test: image-text pairs. caption_noise: fraction of the captions in train_noisy, a split of its own and as large as
@@ -154,7 +154,7 @@ def write_world(
     out = Path(out)
     counts = _counts_there(out, settings)
     if counts is not None:
-        return World(out, **counts, seconds=0.0, written=False)
+        return ShapesWorld(out, **counts, seconds=0.0, written=False)
     start, began = time.perf_counter(), time.time()
     _clear_unfinished(out, settings)
     counts = _write(out, settings, processes)
@@ -164,7 +164,7 @@ def write_world(
     for partial in out.rglob(f".*{PARTIAL}"):
         if partial.stat().st_mtime < began:  # of a writer that was killed; a living one's lasts milliseconds
             partial.unlink(missing_ok=True)
-    return World(out, **counts, seconds=time.perf_counter() - start, written=True)
+    return ShapesWorld(out, **counts, seconds=time.perf_counter() - start, written=True)
 
 
 def _counts_there(out: Path, settings: WorldSettings) -> dict[str, int] | None:
