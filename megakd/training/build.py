@@ -47,15 +47,15 @@ def build_teachers(plan: PreparedRun, world: World, log: RunLog) -> dict[str, An
     if recipe.teacher is not None and not (pairs and pairs.teachers):
         log.say("the teacher is not loaded: no objective with a positive weight uses it")
     built: dict[str, AnyTeacher] = {}
-    piece = plan.config.micro_batch
+    micro_batch = plan.config.micro_batch
     for role, description in pairs.teachers.items() if pairs else ():
         watchdog.beat(f"loading {role}")
         if pairs is not None and pairs.store is not None:
             log.say(pairs.store.outline())
-            built[role] = build.stored_teacher(pairs.store, recipe, description, pairs.shards, world, piece=piece, say=log.say)
+            built[role] = build.stored_teacher(pairs.store, recipe, description, pairs.shards, world, piece=micro_batch, say=log.say)
         else:
             shards = None if pairs is None else pairs.shards
-            built[role] = build.live_teacher(recipe, description, world, shards, piece=piece, say=log.say)
+            built[role] = build.live_teacher(recipe, description, world, shards, piece=micro_batch, say=log.say)
     return built
 
 
@@ -77,13 +77,13 @@ def build_learners(plan: PreparedRun, teachers: Mapping[str, AnyTeacher], device
 def _module(plan: PreparedRun, student: clip.ClipModel | None, heads: dict[str, nn.Module], device: torch.device) -> nn.Module:
     recipe = plan.request.recipe
     max_scale = recipe.student.max_scale if recipe.student is not None else 1.0
-    if plan.asking is None or recipe.decoder is None or recipe.answers is None:
+    if plan.questions is None or recipe.decoder is None or recipe.answers is None:
         assert student is not None
         return Student(student.clip, heads, max_scale)
     dtype = precision.dtype(plan.config.precision)
-    # Quantised weights are made where they stay; others go to the device with the engine, after the judge has made its copies.
+    # Quantised weights are made where they stay; others go to the device with the engine, after the evaluator has made its copies.
     device = device if recipe.decoder.quantise != "none" else torch.device("cpu")
-    reader = decoder.build(plan.asking.decoder, None if student is None else student.clip.visual, device, dtype)  # type: ignore[arg-type]
+    reader = decoder.build(plan.questions.decoder, None if student is None else student.clip.visual, device, dtype)  # type: ignore[arg-type]
     if recipe.decoder.start is not None:
         warm_start(Path(recipe.decoder.start), reader, plan.student)
     tower_learns = recipe.answers.tower == "trained"
@@ -103,16 +103,16 @@ def _rates(recipe: Recipe) -> dict[str, float]:
     return {prefix: rate / recipe.optim.lr for prefix, rate in prefixes.items() if rate is not None}
 
 
-def conversations(plan: PreparedRun, module: VisionLanguageStudent) -> PromptEncoder:
-    """How this run's decoder is asked: in training, in evaluation and from its bundle alike."""
-    recipe, asking = plan.request.recipe, plan.asking
-    assert asking is not None
+def prompt_encoder(plan: PreparedRun, module: VisionLanguageStudent) -> PromptEncoder:
+    """How a question becomes a prompt of this run's decoder: in training, in evaluation and from its bundle alike."""
+    recipe, questions = plan.request.recipe, plan.questions
+    assert questions is not None
     assert recipe.decoder is not None
     assert recipe.answers is not None
-    return PromptEncoder(asking.decoder.tokenizer, recipe.decoder, module.decoder.image_tokens, recipe.answers.max_length)
+    return PromptEncoder(questions.decoder.tokenizer, recipe.decoder, module.decoder.image_tokens, recipe.answers.max_length)
 
 
-def eyes(plan: PreparedRun, student: clip.ClipModel | None) -> ImageProcessor | None:
+def image_processor(plan: PreparedRun, student: clip.ClipModel | None) -> ImageProcessor | None:
     return None if student is None else ImageProcessor(student.preprocess, plan.request.recipe.data.max_pixels)
 
 
@@ -120,7 +120,7 @@ def open_batches(
     plan: PreparedRun, learners: Learners, teachers: Mapping[str, AnyTeacher], progress: Progress, world: World
 ) -> JointBatches:
     """The loaders of pairs and of questions, from where `progress` stands."""
-    recipe, pairs, asking = plan.request.recipe, plan.pairs, plan.asking
+    recipe, pairs, questions = plan.request.recipe, plan.pairs, plan.questions
     workers, pin = recipe.data.workers, world.device.type == "cuda"
     of_pairs = of_questions = None
     if pairs is not None:
@@ -137,13 +137,13 @@ def open_batches(
             store=pairs.store,
             replay=recipe.teacher is not None and recipe.teacher.store_of == "all",
         )
-    if asking is not None:
+    if questions is not None:
         assert isinstance(learners.module, VisionLanguageStudent)
         of_questions = question_batches(
-            asking.train,
-            asking.order,
-            conversations(plan, learners.module),
-            eyes(plan, learners.student),
+            questions.train,
+            questions.order,
+            prompt_encoder(plan, learners.module),
+            image_processor(plan, learners.student),
             rank=world.rank,
             world=world.size,
             start_position=progress.step * recipe.questions_in_a_step(),
@@ -158,7 +158,7 @@ def _views(plan: PreparedRun, learners: Learners, teachers: Mapping[str, AnyTeac
     assert learners.student is not None
     live = live_teachers(plan, teachers)
     own = {"student": TowerView(learners.student.preprocess, plan.student.tokenize)}
-    return own | {role: TowerView(preprocessing(found), found.tokenize) for role, found in live.items()}
+    return own | {role: TowerView(preprocessing(model), model.tokenize) for role, model in live.items()}
 
 
 def live_teachers(plan: PreparedRun, teachers: Mapping[str, AnyTeacher]) -> dict[str, clip.ModelSpec]:

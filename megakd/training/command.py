@@ -143,7 +143,7 @@ def _run(flags: argparse.Namespace, world: World, until_stopped: contextlib.Exit
     return run.Run(plan, world, stop).execute()
 
 
-def _resume(asked: str, out: Path) -> str:
+def _resume(requested: str, out: Path) -> str:
     """`--resume` of this start: as asked for, until this job has left a checkpoint of its own; requeued, it goes on from the newest.
 
     Its own are those past the one that was asked for: its first start has set aside what was newer.
@@ -153,11 +153,11 @@ def _resume(asked: str, out: Path) -> str:
     try:
         earlier = json.loads((out / run_folder.RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there, or damaged, which is said where the run is prepared
-        return asked
+        return requested
     starts = (earlier.get("jobs") or []) if isinstance(earlier, dict) else []
-    past = "" if asked in ("auto", "none") else Path(asked).name
+    past = "" if requested in ("auto", "none") else Path(requested).name
     saved = any(found.name > past for found in checkpoint.available(out))
-    return "auto" if saved and environment.has_come_back(os.environ, starts) else asked
+    return "auto" if saved and environment.has_come_back(os.environ, starts) else requested
 
 
 def _complain(world: World | None, text: str) -> None:

@@ -20,7 +20,7 @@ from megakd.models.vlm.student import VisionLanguageStudent
 from megakd.runtime.engine import Engine, load_weights
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
-from megakd.training.build import Learners, conversations, eyes
+from megakd.training.build import Learners, image_processor, prompt_encoder
 from megakd.training.prepare import PreparedRun
 from megakd.vqa import evaluate
 
@@ -28,8 +28,8 @@ from megakd.vqa import evaluate
 class Evaluator:
     """Holds the plain replicas that evaluation works on, made before the engine takes the student in parts.
 
-    A ZeRO-3 module has its weights only inside the engine's forward, so a replica of it waits on the CPU and is on the device while it is
-    asked alone; below stage 3 the decoder is judged where it is, without a copy of its weights, which may be a large language model's.
+    A ZeRO-3 module has its weights only inside the engine's forward, so a replica of it waits on the CPU and is on the device only while it
+    answers; below stage 3 the decoder answers where it is, without a copy of its weights, which may be a large language model's.
     """
 
     def __init__(self, plan: PreparedRun, world: World, learners: Learners, interruptions: StopPoller) -> None:
@@ -39,11 +39,11 @@ class Evaluator:
         self._clip = copy.deepcopy(self._student.clip) if plan.sets and self._student is not None else None
         if self._clip is not None and hasattr(self._clip, "set_grad_checkpointing"):
             self._clip.set_grad_checkpointing(False)  # type: ignore[operator]
-        self._asks = bool(plan.asking and plan.asking.sets)
-        self._whole = copy.deepcopy(learners.module) if plan.asking is not None and plan.config.stage == 3 else None
+        self._has_questions = bool(plan.questions and plan.questions.sets)
+        self._replica = copy.deepcopy(learners.module) if plan.questions is not None and plan.config.stage == 3 else None
 
     def __bool__(self) -> bool:
-        return self._clip is not None or self._asks
+        return self._clip is not None or self._has_questions
 
     def results(self, engine: Engine, step: int, folder: Path) -> dict[str, Any]:
         """What `evaluation.json` holds, the same on every rank. Answers are written to `folder`. A collective.
@@ -51,19 +51,19 @@ class Evaluator:
         Raises Interrupted, on every rank, when a signal comes to one; answers given before it are kept.
         """
         weights = engine.export(moments=False, everywhere=True).weights
-        found: dict[str, Any] = {"step": step, "sets": sets_of(self._plan.request.recipe)}
+        results: dict[str, Any] = {"step": step, "sets": sets_of(self._plan.request.recipe)}
         if self._clip is not None:
-            found |= self._image_text(weights)
-        if self._asks:
+            results |= self._image_text(weights)
+        if self._has_questions:
             identity = {"step": step, "weights": _digest(weights)}
-            found["vqa"] = self._questions(engine, weights, identity, folder)
-        return found
+            results["vqa"] = self._questions(engine, weights, identity, folder)
+        return results
 
     def answering(self, engine: Engine, weights: dict[str, Tensor]) -> VisionLanguageStudent:
         """Student and decoder with whole weights: the engine's own, or a replica on the CPU. weights: what the engine exported."""
         module = engine.module
-        if self._whole is not None:
-            module = self._whole
+        if self._replica is not None:
+            module = self._replica
             load_weights(module, weights)
         assert isinstance(module, VisionLanguageStudent)
         return module
@@ -91,15 +91,15 @@ class Evaluator:
     def _questions(self, engine: Engine, weights: dict[str, Tensor], identity: dict[str, Any], folder: Path) -> dict[str, Any]:
         module = self.answering(engine, weights)
         plan, recipe, student = self._plan, self._plan.request.recipe, self._learners.student
-        assert plan.asking is not None
-        dtype = torch.float32 if self._whole is not None else engine.dtype  # of the towers: a replica has them in float32
-        if self._whole is not None:
+        assert plan.questions is not None
+        dtype = torch.float32 if self._replica is not None else engine.dtype  # of the towers: a replica has them in float32
+        if self._replica is not None:
             module.to(self._world.device)
         answerer = evaluate.Answerer(
             module.decoder,
             None if student is None else module.look,
-            conversations(plan, module),
-            eyes(plan, student),
+            prompt_encoder(plan, module),
+            image_processor(plan, student),
             self._world.device,
             dtype,
             recipe.evaluation.vqa_batch,
@@ -108,10 +108,10 @@ class Evaluator:
         )
         module.eval()
         try:
-            return evaluate.evaluate(plan.asking.sets, answerer, self._world, folder, recipe.data, self._interruptions)
+            return evaluate.evaluate(plan.questions.sets, answerer, self._world, folder, recipe.data, self._interruptions)
         finally:
             module.train()
-            if self._whole is not None:
+            if self._replica is not None:
                 module.to("cpu")
 
     def _image_text(self, weights: dict[str, Tensor]) -> dict[str, Any]:
@@ -129,8 +129,8 @@ class Evaluator:
 
 def _digest(weights: dict[str, Tensor]) -> str:
     """Of the trained weights: answers of others are not gone on with."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(weights):
-        found.update(name.encode())
-        found.update(weights[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

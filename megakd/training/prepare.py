@@ -61,7 +61,7 @@ class PairData:
 class AnswerData:
     """What answers are learned from and judged by. outline: the decoder on torch's meta device, for the student's tower.
 
-    said: what the user should know of decoder and questions before the run: what is not covered, cut or left out.
+    notes: what the user should know of decoder and questions before the run: what is not covered, cut or left out.
     """
 
     decoder: DecoderSpec
@@ -69,7 +69,7 @@ class AnswerData:
     train: Mixture
     order: Order
     sets: dict[str, evaluate.Opened]
-    said: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -84,21 +84,21 @@ class PreparedRun:
     config_name: str
     student: clip.ModelSpec | None
     pairs: PairData | None
-    asking: AnswerData | None
+    questions: AnswerData | None
     sets: Sets
 
     @property
     def signature(self) -> int:
         """Of all training data: a position means something in the same data alone."""
         parts = [self.pairs.shards.signature] if self.pairs else []
-        parts += [self.asking.train.signature] if self.asking else []
+        parts += [self.questions.train.signature] if self.questions else []
         return parts[0] if len(parts) == 1 else zlib.crc32(repr(parts).encode())
 
     @property
     def signature_of_names(self) -> int:
         """As `signature`, of the pairs' shards by name and length alone: what checkpoints of versions before 0.2 hold."""
         parts = [self.pairs.shards.signature_of_names] if self.pairs else []
-        parts += [self.asking.train.signature] if self.asking else []
+        parts += [self.questions.train.signature] if self.questions else []
         return parts[0] if len(parts) == 1 else zlib.crc32(repr(parts).encode())
 
 
@@ -122,8 +122,8 @@ def prepare(request: RunRequest, world: World, to_come: frozenset[str] = frozens
         described = student
         collectives.by_main(lambda: clip_folder.rehearse(described), world)
     _check_answers(recipe, config, world)
-    asking = _asking(recipe, world, student, "decoder" in to_come)
-    return PreparedRun(request, config, config_name, student, pairs, asking, open_sets(recipe, world))
+    questions = _answer_data(recipe, world, student, "decoder" in to_come)
+    return PreparedRun(request, config, config_name, student, pairs, questions, open_sets(recipe, world))
 
 
 def on_meta(description: clip.ModelSpec) -> clip.ClipModel:
@@ -154,16 +154,16 @@ def _pairs(recipe: Recipe, world: World, student: clip.ModelSpec | None, teacher
     return PairData(task, shards, order, teachers, build.open_stores(recipe, teachers, shards, world))
 
 
-def _asking(recipe: Recipe, world: World, student: clip.ModelSpec | None, decoder_is_to_come: bool) -> AnswerData | None:
+def _answer_data(recipe: Recipe, world: World, student: clip.ModelSpec | None, decoder_is_to_come: bool) -> AnswerData | None:
     if recipe.answers is None or recipe.decoder is None:
         return None
     description = decoder.resolve(chain.decoder(recipe.decoder) if decoder_is_to_come else recipe.decoder)
     outline = _outline(recipe.answers, description, student)
     _check_length(recipe, recipe.answers, description)
     collectives.by_main(lambda: decoder_tokenizer.check_export(description.tokenizer, description.config), world)
-    said = [decoder_check.check(description, outline.plain)]
+    notes = [decoder_check.check(description, outline.plain)]
     if outline.adapted:
-        said.append(lora.coverage(outline.language))
+        notes.append(lora.coverage(outline.language))
     if recipe.decoder.start is not None:
         start = Path(recipe.decoder.start)
         before = chain.before(recipe.decoder).model_dump() if decoder_is_to_come else manifest.read(start)["decoder"]
@@ -172,22 +172,23 @@ def _asking(recipe: Recipe, world: World, student: clip.ModelSpec | None, decode
     train = open_mixture(recipe.answers.train, "answers.train", recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     order = question_order(train, recipe.questions_in_a_step(), recipe.seed)
     sets = evaluate.open_sets(recipe, world)
-    said += collectives.by_main(lambda: _tried_questions(recipe, outline, train, sets), world)
-    return AnswerData(description, outline, train, order, sets, tuple(filter(None, said)))
+    notes += collectives.by_main(lambda: _tried_questions(recipe, outline, train, sets), world)
+    return AnswerData(description, outline, train, order, sets, tuple(filter(None, notes)))
 
 
 def _tried_questions(recipe: Recipe, outline: Decoder, train: Mixture, sets: dict[str, evaluate.Opened]) -> list[str]:
-    """What is to be said of the questions' lengths and answers. Raises ValueError for sets of which too much is unusable."""
+    """What the user should know of the questions' lengths and answers. Raises ValueError for sets of which too much is unusable."""
     assert recipe.answers is not None
-    talk = PromptEncoder(outline.tokenizer, outline.settings, outline.image_tokens, recipe.answers.max_length)
-    eyes, most, said = outline.projector is not None, recipe.data.max_bad_fraction, []
+    encoder = PromptEncoder(outline.tokenizer, outline.settings, outline.image_tokens, recipe.answers.max_length)
+    has_images, most = outline.projector is not None, recipe.data.max_bad_fraction
+    notes: list[str] = []
     for name, part in train.sets.items():
         key = f"answers.train.{name}"
-        said += check.try_training(part, talk, eyes, key, most).sentences(key, learned=True)
+        notes += check.try_training(part, encoder, has_images, key, most).sentences(key, learned=True)
     for name, opened in sets.items():
         key = f"evaluation.vqa.{name}"
-        said += check.try_prompts(opened.questions, talk, eyes, key, most).sentences(key, learned=False)
-    return said
+        notes += check.try_prompts(opened.questions, encoder, has_images, key, most).sentences(key, learned=False)
+    return notes
 
 
 def _outline(answers: Answers, description: DecoderSpec, student: clip.ModelSpec | None) -> Decoder:
@@ -243,12 +244,12 @@ def to_come(request: RunRequest) -> frozenset[str]:
 def _before(request: RunRequest, waiting: tuple[Path, ...]) -> list[RunRequest]:
     if request.out in waiting:
         raise ValueError(f"recipe {request.recipe_name}: the runs wait for each other: {' -> '.join(map(str, (*waiting, request.out)))}")
-    found: dict[Path, RunRequest] = {}
+    before: dict[Path, RunRequest] = {}
     for _, name, folder in _missing(request.recipe):
         recipe, origin = recipes.load(name)
         first = RunRequest(recipe, origin, request.ds_config, folder)
-        found |= {earlier.out: earlier for earlier in (*_before(first, (*waiting, request.out)), first) if earlier.out not in found}
-    return list(found.values())
+        before |= {earlier.out: earlier for earlier in (*_before(first, (*waiting, request.out)), first) if earlier.out not in before}
+    return list(before.values())
 
 
 def _missing(recipe: Recipe) -> list[tuple[str, str, Path]]:

@@ -21,7 +21,7 @@ from megakd.models.fingerprint import preprocessing, weights_file
 from megakd.models.vlm import lora
 from megakd.models.vlm.student import VisionLanguageStudent
 from megakd.objectives.answers import Answer
-from megakd.objectives.joint import Joint
+from megakd.objectives.set import StepLosses
 from megakd.runtime import (
     checkpoint,
     collectives,
@@ -95,7 +95,7 @@ class Run:
         """Make room for the run that may follow in this process. After an error none does, and this could wait for a device that hangs."""
         self._engine.close()
         engine.forget()
-        del self._engine, self._judge, self._learners, self._teachers
+        del self._engine, self._evaluator, self._learners, self._teachers
         gc.collect()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -161,8 +161,8 @@ class Run:
         """What is about to start, before the wait for models and DeepSpeed."""
         config, recipe = self.plan.config, self.recipe
         how = f"{self.world.size} x {self.world.device.type}, ZeRO {config.stage}, {config.precision}"
-        if (asked := precision.asked()) is not None:
-            how += f" ({precision.VARIABLE}={asked})"
+        if (forced := precision.asked()) is not None:
+            how += f" ({precision.VARIABLE}={forced})"
         if config.accumulates_in_bf16:
             how += " (gradients add up in bf16, as data_types.grad_accum_dtype says: fp32 loses nothing)"
         if self.plan.pairs is not None:
@@ -170,19 +170,19 @@ class Run:
         return f"{recipe.optim.steps} steps, {how}\n{self._sources()}"
 
     def _sources(self) -> str:
-        pairs, asking = self.plan.pairs, self.plan.asking
+        pairs, questions = self.plan.pairs, self.plan.questions
         parts = []
         if pairs is not None:
             teacher = ", ".join(map(_called, pairs.teachers.values())) or "none"
             objectives = ", ".join(f"{weight:g} {name}" for name, weight in pairs.task.weights.items())
             parts.append(f"data: {len(pairs.shards)} pairs; teacher: {teacher}; objectives: {objectives}")
-        if asking is not None and self.recipe.answers is not None and self.recipe.decoder is not None:
+        if questions is not None and self.recipe.answers is not None and self.recipe.decoder is not None:
             tower = "no tower" if self.recipe.student is None else f"{self.recipe.answers.tower} tower"
             adapted = {"lora": "LoRA", "none": "frozen", "full": "all weights"}[self.recipe.decoder.adapt]
             batch = f"batch {self.recipe.questions_in_a_step()}"
             weight = f"weight {self.recipe.answers.weight:g}"
-            parts.append(f"questions: {len(asking.train)}, {batch}, {weight}; {tower}; decoder: {adapted}")
-            parts += asking.said
+            parts.append(f"questions: {len(questions.train)}, {batch}, {weight}; {tower}; decoder: {adapted}")
+            parts += questions.notes
         return "\n".join(parts)
 
     def _finish(self) -> None:
@@ -206,7 +206,7 @@ class Run:
     def _results(self) -> list[str]:
         """What a finished run leaves, by name."""
         model = [MODEL] if self.plan.pairs is not None and self.recipe.student is not None else []
-        return model + ([BUNDLE] if self.plan.asking is not None else [])
+        return model + ([BUNDLE] if self.plan.questions is not None else [])
 
     def _has_finished(self, progress: Progress) -> bool:
         """Whether an earlier start has come to the end: everything is written and scored on these sets. A collective."""
@@ -218,7 +218,7 @@ class Run:
         return all((self.folder / name).is_dir() for name in self._results())
 
     def _is_scored(self) -> bool:
-        return bool(self.plan.sets) or bool(self.plan.asking and self.plan.asking.sets)
+        return bool(self.plan.sets) or bool(self.plan.questions and self.plan.questions.sets)
 
     def _write_results(self, weights: dict[str, Tensor]) -> None:
         if self.log.failure is not None:
@@ -226,18 +226,18 @@ class Run:
         student = self._learners.student
         if self.plan.pairs is not None and student is not None:
             clip_folder.write_model(self.folder / MODEL, weights, student)
-        if self.plan.asking is not None:
+        if self.plan.questions is not None:
             self._write_bundle(weights)
 
     def _write_bundle(self, weights: dict[str, Tensor]) -> None:
-        answers, student, asking = self.recipe.answers, self._learners.student, self.plan.asking
+        answers, student, questions = self.recipe.answers, self._learners.student, self.plan.questions
         assert answers is not None
-        assert asking is not None
+        assert questions is not None
         trained = self.plan.pairs is not None or answers.tower == "trained"
         known = student is not None and student.description.settings.pretrained != clip.RANDOM
         loaded = known and student is not None and weights_file(student.description) is not None
-        texts = [text for one in check.examples(asking.train, _COMPARED) for text in (one.text, one.answer)]
-        with self._judge.learned(self._engine, weights) as module:
+        texts = [text for one in check.examples(questions.train, _COMPARED) for text in (one.text, one.answer)]
+        with self._evaluator.learned(self._engine, weights) as module:
             # what the engine holds may be in parts
             whole = None if student is None else dataclasses.replace(student, clip=module.clip)
             made = Bundle(module.decoder, whole, answers.max_length)
@@ -301,7 +301,7 @@ class Run:
 
     def _data(self) -> str:
         parts = [f"data.train = {self.recipe.data.train!r}"] if self.plan.pairs else []
-        return " and ".join(parts + (["answers.train"] if self.plan.asking else []))
+        return " and ".join(parts + (["answers.train"] if self.plan.questions else []))
 
     def _build(self, state: State | None) -> None:
         recipe, device = self.recipe, self.world.device
@@ -312,7 +312,7 @@ class Run:
         torch.manual_seed(recipe.seed)
         self._learners = build.build_learners(self.plan, self._teachers, device)
         module = self._learners.module
-        self._judge = Evaluator(self.plan, self.world, self._learners, StopPoller(self.world, self._stop))
+        self._evaluator = Evaluator(self.plan, self.world, self._learners, StopPoller(self.world, self._stop))
         if state is not None:
             checkpoint.check_fits(self._resumed_from, state.weights, trained_shapes(module))
             if self.plan.pairs is not None:
@@ -321,11 +321,11 @@ class Run:
 
     def _fit(self, progress: Progress) -> None:
         plan, world = self.plan, self.world
-        preprocess = {role: preprocessing(found) for role, found in build.live_teachers(plan, self._teachers).items()}
+        preprocess = {role: preprocessing(model) for role, model in build.live_teachers(plan, self._teachers).items()}
         if self._learners.student is not None:
             preprocess["student"] = self._learners.student.preprocess
         answer = None if self.recipe.answers is None else Answer(self.recipe.answers.weight, world)
-        task = Joint(plan.pairs.task if plan.pairs else None, answer)
+        task = StepLosses(plan.pairs.task if plan.pairs else None, answer)
         self._watch = lora.Watch(self._engine.module)
         trainer = Trainer(self.recipe, world, self._engine, task, self._teachers, preprocess, self.log, self._stop)
         with build.open_batches(plan, self._learners, self._teachers, progress, world) as batches:
@@ -355,27 +355,27 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         """Score the current weights on the recipe's sets, into metrics.jsonl, evaluation.json and the JSON's monitors."""
-        if self._judge:
+        if self._evaluator:
             watchdog.beat("evaluating", step)
-            results = self._judge.results(self._engine, step, self.folder)
+            results = self._evaluator.results(self._engine, step, self.folder)
             collectives.by_main(lambda: self._write_evaluation(results), self.world)
             self._engine.monitor(report.numbers(results), step * self.recipe.samples_in_a_step(), "Evaluation")
 
     def evaluated(self, step: int) -> bool:
         """Whether metrics.jsonl has the scores of this step on these sets. A collective. evaluation.json is made of them if it is gone."""
 
-        def told() -> bool:
+        def is_in_metrics() -> bool:
             rows = [row for row in run_folder.read_metrics(self.folder) if row.get("event") == "evaluation" and row["step"] == step]
-            found = [
+            scores = [
                 row["content"]
                 for row in rows
                 if isinstance(row.get("content"), dict) and row["content"].get("sets") == sets_of(self.recipe)
             ]
-            if found and not (self.folder / run_folder.EVALUATION).exists():
-                run_folder.write_json(self.folder / run_folder.EVALUATION, found[-1])
-            return bool(found)
+            if scores and not (self.folder / run_folder.EVALUATION).exists():
+                run_folder.write_json(self.folder / run_folder.EVALUATION, scores[-1])
+            return bool(scores)
 
-        return collectives.by_main(told, self.world)
+        return collectives.by_main(is_in_metrics, self.world)
 
     def _write_evaluation(self, results: dict[str, Any]) -> None:
         run_folder.write_json(self.folder / run_folder.EVALUATION, results)

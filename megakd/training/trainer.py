@@ -21,7 +21,7 @@ from megakd.data.pairs import Batch
 from megakd.data.transforms import normalise
 from megakd.models.embeddings import Embeddings
 from megakd.models.vlm.student import QuestionInputs
-from megakd.objectives.joint import Joint
+from megakd.objectives.set import StepLosses
 from megakd.recipe import Recipe
 from megakd.runtime import collectives, watchdog
 from megakd.runtime.checkpoint import Progress
@@ -78,7 +78,7 @@ class Trainer:
         recipe: Recipe,
         world: World,
         engine: Engine,
-        task: Joint,
+        task: StepLosses,
         teachers: Mapping[str, AnyTeacher],
         preprocess: dict[str, PreprocessCfg],
         log: RunLog,
