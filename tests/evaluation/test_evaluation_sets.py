@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megakd.runtime.launch import port
 from support import PROGRAMS
 from support.numbered_pictures import Reader, captioned, picture, recipe, results
-from support.runs import environment, finish
+from support.runs import run_ranks
 from support.shards import write_tar
 
 PERFECT = {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0}
@@ -199,11 +195,7 @@ def test_hard_negatives_of_a_broken_model_are_an_error(tmp_path: Path) -> None:
 
 def ranks(pattern: str, broken_number: str) -> list[str]:
     """What two ranks say."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port(os.getpid()))}
-    command = [sys.executable, str(PROGRAMS / "retrieval.py"), pattern, broken_number]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-    started = [subprocess.Popen(command, env=environment(RANK=rank, LOCAL_RANK=rank, **shared), **pipes) for rank in "01"]
-    return [finish(process).out.strip() for process in started]
+    return [said.strip() for said in run_ranks(PROGRAMS / "retrieval.py", pattern, broken_number)]
 
 
 def test_two_ranks_find_what_one_finds_and_fail_together(tmp_path: Path) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +14,15 @@ import torch
 
 from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_SAVED, Interrupted
-from megakd.runtime.launch import World, port
+from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller, StopRequest
-from support.runs import REPOSITORY, TINY_LLAMA, Finished, answering, curve, environment, events, finish, settings, wait_for
+from support.forked import Forked
+from support.runs import TINY_LLAMA, Finished, answering, curve, events, finish, settings, start_ranks, wait_for
 
 pytestmark = pytest.mark.timeout(400)
 
 
-def started(recipe: Path, world: Path, out: Path) -> list[subprocess.Popen[str]]:
+def started(recipe: Path, world: Path, out: Path) -> list[Forked]:
     """Two ranks without a launcher, whose exit codes are seen. One question a batch: an evaluation takes a few hundred of them."""
     sets = (
         *answering(world),
@@ -36,10 +34,7 @@ def started(recipe: Path, world: Path, out: Path) -> list[subprocess.Popen[str]]
         "checkpoint.every=3",
         "optim.steps=4",
     )
-    command = [sys.executable, str(REPOSITORY / "megakd" / "train.py"), "--recipe", str(recipe), "--out", str(out), *settings(*sets)]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port(os.getpid()))}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    return [subprocess.Popen(command, env=environment(RANK=rank, LOCAL_RANK=rank, **shared), **pipes) for rank in ("0", "1")]
+    return start_ranks("--recipe", recipe, "--out", out, *settings(*sets))
 
 
 def answered(run: Path) -> int:

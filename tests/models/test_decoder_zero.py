@@ -10,7 +10,7 @@ import torch
 
 from support import PROGRAMS
 from support.programs.decoder import CASES, CONFIGURATIONS
-from support.runs import finish, launch
+from support.runs import run_ranks
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -21,8 +21,7 @@ EXACT = [pair for pair in PAIRS if not pair[1].endswith("bf16")]
 
 def _measured(world: Path, folder: Path, ranks: int) -> Measured:
     """In processes of their own: this one would keep the memory and the threads of every engine."""
-    finished = finish(launch("torchrun", PROGRAMS / "decoder.py", world / "tokenizer", folder, ranks=ranks), seconds=400)
-    assert finished.code == 0, finished.out[-6000:]
+    run_ranks(PROGRAMS / "decoder.py", world / "tokenizer", folder, ranks=ranks, seconds=400)
     return {f"{case}_{how}": torch.load(folder / f"{case}_{how}.pt", weights_only=True) for case, how in PAIRS}
 
 

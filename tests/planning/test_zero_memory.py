@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from megakd.planning import zero
 from support import PROGRAMS
 from support.programs.zero import LAYERS, WIDTH
-from support.runs import environment
+from support.runs import run_ranks
 
 RANKS = 2
 SIZES = tuple(size for _ in range(LAYERS // 2) for size in (2 * WIDTH * WIDTH, 2 * WIDTH, 2 * WIDTH * WIDTH, WIDTH))
@@ -34,11 +32,9 @@ CONFIGS["zero1 bf16, sums in fp32"]["communication_data_type"] = "fp32"
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, int]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(PROGRAMS / "zero.py")]
-    done = subprocess.run([*command, *map(json.dumps, CONFIGS.values())], env=environment(), capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULTS")]
-    assert lines, done.stdout + done.stderr
-    return dict(zip(CONFIGS, json.loads(lines[0].removeprefix("RESULTS")), strict=True))
+    first, _ = run_ranks(PROGRAMS / "zero.py", *map(json.dumps, CONFIGS.values()))
+    (line,) = [line for line in first.splitlines() if line.startswith("RESULTS")]
+    return dict(zip(CONFIGS, json.loads(line.removeprefix("RESULTS")), strict=True))
 
 
 def planned(name: str) -> zero.Held:

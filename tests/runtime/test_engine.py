@@ -13,7 +13,7 @@ from megakd.runtime.engine import State
 from megakd.training.optim import decay_groups
 from support import PROGRAMS
 from support.programs.engine_states import ACCUMULATED, CONFIGURATIONS, OFFLOADED, OPTIM, Odd, data, measure, measure_all, why_not_compile
-from support.runs import finish, launch
+from support.runs import run_ranks
 
 # DeepSpeed compiles its CPU operators at the first use in an environment: a minute of two cores, three on a busy machine.
 pytestmark = pytest.mark.timeout(900)
@@ -40,8 +40,7 @@ def on_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def on_two(on_one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two_ranks")
-    finished = finish(launch("torchrun", PROGRAMS / "engine_states.py", folder, on_one), seconds=600)
-    assert finished.code == 0, finished.out[-6000:]
+    run_ranks(PROGRAMS / "engine_states.py", folder, on_one, seconds=600)
     return folder
 
 

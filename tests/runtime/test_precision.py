@@ -11,7 +11,7 @@ import torch
 from megakd.runtime import precision
 from support import PROGRAMS
 from support.programs.precision import CASES
-from support.runs import finish, launch
+from support.runs import run_ranks
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -46,8 +46,7 @@ def test_tf32_is_for_towers_on_a_gpu_alone_and_off_again_after_them() -> None:
 
 
 def test_ranks_that_would_compute_in_different_types_all_end_with_the_reason(tmp_path: Path) -> None:
-    finished = finish(launch("torchrun", PROGRAMS / "precision.py", tmp_path))
-    assert finished.code == 0, finished.out[-4000:]
+    run_ranks(PROGRAMS / "precision.py", tmp_path)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
     assert first.keys() == CASES.keys()
     for name in ("alike", "told what it does anyway"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import io
 import json
 import os
@@ -22,7 +24,9 @@ from megakd.runtime.launch import port
 from megakd.runtime.run_folder import read_metrics
 from megakd.training.command import run_command
 from support import REPOSITORY, python_path
+from support.forked import Forked, fork
 
+TRAIN = REPOSITORY / "megakd" / "train.py"
 # SLURM's lists of nodes, and the first one of each.
 NODE_LISTS = [
     ("gpu7", "gpu7"),
@@ -140,6 +144,7 @@ def settings(*overrides: str) -> list[str]:
 
 def train(recipe: Path | str | None, *arguments: str | Path, sets: tuple[str, ...] | list[str] = ()) -> Finished:
     """The training program in this process: everything of it but the launcher and the interpreter's start."""
+    _imported()
     command = [] if recipe is None else ["--recipe", str(recipe)]
     out, err = io.StringIO(), io.StringIO()
     with _untouched_process(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -166,6 +171,15 @@ def megakd(*arguments: object) -> int:
         return int(end.code or 0)
     finally:
         sys.argv = before
+
+
+@functools.cache
+def _imported() -> None:
+    """What runs import stays: the garbage collection at the end of each need not look at it, which took a third of a tiny run."""
+    import megakd.training.run  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.contextmanager
@@ -205,16 +219,22 @@ def launch(launcher: str, *arguments: str | Path, ranks: int = 2) -> subprocess.
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment(), start_new_session=True, **pipes)
 
 
-def start_ranks(*arguments: str | Path, folder: Path = REPOSITORY) -> list[subprocess.Popen[str]]:
-    """Start two ranks of the training program without a launcher, in `folder`; each one's exit code and output are its own."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port(os.getpid()))}
-    command = [sys.executable, str(REPOSITORY / "megakd/train.py"), *map(str, arguments)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    return [subprocess.Popen(command, cwd=folder, env=environment(RANK=rank, LOCAL_RANK=rank, **shared), **pipes) for rank in ("0", "1")]
+def start_ranks(*arguments: str | Path, program: Path = TRAIN, ranks: int = 2, folder: Path = REPOSITORY) -> list[Forked]:
+    """Start ranks of the training program, or another, in `folder` without a launcher; each one's exit code and output are its own."""
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port(os.getpid()))}
+    command = [str(program), *map(str, arguments)]
+    return [fork(command, environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared), folder) for rank in range(ranks)]
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 120) -> Finished:
-    """Wait for a launcher and return its code and output; a hang is an error, and nothing survives it."""
+def run_ranks(program: Path, *arguments: str | Path, ranks: int = 2, seconds: float = 240) -> list[str]:
+    """What each of a program's ranks wrote; all have to end well."""
+    ended = [finish(rank, seconds) for rank in start_ranks(*arguments, program=program, ranks=ranks)]
+    assert not any(end.code for end in ended), "\n".join(f"{end.code}:\n{end.out[-3000:]}" for end in ended)
+    return [end.out for end in ended]
+
+
+def finish(process: subprocess.Popen[str] | Forked, seconds: float = 120) -> Finished:
+    """Wait for a launcher or a rank and return its code and output; a hang is an error, and nothing survives it."""
     try:
         out, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -237,7 +257,7 @@ def _rank_of(process: psutil.Process) -> str | None:
         return None
 
 
-def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[str], seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[str] | Forked, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition():
         if launcher.poll() is not None or time.monotonic() > end:

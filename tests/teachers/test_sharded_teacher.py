@@ -17,7 +17,7 @@ from megakd.runtime import zero3
 from megakd.teachers.sharded import build_sharded_teacher
 from support import PROGRAMS
 from support.programs.sharded_teacher import STUDENTS
-from support.runs import REPOSITORY, finish, launch, rank_process, wait_for
+from support.runs import REPOSITORY, finish, launch, rank_process, run_ranks, wait_for
 from support.teachers import ARCHITECTURES, build, described
 
 JOB = PROGRAMS / "sharded_teacher.py"
@@ -38,8 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _outcomes(folder: Path, *tasks: str) -> Outcomes:
-    finished = finish(launch("torchrun", JOB, ",".join(tasks), folder), seconds=280)
-    assert finished.code == 0, finished.out[-6000:]
+    run_ranks(JOB, ",".join(tasks), folder, seconds=280)
     return {task: [json.loads((folder / f"{task}-{rank}.json").read_text()) for rank in (0, 1)] for task in tasks}
 
 

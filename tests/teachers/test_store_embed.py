@@ -28,7 +28,7 @@ from megakd.teachers import embed
 from megakd.teachers.build import open_store
 from megakd.teachers.embed import EmbedJob, EmbedRequest
 from support import PROGRAMS
-from support.runs import TEACHER, environment, finish, launch, wait_for
+from support.runs import TEACHER, environment, finish, run_ranks, wait_for
 from support.shards import ByteTokenizer, pair, write_tar
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -93,9 +93,8 @@ def test_what_a_killed_job_began_two_ranks_finish_as_one_undisturbed_rank_writes
     done = {path.name: path.stat().st_mtime_ns for path in out.glob("parts/0*")}
     assert 3 <= len(done) < PARTS
     (out / "parts" / ".000037.safetensors.half").write_bytes(b"half")
-    again = finish(launch("torchrun", *arguments(recipe_file, out)))
-    assert again.code == 0, again.out
-    assert f"{len(done)} of {PARTS} parts are there" in again.out
+    again, _ = run_ranks(*arguments(recipe_file, out))
+    assert f"{len(done)} of {PARTS} parts are there" in again
     assert {name: (out / "parts" / name).stat().st_mtime_ns for name in done} == done
     assert_equal_stores(out, reference)
 

@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megakd.runtime import peers
 from megakd.runtime.launch import port
-from support.runs import REPOSITORY, Finished, environment, rows
+from support.forked import Forked, fork
+from support.runs import TRAIN, Finished, environment, rows
 
 
-def _start(folders: tuple[Path, Path], *arguments: str | Path, meeting: int | None = None, **own: str) -> list[subprocess.Popen[str]]:
+def _start(folders: tuple[Path, Path], *arguments: str | Path, meeting: int | None = None, **own: str) -> list[Forked]:
     """Two ranks without a launcher, each in a folder of its own. own: variables of rank 1 alone."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(meeting or port(time.time_ns() // 1000))}
-    command = [sys.executable, str(REPOSITORY / "megakd" / "train.py"), *map(str, arguments)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return [
-        subprocess.Popen(
-            command,
-            cwd=folders[rank],
-            env=environment(**{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared, **(own if rank else {})}),
-            **pipes,
-        )
-        for rank in (0, 1)
-    ]
+    command = [str(TRAIN), *map(str, arguments)]
+    variables = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared, **(own if rank else {})} for rank in (0, 1)]
+    return [fork(command, environment(**variables[rank]), folders[rank]) for rank in (0, 1)]
 
 
-def _ends(ranks: list[subprocess.Popen[str]], seconds: float = 120) -> list[Finished]:
+def _ends(ranks: list[Forked], seconds: float = 120) -> list[Finished]:
     try:
         printed = [process.communicate(timeout=seconds)[0] for process in ranks]
     finally:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 from megakd.recipe import Objectives
 from megakd.runtime import checkpoint
 from support import PROGRAMS
+from support.forked import fork
 from support.runs import (
     ENSEMBLE,
     EVERY_OBJECTIVE,
@@ -112,7 +111,7 @@ def runs(recipe_file: Path, evaluations: tuple[str, ...], world: Path, tmp_path_
     }
     content = [{"arguments": command, "poison": 4 if name == "poisoned" else None} for name, command in jobs.items()]
     (folder / "jobs.json").write_text(json.dumps(content), encoding="utf-8")
-    outcomes = _as_srun(folder, [sys.executable, str(PROGRAMS / "train_jobs.py"), "jobs.json", "outcomes"])
+    outcomes = _as_srun(folder, [str(PROGRAMS / "train_jobs.py"), "jobs.json", "outcomes"])
     found.outcomes = {name: list(pair) for name, *pair in zip(jobs, *outcomes, strict=True)}
     _half(found["two"], found["one_from_two"])
     alone("one_from_two", kd)
@@ -128,10 +127,7 @@ def _half(whole: Path, half: Path) -> None:
 
 def _as_srun(folder: Path, command: list[str]) -> list[list[dict[str, Any]]]:
     shared = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(os.getpid())}
-    ranks = []
-    for rank in ("0", "1"):
-        env = environment(SLURM_PROCID=rank, SLURM_LOCALID=rank, **shared)
-        ranks.append(subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    ranks = [fork(command, environment(SLURM_PROCID=rank, SLURM_LOCALID=rank, **shared), folder) for rank in ("0", "1")]
     try:
         printed = [process.communicate(timeout=240)[0] for process in ranks]
     finally:

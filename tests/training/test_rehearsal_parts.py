@@ -19,7 +19,7 @@ from megakd.runtime import precision
 from megakd.runtime.launch import start, stop
 from megakd.teachers import embed
 from support.decoders import make_decoder
-from support.runs import KD, TEACHER, answering, ds_config, events, finish, launch, rows, settings, train, zero
+from support.runs import KD, TEACHER, TRAIN, answering, ds_config, events, rows, run_ranks, settings, train, zero
 
 STEPS = ("optim.steps=2", "optim.warmup=0", "optim.batch=8")
 RESNET = "student.architecture.vision_cfg={ image_size = 64, layers = [1, 1, 1, 1], width = 8, head_width = 16 }"
@@ -98,8 +98,7 @@ def test_two_ranks_train_as_one_does(recipe_file: Path, tmp_path: Path) -> None:
     one = train(recipe_file, "--out", tmp_path / "one", "--ds_config", config, sets=sets)
     assert one.code == 0, one.err
     command = ["--recipe", recipe_file, "--out", tmp_path / "two", "--ds_config", config, *settings(*sets)]
-    two = finish(launch("torchrun", "megakd/train.py", *command), 240)
-    assert two.code == 0, two.out[-4000:]
+    run_ranks(TRAIN, *command)
     for single, double in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert double["losses"] == pytest.approx(single["losses"], rel=0.02)
         assert double["scale"] == pytest.approx(single["scale"], rel=1e-4)

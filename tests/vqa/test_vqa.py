@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +10,14 @@ import pytest
 import torch
 
 from megakd.recipe import Evaluation, Recipe
-from megakd.runtime.launch import World, port
+from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 from megakd.vqa import evaluate
 from support import PROGRAMS
 from support import questions as files
+from support.forked import Forked
 from support.programs.vqa import QUESTIONS, answerer, run, write_sets
-from support.runs import environment, finish, wait_for
+from support.runs import finish, start_ranks, wait_for
 from support.shards import data
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -44,12 +42,8 @@ def answers(out: Path, name: str = "vqav2") -> list[dict[str, Any]]:
     return [json.loads(row) for row in rows]
 
 
-def start(sets: Path, out: Path, seconds: float) -> list[subprocess.Popen[str]]:
-    """Two ranks without a launcher."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port(os.getpid()))}
-    command = [sys.executable, str(PROGRAMS / "vqa.py"), str(sets), str(out), str(seconds)]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    return [subprocess.Popen(command, env=environment(RANK=rank, LOCAL_RANK=rank, **shared), **pipes) for rank in ("0", "1")]
+def start(sets: Path, out: Path, seconds: float) -> list[Forked]:
+    return start_ranks(sets, out, str(seconds), program=PROGRAMS / "vqa.py")
 
 
 def test_every_question_is_answered_and_answers_differ(undisturbed: tuple[Path, dict[str, Any]]) -> None:

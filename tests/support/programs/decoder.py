@@ -1,6 +1,6 @@
 """Trains a decoder on two ranks, or on one, through DeepSpeed's stages and saves what it exported: `decoder.py TOKENIZER FOLDER`.
 
-Started by test_decoder_zero.py under torchrun. The second half of the rows, rank 1's of two, has no image.
+Started by test_decoder_zero.py. The second half of the rows, rank 1's of two, has no image.
 """
 
 from __future__ import annotations

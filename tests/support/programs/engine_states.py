@@ -1,5 +1,5 @@
 """Trains a small module through every DeepSpeed configuration and saves what it exported. Imported by test_engine.py for one rank, and
-started by it under torchrun for two: `engine_states.py FOLDER [FOLDER_OF_OTHER_RANKS]`.
+started by it for two: `engine_states.py FOLDER [FOLDER_OF_OTHER_RANKS]`.
 
 For each configuration: four updates undisturbed; the state after two; two more from that state in a new engine. With the states of
 another number of ranks, two updates from those as well.
