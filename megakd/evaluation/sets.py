@@ -15,7 +15,7 @@ from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.transforms import rgb_image
 from megakd.evaluation import hard_negatives
-from megakd.evaluation import zero_shot as zeroshot
+from megakd.evaluation.zero_shot import CLASSES, ClassSet, read_class_set
 from megakd.recipe import Recipe
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
@@ -30,7 +30,7 @@ _LOST = ("truncated_tar", "unused_members")
 class Sets:
     """The opened evaluation sets of a recipe, by kind and name."""
 
-    zero_shot: dict[str, tuple[ShardSet, zeroshot.ClassSet]] = field(default_factory=dict)
+    zero_shot: dict[str, tuple[ShardSet, ClassSet]] = field(default_factory=dict)
     retrieval: dict[str, ShardSet] = field(default_factory=dict)
     hard_negatives: dict[str, ShardSet] = field(default_factory=dict)
 
@@ -58,9 +58,9 @@ def open_sets(recipe: Recipe, world: World) -> Sets:
 
     for name, folder in recipe.evaluation.zero_shot.items():
         key = f"evaluation.zero_shot.{name}"
-        classes = zeroshot.read_class_set(folder, key)
+        classes = read_class_set(folder, key)
 
-        def labels(sample: Sample, classes: zeroshot.ClassSet = classes) -> None:
+        def labels(sample: Sample, classes: ClassSet = classes) -> None:
             check_label(labelled(sample, "cls"), classes, sample.where)
 
         sets.zero_shot[name] = (shards(f"{folder.rstrip('/')}/test/*.tar", key, ("image", "cls"), labels), classes)
@@ -72,12 +72,12 @@ def open_sets(recipe: Recipe, world: World) -> Sets:
     return sets
 
 
-def check_label(label: int, classes: zeroshot.ClassSet, where: str) -> None:
+def check_label(label: int, classes: ClassSet, where: str) -> None:
     """Raises ValueError for a label that is no line of the class names."""
     if not 0 <= label < len(classes.names):
         raise ValueError(
             f"{where}: its label (.cls) is {label}; labels must be numbers from 0 to {len(classes.names) - 1}, "
-            f"one for each line of {zeroshot.CLASSES}"
+            f"one for each line of {CLASSES}"
         )
 
 

@@ -53,21 +53,21 @@ def _rows(out: Path, seeds: int) -> list[dict[str, Any]]:
     kinds = {"teacher": [out / "teacher"]}
     kinds["student, KD"] = [out / f"kd_seed{seed}" for seed in range(seeds)]
     kinds["student, no KD"] = [out / f"no_kd_seed{seed}" for seed in range(seeds)]
-    return [{"model": name, "runs": [_facts(folder) for folder in folders]} for name, folders in kinds.items()]
+    return [{"model": name, "runs": [_scores(folder) for folder in folders]} for name, folders in kinds.items()]
 
 
-def _facts(folder: Path) -> dict[str, float]:
-    found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    retrieval = found["retrieval"]["test"]
+def _scores(folder: Path) -> dict[str, float]:
+    scores = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    retrieval = scores["retrieval"]["test"]
     speeds = [row["images_per_second"] for row in read_metrics(folder) if "images_per_second" in row]
     return {
-        "zero_shot": found["zero_shot"]["seen"]["top1"],
+        "zero_shot": scores["zero_shot"]["seen"]["top1"],
         "image_to_text_R@1": retrieval["image_to_text"]["R@1"],
         "image_to_text_R@5": retrieval["image_to_text"]["R@5"],
         "text_to_image_R@1": retrieval["text_to_image"]["R@1"],
         "text_to_image_R@5": retrieval["text_to_image"]["R@5"],
         "mean_R@1": retrieval["mean_R@1"],
-        "parameters": found["parameters"],
+        "parameters": scores["parameters"],
         "images_per_second": statistics.median(speeds),
     }
 

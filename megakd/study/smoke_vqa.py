@@ -76,7 +76,7 @@ def run(seeds: int, out: Path, data: Path) -> int:
     world = write_world(data, train=TRAIN_PAIRS, test=TEST_PAIRS, caption_noise=CAPTION_NOISE)
     print(f"{data}: " + (f"written in {world.seconds:.1f} s" if world.written else "there already"), flush=True)
     recipes = Recipes(out, data)
-    found: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
+    scores: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
     for seed in range(seeds):
         # The teacher's row first: it is the teacher that the students' recipes wait for.
         for row in ("blind", "teacher's tower", "random tower", "student, no KD", "student, KD"):
@@ -86,25 +86,25 @@ def run(seeds: int, out: Path, data: Path) -> int:
                 again = "`megakd smoke --vqa` again goes on from its last checkpoint"
                 print(f"the run in {folder} ended with exit code {code}; {again}", file=sys.stderr)
                 return code
-            found[row].append(json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["vqa"])
-    (out / "table.json").write_text(json.dumps({"seeds": seeds, "rows": found}, indent=1) + "\n", encoding="utf-8")
-    _show(found, seeds, time.perf_counter() - start)
+            scores[row].append(json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["vqa"])
+    (out / "table.json").write_text(json.dumps({"seeds": seeds, "rows": scores}, indent=1) + "\n", encoding="utf-8")
+    _show(scores, seeds, time.perf_counter() - start)
     return 0
 
 
-def _show(found: dict[str, list[dict[str, Any]]], seeds: int, seconds: float) -> None:
-    questions = next(iter(found.values()))[0]["test"]["questions"]
+def _show(scores: dict[str, list[dict[str, Any]]], seeds: int, seconds: float) -> None:
+    questions = next(iter(scores.values()))[0]["test"]["questions"]
     repeated = f"{seeds} seeds" if seeds > 1 else "1 seed"
     title = f"VQA accuracy on {questions} questions, {repeated}, {seconds:.0f} s"
     table = Table(title=title, caption="held-out: scenes of pairs never seen in training")
     for heading in ("vision tower", "overall", *FAMILIES, "held-out"):
         table.add_column(heading, justify="left" if heading == "vision tower" else "right")
-    for row, runs in found.items():
+    for row, runs in scores.items():
         families = [percent([run["test"]["by_family"][family]["accuracy"] for run in runs]) for family in FAMILIES]
         table.add_row(row, percent(_overall(runs, "test")), *families, percent(_overall(runs, "held_out")))
     plain().print(table)
     for lower, upper in itertools.pairwise(ROWS):
-        gains = [high - low for low, high in zip(_overall(found[lower], "test"), _overall(found[upper], "test"), strict=True)]
+        gains = [high - low for low, high in zip(_overall(scores[lower], "test"), _overall(scores[upper], "test"), strict=True)]
         print(f"{upper} over {lower}: " + ", ".join(f"{gain:+.1%}" for gain in gains) + f" (mean {statistics.mean(gains):+.1%})")
 
 

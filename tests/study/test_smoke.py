@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megakd.recipe import load
+from megakd.study import launcher
 from megakd.study.smoke_vqa import ROWS, Recipes
 from megakd.training.prepare import RunRequest, prerequisites
 
@@ -30,6 +31,15 @@ def test_the_recipe_of_a_vqa_row_names_all_runs_that_come_before_it(tmp_path: Pa
         "student, KD": ["teacher", "kd_seed1", "decoder", "student_KD_seed1_align"],
         "teacher's tower": ["teacher", "decoder", "teachers_tower_seed1_align"],
     }
+
+
+def test_every_file_of_a_shipped_recipe_is_taken_from_another_data_folder(tmp_path: Path) -> None:
+    data = tmp_path / "a world"
+    for name in load.shipped():
+        before = json.dumps(load.load_recipe(name).model_dump(mode="json"))
+        after = load.load_recipe(name, launcher.moved(name, data)).model_dump(mode="json")
+        assert after == json.loads(before.replace('"data/shapes/', f'"{data}/')), name
+    assert launcher.moved("smoke", Path("data/shapes")) == []
 
 
 @pytest.mark.slow
