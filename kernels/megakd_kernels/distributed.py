@@ -182,6 +182,11 @@ class Block(NamedTuple):
     grad: Tensor | None
     """(M, D') zeros, to which the caller adds its rows' part of the gradient of these columns; None where none is wanted."""
 
+    def diagonal(self, first: int) -> int | None:
+        """The place in this block of column `first` of the matrix, where the own rows' diagonal begins; None: it is in another block."""
+        place = first - self.first
+        return place if 0 <= place < len(self.tensors[0]) else None
+
 
 class Sweep:
     """One pass of this rank's rows over the columns of all ranks: gathered at once, or block by block around a ring.

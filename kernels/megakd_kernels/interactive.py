@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from megakd_kernels.dispatch import choose, one_pass_kernels
 from megakd_kernels.distributed import Facts, Ranks, Sweep, agree, gather_rows
-from megakd_kernels.one_pass import Gradients, OnePassKernels, diagonal_in, differentiable, half_gain
+from megakd_kernels.one_pass import Gradients, OnePassKernels, differentiable, half_gain
 from megakd_kernels.panels import Logits, add_product
 from megakd_kernels.precision import full_precision, product, run_compiled
 from megakd_kernels.types import CheckedPair, Pair, check_pairs, compute_dtype, device_of, needs_grad
@@ -181,7 +181,7 @@ def _one_pass(
         _Rows.of(left_BD, dtype, need or need_scale) for left_BD, need in ((student.image, need_image), (student.text, need_text))
     ]
     for block in sweep:
-        diagonal = diagonal_in(block, ranks.rank * count)
+        diagonal = block.diagonal(ranks.rank * count)
         for rows, right_MD in zip(directions, block.tensors, strict=True):
             rows.add(Logits.of(rows.left_BD, right_MD, scale), diagonal, kernels)
     (image_loss, image_BD), (text_loss, text_BD) = (rows.finish(right_BD) for rows, right_BD in zip(directions, teacher, strict=True))

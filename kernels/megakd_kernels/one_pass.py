@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megakd_kernels.distributed import Block
 from megakd_kernels.panels import Logits
 from megakd_kernels.precision import save, saved_once
 
@@ -73,12 +72,6 @@ class OnePassKernels(Protocol):
         self, student: BiasedLogits, teachers: Sequence[BiasedLogits], diagonal: int | None, hard: bool, slopes: bool
     ) -> Iterator[tuple[slice, tuple[SigmoidPanel, ...]]]:
         """Rows and their parts: KD where there is a teacher, then SigLIP's loss where `hard`."""
-
-
-def diagonal_in(block: Block, first: int) -> int | None:
-    """Where in the block the diagonal begins, whose first column is `first`; None where it is in another block."""
-    start = first - block.first
-    return start if 0 <= start < len(block.tensors[0]) else None
 
 
 class _PrecomputedGradients(torch.autograd.Function):

@@ -52,7 +52,7 @@ class TorchOnePass(NamedTuple):
             torch.sigmoid(a_cM, out=sigmoid_cM)
             parts: list[SigmoidPanel] = []
             if teachers:
-                loss_c = _kd(a_cM, softplus_neg_abs_cM, [(teacher, rows) for teacher in teachers], slope_cM, work)
+                loss_c = _kd(a_cM, softplus_neg_abs_cM, teachers, rows, slope_cM, work)
                 slope_cM.div_(-len(teachers)).add_(sigmoid_cM)
                 parts.append(_part(loss_c, slope_cM, logits, slopes))
             if hard:
@@ -66,7 +66,7 @@ def _part(loss_c: Tensor, slope_cM: Tensor, logits: Logits, slopes: bool) -> Sig
 
 
 def _kd(
-    a_cM: Tensor, softplus_neg_abs_cM: Tensor, teachers: Sequence[tuple[BiasedLogits, slice]], target_cM: Tensor, work: Sequence[Tensor]
+    a_cM: Tensor, softplus_neg_abs_cM: Tensor, teachers: Sequence[BiasedLogits], rows: slice, target_cM: Tensor, work: Sequence[Tensor]
 ) -> Tensor:
     """(c,) sums of the mean over teachers of KL(Bernoulli(sigmoid b) || Bernoulli(sigmoid a)); target_cM becomes the sum of sigmoid(b).
 
@@ -78,7 +78,7 @@ def _kd(
     loss_c = a_cM.new_zeros(len(a_cM))
     one = a_cM.new_ones(())
     b_cM, neg_x_cM, negative_loss_cM, sigmoid_y_cM = work
-    for teacher, rows in teachers:
+    for teacher in teachers:
         teacher.rows(rows, b_cM)
         target_cM.add_(torch.sigmoid(b_cM, out=neg_x_cM))
         torch.copysign(one, b_cM, out=neg_x_cM).mul_(a_cM)

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 
 from megakd_kernels.dispatch import choose, one_pass_kernels
 from megakd_kernels.distributed import Block, Facts, Ranks, Sweep, agree, gather_rows
-from megakd_kernels.one_pass import BiasedLogits, Gradients, OnePassKernels, SigmoidPanel, diagonal_in, differentiable, half_gain
+from megakd_kernels.one_pass import BiasedLogits, Gradients, OnePassKernels, SigmoidPanel, differentiable, half_gain
 from megakd_kernels.panels import Logits, add_product
 from megakd_kernels.precision import full_precision, product, run_compiled
 from megakd_kernels.types import BiasedPair, SimilarityLoss, check_pairs, compute_dtype, device_of, needs_grad
@@ -222,7 +222,7 @@ class _OnePass(NamedTuple):
         sweep = Sweep([pair.text for pair in (self.student, *self.teachers)], self.ranks, ring=ring, grad_like=grad_like)
         for block in sweep:
             student, *teachers = self._logits(block)
-            diagonal = diagonal_in(block, self.ranks.rank * len(image_BD))
+            diagonal = block.diagonal(self.ranks.rank * len(image_BD))
             text_grads = [None] * len(parts) if block.grad is None else block.grad.split(width, 1)
             for rows, panels in kernels.sigmoid_panels(student, teachers, diagonal, self.hard, any(self.needs)):
                 for part, panel, text_grad_MD in zip(parts, panels, text_grads, strict=True):

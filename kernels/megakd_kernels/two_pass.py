@@ -69,8 +69,7 @@ class TwoPass(NamedTuple):
             self.kernels.logits(pair.image, right_MD, pair.scale.to(dtype) / self.temperature)
             for pair, right_MD in zip((student, *teachers), block.tensors, strict=True)
         )
-        diagonal = self.ranks.rank * len(student.image) - block.first
-        return StripeLogits(of_student, tuple(of_teachers), diagonal if 0 <= diagonal < len(block.tensors[0]) else None)
+        return StripeLogits(of_student, tuple(of_teachers), block.diagonal(self.ranks.rank * len(student.image)))
 
 
 class _Statistics(NamedTuple):
