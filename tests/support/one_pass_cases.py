@@ -143,5 +143,5 @@ def judge(case: Case, outcomes: dict[str, Outcome], excess: Outcome | None = Non
 def interpreted(script: str, result: Path) -> object:
     """What `script` saves in `result` when it runs under Triton's interpreter, which must be chosen before Triton is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": python_path()}
-    subprocess.run([sys.executable, script, str(result)], env=environment, check=True, timeout=240)
+    subprocess.run([sys.executable, script, str(result)], env=environment, check=True, timeout=280)
     return torch.load(result, weights_only=False)
