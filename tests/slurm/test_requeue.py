@@ -1,4 +1,4 @@
-"""The end of a batch shell when SLURM's controller is busy, refuses, or knows better: runtime/requeue.sh against answers that are set here.
+"""The end of a batch shell when SLURM's controller is busy, refuses, or knows better: jobs/requeue.sh against answers that are set here.
 
 What a real controller answers is in the tests on the cluster."""
 
@@ -42,7 +42,7 @@ def end(here: Path, code: int, show: list[str], requeue: list[str], **variables:
     """Exit code, output and questions of a shell whose ranks ended with `code`."""
     for name, answers in {"show": show, "requeue": requeue}.items():
         (here / name).write_text("".join(f"{answer}\n" for answer in answers))
-    script = f'set -uo pipefail; source {REPOSITORY}/megakd/runtime/requeue.sh; finish {code} "this command"'
+    script = f'set -uo pipefail; source {REPOSITORY}/megakd/jobs/requeue.sh; finish {code} "this command"'
     environ = {"PATH": f"{here}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **variables}
     done = subprocess.run(["bash", "-c", script], cwd=here, env=environ, capture_output=True, text=True, timeout=60, check=False)
     asked = (here / "asked").read_text().splitlines() if (here / "asked").exists() else []

@@ -65,7 +65,7 @@ def evaluated_and_asked_again(run: Path, name: str = "test") -> tuple[list[str],
     lines = (run / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[1:]
     loaded, again = Bundle.load(run / "bundle", CPU), []
     for one in asked.read(range(len(asked)), True):
-        assert isinstance(one, vqa_questions.Asked)
+        assert isinstance(one, vqa_questions.QuestionWithImage)
         image = None if one.image is None else Image.open(io.BytesIO(one.image))
         again += loaded.answer([image], [one.question.text], settings.evaluation.answer_tokens, short=one.question.short)
     return [json.loads(line)["answer"] for line in lines], again
