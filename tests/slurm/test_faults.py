@@ -68,11 +68,12 @@ def disturbed(slurm: Cluster, site: Path, arguments: list[str]) -> Disturbed:
         wait(script.id, ("PENDING",), 90)
         slurm.start_node("node2")
 
+    # Early, so that the last one comes well before the run's end on a busy machine too: a run that has ended takes no step again.
     stops = [
-        _stop(script, "preemption, the job's own signal", 10, preempt),
-        _stop(script, "preemption, SIGTERM alone", 25, preempt_plainly),
-        _stop(script, "scontrol requeue", 40, lambda: scontrol("requeue", script.id)),
-        _stop(script, "a node loses its power", 55, lose_a_node),
+        _stop(script, "preemption, the job's own signal", 8, preempt),
+        _stop(script, "preemption, SIGTERM alone", 16, preempt_plainly),
+        _stop(script, "scontrol requeue", 24, lambda: scontrol("requeue", script.id)),
+        _stop(script, "a node loses its power", 32, lose_a_node),
     ]
     slurm.send_user_signal_at_preemption(True)
     return Disturbed(script, wait(script.id, timeout=200), stops, halfway)
