@@ -13,11 +13,11 @@ import torch
 from megakd.evaluation import retrieval
 from support import PROGRAMS
 from support.library_environments import CLIP_BENCHMARK, set_up
-from support.programs.clip_benchmark import embeddings
+from support.programs.clip_benchmark_side import embeddings
 from support.runs import environment, train
 
-JOB = PROGRAMS / "clip_benchmark.py"
-# `python tests/support/programs/clip_benchmark.py table SEED`, by clip_benchmark 1.6.2
+JOB = PROGRAMS / "clip_benchmark_side.py"
+# `python tests/support/programs/clip_benchmark_side.py table SEED`, by clip_benchmark 1.6.2
 FROZEN = {
     0: {
         "image_to_text": {"R@1": 0.5666666626930237, "R@5": 0.9333333373069763, "R@10": 0.9666666388511658},

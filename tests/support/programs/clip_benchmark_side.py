@@ -1,8 +1,8 @@
 """What CLIP_benchmark itself makes of retrieval sets; run in an environment that has it (`support.library_environments.CLIP_BENCHMARK`).
 
-python clip_benchmark.py table N            prints its recalls of `embeddings(N)`
-python clip_benchmark.py write FOLDER       writes a retrieval set in its layout
-python clip_benchmark.py score FOLDER MODEL scores that with an open_clip model's folder, and prints its recalls
+python clip_benchmark_side.py table N            prints its recalls of `embeddings(N)`
+python clip_benchmark_side.py write FOLDER       writes a retrieval set in its layout
+python clip_benchmark_side.py score FOLDER MODEL scores that with an open_clip model's folder, and prints its recalls
 """
 
 from __future__ import annotations
