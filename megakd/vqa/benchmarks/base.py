@@ -97,7 +97,7 @@ class Benchmark(ABC):
     metric and caveats are told in the results. image_name: the default pattern of its images' names, from an entry's fields.
     annotations: the answers are in a second file. split: one file holds several splits, and the recipe says which.
     skips_unanswered: a set to learn may have questions without an answer, which are left out.
-    submission_suffix: of the file for its server, a list in one JSON text (.json) or a line for each (.jsonl); None: it has no server.
+    submission_suffix: of the file for its server, a list in one JSON text (.json) or a line for each (.jsonl).
     """
 
     metric: ClassVar[str]
@@ -106,7 +106,7 @@ class Benchmark(ABC):
     annotations: ClassVar[bool] = False
     split: ClassVar[bool] = False
     skips_unanswered: ClassVar[bool] = False
-    submission_suffix: ClassVar[str | None] = ".json"
+    submission_suffix: ClassVar[str] = ".json"
 
     @property
     def name(self) -> str:
@@ -145,9 +145,9 @@ class Benchmark(ABC):
         """Numbers over all questions that have answers."""
         return {}
 
-    def submission(self, answered: Answered) -> Entry:
-        """What the benchmark's server or program takes for one question."""
-        raise NotImplementedError(f"{self.name} has no server")
+    @abstractmethod
+    def submission(self, answered: Answered) -> Entry | None:
+        """What the benchmark's server or program takes for one question; None where it has neither."""
 
     def results(self, answered: Sequence[Answered]) -> dict[str, Any]:
         """{"metric", "accuracy", "questions", "by_family": {family: {"accuracy", "questions"}}, "by_...", ..., "caveats"}
@@ -200,9 +200,9 @@ class Benchmark(ABC):
 
     def write_submission(self, answered: Sequence[Answered], folder: Path, name: str) -> Path | None:
         """FOLDER/NAME.submission.json or .jsonl, in the questions' order; None for a benchmark without a server."""
-        if self.submission_suffix is None:
-            return None
         entries = [self.submission(one) for one in answered]
+        if None in entries:
+            return None
         lines = self.submission_suffix == ".jsonl"
         path = folder / f"{name}.submission{self.submission_suffix}"
         with atomic_file(path, alone=True) as partial:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megakd.recipe import QuestionSource
-from megakd.vqa.benchmarks.base import Benchmark, Question, QuestionFile, first_of
+from megakd.vqa.benchmarks.base import Answered, Benchmark, Question, QuestionFile, first_of
 from megakd.vqa.json_files import Entry, is_id, items, object_of, read_list, shown, text_of
 from megakd.vqa.normalise import trimmed
 
@@ -20,7 +20,6 @@ class Llava(Benchmark):
     metric = "exact match of the first answer"
     image_name = "{image}"
     skips_unanswered = True
-    submission_suffix = None
 
     def questions(self, file: QuestionFile) -> Iterator[Question]:
         """A conversation each.
@@ -54,6 +53,9 @@ class Llava(Benchmark):
 
     def score(self, question: Question, prediction: str) -> float:
         return float(trimmed(prediction) == trimmed(question.answer))
+
+    def submission(self, answered: Answered) -> None:
+        """No server, and no program of its own that reads one."""
 
 
 def _turns(entry: Entry, where: str, changes: Counter[str]) -> tuple[list[tuple[str, str]], int]:
