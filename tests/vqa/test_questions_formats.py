@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from megakd.recipe import QuestionSource
-from megakd.vqa.benchmarks import parse
-from megakd.vqa.benchmarks.base import Question, most_frequent
+from megakd.recipe.vqa import BENCHMARKS
+from megakd.vqa import benchmarks
+from megakd.vqa.benchmarks import benchmark, parse
+from megakd.vqa.benchmarks.base import Benchmark, Question, most_frequent
 from support import questions as files
 from support.questions import source, talk, vqav2_entries, write
 
@@ -218,3 +220,11 @@ def test_damaged_json_labels_and_answers_out_of_range_are_said(tmp_path: Path) -
             read(source("scienceqa", questions=write(tmp_path / "problems.json", {"1": problem}), split=split))
     with pytest.raises(ValueError, match=re.escape('has no list "trian"')):
         read(source("scienceqa", questions=tmp_path / "problems.json", split="trian"))
+
+
+def test_every_file_of_the_benchmarks_folder_is_a_format_of_the_recipe_and_the_reverse() -> None:
+    modules = {path.stem for path in Path(benchmarks.__file__).parent.glob("*.py")} - {"__init__", "base"}
+    formats = set(QuestionSource.model_fields["format"].annotation.__args__)  # type: ignore[union-attr]
+    assert modules == formats - {"captions"} == set(BENCHMARKS)
+    assert {name: benchmark(name).name for name in modules} == {name: name for name in modules}
+    assert {type(benchmark(name)) for name in modules} == set(Benchmark.__subclasses__())

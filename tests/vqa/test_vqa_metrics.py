@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megakd.recipe import QuestionSource
-from megakd.recipe.vqa import BENCHMARKS
-from megakd.vqa import benchmarks
 from megakd.vqa.benchmarks import benchmark
-from megakd.vqa.benchmarks.base import Answered, Benchmark, Question
+from megakd.vqa.benchmarks.base import Answered, Question
 from megakd.vqa.benchmarks.pope import pope_says_yes
 from megakd.vqa.benchmarks.scienceqa import scienceqa_letter
 from megakd.vqa.benchmarks.textvqa import textvqa_accuracy
@@ -396,11 +392,3 @@ def test_vizwiz_scores_what_is_said_to_be_unanswerable() -> None:
     assert found["accuracy"] == pytest.approx(0.5)
     assert found["unanswerable"] == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "questions": 4}
     assert found["by_answerable"]["yes"] == {"accuracy": 0.5, "questions": 2}
-
-
-def test_every_file_of_the_benchmarks_folder_is_a_format_of_the_recipe_and_the_reverse() -> None:
-    files = {path.stem for path in Path(benchmarks.__file__).parent.glob("*.py")} - {"__init__", "base"}
-    formats = set(QuestionSource.model_fields["format"].annotation.__args__)  # type: ignore[union-attr]
-    assert files == formats - {"captions"} == set(BENCHMARKS)
-    assert {name: benchmark(name).name for name in files} == {name: name for name in files}
-    assert {type(benchmark(name)) for name in files} == set(Benchmark.__subclasses__())
