@@ -22,37 +22,12 @@ from megakd.data.pairs import Batch, train_batches
 from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
 from megakd.data.store import writer
-from megakd.data.store.reader import Layout, Manifest, Store, StoreError, content_digest, differences, map_part, part_path, read_manifest
+from megakd.data.store.reader import Store, StoreError, content_digest, differences, map_part, part_path, read_manifest
 from megakd.data.store.views import StoredViews
 from megakd.data.transforms import TowerView, draw_stored, train_pixels
 from megakd.recipe import Views
 from support.shards import ByteTokenizer, data, no_barrier, pair, write_set, write_tar
-
-# 43 samples in parts of 8: five whole ones and one of 3.
-LAYOUT = Layout(samples=43, part=8, views=3, width=5, dtype="fp32")
-KEY = {"teacher": {"embed_dim": 5}, "weights": {"name": "a b", "sha256": "12"}, "seed": 7, "views": {"flip": 0.5, "crop_scale": [0.5, 1.0]}}
-MANIFEST = Manifest(KEY, {"precision": "fp32"}, LAYOUT, 14.285714149475098, None)
-UNUSABLE = (3, 17, 42)
-
-
-def values(layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """image (samples, V, D), text (samples, D), known (samples,) of a whole set."""
-    generator = torch.Generator().manual_seed(0)
-    known = torch.ones(layout.samples, dtype=torch.bool)
-    known[list(UNUSABLE)] = False
-    image = torch.randn((layout.samples, layout.views, layout.width), generator=generator) * known[:, None, None]
-    return image, torch.randn((layout.samples, layout.width), generator=generator) * known[:, None], known
-
-
-def write(folder: Path, manifest: Manifest = MANIFEST) -> Path:
-    folder.mkdir(exist_ok=True)
-    writer.start(folder, manifest)
-    image, text, known = values(manifest.layout)
-    for number in range(manifest.layout.parts):
-        rows = slice(number * manifest.layout.part, (number + 1) * manifest.layout.part)
-        writer.write_part(folder, manifest, number, image[rows], text[rows], known[rows])
-    writer.finish(folder, manifest)
-    return folder
+from support.stores import KEY, LAYOUT, MANIFEST, UNUSABLE, values, write
 
 
 @pytest.fixture
@@ -351,70 +326,3 @@ def test_samples_that_cannot_be_used_are_left_out_of_what_a_teacher_sees(tmp_pat
     assert (len(only_bad.index), only_bad.tokens.shape) == (0, (0, 20))
     with pytest.raises(ValueError, match=r"not again for the teacher: corrupt_image: .*0\.tar: b"):
         source.see_all(np.array([1]), np.array([0]))
-
-
-def _flipped(path: Path, place: int, bit: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1 << bit
-    path.write_bytes(content)
-
-
-def _begin(path: Path, name: str) -> int:
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    return 8 + length + int(json.loads(content[8 : 8 + length])[name]["data_offsets"][0])
-
-
-@pytest.mark.parametrize("formerly", [False, True])
-@pytest.mark.parametrize("bit", [0, 6, 7])  # the last bit of a mantissa as well as a sign or an exponent
-def test_one_flipped_bit_makes_a_row_one_that_the_store_lacks(folder: Path, bit: int, formerly: bool) -> None:
-    if formerly:
-        _as_formerly(folder)
-    whole, index = Store.open(folder), np.arange(3)
-    truth = whole.read(index, np.ones(3, np.int64))
-    for name in ("image", "text"):
-        path = part_path(folder, 0)
-        before = path.read_bytes()
-        # the second sample's text, or its view 1 (of 3), of width 5 in four bytes each
-        _flipped(path, _begin(path, name) + {"image": (3 + 1) * 20, "text": 20}[name] + 3, bit)
-        found = Store.open(folder).read(index, np.ones(3, np.int64))
-        # a part without checks of its rows is believed as a whole or not at all
-        expected = truth.known & (torch.zeros(3, dtype=torch.bool) if formerly else torch.tensor([True, False, True]))
-        assert found.known.tolist() == expected.tolist()
-        assert found.damaged.any()
-        assert found.image[found.known].equal(truth.image[found.known])
-        assert not found.image[~found.known].any()
-        path.write_bytes(before)
-
-
-def _as_formerly(folder: Path) -> None:
-    """The store as versions wrote it that knew no checks."""
-    for path in sorted((folder / "parts").iterdir()):
-        content = path.read_bytes()
-        length = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + length])
-        note = json.loads(header["__metadata__"]["megakd"])
-        del note["checks"]
-        header["__metadata__"]["megakd"] = json.dumps(note)
-        text = json.dumps(header).encode()
-        path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    content = json.loads((folder / "manifest.json").read_text()) | {"format": 1}
-    del content["sha256"]
-    (folder / "manifest.json").write_text(json.dumps(content))
-
-
-def test_a_store_of_an_earlier_version_is_read_as_it_was(folder: Path) -> None:
-    index, view = np.arange(12), np.zeros(12, np.int64)
-    now = Store.open(folder).read(index, view)
-    _as_formerly(folder)
-    then = Store.open(folder)
-    assert then.defects == []
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(then.read(index, view), now, strict=True))
-
-
-@pytest.mark.parametrize("change", [{"scale": 112.03}, {"bias": -1.0}, {"layout": {}}, {"parts": []}, {"key": {"seed": 4}}], ids=str)
-def test_a_changed_manifest_is_refused(folder: Path, change: dict[str, object]) -> None:
-    content = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**content, **change}))
-    with pytest.raises(StoreError, match="was changed after it was written"):
-        Store.open(folder)

@@ -1,0 +1,36 @@
+"""A small store of teacher embeddings, written as `megakd embed` writes one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megakd.data.store import writer
+from megakd.data.store.reader import Layout, Manifest
+
+# 43 samples in parts of 8: five whole ones and one of 3.
+LAYOUT = Layout(samples=43, part=8, views=3, width=5, dtype="fp32")
+KEY = {"teacher": {"embed_dim": 5}, "weights": {"name": "a b", "sha256": "12"}, "seed": 7, "views": {"flip": 0.5, "crop_scale": [0.5, 1.0]}}
+MANIFEST = Manifest(KEY, {"precision": "fp32"}, LAYOUT, 14.285714149475098, None)
+UNUSABLE = (3, 17, 42)
+
+
+def values(layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """image (samples, V, D), text (samples, D), known (samples,) of a whole set."""
+    generator = torch.Generator().manual_seed(0)
+    known = torch.ones(layout.samples, dtype=torch.bool)
+    known[list(UNUSABLE)] = False
+    image = torch.randn((layout.samples, layout.views, layout.width), generator=generator) * known[:, None, None]
+    return image, torch.randn((layout.samples, layout.width), generator=generator) * known[:, None], known
+
+
+def write(folder: Path, manifest: Manifest = MANIFEST) -> Path:
+    folder.mkdir(exist_ok=True)
+    writer.start(folder, manifest)
+    image, text, known = values(manifest.layout)
+    for number in range(manifest.layout.parts):
+        rows = slice(number * manifest.layout.part, (number + 1) * manifest.layout.part)
+        writer.write_part(folder, manifest, number, image[rows], text[rows], known[rows])
+    writer.finish(folder, manifest)
+    return folder
