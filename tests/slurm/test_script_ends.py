@@ -14,15 +14,23 @@ from support.slurm_scripts import SMALL, Script, repository, submit_higher
 
 pytestmark = pytest.mark.usefixtures("no_jobs_left")
 
-# The last argument of the script is its part. Once restarted, it is done at once.
+# The last argument of the script is its part. Once restarted, it is done at once. Signals are handled before the line that tests wait for,
+# and the first of two ranks to end waits until the other handles them too.
 STAND_IN = r"""#!/bin/bash
+part=${*: -1} handled="handled-$SLURM_JOB_ID"
+[ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || part=ends
+case $part in
+    saves) trap 'sleep 0.3; exit 85' TERM USR1 ;;
+    one-first) trap '' TERM; [ "$SLURM_PROCID" = 1 ] || touch "$handled" ;;
+esac
 echo "rank $SLURM_PROCID of $SLURM_NTASKS, restart ${SLURM_RESTART_COUNT:-0}, log $MEGAKD_LOG, arguments $*"
 echo "inherited: ${RANK-}${WORLD_SIZE-}${LOCAL_RANK-}${LOCAL_WORLD_SIZE-}${MASTER_ADDR-}${MASTER_PORT-}."
-[ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || exit 0
-case "${*: -1}" in
-    saves) trap 'sleep 0.3; exit 85' TERM USR1 ;;
+case $part in
     crashes) [ "$SLURM_PROCID" = 0 ] || exit 1 ;;
-    one-first) trap '' TERM; [ "$SLURM_PROCID" = 1 ] && exit 85; sleep 1; exit 85 ;;
+    one-first)
+        until [ -e "$handled" ]; do sleep 0.1; done
+        [ "$SLURM_PROCID" = 1 ] || sleep 1
+        exit 85 ;;
     ends) exit 0 ;;
 esac
 for _ in {1..600}; do sleep 0.1; done
