@@ -131,6 +131,11 @@ def test_no_module_is_longer_than_400_lines(name: str) -> None:
     assert len(SOURCES[name].read_text(encoding="utf-8").splitlines()) <= 400
 
 
+def test_no_file_of_tests_is_longer_than_400_lines() -> None:
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in (REPOSITORY / "tests").rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
 def test_no_name_in_megakd_hides_a_librarys_when_the_folder_is_first_on_the_path() -> None:
     """`deepspeed megakd/train.py` puts megakd/ first on sys.path until train.py takes it off again."""
     names = {

@@ -1,6 +1,5 @@
 """The training loader: the same global batches for any number of ranks and workers, exact resume, bad samples, clean ends."""
 
-import itertools
 import multiprocessing
 import os
 import signal
@@ -19,16 +18,11 @@ from megakd.data.transforms import TowerView
 from megakd.recipe import Views
 from megakd.runtime import failures
 from support import PROGRAMS
-from support.loaders import BATCH, TOWERS, stream
+from support.loaders import BATCH, TOWERS, stream, take
 from support.runs import REPOSITORY, environment
-from support.shards import ByteTokenizer, bomb_png, data, jpeg, no_barrier, pair, text_of, write_set, write_tar
+from support.shards import ByteTokenizer, bomb_png, jpeg, open_shards, pair, text_of, write_set, write_tar
 
 pytestmark = pytest.mark.usefixtures("no_process_is_left")
-
-
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    return ShardSet.open(data(write_set(tmp_path_factory.mktemp("clean"), 43, 3)), 0, 1, no_barrier)
 
 
 def bad_members() -> list[tuple[str, bytes]]:
@@ -47,13 +41,7 @@ def bad_members() -> list[tuple[str, bytes]]:
 
 @pytest.fixture
 def spoiled(tmp_path: Path) -> ShardSet:
-    pattern = str(write_tar(tmp_path / "0.tar", bad_members()))
-    return ShardSet.open(data(pattern, max_bad_fraction=0.5), 0, 1, no_barrier)
-
-
-def take(shards: ShardSet, count: int, **more: int) -> list[Batch]:
-    with stream(shards, **more) as batches:
-        return list(itertools.islice(batches, count))
+    return open_shards(str(write_tar(tmp_path / "0.tar", bad_members())), max_bad_fraction=0.5)
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -142,7 +130,7 @@ def test_bad_samples_are_replaced_counted_and_logged_by_the_main_process(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_set_of_corrupt_images_is_an_error_and_no_hang(tmp_path: Path, workers: int) -> None:
     members = [member for number in range(10) for member in ((f"{number}.jpg", b"no picture"), (f"{number}.txt", b"text"))]
-    shards = ShardSet.open(data(str(write_tar(tmp_path / "0.tar", members))), 0, 1, no_barrier)
+    shards = open_shards(str(write_tar(tmp_path / "0.tar", members)))
     with stream(shards, workers=workers) as batches:
         with pytest.raises(ValueError, match=r"^no usable sample in 64 attempts for position 0: corrupt_image 64\. Example: .*0\.tar"):
             next(batches)
@@ -164,7 +152,7 @@ def test_a_bug_in_a_worker_is_raised_with_its_message_and_ends_the_others(clean:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_that_vanishes_is_raised_by_name_and_is_an_error_for_users(tmp_path: Path, workers: int) -> None:
-    shards = ShardSet.open(data(write_set(tmp_path, 16, 2)), 0, 1, no_barrier)
+    shards = open_shards(write_set(tmp_path, 16, 2))
     (tmp_path / "00001.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"00001\.tar is gone since the run began") as caught:
         take(shards, 3, workers=workers)

@@ -8,8 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from megakd.data.patterns import expand
-from megakd.data.shards import ShardSet
-from support.shards import data, no_barrier, pair, write_tar
+from support.shards import data, open_shards, pair, write_tar
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ def test_a_star_takes_the_tars_and_names_what_it_left_out(folder: Path, caplog: 
     for _ in range(2):  # the second start finds indexes there, which are nobody's business
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            assert len(ShardSet.open(data("s/*"), 0, 1, no_barrier)) == 2
+            assert len(open_shards("s/*")) == 2
         assert "2 files are no .tar and are left out: s/0.parquet, s/0_stats.json" in caplog.text
         assert len(list(Path("s").glob("*.npy"))) == 2
 
@@ -105,7 +104,7 @@ def test_files_that_are_not_called_tar_are_taken_where_no_other_is_there(folder:
 def test_a_folder_without_permission_and_odd_names_are_told_in_one_line(folder: Path) -> None:
     name = os.fsdecode(b"new\nline\xff.tar")
     write_tar(folder / name, pair("a", 0))
-    assert len(ShardSet.open(data([name]), 0, 1, no_barrier)) == 1
+    assert len(open_shards([name])) == 1
     with pytest.raises(ValueError, match=r"no shard gone\\n\.tar"):
         expand("gone\n.tar")
 

@@ -10,12 +10,7 @@ import pytest
 from megakd.data import tar_index
 from megakd.data.bad_samples import REASONS, BadCounter, BadLog, BadSample
 from megakd.data.shards import ShardSet, expand
-from support.shards import data, jpeg, no_barrier, pair, write_set, write_tar
-
-
-@pytest.fixture(autouse=True)
-def _own_user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+from support.shards import data, jpeg, no_barrier, open_shards, pair, write_set, write_tar
 
 
 def open_set(pattern: str | list[str], **more: object) -> ShardSet:
@@ -294,8 +289,8 @@ def test_what_the_index_knows_is_checked_at_open(tmp_path: Path) -> None:
     pattern = str(write_tar(tmp_path / "0.tar", [*members, ("x.jpg", jpeg(0)), ("y.txt", b"no image"), ("z.jpg", jpeg(0)), ("z.txt", b"")]))
     said = r"3 of 11 samples .*data\.max_bad_fraction = 0\.2: .*missing_image 1.*Example: .*0\.tar"
     with pytest.raises(ValueError, match=said):
-        ShardSet.open(data(pattern, max_bad_fraction=0.2), 0, 1, no_barrier)
-    shards = ShardSet.open(data(pattern, max_bad_fraction=0.3), 0, 1, no_barrier)
+        open_shards(pattern, max_bad_fraction=0.2)
+    shards = open_shards(pattern, max_bad_fraction=0.3)
     assert shards.known_bad.counts == {"missing_image": 1, "missing_caption": 1, "empty_caption": 1}
     reasons = []
     for index in range(8, 11):
@@ -308,9 +303,9 @@ def test_what_the_index_knows_is_checked_at_open(tmp_path: Path) -> None:
 def test_a_set_that_yields_nothing_is_an_error_at_open(tmp_path: Path) -> None:
     pattern = str(write_tar(tmp_path / "0.tar", [("a.jpg", jpeg(0)), ("b.jpg", jpeg(1))]))
     with pytest.raises(ValueError, match=r"none of the 2 samples .*\.txt members"):
-        ShardSet.open(data(pattern, max_bad_fraction=1.0), 0, 1, no_barrier)
+        open_shards(pattern, max_bad_fraction=1.0)
     with pytest.raises(ValueError, match="not one sample"):
-        ShardSet.open(data(str(write_tar(tmp_path / "1.tar", []))), 0, 1, no_barrier)
+        open_shards(str(write_tar(tmp_path / "1.tar", [])))
 
 
 def test_a_shard_that_shrinks_or_goes_during_the_run_is_noticed(tmp_path: Path) -> None:

@@ -13,12 +13,7 @@ import pytest
 from megakd.data import tar_index
 from megakd.data.bad_samples import BadSample
 from megakd.data.shards import ShardSet
-from support.shards import data, jpeg, no_barrier, pair, write_tar
-
-
-@pytest.fixture(autouse=True)
-def _own_user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+from support.shards import data, jpeg, no_barrier, open_shards, pair, write_tar
 
 
 def open_set(*paths: Path, rank: int = 0) -> ShardSet:
@@ -96,7 +91,7 @@ def test_of_a_tar_that_is_cut_short_the_lost_samples_are_counted(tmp_path: Path,
     assert shards.known_bad.counts == {"truncated_tar": 6}
     assert shards.known_bad.seen == 8 + 8 * len(others)
     with pytest.raises(ValueError, match=r"truncated_tar 6"):
-        ShardSet.open(data([str(path), *map(str, others)], max_bad_fraction=0.05), 0, 1, no_barrier)
+        open_shards([str(path), *map(str, others)], max_bad_fraction=0.05)
 
 
 def test_links_inside_the_tar_are_followed_and_others_counted(tmp_path: Path) -> None:
@@ -217,6 +212,6 @@ def test_a_caption_that_is_missing_is_said_of_a_training_set_and_of_no_other(tmp
     add(path, "alone.jpg", jpeg(1))
     open_set(path)
     assert caplog.text == ""
-    ShardSet.open(data([str(path)], max_bad_fraction=0.5), 0, 1, no_barrier)
+    open_shards([str(path)], max_bad_fraction=0.5)
     assert "1 of 7 samples cannot be used, missing_caption: " in caplog.text
     assert "0.tar: alone" in caplog.text

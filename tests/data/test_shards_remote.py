@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from megakd.data import storage, tar_index
 from megakd.data.bad_samples import BadSample
 from megakd.data.shards import ShardSet, expand
-from support.shards import data, no_barrier, pair, write_tar
+from support.shards import open_shards, pair, write_tar
 
 NAMES = (f"set{number}" for number in itertools.count())
 
@@ -58,8 +58,7 @@ fsspec.register_implementation("flaky", Flaky, clobber=True)
 
 
 @pytest.fixture(autouse=True)
-def calm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+def calm(monkeypatch: pytest.MonkeyPatch):
     slept: list[float] = []
     monkeypatch.setattr(storage.time, "sleep", slept.append)
     Flaky.requests = Flaky.broken = 0
@@ -93,13 +92,13 @@ def test_remote_shards_read_as_local_ones(tmp_path: Path, cached: bool) -> None:
     pattern = upload(tmp_path, "memory", 6)
     assert len(expand(pattern)) == 2
     more = {"cache": str(tmp_path / "cache")} if cached else {}
-    assert captions(ShardSet.open(data(pattern, **more), 0, 1, no_barrier)) == EXPECTED
+    assert captions(open_shards(pattern, **more)) == EXPECTED
     assert len(list((tmp_path / "cache/shards").glob("*.tar"))) == (2 if cached else 0)
 
 
 def test_broken_requests_are_tried_again_with_growing_pauses(tmp_path: Path, calm: list[float]) -> None:
     pattern = upload(tmp_path, "flaky", 6)
-    shards = ShardSet.open(data(pattern), 0, 1, no_barrier)
+    shards = open_shards(pattern)
     Flaky.requests, Flaky.fail = 0, staticmethod(lambda request: request <= 3)
     calm.clear()
     assert shards.read(0, ("caption",)).members["caption"] == b"caption 0"
@@ -109,7 +108,7 @@ def test_broken_requests_are_tried_again_with_growing_pauses(tmp_path: Path, cal
 
 
 def test_a_dead_network_is_a_read_error_after_bounded_attempts(tmp_path: Path, calm: list[float]) -> None:
-    shards = ShardSet.open(data(upload(tmp_path, "flaky", 6)), 0, 1, no_barrier)
+    shards = open_shards(upload(tmp_path, "flaky", 6))
     Flaky.requests, Flaky.fail = 0, staticmethod(lambda request: True)
     with pytest.raises(BadSample, match="failed 5 times, last with ConnectionResetError: the network went away") as caught:
         shards.read(0, ("image",))
@@ -120,15 +119,15 @@ def test_a_dead_network_is_a_read_error_after_bounded_attempts(tmp_path: Path, c
 def test_indexing_and_copying_survive_a_flaky_network(tmp_path: Path) -> None:
     pattern = upload(tmp_path, "flaky", 6)
     Flaky.first_fails = True
-    assert captions(ShardSet.open(data(pattern), 0, 1, no_barrier)) == EXPECTED
-    assert captions(ShardSet.open(data(pattern, cache=str(tmp_path / "cache")), 0, 1, no_barrier)) == EXPECTED
+    assert captions(open_shards(pattern)) == EXPECTED
+    assert captions(open_shards(pattern, cache=str(tmp_path / "cache"))) == EXPECTED
     assert Flaky.broken > 3
     assert not list((tmp_path / "cache").rglob(".*"))
 
 
 def test_the_threads_that_read_open_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python 3.11's `ast`, with which np.load parses headers, fails at random when several threads use it at once."""
-    shards = ShardSet.open(data(upload(tmp_path, "memory", 6)), 0, 1, no_barrier)
+    shards = open_shards(upload(tmp_path, "memory", 6))
     threads: set[threading.Thread] = set()
     load = tar_index.load
     monkeypatch.setattr(tar_index, "load", lambda *args: (threads.add(threading.current_thread()), load(*args))[1])
@@ -138,20 +137,20 @@ def test_the_threads_that_read_open_no_index(tmp_path: Path, monkeypatch: pytest
 
 def test_a_shard_is_copied_once_and_again_when_it_changes(tmp_path: Path) -> None:
     pattern, cache = upload(tmp_path, "flaky", 6), str(tmp_path / "cache")
-    captions(ShardSet.open(data(pattern, cache=cache), 0, 1, no_barrier))
+    captions(open_shards(pattern, cache=cache))
     copied = Flaky.requests
     assert copied == 2
-    captions(ShardSet.open(data(pattern, cache=cache), 0, 1, no_barrier))
+    captions(open_shards(pattern, cache=cache))
     assert Flaky.requests == copied
     fs = fsspec.filesystem("flaky")
     (first, _) = expand(pattern)
     with fs.open(first, "wb") as file:
         file.write(write_tar(tmp_path / "new.tar", pair("n", 9)).read_bytes())
-    assert captions(ShardSet.open(data(pattern, cache=cache), 0, 1, no_barrier)) == ["caption 9", "caption 1", "caption 3", "caption 5"]
+    assert captions(open_shards(pattern, cache=cache)) == ["caption 9", "caption 1", "caption 3", "caption 5"]
 
 
 def _copy(pattern: str, cache: str, queue) -> None:
-    queue.put((captions(ShardSet.open(data(pattern, cache=cache), 0, 1, no_barrier)), Flaky.requests))
+    queue.put((captions(open_shards(pattern, cache=cache)), Flaky.requests))
 
 
 def test_processes_that_want_the_same_shard_copy_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

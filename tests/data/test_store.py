@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import pickle
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from open_clip.transform import PreprocessCfg
 from safetensors.torch import load_file
 
-from megakd.data.pairs import Batch, train_batches
-from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
 from megakd.data.store import writer
 from megakd.data.store.reader import Store, StoreError, content_digest, differences, map_part, part_path, read_manifest
 from megakd.data.store.views import StoredViews
-from megakd.data.transforms import TowerView, draw_stored, train_pixels
+from megakd.data.transforms import decode, draw_stored, train_pixels
 from megakd.recipe import Views
-from support.shards import ByteTokenizer, data, no_barrier, pair, write_set, write_tar
+from support.loaders import TOWERS, take
+from support.shards import open_shards, pair, write_tar
 from support.stores import KEY, LAYOUT, MANIFEST, UNUSABLE, values, write
 
 
@@ -69,45 +66,29 @@ def test_the_manifest_lists_the_parts_with_checksums_of_their_values(folder: Pat
         assert content_digest(arrays) == part["sha256"]
 
 
-def cut_the_end(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def cut_the_header(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:20])
-
-
-def lengthen(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def take_the_next_part(path: Path) -> None:
-    path.write_bytes(part_path(path.parents[1], 2).read_bytes())
-
-
-def take_another_stores(path: Path) -> None:
+def _of_another_store(path: Path) -> bytes:
     other = write(path.parents[2] / "other", replace(MANIFEST, key={**KEY, "seed": 8}))
-    path.write_bytes(part_path(other, 1).read_bytes())
+    return part_path(other, 1).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("spoil", "defect"),
-    [
-        (Path.unlink, "missing"),
-        (cut_the_end, "bytes instead of"),
-        (cut_the_header, "no part of a store"),
-        (lengthen, "bytes instead of"),
-        (empty, "no part of a store"),
-        (take_the_next_part, "a part of another store"),
-        (take_another_stores, "a part of another store"),
-    ],
-)
-def test_a_part_that_is_not_whole_is_not_there_and_the_others_are(folder: Path, spoil, defect: str) -> None:
-    spoil(part_path(folder, 1))
+# What a part's file holds afterwards, None where it is gone, and what is said of it.
+SPOILED: dict[str, tuple[Callable[[Path], bytes | None], str]] = {
+    "gone": (lambda path: None, "missing"),
+    "cut at its end": (lambda path: path.read_bytes()[:-1], "bytes instead of"),
+    "cut in its header": (lambda path: path.read_bytes()[:20], "no part of a store"),
+    "longer": (lambda path: path.read_bytes() + b"\0", "bytes instead of"),
+    "empty": (lambda path: b"", "no part of a store"),
+    "the next part": (lambda path: part_path(path.parents[1], 2).read_bytes(), "a part of another store"),
+    "another store's": (_of_another_store, "a part of another store"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "defect"), SPOILED.values(), ids=SPOILED)
+def test_a_part_that_is_not_whole_is_not_there_and_the_others_are(folder: Path, spoil: Callable[[Path], bytes | None], defect: str) -> None:
+    content = spoil(part_path(folder, 1))
+    part_path(folder, 1).unlink()
+    if content is not None:
+        part_path(folder, 1).write_bytes(content)
     store = Store.open(folder)
     assert list(store.parts) == [0, 2, 3, 4, 5]
     assert len(store.defects) == 1
@@ -239,28 +220,11 @@ def test_a_killed_jobs_lock_is_free_at_once(tmp_path: Path, holder: subprocess.P
 
 # The loader and the teacher's side of a store
 
-TOWERS = {
-    "student": TowerView(PreprocessCfg(size=16), ByteTokenizer(12)),
-    "teacher": TowerView(PreprocessCfg(size=(24, 20), interpolation="bilinear"), ByteTokenizer(20)),
-}
 
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    return ShardSet.open(data(write_set(tmp_path_factory.mktemp("clean"), 43, 3)), 0, 1, no_barrier)
-
-
-def batches(shards: ShardSet, count: int, store: Store | None, *, rank: int = 0, world: int = 1, workers: int = 0) -> list[Batch]:
-    order = Order(len(shards), 8, seed=3, block=4, window=3)
-    ranks = {"rank": rank, "world": world, "start_position": 0, "workers": workers, "pin_memory": False}
-    with train_batches(shards, order, Views(), TOWERS, store=store, **ranks) as found:
-        return list(itertools.islice(found, count))
-
-
-def test_every_epoch_replays_the_next_view_of_each_sample_and_brings_its_rows(shards: ShardSet, folder: Path) -> None:
+def test_every_epoch_replays_the_next_view_of_each_sample_and_brings_its_rows(clean: ShardSet, folder: Path) -> None:
     image, text, _ = values(LAYOUT)
     pictures: dict[tuple[int, int], torch.Tensor] = {}
-    for batch in batches(shards, 20, Store.open(folder)):  # four epochs of five batches: view 0 comes again in the last
+    for batch in take(clean, 20, store=Store.open(folder)):  # four epochs of five batches: view 0 comes again in the last
         assert batch.view is not None
         assert batch.stored is not None
         assert batch.view.tolist() == [batch.position // 40 % 3] * 8
@@ -275,21 +239,19 @@ def test_every_epoch_replays_the_next_view_of_each_sample_and_brings_its_rows(sh
     assert all(not torch.equal(pictures[index, 0], pictures[index, 1]) for index in seen)
 
 
-def test_the_augmentation_of_a_stored_view_is_a_function_of_seed_sample_and_number_alone(shards: ShardSet, folder: Path) -> None:
-    from megakd.data.transforms import decode
-
-    (batch,) = batches(shards, 1, Store.open(folder))
+def test_the_augmentation_of_a_stored_view_is_a_function_of_seed_sample_and_number_alone(clean: ShardSet, folder: Path) -> None:
+    (batch,) = take(clean, 1, store=Store.open(folder))
     index = int(batch.index[3])
-    picture = decode(shards.read(index, ("image",)).members["image"], 10**7).convert("RGB")
+    picture = decode(clean.read(index, ("image",)).members["image"], 10**7).convert("RGB")
     expected = train_pixels(picture, draw_stored(Views(), 7, index, 0, *picture.size), TOWERS["student"].train_pixels)
     assert torch.equal(batch.pixels["student"][3], torch.from_numpy(expected.copy()))
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 1), (4, 0)])
-def test_any_number_of_ranks_and_workers_reads_the_same_rows(shards: ShardSet, folder: Path, world: int, workers: int) -> None:
+def test_any_number_of_ranks_and_workers_reads_the_same_rows(clean: ShardSet, folder: Path, world: int, workers: int) -> None:
     store = Store.open(folder)
-    whole = batches(shards, 7, store)
-    parts = [batches(shards, 7, store, rank=rank, world=world, workers=workers) for rank in range(world)]
+    whole = take(clean, 7, store=store)
+    parts = [take(clean, 7, store=store, rank=rank, world=world, workers=workers) for rank in range(world)]
     for step, expected in enumerate(whole):
         found = [part[step] for part in parts]
         assert torch.equal(torch.cat([batch.stored.image for batch in found]), expected.stored.image)
@@ -297,15 +259,15 @@ def test_any_number_of_ranks_and_workers_reads_the_same_rows(shards: ShardSet, f
         assert torch.equal(torch.cat([batch.pixels["student"] for batch in found]), expected.pixels["student"])
 
 
-def test_without_a_store_nothing_is_replayed(shards: ShardSet) -> None:
-    (batch,) = batches(shards, 1, None)
+def test_without_a_store_nothing_is_replayed(clean: ShardSet) -> None:
+    (batch,) = take(clean, 1)
     assert batch.view is None
     assert batch.stored is None
 
 
-def test_what_a_miss_reads_again_is_what_the_loader_gives_a_teacher(shards: ShardSet, folder: Path) -> None:
-    source = StoredViews(shards, Views(), 7, TOWERS["teacher"])
-    for batch in batches(shards, 7, Store.open(folder)):
+def test_what_a_miss_reads_again_is_what_the_loader_gives_a_teacher(clean: ShardSet, folder: Path) -> None:
+    source = StoredViews(clean, Views(), 7, TOWERS["teacher"])
+    for batch in take(clean, 7, store=Store.open(folder)):
         pixels, tokens = source.see_all(batch.index.numpy(), batch.view.numpy())
         assert torch.equal(pixels, batch.pixels["teacher"])
         assert torch.equal(tokens, batch.tokens["teacher"])
@@ -315,7 +277,7 @@ def test_what_a_miss_reads_again_is_what_the_loader_gives_a_teacher(shards: Shar
 
 def test_samples_that_cannot_be_used_are_left_out_of_what_a_teacher_sees(tmp_path: Path) -> None:
     members = [*pair("a", 1), ("b.jpg", b"no picture"), ("b.txt", b"text"), *pair("c", 2)]
-    spoiled = ShardSet.open(data(str(write_tar(tmp_path / "0.tar", members))), 0, 1, no_barrier)
+    spoiled = open_shards(str(write_tar(tmp_path / "0.tar", members)))
     source = StoredViews(spoiled, Views(), 0, TOWERS["teacher"])
     seen = source.see(np.arange(3), np.tile(np.arange(2), (3, 1)))
     assert seen.index.tolist() == [0, 2]

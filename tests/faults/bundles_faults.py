@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import random
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from faults.campaign import Mutant, SilentFault
+from faults import damage
+from faults.campaign import Mutant, SilentFault, mutants_of_copies
 from megakd import recipe
 from megakd.data.shapes.vocabulary import write_tokenizer
 from megakd.export.bundle import Bundle
@@ -24,11 +23,15 @@ from support.decoders import CPU, make_decoder, make_towers
 
 NAME, COUNT, LIMIT, FEW = "bundles", 330, 60.0, 12
 ASKED = ["how many squares are there ?", "what colour is it ?"]
-Change = Callable[[Any], Any]
-_VALUES: list[Any] = [None, True, False, 0, -1, 1, 2.5, 10**30, "", "x", "../x", [], [1], {}, {"a": 1}, "lora", "none", "\x00"]
+VALUES = (*damage.VALUES, "lora", "none")
 
 
-def _original(folder: Path) -> Path:
+class Original(NamedTuple):
+    folder: Path
+    state: dict[str, Any]
+
+
+def _original(folder: Path) -> Original:
     torch.set_num_threads(1)
     tokenizer = folder / "tokenizer"
     write_tokenizer(tokenizer)
@@ -38,37 +41,27 @@ def _original(folder: Path) -> Path:
     lora = recipe.Lora(rank=4, alpha=8.0, dropout=0.0)
     module = make_decoder(None, towers.clip.visual, model=str(folder / "language"), lora=lora)  # type: ignore[arg-type]
     Bundle(module, towers, 64).save(folder / "bundle", tower_inside=True)
-    return folder / "bundle"
+    return Original(folder / "bundle", _state(Bundle.load(folder / "bundle", CPU)))
 
 
 def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
-    whole = _original(folder)
-    right = _state(Bundle.load(whole, CPU))
-    for number in range(count):
-        copied = folder / "mutant"
-        shutil.rmtree(copied, ignore_errors=True)
-        shutil.copytree(whole, copied)
-        name = _damage(copied, draw, number)
-        yield Mutant(name, functools.partial(_attempt, copied, right))
+    return mutants_of_copies(count, draw, folder, [_original(folder)], _damage, _attempt)
 
 
 def _state(loaded: Bundle) -> dict[str, Any]:
-    weights = {name: value.clone() for name, value in loaded.decoder.state_dict().items()}
-    settings = loaded.decoder.settings.model_dump(exclude={"tokenizer", "model"})
     talk = loaded.conversations
-    prompts = [talk.prompt(text, True, image=True) for text in ASKED]
     return {
-        "weights": weights,
-        "settings": settings,
-        "prompts": prompts,
+        "weights": {name: value.clone() for name, value in loaded.decoder.state_dict().items()},
+        "settings": loaded.decoder.settings.model_dump(exclude={"tokenizer", "model"}),
+        "prompts": [talk.prompt(text, True, image=True) for text in ASKED],
         "ends": loaded.decoder.description.ends,
         "length": loaded.max_length,
     }
 
 
-def _attempt(folder: Path, right: dict[str, Any]) -> str:
-    found = _state(Bundle.load(folder, CPU))
-    weights, expected = found.pop("weights"), dict(right)
+def _attempt(original: Original, folder: Path) -> str:
+    found, expected = _state(Bundle.load(folder, CPU)), dict(original.state)
+    weights = found.pop("weights")
     if not all(torch.equal(value, weights[name]) for name, value in expected.pop("weights").items()):
         raise SilentFault("other weights")
     if found != expected:
@@ -76,67 +69,30 @@ def _attempt(folder: Path, right: dict[str, Any]) -> str:
     return "sound"
 
 
-def _damage(folder: Path, draw: random.Random, number: int) -> str:
+def _damage(folder: Path, draw: random.Random) -> str:
     """Half of the mutants have a changed manifest, of which some were given a right checksum again, as by a person with a script."""
-    kinds = (_manifest_value, _manifest_value, _manifest_text, _file_bytes, _file_list, _weights)
-    return kinds[number % len(kinds)](folder, draw)
+    return draw.choice((_manifest_value, _manifest_value, _manifest_text, _file_bytes, _file_list, _weights))(folder, draw)
 
 
 def _manifest_value(folder: Path, draw: random.Random) -> str:
-    path = folder / MANIFEST
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     before = copy.deepcopy(content)
-    where: list[Any] = []
-    inner: Any = content
-    while True:
-        keys = list(inner) if isinstance(inner, dict) else list(range(len(inner)))
-        key = draw.choice(keys)
-        where.append(key)
-        if isinstance(inner[key], (dict, list)) and inner[key] and draw.random() < 0.7:
-            inner = inner[key]
-            continue
-        break
-    action = draw.choice(["set", "set", "delete", "rename"]) if isinstance(inner, dict) else "set"
-    value = draw.choice(_VALUES)
-    if action == "set":
-        inner[key] = value
-    else:
-        kept = inner.pop(key)
-        if action == "rename":
-            inner[f"{key}x"] = kept
+    name, (first, *_) = damage.json_value(content, draw, VALUES)
     # A changed template or length under a right checksum is somebody's own bundle: only what cannot be one is signed again.
-    signed = draw.random() < 0.3 and where[0] in ("files", "language", "tower", "versions") and content != before
-    if signed and "sha256" in content:
-        content["sha256"] = json_sha256({name: one for name, one in content.items() if name != "sha256"})
-    path.write_text(json.dumps(content), encoding="utf-8")
-    return f"bundle.json: {action} {where} {value!r}, signed: {signed}"
+    signed = draw.random() < 0.3 and first in ("files", "language", "tower", "versions") and content != before
+    _write(folder, content, signed=signed and "sha256" in content)
+    return f"bundle.json: {name}, signed: {signed}"
 
 
 def _manifest_text(folder: Path, draw: random.Random) -> str:
     path = folder / MANIFEST
-    text = path.read_bytes()
-    kind = draw.choice(["cut", "flip", "deep", "utf-16", "latin", "bom", "twice", "empty", "list", "long number", "nan", "link"])
-    place = draw.randrange(len(text))
-    changed = {
-        "cut": text[:place],
-        "flip": text[:place] + bytes([text[place] ^ 1 << draw.randrange(8)]) + text[place + 1 :],
-        "deep": b"[" * 10**5,
-        "utf-16": text.decode().encode("utf-16"),
-        "latin": text.replace(b"USER", b"\xff\xfe"),
-        "bom": b"\xef\xbb\xbf" + text,
-        "twice": text.replace(b'"max_length"', b'"max_length": 7, "max_length"', 1),
-        "empty": b"",
-        "list": b"[" + text + b"]",
-        "long number": text.replace(b'"max_length": 64', b'"max_length": ' + b"9" * 5000),
-        "nan": text.replace(b'"max_length": 64', b'"max_length": NaN'),
-        "link": b"",
-    }[kind]
-    path.unlink()
-    if kind == "link":
+    name, content = damage.json_text(path.read_text(encoding="utf-8"), draw)
+    if draw.random() < 0.1:
+        path.unlink()
         path.symlink_to(folder)
-    else:
-        path.write_bytes(changed)
-    return f"bundle.json: {kind} at {place}"
+        return "bundle.json: a link to its folder"
+    path.write_bytes(content)
+    return f"bundle.json: {name}"
 
 
 def _file(folder: Path, draw: random.Random) -> Path:
@@ -145,16 +101,13 @@ def _file(folder: Path, draw: random.Random) -> Path:
 
 def _file_bytes(folder: Path, draw: random.Random) -> str:
     path = _file(folder, draw)
-    content = bytearray(path.read_bytes())
-    kind = draw.choice(["cut", "flip", "delete", "empty", "longer", "folder"])
-    place = draw.randrange(len(content))
+    kind = draw.choice(["delete", "folder", *["bytes"] * 4])
+    if kind == "bytes":
+        return damage.bytes_of(path, draw)
     path.unlink()
     if kind == "folder":
         path.mkdir()
-    elif kind != "delete":
-        content[place] ^= 1 << draw.randrange(8) if kind == "flip" else 0
-        path.write_bytes({"cut": content[:place], "empty": b"", "longer": content + b"\0"}.get(kind, bytes(content)))
-    return f"{path.relative_to(folder)}: {kind} at {place}"
+    return f"{path.relative_to(folder)}: {kind}"
 
 
 def _file_list(folder: Path, draw: random.Random) -> str:
@@ -209,10 +162,14 @@ def _weights(folder: Path, draw: random.Random) -> str:
 
 
 def _signed(folder: Path, change: Callable[[dict[str, Any]], None], changed: Path | None = None) -> None:
-    path = folder / MANIFEST
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if changed is not None:
         content["files"][changed.relative_to(folder).as_posix()] = {"bytes": changed.stat().st_size, "sha256": sha256(changed)}
     change(content)
-    content["sha256"] = json_sha256({name: one for name, one in content.items() if name != "sha256"})
-    path.write_text(json.dumps(content), encoding="utf-8")
+    _write(folder, content, signed=True)
+
+
+def _write(folder: Path, content: dict[str, Any], *, signed: bool) -> None:
+    if signed:
+        content["sha256"] = json_sha256({name: one for name, one in content.items() if name != "sha256"})
+    (folder / MANIFEST).write_text(json.dumps(content), encoding="utf-8")

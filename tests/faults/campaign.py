@@ -8,9 +8,11 @@ Each module `*_faults.py` beside this one is a family: it defines NAME, COUNT (i
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import random
+import shutil
 import signal
 import tempfile
 import time
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, ModuleType
+from typing import Protocol, TypeVar
 
 HERE = Path(__file__).parent
 # What may happen to a mutant. sound: it is harmless, and the result is that of the unharmed original. refused: one message of megakd's,
@@ -46,6 +49,33 @@ class Mutant:
 
     name: str
     attempt: Callable[[], str]
+
+
+class Sound(Protocol):
+    """What was written before any damage."""
+
+    @property
+    def folder(self) -> Path: ...
+
+
+Original = TypeVar("Original", bound=Sound)
+
+
+def mutants_of_copies(
+    count: int,
+    draw: random.Random,
+    folder: Path,
+    originals: list[Original],
+    damage: Callable[[Path, random.Random], str],
+    attempt: Callable[[Original, Path], str],
+) -> Iterator[Mutant]:
+    """A copy of one original's folder for each mutant: `damage` changes it and says how, `attempt` runs the program on it."""
+    for number in range(count):
+        original, copied = draw.choice(originals), folder / f"mutant_{number}"
+        shutil.copytree(original.folder, copied)
+        name = damage(copied, draw)
+        yield Mutant(f"{original.folder.name}, {name}", functools.partial(attempt, original, copied))
+        shutil.rmtree(copied)
 
 
 @dataclass(frozen=True)

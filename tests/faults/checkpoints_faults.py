@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from faults import damage
-from faults.campaign import Mutant, SilentFault
+from faults.campaign import Mutant, SilentFault, mutants_of_copies
 from megakd.recipe import Recipe
 from megakd.recipe import load as recipes
 from megakd.runtime import checkpoint, files, run_folder
@@ -51,19 +51,7 @@ class Original:
 
 def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
     originals = [_original(folder / f"original_{number}", formerly=bool(number)) for number in range(2)]
-    for number in range(count):
-        original = draw.choice(originals)
-        mutant = folder / f"mutant_{number}"
-        shutil.copytree(original.folder, mutant)
-        name = _damaged(mutant, draw)
-
-        def attempt(original: Original = original, mutant: Path = mutant) -> str:
-            try:
-                return _attempt(original, mutant)
-            finally:
-                shutil.rmtree(mutant)
-
-        yield Mutant(f"{original.folder.name}, {name}", attempt)
+    return mutants_of_copies(count, draw, folder, originals, _damaged, _attempt)
 
 
 def _state(step: int) -> State:
@@ -133,21 +121,8 @@ def _lines(path: Path, draw: random.Random) -> str:
 
 
 def _folders(run: Path, chosen: Path, found: list[Path], draw: random.Random) -> str:
-    kinds = (
-        "missing file",
-        "missing",
-        "empty",
-        "renamed",
-        "exchanged",
-        "file",
-        "partial",
-        "removed",
-        "foreign",
-        "link",
-        "no run.json",
-        "copied",
-    )
-    kind = draw.choice(kinds)
+    moved = ("renamed", "exchanged", "partial", "removed", "copied", "link")
+    kind = draw.choice((*moved, "missing file", "missing", "empty", "file", "foreign", "no run.json"))
     if kind == "missing file":
         (chosen / draw.choice(("state.json", "weights.safetensors", "moments.safetensors"))).unlink()
     elif kind in ("missing", "empty", "file"):

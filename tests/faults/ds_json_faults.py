@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from faults import damage
 from faults.campaign import Mutant
-from faults.tiny_commands import SHORT, recipe_in, tried
+from faults.tiny_commands import recipe_in, tried
+from support.runs import TEACHER
 
 NAME, COUNT, LIMIT = "ds_json", 320, 90.0
 FEW = 12
@@ -113,26 +116,6 @@ ZERO_KEYS: tuple[tuple[str, Any], ...] = (
     ("sub_group_size", 1),
     ("round_robin_gradient", True),
 )
-VALUES: tuple[Any, ...] = (
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    10**20,
-    1e308,
-    "auto",
-    "",
-    "true",
-    "no",
-    [],
-    {},
-    [[]],
-    {"enabled": True},
-    "é\u2028",
-    0.5,
-)
 
 
 def _key(config: dict[str, Any], draw: random.Random) -> str:
@@ -149,75 +132,23 @@ def _zero_key(config: dict[str, Any], draw: random.Random) -> str:
     return f"zero_optimization.{key} = {value!r}"
 
 
-def _places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    entries = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, inner in entries:
-        yield (*path, key)
-        yield from _places(inner, (*path, key))
-
-
-def _parent(tree: Any, path: tuple[Any, ...]) -> Any:
-    for key in path[:-1]:
-        tree = tree[key]
-    return tree
-
-
 def _value(config: dict[str, Any], draw: random.Random) -> str:
-    places = list(_places(config))
-    if not places:
-        return _key(config, draw)
-    path, value = draw.choice(places), draw.choice(VALUES)
-    _parent(config, path)[path[-1]] = copy.deepcopy(value)
-    return f"{'.'.join(map(str, path))} = {value!r}"
+    return damage.json_value(config, draw)[0] if config else _key(config, draw)
 
 
 def _misspelt(config: dict[str, Any], draw: random.Random) -> str:
-    places = [path for path in _places(config) if isinstance(path[-1], str)]
-    if not places:
+    if not config:
         return _zero_key(config, draw)
-    path = draw.choice(places)
-    name = path[-1]
-    cut = draw.randrange(len(name))
+    holder, name, keys = damage.json_place(config, draw)
+    if not isinstance(name, str):
+        return _value(config, draw)
+    cut = draw.randrange(len(name) + 1)
     wrong = draw.choice([name[:cut] + name[cut + 1 :], name[:cut] + "x" + name[cut:], name.upper(), name.replace("_", "-"), f" {name}"])
-    inner = _parent(config, path)
-    inner[wrong] = inner.pop(name)
-    return f"{'.'.join(map(str, path))} spelt {wrong!r}"
+    holder[wrong] = holder.pop(name)
+    return f"{'.'.join(map(str, keys))} spelt {wrong!r}"
 
 
 CHANGES: tuple[Callable[[dict[str, Any], random.Random], str], ...] = (_key, _key, _zero_key, _zero_key, _value, _misspelt)
-
-
-def _as_text(text: str, draw: random.Random) -> tuple[str, bytes]:
-    """What happens to the file rather than to its content."""
-    deep = draw.choice([60, 3000, 200_000])
-    kinds: dict[str, bytes] = {
-        "byte order mark": b"\xef\xbb\xbf" + text.encode(),
-        "UTF-16": text.encode("utf-16"),
-        "Latin-1": text.replace("{", '{"caf\u00e9": 1, ', 1).encode("latin-1"),
-        "cut off": text[: draw.randrange(max(1, len(text)))].encode(),
-        "trailing comma": text.replace("}", ",}", 1).encode(),
-        "comment": f"// mine\n{text}".encode(),
-        "single quotes": text.replace('"', "'").encode(),
-        "twice the same key": text.replace("{", '{"steps_per_print": 7, "steps_per_print": 9, ', 1).encode(),
-        "NaN": text.replace("{", '{"gradient_clipping": NaN, ', 1).encode(),
-        "Infinity": text.replace("{", '{"gradient_clipping": 1e999, ', 1).encode(),
-        "thousands of digits": text.replace("{", '{"steps_per_print": ' + "9" * 5000 + ", ", 1).encode(),
-        f"{deep} levels": ("[" * deep + "]" * deep).encode(),
-        f"{deep} levels of objects": ('{"a":' * deep + "1" + "}" * deep).encode(),
-        "a lone surrogate": text.replace("{", '{"\\ud800": 1, ', 1).encode(),
-        "NUL": text.encode() + b"\0",
-        "empty": b"",
-        "a list": f"[{text}]".encode(),
-        "a string": json.dumps(text).encode(),
-        "flipped bit": _flipped(text.encode(), draw),
-    }
-    name = draw.choice(list(kinds))
-    return name, kinds[name]
-
-
-def _flipped(content: bytes, draw: random.Random) -> bytes:
-    place = draw.randrange(len(content))
-    return content[:place] + bytes([content[place] ^ (1 << draw.randrange(8))]) + content[place + 1 :]
 
 
 def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
@@ -230,23 +161,13 @@ def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
         )
         content = json.dumps(config).encode()
         if draw.random() < 0.2:
-            done, content = _as_text(json.dumps(config), draw)
+            done, content = damage.json_text(json.dumps(config), draw)
             name += f", {done}"
         path = folder / f"{number}.json"
         path.write_bytes(content)
-        yield Mutant(name + (" as teacher.ds_config" if teacher else ""), _attempt(recipe, path, folder / f"run{number}", teacher))
-
-
-TEACHER = (
-    "teacher.architecture={ embed_dim = 24, vision_cfg = { image_size = 48, patch_size = 16, width = 32, layers = 1, head_width = 16 }, "
-    "text_cfg = { context_length = 24, width = 32, heads = 2, layers = 1 } }",
-    "teacher.pretrained=random",
-    "objectives.similarity=1.0",
-    "teacher.mode=zero3",
-)
-
-
-def _attempt(recipe: Path, config: Path, out: Path, teacher: bool) -> Callable[[], str]:
-    sets = (*TEACHER, f"teacher.ds_config={config}") if teacher else ()
-    arguments = () if teacher else ("--ds_config", config)
-    return lambda: tried(recipe, *arguments, sets=sets, out=out, short=SHORT)
+        if teacher:
+            sets = (*TEACHER, "objectives.similarity=1.0", "teacher.mode=zero3", f"teacher.ds_config={path}")
+            attempt = functools.partial(tried, recipe, sets=sets, out=folder / f"run{number}")
+        else:
+            attempt = functools.partial(tried, recipe, "--ds_config", path, out=folder / f"run{number}")
+        yield Mutant(f"{name}{' as teacher.ds_config' if teacher else ''}", attempt)

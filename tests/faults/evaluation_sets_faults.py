@@ -35,6 +35,10 @@ def _fixed(name: str, content: bytes | None, outcome: str) -> Damage:
     return name, lambda number, original: content, outcome
 
 
+def _each(what: str, outcome: str, *contents: bytes) -> list[Damage]:
+    return [_fixed(f"the {what} {content[:40]!r}", content, outcome) for content in contents]
+
+
 PICTURES: list[Damage] = [
     _fixed("no picture", None, LOST),
     _fixed("an empty picture", b"", LOST),
@@ -62,58 +66,21 @@ CAPTIONS: list[Damage] = [
 ]
 LABELS: list[Damage] = [
     _fixed("no label", None, REFUSE),
-    *(
-        _fixed(f"the label {content[:20]!r}", content, REFUSE)
-        for content in (
-            b"",
-            b"cat",
-            b"-1",
-            b"12",
-            b"99999999999999999999",
-            b"9" * 5000,
-            b"1.0",
-            b"1e0",
-            b"1_0",
-            "١".encode(),
-            b"0x1",
-            b"1 2",
-        )
-    ),
-    *(
-        _fixed(f"the label {content!r}", content, REFUSE)
-        for content in (b"[1]", b"nan", b"\x80\x04K\x01.", b"\x93NUMPY\x01\0", b"\xff", b"True")
-    ),
+    *_each("label", REFUSE, b"", b"cat", b"-1", b"12", b"99999999999999999999", b"9" * 5000, b"1.0", b"1e0", b"1_0"),
+    *_each("label", REFUSE, "١".encode(), b"0x1", b"1 2", b"[1]", b"nan", b"True", b"\x80\x04K\x01.", b"\x93NUMPY\x01\0", b"\xff"),
     ("a line break", lambda number, original: original + b"\r\n", SOUND),
     ("a byte order mark", lambda number, original: b"\xef\xbb\xbf" + original, SOUND),
     ("zeros before it", lambda number, original: b"00" + original, SOUND),
 ]
+SWAPS = (
+    *(b'["99 a", "98 b"]', b'{"text": "99 a"}', b"99", b"NaN", b'""', b'" \\n"', b"true", b"9" * 5000),
+    '"99 é"'.encode("latin-1"),
+)
 FALSE: list[Damage] = [
     _fixed("no json", None, REFUSE),
-    *(
-        _fixed(f"the json {content[:40]!r}", content, REFUSE)
-        for content in (
-            b"",
-            b"{",
-            b"[]",
-            b"null",
-            b'"negatives"',
-            b"[" * 90_000,
-            b'{"negatives":' * 90_000,
-            b'{"negatives": ["99 a"]}',
-            b'{"negatives": "99 a"}',
-            b'{"negatives": null}',
-            b'{"negatives": {"swap": ["99 a", "98 b"]}}',
-            b'{"negatives": {"swap": {"text": "99 a"}}}',
-            b'{"negatives": {"swap": 99}}',
-            b'{"negatives": {"swap": NaN}}',
-            b'{"negatives": {"swap": ""}}',
-            b'{"negatives": {"swap": " \\n"}}',
-            b'{"negatives": {"swap": true}}',
-            b"\xff\xfe{}",
-            '{"negatives": {"swap": "99 é"}}'.encode("latin-1"),
-            b'{"negatives": {"swap": ' + b"9" * 5000 + b"}}",
-        )
-    ),
+    *_each("json", REFUSE, b"", b"{", b"[]", b"null", b'"negatives"', b"[" * 90_000, b'{"negatives":' * 90_000, b"\xff\xfe{}"),
+    *_each("json", REFUSE, b'{"negatives": ["99 a"]}', b'{"negatives": "99 a"}', b'{"negatives": null}'),
+    *_each("json", REFUSE, *(b'{"negatives": {"swap": %s}}' % value for value in SWAPS)),
     ("a byte order mark", lambda number, original: b"\xef\xbb\xbf" + original, SOUND),
     ("more keys", lambda number, original: original[:-1] + b', "url": null, "width": 1e999}', SOUND),
 ]
@@ -140,30 +107,9 @@ CLASS_NAMES: list[Damage] = [
 ]
 TEMPLATES: list[Damage] = [
     _fixed("no templates", None, REFUSE),
-    *(
-        _fixed(f"the templates {content[:20]!r}", content, REFUSE)
-        for content in (
-            b"",
-            b"\n",
-            b"a photo",
-            b"{}",
-            b"{C}",
-            b"{c",
-            b"{{c}}",
-            b"{c} {",
-            b"{c}\n{}",
-            b"{c}\n\n{c} b",
-            b"{c!r}",
-            b"{0}",
-            b"%s",
-            b"{c}\0",
-            b"{c} caf\xe9",
-        )
-    ),
-    *(
-        _fixed(f"the templates {content[:20]!r}", content, SOUND)
-        for content in (b"{c}", b"\xef\xbb\xbf{c}", b"{c}\r\n{c} a\r\n", b"{c} {c}\n{c} and\n\n", "{c} – é".encode(), b"{c} %s $c")
-    ),
+    *_each("templates", REFUSE, b"", b"\n", b"a photo", b"{}", b"{C}", b"{c", b"{{c}}", b"{c} {", b"{c}\n{}", b"{c}\n\n{c} b"),
+    *_each("templates", REFUSE, b"{c!r}", b"{0}", b"%s", b"{c}\0", b"{c} caf\xe9"),
+    *_each("templates", SOUND, b"{c}", b"\xef\xbb\xbf{c}", b"{c}\r\n{c} a\r\n", b"{c} {c}\n{c} and\n\n", "{c} – é".encode(), b"{c} %s $c"),
 ]
 OF_KIND: dict[str, list[tuple[str, list[Damage]]]] = {
     "zero_shot": [("png", PICTURES), ("cls", LABELS), ("names", CLASS_NAMES), ("templates", TEMPLATES)],

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gzip
 import json
 import logging
 import random
@@ -17,23 +16,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from faults import damage
 from faults.campaign import Mutant, SilentFault
 from megakd.data.bad_samples import BadSample
 from megakd.recipe import Decoder, QuestionSource
 from megakd.vqa import check
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import PromptEncoder
-from megakd.vqa.sets import QuestionSet, QuestionWithImage, open_questions
+from megakd.vqa.sets import QuestionSet, QuestionWithImage
 from support import questions as files
-from support.shards import data, no_barrier
 from support.tokenizers import qwen2
 
 NAME, COUNT, LIMIT, FEW = "questions", 1200, 20.0, 24
-DATA = data("unused.tar")
-_VALUES: list[Any] = [
-    *(None, True, False, 0, -1, 2.5, 10**400, "", " ", "\n", "x" * 300, "y" * 10**6, "\x00", "../../etc/passwd", "/etc/passwd", "a\u2028b"),
-    *("\ud800", "<image>", "{", "{question}", "<|im_end|>", [], [1], [[]], {}, {"answer": "x"}, ["a", "b"], float("nan"), float("inf")),
-]
+VALUES = (
+    *damage.VALUES,
+    *("\n", "x" * 300, "y" * 10**6, "../../etc/passwd", "/etc/passwd", "\ud800", "<image>", "{", "{question}", "<|im_end|>"),
+    *([[]], {"answer": "x"}, ["a", "b"]),
+)
 _PATTERNS = ["{", "}", "cat.jpg", "{image_id:9999999999d}", "{image_id.__class__}", "{nothing}", "{0}", "{}", "{image_id!r}", "{image[0]}"]
 _PATTERNS += ["x" * 5000 + "{question_id}", "{question}.jpg", "a/" * 3000 + "{question_id}", "{question_id}\0"]
 _listed = {"vqav2": "questions", "textvqa": "data"}
@@ -70,7 +69,7 @@ def _read(source: QuestionSource) -> tuple[list[tuple[Question, bytes | None]], 
     log = logging.getLogger("megakd.vqa")
     log.addHandler(told)
     try:
-        opened = open_questions(source, "answers.train.mine", DATA, 0, 1, no_barrier, to_learn=True)
+        opened = files.opened(source, to_learn=True)
     finally:
         log.removeHandler(told)
     assert isinstance(opened, QuestionSet)
@@ -123,36 +122,10 @@ def _target(source: QuestionSource, draw: random.Random) -> Path:
 
 def _text(source: QuestionSource, draw: random.Random) -> Made:
     path = _target(source, draw)
-    before = path.read_bytes()
-    text, place = before.decode(), draw.randrange(len(before))
-    flipped = before[:place] + bytes([before[place] ^ 1 << draw.randrange(8)]) + before[place + 1 :]
-    lines = {
-        "cut": before[:place],
-        "flip": flipped,
-        "bom": b"\xef\xbb\xbf" + before,
-        "utf-16": text.encode("utf-16"),
-        "utf-32": text.encode("utf-32"),
-        "latin-1": before.replace(b"a", b"\xe9", 1),
-        "nul": before[:place] + b"\0" + before[place:],
-        "crlf": text.replace("\n", "\r\n").encode(),
-        "gzip": gzip.compress(before),
-        "deep": b"[" * 10**5 + b"]" * 10**5,
-        "deep object": b'{"a":' * 10**5,
-        "empty": b"",
-        "null": b"null",
-        "number": b"12",
-        "garbage": before + b" and more",
-        "again": before + before,
-        "nan": text.replace("1", "NaN", 1).encode(),
-        "digits": text.replace("1", "9" * 5000, 1).encode(),
-        "huge": text.replace("1", "1e999", 1).encode(),
-        "surrogate": text.replace("a", "\\ud800", 1).encode(),
-        "escape": text.replace("a", "\\u0061", 3).encode(),
-    }
-    kind = draw.choice([*lines, "flip", "flip", "cut"])
-    path.write_bytes(lines[kind])
-    harmless = kind in ("bom", "crlf", "escape")
-    return f"{path.name}: {kind} at {place}", source, _count(source) if harmless else None, set() if harmless else {"*"}
+    name, content = damage.json_text(path.read_text(encoding="utf-8"), draw)
+    path.write_bytes(content)
+    harmless = name in damage.HARMLESS
+    return f"{path.name}: {name}", source, _count(source) if harmless else None, set() if harmless else {"*"}
 
 
 def _load(path: Path, lines: bool) -> Any:
@@ -178,15 +151,8 @@ def _value(source: QuestionSource, draw: random.Random) -> Made:
     path = _target(source, draw)
     lines = source.format == "pope" and path.suffix == ".json"
     value = _load(path, lines)
-    inner, where = value, []
-    while True:
-        key = draw.choice(list(inner) if isinstance(inner, dict) else list(range(len(inner))))
-        where.append(key)
-        if isinstance(inner[key], (dict, list)) and inner[key] and (len(where) < 3 or draw.random() < 0.6):
-            inner = inner[key]
-            continue
-        break
-    new, action = copy.deepcopy(draw.choice(_VALUES)), draw.choice(["set", "set", "set", "delete", "rename", "twice", "swap", "nest"])
+    inner, key, where = damage.json_place(value, draw)
+    new, action = copy.deepcopy(draw.choice(VALUES)), draw.choice(["set", "set", "set", "delete", "rename", "twice", "swap", "nest"])
     if action == "nest":
         for _ in range(200):
             new = [new]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import tomllib
@@ -10,67 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from faults.campaign import Mutant
+from faults.damage import flipped
 from faults.sets_faults import TEXTS
-from faults.tiny_commands import SHORT, recipe_in, tried
+from faults.tiny_commands import recipe_in, tried
 
 NAME, COUNT, LIMIT = "recipes", 320, 90.0
 FEW = 16
 
 LINES = (
-    *(
-        "seed = 1",
-        "sead = 1",
-        "seed = 1979-05-27",
-        "seed = 9223372036854775807",
-        "seed = -1",
-        "seed = 1.0",
-        'seed = "1"',
-        "seed = [1]",
-        "= 1",
-        "[[data]]",
-    ),
-    *(
-        "[optim",
-        "[optim]]",
-        "[]",
-        "[a.b.c]",
-        "name = 'other'",
-        'name = ".."',
-        'name = "a/b"',
-        "name = ''",
-        'name = "x\\u0000"',
-        "data = 3",
-        "teacher = {}",
-    ),
-    *(
-        "views.crop_scale = [0.5]",
-        "views.crop_ratio = [1e-9, 1e9]",
-        "views.crop_scale = [1e-12, 1e-12]",
-        "optim.betas = [1.0, 1.0]",
-        "log.every = 0",
-    ),
-    *(
-        "data.workers = 100000000000000000000",
-        "data.workers = 1025",
-        "data.block = 1000000000",
-        "data.window = 1000000000",
-        "data.max_pixels = 1",
-    ),
-    *(
-        "checkpoint.keep = 1000000000",
-        "watchdog.limit = inf",
-        "watchdog.limit = 1e300",
-        "evaluation.batch = 1000000",
-        "data.max_bad_fraction = nan",
-    ),
-    *(
-        "kernels.backend = 'triton'",
-        "kernels.ring = true",
-        "student.max_scale = 1e300",
-        "optim.eps = 1e300",
-        "optim.lr = 1e300",
-        "optim.clip = 5e-324",
-    ),
+    *("seed = 1", "sead = 1", "seed = 1979-05-27", "seed = 9223372036854775807", "seed = -1", "seed = 1.0", 'seed = "1"', "seed = [1]"),
+    *("= 1", "[[data]]", "[optim", "[optim]]", "[]", "[a.b.c]", "data = 3", "teacher = {}", "kernels.ring = true"),
+    *("name = 'other'", 'name = ".."', 'name = "a/b"', "name = ''", 'name = "x\\u0000"', "kernels.backend = 'triton'"),
+    *("views.crop_scale = [0.5]", "views.crop_ratio = [1e-9, 1e9]", "views.crop_scale = [1e-12, 1e-12]", "optim.betas = [1.0, 1.0]"),
+    *("data.workers = 100000000000000000000", "data.workers = 1025", "data.block = 1000000000", "data.window = 1000000000"),
+    *("data.max_pixels = 1", "data.max_bad_fraction = nan", "checkpoint.keep = 1000000000", "log.every = 0"),
+    *("evaluation.batch = 1000000", "watchdog.limit = inf", "watchdog.limit = 1e300", "student.max_scale = 1e300"),
+    *("optim.eps = 1e300", "optim.lr = 1e300", "optim.clip = 5e-324"),
 )
 
 
@@ -79,7 +35,7 @@ def _bytes(text: str, draw: random.Random) -> tuple[str, bytes]:
     place = draw.randrange(len(content))
     kinds: dict[str, Callable[[], bytes]] = {
         "cut off": lambda: content[:place],
-        "flipped bit": lambda: content[:place] + bytes([content[place] ^ (1 << draw.randrange(8))]) + content[place + 1 :],
+        "flipped bit": lambda: flipped(content, place, draw),
         "byte order mark": lambda: b"\xef\xbb\xbf" + content,
         "UTF-16": lambda: text.encode("utf-16"),
         "Latin-1": lambda: content.replace(b"tiny", b"tin\xff", 1),
@@ -103,11 +59,8 @@ def _bytes(text: str, draw: random.Random) -> tuple[str, bytes]:
 
 def _line(text: str, draw: random.Random) -> tuple[str, bytes]:
     lines = text.splitlines()
-    line = (
-        draw.choice(LINES)
-        if draw.random() < 0.6
-        else f"{draw.choice(['seed', 'optim.lr', 'data.train', 'name', 'data.cache'])} = {draw.choice(TEXTS)}"
-    )
+    line = f"{draw.choice(('seed', 'optim.lr', 'data.train', 'name', 'data.cache'))} = {draw.choice(TEXTS)}"
+    line = draw.choice(LINES) if draw.random() < 0.6 else line
     place = 0 if draw.random() < 0.7 else draw.randrange(len(lines))
     lines.insert(place, line)
     return f"{line[:100]!r} in line {place + 1}", "\n".join(lines).encode("utf-8", "surrogatepass")
@@ -156,19 +109,10 @@ def _place(folder: Path, draw: random.Random) -> tuple[str, Path]:
     """Names that are no file, or none of ours."""
     (folder / "a_folder.toml").mkdir(exist_ok=True)
     (folder / "loop.toml").is_symlink() or (folder / "loop.toml").symlink_to("loop.toml")
-    names: tuple[Path, ...] = (
-        *(folder / "a_folder.toml", folder / "loop.toml", folder / "none.toml", folder, Path("/dev/null"), Path("x" * 300 + ".toml")),
-        *(
-            Path("/" + "y/" * 2500 + "z.toml"),
-            Path("tiny.toml"),
-            Path("smok"),
-            Path("/proc/self/mem"),
-            Path("a\x00b.toml"),
-            Path("\udcff.toml"),
-            Path("."),
-        ),
-    )
-    path = draw.choice(names)
+    here = [folder, *(folder / name for name in ("a_folder.toml", "loop.toml", "none.toml"))]
+    other = ["tiny.toml", "smok", ".", "/dev/null", "/proc/self/mem", "a\x00b.toml", "\udcff.toml"]
+    other += ["x" * 300 + ".toml", "/" + "y/" * 2500 + "z.toml"]
+    path = draw.choice([*here, *map(Path, other)])
     return f"--recipe {str(path)[:80]!r}", path
 
 
@@ -185,8 +129,4 @@ def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
             name, content = kind(text, draw)
             path = folder / f"{number}.{'json' if kind is _run_json else 'toml'}"
             path.write_bytes(content)
-        yield Mutant(f"{number}: {name}", _attempt(path, folder / f"run{number}"))
-
-
-def _attempt(path: Path, out: Path) -> Callable[[], str]:
-    return lambda: tried(path, out=out, short=SHORT)
+        yield Mutant(f"{number}: {name}", functools.partial(tried, path, out=folder / f"run{number}"))

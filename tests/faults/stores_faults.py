@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +13,10 @@ import torch
 from torch.nn import functional as F
 
 from faults import damage
-from faults.campaign import Mutant, SilentFault
+from faults.campaign import Mutant, SilentFault, mutants_of_copies
 from megakd.data.store import writer
-from megakd.data.store.reader import Layout, Manifest, Store, StoredRows, StoreType, part_path
+from megakd.data.store.reader import Layout, Manifest, Store, StoredRows, StoreType
+from support import safetensors_files, stores
 
 NAME, COUNT, LIMIT = "stores", 500, 20
 SAMPLES, PART, VIEWS, WIDTH = 40, 16, 2, 8
@@ -38,19 +37,7 @@ class Original:
 def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
     kinds: tuple[tuple[StoreType, bool], ...] = (("bf16", False), ("fp32", False), ("bf16", True), ("fp32", True))
     originals = [_original(folder / f"original_{number}", *kind) for number, kind in enumerate(kinds)]
-    for number in range(count):
-        original = draw.choice(originals)
-        mutant = folder / f"mutant_{number}"
-        shutil.copytree(original.folder, mutant)
-        name = _damaged(mutant, draw)
-
-        def attempt(original: Original = original, mutant: Path = mutant) -> str:
-            try:
-                return _attempt(original, mutant)
-            finally:
-                shutil.rmtree(mutant)
-
-        yield Mutant(f"{original.folder.name}, {name}", attempt)
+    return mutants_of_copies(count, draw, folder, originals, _damaged, _attempt)
 
 
 def _original(folder: Path, dtype: StoreType, formerly: bool) -> Original:
@@ -63,26 +50,10 @@ def _original(folder: Path, dtype: StoreType, formerly: bool) -> Original:
         known = torch.arange(count) % 7 != 3
         image = F.normalize(torch.randn(count, VIEWS, WIDTH), dim=-1) * known[:, None, None]
         writer.write_part(folder, manifest, number, image, F.normalize(torch.randn(count, WIDTH), dim=-1) * known[:, None], known)
-        if formerly:
-            _without_checks(part_path(folder, number))
     writer.finish(folder, manifest)
     if formerly:
-        path = folder / "manifest.json"
-        content = json.loads(path.read_text()) | {"format": 1}
-        del content["sha256"]
-        path.write_text(json.dumps(content))
+        stores.without_checks(folder)
     return Original(folder, formerly, _read(Store.open(folder)))
-
-
-def _without_checks(path: Path) -> None:
-    content = path.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    note = json.loads(header["__metadata__"]["megakd"])
-    del note["checks"]
-    header["__metadata__"]["megakd"] = json.dumps(note)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
 
 
 def _read(store: Store) -> list[StoredRows]:
@@ -96,8 +67,8 @@ def _damaged(store: Path, draw: random.Random) -> str:
     path = draw.choice(parts)
     if kind == "values":
         content = bytearray(path.read_bytes())
-        (length,) = struct.unpack("<Q", content[:8])
-        places = [draw.randrange((8 + length) * 8, len(content) * 8) for _ in range(draw.choice((1, 1, 1, 2, 5)))]
+        values = len(safetensors_files.read(path)[1])
+        places = [draw.randrange((len(content) - values) * 8, len(content) * 8) for _ in range(draw.choice((1, 1, 1, 2, 5)))]
         for place in places:
             content[place // 8] ^= 1 << place % 8
         path.write_bytes(content)

@@ -9,9 +9,7 @@ import io
 import json
 import logging
 import random
-import struct
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from megakd.data.bad_samples import BadSample
 from megakd.data.pairs import decoded
 from megakd.data.shards import ShardSet
 from megakd.recipe import Data
+from support.shards import png
 
 NAME = "tars"
 COUNT = 3000
@@ -113,16 +112,12 @@ def _used_and_lost(patterns: list[str], original: Original, mutation: Mutation, 
 
 
 def _png(number: int, draw: random.Random) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     side = draw.randint(4, 24)
     noise = b"".join(
         b"\0" + b"".join(bytes((number >> 8, number & 255, 0 if x < 3 and y < 3 else draw.randrange(256))) for x in range(side))
         for y in range(side)
     )
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(noise)) + chunk(b"IEND", b"")
+    return png(side, side, noise)
 
 
 LAYOUTS = ("triples", "pairs", "captions first", "images first", "long names", "unicode", "gnu", "folders", "float dates")

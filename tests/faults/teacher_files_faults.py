@@ -6,7 +6,6 @@ import copy
 import json
 import random
 import shutil
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from faults import damage
 from faults.campaign import Mutant, SilentFault
 from megakd.data.shapes.vocabulary import write_tokenizer
 from megakd.models import clip as clip_models
 from megakd.models import streaming
 from megakd.recipe import Model
 from megakd.runtime.launch import World
+from support import safetensors_files
 
 NAME, COUNT, LIMIT, FEW = "teacher_files", 400, 20.0, 24
 HERE = World(0, 1, torch.device("cpu"))
@@ -32,27 +33,8 @@ ARCHITECTURE: dict[str, Any] = {
 PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "squash"}
 INDEX = "model.safetensors.index.json"
 State = dict[str, Tensor]
-ODD: list[Any] = [
-    None,
-    True,
-    -1,
-    0,
-    1e300,
-    float("nan"),
-    "",
-    "x",
-    "32",
-    [],
-    [1],
-    {},
-    {"a": 1},
-    10**40,
-    "\x00",
-    "../x",
-    [[[]]],
-    0.5,
-    "é" * 300,
-]
+HUGE = (10**6, 10**9, 10**18, -(10**9), 1e18)
+SHAPES: dict[str, tuple[int, ...]] = {}
 
 
 class Original:
@@ -69,9 +51,7 @@ class Original:
         save_file(self.state, folder / "model.safetensors")
         SHAPES.update({name: tuple(value.shape) for name, value in self.state.items()})
         self.bytes = (folder / "model.safetensors").read_bytes()
-        (length,) = struct.unpack("<Q", self.bytes[:8])
-        self.header: dict[str, Any] = json.loads(self.bytes[8 : 8 + length])
-        self.data = self.bytes[8 + length :]
+        self.header, self.data = safetensors_files.read(folder / "model.safetensors")
 
 
 def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
@@ -147,11 +127,6 @@ def _cut(original: Original, draw: random.Random, place: Path) -> tuple[str, Mod
     return f"{kind} at {kept}", _file(original, path), None
 
 
-def _written(header: Any, data: bytes, path: Path) -> None:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-
-
 def _header_of(original: Original, draw: random.Random, place: Path) -> tuple[str, Model, State | None]:
     header: dict[str, Any] = copy.deepcopy(original.header)
     names = [name for name in header if name != "__metadata__"]
@@ -159,6 +134,7 @@ def _header_of(original: Original, draw: random.Random, place: Path) -> tuple[st
     kind = draw.choice(["offset", "shape", "dtype", "swap", "drop", "odd", "deep", "length", "text", "metadata", "duplicate"])
     content: Any = header
     state: State | None = None
+    more = 0
     if kind == "offset":
         header[name]["data_offsets"] = [draw.choice([-4, 0, 10**15, 2**64]), draw.choice([0, 4, 10**15])]
     elif kind == "shape":
@@ -171,13 +147,11 @@ def _header_of(original: Original, draw: random.Random, place: Path) -> tuple[st
     elif kind == "drop":
         del header[name]
     elif kind == "odd":
-        header[name] = draw.choice(ODD)
+        header[name] = draw.choice(damage.VALUES)
     elif kind == "deep":
         content = b'{"a":' * draw.choice([200, 10**5]) + b"1" + b"}" * 10
     elif kind == "length":
-        text = json.dumps(header).encode()
-        path.write_bytes(struct.pack("<Q", draw.choice([0, 2**63, 2**64 - 1, len(text) + 8])) + text + original.data)
-        return f"header {kind}", _file(original, path), None
+        more = draw.choice([-len(json.dumps(header)), 8, 2**32, 2**63])
     elif kind == "text":
         content = draw.choice([b"\xff" * 40, b"[]      ", b"null    ", b'{"a"    ', b"{}      "])
     elif kind == "metadata":
@@ -187,7 +161,7 @@ def _header_of(original: Original, draw: random.Random, place: Path) -> tuple[st
         text = json.dumps(header)
         content = (text[:-1] + f', "{name}": {json.dumps(header[draw.choice(names)])}}}').encode()
         state = original.state if json.loads(content) == header else None
-    _written(content, original.data, path)
+    safetensors_files.write(path, content, original.data, more)
     return f"header {kind} of {name}", _file(original, path), state
 
 
@@ -314,24 +288,8 @@ def _index(original: Original, draw: random.Random, place: Path) -> tuple[str, M
         save_file({name: value for name, value in original.state.items() if owners[name] == file}, place / file)
     content: Any = {"metadata": {"total_size": 1}, "weight_map": owners}
     name = draw.choice(list(owners))
-    kind = draw.choice(
-        [
-            "sound",
-            "outside",
-            "gone",
-            "wrong file",
-            "odd owner",
-            "odd map",
-            "cut file",
-            "deep",
-            "cut",
-            "encoding",
-            "missing",
-            "bom",
-            "folder",
-        ]
-    )
-    text = None
+    damaged = ("outside", "gone", "wrong file", "odd owner", "odd map", "cut file", "deep", "cut", "encoding", "missing", "folder")
+    kind, text = draw.choice(("sound", "bom", *damaged)), None
     if kind == "outside":
         owners[name] = draw.choice(["../model-0.safetensors", "/etc/passwd", "a/b.safetensors", "..", ""])
     elif kind == "gone":
@@ -339,9 +297,9 @@ def _index(original: Original, draw: random.Random, place: Path) -> tuple[str, M
     elif kind == "wrong file":
         owners[name] = next(file for file in set(owners.values()) if file != owners[name])
     elif kind == "odd owner":
-        owners[name] = draw.choice([one for one in ODD if one not in ("x", "32")])
+        owners[name] = draw.choice([one for one in damage.VALUES if one not in ("x", "0", "32", "auto", "true")])
     elif kind == "odd map":
-        content = draw.choice([{"weight_map": one} for one in ODD] + ODD)
+        content = draw.choice([{"weight_map": one} for one in damage.VALUES] + [*damage.VALUES])
     elif kind == "cut file":
         file = place / owners[name]
         file.write_bytes(file.read_bytes()[: draw.randrange(file.stat().st_size)])
@@ -358,31 +316,6 @@ def _index(original: Original, draw: random.Random, place: Path) -> tuple[str, M
     raw = text.encode({"encoding": "utf-16", "bom": "utf-8-sig"}.get(kind, "utf-8"))
     (place / INDEX).write_bytes(raw)
     return f"index {kind} of {name}", _file(original, place / INDEX), original.state if kind in ("sound", "bom") else None
-
-
-def _paths(table: dict[str, Any], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    found: list[tuple[str, ...]] = []
-    for key, value in table.items():
-        found.append((*prefix, key))
-        if isinstance(value, dict):
-            found += _paths(value, (*prefix, key))
-    return found
-
-
-def _harmed(table: dict[str, Any], draw: random.Random) -> str:
-    """One key of a table of tables dropped, misspelt, or of another value."""
-    *parents, key = draw.choice(_paths(table))
-    for parent in parents:
-        table = table[parent]
-    kind = draw.choice(["drop", "rename", "odd", "odd", "huge"])
-    value = table.pop(key)
-    if kind == "rename":
-        table[key[:-1] + "x"] = value
-    elif kind == "odd":
-        table[key] = draw.choice(ODD)
-    elif kind == "huge":
-        table[key] = draw.choice([10**6, 10**9, 10**18, -(10**9), 1e18])
-    return f"{kind} {'.'.join([*parents, key])} -> {str(table.get(key))[:40]}"
 
 
 def _of_changed_config(config: dict[str, Any], original: Original) -> State | None:
@@ -404,9 +337,6 @@ def _same_shapes(model: dict[str, Any]) -> bool:
     return {name: tuple(value.shape) for name, value in clip.state_dict().items()} == SHAPES
 
 
-SHAPES: dict[str, tuple[int, ...]] = {}
-
-
 def _config(original: Original, draw: random.Random, place: Path) -> tuple[str, Model, State | None]:
     model = copy.deepcopy(ARCHITECTURE)
     model["text_cfg"]["hf_tokenizer_name"] = "here"
@@ -417,7 +347,7 @@ def _config(original: Original, draw: random.Random, place: Path) -> tuple[str, 
     kind = draw.choice(["harmed", "harmed", "harmed", "text", "several", "no weights"])
     name, state, text = kind, original.state if kind == "harmed" else None, None
     if kind == "harmed":
-        name = _harmed(content, draw)
+        name, _ = damage.json_value(content, draw, (*damage.VALUES, *HUGE))
         state = _of_changed_config(content, original)
     elif kind == "text":
         text = draw.choice(
@@ -436,7 +366,7 @@ def _config(original: Original, draw: random.Random, place: Path) -> tuple[str, 
 
 def _architecture(original: Original, draw: random.Random, place: Path) -> tuple[str, Model, State | None]:
     table = copy.deepcopy(ARCHITECTURE)
-    name = _harmed(table, draw)
+    name, _ = damage.json_value(table, draw, (*damage.VALUES, *HUGE))
     save_file(original.state, place / "m.safetensors")
     state = original.state if _same_shapes(copy.deepcopy(table)) else None
     settings = Model(architecture=table, tokenizer=str(original.tokenizer), pretrained=str(place / "m.safetensors"))

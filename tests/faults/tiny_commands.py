@@ -11,8 +11,8 @@ from megakd.data.shapes import write_world
 from megakd.runtime import exits
 from support.runs import RECIPE, train
 
-# Overrides of a run that is to be over in two steps, whatever the recipe says.
-SHORT = ("optim.steps=2", "optim.warmup=0", "data.max_bad_fraction=1.0")
+# A run that is over in two steps, whatever the recipe says, and starts no thousand processes.
+SHORT = ("optim.steps=2", "optim.warmup=0", "data.max_bad_fraction=1.0", "data.workers=0")
 
 
 def recipe_in(folder: Path) -> Path:
@@ -23,8 +23,8 @@ def recipe_in(folder: Path) -> Path:
     return path
 
 
-def tried(recipe: Path | str, *arguments: str | Path, sets: tuple[str, ...] = (), out: Path, short: tuple[str, ...] = ()) -> str:
-    """The verdict on a command. What the dry run calls sound has to run as well: `short` are the overrides that keep that run short.
+def tried(recipe: Path | str, *arguments: str | Path, sets: tuple[str, ...] = (), out: Path) -> str:
+    """The verdict on a command. What the dry run calls sound has to run as well, for two steps.
 
     A loss that is not finite is a documented end (86), not a fault of the settings' reading.
     """
@@ -34,7 +34,7 @@ def tried(recipe: Path | str, *arguments: str | Path, sets: tuple[str, ...] = ()
         if "error: " not in dry.err:
             raise RuntimeError(f"no message of megakd's: {dry.err[-1500:]}")
         return verdict
-    real = train(recipe, *arguments, "--out", out, sets=(*sets, *short))
+    real = train(recipe, *arguments, "--out", out, sets=(*sets, *SHORT))
     with contextlib.suppress(OSError):
         shutil.rmtree(out)
     if real.code == exits.EXIT_NOT_FINITE:

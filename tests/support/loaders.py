@@ -1,10 +1,13 @@
-"""A training loader of two towers on a small set, with an order of few samples a window."""
+"""A training loader of two towers, with an order of few samples a window."""
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 from open_clip.transform import PreprocessCfg
 
-from megakd.data.pairs import TrainBatches, train_batches
+from megakd.data.pairs import Batch, TrainBatches, train_batches
 from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
 from megakd.data.transforms import TowerView
@@ -18,6 +21,12 @@ TOWERS = {
 }
 
 
-def stream(shards: ShardSet, rank: int = 0, world: int = 1, workers: int = 0, start: int = 0, batch: int = BATCH) -> TrainBatches:
-    order = Order(len(shards), batch, seed=3, block=4, window=3)
-    return train_batches(shards, order, Views(), TOWERS, rank=rank, world=world, start_position=start, workers=workers, pin_memory=False)
+def stream(shards: ShardSet, *, rank: int = 0, world: int = 1, workers: int = 0, start: int = 0, **more: Any) -> TrainBatches:
+    ranks = {"rank": rank, "world": world, "start_position": start, "workers": workers, "pin_memory": False}
+    return train_batches(shards, Order(len(shards), BATCH, seed=3, block=4, window=3), Views(), TOWERS, **ranks, **more)
+
+
+def take(shards: ShardSet, count: int, **more: Any) -> list[Batch]:
+    """The first `count` batches of a stream."""
+    with stream(shards, **more) as batches:
+        return list(itertools.islice(batches, count))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from megakd.data.shards import ShardSet
 from megakd.recipe import Data
 
 Member = tuple[str, bytes]
@@ -57,14 +58,24 @@ def data(train: str | list[str], **more: object) -> Data:
     return Data.model_validate({"train": train, **more})
 
 
-def bomb_png(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header claims any number of pixels."""
+def open_shards(train: str | list[str], **more: object) -> ShardSet:
+    """A training set, by a single rank."""
+    return ShardSet.open(data(train, **more), 0, 1, no_barrier)
+
+
+def png(width: int, height: int, rows: bytes, *, depth: int = 8, colour: int = 2) -> bytes:
+    """rows: each with its filter in front. colour: 0 for grey, 2 for RGB."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, 9)) + chunk(b"IEND", b"")
+
+
+def bomb_png(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header claims any number of pixels."""
+    return png(width, height, b"\0" * 64)
 
 
 class ByteTokenizer:

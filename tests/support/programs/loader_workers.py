@@ -9,12 +9,11 @@ import os
 import signal
 import sys
 
-from megakd.data.shards import ShardSet
 from support.loaders import stream
-from support.shards import data, no_barrier
+from support.shards import open_shards
 
 if __name__ == "__main__":
-    batches = stream(ShardSet.open(data(sys.argv[1]), 0, 1, no_barrier), workers=2)
+    batches = stream(open_shards(sys.argv[1]), workers=2)
     next(batches)
     workers = [child.pid for child in multiprocessing.active_children()]
     print(*workers, flush=True)
