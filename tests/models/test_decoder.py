@@ -20,11 +20,6 @@ LORA = recipe.Lora(rank=4, alpha=8.0, dropout=0.0)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(world: Path) -> Path:
-    return world / "tokenizer"
-
-
-@pytest.fixture(scope="module")
 def tower(tokenizer: Path) -> nn.Module:
     return make_towers(tokenizer).clip.visual  # type: ignore[return-value]
 

@@ -38,11 +38,6 @@ CANNOT: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer(world: Path) -> Path:
-    return world / "tokenizer"
-
-
 def _check(tokenizer: Path, architecture: dict[str, Any], **more: Any) -> str:
     described = decoder.resolve(settings(tokenizer, architecture=architecture, **{"adapt": "none", **more}))
     outline = decoder.build(described, None, torch.device("meta"))

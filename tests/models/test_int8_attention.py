@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -73,12 +74,6 @@ def test_multihead_self_attention_is_unchanged(mask: str, batch_first: bool) -> 
     _same(converted(x, x, x, **options)[0], original(x, x, x, **options)[0])
 
 
-def test_a_pooler_whose_keys_have_another_width_is_unchanged() -> None:
-    original, converted = _pair(AttentionalPooler(WIDTH, 32, HEADS, n_queries=6))
-    x = _random(ROWS, KEYS, 32)
-    _same(converted(x), original(x))
-
-
 @pytest.mark.parametrize("mask", _masks(QUERIES, QUERIES))
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"scale_heads": True, "inner_norm": True}, {"qkv_bias": False}], ids=str)
 def test_open_clips_own_attention_is_unchanged(options: dict[str, bool], mask: str) -> None:
@@ -100,22 +95,20 @@ def test_evas_attention_is_unchanged_however_it_adds_its_bias(options: dict[str,
     _same(converted(x, rope=rope), original(x, rope=rope))
 
 
-@pytest.mark.parametrize("options", [{"qkv_bias": True}, {"qk_norm": True, "norm_layer": nn.LayerNorm}], ids=str)
-def test_timms_attention_is_unchanged(options: dict[str, Any]) -> None:
-    original, converted = _pair(TimmAttention(WIDTH, HEADS, **options))
-    x = _random(ROWS, QUERIES, WIDTH)
-    _same(converted(x), original(x))
+OF_ONE_INPUT: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "open_clip's pooler, keys of another width": (lambda: AttentionalPooler(WIDTH, 32, HEADS, n_queries=6), (KEYS, 32)),
+    "timm's, a bias": (lambda: TimmAttention(WIDTH, HEADS, qkv_bias=True), (QUERIES, WIDTH)),
+    "timm's, norms": (lambda: TimmAttention(WIDTH, HEADS, qk_norm=True, norm_layer=nn.LayerNorm), (QUERIES, WIDTH)),
+    "timm's pool": (lambda: AttentionPoolLatent(WIDTH, num_heads=HEADS, mlp_ratio=2.0, norm_layer=nn.LayerNorm), (KEYS, WIDTH)),
+    "the pool of a ResNet": (lambda: AttentionPool2d(3, WIDTH, HEADS, output_dim=10), (WIDTH, 3, 3)),
+}
 
 
-def test_timms_attention_pool_is_unchanged() -> None:
-    original, converted = _pair(AttentionPoolLatent(WIDTH, num_heads=HEADS, mlp_ratio=2.0, norm_layer=nn.LayerNorm))
-    x = _random(ROWS, KEYS, WIDTH)
-    _same(converted(x), original(x))
-
-
-def test_the_attention_pool_of_a_resnet_is_unchanged() -> None:
-    original, converted = _pair(AttentionPool2d(3, WIDTH, HEADS, output_dim=10))
-    x = _random(ROWS, WIDTH, 3, 3)
+@pytest.mark.parametrize("kind", OF_ONE_INPUT)
+def test_attention_over_one_input_is_unchanged(kind: str) -> None:
+    make, shape = OF_ONE_INPUT[kind]
+    original, converted = _pair(make())
+    x = _random(ROWS, *shape)
     _same(converted(x), original(x))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,23 @@ def _ours(clip: Any) -> list[Tensor]:
         return [nn.functional.normalize(embedding, dim=-1) for embedding in (clip.encode_image(pixels), clip.encode_text(tokens))]
 
 
-def _both_loaders(architecture: dict[str, Any], path: Path) -> list[Any]:
+def _loaders(architecture: dict[str, Any], path: Path) -> list[Callable[[], clip_models.ClipModel]]:
     description = described(architecture, str(path))
-    return [clip_models.build(description, HERE.device).clip.eval(), streaming.load(description, HERE, "fp32").clip]
+    return [lambda: clip_models.build(description, HERE.device), lambda: streaming.load(description, HERE, "fp32")]
+
+
+def _loaded(architecture: dict[str, Any], path: Path) -> list[Any]:
+    """The model by each loader."""
+    return [load().clip.eval() for load in _loaders(architecture, path)]
+
+
+def _assert_is_the_narrow_model(path: Path, **more: Any) -> None:
+    for clip in _loaded({**ARCHITECTURES["ViT-bigG"], **more}, path):
+        assert all(torch.equal(value, STATE[key]) for key, value in clip.state_dict().items())
 
 
 def _assert_equal(model: Any, architecture: dict[str, Any], path: Path) -> None:
-    for clip in _both_loaders(architecture, path):
+    for clip in _loaded(architecture, path):
         for ours, theirs in zip(_ours(clip), _theirs(model), strict=True):
             assert torch.allclose(ours, theirs, atol=1e-5), (ours - theirs).abs().max()
         assert torch.equal(clip.logit_scale.reshape(-1), model.logit_scale.reshape(-1))
@@ -100,15 +111,14 @@ def test_transformers_siglip_gives_its_own_embeddings(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     architecture = {**SIGLIP, "vision_cfg": {**SIGLIP["vision_cfg"]}}
     _assert_equal(model, architecture, tmp_path / "model.safetensors")
-    for clip in _both_loaders(architecture, tmp_path / "model.safetensors"):
+    for clip in _loaded(architecture, tmp_path / "model.safetensors"):
         assert torch.equal(clip.logit_bias.reshape(-1), model.logit_bias.reshape(-1))
 
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_transformers_own_configuration_tells_the_activation(quick: bool, tmp_path: Path) -> None:
     _clip("quick_gelu" if quick else "gelu").save_pretrained(tmp_path)
-    description = described({**CLIP, "quick_gelu": not quick}, str(tmp_path / "model.safetensors"))
-    for load in (lambda: clip_models.build(description, HERE.device), lambda: streaming.load(description, HERE, "fp32")):
+    for load in _loaders({**CLIP, "quick_gelu": not quick}, tmp_path / "model.safetensors"):
         with pytest.raises(ValueError, match=r"hidden_act = .*quick_gelu = (true|false)"):
             load()
 
@@ -136,24 +146,14 @@ def _inner(name: str) -> str:
     return f"{first}.module._orig_mod.{rest}" if rest else name
 
 
+PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "student.module.", "clip.", "model.")
 WRAPPED = {
-    "module": {f"module.{name}": value for name, value in STATE.items()},
-    "compiled": {f"_orig_mod.{name}": value for name, value in STATE.items()},
-    "both": {f"module._orig_mod.{name}": value for name, value in STATE.items()},
-    "the other way": {f"_orig_mod.module.{name}": value for name, value in STATE.items()},
+    **{prefix: {f"{prefix}{name}": value for name, value in STATE.items()} for prefix in PREFIXES},
     "within": {_inner(name): value for name, value in STATE.items()},
-    "student": {f"student.module.{name}": value for name, value in STATE.items()},
-    "checkpoint": {f"clip.{name}": value for name, value in STATE.items()},
-    "lightning": {f"model.{name}": value for name, value in STATE.items()},
     "openai": {**STATE, **{name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")}},
 }
 NESTED = {
-    "open_clip_train": {
-        "epoch": 3,
-        "name": "run",
-        "state_dict": STATE,
-        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": []},
-    },
+    "open_clip_train": {"epoch": 3, "name": "run", "state_dict": STATE, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}},
     "model": {"model": STATE, "step": 3},
     "module": {"module": {f"module.{name}": value for name, value in STATE.items()}, "lr": [0.1]},
     "twice": {"model": {"state_dict": STATE}, "args": None},
@@ -170,17 +170,12 @@ NESTED = {
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 @pytest.mark.parametrize("name", WRAPPED)
 def test_what_wrappers_put_before_names_is_taken_off(name: str, suffix: str, tmp_path: Path) -> None:
-    path = _saved(WRAPPED[name], tmp_path / f"m{suffix}")
-    architecture = {**ARCHITECTURES["ViT-bigG"], "quick_gelu": name == "openai"}
-    for clip in _both_loaders(architecture, path):
-        assert all(torch.equal(value, STATE[key]) for key, value in clip.state_dict().items())
+    _assert_is_the_narrow_model(_saved(WRAPPED[name], tmp_path / f"m{suffix}"), quick_gelu=name == "openai")
 
 
 @pytest.mark.parametrize("name", NESTED)
 def test_the_model_is_found_in_what_training_programs_save(name: str, tmp_path: Path) -> None:
-    path = _saved(NESTED[name], tmp_path / "epoch_3.pt")
-    for clip in _both_loaders(ARCHITECTURES["ViT-bigG"], path):
-        assert all(torch.equal(value, STATE[key]) for key, value in clip.state_dict().items())
+    _assert_is_the_narrow_model(_saved(NESTED[name], tmp_path / "epoch_3.pt"))
 
 
 def test_a_file_of_two_models_is_refused_by_their_names(tmp_path: Path) -> None:
@@ -191,8 +186,7 @@ def test_a_file_of_two_models_is_refused_by_their_names(tmp_path: Path) -> None:
 
 def test_openais_own_file_is_refused_by_a_model_with_gelu(tmp_path: Path) -> None:
     path = _saved(WRAPPED["openai"], tmp_path / "m.safetensors")
-    description = described(ARCHITECTURES["ViT-bigG"], str(path))
-    for load in (lambda: clip_models.build(description, HERE.device), lambda: streaming.load(description, HERE, "fp32")):
+    for load in _loaders(ARCHITECTURES["ViT-bigG"], path):
         with pytest.raises(ValueError, match="OpenAI's own weights, trained with QuickGELU"):
             load()
 
@@ -203,16 +197,11 @@ def test_several_files_with_an_index_load_by_both_ways(tmp_path: Path) -> None:
         _saved({name: value for name, value in STATE.items() if owners[name] == file}, tmp_path / file)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": owners}))
-    for clip in _both_loaders(ARCHITECTURES["ViT-bigG"], index):
-        assert all(torch.equal(value, STATE[key]) for key, value in clip.state_dict().items())
-
-
-def _without(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if not name.startswith("visual.")}
+    _assert_is_the_narrow_model(index)
 
 
 WRONG: dict[str, Any] = {
-    "text alone": _without,
+    "text alone": lambda state: {name: value for name, value in state.items() if not name.startswith("visual.")},
     "missing": lambda state: {name: value for name, value in state.items() if name != "visual.proj"},
     "unknown": lambda state: {**state, "ema.decay": torch.ones(2)},
     "shape": lambda state: {**state, "visual.proj": torch.ones(48, 33)},
@@ -232,12 +221,8 @@ WRONG: dict[str, Any] = {
 def test_weights_that_do_not_belong_get_the_same_message_from_every_loader(kind: str, tmp_path: Path) -> None:
     path = _saved(WRONG[kind](STATE), tmp_path / "m.safetensors")
     description = described(ARCHITECTURES["ViT-bigG"], str(path))
-    messages = []
-    for load in (
-        lambda: clip_models.build(description, HERE.device),
-        lambda: streaming.load(description, HERE, "fp32"),
-        lambda: streaming.load(description, HERE, "fp32", int8=streaming.Int8()),
-    ):
+    messages, loaders = [], _loaders(ARCHITECTURES["ViT-bigG"], path)
+    for load in (*loaders, lambda: streaming.load(description, HERE, "fp32", int8=streaming.Int8())):
         with pytest.raises(ValueError, match=r"^teacher: .*m\.safetensors: ") as raised:
             load()
         messages.append(str(raised.value))

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megakd.recipe import QuestionSource
-from support.shards import jpeg
+from megakd.vqa.sets import Mixture, open_mixture, open_questions
+from support.shards import data, jpeg, no_barrier
 
 IMAGES = 5
 
@@ -68,15 +69,11 @@ def textvqa(folder: Path, **more: Any) -> QuestionSource:
 def vizwiz(folder: Path, **more: Any) -> QuestionSource:
     answers = [{"answer_confidence": "yes", "answer": word} for word in ("grey", "gray", "grey", "unanswerable")]
     entries = [
-        {"image": "VizWiz_val_00000000.jpg", "question": "What colour?", "answers": answers, "answer_type": "other", "answerable": 1},
-        {
-            "image": "VizWiz_val_00000001.jpg",
-            "question": "What is it?",
-            "answers": answers[3:],
-            "answer_type": "unanswerable",
-            "answerable": 0,
-        },
+        {"image": "VizWiz_val_00000000.jpg", "question": "What colour?", "answers": answers, "answer_type": "other"},
+        {"image": "VizWiz_val_00000001.jpg", "question": "What is it?", "answers": answers[3:], "answer_type": "unanswerable"},
     ]
+    for entry in entries:
+        entry["answerable"] = int(entry["answer_type"] == "other")
     images = write_images(folder / "images", *(str(entry["image"]) for entry in entries))
     return source("vizwiz", **{"questions": write(folder / "vizwiz.json", entries), "images": images, **more})
 
@@ -133,12 +130,14 @@ def llava(folder: Path, **more: Any) -> QuestionSource:
     return source("llava", **{"questions": write(folder / "llava.json", entries), "images": images, **more})
 
 
-WRITERS: dict[str, Callable[..., QuestionSource]] = {
-    "vqav2": vqav2,
-    "textvqa": textvqa,
-    "vizwiz": vizwiz,
-    "gqa": gqa,
-    "scienceqa": scienceqa,
-    "pope": pope,
-    "llava": llava,
-}
+WRITERS: dict[str, Callable[..., QuestionSource]] = {make.__name__: make for make in (vqav2, textvqa, vizwiz, gqa, scienceqa, pope, llava)}
+
+
+def opened(source: QuestionSource, key: str = "answers.train.mine", **more: Any) -> Any:
+    """The set of a source, by a single rank."""
+    return open_questions(source, key, data("unused.tar"), 0, 1, no_barrier, **more)
+
+
+def mixture(**sources: QuestionSource) -> Mixture:
+    """What `answers.train` makes of several sources, by a single rank."""
+    return open_mixture(sources, "answers.train", data("unused.tar"), 0, 1, no_barrier)

@@ -12,10 +12,10 @@ _MERGES = [("y", "e"), ("ye", "s"), ("Ġ", "yes"), ("r", "e"), ("re", "d"), ("Ġ
 _WORDS = ("yes", "no", "red", "blue", "USER", "ASSISTANT", ":", "?", "is", "it", "<", ">", "end", "|", "/", "s")
 
 
-def _byte_pairs(special: tuple[str, ...]) -> Tokenizer:
+def byte_pairs(special: tuple[str, ...], merges: list[tuple[str, str]] = _MERGES) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*alphabet, *(a + b for a, b in _MERGES)])}
-    model = Tokenizer(models.BPE(vocabulary, _MERGES))
+    vocabulary = {token: number for number, token in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    model = Tokenizer(models.BPE(vocabulary, merges))
     model.decoder = decoders.ByteLevel()
     model.add_special_tokens([AddedToken(token, special=True) for token in special])
     return model
@@ -23,7 +23,7 @@ def _byte_pairs(special: tuple[str, ...]) -> Tokenizer:
 
 def gpt2() -> PreTrainedTokenizerFast:
     """One special token for everything, no begin token of its own."""
-    model = _byte_pairs(("<|endoftext|>",))
+    model = byte_pairs(("<|endoftext|>",))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     only = "<|endoftext|>"
     return PreTrainedTokenizerFast(tokenizer_object=model, bos_token=only, eos_token=only, unk_token=only)
@@ -31,7 +31,7 @@ def gpt2() -> PreTrainedTokenizerFast:
 
 def qwen2() -> PreTrainedTokenizerFast:
     """Turns between <|im_start|> and <|im_end|>; a line break joins the punctuation before it."""
-    model = _byte_pairs(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    model = byte_pairs(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
     model.normalizer = normalizers.NFC()
     model.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megakd.data.bad_samples import BadSample
-from megakd.data.shapes.vocabulary import write_tokenizer
 from megakd.models.vlm import IGNORED
 from megakd.recipe import Decoder
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import PromptEncoder, stack
+from support.tokenizers import byte_pairs
 
 P = 4
 
@@ -25,21 +25,10 @@ def question(*turns: tuple[str, str], short: bool = False) -> Question:
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
 def pairs() -> PreTrainedTokenizerBase:
     """Byte pairs as GPT's and Qwen's: no begin token, no padding, a space joined to the word after it, and a merge over a colon."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("y", "e"), ("ye", "s"), ("Ġ", "yes"), ("Ġ", "n"), ("Ġn", "o"), ("=", "=")]
-    vocabulary = {token: number for number, token in enumerate([*alphabet, *(a + b for a, b in merges), "<|end|>"])}
-    model = Tokenizer(models.BPE(vocabulary, merges))
-    model.pre_tokenizer, model.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    model = byte_pairs(("<|end|>",), [("y", "e"), ("ye", "s"), ("Ġ", "yes"), ("Ġ", "n"), ("Ġn", "o"), ("=", "=")])
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<|end|>")
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from open_clip.transform import PreprocessCfg
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from megakd.data.shapes.vocabulary import write_tokenizer
 from megakd.data.transforms import decode, evaluation_pixels
 from megakd.recipe import Decoder
 from megakd.vqa.loader import (
@@ -23,12 +22,11 @@ from megakd.vqa.loader import (
     rank_slice,
 )
 from megakd.vqa.prompts import PromptEncoder
-from megakd.vqa.sets import Mixture, open_mixture, question_order
+from megakd.vqa.sets import Mixture, question_order
 from support import questions as files
-from support.questions import source, talk, write
-from support.shards import bomb_png, data, jpeg, no_barrier, write_set
+from support.questions import mixture, source, talk, write
+from support.shards import bomb_png, jpeg, write_set
 
-DATA = data("unused.tar")
 PREPROCESS = PreprocessCfg(size=(24, 20), resize_mode="squash")
 EYES = ImageProcessor(PREPROCESS, 50_000)
 BATCH, P = 8, 4
@@ -36,16 +34,8 @@ pytestmark = pytest.mark.usefixtures("no_process_is_left")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(folder)
-    read: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    return read
-
-
-@pytest.fixture(scope="module")
-def encoder(tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
-    return PromptEncoder(tokenizer, Decoder(model="any", template="{question} ", instruction=""), P, 32)
+def encoder(shapes: PreTrainedTokenizerBase) -> PromptEncoder:
+    return PromptEncoder(shapes, Decoder(model="any", template="{question} ", instruction=""), P, 32)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +44,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     folder = tmp_path_factory.mktemp("clean")
     sources = {"vqa": files.vqav2(folder / "v"), "talk": files.llava(folder / "t")}
     sources["pairs"] = source("captions", images=write_set(folder / "c", 5, 2))
-    return open_mixture(sources, "answers.train", DATA, 0, 1, no_barrier)
+    return mixture(**sources)
 
 
 @pytest.fixture
@@ -67,21 +57,12 @@ def spoiled(tmp_path: Path) -> Mixture:
     bad = [{"id": name, "image": name, "conversations": talk("what?", "red")} for name in ("cut.jpg", "bomb.png")]
     long = {"id": "long", "conversations": talk("what is there? " * 10, "red")}
     source_ = source("llava", questions=write(tmp_path / "l.json", [*good, *bad, long]), images=tmp_path / "images")
-    return open_mixture({"mine": source_}, "answers.train", DATA, 0, 1, no_barrier)
+    return mixture(mine=source_)
 
 
-def stream(
-    questions: Mixture,
-    encoder: PromptEncoder,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-    start: int = 0,
-    eyes: ImageProcessor | None = EYES,
-) -> QuestionBatches:
-    order = question_order(questions, BATCH, seed=3)
-    more = {"rank": rank, "world": world, "start_position": start, "workers": workers}
-    return question_batches(questions, order, encoder, eyes, **more, pin_memory=False)
+def stream(questions: Mixture, encoder: PromptEncoder, *, eyes: ImageProcessor | None = EYES, **more: int) -> QuestionBatches:
+    ranks = {"rank": 0, "world": 1, "workers": 0, "start_position": more.pop("start", 0), **more}
+    return question_batches(questions, question_order(questions, BATCH, seed=3), encoder, eyes, **ranks, pin_memory=False)
 
 
 def take(questions: Mixture, encoder: PromptEncoder, count: int, **more: int) -> list[QuestionBatch]:
@@ -160,8 +141,8 @@ def test_bad_questions_are_replaced_counted_and_logged(spoiled: Mixture, encoder
 
 
 @pytest.mark.timeout(60)
-def test_questions_that_are_all_too_long_are_an_error_and_no_hang(clean: Mixture, tokenizer: PreTrainedTokenizerBase) -> None:
-    short = PromptEncoder(tokenizer, Decoder(model="any"), P, 6)
+def test_questions_that_are_all_too_long_are_an_error_and_no_hang(clean: Mixture, shapes: PreTrainedTokenizerBase) -> None:
+    short = PromptEncoder(shapes, Decoder(model="any"), P, 6)
     with stream(clean, short) as batches, pytest.raises(ValueError, match=r"no usable question in 64 attempts .*answers\.max_length"):
         next(batches)
 
@@ -169,7 +150,7 @@ def test_questions_that_are_all_too_long_are_an_error_and_no_hang(clean: Mixture
 def test_a_batch_without_any_image_has_pixels_of_zeros(tmp_path: Path, encoder: PromptEncoder) -> None:
     entries = [{"id": n, "conversations": talk("where is the star?", "center")} for n in range(10)]
     given = source("llava", questions=write(tmp_path / "l.json", entries))
-    (batch,) = take(open_mixture({"text": given}, "answers.train", DATA, 0, 1, no_barrier), encoder, 1)
+    (batch,) = take(mixture(text=given), encoder, 1)
     assert batch.pixels is not None
     assert batch.pixels.shape == (BATCH, 3, 24, 20)
     assert not batch.pixels.any()
@@ -177,12 +158,11 @@ def test_a_batch_without_any_image_has_pixels_of_zeros(tmp_path: Path, encoder: 
     assert not batch.image_mask_BL.any()
 
 
-def test_a_decoder_without_eyes_reads_no_image(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    given = files.vqav2(tmp_path)
-    questions = open_mixture({"vqa": given}, "answers.train", DATA, 0, 1, no_barrier)
+def test_a_decoder_without_eyes_reads_no_image(tmp_path: Path, shapes: PreTrainedTokenizerBase) -> None:
+    questions = mixture(vqa=files.vqav2(tmp_path))
     for path in (tmp_path / "images").iterdir():
         path.unlink()
-    blind = PromptEncoder(tokenizer, Decoder(model="any"), 0, 64)
+    blind = PromptEncoder(shapes, Decoder(model="any"), 0, 64)
     with stream(questions, blind, eyes=None) as batches:
         batch = next(batches)
     assert batch.pixels is None

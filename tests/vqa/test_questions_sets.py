@@ -10,18 +10,11 @@ import pytest
 
 from megakd.data.bad_samples import BadSample
 from megakd.data.shapes import write_world
-from megakd.recipe import QuestionSource
 from megakd.vqa.images import is_shards
-from megakd.vqa.sets import CaptionSet, Mixture, QuestionSet, QuestionWithImage, open_mixture, open_questions, question_order
+from megakd.vqa.sets import CaptionSet, Mixture, QuestionSet, QuestionWithImage, question_order
 from support import questions as files
-from support.questions import source, talk, write, write_images
-from support.shards import data, jpeg, no_barrier, write_set, write_tar
-
-DATA = data("unused.tar")
-
-
-def opened(source: QuestionSource) -> QuestionSet | CaptionSet:
-    return open_questions(source, "answers.train.mine", DATA, 0, 1, no_barrier)
+from support.questions import mixture, opened, source, talk, write, write_images
+from support.shards import jpeg, write_set, write_tar
 
 
 def images_of(questions: QuestionSet | CaptionSet | Mixture) -> list[bytes | None]:
@@ -120,15 +113,15 @@ def test_captions_are_questions_without_words(tmp_path: Path) -> None:
 def test_a_mixture_is_its_sets_one_after_the_other(tmp_path: Path) -> None:
     sources = {"vqa": files.vqav2(tmp_path / "v"), "pope": files.pope(tmp_path / "p"), "talk": files.llava(tmp_path / "l")}
     sources["pairs"] = source("captions", images=write_set(tmp_path / "c", 4, 1))
-    mixture = open_mixture(sources, "answers.train", DATA, 0, 1, no_barrier)
+    several = mixture(**sources)
     alone = [opened(one) for one in sources.values()]
-    assert len(mixture) == 30 + 2 + 3 + 4
+    assert len(several) == 30 + 2 + 3 + 4
     expected = [questions[index] for questions in alone for index in range(len(questions))]
-    assert [mixture[index] for index in range(len(mixture))] == expected
-    mixed = mixture.read([38, 0, 30, 33, 1, 35], True)
+    assert [several[index] for index in range(len(several))] == expected
+    mixed = several.read([38, 0, 30, 33, 1, 35], True)
     assert [one.question for one in mixed if isinstance(one, QuestionWithImage)] == [expected[index] for index in (38, 0, 30, 33, 1, 35)]
     with pytest.raises(IndexError, match="question 39 of 39"):
-        mixture[39]
+        several[39]
 
 
 def test_a_changed_answer_changes_the_signature(tmp_path: Path) -> None:
@@ -145,26 +138,26 @@ def test_a_set_without_answers_is_for_evaluation_alone(tmp_path: Path) -> None:
     test = source("vqav2", questions=files.vqav2(tmp_path).questions)
     assert len(opened(test)) == 30
     with pytest.raises(ValueError, match=r"answers\.train\.vqa: 30 of 30 questions have no answer to learn .*: name the annotations"):
-        open_mixture({"vqa": test}, "answers.train", DATA, 0, 1, no_barrier)
+        mixture(vqa=test)
 
 
 def test_conversations_without_any_answer_are_left_out_of_training_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     entries = [{"id": f"c{number}", "conversations": talk("what?", "" if number in (1, 3) else "red")} for number in range(6)]
     given = source("llava", questions=write(tmp_path / "l.json", entries))
-    mixture = open_mixture({"talk": given}, "answers.train", DATA, 0, 1, no_barrier)
-    assert [mixture[index].question_id for index in range(len(mixture))] == ["c0", "c2", "c4", "c5"]
+    learned = mixture(talk=given)
+    assert [learned[index].question_id for index in range(len(learned))] == ["c0", "c2", "c4", "c5"]
     assert "answers.train.talk: 2 of 6 questions have no answer to learn (c1, c3): they are left out" in caplog.text
     assert len(opened(given)) == 6
     silent = source("llava", questions=write(tmp_path / "s.json", entries[1::2][:2]))
     with pytest.raises(ValueError, match=r"^answers\.train\.talk: 2 of 2 questions have no answer to learn \(c1, c3\): gpt says nothing"):
-        open_mixture({"talk": silent}, "answers.train", DATA, 0, 1, no_barrier)
+        mixture(talk=silent)
 
 
 def test_a_benchmarks_questions_without_an_answer_are_named(tmp_path: Path) -> None:
     entries = [{"image": f"{number}.jpg", "question": "?", "answers": [] if number == 2 else files.ten("red")} for number in range(4)]
     given = source("vizwiz", questions=write(tmp_path / "v.json", entries))
     with pytest.raises(ValueError, match=r"1 of 4 questions have no answer to learn \(2\.jpg\): take another split if this is a test set"):
-        open_mixture({"vqa": given}, "answers.train", DATA, 0, 1, no_barrier)
+        mixture(vqa=given)
 
 
 @pytest.mark.parametrize("folder", ["u.tarski/images", "set.tar.d", "set.tar", "s/all.tar/x"])

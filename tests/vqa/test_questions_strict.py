@@ -9,21 +9,14 @@ from typing import Any
 
 import pytest
 
-from megakd.recipe import Decoder, QuestionSource, strict_json
+from megakd.recipe import Decoder, strict_json
 from megakd.vqa import check
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import PromptEncoder
-from megakd.vqa.sets import QuestionSet, open_questions
+from megakd.vqa.sets import QuestionSet
 from support import questions as files
-from support.questions import source, talk, write, write_images
-from support.shards import data, no_barrier
+from support.questions import opened, source, talk, write, write_images
 from support.tokenizers import qwen2, whole_words
-
-
-def opened(given: QuestionSource, *, to_learn: bool = False) -> QuestionSet:
-    found = open_questions(given, "answers.train.mine", data("unused.tar"), 0, 1, no_barrier, to_learn=to_learn)
-    assert isinstance(found, QuestionSet)
-    return found
 
 
 def edited(path: Path, change: Any) -> None:
@@ -114,11 +107,7 @@ def test_lines_of_pope_end_at_line_breaks_alone_and_ids_are_there_once(tmp_path:
 
 def test_what_llavas_rules_leave_out_or_move_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     entries = [
-        {
-            "id": 1,
-            "image": "0.jpg",
-            "conversations": [{"from": "gpt", "value": "Hello."}, *talk("What?", "A bus.", "<image>\nAnd?", "Red.")],
-        },
+        {"id": 1, "image": "0.jpg", "conversations": [*talk("", "Hello.")[1:], *talk("What?", "A bus.", "<image>\nAnd?", "Red.")]},
         {"id": 2, "image": "0.jpg", "conversations": talk("What?<image>", "A bus.", "And?", " ", "So?")},
         {"id": 3, "conversations": talk("What?", " ")},
     ]
@@ -144,9 +133,7 @@ def _ask(number: int, text: str, *turns: tuple[str, str]) -> Question:
 def test_lengths_and_cut_turns_are_found_before_a_run(tmp_path: Path) -> None:
     talk = PromptEncoder(qwen2(), Decoder(model="any", template="{question} "), 0, 40)
     long, short = ("yes " * 60, "no"), ("is it?", "yes")
-    mixed = _set(
-        *(_ask(number, *(long[0],) if number == 3 else (short[0],), *([long] if number == 3 else [short, long])) for number in range(8))
-    )
+    mixed = _set(*(_ask(number, long[0], long) if number == 3 else _ask(number, short[0], short, long) for number in range(8)))
     found = check.try_training(mixed, talk, False, "answers.train.mine", 0.5)
     assert (found.looked_at, found.bad.counts, found.cut) == (8, {"too_long": 1}, (7, 7))
     first, second = found.sentences("answers.train.mine", learned=True)

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megakd.recipe import Evaluation, Recipe
+from megakd.data.shapes.vocabulary import write_tokenizer
+from megakd.recipe import Evaluation, QuestionSource, Recipe
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 from megakd.vqa import evaluate
 from support import PROGRAMS
 from support import questions as files
 from support.forked import Forked
-from support.programs.vqa import QUESTIONS, answerer, run, write_sets
+from support.programs.vqa import QUESTIONS, answerer, run
 from support.runs import finish, start_ranks, wait_for
 from support.shards import data
 
 ALONE = World(0, 1, torch.device("cpu"))
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sets")
-    write_sets(folder)
+    write_tokenizer(folder / "tokenizer")
     return folder
 
 
@@ -53,12 +54,8 @@ def test_every_question_is_answered_and_answers_differ(undisturbed: tuple[Path, 
     assert set(results["vqav2"]["by_family"]) == {"what 0", "what 1"}
     assert len({row["answer"] for row in answers(out)}) > 5  # or equality of answers below would mean nothing
     assert json.loads((out / "vqa.json").read_text())["sets"] == results
-    assert {path.name for path in (out / "answers").iterdir()} == {
-        "vqav2.jsonl",
-        "vqav2.submission.json",
-        "pope.jsonl",
-        "pope.submission.jsonl",
-    }
+    written = {path.name for path in (out / "answers").iterdir()}
+    assert written == {"vqav2.jsonl", "vqav2.submission.json", "pope.jsonl", "pope.submission.jsonl"}
 
 
 def test_answers_are_the_same_for_batches_of_one_and_of_eight(sets: Path, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -148,13 +145,19 @@ def test_submissions_are_in_the_benchmarks_format(undisturbed: tuple[Path, dict[
     assert [entry["answer"] for entry in said] == [row["answer"] for row in answers(out, "pope")]
 
 
+def with_a_cut_image(folder: Path, name: str) -> tuple[dict[str, evaluate.Opened], Callable[[], object]]:
+    """A set in which six questions' image is cut off, and how to repair it."""
+    source = files.vqav2(folder)
+    broken = sorted((folder / "images").iterdir())[0]
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:100])
+    return {name: evaluate.Opened(source, files.opened(source, f"evaluation.vqa.{name}"))}, lambda: broken.write_bytes(whole)
+
+
 def test_a_question_that_cannot_be_asked_is_counted_as_wrong(sets: Path, tmp_path: Path) -> None:
-    source = files.vqav2(tmp_path / "set")
-    broken = sorted((tmp_path / "set" / "images").iterdir())[0]
-    broken.write_bytes(broken.read_bytes()[:100])
-    questions = evaluate.open_questions(source, "evaluation.vqa.own", data("unused.tar"), 0, 1, lambda: None)
-    one, opened = answerer(sets, 8), {"own": evaluate.Opened(source, questions)}  # type: ignore[arg-type]
-    results = evaluate.evaluate(opened, one, ALONE, tmp_path / "out", data("unused.tar", max_bad_fraction=0.2), StopPoller(ALONE))
+    opened, _ = with_a_cut_image(tmp_path / "set", "own")
+    allowed = data("unused.tar", max_bad_fraction=0.2)
+    results = evaluate.evaluate(opened, answerer(sets, 8), ALONE, tmp_path / "out", allowed, StopPoller(ALONE))
     lost = [row for row in answers(tmp_path / "out", "own") if "unusable" in row]
     assert results["own"]["unusable"] == len(lost) == 6  # three questions an image, five images for ten times three
     assert all(row["answer"] == "" and "corrupt_image" in row["unusable"] for row in lost)
@@ -167,17 +170,12 @@ def test_a_question_that_cannot_be_asked_is_counted_as_wrong(sets: Path, tmp_pat
 def test_a_set_that_can_hardly_be_asked_has_no_score_and_goes_on_once_it_is_repaired(
     sets: Path, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    source = files.vqav2(tmp_path / "set")
-    broken = sorted((tmp_path / "set" / "images").iterdir())[0]
-    whole = broken.read_bytes()
-    broken.write_bytes(whole[:100])
-    questions = evaluate.open_questions(source, "evaluation.vqa.vqav2", data("unused.tar"), 0, 1, lambda: None)
-    one, opened = answerer(sets, 8), {"vqav2": evaluate.Opened(source, questions)}  # type: ignore[arg-type]
+    opened, repair = with_a_cut_image(tmp_path / "set", "vqav2")
     said = r"^evaluation\.vqa\.vqav2: 6 of 30 questions are unusable .*data\.max_bad_fraction = 0\.01: corrupt_image 6\. .*question 1000: "
     with pytest.raises(ValueError, match=said):
-        evaluate.evaluate(opened, one, ALONE, tmp_path / "out", data("unused.tar"), StopPoller(ALONE))
+        evaluate.evaluate(opened, answerer(sets, 8), ALONE, tmp_path / "out", data("unused.tar"), StopPoller(ALONE))
     assert not (tmp_path / "out" / "vqa.json").exists()
-    broken.write_bytes(whole)
+    repair()
     again = answerer(sets, 8)
     results = evaluate.evaluate(opened, again, ALONE, tmp_path / "out", data("unused.tar"), StopPoller(ALONE))
     assert again.decoder.asked == 6  # type: ignore[attr-defined]
@@ -185,19 +183,16 @@ def test_a_set_that_can_hardly_be_asked_has_no_score_and_goes_on_once_it_is_repa
     assert answers(tmp_path / "out") == answers(undisturbed[0])
 
 
-def test_captions_are_refused_as_questions(tmp_path: Path) -> None:
-    recipe = Recipe.model_construct(
-        data=data("unused.tar"), evaluation=Evaluation(vqa={"pairs": files.source("captions", images="x/*.tar")})
-    )
-    with pytest.raises(ValueError, match=r"evaluation\.vqa\.pairs\.format = 'captions'"):
-        evaluate.open_sets(recipe, ALONE)
-
-
-def test_a_missing_set_is_said_with_its_key(tmp_path: Path) -> None:
-    recipe = Recipe.model_construct(
-        data=data("unused.tar"), evaluation=Evaluation(vqa={"coco": files.source("vqav2", questions=tmp_path / "none.json")})
-    )
-    with pytest.raises(ValueError, match=r"evaluation\.vqa\.coco: .*none\.json: no such file"):
+@pytest.mark.parametrize(
+    ("name", "source", "said"),
+    [
+        ("pairs", files.source("captions", images="x/*.tar"), r"evaluation\.vqa\.pairs\.format = 'captions'"),
+        ("coco", files.source("vqav2", questions="gone/none.json"), r"evaluation\.vqa\.coco: .*none\.json: no such file"),
+    ],
+)
+def test_captions_and_a_missing_set_are_refused_with_their_key(name: str, source: QuestionSource, said: str) -> None:
+    recipe = Recipe.model_construct(data=data("unused.tar"), evaluation=Evaluation(vqa={name: source}))
+    with pytest.raises(ValueError, match=said):
         evaluate.open_sets(recipe, ALONE)
 
 

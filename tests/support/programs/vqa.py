@@ -18,7 +18,6 @@ from open_clip.factory import create_model
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from megakd.data.shapes.vocabulary import write_tokenizer
 from megakd.models import patches
 from megakd.models.vlm import decoder
 from megakd.recipe import Decoder
@@ -28,7 +27,6 @@ from megakd.runtime.preemption import StopPoller
 from megakd.vqa.evaluate import Answerer, Opened, evaluate
 from megakd.vqa.loader import ImageProcessor
 from megakd.vqa.prompts import PromptEncoder
-from megakd.vqa.sets import open_questions
 from support import questions as files
 from support.shards import data
 
@@ -50,16 +48,10 @@ class Slow:
         return found
 
 
-def write_sets(folder: Path) -> None:
-    write_tokenizer(folder / "tokenizer")
-
-
 def answerer(folder: Path, batch: int, seconds: float = 0.0, *, blind: bool = False, seed: int = 0) -> Answerer:
     torch.manual_seed(0)
-    clip = create_model(
-        "ViT-B-32", vision_cfg=TOWER, text_cfg={"context_length": 8, "vocab_size": 64, "width": 16, "heads": 1, "layers": 1}
-    )
-    tower = clip.visual.eval()
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 1, "layers": 1}
+    tower = create_model("ViT-B-32", vision_cfg=TOWER, text_cfg=text).visual.eval()
     settings = Decoder(
         architecture={**LLAMA, "initializer_range": 0.6, "num_key_value_heads": 2},
         tokenizer=str(folder / "tokenizer"),
@@ -84,12 +76,10 @@ def answerer(folder: Path, batch: int, seconds: float = 0.0, *, blind: bool = Fa
 
 def opened(folder: Path, *names: str) -> dict[str, Opened]:
     """The sets of these names."""
-    makers: dict[str, Any] = {"vqav2": files.vqav2, "pope": files.pope}
     sets = {}
     for name in names:
-        source = makers[name](folder / f"{name}.{os.getpid()}")  # written by each process: another rank may be reading
-        questions = open_questions(source, f"evaluation.vqa.{name}", data("unused.tar"), 0, 1, lambda: None)
-        sets[name] = Opened(source, questions)  # type: ignore[arg-type]
+        source = files.WRITERS[name](folder / f"{name}.{os.getpid()}")  # written by each process: another rank may be reading
+        sets[name] = Opened(source, files.opened(source, f"evaluation.vqa.{name}"))
     return sets
 
 
