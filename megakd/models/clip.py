@@ -35,7 +35,7 @@ from megakd.recipe.texts import nearest
 from megakd.runtime import precision as precisions
 from megakd.runtime.precision import Precision
 
-__all__ = ["RANDOM", "ClipModel", "ModelSpec", "Precision", "build", "configuration", "parameters_in", "resolve"]
+__all__ = ["RANDOM", "ClipModel", "ModelSpec", "Precision", "build", "configuration", "on_meta", "parameters_in", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ def _check_weights(settings: Model, role: str) -> None:
 
 def _check_buildable(description: ModelSpec) -> None:
     """What `architecture.check` does not know of shows when the model is built, here without memory for its weights."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        build(description, torch.device("meta"), load_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        on_meta(description)
 
 
 def build(description: ModelSpec, device: torch.device, precision: Precision = "fp32", *, load_weights: bool = True) -> ClipModel:
@@ -186,6 +186,12 @@ def build(description: ModelSpec, device: torch.device, precision: Precision = "
         casts.to_bf16(clip)  # with its weights: the logit scale is read in float32
     prepared = preprocessing.complete(description.preprocess, description.config)
     return ClipModel(clip, description, prepared, precisions.dtype(precision))
+
+
+def on_meta(description: ModelSpec) -> ClipModel:
+    """The model's shapes, without one weight, on torch's meta device."""
+    with torch.device("meta"):
+        return build(description, torch.device("meta"), load_weights=False)
 
 
 def _draw_what_open_clip_leaves_out(clip: nn.Module) -> None:

@@ -21,11 +21,14 @@ SCALARS = ("logit_scale", "logit_bias")
 
 
 class Student(nn.Module):
-    """Towers and heads. `heads` maps an objective's name to a module that projects (B, D_student) to (B, D_teacher)."""
+    """Towers and heads. `heads` maps an objective's name to a module that projects (B, D_student) to (B, D_teacher).
 
-    def __init__(self, clip: nn.Module, heads: dict[str, nn.Module], max_scale: float) -> None:
+    clip: None where a decoder alone is trained, which sees nothing.
+    """
+
+    def __init__(self, clip: nn.Module | None, heads: dict[str, nn.Module], max_scale: float) -> None:
         super().__init__()
-        self.clip = clip
+        self.clip: nn.Module = clip  # type: ignore[assignment]
         for name in SCALARS:
             scalar = getattr(clip, name, None)
             if scalar is not None:

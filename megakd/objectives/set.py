@@ -1,4 +1,4 @@
-"""All that a step learns, as named and weighted losses: the recipe's objectives on pairs, its answers, or both on the same student."""
+"""The recipe's objectives on pairs, and the weighted sum of a step's losses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megakd.models.embeddings import Embeddings
-from megakd.models.student import embeddings
-from megakd.objectives.answers import NAME, Answer
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
@@ -100,23 +98,7 @@ class ObjectiveSet:
             owners[owner].state[name] = value.to(self._device)
 
 
-class StepLosses:
-    """Either part may be None, not both. `weights` and `losses` have the objectives' names, and "answer"."""
-
-    def __init__(self, distill: ObjectiveSet | None, answer: Answer | None) -> None:
-        self.distill, self.answer = distill, answer
-        self.weights = (distill.weights if distill else {}) | ({NAME: answer.weight} if answer else {})
-        self.backends = distill.backends if distill else {}
-
-    def losses(self, outputs: dict[str, Tensor], teachers: Sequence[Embeddings], answer_tokens: float, step: int) -> dict[str, Tensor]:
-        """Unweighted float32 scalars by name, in the order of `weights`. outputs: those of the engine's module for this rank's part.
-
-        answer_tokens: `Answer.answer_tokens` of the global batch; without answers it is not looked at.
-        """
-        losses = self.distill.losses(embeddings(outputs), teachers, step) if self.distill else {}
-        return losses | ({NAME: self.answer.loss(outputs, answer_tokens)} if self.answer else {})
-
-    def total(self, losses: dict[str, Tensor]) -> Tensor:
-        total = sum(self.weights[name] * loss for name, loss in losses.items())
-        assert isinstance(total, Tensor)
-        return total
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """What a step differentiates. losses: by name, one at least, each with a weight."""
+    first, *others = (weights[name] * loss for name, loss in losses.items())
+    return sum(others, start=first)

@@ -9,7 +9,7 @@ from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, kernel_options
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
-from megakd_kernels import Pair, similarity_kd
+from megakd_kernels.similarity import Pair, similarity_kd
 
 CONTRASTIVE, SIMILARITY = "contrastive", "similarity"
 

@@ -222,10 +222,8 @@ def student(recipe: Recipe, heads: Callable[[int], dict[str, nn.Module]], batch:
 
 
 def _module(recipe: Recipe, clip: Any, heads: dict[str, nn.Module]) -> nn.Module:
-    if recipe.decoder is not None:
-        return vlm.learner(recipe, clip, heads)
-    assert recipe.student is not None, "a recipe with objectives has a student"
-    return Student(clip, heads, recipe.student.max_scale)
+    student = Student(clip, heads, 1.0 if recipe.student is None else recipe.student.max_scale)
+    return student if recipe.decoder is None else vlm.learner(recipe, student)
 
 
 def _inputs(built: clip.ClipModel, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

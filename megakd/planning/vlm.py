@@ -49,8 +49,8 @@ class Learner(nn.Module):
         return outputs | {"answer_nll": nll_N.new_zeros(len(ids_BL)).index_add(0, row_N, nll_N)}
 
 
-def learner(recipe: Recipe, clip: Any, heads: dict[str, nn.Module]) -> Learner:
-    """What the run of `recipe` gives to its engine. clip: the student's towers on meta, None for a decoder without eyes.
+def learner(recipe: Recipe, student: Student) -> Learner:
+    """What the run of `recipe` gives to its engine. student: on meta, without towers for a decoder without eyes.
 
     Raises ValueError as `decoder.describe` and `decoder.build` do, and for a quantised language model.
     """
@@ -61,10 +61,10 @@ def learner(recipe: Recipe, clip: Any, heads: dict[str, nn.Module]) -> Learner:
             f"decoder.quantise = {recipe.decoder.quantise!r}: the plan counts no quantised language model yet; plan with "
             f"--set decoder.quantise=none, which needs more"
         )
-    reader = decoder.build(decoder.resolve(chain.decoder(recipe.decoder)), None if clip is None else clip.visual, META)
-    max_scale = recipe.student.max_scale if recipe.student is not None else 1.0
+    visual: Any = None if recipe.student is None else student.clip.visual
+    reader = decoder.build(decoder.resolve(chain.decoder(recipe.decoder)), visual, META)
     tower_learns = recipe.answers.tower == "trained"
-    answering = VisionLanguageStudent(clip, heads, max_scale, reader, recipe.decoder.layer, tower_learns=tower_learns)
+    answering = VisionLanguageStudent(student, reader, recipe.decoder.layer, tower_learns=tower_learns)
     if not recipe.objectives.active():
         freeze_all_but(answering, "decoder.", *(("clip.visual.",) if tower_learns else ()))
     return Learner(answering, recipe.answers.max_length)

@@ -119,9 +119,10 @@ class Engine:
     def module(self) -> nn.Module:
         return self._engine.module  # type: ignore[no-any-return]
 
-    def forward(self, *inputs: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, *inputs: Tensor | None, **named: Any) -> dict[str, Tensor]:
+        """The module's outputs. named: tensors and what holds them; DeepSpeed's hooks look at `inputs` alone (0.19.8)."""
         with precision.of_towers(self._device):
-            return self._engine(*inputs)  # type: ignore[no-any-return]
+            return self._engine(*inputs, **named)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, whose mean over ranks and sum over accumulation steps is the global batch's."""

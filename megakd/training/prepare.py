@@ -8,31 +8,16 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.distributed as dist
-
-from megakd.data.sampler import Order
-from megakd.data.shards import ShardSet
-from megakd.data.store.reader import Store
-from megakd.evaluation.suite import Sets, open_sets
-from megakd.export import clip_folder, manifest
-from megakd.export.warm_start import check_same_grid
+from megakd.export import manifest
 from megakd.models import clip
-from megakd.models.fingerprint import computation
-from megakd.models.vlm import decoder, decoder_check, decoder_tokenizer, lora
-from megakd.models.vlm.decoder import Decoder, DecoderSpec
-from megakd.objectives.set import ObjectiveSet
-from megakd.recipe import Answers, Recipe, Student, chain
+from megakd.recipe import Recipe, Student, chain
 from megakd.recipe import load as recipes
 from megakd.runtime import collectives, ds_check, ds_config, files, precision, run_folder, zero3
 from megakd.runtime.ds_config import DsConfig
 from megakd.runtime.launch import World
-from megakd.teachers import build
-from megakd.vqa import check, evaluate
-from megakd.vqa.prompts import PromptEncoder
-from megakd.vqa.sets import Mixture, open_mixture, question_order
+from megakd.training.tasks import answer, distill
+from megakd.training.tasks.base import TaskData
 
 
 @dataclass(frozen=True)
@@ -47,58 +32,30 @@ class RunRequest:
 
 
 @dataclass(frozen=True)
-class PairData:
-    """What the objectives learn from: image-text pairs in their order, and the teachers of the recipe."""
-
-    task: ObjectiveSet
-    shards: ShardSet
-    order: Order
-    teachers: dict[str, clip.ModelSpec]
-    store: Store | None
-
-
-@dataclass(frozen=True)
-class AnswerData:
-    """What answers are learned from and judged by. outline: the decoder on torch's meta device, for the student's tower.
-
-    notes: what the user should know of decoder and questions before the run: what is not covered, cut or left out.
-    """
-
-    decoder: DecoderSpec
-    outline: Decoder
-    train: Mixture
-    order: Order
-    sets: dict[str, evaluate.Opened]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class PreparedRun:
     """A request whose settings, data and models' configurations were found to be sound. Nothing expensive has happened.
 
     student: None for a decoder that sees nothing. What is still to come is described as the recipe that will train it has it.
+    tasks: at least one; the position of the first one's data is a checkpoint's.
     """
 
     request: RunRequest
     config: DsConfig
     config_name: str
     student: clip.ModelSpec | None
-    pairs: PairData | None
-    questions: AnswerData | None
-    sets: Sets
+    tasks: tuple[TaskData, ...]
 
     @property
-    def signature(self) -> int:
-        """Of all training data: a position means something in the same data alone."""
-        parts = [self.pairs.shards.signature] if self.pairs else []
-        parts += [self.questions.train.signature] if self.questions else []
-        return parts[0] if len(parts) == 1 else zlib.crc32(repr(parts).encode())
+    def is_scored(self) -> bool:
+        """Whether there are sets to evaluate what is trained on."""
+        return any(task.sets for task in self.tasks)
 
-    @property
-    def signature_of_names(self) -> int:
-        """As `signature`, of the pairs' shards by name and length alone: what checkpoints of versions before 0.2 hold."""
-        parts = [self.pairs.shards.signature_of_names] if self.pairs else []
-        parts += [self.questions.train.signature] if self.questions else []
+    def signature(self, *, of_names: bool = False) -> int:
+        """Of all training data: a position means something in the same data alone.
+
+        of_names: of the pairs' shards by name and length alone, which is what checkpoints of versions before 0.2 hold.
+        """
+        parts = [task.signature(of_names=of_names) for task in self.tasks]
         return parts[0] if len(parts) == 1 else zlib.crc32(repr(parts).encode())
 
 
@@ -117,19 +74,13 @@ def prepare(request: RunRequest, world: World, to_come: frozenset[str] = frozens
     collectives.by_main(lambda: files.check_place(request.out, "--out"), world)
     run_folder.check_resume(request.out, request.resume, recipe)
     student = None if recipe.student is None else _student(recipe.student, "student" in to_come)
-    pairs = _pairs(recipe, world, student, "teacher" not in to_come) if recipe.objectives.active() else None
-    if pairs is not None and student is not None:
-        described = student
-        collectives.by_main(lambda: clip_folder.rehearse(described), world)
-    _check_answers(recipe, config, world)
-    questions = _answer_data(recipe, world, student, "decoder" in to_come)
-    return PreparedRun(request, config, config_name, student, pairs, questions, open_sets(recipe, world))
-
-
-def on_meta(description: clip.ModelSpec) -> clip.ClipModel:
-    """The model's shapes, without one weight, on torch's meta device."""
-    with torch.device("meta"):
-        return clip.build(description, torch.device("meta"), load_weights=False)
+    tasks: list[TaskData] = []
+    if recipe.objectives.active() and student is not None:
+        tasks.append(distill.prepare(recipe, world, student, to_come="teacher" in to_come))
+    if recipe.answers is not None and recipe.decoder is not None:
+        settings = recipe.answers, recipe.decoder
+        tasks.append(answer.prepare(recipe, *settings, config, world, student, to_come="decoder" in to_come))
+    return PreparedRun(request, config, config_name, student, tuple(tasks))
 
 
 def _student(settings: Student, is_to_come: bool) -> clip.ModelSpec:
@@ -139,93 +90,6 @@ def _student(settings: Student, is_to_come: bool) -> clip.ModelSpec:
         return clip.resolve(chain.model(settings, "student"), "student")
     except ValueError as error:
         raise ValueError(f"{error}\n(as recipe {settings.recipe!r}, which trains the student first, has it)") from error
-
-
-def _pairs(recipe: Recipe, world: World, student: clip.ModelSpec | None, teacher_is_there: bool) -> PairData:
-    task = ObjectiveSet(recipe, world.device, dist.group.WORLD if world.size > 1 else None)
-    use_teacher = task.needs_teacher and teacher_is_there
-    teachers = {role: clip.resolve(settings, role) for role, settings in recipe.teachers().items() if use_teacher}
-    for model in (*([student] if student else []), *teachers.values()):
-        task.check_bias(model.role, model.has_bias)
-    for description in teachers.values():
-        computation(description, world.device)  # a product of int8 that this machine lacks
-    shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
-    order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
-    return PairData(task, shards, order, teachers, build.open_stores(recipe, teachers, shards, world))
-
-
-def _answer_data(recipe: Recipe, world: World, student: clip.ModelSpec | None, decoder_is_to_come: bool) -> AnswerData | None:
-    if recipe.answers is None or recipe.decoder is None:
-        return None
-    description = decoder.resolve(chain.decoder(recipe.decoder) if decoder_is_to_come else recipe.decoder)
-    outline = _outline(recipe.answers, description, student)
-    _check_length(recipe, recipe.answers, description)
-    collectives.by_main(lambda: decoder_tokenizer.check_export(description.tokenizer, description.config), world)
-    notes = [decoder_check.check(description, outline.plain)]
-    if outline.adapted:
-        notes.append(lora.coverage(outline.language))
-    if recipe.decoder.start is not None:
-        start = Path(recipe.decoder.start)
-        before = chain.before(recipe.decoder).model_dump() if decoder_is_to_come else manifest.read(start)["decoder"]
-        if student is not None:
-            check_same_grid(before, recipe.decoder, f"decoder.start = {str(start)!r}")
-    train = open_mixture(recipe.answers.train, "answers.train", recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
-    order = question_order(train, recipe.questions_in_a_step(), recipe.seed)
-    sets = evaluate.open_sets(recipe, world)
-    notes += collectives.by_main(lambda: _tried_questions(recipe, outline, train, sets), world)
-    return AnswerData(description, outline, train, order, sets, tuple(filter(None, notes)))
-
-
-def _tried_questions(recipe: Recipe, outline: Decoder, train: Mixture, sets: dict[str, evaluate.Opened]) -> list[str]:
-    """What the user should know of the questions' lengths and answers. Raises ValueError for sets of which too much is unusable."""
-    assert recipe.answers is not None
-    encoder = PromptEncoder(outline.tokenizer, outline.settings, outline.image_tokens, recipe.answers.max_length)
-    has_images, most = outline.projector is not None, recipe.data.max_bad_fraction
-    notes: list[str] = []
-    for name, part in train.sets.items():
-        key = f"answers.train.{name}"
-        notes += check.try_training(part, encoder, has_images, key, most).sentences(key, learned=True)
-    for name, opened in sets.items():
-        key = f"evaluation.vqa.{name}"
-        notes += check.try_prompts(opened.questions, encoder, has_images, key, most).sentences(key, learned=False)
-    return notes
-
-
-def _outline(answers: Answers, description: DecoderSpec, student: clip.ModelSpec | None) -> Decoder:
-    """The decoder as it will be built for this tower. Raises ValueError for what does not fit: block, image tokens, conversations."""
-    visual: Any = None if student is None else on_meta(student).clip.visual
-    built = decoder.build(description, visual, torch.device("meta"))
-    PromptEncoder(description.tokenizer, description.settings, built.image_tokens, answers.max_length)
-    return built
-
-
-def _check_answers(recipe: Recipe, config: DsConfig, world: World) -> None:
-    if recipe.answers is None or recipe.decoder is None:
-        return
-    stage, rounds = config.stage, config.micro_batches
-    if recipe.decoder.quantise != "none" and stage == 3:
-        raise ValueError(
-            f"decoder.quantise = {recipe.decoder.quantise!r}: ZeRO-3 would part what bitsandbytes reads as a whole; use stage 1 or 2"
-        )
-    batch = recipe.questions_in_a_step()
-    if batch % world.size:
-        raise ValueError(f"answers.batch = {batch} does not divide by {world.size} ranks: make it a multiple of the number of ranks")
-    if batch < world.size * rounds:
-        raise ValueError(
-            f"answers.batch = {batch}: less than one question for each of {world.size} ranks x {rounds} accumulation steps; raise it to "
-            f"{world.size * rounds} at least, or raise train_micro_batch_size_per_gpu"
-        )
-
-
-def _check_length(recipe: Recipe, answers: Answers, description: DecoderSpec) -> None:
-    """A model with learned positions fails beyond its last; others only become worse."""
-    generated = recipe.evaluation.answer_tokens if recipe.evaluation.vqa else 0
-    if description.positions is not None and answers.max_length + generated > description.positions:
-        raise ValueError(
-            f"answers.max_length = {answers.max_length}{f' + evaluation.answer_tokens = {generated}' if generated else ''}: the language "
-            f"model takes {description.positions} tokens (max_position_embeddings); set answers.max_length to "
-            f"{description.positions - generated} at most"
-        )
 
 
 def prerequisites(request: RunRequest) -> list[RunRequest]:

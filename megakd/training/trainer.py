@@ -9,19 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from megakd.data.pairs import Batch
-from megakd.data.transforms import normalise
-from megakd.models.embeddings import Embeddings
-from megakd.models.vlm.student import QuestionInputs
-from megakd.objectives.set import StepLosses
+from megakd.data.bad_samples import BadCounter
+from megakd.objectives.set import weighted_sum
 from megakd.recipe import Recipe
 from megakd.runtime import collectives, watchdog
 from megakd.runtime.checkpoint import Progress
@@ -31,16 +27,12 @@ from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopRequest
 from megakd.runtime.run_folder import RunLog
 from megakd.runtime.stopwatch import Stopwatch, memory_gb
-from megakd.teachers.base import Teacher
-from megakd.teachers.cached import StoredTeacher, TextStoredTeacher
 from megakd.training.accumulation import GradCache
-from megakd.training.batch import BadSamples, JointBatch
 from megakd.training.optim import learning_rate
+from megakd.training.tasks.base import BadSamples, StepPart, Task, TaskBatch
 
-AnyTeacher = Teacher | StoredTeacher | TextStoredTeacher
-# One micro-batch, as the engine's module takes it: pixels and tokens of pairs, then the fields of `QuestionInputs`, where there are any.
-Inputs = tuple[Tensor | None, ...]
-_NO_SCALE = torch.zeros(())  # where nothing but answers is learned
+# One rank's part of a step: of each task, in the order of the tasks.
+Batches = tuple[TaskBatch, ...]
 
 
 class Hooks(Protocol):
@@ -56,14 +48,13 @@ class Hooks(Protocol):
 
     def evaluated(self, step: int) -> bool:
         """Whether an earlier start has."""
-        ...
 
 
 @dataclass(frozen=True)
 class StepSummary:
-    """What all ranks know of a step after one small all-reduce."""
+    """What all ranks know of a step after one small all-reduce. values: means over the ranks of the losses and of what tasks log."""
 
-    losses: dict[str, float]
+    values: dict[str, float]
     finite: bool
     stop: bool
     log_failed: bool
@@ -73,24 +64,15 @@ class StepSummary:
 class Trainer:
     """Holds what a step needs. `fit` runs to the recipe's last step, to a signal, or to an error."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        world: World,
-        engine: Engine,
-        task: StepLosses,
-        teachers: Mapping[str, AnyTeacher],
-        preprocess: dict[str, PreprocessCfg],
-        log: RunLog,
-        stop: StopRequest,
-    ) -> None:
-        """teachers: by role, as the recipe's `teachers()`; preprocess: of the student and of each live teacher, by the same names."""
-        self.recipe, self.world, self.engine, self.task, self.teachers = recipe, world, engine, task, teachers
-        self._preprocess, self._log, self._stop = preprocess, log, stop
+    def __init__(self, recipe: Recipe, world: World, engine: Engine, tasks: Sequence[Task], log: RunLog, stop: StopRequest) -> None:
+        self.recipe, self.world, self.engine, self.tasks = recipe, world, engine, tasks
+        self._weights = {name: weight for task in tasks for name, weight in task.weights.items()}
+        self._logged = [name for task in tasks for name in task.logged]
+        self._log, self._stop = log, stop
         self.clock = Stopwatch(world.device)
-        self._bad = BadSamples()
+        self._bad = BadSamples({task.items: BadCounter() for task in tasks})
 
-    def fit(self, batches: Iterator[JointBatch], start: Progress, hooks: Hooks) -> None:
+    def fit(self, batches: Iterator[Batches], start: Progress, hooks: Hooks) -> None:
         """Train from `start` to the last step. Raises Interrupted when a signal stops it, after a save."""
         recipe, step = self.recipe, start.step
         if self._to_evaluate(step) and not hooks.evaluated(step):  # a signal came first
@@ -109,7 +91,7 @@ class Trainer:
                 now = time.perf_counter()
                 self._write_row(step, summary, images / (now - since), now - since)
                 since, images = now, 0  # what writing takes counts in the next row
-            progress = replace(start, step=step, position=batch.next_position)
+            progress = replace(start, step=step, position=batch[0].next_position)
             saved = summary.stop or last or step % recipe.checkpoint.every == 0
             if saved:
                 self._save(progress, hooks)
@@ -130,52 +112,47 @@ class Trainer:
         return every > 0 and 0 < step < self.recipe.optim.steps and step % every == 0
 
     def _save(self, progress: Progress, hooks: Hooks) -> None:
-        self._check_gradient(progress.step)
-        hooks.save(progress)
-
-    def _check_gradient(self, step: int) -> None:
         """A finite loss may have a gradient that is not, which shows in the loss one step later: too late for this checkpoint."""
         if not math.isfinite(self.engine.gradient_norm):
-            raise LossNotFinite(f"step {step}: the gradient norm is {self.engine.gradient_norm}; this step was not saved")
+            raise LossNotFinite(f"step {progress.step}: the gradient norm is {self.engine.gradient_norm}; this step was not saved")
+        hooks.save(progress)
 
-    def step(self, batch: JointBatch, step: int) -> StepSummary:
+    def step(self, batches: Batches, step: int) -> StepSummary:
         """One update on one global batch. Raises on every rank, before any weight moves, LossNotFinite or what the log met with."""
-        # Data and teacher
+        # Data and teachers: what each task gives the module, and its losses as a function of the outputs (`part` in tasks/distill.py)
         watchdog.beat("teacher", step)
-        batch = batch.to(self.world.device, non_blocking=True)
-        with self.clock.part("teacher"):
-            teacher_embeddings = [self._teach(batch.pairs, *named) for named in self.teachers.items() if batch.pairs is not None]
-        micro_batches, answer_tokens = self._inputs(batch), self._answer_tokens(batch)
-        last = len(micro_batches) - 1
+        batches = tuple(batch.to(self.world.device, non_blocking=True) for batch in batches)
+        parts = [task.part(batch, self.clock, step) for task, batch in zip(self.tasks, batches, strict=True)]
+        last = self.engine.accumulation - 1
 
-        # Pairs in several micro-batches: the losses of the whole batch, and their gradient at the outputs, come before the forwards
-        # that count, see accumulation.py. Batch norm would move its statistics twice for one step.
+        # Losses that do not add up over micro-batches: those of the whole batch, and their gradient at the outputs, come before the
+        # forwards that count, see accumulation.py. Batch norm would move its statistics twice for one step.
         cache: GradCache | None = None
-        if last and batch.pairs is not None:
+        if last and not all(task.adds_up for task in self.tasks):
             with torch.no_grad(), self.engine.unmoved_buffers():
-                cache = GradCache([self._forward(inputs, step, number) for number, inputs in enumerate(micro_batches)])
-            losses, total = self._losses(cache.leaves, teacher_embeddings, answer_tokens, step)
-            pending = self._announce([losses], cache.leaves["scale"], batch)
+                cache = GradCache([self._forward(parts, step, number) for number in range(last + 1)])
+            losses, total = self._losses(parts, cache.leaves)
+            pending = self._announce([losses], cache.leaves, batches)
             cache.backward(total)
 
         # Forward, losses, backward
-        parts: list[dict[str, Tensor]] = []
-        for number, inputs in enumerate(micro_batches):
-            outputs = self._forward(inputs, step, number)
+        added: list[dict[str, Tensor]] = []
+        for number in range(last + 1):
+            outputs = self._forward(parts, step, number)
             if cache is not None:
                 total = cache.surrogate(outputs, number)
-            else:  # losses of answers are sums over questions, which add up
-                losses, total = self._losses(outputs, teacher_embeddings, answer_tokens, step)
-                parts.append(losses)
+            else:
+                losses, total = self._losses(parts, outputs)
+                added.append(losses)
                 if number == last:
-                    pending = self._announce(parts, outputs.get("scale", _NO_SCALE), batch)
+                    pending = self._announce(added, outputs, batches)
             with self.clock.part("student"):
                 self.engine.backward(total)
             if number < last:
                 self.engine.accumulated()
 
         # Agree
-        summary = self._agree(pending, batch)
+        summary = self._agree(pending, batches)
         self._refuse(summary, step)
 
         # Update
@@ -188,7 +165,7 @@ class Trainer:
     def _refuse(self, summary: StepSummary, step: int) -> None:
         if not summary.finite:
             raise LossNotFinite(
-                f"step {step + 1}: the loss is not finite on at least one rank: {summary.losses} (NaN and infinity shown as 0); "
+                f"step {step + 1}: the loss is not finite on at least one rank: {summary.values} (NaN and infinity shown as 0); "
                 f"no weight has moved in this step"
             )
         if summary.log_failed:
@@ -196,93 +173,57 @@ class Trainer:
             assert isinstance(failure, OSError)
             raise failure
 
-    def _inputs(self, batch: JointBatch) -> list[Inputs]:
-        """The batch in micro-batches, one for each accumulation step."""
-        count = self.engine.accumulation
-        pairs: list[Inputs] = [(None, None)] * count
-        if batch.pairs is not None:
-            pixels, tokens = self._view(batch.pairs, "student", self.engine.dtype)
-            pairs = list(zip(pixels.tensor_split(count), tokens.tensor_split(count), strict=True))
-        if batch.questions is None:
-            return pairs
-        told = batch.questions
-        pixels_B = None if told.pixels is None else normalise(told.pixels, self._preprocess["student"], self.engine.dtype)
-        questions = QuestionInputs(pixels_B, told.ids_BL, told.attend_BL, told.image_mask_BL, told.labels_BL).split(count)
-        return [(*pair, *question) for pair, question in zip(pairs, questions, strict=True)]
-
-    def _answer_tokens(self, batch: JointBatch) -> float:
-        """Tokens of the global batch that are learned; a collective where there are questions."""
-        if self.task.answer is None or batch.questions is None:
-            return 1.0
-        return self.task.answer.answer_tokens(batch.questions.labels_BL)
-
-    def _forward(self, inputs: Inputs, step: int, micro_batch: int) -> dict[str, Tensor]:
+    def _forward(self, parts: list[StepPart], step: int, micro_batch: int) -> dict[str, Tensor]:
         # Seeded by place, not by history: a resumed run and the second forward of a micro-batch drop out what the first did.
         watchdog.beat("student", step)
         place = f"{self.recipe.seed}/{step}/{self.world.rank}/{micro_batch}"
         torch.manual_seed(int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "big"))
+        inputs = {name: value for part in parts for name, value in part.inputs[micro_batch].items()}
         with self.clock.part("student"):
-            return self.engine.forward(*inputs)
+            return self.engine.forward(**inputs)
 
-    def _losses(
-        self, outputs: dict[str, Tensor], teacher_embeddings: list[Embeddings], answer_tokens: float, step: int
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def _losses(self, parts: list[StepPart], outputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """The losses by name, and their weighted sum."""
         with self.clock.part("loss"):
-            losses = self.task.losses(outputs, teacher_embeddings, answer_tokens, step)
-            return losses, self.task.total(losses)
+            losses = {name: loss for part in parts for name, loss in part.losses(outputs).items()}
+            return losses, weighted_sum(losses, self._weights)
 
-    def _teach(self, batch: Batch, role: str, teacher: AnyTeacher) -> Embeddings:
-        size = self.engine.micro_batch
-        if isinstance(teacher, StoredTeacher):
-            assert batch.stored is not None, "the loader was given the store"
-            assert batch.view is not None
-            stored = batch.stored
-            return teacher.recall(stored.image, stored.text, stored.known, batch.index, batch.view, stored.damaged)
-        pixels, tokens = self._view(batch, role, teacher.dtype)
-        if isinstance(teacher, TextStoredTeacher):
-            assert batch.stored is not None, "the loader was given the store"
-            image_BD = torch.cat([teacher.embed_images(micro_batch) for micro_batch in pixels.split(size)])
-            return teacher.join(image_BD, batch.stored.text, batch.stored.known, batch.index, batch.stored.damaged)
-        parts = [teacher.embed(*micro_batch) for micro_batch in zip(pixels.split(size), tokens.split(size), strict=True)]
-        return parts[0]._replace(image=torch.cat([part.image for part in parts]), text=torch.cat([part.text for part in parts]))
+    def _announce(self, added: list[dict[str, Tensor]], outputs: dict[str, Tensor], batches: Batches) -> collectives.Pending:
+        """Start telling the other ranks how this step stands; the backward runs meanwhile. added: losses that add up to the step's."""
+        values = [torch.stack([losses[name].detach() for losses in added]).sum().float() for name in self._weights]
+        values_V = torch.stack([*values, *(outputs[name].detach().float() for name in self._logged)])
+        wrong = (~values_V.isfinite()).any().float().reshape(1)
+        flags = [float(bool(self._stop)), float(bool(self._log.failure))]
+        counts = torch.tensor([*flags, *map(float, self._bad_in(batches).to_list())], device=values_V.device)
+        return collectives.start_sum(torch.cat([wrong, values_V.nan_to_num() / self.world.size, counts]), self.world)
 
-    def _view(self, batch: Batch, tower: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return normalise(batch.pixels[tower], self._preprocess[tower], dtype), batch.tokens[tower]
-
-    def _announce(self, parts: list[dict[str, Tensor]], scale: Tensor, batch: JointBatch) -> collectives.Pending:
-        """Start telling the other ranks how this step stands; the backward runs meanwhile. parts: losses that add up to the step's."""
-        values = torch.stack([torch.stack([part[name].detach() for part in parts]).sum().float() for name in parts[0]])
-        values = torch.cat([values, scale.detach().float().reshape(1).to(values.device)])
-        wrong = (~values.isfinite()).any().float().reshape(1)
-        flags = [float(bool(self._stop)), float(self._log.failure is not None)]
-        counts = torch.tensor([*flags, *map(float, batch.bad.to_list())], device=values.device)
-        return collectives.start_sum(torch.cat([wrong, values.nan_to_num() / self.world.size, counts]), self.world)
-
-    def _agree(self, pending: collectives.Pending, batch: JointBatch) -> StepSummary:
+    def _agree(self, pending: collectives.Pending, batches: Batches) -> StepSummary:
         wrong, *values = pending.read()
-        names = [*self.task.weights, "scale"]
+        names = [*self._weights, *self._logged]
         means, (stop, log_failed, *counts) = values[: len(names)], values[len(names) :]
-        bad = BadSamples.from_list([int(count) for count in counts], batch.bad)
+        bad = BadSamples.from_list([int(count) for count in counts], self._bad_in(batches))
         return StepSummary(dict(zip(names, means, strict=True)), wrong == 0, stop > 0, log_failed > 0, bad)
+
+    def _bad_in(self, batches: Batches) -> BadSamples:
+        return BadSamples({task.items: batch.bad for task, batch in zip(self.tasks, batches, strict=True)})
 
     def _check_data(self, bad: BadSamples) -> None:
         """The same numbers on every rank, so every rank stops or none."""
         self._bad.merge(bad)
-        self._bad.check(self.recipe.data.max_bad_fraction, self.recipe.optim.batch, self.recipe.questions_in_a_step())
+        self._bad.check(self.recipe.data.max_bad_fraction, {task.items: task.in_a_step for task in self.tasks})
 
     def _write_row(self, step: int, summary: StepSummary, images_per_second: float, elapsed: float) -> None:
-        losses = dict(summary.losses)
-        scale = losses.pop("scale")
-        total = sum(self.task.weights[name] * loss for name, loss in losses.items())
+        logged = {name: summary.values[name] for name in self._logged}
+        losses = {name: summary.values[name] for name in self._weights}
+        total = sum(weight * losses[name] for name, weight in self._weights.items())
         seconds = self.clock.read()
         row: dict[str, Any] = {
             "step": step,
             "loss": total,
             "losses": losses,
-            "backends": self.task.backends,
+            "backends": {name: backend for task in self.tasks for name, backend in task.backends.items()},
             "lr": learning_rate(self.recipe.optim, step - 1),
-            **({"scale": scale} if self.task.distill is not None else {}),
+            **logged,
             "gradient_norm": self.engine.gradient_norm,
             "images_per_second": images_per_second,
             "memory_gb": memory_gb(self.world.device),
@@ -290,6 +231,5 @@ class Trainer:
             "bad_samples": self._bad.counts,
         }
         self._log.row(row, self.recipe.optim.steps)
-        flat = {"loss": total, **losses, "lr": row["lr"], "images_per_second": images_per_second}
-        flat |= {"scale": scale} if self.task.distill is not None else {}
+        flat = {"loss": total, **losses, "lr": row["lr"], "images_per_second": images_per_second, **logged}
         self.engine.monitor(flat, step * self.recipe.samples_in_a_step())

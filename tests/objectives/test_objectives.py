@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from megakd.models.embeddings import Embeddings
 from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, head_name
-from megakd.objectives.set import ObjectiveSet, StepLosses, build
+from megakd.objectives.set import ObjectiveSet, build, weighted_sum
 from megakd.recipe import Objectives, Recipe
 from megakd.recipe import load as recipes
 from megakd.recipe.objectives import declaration
@@ -212,7 +212,7 @@ def test_the_task_weighs_what_it_logs_unweighted(recipe_file: Path) -> None:
     student, teacher = _pair(1, 16), _pair(5, 16)
     losses = task.losses(student._replace(projected={"feature": (student.image, student.text)}), [teacher])
     assert list(losses) == list(task.weights) == ["contrastive", "similarity", "feature"]
-    total = StepLosses(task, None).total(losses)
+    total = weighted_sum(losses, task.weights)
     torch.testing.assert_close(total, losses["contrastive"] + 3 * losses["similarity"] + 0.5 * losses["feature"])
 
 

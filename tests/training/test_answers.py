@@ -18,7 +18,7 @@ from megakd.runtime import checkpoint
 from megakd.runtime import ds_config as ds_config_module
 from megakd.runtime.exits import EXIT_USER_ERROR
 from megakd.runtime.launch import World
-from megakd.training import prepare
+from megakd.training.tasks import answer
 from support.decoders import evaluated_and_asked_again
 from support.runs import KD, TINY_LLAMA, answering, curve, ds_config, events, losses, question_source, ran, rows, train, zero
 
@@ -298,7 +298,7 @@ def test_questions_that_do_not_divide_by_the_ranks_are_refused_before_the_run(
     settings, _ = recipes.load(str(recipe_file), [*asking, "answers.batch=9"])
     config = ds_config_module.resolve({}, settings, 2, config_name="", recipe_name="")
     with pytest.raises(ValueError, match=r"answers\.batch = 9 does not divide by 2 ranks"):
-        prepare._check_answers(settings, config, World(0, 2, torch.device("cpu")))
+        answer.check_batch(settings, settings.decoder, config, World(0, 2, torch.device("cpu")))
 
 
 def test_fewer_questions_than_places_for_them_are_refused(recipe_file: Path, asking: tuple[str, ...], tmp_path: Path) -> None:

@@ -138,10 +138,11 @@ def test_a_dry_run_says_what_the_decoder_will_be(to_come: tuple[Path, Path]) -> 
 
 def test_what_is_foreseen_is_what_is_built(recipe_file: Path, asking: tuple[str, ...], tmp_path: Path) -> None:
     recipe, origin = recipes.load(str(recipe_file), asking)
-    plan = prepare.prepare(prepare.RunRequest(recipe, origin, None, tmp_path / "run"), World(0, 1, torch.device("cpu")))
-    assert plan.questions is not None
-    shapes = {name: value.shape for name, value in plan.questions.outline.named_parameters() if value.requires_grad}
-    module = build_learners(plan, {}, torch.device("cpu")).module
+    world = World(0, 1, torch.device("cpu"))
+    plan = prepare.prepare(prepare.RunRequest(recipe, origin, None, tmp_path / "run"), world)
+    (questions,) = plan.tasks
+    shapes = {name: value.shape for name, value in questions.outline.named_parameters() if value.requires_grad}
+    module, _ = build_learners(plan, [questions.start(plan.config, world, None)], torch.device("cpu"))
     learned = {name.removeprefix("decoder."): value.shape for name, value in module.named_parameters() if value.requires_grad}
     assert shapes == learned
     assert shapes

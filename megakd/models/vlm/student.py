@@ -6,7 +6,7 @@ the same vision tower. Where no objective is active the pairs are absent; where 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,26 +34,18 @@ class QuestionInputs(NamedTuple):
 
 
 class VisionLanguageStudent(Student):
-    """clip: the student's towers, or None for a decoder that sees nothing. The tower learns from the answers where `tower_learns`."""
+    """A student, made of the parts of another, and what it learns to answer with. Its tower learns from answers where `tower_learns`."""
 
-    def __init__(
-        self, clip: nn.Module | None, heads: dict[str, nn.Module], max_scale: float, decoder: Decoder, layer: int, *, tower_learns: bool
-    ) -> None:
-        if clip is None:
-            nn.Module.__init__(self)
-            self.clip = None  # type: ignore[assignment]
-        else:
-            super().__init__(clip, heads, max_scale)
+    def __init__(self, student: Student, decoder: Decoder, layer: int, *, tower_learns: bool) -> None:
+        super().__init__(student.clip, dict(student.heads.items()), student.max_scale)
         self.decoder, self._layer, self._tower_learns = decoder, layer, tower_learns
 
-    def forward(self, pixels: Tensor | None, tokens: Tensor | None, *asked: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """The student's outputs for the pairs, where there are any, and the decoder's `answer_nll`, `answer_tokens`, each (B,).
-
-        asked: the fields of `QuestionInputs`, one by one, as DeepSpeed's hooks take tensors and plain tuples.
-        """
+    def forward(  # type: ignore[override]
+        self, pixels: Tensor | None = None, tokens: Tensor | None = None, questions: QuestionInputs | None = None
+    ) -> dict[str, Tensor]:
+        """The student's outputs for the pairs, and the decoder's `answer_nll`, `answer_tokens`, each (B,), for the questions."""
         outputs = super().forward(pixels, tokens) if pixels is not None and tokens is not None else {}
-        if asked:
-            questions = QuestionInputs(*asked)
+        if questions is not None:
             visual_BVC = None if questions.pixels is None else self.look(questions.pixels)
             outputs |= self.decoder(visual_BVC, *questions[1:])
         return outputs
@@ -63,7 +55,6 @@ class VisionLanguageStudent(Student):
 
         Where the tower does not learn from answers: without a gradient, and in evaluation mode, so that batch norm learns nothing either.
         """
-        assert self.clip is not None
         visual: nn.Module = self.clip.visual  # type: ignore[assignment]
         if self._tower_learns:
             return patch_tokens(visual, pixels, self._layer)

@@ -1,0 +1,172 @@
+"""The contract of a task: one kind of data with its losses. A run has one or several, in the order in which they are prepared.
+
+1. `TaskData` is a task before the run: settings, data and models' configurations, found to be sound without a model.
+2. `TaskData.start` loads what is frozen and gives the `Task` of a run, which adds its parts to the one module that the engine trains.
+3. In every step `Task.part` says what the module is given and how losses come of its outputs, see `Trainer.step`.
+4. The task scores what it has trained, and writes it at the end.
+
+How to add one: README.md of `training/`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from megakd.data.bad_samples import BadCounter, Reason
+from megakd.data.resumable import ResumableBatches
+from megakd.models.student import Student
+from megakd.runtime.checkpoint import Progress
+from megakd.runtime.ds_config import DsConfig
+from megakd.runtime.launch import World
+from megakd.runtime.preemption import StopPoller
+from megakd.runtime.run_folder import RunLog
+from megakd.runtime.stopwatch import Stopwatch
+
+
+class TaskBatch(Protocol):
+    """One rank's part of a task's global batch. bad: what this rank skipped for it; next_position: what resumes after it."""
+
+    @property
+    def next_position(self) -> int: ...
+
+    @property
+    def bad(self) -> BadCounter: ...
+
+    def to(self, device: torch.device, non_blocking: bool) -> Self: ...
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """A task's part of one step. inputs: for each micro-batch, arguments of the module's forward by names that no other task has.
+
+    losses: the module's outputs -> unweighted float32 scalars by name, in the order of the task's `weights`.
+    """
+
+    inputs: list[dict[str, Any]]
+    losses: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+class Task(ABC):
+    """A task in a run that has started.
+
+    weights: of its losses, by name; backends: which implementation computes them, where there are several.
+    adds_up: whether the losses of micro-batches add up to those of the batch, as sums over samples do. Others take two forwards, see
+    `accumulation`. logged: outputs of the module, scalars, that are logged beside the losses.
+    items, in_a_step: what its data are, for messages, and how many of them a step takes over all ranks.
+    learns: prefixes of the parameters' names that it trains. rates: learning rates other than the recipe's, by such prefixes.
+    """
+
+    weights: Mapping[str, float]
+    backends: Mapping[str, str] = {}
+    adds_up: bool
+    logged: tuple[str, ...] = ()
+    items: str
+    in_a_step: int
+    learns: tuple[str, ...] = ("",)
+    rates: Mapping[str, float] = {}
+
+    @abstractmethod
+    def extend(self, module: Student, device: torch.device) -> Student:
+        """The module with this task's parts, their weights loaded or drawn from torch's generator; on the CPU but for quantised ones."""
+
+    @abstractmethod
+    def keep_replica(self) -> None:
+        """Before the engine takes the complete module, to part its weights perhaps: copy what evaluations need whole."""
+
+    @abstractmethod
+    def open(self, progress: Progress) -> ResumableBatches[Any, Any]:
+        """Its batches from where `progress` stands; called once, before the first step of this start."""
+
+    @abstractmethod
+    def part(self, batch: Any, clock: Stopwatch, step: int) -> StepPart:
+        """What the step number `step` (from 0) makes of `batch`, which is on the device. A collective."""
+
+    def stepped(self) -> None:  # noqa: B027 - most have nothing to look at
+        """After the first step of this start; every rank calls it. Raises ValueError for what only a backward shows."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What its losses keep from step to step, for a checkpoint."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - most keep nothing
+        """Give the losses what `state` returned."""
+
+    @abstractmethod
+    def evaluate(self, weights: dict[str, Tensor], step: int, folder: Path, interruptions: StopPoller) -> dict[str, Any]:
+        """Its scores as `evaluation.json` holds them, the same on every rank; {} without sets. weights: of `step`, from the engine.
+
+        A collective. Raises Interrupted, on every rank, when a signal comes to one.
+        """
+
+    @abstractmethod
+    def write(self, weights: dict[str, Tensor], folder: Path) -> None:
+        """What was trained, into the run folder `folder`. Rank 0 alone."""
+
+
+class TaskData(Protocol):
+    """A task whose settings, data and models' configurations were found to be sound. Nothing expensive has happened."""
+
+    @property
+    def key(self) -> str:
+        """The recipe's key of its data, for messages."""
+
+    @property
+    def result(self) -> str:
+        """The folder in a run folder that `Task.write` leaves."""
+
+    @property
+    def sets(self) -> object:
+        """What it is scored on; false where there is nothing."""
+
+    def signature(self, *, of_names: bool = False) -> int:
+        """Of its data. of_names: of shards by name and length alone, see `PreparedRun.signature`."""
+
+    def describe(self) -> list[str]:
+        """For the run's first lines: from what is learned, and how."""
+
+    def preview(self, world: World) -> list[str]:
+        """For `--dry_run`: its data and the models' shapes. Raises ValueError for what shows when samples are decoded and shapes meet."""
+
+    def start(self, config: DsConfig, world: World, log: RunLog) -> Task:
+        """With what is frozen loaded. A collective."""
+
+
+@dataclass(frozen=True)
+class BadSamples:
+    """What was bad in the data of each task, by what they are: many good pairs would hide that hardly a question is usable."""
+
+    by_items: dict[str, BadCounter]
+
+    def merge(self, other: BadSamples) -> None:
+        for items, counter in self.by_items.items():
+            counter.merge(other.by_items[items])
+
+    @property
+    def counts(self) -> dict[Reason, int]:
+        """Of all, by reason."""
+        together = BadCounter()
+        for counter in self.by_items.values():
+            together.merge(counter)
+        return together.counts
+
+    def to_list(self) -> list[int]:
+        """As BadCounter's: of fixed length, to be summed over ranks."""
+        return [count for counter in self.by_items.values() for count in counter.to_list()]
+
+    @classmethod
+    def from_list(cls, values: Sequence[int], here: BadSamples) -> BadSamples:
+        """The inverse of `to_list`, with this rank's examples."""
+        parts = zip(*[iter(values)] * (len(values) // len(here.by_items)), strict=True)
+        return cls({items: BadCounter.from_list(next(parts), counter.examples) for items, counter in here.by_items.items()})
+
+    def check(self, max_bad_fraction: float, in_a_step: Mapping[str, int]) -> None:
+        """Raises ValueError when too many of any are bad, judged from at least a step's of them seen."""
+        for items, counter in self.by_items.items():
+            counter.check(max_bad_fraction, at_least=in_a_step[items], what=items)

@@ -1,0 +1,222 @@
+"""Learning from image-text pairs by the recipe's objectives, with its teachers or without one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megakd.data.pairs import Batch, TrainBatches, train_batches
+from megakd.data.sampler import Order
+from megakd.data.shards import ShardSet
+from megakd.data.store.reader import Store
+from megakd.data.transforms import TowerView, normalise
+from megakd.evaluation.encoder import Encoder
+from megakd.evaluation.suite import Sets, Suite, open_sets
+from megakd.export import clip_folder
+from megakd.models import clip
+from megakd.models.embeddings import Embeddings
+from megakd.models.fingerprint import computation, preprocessing
+from megakd.models.student import Student, embeddings
+from megakd.objectives.set import ObjectiveSet
+from megakd.recipe import Recipe
+from megakd.runtime import collectives, precision, watchdog
+from megakd.runtime.checkpoint import Progress
+from megakd.runtime.ds_config import DsConfig
+from megakd.runtime.launch import World
+from megakd.runtime.preemption import StopPoller
+from megakd.runtime.run_folder import RunLog
+from megakd.runtime.stopwatch import Stopwatch
+from megakd.teachers import build
+from megakd.teachers.base import Teacher
+from megakd.teachers.cached import StoredTeacher, TextStoredTeacher
+from megakd.training.tasks.base import StepPart, Task
+
+AnyTeacher = Teacher | StoredTeacher | TextStoredTeacher
+
+
+@dataclass(frozen=True)
+class PairData:
+    """Image-text pairs in their order, the models' configurations, and the sets that the student's towers are scored on."""
+
+    recipe: Recipe
+    student: clip.ModelSpec
+    objectives: ObjectiveSet
+    shards: ShardSet
+    order: Order
+    teachers: dict[str, clip.ModelSpec]
+    store: Store | None
+    sets: Sets
+
+    result = clip_folder.MODEL
+
+    @property
+    def key(self) -> str:
+        return f"data.train = {self.recipe.data.train!r}"
+
+    def signature(self, *, of_names: bool = False) -> int:
+        return self.shards.signature_of_names if of_names else self.shards.signature
+
+    def describe(self) -> list[str]:
+        teacher = ", ".join(map(_called, self.teachers.values())) or "none"
+        objectives = ", ".join(f"{weight:g} {name}" for name, weight in self.objectives.weights.items())
+        return [f"data: {len(self.shards)} pairs; teacher: {teacher}; objectives: {objectives}"]
+
+    def preview(self, world: World) -> list[str]:
+        built = {role: clip.on_meta(description) for role, description in {"student": self.student, **self.teachers}.items()}
+        views = {role: TowerView(model.preprocess, model.description.tokenize) for role, model in built.items()}
+        shards, order, of = self.shards, self.order, self.recipe.views
+        with train_batches(
+            shards, order, of, views, rank=world.rank, world=world.size, start_position=0, workers=0, pin_memory=False
+        ) as batches:
+            batch = next(batches)
+        first = f"first batch of this rank: {len(batch)} pairs, bad: {batch.bad.by_reason() or 'none'}"
+        parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}"]
+        return parts + [_shapes(role, model, batch.pixels[role][:2], batch.tokens[role][:2]) for role, model in built.items()]
+
+    def start(self, config: DsConfig, world: World, log: RunLog) -> Distill:
+        recipe, piece = self.recipe, config.micro_batch
+        if recipe.teachers() and not self.teachers:
+            log.say("the teacher is not loaded: no objective with a positive weight uses it")
+        teachers: dict[str, AnyTeacher] = {}
+        for role, description in self.teachers.items():
+            watchdog.beat(f"loading {role}")
+            if self.store is None:
+                teachers[role] = build.live_teacher(recipe, description, world, self.shards, piece=piece, say=log.say)
+            else:
+                log.say(self.store.outline())
+                teachers[role] = build.stored_teacher(self.store, recipe, description, self.shards, world, piece=piece, say=log.say)
+        return Distill(self, teachers, config, world)
+
+
+def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: bool) -> PairData:
+    """to_come: another recipe is about to train the teacher.
+
+    Raises ValueError, on every rank, for objectives, models, shards, a store or sets that do not fit each other or this machine.
+    """
+    objectives = ObjectiveSet(recipe, world.device, dist.group.WORLD if world.size > 1 else None)
+    use_teacher = objectives.needs_teacher and not to_come
+    teachers = {role: clip.resolve(settings, role) for role, settings in recipe.teachers().items() if use_teacher}
+    for model in (student, *teachers.values()):
+        objectives.check_bias(model.role, model.has_bias)
+    for description in teachers.values():
+        computation(description, world.device)  # a product of int8 that this machine lacks
+    shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
+    order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
+    store = build.open_stores(recipe, teachers, shards, world)
+    collectives.by_main(lambda: clip_folder.rehearse(student), world)
+    return PairData(recipe, student, objectives, shards, order, teachers, store, open_sets(recipe, world))
+
+
+class Distill(Task):
+    """The pairs of a run. teachers: by role, live or from their store."""
+
+    adds_up = False
+    logged = ("scale",)
+    items = "samples"
+
+    def __init__(self, data: PairData, teachers: Mapping[str, AnyTeacher], config: DsConfig, world: World) -> None:
+        self.weights, self.backends = data.objectives.weights, data.objectives.backends
+        self.in_a_step = data.recipe.optim.batch
+        self._data, self._teachers, self._config, self._world = data, teachers, config, world
+        live = {role: data.teachers[role] for role, teacher in teachers.items() if not isinstance(teacher, StoredTeacher)}
+        self._seen_by = {"student": data.student, **live}  # models that are shown the pairs themselves
+        self._preprocess = {role: preprocessing(model) for role, model in self._seen_by.items()}
+
+    def extend(self, module: Student, device: torch.device) -> Student:
+        widths = [teacher.width for teacher in self._teachers.values()]
+        module.heads.update(self._data.objectives.heads(self._data.student.width, widths))
+        self._towers = module.clip
+        return module
+
+    def keep_replica(self) -> None:
+        if self._data.sets:
+            self._replica = copy.deepcopy(self._towers)
+            if hasattr(self._replica, "set_grad_checkpointing"):
+                self._replica.set_grad_checkpointing(False)  # type: ignore[operator]
+
+    def open(self, progress: Progress) -> TrainBatches:
+        recipe = self._data.recipe
+        return train_batches(
+            self._data.shards,
+            self._data.order,
+            recipe.views,
+            {role: TowerView(self._preprocess[role], model.tokenize) for role, model in self._seen_by.items()},
+            rank=self._world.rank,
+            world=self._world.size,
+            start_position=progress.position,
+            workers=recipe.data.workers,
+            pin_memory=self._world.device.type == "cuda",
+            store=self._data.store,
+            replay=all(settings.store_of == "all" for settings in recipe.teachers().values()),
+        )
+
+    def part(self, batch: Batch, clock: Stopwatch, step: int) -> StepPart:
+        with clock.part("teacher"):
+            teachers = [self._teach(batch, role, teacher) for role, teacher in self._teachers.items()]
+        whole = self._view(batch, "student", precision.dtype(self._config.precision))
+        views = [tensor.tensor_split(self._config.micro_batches) for tensor in whole]
+        inputs = [{"pixels": pixels, "tokens": tokens} for pixels, tokens in zip(*views, strict=True)]
+        return StepPart(inputs, lambda outputs: self._data.objectives.losses(embeddings(outputs), teachers, step))
+
+    def _teach(self, batch: Batch, role: str, teacher: AnyTeacher) -> Embeddings:
+        """The teacher's embeddings of the batch, a micro-batch in a forward."""
+        if isinstance(teacher, StoredTeacher):
+            assert batch.stored is not None, "the loader was given the store"
+            assert batch.view is not None
+            stored = batch.stored
+            return teacher.recall(stored.image, stored.text, stored.known, batch.index, batch.view, stored.damaged)
+        size, (pixels, tokens) = self._config.micro_batch, self._view(batch, role, teacher.dtype)
+        if isinstance(teacher, TextStoredTeacher):
+            assert batch.stored is not None, "the loader was given the store"
+            image_BD = torch.cat([teacher.embed_images(micro_batch) for micro_batch in pixels.split(size)])
+            return teacher.join(image_BD, batch.stored.text, batch.stored.known, batch.index, batch.stored.damaged)
+        parts = [teacher.embed(*micro_batch) for micro_batch in zip(pixels.split(size), tokens.split(size), strict=True)]
+        return parts[0]._replace(image=torch.cat([part.image for part in parts]), text=torch.cat([part.text for part in parts]))
+
+    def _view(self, batch: Batch, role: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return normalise(batch.pixels[role], self._preprocess[role], dtype), batch.tokens[role]
+
+    def state(self) -> dict[str, Tensor]:
+        return self._data.objectives.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self._data.objectives.restore(state)
+
+    def evaluate(self, weights: dict[str, Tensor], step: int, folder: Path, interruptions: StopPoller) -> dict[str, Any]:
+        """The student's towers on the recipe's image-text sets."""
+        if not self._data.sets:
+            return {}
+        data, device = self._data, self._world.device
+        clip_folder.load_clip(self._replica, weights)
+        towers = self._replica.to(device).eval()
+        encoder = Encoder(towers, self._preprocess["student"], data.student.tokenize, device, data.recipe.evaluation.batch)
+        results = Suite(data.sets, encoder, self._world, data.recipe.data.workers, interruptions).run()
+        self._replica.to("cpu")
+        return results
+
+    def write(self, weights: dict[str, Tensor], folder: Path) -> None:
+        built = clip.ClipModel(self._towers, self._data.student, self._preprocess["student"])
+        clip_folder.write_model(folder / self._data.result, weights, built)
+
+
+def _called(description: clip.ModelSpec) -> str:
+    """A teacher's name for people, and how it runs."""
+    settings = build.settings_of(description)
+    how = f"from {settings.store}" if settings.store else settings.mode
+    return f"{settings.model or 'own architecture'} ({how})"
+
+
+def _shapes(role: str, model: clip.ClipModel, pixels: Tensor, tokens: Tensor) -> str:
+    with torch.no_grad():
+        image = model.clip.encode_image(pixels.to("meta", torch.float32))  # type: ignore[operator]
+        text = model.clip.encode_text(tokens.to("meta"))  # type: ignore[operator]
+    shapes = [tuple(tensor.shape[1:]) for tensor in (pixels, image, tokens, text)]
+    count = clip.parameters_in(model.clip)
+    return f"{role}: {count:,} parameters; pixels {shapes[0]} -> {shapes[1]}, tokens {shapes[2]} -> {shapes[3]}"
