@@ -1,11 +1,79 @@
-"""Pairs and questions of one step: what was bad in each is counted and judged by itself."""
+"""Tasks side by side in one run: what is bad in each is counted and judged by itself, and a further one needs no change elsewhere."""
 
 from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from megakd.data.bad_samples import BadCounter
-from megakd.training.tasks.base import BadSamples
+from megakd.training import prepare
+from megakd.training.tasks.base import BadSamples, StepPart, Task
+from support.runs import ran, rows
+
+
+class Third(Task):
+    """Draws the logit scale to 5, on data that have no more than positions; it is also its `TaskData`."""
+
+    weights, adds_up, items, in_a_step = {"five": 2.0}, False, "things", 1
+    key, result, sets = "things", "third", True
+
+    def signature(self, *, of_names: bool = False) -> int:
+        return 3
+
+    def describe(self) -> list[str]:
+        return ["things: no end of them"]
+
+    def start(self, *_: Any) -> Third:
+        return self
+
+    def extend(self, module: Any, device: Any) -> Any:
+        return module
+
+    def keep_replica(self) -> None:
+        pass
+
+    def open(self, progress: Any) -> Any:
+        batch = SimpleNamespace(next_position=-1, bad=BadCounter(4, {"too_thin": 1}))
+        batch.to = lambda device, non_blocking: batch
+        return contextlib.nullcontext(iter(lambda: batch, None))
+
+    def part(self, batch: Any, clock: Any, step: int) -> StepPart:
+        return StepPart([{}, {}], lambda outputs: {"five": (outputs["scale"] - 5).square()})
+
+    def evaluate(self, weights: Any, step: int, folder: Path, interruptions: Any) -> dict[str, Any]:
+        return {"third": weights["clip.logit_scale"].exp().item()}
+
+    def write(self, weights: Any, folder: Path) -> None:
+        (folder / "third").mkdir()
+
+
+def test_a_further_task_learns_is_scored_and_written_beside_the_pairs(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two micro-batches, with whose losses its own do not add up."""
+    plain, prepared, config = ran(recipe_file, tmp_path / "plain"), prepare.prepare, tmp_path / "halves.json"
+    config.write_text('{"train_micro_batch_size_per_gpu": 8}', encoding="utf-8")
+
+    def with_a_third(*given: Any) -> prepare.PreparedRun:
+        plan = prepared(*given)
+        return dataclasses.replace(plan, tasks=(*plan.tasks, Third()))
+
+    monkeypatch.setattr(prepare, "prepare", with_a_third)
+    run = ran(recipe_file, tmp_path / "run", "data.max_bad_fraction=0.3", config=config)
+    losses = [row["losses"]["five"] for row in rows(run)]
+    assert losses[-1] < losses[0]
+    for row, other in zip(rows(run), rows(plain), strict=True):
+        assert row["losses"].keys() == {*other["losses"], "five"}
+        assert row["bad_samples"] == {"too_thin": row["step"]}
+    assert rows(run)[0]["loss"] == pytest.approx(rows(plain)[0]["loss"] + 2 * losses[0], rel=1e-4)
+    assert (run / "third").is_dir()
+    assert json.loads((run / "evaluation.json").read_text())["third"] == pytest.approx(rows(run)[-1]["scale"], abs=2.0)
 
 
 def skipped(bad_questions: int, reason: str = "corrupt_image") -> BadSamples:
