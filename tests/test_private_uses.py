@@ -41,6 +41,7 @@ OWNERS: dict[str, dict[str, str]] = {
         "deepspeed.runtime.config": "megakd.runtime.ds_check",
         "deepspeed.runtime.zero": "megakd.runtime.ds_check",
         "deepspeed.runtime.zero.parameter_offload": "megakd.runtime.engine",
+        "deepspeed.runtime.zero.partition_parameters.InsertPostInitMethodToModuleSubClasses": "megakd.runtime.engine",
         "deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator": "megakd.runtime.engine",
         "ds_id": "megakd.runtime.engine",
         "ds_opt_adam": "megakd.runtime.engine",

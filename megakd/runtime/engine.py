@@ -32,6 +32,7 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= loggin
 
 import deepspeed  # noqa: E402
 from deepspeed.runtime.zero import parameter_offload  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param,
@@ -282,10 +283,11 @@ def resident_bytes(partitioned: nn.Parameter) -> int:
 
 
 def forget() -> None:
-    """Empty what ZeRO-3 keeps for all engines of a process (0.19.8): a stack of modules, and methods' cached results.
+    """Undo what ZeRO-3 does to a whole process (0.19.8): a stack of modules, methods' cached results, torch's linear function replaced.
 
-    For when none of them is in use any more, partitioned teachers included.
+    For when no engine is in use any more, partitioned teachers included.
     """
+    torch.nn.functional.linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", torch.nn.functional.linear)
     parameter_offload.FWD_MODULE_STACK.clear()
     for method in filter(inspect.isfunction, vars(PartitionedParameterCoordinator).values()):
         for wrapped in inspect.getclosurevars(method).nonlocals.values():
