@@ -27,7 +27,7 @@ Reason = Literal[
     "read_error",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
-# truncated_tar: lost in a tar that is cut short or damaged inside. unused_members: a sample's members are there and none can be used.
+# truncated_tar: lost in a damaged tar. unused_members: a sample's members are there and none can be used.
 
 log = logging.getLogger("megakd.data")
 
@@ -45,7 +45,7 @@ class BadSample(Exception):
 
 @contextlib.contextmanager
 def located(where: str) -> Iterator[None]:
-    """Tells a bad sample found inside where it is."""
+    """Add the place to a BadSample that is raised inside."""
     try:
         yield
     except BadSample as bad:
@@ -99,20 +99,19 @@ class BadCounter:
         counts = {reason: int(count) for reason, count in zip(REASONS, values[1:], strict=True) if count}
         return cls(int(values[0]), counts, dict(examples))
 
-    def check(self, max_bad_fraction: float, at_least: int, what: str = "samples") -> None:
-        """Raises ValueError when more than `max_bad_fraction` of them are bad and at least `at_least` were seen. what: in its words."""
+    def check(self, max_bad_fraction: float, at_least: int, what: str = "samples", key: str = "") -> None:
+        """Raises ValueError when `at_least` were seen and more than `max_bad_fraction` are bad. It begins with `key`, of the recipe."""
         if self.seen < at_least or self.fraction <= max_bad_fraction:
             return
         length = self.counts.get("too_long", 0) * 2 > self.total
         raise ValueError(
-            f"{self.total} of {self.seen} {what} are unusable ({self.fraction:.2%}), more than data.max_bad_fraction = "
+            f"{key and f'{key}: '}{self.total} of {self.seen} {what} are unusable ({self.fraction:.2%}), more than data.max_bad_fraction = "
             f"{max_bad_fraction}: {self.by_reason()}. Example: {self.example or 'on another rank'}. "
             f"{'Raise answers.max_length' if length else 'Repair the files'}, or raise data.max_bad_fraction"
         )
 
     def by_reason(self) -> str:
-        ordered = sorted(self.counts.items(), key=lambda item: -item[1])
-        return ", ".join(f"{reason} {count}" for reason, count in ordered)
+        return ", ".join(f"{reason} {count}" for reason, count in sorted(self.counts.items(), key=lambda item: -item[1]))
 
 
 class Usable(NamedTuple, Generic[Row]):
@@ -140,21 +139,27 @@ def usable(indices: Sequence[int], items: Iterable[Item | BadSample], to_row: Ca
 
 
 class BadLog:
-    """Writes the first few bad samples of each reason, then at most one line a reason in `seconds`, with the count since."""
+    """Logs the first few bad samples of each reason, then at most a line a reason in `seconds`, with the count since."""
 
     def __init__(self, first: int = 3, seconds: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._first, self._seconds, self._clock = first, seconds, clock
         self._lines: dict[Reason, int] = {}
-        self._unwritten: dict[Reason, int] = {}
         self._last: dict[Reason, float] = {}
+        self._unwritten = BadCounter()
 
     def report(self, bad: BadCounter) -> None:
         for reason, count in bad.counts.items():
-            unwritten = self._unwritten.get(reason, 0) + count
-            now, lines = self._clock(), self._lines.get(reason, 0)
-            if lines >= self._first and now - self._last[reason] < self._seconds:
-                self._unwritten[reason] = unwritten
-                continue
-            more = f" and {unwritten - 1} more" if unwritten > 1 else ""
-            log.warning("bad sample, %s: %s%s", reason, bad.examples.get(reason, ""), more)
-            self._unwritten[reason], self._lines[reason], self._last[reason] = 0, lines + 1, now
+            self._unwritten.add(reason, bad.examples.get(reason, ""), count)
+            if self._lines.get(reason, 0) < self._first or self._clock() - self._last[reason] >= self._seconds:
+                self._write(reason, bad.examples.get(reason, ""))
+
+    def close(self) -> None:
+        """Log what was counted since the last line of each reason."""
+        for reason in list(self._unwritten.counts):
+            self._write(reason, self._unwritten.examples[reason])
+
+    def _write(self, reason: Reason, example: str) -> None:
+        count = self._unwritten.counts.pop(reason)
+        del self._unwritten.examples[reason]
+        log.warning("bad sample, %s: %s%s", reason, example, f" and {count - 1} more" if count > 1 else "")
+        self._lines[reason], self._last[reason] = self._lines.get(reason, 0) + 1, self._clock()

@@ -1,7 +1,6 @@
-"""Texts that mean what they say: a caption that spells a tokenizer's special token does not become it, and a long one is cut in time.
+"""Captions as tokens: one that spells a special token does not become it, and a long one is cut before it is tokenised.
 
-CLIP's text tower reads a text at its first end token, so that "red <end_of_text> blue" would train as "red"; a word of 20,000 letters
-takes its tokenizer a minute.
+CLIP's text tower reads a text at its first end token: "red <end_of_text> blue" would train as "red". 20,000 letters take it a minute.
 """
 
 from __future__ import annotations
@@ -18,32 +17,29 @@ import torch
 from megakd.data.bad_samples import BadSample
 
 Tokenize = Callable[[list[str]], torch.Tensor]
-# A million letters are no caption; a tokenizer would take seconds for them.
-_LONGEST_CAPTION = 1 << 20
-# A shorter text is never measured against the longest token.
-_SHORT = 512
+LONGEST_CAPTION = 1 << 20  # bytes
+_SHORT = 512  # characters; a shorter text is never measured against the longest token
 
 
 def caption(data: bytes) -> str:
-    """The caption as it is stored, without a byte-order mark. Raises BadSample: bad_text, or empty_caption for nothing to be seen."""
-    if len(data) > _LONGEST_CAPTION:
-        raise BadSample("bad_text", f"{len(data)} bytes, more than {_LONGEST_CAPTION}: no caption")
+    """The text without a byte-order mark. Raises BadSample: bad_text, or empty_caption where nothing is visible."""
+    if len(data) > LONGEST_CAPTION:
+        raise BadSample("bad_text", f"{len(data)} bytes, more than {LONGEST_CAPTION}: no caption")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadSample("bad_text", str(error)) from error
     if "\0" in text:
         raise BadSample("bad_text", "holds a NUL: damaged, or no UTF-8")
-    # white space, and signs that control or format
     if all(letter.isspace() or unicodedata.category(letter)[0] == "C" for letter in text):
         raise BadSample("empty_caption", "white space alone")
     return text
 
 
 def plain_captions(tokenize: Tokenize) -> Tokenize:
-    """`tokenize` that takes special tokens in a text for the letters that spell them, and cuts texts where no token can matter any more.
+    """`tokenize`, but special tokens in a text are plain words and long texts are cut; all other texts give the same tokens.
 
-    All other texts give the same tokens. A tokenizer that names no special tokens is returned as it is.
+    A tokenizer that names no special tokens is returned as it is.
     """
     if isinstance(tokenize, PlainCaptions) or not _specials(tokenize):
         return tokenize
@@ -51,7 +47,7 @@ def plain_captions(tokenize: Tokenize) -> Tokenize:
 
 
 class PlainCaptions:
-    """See `plain_captions`. Attributes are those of the tokenizer it wraps."""
+    """See `plain_captions`; other attributes are the wrapped tokenizer's."""
 
     def __init__(self, tokenize: Tokenize) -> None:
         self.wrapped = tokenize
@@ -64,13 +60,10 @@ class PlainCaptions:
     def __getstate__(self) -> dict[str, Any]:
         return {"wrapped": self.wrapped}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
     def __call__(self, texts: list[str]) -> torch.Tensor:
         ready = [self._spelled(self._cut(text)) for text in texts]
         tokens = self.wrapped(ready)
-        # what the pattern did not see, since the tokenizer cleans texts in its own way
+        # special tokens that the pattern missed, as the tokenizer cleans texts in its own way
         for row in torch.nonzero(self._broken(tokens)).flatten().tolist():
             tokens[row] = self.wrapped([_letters(ready[row])])[0]
         return tokens
@@ -81,36 +74,31 @@ class PlainCaptions:
         return re.compile("|".join(map(re.escape, words)), re.IGNORECASE)
 
     def _spelled(self, text: str) -> str:
-        """A text with spaces in what spells a special token, in letters or in what cleaning makes of them."""
-        read = text
-        if "&" in read:
-            read = html.unescape(html.unescape(read))
-        if not read.isascii():
-            read = unicodedata.normalize("NFKC", read)
-        if self._pattern.search(read) is None:
+        """The text with "<end_of_text>" as "< end_of_text >", also where cleaning would make it so; as it is where it spells none."""
+        cleaned = html.unescape(html.unescape(text)) if "&" in text else text
+        if not cleaned.isascii():
+            cleaned = unicodedata.normalize("NFKC", cleaned)
+        if self._pattern.search(cleaned) is None:
             return text
-        # the space goes behind the first sign and before the last: "< end_of_text >", of which the rest is the same words
-        return self._pattern.sub(lambda match: f"{match[0][0]} {match[0][1:-1]} {match[0][-1]}", read)
+        return self._pattern.sub(lambda match: f"{match[0][0]} {match[0][1:-1]} {match[0][-1]}", cleaned)
 
     @cached_property
     def _longest(self) -> int:
-        """Characters that decide on the tokens: a token has at most so many letters, and cleaning takes at most every second one away."""
+        """Characters that can matter: the longest token's for each place, doubled, as cleaning removes every second one at most."""
         inner: Any = getattr(self.wrapped, "tokenizer", self.wrapped)
         words = inner.get_vocab() if hasattr(inner, "get_vocab") else self.wrapped.encoder  # type: ignore[attr-defined]
         length = int(self.wrapped(["a"]).shape[1])
         return max(_SHORT, 2 * length * (1 + max(map(len, words))))
 
     def _cut(self, text: str) -> str:
-        if len(text) <= _SHORT:
+        if len(text) <= _SHORT or len(text) <= self._longest:
             return text
-        if len(text) <= self._longest:
-            return text
-        # as the tokenizers' own cleaning does, or entities and blanks would count
+        # cleaned as tokenizers do, or entities and blanks would count
         return " ".join(html.unescape(html.unescape(text)).split())[: self._longest]
 
     @cached_property
     def _frame(self) -> tuple[torch.Tensor, int, int]:
-        """The special tokens but those for unknown words, how many begin each text, and what fills it up."""
+        """(ids of the special tokens but the unknown word's, how many of them begin each text, the padding's id)"""
         inner: Any = getattr(self.wrapped, "tokenizer", self.wrapped)
         ids = torch.tensor(sorted(set(inner.all_special_ids) - {getattr(inner, "unk_token_id", None)}), dtype=torch.long)
         row = self.wrapped(["a"])[0]
@@ -121,7 +109,7 @@ class PlainCaptions:
     def _broken(self, tokens: torch.Tensor) -> torch.Tensor:
         """(n,) bool: rows in which words follow a special token that does not begin the text."""
         ids, begin, fill = self._frame
-        used = tokens.ne(fill).flip(1).cummax(1).values.flip(1)  # what comes before the filling at the end
+        used = tokens.ne(fill).flip(1).cummax(1).values.flip(1)  # before the padding at the end
         special = torch.isin(tokens, ids)
         words = used & ~special
         last_word = torch.where(words, torch.arange(tokens.shape[1]), -1).amax(1)
@@ -139,6 +127,6 @@ def _specials(tokenize: Any) -> list[str]:
 
 
 def _letters(text: str) -> str:
-    """Its letters and digits alone: no special token is spelled so."""
-    read = unicodedata.normalize("NFKC", html.unescape(html.unescape(text)))
-    return "".join(letter if letter.isalnum() else " " for letter in read)
+    """Letters and digits alone, which spell no special token."""
+    cleaned = unicodedata.normalize("NFKC", html.unescape(html.unescape(text)))
+    return "".join(letter if letter.isalnum() else " " for letter in cleaned)

@@ -34,7 +34,7 @@ _CLASS = re.compile(r"\d{1,9}")
 
 
 class Unreadable(NamedTuple):
-    """A sample that cannot be used, and what could be read of it all the same, so that it is counted as wrong where it belongs."""
+    """A sample that cannot be used, with what could be read of it, by which it is counted as wrong in its place."""
 
     sample: int
     content: tuple[int, int] | None = None
@@ -44,20 +44,19 @@ class Unreadable(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """Samples `index`, (B,) int64, of the set, with the fields that were asked for; the others are None.
+    """Samples `index`, (B,) int64, of the set, with the requested fields; the others are None.
 
-    pixels (B, 3, H, W) uint8, content (B, 2) int64: equal for equal images, tokens (B, L) int64, captions: B raw texts, json: B
-    objects, cls (B,) int64.
-    bad: samples skipped, which are in no row; a batch of nothing but bad samples comes with B = 0. unreadable: each of them.
+    pixels (B, 3, H, W) uint8; content (B, 2) int64, equal for equal images; tokens (B, L) int64; captions: B texts; json: B objects;
+    cls (B,) int64. bad: counts of the samples that are in no row, unreadable: each of them; B is 0 where all are bad.
     """
 
     index: torch.Tensor
-    pixels: torch.Tensor | None
-    tokens: torch.Tensor | None
-    captions: list[str] | None
-    json: list[dict[str, Any]] | None
-    cls: torch.Tensor | None
     bad: BadCounter
+    pixels: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    captions: list[str] | None = None
+    json: list[dict[str, Any]] | None = None
+    cls: torch.Tensor | None = None
     content: torch.Tensor | None = None
     unreadable: tuple[Unreadable, ...] = ()
 
@@ -80,11 +79,10 @@ def evaluation_batches(
     workers: int,
     pin_memory: bool,
 ) -> Iterator[EvaluationBatch]:
-    """This rank's samples, in order: contiguous parts, so that the concatenation over ranks is the set in order.
+    """This rank's samples, in order; the concatenation over ranks is the set in order.
 
-    Ranks may yield different numbers of batches: gather results at the end, not after each batch.
-    Raises ValueError for an unknown field and for a sample without the `json` or `cls` that was asked for: the set is then of
-    another kind. Samples with a bad image or caption, as far as `fields` need them, are left out of the rows, counted and logged.
+    Ranks may yield different numbers of batches: gather results at the end, not after each batch. Samples with a bad image or caption, as
+    far as `fields` need them, are counted and logged. Raises ValueError for an unknown field and for a sample without `json` or `cls`.
     """
     unknown = [name for name in fields if name not in _SLOT_OF]
     if unknown or not fields:
@@ -104,75 +102,62 @@ class _EvaluationSet:
         needs = tuple(dict.fromkeys(_SLOT_OF[name] for name in self.fields))
         items = self.shards.read_each(list(indices), needs)
         made = usable(indices, items, lambda _, sample: self._parse(sample, needs))
-        unreadable = (Unreadable(index) if bad.reason == "read_error" else self._rest(index, needs) for index, bad in made.unusable)
+        unreadable = (Unreadable(index) if bad.reason == "read_error" else self._readable(index, needs) for index, bad in made.unusable)
         return self._batch(made, tuple(unreadable))
 
-    def _parse(self, sample: Sample, needs: tuple[Slot, ...]) -> dict[Slot, Any]:
-        parsed: dict[Slot, Any] = {}
+    def _parse(self, sample: Sample, needs: tuple[Slot, ...]) -> dict[Field, Any]:
+        parsed: dict[Field, Any] = {}
         with located(sample.where):
             if "image" in needs:
                 image = rgb_image(sample.members["image"], self.shards.data.max_pixels)
-                parsed["image"] = evaluation_pixels(image, self.view.preprocess), self._content(image)
+                parsed |= {"pixels": evaluation_pixels(image, self.view.preprocess), "content": self._content(image)}
             if "caption" in needs:
-                parsed["caption"] = caption(sample.members["caption"])
-        if "json" in needs:
-            parsed["json"] = labelled(sample, "json")
-        if "cls" in needs:
-            parsed["cls"] = labelled(sample, "cls")
-        return parsed
+                parsed["captions"] = caption(sample.members["caption"])
+        return parsed | {kind: labelled(sample, kind) for kind in ("json", "cls") if kind in needs}
 
     def _content(self, image: Image.Image) -> tuple[int, int] | None:
-        """Of the pixels: two files of one picture may differ. Of what cannot be decoded nothing is known: error pages are all alike."""
+        """128 bits of the pixels, as two numbers of int64: files of one picture may differ. None where `content` is not requested."""
         if "content" not in self.fields:
             return None
-        return _digest(f"{image.size}".encode() + image.tobytes())
+        digest = hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest()
+        return int.from_bytes(digest[:8], "big", signed=True), int.from_bytes(digest[8:], "big", signed=True)
 
-    def _rest(self, index: int, needs: tuple[Slot, ...]) -> Unreadable:
-        """What a sample that cannot be used has beside what is wrong with it."""
-        rest = Unreadable(index)
+    def _readable(self, index: int, needs: tuple[Slot, ...]) -> Unreadable:
+        """What can be read of a sample that cannot be used."""
+        parts = Unreadable(index)
         for slot in needs:
             with contextlib.suppress(BadSample, ValueError):
                 sample = self.shards.read(index, (slot,))
                 if slot == "json":
-                    rest = rest._replace(json=labelled(sample, slot))
+                    parts = parts._replace(json=labelled(sample, slot))
                 elif slot == "caption":
-                    rest = rest._replace(caption=caption(sample.members[slot]))
+                    parts = parts._replace(caption=caption(sample.members[slot]))
                 elif slot == "image":
-                    rest = rest._replace(content=self._content(rgb_image(sample.members[slot], self.shards.data.max_pixels)))
-        return rest
+                    parts = parts._replace(content=self._content(rgb_image(sample.members[slot], self.shards.data.max_pixels)))
+        return parts
 
-    def _batch(self, made: Usable[dict[Slot, Any]], unreadable: tuple[Unreadable, ...]) -> EvaluationBatch:
-        def column(slot: Slot, *names: Field) -> list[Any] | None:
-            return [parsed[slot] for parsed in made.rows] if set(names) & set(self.fields) else None
-
-        images, captions, objects = column("image", "pixels", "content"), column("caption", "captions", "tokens"), column("json", "json")
-        classes = column("cls", "cls")
-        pixels = tokens = content = None
-        if images is not None and "pixels" in self.fields:
+    def _batch(self, made: Usable[dict[Field, Any]], unreadable: tuple[Unreadable, ...]) -> EvaluationBatch:
+        rows = made.rows
+        columns: dict[str, Any] = {name: [row[name] for row in rows] for name in self.fields if name != "tokens"}
+        if "pixels" in columns:
             shape = (0, 3, *self.view.train_pixels[:2])
-            pixels = torch.from_numpy(np.stack([seen for seen, _ in images]) if images else np.empty(shape, np.uint8))
-        if images is not None and "content" in self.fields:
-            content = torch.tensor([key for _, key in images], dtype=torch.long).reshape(-1, 2)
-        if captions is not None and "tokens" in self.fields:
-            tokens = self.view.tokenize(captions).long() if captions else torch.empty((0, 0), dtype=torch.long)
-        index = torch.tensor(made.index_of_row, dtype=torch.long)
-        labels = None if classes is None else torch.tensor(classes, dtype=torch.long)
-        texts = captions if "captions" in self.fields else None
-        return EvaluationBatch(index, pixels, tokens, texts, objects, labels, made.bad, content, unreadable)
-
-
-def _digest(data: bytes) -> tuple[int, int]:
-    """128 bits, as two numbers that a tensor of int64 holds."""
-    digest = hashlib.blake2b(data, digest_size=16).digest()
-    return int.from_bytes(digest[:8], "big", signed=True), int.from_bytes(digest[8:], "big", signed=True)
+            columns["pixels"] = torch.from_numpy(np.stack(columns["pixels"]) if rows else np.empty(shape, np.uint8))
+        if "content" in columns:
+            columns["content"] = torch.tensor(columns["content"], dtype=torch.long).reshape(-1, 2)
+        if "cls" in columns:
+            columns["cls"] = torch.tensor(columns["cls"], dtype=torch.long)
+        if "tokens" in self.fields:
+            tokens = self.view.tokenize([row["captions"] for row in rows]).long() if rows else torch.empty((0, 0), dtype=torch.long)
+            columns["tokens"] = tokens
+        return EvaluationBatch(torch.tensor(made.index_of_row, dtype=torch.long), bad=made.bad, unreadable=unreadable, **columns)
 
 
 def labelled(sample: Sample, slot: Literal["json", "cls"]) -> Any:
     """The object in a sample's .json, or the class number in its .cls. Raises ValueError, with its place, for anything else."""
     if slot not in sample.members:
-        made = "the number of its class, from 0, as text" if slot == "cls" else 'an object such as {"negatives": {KIND: FALSE CAPTION}}'
+        content = "the number of its class, from 0, as text" if slot == "cls" else 'an object such as {"negatives": {KIND: FALSE CAPTION}}'
         raise ValueError(
-            f"{sample.where} has no .{slot} member, which this evaluation needs: is it a set of another kind? .{slot} holds {made}"
+            f"{sample.where} has no .{slot} member, which this evaluation needs: is it a set of another kind? .{slot} holds {content}"
         )
     parse: Callable[[str], Any] = json.loads if slot == "json" else _class_number
     try:

@@ -10,6 +10,9 @@ from typing import Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from megakd.data.bad_samples import BadCounter, BadLog, BadSample
+from megakd.data.caption_tokens import LONGEST_CAPTION, caption
+
 Kind = Literal["bpe", "words"]
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"
 SMALLEST = 300  # every byte, and the four special tokens
@@ -18,8 +21,8 @@ SMALLEST = 300  # every byte, and the four special tokens
 def write(texts: list[str], out: Path, kind: Kind, words: int, context: int) -> int:
     """Make a tokenizer of the texts in files (.txt, a line each) and shards (.tar, their .txt members). Returns its number of words.
 
-    Its end token has the largest number, which a text tower that pools by argmax needs. Raises ValueError for files without a text, a
-    folder that is not empty, and a size that holds too little.
+    Its end token has the largest id, as a text tower that pools by argmax needs. Captions that training could not use are logged and left
+    out. Raises ValueError for files without a text, a folder that is not empty, and a size that holds too little.
     """
     if kind == "bpe" and words < SMALLEST:
         raise ValueError(f"--words {words}: byte-level BPE takes {SMALLEST} at least, one for every byte")
@@ -44,9 +47,9 @@ def write(texts: list[str], out: Path, kind: Kind, words: int, context: int) -> 
 
 def _trained(texts: Iterable[str], kind: Kind, words: int) -> Tokenizer:
     special = [PAD, UNKNOWN, START]
+    tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN) if kind == "bpe" else models.WordLevel({}, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     if kind == "bpe":
-        tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
-        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -54,8 +57,6 @@ def _trained(texts: Iterable[str], kind: Kind, words: int) -> Tokenizer:
             vocab_size=words, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         )
     else:
-        tokenizer = Tokenizer(models.WordLevel({}, unk_token=UNKNOWN))
-        tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), behavior="removed", invert=True)
         trainer = trainers.WordLevelTrainer(vocab_size=words, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
@@ -63,11 +64,12 @@ def _trained(texts: Iterable[str], kind: Kind, words: int) -> Tokenizer:
 
 
 def _read(files: list[Path]) -> Iterator[str]:
-    count = 0
+    count, log = 0, BadLog()
     for file in files:
-        for text in _of_shard(file) if file.suffix == ".tar" else _of_lines(file):
+        for text in _of_shard(file, log) if file.suffix == ".tar" else _of_lines(file):
             count += 1
             yield text
+    log.close()
     if not count:
         raise ValueError(f"{files[0]}: not one text in it; a .txt file has a text a line, a shard has .txt members")
 
@@ -80,11 +82,14 @@ def _of_lines(file: Path) -> Iterator[str]:
         raise ValueError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
-def _of_shard(file: Path) -> Iterator[str]:
+def _of_shard(file: Path, log: BadLog) -> Iterator[str]:
     try:
         with tarfile.open(file, "r|") as opened:
             for member in opened:
                 if member.isfile() and member.name.endswith(".txt") and (content := opened.extractfile(member)) is not None:
-                    yield content.read(1 << 16).decode("utf-8", errors="ignore").strip()
+                    try:
+                        yield caption(content.read(LONGEST_CAPTION + 1)).strip()
+                    except BadSample as bad:
+                        log.report(BadCounter(1, {bad.reason: 1}, {bad.reason: f"{file}: {member.name} ({bad.detail})"}))
     except tarfile.TarError as error:
-        raise ValueError(f"{file}: no tar ({error}); give an uncompressed shard") from None
+        raise ValueError(f"{file}: no tar, or a damaged one ({error}); give a whole and uncompressed shard") from None

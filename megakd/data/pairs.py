@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from PIL import Image
 
 from megakd.data.bad_samples import BadCounter, BadSample, located
 from megakd.data.caption_tokens import Tokenize, caption
-from megakd.data.resumable import BatchSource, ResumableBatches
+from megakd.data.resumable import BatchSource, Loading, ResumableBatches
 from megakd.data.sampler import Order
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.store.reader import Store, StoredRows
@@ -30,11 +30,10 @@ from megakd.recipe import Views
 class Batch:
     """One rank's part of a global batch. Towers that see the same share one tensor.
 
-    position: of the global batch's first sample, over all ranks; next_position: what resumes after this batch.
+    position: of the global batch's first sample; next_position: what resumes after this batch.
     index: (B,) int64, the samples used, replacements included. Row r was drawn at position + rank * B + r.
     pixels: tower -> (B, 3, H, W) uint8, for `transforms.normalise`; tokens: tower -> (B, L) int64.
-    bad: what this rank skipped for this batch, with `seen` samples tried and examples.
-    stored: what a store has of these samples, and view: (B,) int64, the numbers of the views they are seen in; None without one.
+    bad: what this rank skipped for this batch. stored: a store's rows of these samples, in the views `view`, (B,) int64; None without one.
     """
 
     position: int
@@ -72,22 +71,15 @@ def train_batches(
     views: Views,
     towers: dict[str, TowerView],
     *,
-    rank: int,
-    world: int,
-    start_position: int,
-    workers: int,
-    pin_memory: bool,
     store: Store | None = None,
     replay: bool = True,
+    **loading: Unpack[Loading],
 ) -> TrainBatches:
-    """This rank's parts of the global batches from `start_position` on, without end.
+    """This rank's parts of the global batches from `start_position` on, without end. Raises what `ResumableBatches` does.
 
     store: read its rows, and replay its augmentations instead of fresh ones, a function of (its seed, sample, epoch mod its views).
     replay: False keeps augmentations fresh, where only the store's texts are of use.
-
     The parts of all ranks, in rank order, are the same global batch bit for bit for every number of ranks and workers.
-    Raises ValueError when the global batch does not divide by the ranks, when the order was made for other data, and, while
-    iterating, when no usable sample is found for a position; errors of a worker come with its traceback.
     """
     if not towers:
         raise ValueError("no tower is given: there would be nothing to load")
@@ -102,16 +94,7 @@ def train_batches(
         return Batch(position, next_position, index, pixels, tokens, bad, columns.view, columns.stored)
 
     source = _TrainingPairs(shards, order, views, sizes, list(tokenizers.values()), store, replay)
-    return ResumableBatches(
-        source,
-        order,
-        to_batch,
-        rank=rank,
-        world=world,
-        start_position=start_position,
-        workers=workers,
-        pin_memory=pin_memory,
-    )
+    return ResumableBatches(source, order, to_batch, **loading)
 
 
 class _PairColumns(NamedTuple):

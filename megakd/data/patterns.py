@@ -16,7 +16,7 @@ _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 _LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])")
 # A typo such as {0..99999999999} must not fill the memory; the largest public sets have some 10**5 shards.
 _MOST_SHARDS = 1_000_000
-_DEEPEST, _MOST_BRACES = 50, 500  # more are no pattern of anybody's, and would take long to follow
+_DEEPEST, _MOST_BRACES = 50, 500  # more would take long to expand
 _COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4))$")
 
 _CHAINED = ("simplecache", "filecache", "blockcache", "cached")
@@ -27,19 +27,20 @@ log = logging.getLogger("megakd.data")
 def expand(patterns: str | list[str]) -> list[str]:
     """The shards that the patterns name, in order; every one of them exists.
 
-    Braces as in bash (`{00000..01243}` keeps its zeros, steps and letters, `{a,b}`, nested), lists, `::` between sources; in local paths
-    `*`, `?`, `[]`, `**` for folders at any depth, and `~`; local paths and fsspec URLs. A local path keeps its form. Of what a `*` finds,
-    the .tar files are taken, and the rest is named once. Raises ValueError for a missing shard, for one that is named twice, for a
-    pattern that would not be followed, and for an empty set.
+    Local paths and fsspec URLs; braces as in bash (`{00000..01243}` keeps its zeros, steps and letters, `{a,b}`, nested), lists, `::`
+    between sources; in local paths `*`, `?`, `[]`, `**` and `~`. Of what a `*` finds, the .tar files are taken, the rest is logged. Raises
+    ValueError for a missing shard, one that is named twice, a pattern that cannot be followed, and an empty set.
     """
     return [name for name, _ in expand_with_stats(patterns)]
 
 
 def expand_with_stats(patterns: str | list[str]) -> list[tuple[str, Stat]]:
-    """As `expand`, with the size and stamp of each shard, so that remote ones are asked once."""
+    """As `expand`, with the size and stamp of each shard."""
     named = []
-    for pattern in _sources(patterns):
-        if _depth(pattern) > _DEEPEST or pattern.count("{") > _MOST_BRACES:
+    sources = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in (part.strip() for source in sources for part in source.split("::") if part.strip()):
+        depths = itertools.accumulate(1 if letter == "{" else -1 if letter == "}" else 0 for letter in pattern)
+        if max(depths) > _DEEPEST or pattern.count("{") > _MOST_BRACES:
             raise ValueError(f"{pattern[:60]!r}...: its braces are too many or nested too deeply: give a list of patterns")
         if _count(pattern) > _MOST_SHARDS:
             raise ValueError(f"{pattern!r} names more than {_MOST_SHARDS} shards: check its braces")
@@ -55,11 +56,6 @@ def expand_with_stats(patterns: str | list[str]) -> list[tuple[str, Stat]]:
             raise ValueError(_missing(name, pattern))
         shards.append((name, stat))
     return shards
-
-
-def _sources(patterns: str | list[str]) -> list[str]:
-    listed = [patterns] if isinstance(patterns, str) else patterns
-    return [part.strip() for pattern in listed for part in pattern.split("::") if part.strip()]
 
 
 def _refuse_twice(named: list[tuple[str, str]]) -> None:
@@ -90,7 +86,7 @@ def _names(pattern: str) -> Iterator[str]:
 
 
 def _matches(name: str, pattern: str) -> list[str]:
-    """The tars that a glob finds; where it finds none that is called so, all files, as sets without that ending have them."""
+    """The .tar files that a glob finds; all that it finds where none ends so."""
     if any("**" in part and part != "**" for part in name.split("/")):
         raise ValueError(
             f"{pattern!r}: '**' stands for folders at any depth and has to be a whole part of the path, as in 'shards/**/*.tar'"
@@ -109,10 +105,6 @@ def _matches(name: str, pattern: str) -> list[str]:
     return tars
 
 
-def _depth(pattern: str) -> int:
-    return max(itertools.accumulate(1 if letter == "{" else -1 if letter == "}" else 0 for letter in pattern), default=0)
-
-
 def _listed(pattern: str, start: int, end: int, commas: list[int]) -> list[str]:
     """The parts of a list in braces, each a pattern of its own."""
     return [pattern[one + 1 : other] for one, other in itertools.pairwise([start, *commas, end])]
@@ -129,7 +121,7 @@ def _count(pattern: str) -> int:
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """The words of a pattern, as bash expands braces; one without a comma and a range in it stays as it is."""
+    """The words of a pattern, as bash expands braces; a pair with neither comma nor range stays as it is."""
     for start, end, commas in _pairs(pattern):
         inside, tail = pattern[start + 1 : end], pattern[end + 1 :]
         if commas:
@@ -138,9 +130,7 @@ def _braces(pattern: str) -> Iterator[str]:
             words = span
         else:
             continue
-        for word in words:
-            for rest in _braces(tail):
-                yield pattern[:start] + word + rest
+        yield from (pattern[:start] + word + end_of_word for word in words for end_of_word in _braces(tail))
         return
     if ".." in pattern and re.search(r"\{[^{}]*\.\.|\.\.[^{}]*\}", pattern):
         raise ValueError(f"{pattern!r}: its braces are no list and no range; write {{00000..00099}}, {{a,b}}, or both as {{{{0..9}},20}}")
@@ -163,7 +153,7 @@ def _pairs(pattern: str) -> Iterator[tuple[int, int, list[int]]]:
 
 
 def _span(inside: str) -> Iterator[str] | None:
-    """The words of a range, None for what is none."""
+    """The words of a range; None for anything else."""
     if (letters := _LETTERS.fullmatch(inside)) is not None:
         first, last = map(ord, letters.groups())
         step = 1 if first <= last else -1
@@ -183,8 +173,9 @@ def _span(inside: str) -> Iterator[str] | None:
 def _missing(name: str, pattern: str) -> str:
     name = shown(name)
     of = "" if name == pattern else f" (of {pattern!r})"
-    if "data/shapes" in name.replace(os.sep, "/"):
-        remedy = "make the procedural set with `megakd shapes data/shapes --train 20000 --test 2000`"
+    world = re.match(r"(.*data/shapes)/", name)
+    if world is not None and not os.path.exists(f"{world[1]}/world.json"):
+        remedy = f"make the procedural set with `megakd shapes {world[1]} --train 20000 --test 2000`"
     elif "$" in name:
         remedy = "variables such as $HOME are not replaced: write the path out"
     elif name in _CHAINED:

@@ -10,17 +10,18 @@ The rows of all ranks, in rank order, are the same global batch for every number
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megakd.data.bad_samples import BadCounter, BadLog, BadSample, Reason
-from megakd.data.sampler import Order, Positions
+from megakd.data.sampler import Order
 from megakd.data.stream import WorkerStream
 
 Item = TypeVar("Item")  # what is read of one index
@@ -28,15 +29,25 @@ Rows = TypeVar("Rows")  # the rows of a batch while they are filled
 Columns = TypeVar("Columns")  # a batch's tensors: a NamedTuple, or what else torch sends between processes and pins
 BatchT = TypeVar("BatchT")
 
-# At a bad fraction of .9 one position in a thousand is still without a row after this many.
+# At a bad fraction of .9 one position in a thousand has no row after so many.
 _ATTEMPTS = 64
+
+
+class Loading(TypedDict):
+    """Which part of the global batches is loaded, from which position on, by how many processes, and whether batches are pinned."""
+
+    rank: int
+    world: int
+    start_position: int
+    workers: int
+    pin_memory: bool
 
 
 class BatchSource(ABC, Generic[Item, Rows, Columns]):
     """What a worker makes batches of. It is pickled to the workers.
 
-    item_name: "sample" or "question"; contents: what holds them; batch_key: the recipe's key of the global batch; all for errors.
-    remedy: the sentence that follows when no usable item is found for a position.
+    For errors: item_name, "sample" or "question"; contents, what holds them; batch_key, the recipe's key of the global batch; remedy, where
+    no usable item is found for a position.
     """
 
     item_name: ClassVar[str]
@@ -57,21 +68,21 @@ class BatchSource(ABC, Generic[Item, Rows, Columns]):
 
     @abstractmethod
     def fill(self, rows: Rows, row: int, position: int, index: int, item: Item) -> None:
-        """Make `row` of the item at `index`, which stands at `position` of the order. Raises BadSample; the row is then filled anew."""
+        """Make `row` of the item at `index`, drawn at `position` of the order. Raises BadSample; the row is then filled anew."""
 
     @abstractmethod
     def collate(self, rows: Rows, positions: range, index_B: NDArray[np.int64]) -> Columns:
-        """The batch of rows that are all filled."""
+        """The batch of filled rows."""
 
 
 class ResumableBatches(Iterator[BatchT], Generic[Columns, BatchT]):
     """This rank's parts of the global batches from `start_position` on, without end; a context manager. `close()` ends the workers.
 
-    to_batch(position, next_position, index_B, columns, bad) makes what is handed out. position: of the global batch's first item, over
-    all ranks; index_B: (B,) int64, the items used, replacements included; bad: what this rank skipped, with `seen` items tried.
+    to_batch(position, next_position, index_B, columns, bad) makes what is handed out. position: of the global batch's first item;
+    index_B: (B,) int64, the items used, replacements included; bad: what this rank skipped, of `seen` items tried.
 
     Raises ValueError when the global batch does not divide by the ranks, when the order was made for another source, and, while
-    iterating, when no usable item is found for a position; errors of a worker come with its traceback.
+    iterating, when no usable item is found for a position; a worker's bugs come with its traceback.
     """
 
     def __init__(
@@ -95,7 +106,8 @@ class ResumableBatches(Iterator[BatchT], Generic[Columns, BatchT]):
         if start_position < 0:
             raise ValueError(f"start_position = {start_position}: positions start at 0")
         self._batch, self._position, self._to_batch, self._log = order.batch, start_position, to_batch, BadLog()
-        positions = Positions(order, rank, world, start_position)
+        size = order.batch // world
+        positions = (range(first, first + size) for first in itertools.count(start_position + rank * size, order.batch))
         self._stream: WorkerStream[_Loaded[Columns]] = WorkerStream(_PositionSet(source, order), positions, workers, pin_memory)
 
     def __next__(self) -> BatchT:
@@ -109,6 +121,7 @@ class ResumableBatches(Iterator[BatchT], Generic[Columns, BatchT]):
         return self._to_batch(position, self._position, loaded.index_B, loaded.columns, bad)
 
     def close(self) -> None:
+        self._log.close()
         self._stream.close()
 
     def __enter__(self) -> ResumableBatches[Columns, BatchT]:
@@ -153,7 +166,7 @@ class _PositionSet(Generic[Item, Rows, Columns]):
         return _Loaded(torch.from_numpy(index_B), columns, bad.to_list(), dict(bad.examples))
 
     def _fill(self, rows: Rows, row: int, position: int, index: int, item: Item | BadSample, bad: BadCounter) -> int | None:
-        """Fills a row and returns the index of the item that did it, `index` or a replacement; None when no attempt found a usable one."""
+        """Fill a row; the index of the item used, a replacement's if `index` is bad, None where no attempt found a usable one."""
         for attempt in range(_ATTEMPTS):
             if attempt:
                 index = self.order.replacement(position, attempt)

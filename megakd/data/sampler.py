@@ -1,16 +1,12 @@
-"""The order of the samples: a pure function from one integer, the position, to a sample's index.
+"""The order of the samples: a pure function from the position, samples consumed over all ranks and epochs, to a sample's index.
 
-The position counts samples consumed since the start of training, over all ranks and epochs. Nothing else has to be stored to
-resume, and neither ranks nor workers enter the function: any number of them sees the same global batches.
-
-Its random numbers are counter-based: every draw is a pure function of (seed, purpose, place), never of what was drawn before.
-`Philox.random_raw` keeps its stream between numpy versions (NEP 19); `Generator.permutation` and its relatives may change.
-A checkpoint that is resumed with another numpy must see the same samples, so only raw draws are used.
+The position is all that resuming needs, and any number of ranks and workers sees the same global batches. Every draw is a pure function of
+(seed, purpose, place). Only `Philox.random_raw` is drawn from: its stream is the same in every numpy (NEP 19), `Generator.permutation`'s
+may change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -28,10 +24,7 @@ def _key(seed: int, purpose: Purpose) -> NDArray[np.uint64]:
 
 
 def raw(seed: int, purpose: Purpose, place: tuple[int, int], count: int) -> NDArray[np.uint64]:
-    """`count` 64-bit draws that belong to (seed, purpose, place); other places have independent streams.
-
-    `place` fills the upper words of Philox's 256-bit counter, so that 2**64 draws of one place never reach the next.
-    """
+    """`count` 64-bit draws of (seed, purpose, place); `place` is in the upper words of Philox's counter, so streams never meet."""
     counter = np.array([0, place[0], place[1], 0], dtype=np.uint64)
     return np.asarray(np.random.Philox(key=_key(seed, purpose), counter=counter).random_raw(count), dtype=np.uint64)
 
@@ -54,9 +47,8 @@ class Order:
     2. The blocks are permuted, seeded by (seed, epoch).
     3. Groups of `window` blocks are mixed sample by sample, seeded by (seed, epoch, group).
 
-    An epoch has samples // batch * batch positions; which samples are left over differs from epoch to epoch.
-    Memory: one integer a block, and a few groups of block * window integers.
-    Raises ValueError when there are fewer samples than one global batch.
+    An epoch has samples // batch * batch positions; which samples are left over differs from epoch to epoch. Memory: one integer a block,
+    and a few groups of block * window integers. Raises ValueError when there are fewer samples than one global batch.
     """
 
     samples: int
@@ -80,7 +72,7 @@ class Order:
         return int(self.indices(position, 1)[0])
 
     def indices(self, start: int, count: int) -> NDArray[np.int64]:
-        """Sample indices of the positions start .. start + count - 1: (count,) int64. May cross groups and epochs."""
+        """Sample indices of the positions start .. start + count - 1: (count,) int64."""
         if start < 0:
             raise ValueError(f"position = {start}: positions start at 0")
         parts: list[NDArray[np.int64]] = []
@@ -94,33 +86,13 @@ class Order:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def replacement(self, position: int, attempt: int) -> int:
-        """The sample that stands in when the one at `position` cannot be used: another of the same epoch.
-
-        Pseudo-random in (seed, position, attempt), so that every number of ranks and workers replaces alike.
-        """
+        """The sample of the same epoch that replaces a bad one at `position`: a pure function of (seed, position, attempt)."""
         epoch_start = position // self.epoch_length * self.epoch_length
         draw = int(raw(self.seed, "replacement", (position, attempt), 1)[0])
         return self(epoch_start + draw % self.epoch_length)
 
 
-@dataclass(frozen=True)
-class Positions:
-    """The batch sampler of training: this rank's range of positions in each global batch; where it starts is all there is to resuming."""
-
-    order: Order
-    rank: int
-    world: int
-    start: int
-
-    def __iter__(self) -> Iterator[range]:
-        local = self.order.batch // self.world
-        first = self.start + self.rank * local
-        while True:
-            yield range(first, first + local)
-            first += self.order.batch
-
-
-# Two epochs: the current one and, at its end, the next. Module-level caches, since an Order travels to the workers by pickle.
+# Two epochs: the current one and, at its end, the next. In the module, as an Order is pickled to the workers.
 @lru_cache(maxsize=2)
 def _blocks(order: Order, epoch: int) -> tuple[NDArray[np.int64], int]:
     """The permuted blocks, (blocks,), and the place of the last block of the data, the only one that may be short."""
@@ -129,7 +101,7 @@ def _blocks(order: Order, epoch: int) -> tuple[NDArray[np.int64], int]:
 
 
 def _group_of(order: Order, epoch: int, place: int) -> tuple[int, int]:
-    """(group, its first place): all groups before the short block are full, those behind it are shifted by its deficit."""
+    """(group, its first place): those behind the short block's group begin earlier, by what that block lacks."""
     blocks, short = _blocks(order, epoch)
     full = order.block * order.window
     deficit = len(blocks) * order.block - order.samples

@@ -23,7 +23,7 @@ BytesPlace = tuple[int, int, bool]
 
 @dataclass
 class TarSample:
-    """One sample: its members by slot, a link's target where its bytes are not known yet; `start` .. `end` span the tar's bytes."""
+    """One sample: its members by slot, a link by its target until links are followed; start .. end: its bytes in the tar."""
 
     key: str
     slots: dict[Slot, BytesPlace | str] = field(default_factory=dict)
@@ -34,9 +34,11 @@ class TarSample:
 
 @dataclass
 class Losses:
-    """lost: samples that damage took from the tar. certain: those of them that are not an estimate by bytes. open_end: the tar's end is
-    missing, and how many samples it held cannot be told. why: the first damage. dropped: samples whose members are there and not used, by
-    reason; unused: such members of samples that are used; each with an example."""
+    """lost: samples that damage took from the tar; certain: those of them that are not estimated by bytes; why: the first damage.
+
+    open_end: the tar's end is missing, with a number of samples that cannot be told. dropped: samples whose members are there and not used,
+    by reason; unused: such members of samples that are used; each with an example.
+    """
 
     lost: int = 0
     certain: int = 0
@@ -49,9 +51,8 @@ class Losses:
 class SampleBuilder:
     """Members grouped into samples by their key, over the whole tar and in order of first appearance.
 
-    The same name once more (shards appended to each other, say) begins another sample of that key, so that nothing is lost
-    and images keep their own captions. Of two images of a sample under different extensions the first one counts.
-    Links are followed inside the tar. A sample that damage made incomplete is dropped and counted as lost.
+    The same name once more, as in shards appended to each other, begins another sample of that key. Of two images of a sample under
+    different extensions the first counts. Links are followed inside the tar. A sample that damage made incomplete counts as lost.
     """
 
     def __init__(self, caption: str) -> None:
@@ -94,7 +95,7 @@ class SampleBuilder:
     def finish(self) -> None:
         """Follow the links, drop what damage made incomplete, and count."""
         self._follow_links()
-        empty = {number for number, row in enumerate(self.rows) if not row.slots}  # nothing but links that lead nowhere
+        empty = {number for number, row in enumerate(self.rows) if not row.slots}  # broken links alone
         broken = self._lost_to_damage(empty)
         kept = [row for number, row in enumerate(self.rows) if number not in empty | broken]
         self._count_dropped({row.key for row in kept})
@@ -129,7 +130,7 @@ class SampleBuilder:
         return extension.lower() in IMAGES or extension.lower() == self._caption.rpartition(".")[2]
 
     def _count_other(self, key: str, extension: str, name: str) -> None:
-        """A member of another kind, or one whose key holds a dot: webdataset takes the key to end at the first one."""
+        """A member of another kind, or one whose key has a dot, at which webdataset ends it."""
         more, dot, last = extension.rpartition(".")
         if dot and self._looks_like_data(last):
             _, kinds, _ = self._dotted.setdefault(f"{key}.{more}", (key, set(), name))
@@ -155,7 +156,7 @@ class SampleBuilder:
                 self._homeless.setdefault(self.rows[number].key, ("links that lead nowhere", name))
 
     def _count_dropped(self, keys: set[str]) -> None:
-        """Samples of which no member is used, by why; what belongs to a sample that is used is only told."""
+        """Count samples of which no member is used, by reason; members of samples that are used count as unused."""
         lost: Counter[str] = Counter()
         examples: dict[str, str] = {}
         for key, (why, name) in self._homeless.items():
@@ -174,7 +175,7 @@ class SampleBuilder:
         self.losses.dropped = {why: (count, examples[why]) for why, count in lost.items()}
 
     def _lost_to_damage(self, empty: set[int]) -> set[int]:
-        """The rows that lie at a hole and lack what most others have; sets what the holes took."""
+        """The rows beside a hole that lack what most others have; sets the numbers of lost samples."""
         if not self._holes:
             return set()
         near = {number for _, before, after in self._holes for number in (before, after) if number is not None and number >= 0}
@@ -182,7 +183,7 @@ class SampleBuilder:
         there = [row for number, row in enumerate(self.rows) if number not in empty]
         expected = {slot for slot in SLOTS if there and sum(slot in row.slots for row in there) * 2 >= len(there)} or {"image", "caption"}
         partial = {number for number, row in enumerate(self.rows) if number not in empty and not expected <= set(row.slots)}
-        # where all images come first and then all captions, a hole's neighbours say nothing
+        # apart: all images come first and then all captions, and a hole's neighbours tell nothing
         apart = sum(later.start < earlier.end for earlier, later in zip(self.rows, self.rows[1:], strict=False)) * 10 > len(self.rows)
         broken = partial & near if not apart else set()
         each = max(1, round(self._members / len(self.rows)) if self.rows else len(expected))
@@ -198,7 +199,7 @@ class SampleBuilder:
             elif not hole.cut:
                 guessed += self._wholly_lost(hole, beside, footprint)
             self.losses.open_end |= hole.cut or hole.tail
-        # what the holes' neighbours lack was in the holes; the rest were samples of which nothing is left
+        # what the holes' neighbours lack was in the holes; the other members were whole samples
         certain += -(-max(0, members - sum(missing[number] for number in beside_known)) // each)
         pairs = [{"image", "caption"} <= set(row.slots) for row in self.rows]
         told = (apart and not all(pairs)) or not any(pairs)
@@ -208,7 +209,7 @@ class SampleBuilder:
         return broken
 
     def _wholly_lost(self, hole: Hole, beside: set[int], footprint: int) -> int:
-        """Samples of which a hole left no member, by its bytes."""
+        """Samples of which a hole left no member, estimated by its bytes."""
         start = min([hole.start, *(self.rows[number].start for number in beside if self.rows[number].start < hole.start)])
         end = max([hole.end, *(self.rows[number].end for number in beside)])
         if not footprint:
@@ -222,5 +223,5 @@ def _median(values: Iterable[int]) -> int:
 
 
 def _plain(name: str) -> str:
-    """A member's name as links give it: without leading './' or '/' and without detours. It never becomes a path."""
+    """A member's name as links give it, without './', '/' and '..'; it never becomes a path."""
     return posixpath.normpath("/" + name.lstrip("/")).lstrip("/")

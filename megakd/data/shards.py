@@ -1,7 +1,7 @@
-"""A set of shards seen as one long array of samples, each read by its index.
+"""A set of shards as one long array of samples, each read by its index.
 
-1. `patterns.expand` turns the recipe's patterns into shards that exist.
-2. `index` knows where the members of each sample lie in its tar.
+1. `patterns` turns the recipe's patterns into shards that exist.
+2. `tar_index` knows where the members of each sample lie in its tar.
 3. `ShardSet` maps a sample's index to its shard and row, and `storage.Reader` fetches its bytes in one read.
 """
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megakd.data import tar_index
 from megakd.data.bad_samples import BadCounter, BadSample, Reason
@@ -33,18 +34,17 @@ __all__ = ["Sample", "ShardSet", "expand"]
 
 # Memory maps stay far below the kernel's limit of 65530 a process, whatever the number of shards.
 _OPEN_INDEXES = 1024
-# Members of one sample lie side by side in a tar; one read of all is cheaper than two as long as little lies between them.
-_LARGEST_GAP = 64 << 10
+_LARGEST_GAP = 64 << 10  # bytes between two members that are read at once
 _CHANGED = "the shard has changed since it was indexed"
-# Requests under way at a time where every read is a round trip.
-_REMOTE_READS = 16
+_UNREADABLE = "check the disk or the network, and its permissions"
+_REMOTE_READS = 16  # requests under way at a time
 
 log = logging.getLogger("megakd.data")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The bytes of one sample's members; those that were not asked for, or that it lacks, are absent."""
+    """The bytes of one sample's requested members, as far as it has them."""
 
     where: str
     members: dict[Slot, bytes]
@@ -52,23 +52,22 @@ class Sample:
 
 @dataclass
 class ShardSet:
-    """All samples of some shards, by index. Cheap to pickle and to fork: rows stay on disk until they are read."""
+    """All samples of some shards, by index. Cheap to pickle and to fork: rows of the indexes stay on disk until they are read."""
 
     names: list[str]
     stats: list[Stat]
     data: Data
     starts: np.ndarray[Any, np.dtype[np.int64]]  # first sample of each shard, and the number of all samples
-    known_bad: BadCounter  # what the indexes say, without one image read
+    known_bad: BadCounter  # by the indexes, without an image read
     digest: int  # of the samples' keys, sizes and first bytes
     _reader: Reader
     _rows: OrderedDict[int, IndexRows] = field(default_factory=OrderedDict)
 
     @classmethod
     def open(cls, data: Data, rank: int, world: int, barrier: Callable[[], None]) -> ShardSet:
-        """The training set `data.train`, checked: every sample needs an image and a caption.
+        """The training set `data.train`, whose samples need an image and a caption.
 
-        Raises ValueError for missing, compressed or empty shards, and when more than data.max_bad_fraction of the samples
-        lack an image or a caption.
+        Raises ValueError for missing, compressed or empty shards, and when more than data.max_bad_fraction of the samples lack either.
         """
         if data.train is None:
             raise ValueError("data.train: missing; give image-text shards, such as '/data/cc12m/{00000..01242}.tar'")
@@ -89,11 +88,10 @@ class ShardSet:
     def open_set(
         cls, patterns: str | list[str], data: Data, rank: int, world: int, barrier: Callable[[], None], *, captions: bool = False
     ) -> ShardSet:
-        """Any set, an evaluation's for example; `data` gives caption, cache and max_pixels. captions: it needs them, and missing ones are
-        said.
+        """Any set; `data` gives caption, cache and max_pixels. captions: missing ones are logged.
 
-        Each rank indexes the shards [rank::world], waits at the barrier, then loads all; it builds those that it still misses,
-        which happens where the ranks do not share a disk. What is lost or not used is said at every start, by rank 0.
+        Each rank indexes the shards [rank::world], waits at the barrier, then loads all, and builds those that are still missing where the
+        ranks do not share a disk. Rank 0 logs what is lost or not used, at every start.
         Raises ValueError for shards that cannot be read, and where there is not one sample.
         """
         named = expand_with_stats(patterns)
@@ -101,28 +99,28 @@ class ShardSet:
         try:
             for name, stat in named[rank::world]:
                 _index(name, stat, data, tar_index.load_checked)
-        except (ValueError, OSError) as error:  # the others wait: they must come through before this rank fails
+        except (ValueError, OSError) as error:  # raised behind the barrier, where the others wait
             failure = error
         barrier()
         if isinstance(failure, OSError):
-            raise ValueError(f"a shard cannot be read: {failure}; check the disk or the network, and its permissions") from failure
+            raise ValueError(f"a shard cannot be read: {failure}; {_UNREADABLE}") from failure
         if failure is not None:
             raise failure
         try:
             indexes = [tar_index.known(_index(name, stat, data, tar_index.load_checked)) for name, stat in named]
         except OSError as error:
-            raise ValueError(f"a shard cannot be read: {error}; check the disk or the network, and its permissions") from error
-        bad = _known_bad([name for name, _ in named], indexes)
-        samples = [known.samples for known in indexes]
+            raise ValueError(f"a shard cannot be read: {error}; {_UNREADABLE}") from error
+        names, samples = [name for name, _ in named], [known.samples for known in indexes]
+        bad = _known_bad(names, indexes)
         if rank == 0:
-            _say(patterns, bad, [name for name, _ in named], indexes, captions)
+            _log_losses(patterns, bad, names, indexes, captions)
         if sum(samples) == 0:
             lost = f"; {bad.by_reason()}, for example {bad.example}" if bad.total else ""
             raise ValueError(f"{patterns!r}: {len(named)} shards, but not one sample in them (the first is {shown(named[0][0])}){lost}")
         starts = np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
         log.info("%d samples in %d shards", starts[-1], len(named))
         digest = zlib.crc32(repr([known.digest for known in indexes]).encode())
-        return cls([name for name, _ in named], [stat for _, stat in named], data, starts, bad, digest, Reader(data.cache))
+        return cls(names, [stat for _, stat in named], data, starts, bad, digest, Reader(data.cache))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -132,28 +130,27 @@ class ShardSet:
 
     @property
     def signature(self) -> int:
-        """A checksum of the shards' base names, lengths and content. Equal on all ranks and at resume, or a position means nothing.
-
-        Neither dates nor folders enter it: a set that was copied to another disk is the same.
-        """
+        """A checksum of the shards' base names, lengths and content, not of dates and folders. A position means nothing without it."""
         return zlib.crc32(self.digest.to_bytes(4, "little"), self.signature_of_names)
 
     @property
     def signature_of_names(self) -> int:
-        """The signature as checkpoints and stores have it that were written before the content was a part of it."""
+        """The signature without the content, as earlier checkpoints and stores have it."""
         text = "\n".join(os.path.basename(unsigned(name)) for name in self.names)
         return zlib.crc32(text.encode("utf-8", "surrogateescape"), zlib.crc32(self.starts.tobytes()))
 
     def where(self, index: int) -> str:
-        """'shard: key' of a sample, for people to read."""
-        shard, row = self._locate(index)
-        return self._label(shard, row)
+        """'shard: key' of a sample, for messages."""
+        return self._label(*self._locate(index))
+
+    def keys(self, shard: int) -> NDArray[np.bytes_]:
+        """(samples,) of a shard: their keys, of long ones the end."""
+        return np.asarray(tar_index.samples(_index(self.names[shard], self.stats[shard], self.data))["key"])
 
     def read(self, index: int, needs: tuple[Slot, ...]) -> Sample:
         """The members `needs` of sample `index`, as far as it has them.
 
-        Raises BadSample when a needed image or caption is missing or empty, or its bytes cannot be read; FileNotFoundError
-        when the shard is gone.
+        Raises BadSample when a needed image or caption is missing or empty, or bytes cannot be read; FileNotFoundError without the shard.
         """
         return self._read(*self._locate(index), needs)
 
@@ -186,8 +183,8 @@ class ShardSet:
         if not any(self._reader.is_slow(name) for name in self.names[:1]):
             yield from map(one, map(self._locate, indices))
             return
-        # Located in this thread: the open indexes have no lock, and np.load parses headers with `ast`, which in Python 3.11.7 now and
-        # then raises SystemError "AST constructor recursion depth mismatch" where two threads do so at once (gh-106905).
+        # Located in this thread: the open indexes have no lock, and two threads in np.load, which parses with `ast`, make Python 3.11.7 now
+        # and then raise SystemError "AST constructor recursion depth mismatch" (gh-106905).
         places = [self._locate(index) for index in indices]
         with ThreadPoolExecutor(_REMOTE_READS) as pool:
             yield from pool.map(one, places)
@@ -227,7 +224,7 @@ class ShardSet:
 
 @dataclass(frozen=True)
 class _MemberPlace:
-    """Of one member, as its index has it. It is read from `start` to `end`, with the 512 bytes whose checksum is `check`."""
+    """A member by its index. It is read from `start` to `end`, with the 512 bytes whose checksum is `check`."""
 
     offset: int
     size: int
@@ -243,7 +240,7 @@ class _MemberPlace:
 
 
 def _content(place: _MemberPlace, data: bytes) -> bytes:
-    """The member's bytes out of those from its `start` to its `end`. Raises OSError when its header is not the one that was indexed."""
+    """The member's bytes of those from its `start` to its `end`. Raises OSError when its header is not the one that was indexed."""
     if zlib.crc32(data[:HEADER]) != place.check:
         raise OSError(f"another member lies at byte {place.start}: {_CHANGED}")
     return expand_sparse(data) if place.offset & SPARSE else data[HEADER:]
@@ -255,7 +252,7 @@ def _index(name: str, stat: Stat, data: Data, load: Callable[..., IndexRows | No
 
 
 def _known_bad(names: list[str], indexes: list[Known]) -> BadCounter:
-    """Of samples that the indexes know, and of those that they know to be lost."""
+    """Counts over the samples that the indexes have, and those that they know to be lost."""
     sound = [known.samples for known in indexes if not known.losses.why]
     elsewhere = round(sum(sound) / len(sound)) if sound else None
     bad = BadCounter()
@@ -272,7 +269,7 @@ def _known_bad(names: list[str], indexes: list[Known]) -> BadCounter:
     return bad
 
 
-def _say(patterns: str | list[str], bad: BadCounter, names: list[str], indexes: list[Known], captions: bool) -> None:
+def _log_losses(patterns: str | list[str], bad: BadCounter, names: list[str], indexes: list[Known], captions: bool) -> None:
     for reason, count in bad.counts.items():
         if reason in ("missing_caption", "empty_caption") and not captions:
             continue

@@ -24,16 +24,14 @@ from megakd.runtime.files import atomic_file
 
 T = TypeVar("T")
 
-# Five attempts wait 0.1 + 0.2 + 0.4 + 0.8 s between them at most: long enough for a throttled bucket, short enough that a
-# dead one ends the run within minutes. Local reads do not wait at all.
+# Five attempts wait 0.1 + 0.2 + 0.4 + 0.8 s at most: long enough for a throttled bucket, and a dead one ends the run within minutes.
 ATTEMPTS = 5
 FIRST_DELAY = 0.1
 # Below the usual limit of 1024 open files, which torch's shared tensors need as well.
 _OPEN_FILES = 256
 _STAT_THREADS = 32
 _STAMP = (1 << 63) - 1
-# The end of the name of a shard's index, which lies beside it.
-INDEX = ".index.npy"
+INDEX = ".index.npy"  # suffix of a shard's index
 # Errors that another attempt cannot change.
 _PERMANENT = (
     FileNotFoundError,
@@ -49,14 +47,14 @@ _PERMANENT = (
 
 @dataclass(frozen=True)
 class Stat:
-    """What tells a shard from its successor of the same name: size in bytes and a 63-bit stamp of its mtime or etag."""
+    """What tells a shard from an earlier one of its name: size in bytes and a 63-bit stamp of its mtime or etag."""
 
     size: int
     stamp: int
 
 
 def shown(name: str | os.PathLike[str]) -> str:
-    """A shard's name in a message: it may hold line breaks, terminal escapes, bytes that are no text, and credentials: left out."""
+    """A shard's name in a message: without credentials; line breaks, terminal escapes and bytes that are no text escaped."""
     text = redact(str(name))
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
@@ -86,7 +84,7 @@ def retry(call: Callable[[], T], what: str) -> T:
         except _PERMANENT:
             raise
         except Exception as error:
-            # fsspec's backends raise their libraries' own types (aiohttp, botocore, google): no narrower class holds them
+            # fsspec's backends raise their libraries' own types (aiohttp, botocore, google)
             if attempt + 1 == ATTEMPTS:
                 raise OSError(f"{what}: failed {ATTEMPTS} times, last with {type(error).__name__}: {error}") from error
             time.sleep(FIRST_DELAY * 2**attempt * random.uniform(0.5, 1.0))  # jitter: ranks must not knock all at once
@@ -118,7 +116,7 @@ def stat(name: str) -> Stat | None:
 
 
 def stat_all(names: list[str]) -> list[Stat | None]:
-    """stat() of each; remote ones many at a time, since ten thousand round trips one after the other take minutes."""
+    """stat() of each; remote ones many at a time, as ten thousand round trips one by one take minutes."""
     if not any(is_remote(name) for name in names):
         return [stat(name) for name in names]
     with ThreadPoolExecutor(min(_STAT_THREADS, len(names))) as pool:
@@ -126,19 +124,16 @@ def stat_all(names: list[str]) -> list[Stat | None]:
 
 
 def file_label(name: str, more: str = "") -> str:
-    """A file name for what is kept about `name` in a folder shared by many shards: unique by digest, readable by base name.
-
-    It holds no credentials, and is the same for a URL that was signed anew.
-    """
+    """A file name for what is kept about `name`, unique by digest: without credentials, and the same for a URL that is signed anew."""
     name = unsigned(name)
     digest = hashlib.sha256(f"{name}\0{more}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return f"{digest}-{re.sub(r'[^A-Za-z0-9._-]', '_', name.split('?')[0].rsplit('/', 1)[-1])[-80:]}"
 
 
 def mirror(url: str, known: Stat, folder: str) -> str:
-    """The path of a whole local copy of a remote shard, downloaded once by whichever process comes first.
+    """The path of a local copy of a remote shard, downloaded by the first process that needs it; a changed shard's has another name.
 
-    A changed shard has another stamp and so another name. Raises OSError when the download fails or is incomplete.
+    Raises OSError when the download fails or is incomplete.
     """
     shards = Path(local_path(folder)) / "shards"
     shards.mkdir(parents=True, exist_ok=True)
@@ -180,7 +175,7 @@ class Reader:
         self._files.clear()
 
     def is_slow(self, name: str) -> bool:
-        """Every read is a round trip over a network: worth asking for many at a time."""
+        """Whether every read is a round trip over a network, so that many are made at a time."""
         return is_remote(name) and self._cache is None
 
     def read(self, name: str, known: Stat, offset: int, size: int) -> bytes:
@@ -194,12 +189,14 @@ class Reader:
             return os.pread(self._open(path), size, offset)
         except FileNotFoundError:
             raise
-        except OSError:  # a stale NFS handle is cured by opening the file anew, at once
-            self._drop(path)
+        except OSError:  # opening the file anew cures a stale NFS handle
+            if (handle := self._files.pop(path, None)) is not None:
+                with contextlib.suppress(OSError):
+                    os.close(handle)
             return os.pread(self._open(path), size, offset)
 
     def _open(self, path: str) -> int:
-        if self._pid != os.getpid():  # descriptors of the parent stay the parent's: it may close them at any time
+        if self._pid != os.getpid():  # the parent may close its descriptors at any time
             self._files, self._pid = OrderedDict(), os.getpid()
         if path in self._files:
             self._files.move_to_end(path)
@@ -208,9 +205,3 @@ class Reader:
             os.close(self._files.popitem(last=False)[1])
         self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._files[path]
-
-    def _drop(self, path: str) -> None:
-        handle = self._files.pop(path, None)
-        if handle is not None:
-            with contextlib.suppress(OSError):
-                os.close(handle)

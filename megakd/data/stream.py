@@ -121,6 +121,7 @@ def reported(stream: WorkerStream[Counted]) -> Iterator[Counted]:
             log.report(batch.bad)
             yield batch
     finally:
+        log.close()
         stream.close()
 
 

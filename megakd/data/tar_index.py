@@ -1,10 +1,8 @@
-"""The index of one tar: where each sample's members lie, read once and kept as a memory-mapped `.npy`.
-
-The rows of ten million samples then cost page cache, shared by all workers, and no memory of each worker's own.
-"""
+"""The index of one tar: where each sample's members lie, read once and kept as a `.npy` that all workers map into memory."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -27,26 +25,22 @@ from megakd.runtime.files import atomic_file
 
 IndexRows = NDArray[np.void]
 
-# Row 0 of the file is about the tar itself and not a sample, so that one file, replaced at once, holds all there is to know:
-# key = magic, image = (size of the tar, checksum of the caption's extension, checksum of this file), caption = (stamp of the tar,
-# report's bytes, 0), json = (rows of the report, digest of the content, 0). The report's rows follow: JSON, `Known` without counts
-# that rows tell.
+# Row 0 of the file is about the tar: key = magic, image = (size of the tar, checksum of the caption's extension, checksum of this file),
+# caption = (stamp of the tar, report's bytes, 0), json = (rows of the report, digest of the content, 0). The report's rows follow: JSON,
+# `Known` without the counts that rows tell.
 _MAGIC = b"megakd-index-2"
 _LONGEST_KEY = 64
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
-# Of an offset: the member is sparse, and its bytes are those of its headers and packed data.
-SPARSE = 1 << 63
-# Of each member, `check` is the checksum of the 512 bytes before its data: its header, which is read along with it.
-HEADER = tar_members.BLOCK
-# Of each image and caption so many bytes enter the digest of the content: what differs, differs in size or here.
-_DIGESTED = 4096
+SPARSE = 1 << 63  # flag of an offset: the member is sparse, and its bytes are those of its headers and packed data
+HEADER = tar_members.BLOCK  # before a member's data; `check` is its checksum, and it is read along with the data
+_DIGESTED = 4096  # bytes of each image and caption that enter the digest of the content
 
 log = logging.getLogger("megakd.data")
 
 
 @dataclass(frozen=True)
 class Known:
-    """What an index says of its tar before any sample is read. Counts come with an example's key.
+    """What an index tells of its tar before a sample is read; counts come with an example's key.
 
     expected: samples by the shard's `_stats.json`, None without one. digest: a checksum of keys, sizes and the content's beginnings.
     """
@@ -60,8 +54,7 @@ class Known:
     digest: int
 
     def lost(self, elsewhere: int | None, alike: bool) -> int:
-        """Samples that damage took, as well as can be told. elsewhere: how many a sound shard of the same set holds on average;
-        alike: all of them hold as many."""
+        """Samples that damage took, as far as can be told. elsewhere: mean samples of a sound shard of the set; alike: all hold as many."""
         dropped = sum(count for count, _ in self.losses.dropped.values())
         if self.expected is not None:
             return max(0, self.expected - self.samples - dropped)
@@ -80,20 +73,22 @@ def known(rows: IndexRows) -> Known:
 
 
 def samples(rows: IndexRows) -> IndexRows:
-    """The rows of the samples alone."""
+    """The rows of samples."""
     return rows[1 + int(rows[0]["json_offset"]) :]
 
 
 def load(name: str, stat: Stat, caption: str, cache: str | None) -> IndexRows | None:
-    """The stored index, memory-mapped, header rows included; None when none is there that fits the tar as it is now."""
+    """The stored index, memory-mapped, header rows included; None where none fits the tar as it is now."""
     return next(_stored(name, stat, caption, cache, say=False), None)
 
 
 def load_checked(name: str, stat: Stat, caption: str, cache: str | None) -> IndexRows | None:
-    """As `load`, with all of it read for its checksum: an index that is damaged is said and not used."""
+    """As `load`, with its checksum compared: a damaged index is logged and not used."""
     for rows in _stored(name, stat, caption, cache, say=True):
-        if int(rows[0]["image_check"]) == _checksum(rows) and _is_readable(rows):
-            return rows
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            if int(rows[0]["image_check"]) == _checksum(rows):
+                known(rows)
+                return rows
         log.warning("the index of %s is damaged and is built anew", shown(name))
     return None
 
@@ -104,7 +99,7 @@ def _stored(name: str, stat: Stat, caption: str, cache: str | None, *, say: bool
             rows: IndexRows = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             continue
-        except Exception:  # cut short, or no .npy, whose header np.load reads as Python: it is built anew
+        except Exception:  # cut short, or no .npy, whose header np.load reads as Python
             if say and path.is_file():
                 log.warning("the index of %s is damaged and is built anew", shown(name))
             continue
@@ -159,15 +154,12 @@ def _fits(rows: Any, stat: Stat, caption: str) -> bool:
     if rows.dtype != _dtype(rows.dtype["key"].itemsize if "key" in rows.dtype.names else 1) or rows[0]["key"] != _MAGIC:
         return False
     head = rows[0]
-    return (int(head["image_offset"]), int(head["caption_offset"]), int(head["image_size"])) == (stat.size, stat.stamp, _of(caption))
-
-
-def _of(caption: str) -> int:
-    return zlib.crc32(extension(caption).encode())
+    wanted = (stat.size, stat.stamp, zlib.crc32(extension(caption).encode()))
+    return (int(head["image_offset"]), int(head["caption_offset"]), int(head["image_size"])) == wanted
 
 
 def extension(caption: str) -> str:
-    """`data.caption` as members' names have it."""
+    """`data.caption` as in members' names."""
     return caption.lower().lstrip(".")
 
 
@@ -175,14 +167,6 @@ def _checksum(rows: IndexRows) -> int:
     head = np.array(rows[:1])
     head["image_check"] = 0
     return zlib.crc32(np.ascontiguousarray(rows[1:]).view(np.uint8).data, zlib.crc32(head.tobytes()))
-
-
-def _is_readable(rows: IndexRows) -> bool:
-    try:
-        known(rows)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
-    return True
 
 
 def _scan(name: str, stat: Stat, caption: str, cache: str | None) -> IndexRows:
@@ -222,7 +206,7 @@ def _refuse_others(file: IO[bytes], name: str, length: int) -> None:
 
 
 def _expected(name: str, damaged: bool) -> int | None:
-    """The samples that img2dataset wrote, by the `_stats.json` beside the shard; a remote one is asked for where it matters."""
+    """The samples that img2dataset wrote, by the `_stats.json` beside the shard; of remote shards only damaged ones' is read."""
     beside = re.sub(r"\.tar$", "_stats.json", name)
     if beside == name or (is_remote(name) and not damaged):
         return None
@@ -232,10 +216,14 @@ def _expected(name: str, damaged: bool) -> int | None:
             text = fs.cat_file(path)
         else:
             text = Path(local_path(beside)).read_bytes()
-        successes = json.loads(text)["successes"]
-    except Exception:  # absent or damaged; and fsspec's backends raise their libraries' own types
+    except Exception:  # absent; fsspec's backends raise their libraries' own types
         return None
-    return successes if type(successes) is int and 0 <= successes < 1 << 40 else None
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        successes = json.loads(text)["successes"]
+        if type(successes) is int and 0 <= successes < 1 << 40:
+            return successes
+    log.warning("%s holds no count of samples under 'successes': what its shard has lost is estimated without it", shown(beside))
+    return None
 
 
 def _measured(file: IO[bytes], member: tar_members.Member) -> tuple[int, int]:
@@ -246,14 +234,14 @@ def _measured(file: IO[bytes], member: tar_members.Member) -> tuple[int, int]:
 
 
 def _table(builder: SampleBuilder, measured: dict[int, tuple[int, int]], stat: Stat, caption: str, expected: int | None) -> IndexRows:
-    # the end of a long key tells more than its beginning; it is a label for people and joins nothing
+    # of a long key the end, which tells more
     keys = [row.key.encode("utf-8", "surrogateescape")[-_LONGEST_KEY:] for row in builder.rows]
     table = np.zeros(len(keys), _dtype(max(len(_MAGIC), *map(len, keys), 1)))
     digest = 0
     for number, (key, row) in enumerate(zip(keys, builder.rows, strict=True)):
         table[number]["key"] = key
         for slot, place in row.slots.items():
-            assert not isinstance(place, str), "links are followed"
+            assert not isinstance(place, str)  # links are followed
             (offset, size, is_sparse), (check, content) = place, measured[place[0]]
             table[number][f"{slot}_offset"] = offset | SPARSE if is_sparse else offset
             table[number][f"{slot}_size"], table[number][f"{slot}_check"] = size, check
@@ -264,7 +252,8 @@ def _table(builder: SampleBuilder, measured: dict[int, tuple[int, int]], stat: S
     head = np.zeros(1, table.dtype)
     told = np.frombuffer(text.ljust(-(-len(text) // table.dtype.itemsize) * table.dtype.itemsize), table.dtype)
     head["key"] = _MAGIC
-    head["image_offset"], head["image_size"], head["caption_offset"] = stat.size, _of(caption), stat.stamp
+    head["image_offset"], head["caption_offset"] = stat.size, stat.stamp
+    head["image_size"] = zlib.crc32(extension(caption).encode())
     head["caption_size"], head["json_offset"], head["json_size"] = len(text), len(told), digest
     rows = np.concatenate([head, told, table])
     rows[0]["image_check"] = _checksum(rows)

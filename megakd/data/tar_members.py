@@ -1,7 +1,7 @@
 """The members of a tar, and the places where it is damaged: a damaged header costs its own member, not all that follow it.
 
-`tarfile` reads each header, with pax records, GNU's long names and sparse maps. After one that it cannot read, the next block of
-512 bytes whose checksum is right is where reading goes on; archives that were appended to each other are read as one.
+`tarfile` reads each header, with pax records, GNU's long names and sparse maps. After one that it cannot read, reading goes on at the next
+block of 512 bytes with a right checksum. Archives that were appended to each other are read as one.
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 512
-# Python's and GNU's writers fill the last record of an archive with zeros.
-_RECORD = 20 * BLOCK
+_RECORD = 20 * BLOCK  # filled up with zeros by Python's and GNU's writers
 _MARKER = 2 * BLOCK
-# A sparse member may claim any size in a few bytes: no image or caption is larger than this.
-LARGEST_SPARSE = 1 << 28
-# Bytes other than zero behind an end marker: what is left of a member has more.
-_NOISE = 8
+LARGEST_SPARSE = 1 << 28  # a sparse member may claim any size in a few bytes
+_NOISE = 8  # bytes other than zero behind an end marker; what is left of a member has more
 _CHUNK = 2048 * BLOCK
-# What tarfile raises for damaged headers, beside its own errors. OSError is not among them: the network may be at fault.
+# What tarfile raises for damaged headers. Not OSError: the network may be at fault.
 _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, struct.error, RecursionError, IndexError)
-# Headers that hold the name or the size of the next one, by their type and by their own name.
+# Headers with the name or the size of the next one, by their type and by their own name.
 _EXTENSIONS = b"xgLK"
 _EXTENSION_NAMES = (b"PaxHeader", b"@LongLink")
 
@@ -36,8 +33,11 @@ Kind = Literal["file", "sparse", "link", "folder", "special"]
 
 @dataclass(frozen=True)
 class Member:
-    """kind "file": `size` bytes at `offset`. "sparse": its headers and packed data, for `expand`. "link": to `target`, no bytes.
-    "special": a device, a pipe, or of a type that is not known. start .. end: with its headers and padding."""
+    """start .. end: with its headers and padding.
+
+    kind "file": `size` bytes at `offset`. "sparse": its headers and packed data, for `expand`. "link": to `target`, without bytes.
+    "special": a device, a pipe, or of an unknown type.
+    """
 
     name: str
     kind: Kind
@@ -50,7 +50,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Hole:
-    """Bytes start .. end that hold no readable member. members: how many they held, None where that cannot be told.
+    """Bytes start .. end without a readable member. members: how many they held, None where that cannot be told.
 
     cut: the tar ends here, before its end marker. tail: zeros to the end of the file, more than any writer pads with.
     """
@@ -100,7 +100,7 @@ def members(file: IO[bytes], length: int) -> Iterator[Member | Hole]:
                 return
             at, doubtful = hole.end, True
             continue
-        # a record before it may have held its whole name, and be damaged or lost
+        # a record before it may have held the whole name, and be damaged or lost
         if (doubtful or info.offset_data - at > BLOCK) and reader.is_cut_short(info):
             yield Hole(at, after, 1, f"the name of {info.name!r} at byte {at} is not whole")
         else:
@@ -163,14 +163,14 @@ class _TarReader:
         if info.size < 0 or after <= at or info.offset_data > after:
             raise tarfile.HeaderError("impossible size")
         if after > self._length:
-            # the last block's padding may be missing, its bytes may not
+            # of the last member the padding may be missing, its bytes may not
             if info.issparse() or info.offset_data + info.size > self._length:
                 raise _Beyond(f"{info.name!r} ends at byte {after} of {self._length}")
             after = self._length
         return info, after
 
     def is_cut_short(self, info: tarfile.TarInfo) -> bool:
-        """Whether a name is its header's own, and one that writers put there when they have written the whole one before it."""
+        """Whether a name is the header's own, in the form that writers give it after a record with the whole one."""
         if info.issparse():
             return False
         own = self.block(info.offset_data - BLOCK)[:100]
@@ -183,20 +183,20 @@ class _TarReader:
             used = blocks.any(axis=1)
             if used.any():
                 return start + int(used.argmax()) * BLOCK
-        rest = self._length % BLOCK  # less than a block at the very end
-        self._file.seek(self._length - rest)
-        return self._length - rest if rest and self._length - rest >= at and any(self._file.read(rest)) else None
+        last = self._length // BLOCK * BLOCK  # what follows is less than a block
+        self._file.seek(last)
+        return last if at <= last < self._length and any(self._file.read(BLOCK)) else None
 
     def is_noise(self, at: int) -> bool:
-        """Whether there is an end marker at `at`, and in it and behind it a few flipped bits and no more."""
+        """Whether from `at` on there is an end marker with no more than a few flipped bits in it and behind it."""
         used = sum(int(np.count_nonzero(blocks)) for _, blocks in self._chunks(at))
         return self._length - at >= _MARKER and used <= _NOISE
 
     def next_header(self, at: int) -> int | None:
-        """Where the next block from `at` on is that is a header by its checksum."""
+        """The next block from `at` on that is a header by its checksum."""
         for start, blocks in self._chunks(at):
             field = blocks[:, 148:156]
-            # octal digits, blanks and zeros: all else is no checksum, and one block in thousands is looked at further
+            # octal digits, blanks and zeros: one other block in thousands passes
             octal = (((field >= 0x30) & (field <= 0x37)) | (field == 0x20) | (field == 0)).all(axis=1) & (field >= 0x30).any(axis=1)
             for number in np.flatnonzero(octal).tolist():
                 if is_header(blocks[number].tobytes()):
@@ -214,25 +214,20 @@ class _TarReader:
             at += len(blocks) * BLOCK
 
     def hole(self, start: int, next_start: int | None, why: str) -> Hole:
-        if next_start is None:
-            end = self._zeros_before_end(start)
-            if end is None:
-                return Hole(start, self._length, self._lost(start, self._length), why, cut=True)
-            return Hole(start, end, self._lost(start, end), why)
-        return Hole(start, next_start, self._lost(start, next_start), why)
-
-    def _zeros_before_end(self, start: int) -> int | None:
-        """Where the zeros of an end marker begin that closes the file, at or after the block behind `start`; None without one."""
-        last = None
+        """The hole from `start` to the next header; without one, to the zeros that end the file, or to its cut end."""
+        if next_start is not None:
+            return Hole(start, next_start, self._lost(start, next_start), why)
+        zeros = start + BLOCK
         for at, blocks in self._chunks(start + BLOCK):
             used = np.flatnonzero(blocks.any(axis=1))
             if len(used):
-                last = at + int(used[-1]) * BLOCK
-        begin = start + BLOCK if last is None else last + BLOCK
-        return begin if self._length - begin >= BLOCK and self._length % BLOCK == 0 else None
+                zeros = at + (int(used[-1]) + 1) * BLOCK
+        cut = self._length - zeros < BLOCK or self._length % BLOCK != 0
+        end = self._length if cut else zeros
+        return Hole(start, end, self._lost(start, end), why, cut=cut)
 
     def _lost(self, start: int, end: int) -> int | None:
-        """Members whose headers lie between: by the sizes that damaged headers still tell. None where headers are gone altogether."""
+        """Members between, by the sizes that damaged headers still tell; None where headers are gone."""
         count, at = 0, start
         while at < end:
             block = self.block(at)
@@ -245,7 +240,7 @@ class _TarReader:
             except ValueError:
                 return count
             after = at + BLOCK + -(-size // BLOCK) * BLOCK
-            if after > end:  # its size is what was damaged, or the end of the file came first
+            if after > end:  # its size is damaged, or the file ends first
                 return count
             at = after
         return count
@@ -261,12 +256,12 @@ def is_header(block: bytes) -> bool:
 
 
 def _ends_archive(at: int, end: int) -> bool:
-    """Whether zeros from `at` to `end` are what a writer ends an archive with, before another one that was appended."""
+    """Whether zeros from `at` to `end` are a writer's end of an archive, to which another was appended."""
     return end - at == _MARKER or (end - at >= _MARKER and end % _RECORD == 0 and end - at < _MARKER + _RECORD)
 
 
 def _padding(length: int) -> int:
     """The largest record that a file of `length` bytes can have been filled up to: tar's own, or a power of two up to a megabyte."""
-    smallest = 128 * BLOCK if length % _RECORD == 0 else BLOCK
-    powers = [record for record in (BLOCK << power for power in range(12)) if record >= smallest and length % record == 0]
-    return max([_RECORD if length % _RECORD == 0 else 0, *powers])
+    own = length % _RECORD == 0
+    powers = [BLOCK << power for power in range(7 if own else 0, 12)]
+    return max([_RECORD if own else 0, *(record for record in powers if length % record == 0)])

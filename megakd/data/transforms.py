@@ -1,7 +1,7 @@
 """From an image's bytes to each tower's pixels: decode, one crop box and flip per sample, one resampling per tower.
 
-Legend: B batch, H x W a tower's input size, L its context length. Pixels stay uint8 until `normalise`, on the device: workers
-then ship a quarter of the bytes.
+Pixels stay uint8 until `normalise`, on the device: workers then send a quarter of the bytes.
+Legend: B batch, H x W a tower's input size, L its context length.
 """
 
 from __future__ import annotations
@@ -31,15 +31,12 @@ Box = tuple[int, int, int, int]
 
 # Only formats that shards hold: PIL would also start Ghostscript for a file that calls itself an EPS.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-# Crops of six times the target and more are first averaged over whole pixels, to no less than three times the target. That
-# moved pixels by .2 levels in the mean on photo-like pictures (1.7 on a checkerboard of 20-pixel squares) and takes less than
-# half the time; at a gap of 2 it was 4 on the checkerboard. Smaller crops, 256-1024 px files at 224 px, are untouched by it.
+# Crops of six times the target and more are first averaged over whole pixels, to three times the target at least: less than half the
+# time, for .2 levels in the mean on photo-like pictures, 1.7 on a checkerboard of 20-pixel squares (4 at a gap of 2).
 _REDUCING_GAP = 3.0
 _CROP_ATTEMPTS = 10
 _DRAWS = 1 + 4 * _CROP_ATTEMPTS
-
-
-# A thinner image has hardly a row of pixels to see; resized by its shorter side, one of 312 bytes would take 13 GB.
+# Resized by its shorter side, a thin image of 312 bytes would take 13 GB.
 _THINNEST = 200
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -63,10 +60,9 @@ class Augmentation:
 
 @dataclass(frozen=True, eq=False)
 class TowerView:
-    """How a tower sees a sample: its preprocessing and its tokenizer, `tokenize(texts) -> LongTensor (n, L)`.
+    """How a tower sees a sample: its preprocessing and its tokenizer, `tokenize(texts) -> LongTensor (n, L)`. Equal by content.
 
-    Equal by content. Towers with the same `train_pixels` or `evaluation_pixels` share pixel tensors, mean and std being applied
-    on the device; towers with the same `tokens` share token tensors.
+    Towers with the same `train_pixels`, `evaluation_pixels` or `tokens` share tensors; mean and std are applied on the device.
     """
 
     preprocess: PreprocessCfg
@@ -77,8 +73,8 @@ class TowerView:
 
     @property
     def train_pixels(self) -> tuple[int, int, int]:
-        """(H, W, resampling filter): all that the training pixels depend on. A random crop is squashed in every resize mode."""
-        return (*_size(self.preprocess), int(_filter(self.preprocess)))
+        """(H, W, resampling filter): all that training pixels depend on, as a random crop is squashed in every resize mode."""
+        return (*input_size(self.preprocess), int(_filter(self.preprocess)))
 
     @property
     def evaluation_pixels(self) -> tuple[int, int, int, str, int]:
@@ -86,14 +82,14 @@ class TowerView:
 
     @functools.cached_property
     def tokens(self) -> str:
-        """A digest of the tokenizer's content; of its identity where it cannot be pickled, which shares less but never wrongly."""
+        """A digest of the tokenizer's content; its identity where it cannot be pickled, by which nothing is shared wrongly."""
         state: Any = self.tokenize.wrapped if isinstance(self.tokenize, PlainCaptions) else self.tokenize
         if hasattr(state, "__dict__") and not isinstance(state, type) and not hasattr(state, "__code__"):
-            # open_clip's tokenizer remembers the words it has split in `cache`; the same tokenizer, used or not, is equal
+            # in `cache` open_clip's tokenizer remembers the words it has split
             state = (type(state), {name: value for name, value in vars(state).items() if name != "cache"})
         try:
             return hashlib.sha256(pickle.dumps(state)).hexdigest()
-        except Exception:  # pickling runs code of any tokenizer there is; lambdas and open handles fail in their own ways
+        except Exception:  # pickling runs any tokenizer's code
             return f"id {id(self.tokenize)}"
 
     def _content(self) -> tuple[Any, ...]:
@@ -107,9 +103,7 @@ class TowerView:
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """The image in the mode it was stored in, decoded; of several frames or pages the first. Raises BadSample: corrupt_image, too_large
-    or too_thin.
-    """
+    """The image in its stored mode, of several frames the first. Raises BadSample: corrupt_image, too_large or too_thin."""
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
         if image.width * image.height > max_pixels:  # the header's word, before any pixel is decoded
@@ -132,11 +126,10 @@ def rgb_image(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The image as every tower sees it, in training, evaluation and answering alike: upright RGB.
+    """Upright RGB, in training, evaluation and answering alike: turned by its EXIF orientation, transparency on white as in img2dataset.
 
-    It is turned as its EXIF orientation says. What is transparent lies on white, as img2dataset has it. 16-bit grey is divided by 257,
-    floats in [0, 1] are multiplied by 255, integers and floats in [0, 255] are taken as they are. Palettes, CMYK and the rest become RGB
-    by PIL; colour profiles are not applied. Raises BadSample, bad_pixels, for values that are none of these.
+    16-bit grey is divided by 257, floats in [0, 1] are multiplied by 255, numbers in [0, 255] stay; palettes, CMYK and the rest become RGB
+    by PIL; colour profiles are not applied. Raises BadSample, bad_pixels, for other values.
     """
     try:
         return _on_white(_eight_bits(_upright(image)))
@@ -149,7 +142,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # EXIF of a damaged or odd kind tells nothing
+    except Exception:  # damaged EXIF
         return image
     if turn is None:
         return image
@@ -175,27 +168,26 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _on_white(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        seen = image.convert("RGBA")
-        if seen.getchannel("A").getextrema() != (255, 255):
-            return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
-        return seen.convert("RGB")
+    if {"A", "a"} & set(image.getbands()) or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (255, 255):
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def draw(views: Views, seed: int, position: int, width: int, height: int) -> Augmentation:
-    """The augmentation of the sample at `position`: a pure function, so that a run can be resumed anywhere."""
+    """The augmentation of the sample at `position` of the order: a pure function, as resuming needs it."""
     return _augmentation(views, uniform(seed, "view", (position, 0), _DRAWS), width, height)
 
 
 def draw_stored(views: Views, seed: int, index: int, view: int, width: int, height: int) -> Augmentation:
-    """The augmentation number `view` (from 0) of the sample `index`, whatever its place in the order: one that a store can hold."""
+    """Augmentation `view` (from 0) of the sample `index`, whatever its position: one that a store can hold."""
     return _augmentation(views, uniform(seed, "view", (index, 1 + view), _DRAWS), width, height)
 
 
 def _augmentation(views: Views, numbers: list[float], width: int, height: int) -> Augmentation:
     """torchvision's RandomResizedCrop: area uniform in crop_scale, ratio log-uniform in crop_ratio, ten attempts, else the largest
-    central crop within the ratios. The flip has its own draw and does not depend on how many attempts were needed.
+    central crop within the ratios. The flip's draw comes first, whatever the number of attempts.
     """
     flip = numbers[0] < views.flip
     low, high = (math.log(ratio) for ratio in views.crop_ratio)
@@ -207,24 +199,17 @@ def _augmentation(views: Views, numbers: list[float], width: int, height: int) -
         if 0 < w <= width and 0 < h <= height:
             left, top = int(for_left * (width - w + 1)), int(for_top * (height - h + 1))
             return Augmentation((left, top, left + w, top + h), flip)
-    return Augmentation(_central(width, height, views.crop_ratio), flip)
-
-
-def _central(width: int, height: int, ratios: tuple[float, float]) -> Box:
     w, h = width, height
-    if width / height < ratios[0]:
-        h = round(width / ratios[0])
-    elif width / height > ratios[1]:
-        w = round(height * ratios[1])
+    if width / height < views.crop_ratio[0]:
+        h = round(width / views.crop_ratio[0])
+    elif width / height > views.crop_ratio[1]:
+        w = round(height * views.crop_ratio[1])
     left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
+    return Augmentation((left, top, left + w, top + h), flip)
 
 
 def train_pixels(image: Image.Image, augmentation: Augmentation, view: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """The crop at a tower's size: (3, H, W) uint8. `image` is RGB; `view` is a TowerView's `train_pixels`.
-
-    A view for writing from: not contiguous, to be copied into its row of the batch.
-    """
+    """The crop of an RGB image at a tower's size: (3, H, W) uint8, not contiguous. view: a TowerView's `train_pixels`."""
     height, width, resample = view
     resized = image.resize((width, height), Image.Resampling(resample), box=augmentation.box, reducing_gap=_REDUCING_GAP)
     pixels = np.asarray(resized)
@@ -234,15 +219,18 @@ def train_pixels(image: Image.Image, augmentation: Augmentation, view: tuple[int
 def evaluation_pixels(image: Image.Image, preprocess: PreprocessCfg) -> NDArray[np.uint8]:
     """open_clip's `image_transform_v2(preprocess, is_train=False)` before its normalisation: (3, H, W) uint8.
 
-    As there, the image is resized and cropped in the mode that it has and becomes RGB last, so that published scores are met.
+    As there, the image is resized and cropped in its own mode and becomes RGB last: published scores depend on it.
     """
-    height, width = _size(preprocess)
+    height, width = input_size(preprocess)
     resample = _filter(preprocess)
     mode = preprocess.resize_mode
     if mode == "squash":
         image = image.resize((width, height), resample)
     elif mode == "shortest" and height == width:
-        image = _crop_or_pad(_resize_shorter(image, height, resample), height, width, 0)
+        if (short := min(image.size)) != height:
+            longer = int(height * max(image.size) / short)
+            image = image.resize((height, longer) if image.width <= image.height else (longer, height), resample)
+        image = _crop_or_pad(image, height, width, 0)
     elif mode in ("shortest", "longest"):
         pick = max if mode == "longest" else min
         ratio = pick(image.height / height, image.width / width)
@@ -263,8 +251,8 @@ def normalise(pixels: torch.Tensor, preprocess: PreprocessCfg, dtype: torch.dtyp
     return torch.addcmul(-mean / std, pixels.float(), 1 / (255 * std)).to(dtype)
 
 
-def _size(preprocess: PreprocessCfg) -> tuple[int, int]:
-    """(H, W)"""
+def input_size(preprocess: PreprocessCfg) -> tuple[int, int]:
+    """(H, W) of the tower."""
     size = preprocess.size
     if isinstance(size, int):
         return size, size
@@ -274,14 +262,6 @@ def _size(preprocess: PreprocessCfg) -> tuple[int, int]:
 def _filter(preprocess: PreprocessCfg) -> Image.Resampling:
     # open_clip's own rule: 'random' and everything else mean bicubic
     return Image.Resampling.BILINEAR if preprocess.interpolation == "bilinear" else Image.Resampling.BICUBIC
-
-
-def _resize_shorter(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-    short, long = min(image.size), max(image.size)
-    if short == size:
-        return image
-    longer = int(size * long / short)
-    return image.resize((size, longer) if image.width <= image.height else (longer, size), resample)
 
 
 def _crop_or_pad(image: Image.Image, height: int, width: int, fill: int) -> Image.Image:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from megakd.cli import app
 from megakd.data import own_tokenizer
 from support.runs import train
+from support.shards import write_tar
 
 
 @pytest.mark.parametrize("kind", ["bpe", "words"])
@@ -64,3 +65,12 @@ def test_a_folder_that_is_there_and_a_file_that_is_not_are_refused(tmp_path: Pat
     (tmp_path / "bad.tar").write_bytes(b"x" * 2000)
     with pytest.raises(ValueError, match="no tar"):
         own_tokenizer.write([str(tmp_path / "bad.tar")], tmp_path / "new", "bpe", 400, 16)
+
+
+def test_captions_that_training_cannot_use_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shard = write_tar(tmp_path / "0.tar", [("a.txt", b"a red square"), ("b.txt", b"ein gr\xfcner Kreis"), ("c.txt", b"  \n")])
+    own_tokenizer.write([str(shard)], tmp_path / "out", "words", 50, 16)
+    words = (tmp_path / "out" / "tokenizer.json").read_text(encoding="utf-8")
+    assert "square" in words
+    assert "ner" not in words
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["bad sample, bad_text", "bad sample, empty_caption"]

@@ -237,11 +237,17 @@ def test_an_interrupted_world_is_done_again(world: Path, tmp_path: Path, monkeyp
     assert bytes_of(out) == bytes_of(world)
 
 
-def test_a_world_that_lost_a_shard_says_so(tmp_path: Path) -> None:
+def test_a_world_that_lost_a_file_says_so(tmp_path: Path) -> None:
     write_world(tmp_path / "w", train=3, test=2)
-    (tmp_path / "w/train/00000.tar").unlink()
-    with pytest.raises(ValueError, match=r"00000.tar is gone: remove the folder"):
-        write_world(tmp_path / "w", train=3, test=2)
+    for name in ("train/00000.tar", "questions/held_out_annotations.json", "tokenizer/tokenizer.json"):
+        kept = (tmp_path / "w" / name).rename(tmp_path / "kept")
+        with pytest.raises(ValueError, match=rf"{name} is gone: remove the folder"):
+            write_world(tmp_path / "w", train=3, test=2)
+        kept.rename(tmp_path / "w" / name)
+    for content in ("{", "[]", '{"format_version": 2}'):
+        (tmp_path / "w/world.json").write_text(content)
+        with pytest.raises(ValueError, match=r"world\.json is damaged .*: remove the folder"):
+            write_world(tmp_path / "w", train=3, test=2)
 
 
 @pytest.mark.parametrize(

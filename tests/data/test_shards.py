@@ -47,6 +47,8 @@ def test_nested_ranges_multiply(tmp_path: Path) -> None:
         ("{root}/{{00000..00002}}.tar", r"no shard .*00001\.tar \(of .*\{00000\.\.00002\}"),
         ("{root}/nothing*.tar", r"no shard .*nothing\*\.tar"),
         ("data/shapes/train/00000.tar", r"megakd shapes data/shapes --train 20000 --test 2000"),
+        ("{root}/else/data/shapes/test/00000.tar", r"megakd shapes /.*/else/data/shapes --train 20000"),
+        ("{root}/data/shapes/test/00009.tar", r"00009\.tar: check the path and the braces' range"),
         ("memory://bucket/none.tar", r"no shard memory://bucket/none\.tar: check the URL"),
         ("memory://bucket/*.tar", r"globs work for local paths alone"),
         ("{root}", r"is a folder: name its shards"),
@@ -60,6 +62,9 @@ def test_a_missing_shard_is_named_with_its_pattern_and_a_remedy(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the repository's own folder may hold data/shapes
     write_tar(tmp_path / "00000.tar", pair("k", 1))
+    (tmp_path / "data" / "shapes").mkdir(parents=True)
+    if "{root}/data" in pattern:
+        (tmp_path / "data" / "shapes" / "world.json").touch()  # `megakd shapes` would find a finished world there, and write nothing
     with pytest.raises(ValueError, match=said):
         expand(pattern.format(root=tmp_path))
 
@@ -372,4 +377,9 @@ def test_the_log_of_bad_samples_is_rate_limited(caplog: pytest.LogCaptureFixture
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 4
     assert "and 119 more" in lines[2]
+    log.close()
+    log.close()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 5
+    assert sum(1 + int(line.partition(" and ")[2].partition(" ")[0]) for line in lines) == 260
     assert all("bad_text: 0.tar" in line for line in lines)

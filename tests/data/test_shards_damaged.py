@@ -199,12 +199,14 @@ def test_a_name_of_more_than_a_hundred_letters_is_not_taken_from_its_short_form(
     assert shards.known_bad.counts == {"truncated_tar": 1}
 
 
-def test_statistics_that_are_damaged_are_as_if_they_were_not_there(tmp_path: Path) -> None:
+def test_statistics_that_are_damaged_are_as_if_they_were_not_there_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = whole(tmp_path / "00000.tar", 3)
     for text in ("", "[1]", '{"successes": "many"}', '{"successes": -1}', "[" * 100_000, json.dumps({"successes": True})):
         (tmp_path / "00000_stats.json").write_text(text)
         (tmp_path / "00000.tar.txt.index.npy").unlink(missing_ok=True)
+        caplog.clear()
         assert open_set(path).known_bad.total == 0
+        assert "00000_stats.json holds no count of samples" in caplog.text
 
 
 def test_a_caption_that_is_missing_is_said_of_a_training_set_and_of_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

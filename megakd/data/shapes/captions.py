@@ -1,9 +1,8 @@
 """True captions of five kinds and hard negatives that are false.
 
-A caption is a `Claim` first and a text second: `holds` decides a claim against a scene, so that an edit of a true claim is
-taken as a negative only when it is false. Mentions stand in random order: an exchange of two leaves no trace in the text alone.
-No text, negatives included, names a held-out pair, outside the split that is made of them: a teacher trained with negatives would
-learn that those pairs are never true.
+A caption is a `Claim` first and a text second: `holds` tells whether it is true of a scene, and an edit of a true claim is a negative only
+when it is false. Mentions are in random order, so that an exchange of two leaves no trace in the text alone. Outside their own split no
+text, negatives included, names a held-out pair: a teacher trained with negatives would learn that those pairs are never true.
 """
 
 from __future__ import annotations
@@ -11,18 +10,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import permutations
 from typing import NamedTuple
 
 from megakd.data.shapes.scene import CELLS, COLOURS, RELATIONS, SEEN_PAIRS, SHAPES, SIZES, Scene, Thing, names_held_out, related
 
 CAPTION_KINDS = ("full", "partial", "relational", "counting", "synonyms")
-# Shares of the kinds among the training captions; a kind that a scene does not allow becomes "full".
+# Shares among the training captions; a kind that a scene does not allow becomes "full".
 CAPTION_WEIGHTS = (40, 30, 15, 5, 10)
 NEGATIVE_KINDS = ("attribute_swap", "relation", "attribute", "object", "count")
 
 NUMBER_WORDS = ("zero", "one", "two", "three")
-# Single words that begin with a consonant: the article and the token count stay as they are. Triangle and star have none.
+# Single words that begin with a consonant, so that article and token count stay; triangle and star have none.
 SYNONYMS = {
     "small": "little", "large": "big", "red": "crimson", "green": "lime", "blue": "cobalt", "yellow": "golden", "purple": "violet",
     "cyan": "turquoise", "white": "snowy", "circle": "disc", "square": "box", "cross": "plus", "diamond": "rhombus",
@@ -40,12 +40,7 @@ class Mention(NamedTuple):
     cell: int | None = None
 
     def fits(self, thing: Thing) -> bool:
-        return (
-            (self.shape is None or self.shape == thing.shape)
-            and (self.colour is None or self.colour == thing.colour)
-            and (self.size is None or self.size == thing.size)
-            and (self.cell is None or self.cell == thing.cell)
-        )
+        return all(said is None or said == value for said, value in zip(self, thing, strict=True))
 
     def saying(self, attribute: str, value: str | int) -> Mention:
         return Mention(**{**self._asdict(), attribute: value})
@@ -60,8 +55,10 @@ class Mention(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Distinct things fit the mentions. `relation` joins the first to the second; `complete`: and there is nothing else;
-    `counts`: instead, exactly so many things fit each mention."""
+    """Distinct things fit the mentions; relation: of the first to the second; complete: there is nothing else.
+
+    counts: instead, exactly so many things fit each mention.
+    """
 
     mentions: tuple[Mention, ...]
     relation: str | None = None
@@ -138,10 +135,10 @@ def _counting(scene: Scene, rng: random.Random) -> Claim:
 
 
 def negatives(caption: Caption, scene: Scene, rng: random.Random) -> dict[str, str]:
-    """Captions in the wording of a true one that are false of the scene, by kind; a kind that does not apply is left out.
+    """Captions in the wording of a true one that are false of the scene, by the kinds that apply.
 
-    attribute_swap: two mentions exchange their colours or shapes. relation: two things exchange their places, or the two
-    sides of a relation. attribute: another colour or size. object: another shape. count: one thing more or fewer.
+    attribute_swap: two mentions exchange colours or shapes. relation: two things exchange places, or sides of a relation. attribute:
+    another colour or size. object: another shape. count: one thing more or fewer.
     """
     by_kind = {}
     for kind in NEGATIVE_KINDS:
@@ -194,14 +191,6 @@ def _change(claim: Claim, rng: random.Random, values: Mapping[str, tuple[str, ..
     return _with(claim, {index: mention.saying(attribute, other)})
 
 
-def _change_attribute(claim: Claim, rng: random.Random) -> Claim | None:
-    return _change(claim, rng, {"colour": COLOURS, "size": SIZES})
-
-
-def _change_object(claim: Claim, rng: random.Random) -> Claim | None:
-    return _change(claim, rng, {"shape": SHAPES})
-
-
 def _change_count(claim: Claim, rng: random.Random) -> Claim | None:
     if claim.relation:
         return None
@@ -230,7 +219,7 @@ def _change_count(claim: Claim, rng: random.Random) -> Claim | None:
 _EDITS: dict[str, Callable[[Claim, random.Random], Claim | None]] = {
     "attribute_swap": _swap_attributes,
     "relation": _swap_places,
-    "attribute": _change_attribute,
-    "object": _change_object,
+    "attribute": partial(_change, values={"colour": COLOURS, "size": SIZES}),
+    "object": partial(_change, values={"shape": SHAPES}),
     "count": _change_count,
 }

@@ -1,7 +1,7 @@
 """Scene -> picture. What a caption does not say varies: background, exact place, extent, tilt and shade.
 
-A sprite (the coverage of one shape at one extent, tilt and sub-pixel place) is drawn by Pillow at eight times the resolution,
-averaged down and kept: a world needs at most 2880 of them, and a picture is then three small blends, about 0.1 ms.
+A sprite, the coverage of one shape at one extent, tilt and sub-pixel place, is drawn by Pillow at eight times the resolution, averaged down
+and cached: a world needs 2880 of them, and a picture is then three small blends, about 0.1 ms.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def draw_picture(scene: Scene, rng: random.Random, size: int) -> Pixels:
         left, top = (pad + place // SUBPIXEL - coverage.shape[0] // 2 for place in (x, y))
         patch = canvas[top : top + coverage.shape[0], left : left + coverage.shape[0]]
         patch += (shade - patch) * coverage
-    inside = canvas[pad : pad + size, pad : pad + size]
-    picture: Pixels = np.clip(inside + _grain(rng, size), 0, 255).astype(np.uint8)
+    # noise of -8 to 7, the same on the three channels
+    grain = (np.frombuffer(rng.randbytes(size * size), np.uint8) & 15).reshape(size, size, 1).astype(np.float32) - 8
+    picture: Pixels = np.clip(canvas[pad : pad + size, pad : pad + size] + grain, 0, 255).astype(np.uint8)
     return picture
 
 
@@ -68,22 +69,10 @@ def _place(index: int, thing_size: str, diameter: float, rng: random.Random, siz
 def _background(rng: random.Random, size: int) -> Coverage:
     """A tinted slope from one brightness to another, dark enough for white and for yellow."""
     brightness = rng.uniform(20, 95)
-    across, down = _slopes(size)
-    slope = across * rng.uniform(-45, 45) + down * rng.uniform(-45, 45)
+    ramp = np.linspace(-0.5, 0.5, size, dtype=np.float32)
+    slope: Coverage = ramp[None, :, None] * rng.uniform(-45, 45) + ramp[:, None, None] * rng.uniform(-45, 45)
     tint = np.array([brightness + rng.uniform(-14, 14) for _ in range(3)], np.float32)
     return slope + tint
-
-
-@lru_cache(maxsize=4)
-def _slopes(size: int) -> tuple[Coverage, Coverage]:
-    ramp = np.linspace(-0.5, 0.5, size, dtype=np.float32)
-    return ramp[None, :, None], ramp[:, None, None]
-
-
-def _grain(rng: random.Random, size: int) -> Coverage:
-    """Noise of -8 to 7 per pixel, the same on the three channels."""
-    noise = np.frombuffer(rng.randbytes(size * size), np.uint8) & 15
-    return noise.reshape(size, size, 1).astype(np.float32) - 8
 
 
 @lru_cache(maxsize=4096)

@@ -1,8 +1,7 @@
-"""Questions with short answers from a closed list, by family, and the ten answers of ten people who do not always agree.
+"""Questions with short answers from a closed list, by family, and the answers of ten people who do not always agree.
 
-What a question says never gives its answer away: descriptions leave out what is asked, and the places in a relation question.
-No question names a held-out pair, which in training could only ever be answered "no" or "0"; those about the split that is made of
-such pairs do, as they must.
+A description leaves out what is asked, and in a relation question the places. Outside their own split no question names a held-out pair,
+which in training could only be answered "no" or "0".
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from megakd.data.shapes.scene import CELLS, COLOURS, RELATIONS, SHAPES, SIZES, S
 
 QUESTIONS_PER_IMAGE = 3
 PEOPLE = 10
-# How many of the ten dissent: half of the questions are unanimous, and the true answer always keeps at least six voices.
+# How many of the ten dissent: half of the questions are unanimous, and the true answer keeps six voices at least.
 DISSENTERS, DISSENT_WEIGHTS = (0, 1, 2, 3, 4), (50, 20, 15, 10, 5)
 
 ANSWERS = {
@@ -62,7 +61,7 @@ def annotation(question: ShapesQuestion, rng: random.Random) -> dict[str, object
 
 
 def ten_answers(question: ShapesQuestion, rng: random.Random) -> list[dict[str, object]]:
-    """Ten answers with `answer_id` 1 to 10, the official metric's key. A dissenter words it differently or is wrong."""
+    """Ten answers with `answer_id` 1 to 10, the official metric's key; a dissenter words it differently or is wrong."""
     (dissenters,) = rng.choices(DISSENTERS, DISSENT_WEIGHTS)
     dissent = set(rng.sample(range(PEOPLE), dissenters))
     answers: list[dict[str, object]] = []
@@ -88,22 +87,15 @@ def _variants(answer: str) -> list[str]:
     return [f"{answer}.", answer.capitalize(), f"the {answer}"] + ([synonym] if synonym != answer else [])
 
 
-def _describe(thing: Thing, scene: Scene, rng: random.Random, hide: tuple[str, ...]) -> Mention | None:
-    """A mention that fits this thing alone and leaves the hidden attributes unsaid; None when there is none."""
+def _describable(scene: Scene, rng: random.Random, *hide: str) -> Iterator[tuple[Thing, Mention]]:
+    """The things that can be told from the others without the hidden attributes, in random order, each with a mention that does."""
     shown = [attribute for attribute in Mention._fields if attribute not in hide]
     subsets = [chosen for number in range(len(shown) + 1) for chosen in combinations(shown, number)]
-    mentions = [Mention(**{attribute: getattr(thing, attribute) for attribute in chosen}) for chosen in subsets]
-    others = [other for other in scene if other is not thing]
-    unique = [mention for mention in mentions if not any(map(mention.fits, others))]
-    return rng.choice(unique) if unique else None
-
-
-def _describable(scene: Scene, rng: random.Random, *hide: str) -> Iterator[tuple[Thing, Mention]]:
-    """The things, in random order, that can be told from the others without the hidden attributes."""
     for thing in rng.sample(scene, len(scene)):
-        mention = _describe(thing, scene, rng, hide)
-        if mention is not None:
-            yield thing, mention
+        mentions = [Mention(**{attribute: getattr(thing, attribute) for attribute in chosen}) for chosen in subsets]
+        others = [other for other in scene if other is not thing]
+        if unique := [mention for mention in mentions if not any(map(mention.fits, others))]:
+            yield thing, rng.choice(unique)
 
 
 def _ask_attribute(attribute: str, asks: str) -> Callable[[Scene, random.Random], ShapesQuestion | None]:
@@ -121,7 +113,7 @@ def _ask_count(scene: Scene, rng: random.Random) -> ShapesQuestion | None:
     by_count: dict[int, list[Mention]] = {}
     for mention in mentions:
         by_count.setdefault(sum(map(mention.fits, scene)), []).append(mention)
-    # The answer is drawn before the question: most of the questions one could ask are answered "0".
+    # the answer is drawn first, as most questions would be answered "0"
     number = rng.choice(sorted(by_count))
     return ShapesQuestion("count", f"how many {rng.choice(by_count[number]).words(plural=True)} are there?", str(number))
 
@@ -149,7 +141,7 @@ def ask_relation(scene: Scene, rng: random.Random) -> ShapesQuestion | None:
         return None
     (one, one_words), (other, other_words) = described
     answer = rng.choice(("yes", "no"))
-    # Two things in one row or column are in one relation of the four, others in two: "no" is always there to ask.
+    # two things in one row or column are in one relation of the four, others in two: "no" can always be asked
     relation = rng.choice([r for r in RELATIONS if related(r, one, other) == (answer == "yes")])
     return ShapesQuestion("relation", f"is {one_words.words('the')} {relation} {other_words.words('the')}?", answer)
 

@@ -1,9 +1,8 @@
-"""Text for a tiny decoder to learn to read from, before it sees an image: LLaVA's conversations without any.
+"""Text that a tiny decoder learns to read from before it sees an image: LLaVA's conversations without any.
 
-For each scene, no other split's: a full caption of it, which stands where the image will, and questions that are answered from it,
-in one conversation, since reading a caption costs more than a question. For some scenes also the caption alone, said to nothing: a
-decoder that can say captions is what a projector is aligned to. Not for all: with one a scene, 74 %
-of the learned tokens would be words of captions, most of them chance; so it is 41 %.
+Each scene, none of another split's, is a conversation: its full caption, in the image's place, and questions answered from it. For some
+scenes there is also the caption alone, as the answer to nothing: a projector is aligned to a decoder that can say captions. With one for
+every scene 74 % of the learned tokens would be captions' words, most of them chance; so it is 41 %.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ CAPTION_EVERY = 4  # scenes
 
 
 def conversations(seed: int, scenes: int) -> Iterator[str]:
-    """The entries of the file, as JSON, in the order of the scenes; `families`, of the turns, is megakd's own field."""
+    """The file's entries as JSON, in the order of the scenes; `families`, of the turns, is megakd's own field."""
     number = 0
     for index in range(scenes):
         scene = scene_of(seed, SPLIT, index)
@@ -39,17 +38,14 @@ def conversations(seed: int, scenes: int) -> Iterator[str]:
 
 
 def _full(scene: Scene, rng: random.Random) -> Caption:
-    """As `captions` says it, which also makes the other kinds and would take a fifth of the time."""
+    """The "full" one of `captions`, without the time that the other kinds take."""
     return Caption("full", Claim(tuple(Mention(*thing) for thing in rng.sample(scene, len(scene))), complete=True))
 
 
 def _questions(scene: Scene, rng: random.Random) -> list[ShapesQuestion]:
-    """As in the splits with images, and about a relation wherever there is one to ask about.
-
-    A relation is the hardest to learn, one bit an answer and none of it in the words of the question: it is asked most.
-    """
+    """As in the splits with images, and about a relation wherever there is one: it is the hardest to learn, so it is asked most."""
     chosen = questions(scene, rng)
     if all(question.family != "relation" for question in chosen) and (more := ask_relation(scene, rng)) is not None:
         chosen.append(more)
-    rng.shuffle(chosen)  # about an image there is one question, the first: that one is to be of any family
+    rng.shuffle(chosen)  # the first stands for an image's only question, which is of any family
     return chosen

@@ -1,8 +1,8 @@
 """What is in a picture: one to three things on a 3x3 grid, each with a shape, a colour and a size.
 
-Everything in the world is a function of (seed, split, index). Every purpose (scene, words, pixels, questions) has its own
-random stream, so that a caption can be told without drawing its picture and a new question family moves no pixel.
-Only Python's `random.Random` is drawn from: its integer stream is the same on every platform.
+Everything is a function of (seed, split, index). Every purpose (scene, words, pixels, questions) has its own random stream, so that a
+caption needs no picture and a new question family moves no pixel. Only Python's `random.Random` is drawn from: its integer stream is the
+same on every platform.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import NamedTuple
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "white")
 SIZES = ("small", "large")
-# Row by row; every name is one place and no name is a place's whole row or column.
+# Row by row; no name is a whole row's or column's.
 CELLS = ("top left", "top center", "top right", "middle left", "center", "middle right", "bottom left", "bottom center", "bottom right")
 RELATIONS = ("left of", "right of", "above", "below")
 
-# Few single things: there are only 630 such scenes, and the retrieval set wants distinct ones.
+# Few single things: there are only 630 such scenes, and the retrieval set needs distinct ones.
 NUMBERS, NUMBER_WEIGHTS = (1, 2, 3), (20, 40, 40)
-# Without it two things share a shape in one scene of six, and "how many circles" would mostly be "1".
+# Otherwise two things share a shape in one scene of six, and "how many circles" would mostly be "1".
 REPEAT = 0.35
 
 
@@ -89,9 +89,9 @@ def scene_of(seed: int, split: str, index: int, attempt: int = 0) -> Scene:
 
 
 def distinct_attempts(seed: int, split: str, count: int) -> list[int]:
-    """The attempt of every index at which its scene differs from all earlier ones (the order of the things aside).
+    """The attempt of every index at which its scene differs from all earlier ones, the order of the things aside; recall@k needs that.
 
-    A longer list starts with the shorter one. Two equal scenes would share their full caption: recall@k needs distinct ones.
+    A longer list starts with the shorter one.
     """
     seen: set[frozenset[Thing]] = set()
     attempts = []

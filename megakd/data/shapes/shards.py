@@ -39,11 +39,13 @@ class ShardJob:
     caption_from: Mapping[int, int] = field(default_factory=dict)  # noisy index -> index whose caption it gets
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ShardReport:
-    longest: int  # words of the longest caption or negative
-    questions: list[str]  # entries of the questions file, as JSON
-    annotations: list[str]  # entries of the annotations file, as JSON
+    """Words of the longest caption or negative, and the entries of the questions' and the annotations' file, as JSON."""
+
+    longest: int = 0
+    questions: list[str] = field(default_factory=list)
+    annotations: list[str] = field(default_factory=list)
 
 
 def sample_key(shard: int, index: int) -> str:
@@ -55,7 +57,7 @@ compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """A reader finds the whole file or none, also where two processes write one world."""
+    """Write so that a reader finds the whole file or none, also where two processes write one world."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
         partial.write_bytes(content)
@@ -77,20 +79,18 @@ def write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> int:
 
 def write_pairs(job: ShardJob) -> ShardReport:
     """Write one shard with its `_stats.json`; returns what concerns the split as a whole."""
-    report = ShardReport(0, [], [])
-    longest = 0
-    samples = []
+    report, samples = ShardReport(), []
     for number, index in enumerate(job.indices):
         key = sample_key(job.shard, number)
         scene = scene_of(job.seed, job.split, index, job.attempts.get(index, 0))
         members, words = _pair(job, key, index, scene)
         samples.append((key, members))
-        longest = max(longest, words)
+        report.longest = max(report.longest, words)
         _ask(job, int(key), index, scene, report)
     count = write_tar(job.path, samples)
     stats = {"count": count, "successes": count, "failed_to_download": 0, "failed_to_resize": 0, "status_dict": {"success": count}}
     write_atomically(job.path.with_name(f"{job.path.stem}_stats.json"), (json.dumps(stats, indent=4) + "\n").encode())
-    return ShardReport(longest, report.questions, report.annotations)
+    return report
 
 
 def _pair(job: ShardJob, key: str, index: int, scene: Scene) -> tuple[Members, int]:

@@ -1,14 +1,14 @@
 """Write a world: shards to train and to retrieve from, zero-shot sets, questions, a tokenizer, and how to make it again.
 
-OUT/train/00000.tar ...             image-text pairs, `.txt` true of its image
-OUT/train_noisy/00000.tar ...       as many other pairs, a fraction of whose `.txt` belongs to another image, as on the web
-OUT/test/00000.tar ...              distinct scenes, full captions, always clean; hard negatives in `.json`
-OUT/held_out/00000.tar ...          as many scenes made of the seven pairs that training never saw, full captions
-OUT/zeroshot/                       single things of the 35 trained pairs, CLIP_benchmark's webdataset layout, 42 classes
-OUT/zeroshot_held_out/              the same 42 classes, only things of the seven pairs that training never saw
-OUT/questions/                      {train,test,held_out}_{questions,annotations}.json in VQAv2's format, train_text.json in LLaVA's
-OUT/tokenizer/                      word-level, over the closed vocabulary
-OUT/world.json                      settings and counts; written last: without it the world is unfinished
+OUT/train/00000.tar ...         image-text pairs, `.txt` true of its image
+OUT/train_noisy/00000.tar ...   as many other pairs, a fraction of whose `.txt` belongs to another image, as on the web
+OUT/test/00000.tar ...          distinct scenes, full captions, always clean; hard negatives in `.json`
+OUT/held_out/00000.tar ...      as many scenes of the seven pairs that training never saw, full captions
+OUT/zeroshot/                   single things of the 35 trained pairs, CLIP_benchmark's webdataset layout, 42 classes
+OUT/zeroshot_held_out/          the same classes, only things of the seven held-out pairs
+OUT/questions/                  {train,test,held_out}_{questions,annotations}.json in VQAv2's format, train_text.json in LLaVA's
+OUT/tokenizer/                  word-level, over the closed vocabulary
+OUT/world.json                  settings and counts; written last: without it the world is unfinished
 """
 
 from __future__ import annotations
@@ -28,37 +28,19 @@ from typing import Any
 from megakd.data.shapes.captions import CAPTION_KINDS, CAPTION_WEIGHTS, NEGATIVE_KINDS
 from megakd.data.shapes.questions import ANSWERS
 from megakd.data.shapes.reading import MOST_SCENES, conversations
-from megakd.data.shapes.scene import (
-    CELLS,
-    COLOURS,
-    HELD_OUT_PAIRS,
-    PAIRS,
-    SEEN_PAIRS,
-    SHAPES,
-    SIZES,
-    distinct_attempts,
-    sample_seed,
-)
-from megakd.data.shapes.shards import (
-    MAX_SHARD_SIZE,
-    ShardJob,
-    ShardReport,
-    compact,
-    write_atomically,
-    write_pairs,
-    write_single_things,
-)
+from megakd.data.shapes.scene import CELLS, COLOURS, HELD_OUT_PAIRS, PAIRS, SEEN_PAIRS, SHAPES, SIZES, distinct_attempts, sample_seed
+from megakd.data.shapes.shards import MAX_SHARD_SIZE, ShardJob, ShardReport, compact, write_atomically, write_pairs, write_single_things
 from megakd.data.shapes.vocabulary import CONTEXT_LENGTH, vocabulary, write_tokenizer
 from megakd.runtime.files import PARTIAL
 
 FORMAT_VERSION = 2  # 2: the split held_out and questions/train_text.json; all else is as in 1
-# Twelve pixels a cell: a tower with 12-pixel patches sees one cell in each. At 32 pixels, where 8-pixel patches cut through cells,
-# the smoke teacher reached a zero-shot top-1 of .25 in 900 steps; at 36 with 12-pixel patches .77 in 600.
+# Twelve pixels a cell, so that a 12-pixel patch sees one. At 32 pixels, where 8-pixel patches cut through cells, the smoke teacher reached
+# a zero-shot top-1 of .25 in 900 steps; at 36 .77 in 600.
 IMAGE_SIZE = 36
 MAX_SHARDS = 10**5  # five digits in a shard's name and in a sample's key
 TEMPLATES = ("a {c}", "a small {c}", "a large {c}")
-# A second process costs about a second to start and a scene about a third of a millisecond.
-WORTH_A_POOL = 8000
+WORTH_A_POOL = 8000  # scenes of a third of a millisecond; a process takes a second to start
+_ASKED = ("train", "test", "held_out")  # splits with questions
 _FOLDERS = ("train", "train_noisy", "test", "held_out", "zeroshot", "zeroshot_held_out", "questions", "tokenizer")
 _UNFINISHED = "world.unfinished.json"
 _OLDER = (1,)
@@ -66,7 +48,7 @@ _OLDER = (1,)
 
 @dataclass(frozen=True, slots=True)
 class WorldSettings:
-    """What makes a world; equal settings are equal bytes (given the versions of Pillow and its JPEG encoder)."""
+    """What makes a world: equal settings are equal bytes, by the same Pillow and JPEG encoder."""
 
     train: int
     test: int
@@ -77,7 +59,7 @@ class WorldSettings:
     zeroshot_per_class: int
 
     def check(self) -> None:
-        """Raise a ValueError that names the setting and what it may be."""
+        """Raise ValueError naming the setting and what it may be."""
         ranges = {"train": (1, 10**9), "test": (2, 10**9), "image_size": (16, 1024), "shard_size": (1, MAX_SHARD_SIZE)}
         for name, (low, high) in {**ranges, "zeroshot_per_class": (1, 10_000), "seed": (0, 2**63)}.items():
             value = getattr(self, name)
@@ -102,13 +84,13 @@ class WorldSettings:
 
     @property
     def splits(self) -> dict[str, int]:
-        """The splits of image-text pairs and their sizes; no noise, no noisy split."""
+        """Splits of image-text pairs -> their sizes."""
         return {"train": self.train, **({"train_noisy": self.train} if self.noisy else {}), "test": self.test, "held_out": self.test}
 
 
 @dataclass(frozen=True, slots=True)
 class ShapesWorld:
-    """What stands in the folder: numbers of samples, and how long it took (0 seconds and written=False when it was there)."""
+    """What is in the folder: numbers of samples, and the seconds it took (0, and written False, when it was there)."""
 
     out: Path
     train: int
@@ -141,10 +123,9 @@ def write_world(
 ) -> ShapesWorld:
     """Write the world into the folder `out`, or find it there.
 
-    train, test: image-text pairs. caption_noise: fraction of the captions in train_noisy, a split of its own and as large as
-    train, that are shuffled among themselves; 0 leaves that split out.
-    image_size: pixels a side. shard_size: samples a tar. zeroshot_per_class: images of each pair in the two zero-shot sets.
-    processes: default, one a core when the world is large enough; any number writes the same bytes.
+    train, test: image-text pairs. caption_noise: fraction of the captions that are shuffled in train_noisy, as large as train; 0 leaves
+    that split out. image_size: pixels a side. shard_size: samples a tar. zeroshot_per_class: images of each pair in the two zero-shot sets.
+    processes: default, one a core for a large world; any number writes the same bytes.
     Raises ValueError for a setting out of range and for a folder that holds anything else.
     """
     settings = WorldSettings(train, test, seed, float(caption_noise), image_size, shard_size, zeroshot_per_class)
@@ -156,11 +137,17 @@ def write_world(
     if counts is not None:
         return ShapesWorld(out, **counts, seconds=0.0, written=False)
     start, began = time.perf_counter(), time.time()
-    _clear_unfinished(out, settings)
+    out.mkdir(parents=True, exist_ok=True)
+    marker, claim = out / _UNFINISHED, (json.dumps(asdict(settings)) + "\n").encode()
+    # of an interrupted write; one of the same settings, which may go on in another process, is written over with the same bytes
+    if marker.exists() and marker.read_bytes() != claim:
+        for name in _FOLDERS:
+            shutil.rmtree(out / name, ignore_errors=True)
+    write_atomically(marker, claim)
     counts = _write(out, settings, processes)
     record = {**_description(settings), "counts": counts}
     write_atomically(out / "world.json", (json.dumps(record, indent=2) + "\n").encode())
-    (out / _UNFINISHED).unlink(missing_ok=True)
+    marker.unlink(missing_ok=True)
     for partial in out.rglob(f".*{PARTIAL}"):
         if partial.stat().st_mtime < began:  # of a writer that was killed; a living one's lasts milliseconds
             partial.unlink(missing_ok=True)
@@ -174,46 +161,39 @@ def _counts_there(out: Path, settings: WorldSettings) -> dict[str, int] | None:
         if strangers and _UNFINISHED not in strangers:
             raise ValueError(f"{out} holds other files ({', '.join(sorted(strangers)[:3])}) and no world: give an empty or a new folder")
         return None
-    record = json.loads((out / "world.json").read_text())
-    if record.get("format_version") in _OLDER and record.get("settings") == asdict(settings):
-        (out / "world.json").unlink()  # what an older megakd wrote there is written over with the same bytes, and completed
+    try:
+        record = json.loads((out / "world.json").read_text(encoding="utf-8"))
+        version, earlier, counts = record["format_version"], dict(record["settings"]), dict(record["counts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{out / 'world.json'} is damaged ({error!r}): remove the folder and write the world again") from error
+    if version in _OLDER and earlier == asdict(settings):
+        (out / "world.json").unlink()  # an older megakd's world is written over with the same bytes, and completed
         return None
-    wanted = {"format_version": FORMAT_VERSION, **asdict(settings)}
-    there = {"format_version": record.get("format_version"), **record.get("settings", {})}
+    wanted, there = {"format_version": FORMAT_VERSION, **asdict(settings)}, {"format_version": version, **earlier}
     differing = [f"{name} = {there.get(name)!r} there, {value!r} asked" for name, value in wanted.items() if there.get(name) != value]
     if differing:
         raise ValueError(f"{out} holds another world ({'; '.join(differing)}): give another folder, or remove this one first")
-    missing = [path for path in _tars(out, settings) if not path.exists()]
-    if missing:
+    if missing := [path for path in _files(out, settings) if not path.exists()]:
         raise ValueError(f"{out} has a world.json, but {missing[0]} is gone: remove the folder and write the world again")
-    counts: dict[str, int] = record["counts"]
     return counts
-
-
-def _clear_unfinished(out: Path, settings: WorldSettings) -> None:
-    """Claim the folder; what an interrupted write of other settings left there goes."""
-    out.mkdir(parents=True, exist_ok=True)
-    marker, claim = out / _UNFINISHED, (json.dumps(asdict(settings)) + "\n").encode()
-    # The same settings write the same bytes over it, even while another process is at it: nothing to clear.
-    if marker.exists() and marker.read_bytes() != claim:
-        for name in _FOLDERS:
-            shutil.rmtree(out / name, ignore_errors=True)
-    write_atomically(marker, claim)
 
 
 def _shards(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _tars(out: Path, settings: WorldSettings) -> list[Path]:
-    paths = [out / "zeroshot/test/0.tar", out / "zeroshot_held_out/test/0.tar"]
+def _files(out: Path, settings: WorldSettings) -> list[Path]:
+    """What a training or an evaluation reads of a finished world."""
+    paths = [out / name / file for name in ("zeroshot", "zeroshot_held_out") for file in ("classnames.txt", "test/0.tar")]
+    paths += [out / "questions" / f"{split}_{kind}.json" for split in _ASKED for kind in ("questions", "annotations")]
+    paths += [out / "questions" / "train_text.json", out / "tokenizer" / "tokenizer.json", out / "tokenizer" / "tokenizer_config.json"]
     for split, count in settings.splits.items():
         paths += [out / split / f"{shard:05d}.tar" for shard in range(len(_shards(count, settings.shard_size)))]
     return paths
 
 
 def exchanged_captions(settings: WorldSettings) -> dict[int, int]:
-    """Noisy index of train_noisy -> the index whose caption it gets: one ring, so nobody keeps their own.
+    """Noisy index of train_noisy -> the index whose caption it gets: one ring, so that none keeps its own.
 
     The noisy samples of a smaller fraction are among those of a larger one.
     """
@@ -228,12 +208,7 @@ def _jobs(out: Path, settings: WorldSettings, split: str) -> list[ShardJob]:
     redrawn = {i: n for i, n in enumerate(distinct_attempts(settings.seed, "test", settings.test)) if n} if split == "test" else {}
     return [
         ShardJob(
-            settings.seed,
-            split,
-            shard,
-            indices,
-            settings.image_size,
-            out / split / f"{shard:05d}.tar",
+            *(settings.seed, split, shard, indices, settings.image_size, out / split / f"{shard:05d}.tar"),
             attempts={i: redrawn[i] for i in indices if i in redrawn},
             caption_from={i: noise[i] for i in indices if i in noise},
         )
@@ -247,20 +222,17 @@ def _write(out: Path, settings: WorldSettings, processes: int | None) -> dict[st
     if processes is None:
         processes = len(os.sched_getaffinity(0)) if sum(settings.splits.values()) >= WORTH_A_POOL else 1
     reports = _map(write_pairs, jobs, min(processes, len(jobs)))
-
-    def of(split: str) -> list[ShardReport]:
-        return [report for job, report in zip(jobs, reports, strict=True) if job.split == split]
-
-    counts_of_questions = {split: _write_questions(out, split, of(split)) for split in ("train", "test", "held_out")}
+    questions = {}
+    for split in _ASKED:
+        of_split = [report for job, report in zip(jobs, reports, strict=True) if job.split == split]
+        questions[f"{split}_questions"] = _write_questions(out, split, of_split)
     return {
         "train": settings.train,
         "train_noisy": settings.splits.get("train_noisy", 0),
         "test": settings.test,
         "zeroshot": _write_zeroshot(out, settings, "zeroshot", SEEN_PAIRS),
         "zeroshot_held_out": _write_zeroshot(out, settings, "zeroshot_held_out", HELD_OUT_PAIRS),
-        "train_questions": counts_of_questions["train"],
-        "test_questions": counts_of_questions["test"],
-        "held_out_questions": counts_of_questions["held_out"],
+        **questions,
         "text_conversations": _write_text(out, settings),
         "noisy_captions": settings.noisy,
         "vocabulary_size": len(vocabulary()),
@@ -271,13 +243,13 @@ def _write(out: Path, settings: WorldSettings, processes: int | None) -> dict[st
 def _map(work: Callable[[ShardJob], ShardReport], jobs: Sequence[ShardJob], processes: int) -> list[ShardReport]:
     if processes == 1:
         return list(map(work, jobs))
-    # spawn: a caller that has loaded torch has threads, and a forked child may inherit a lock that one of them holds.
+    # spawn: with torch loaded there are threads, and a forked child may inherit a lock that one of them holds
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(work, jobs))
 
 
 def _write_questions(out: Path, split: str, reports: Sequence[ShardReport]) -> int:
-    """Write the split's two files in VQAv2's format; returns the number of questions."""
+    """Write the split's two files in VQAv2's format. Returns the number of questions."""
     questions = [entry for report in reports for entry in report.questions]
     annotations = [entry for report in reports for entry in report.annotations]
     head = {"info": {"description": "megakd shapes world", "version": str(FORMAT_VERSION)}, "data_type": "shapes", "data_subtype": split}
@@ -288,14 +260,14 @@ def _write_questions(out: Path, split: str, reports: Sequence[ShardReport]) -> i
 
 
 def _write_text(out: Path, settings: WorldSettings) -> int:
-    """Write the conversations about as many scenes as there are training pairs; returns their number."""
+    """Write conversations about as many scenes as there are training pairs. Returns their number."""
     entries = list(conversations(settings.seed, min(settings.train, MOST_SCENES)))
     write_atomically(out / "questions" / "train_text.json", ("[\n" + ",\n".join(entries) + "\n]\n").encode())
     return len(entries)
 
 
 def _write_zeroshot(out: Path, settings: WorldSettings, name: str, pairs: tuple[tuple[str, str], ...]) -> int:
-    """Write a zero-shot set in the layout of CLIP_benchmark's `wds/` datasets; returns the number of images."""
+    """Write a zero-shot set in the layout of CLIP_benchmark's `wds/` datasets. Returns the number of images."""
     folder = out / name
     write_atomically(folder / "classnames.txt", "".join(f"{colour} {shape}\n" for shape, colour in PAIRS).encode())
     write_atomically(folder / "zeroshot_classification_templates.txt", "".join(f"{template}\n" for template in TEMPLATES).encode())

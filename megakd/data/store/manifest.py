@@ -1,4 +1,4 @@
-"""What a store of embeddings says of itself: all that they depend on, how they lie in its parts, and the teacher's scale."""
+"""The manifest of a store of embeddings: what they depend on, their layout in parts, and the teacher's scale."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 INTEGER_PRODUCTS = ("int_mm", "bitsandbytes")
 StoreType = Literal["bf16", "fp32"]
 _TORCH: dict[StoreType, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Far above any store: a damaged number must not have us list parts for hours or read one of terabytes.
+# Far above any store's: by a damaged number parts would be listed for hours.
 _MOST_PARTS, _LARGEST = 10**7, 1 << 24
 
 
@@ -30,7 +30,7 @@ class StoreError(ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """How samples lie in parts: part p holds the samples [p * part, (p + 1) * part), the last one fewer."""
+    """Part p holds the samples [p * part, (p + 1) * part), the last one fewer."""
 
     samples: int
     part: int
@@ -57,9 +57,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class Manifest:
-    """key: what the embeddings depend on, nested; made: how they were computed, the same for all parts of a store.
+    """key: what the embeddings depend on, nested; made: how they were computed. scale, bias: the teacher's, of `Embeddings`.
 
-    scale, bias: the teacher's, of `Embeddings`. parts: number -> facts of its header; empty until the store is complete.
+    parts: number -> facts of its header; empty until the store is complete.
     """
 
     key: dict[str, Any]
@@ -71,12 +71,12 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """What a part's header holds of its store, so that a part of another one is not taken for its own."""
+        """In each part's header, by which parts of another store are known."""
         return hashlib.sha256(json.dumps([self.key, self.made, asdict(self.layout)], sort_keys=True).encode()).hexdigest()
 
     @property
     def seed(self) -> int:
-        """The augmentation's seed."""
+        """Of the augmentations."""
         return int(self.key["seed"])
 
     def to_json(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def _contradiction(manifest: Manifest) -> str | None:
-    """What of a manifest cannot be: of format 1 nothing else tells that it was changed."""
+    """What of a manifest cannot be true; of format 1 nothing else tells that it was changed."""
     layout, key = manifest.layout, manifest.key
     for name, value in (("samples", layout.samples), ("part", layout.part), ("views", layout.views), ("width", layout.width)):
         if type(value) is not int or value < 1:
@@ -137,9 +137,9 @@ def _contradiction(manifest: Manifest) -> str | None:
 
 
 def differences(store: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Lines 'key: A in the store, B wanted' for every entry of the nested keys that differs; empty when the store may be used.
+    """Lines 'key: A in the store, B in the recipe' for every entry of the nested keys that differs; empty when the store may be used.
 
-    Weights are equal when their checksums are; their names count where one side has no checksum, for want of the file.
+    Weights are equal when their checksums are, or their names where one side has no checksum.
     """
     mine, theirs = ({key: value for key, value in flat(side).items() if value != {}} for side in (store, wanted))
     name, digest = "weights.name", "weights.sha256"
@@ -150,8 +150,9 @@ def differences(store: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 
 def made_as_wanted(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """How a store was computed, with what older ones did not write down as it was then: one of two ways with integers, no calibration."""
+    """How a store was computed; what older stores do not say is as it was then: an integer product, no calibration."""
     then: dict[str, Any] = dict.fromkeys(wanted)
     if made.get("int8"):
-        then["product"] = asked if (asked := wanted.get("product")) in INTEGER_PRODUCTS else " or ".join(INTEGER_PRODUCTS)
+        product = wanted.get("product")
+        then["product"] = product if product in INTEGER_PRODUCTS else " or ".join(INTEGER_PRODUCTS)
     return {**then, **made}

@@ -5,12 +5,10 @@
         parts/000000.safetensors    samples [0, N): image (N, V, D), text (N, D), known (N,) of uint8
         lock                        held by the job that writes, see `writer`
 
-A part is one file, complete or absent: it is renamed into place, and its header names the store it belongs to. Reading maps the
-files into memory, so that the ranks and workers of a node share one page cache, and asks for rows alone.
-
-A value is checked where it is read: a part's header has the CRC-32 of each row, of the V images and then of the text with its byte of
-`known`. Parts of format 1 have none: they are compared with their SHA-256 when a process reads them first. A row that is not as it was
-written is not used; to the reader it is one that the store lacks, and it is counted.
+A part is one file, complete or absent, whose header names its store. Files are mapped into memory, so that the ranks and workers of a node
+share one page cache, and rows are read alone. A part's header has the CRC-32 of each row, of the V images and then of the text with its
+byte of `known`; parts of format 1 have none and are compared with their SHA-256 at a process's first read. A row that is not as it was
+written counts as damaged, and is used as if the store lacked it.
 
 Legend: N samples of a part, V views, D embedding width, B rows asked for.
 """
@@ -37,32 +35,17 @@ from torch import Tensor
 from megakd.data.store.manifest import MANIFEST, Layout, Manifest, StoreError, StoreType, differences, made_as_wanted, read_manifest
 from megakd.runtime.files import safetensors_header
 
-__all__ = [
-    "MANIFEST",
-    "Layout",
-    "Manifest",
-    "StoreError",
-    "StoreType",
-    "differences",
-    "made_as_wanted",
-    "read_manifest",
-]  # who reads a store asks here
-
 PARTS = "parts"
 NOTE = "megakd"  # the one metadata entry of a part's header: the order of several is not the same in every process
-_NUMPY: dict[StoreType, type] = {"bf16": np.int16, "fp32": np.float32}  # numpy has no bf16: its bits travel as int16
+_NUMPY: dict[StoreType, type] = {"bf16": np.int16, "fp32": np.float32}  # numpy has no bf16: its bits are int16
 _HEADER: dict[StoreType, str] = {"bf16": "BF16", "fp32": "F32"}
-# As for the shards' indexes: far below the kernel's limit of 65530 maps a process.
-_OPEN_PARTS = 1024
+_OPEN_PARTS = 1024  # far below the kernel's limit of 65530 maps a process
 _HEADER_THREADS = 16
-_LARGEST_HEADER = 1 << 26  # ours have some 100 KB, of checks; a damaged length must not make us read gigabytes
+_LARGEST_HEADER = 1 << 26  # ours have some 100 KB; a damaged length must not make us read gigabytes
 
 
 class StoredRows(NamedTuple):
-    """What a store says of B samples: image and text (B, D) in the store's type, known (B,) bool. Unknown rows are zero.
-
-    damaged: (B,) bool, of those that are unknown because they are not as they were written.
-    """
+    """Of B samples: image and text (B, D) in the store's type, zeros where not known; known and damaged (B,) bool."""
 
     image: Tensor
     text: Tensor
@@ -72,7 +55,7 @@ class StoredRows(NamedTuple):
 
 @dataclass(frozen=True)
 class PartFile:
-    """A part that is there: where its tensors begin in the file, and what its header says. known: samples it has embeddings of."""
+    """A part on disk: where its tensors begin in the file, and what its header says. known: samples it has embeddings of."""
 
     offsets: dict[str, int]
     sha256: str
@@ -84,10 +67,7 @@ def part_path(folder: Path, number: int) -> Path:
 
 
 def read_part(folder: Path, manifest: Manifest, number: int) -> PartFile:
-    """The header of a part, checked against the file's length and the manifest. Raises StoreError naming the file and its defect.
-
-    The values themselves are not read: `content_digest` tells whether they have changed.
-    """
+    """The header of a part, checked against the file's length and the manifest. Raises StoreError naming the file and its defect."""
     path, layout = part_path(folder, number), manifest.layout
     shapes, types = layout.shapes(number), {"image": _HEADER[layout.dtype], "text": _HEADER[layout.dtype], "known": "U8"}
     try:
@@ -109,7 +89,7 @@ def read_part(folder: Path, manifest: Manifest, number: int) -> PartFile:
         raise StoreError(f"{path}: its tensors are {described}, not those of the manifest's layout")
     if (expected := begin + max(end for _, end in spans.values())) != size:
         raise StoreError(f"{path}: {size} bytes instead of {expected}")
-    # save_file puts tensors of one type in the order of their names, image before text: swapped, they would be read as each other
+    # save_file sorts tensors of one type by name, image before text: swapped, they would be read as each other
     bytes_of = {"BF16": 2, "F32": 4, "U8": 1}
     lengths = {name: math.prod(shape) * bytes_of[types[name]] for name, shape in shapes.items()}
     ordered = sorted(spans.values())
@@ -140,7 +120,7 @@ def _checks(note: Mapping[str, Any], layout: Layout, number: int) -> NDArray[np.
 def map_part(folder: Path, manifest: Manifest, number: int, facts: PartFile) -> dict[str, NDArray[Any]]:
     """The part's arrays, mapped read-only: image (N, V, D) and text (N, D) of float32 or of bf16 bits as int16, known (N,) uint8.
 
-    And, read, where the part has them: checks (N, V + 1) of int32.
+    And read, where the part has them, checks (N, V + 1) of int32.
     """
     path, layout = part_path(folder, number), manifest.layout
     types: dict[str, Any] = {"image": _NUMPY[layout.dtype], "text": _NUMPY[layout.dtype], "known": np.uint8}
@@ -176,38 +156,38 @@ def to_tensor(values: NDArray[Any]) -> Tensor:
 
 @dataclass
 class Store:
-    """A store that is read. Cheap to pickle and to fork: parts are mapped where they are first needed.
+    """A store for reading. Cheap to pickle and to fork: parts are mapped where they are first needed.
 
-    parts: those that are whole, by number. Samples of the others are unknown, as are those that could not be read when the store
-    was made.
+    parts: the whole ones, by number. Unknown are samples of the others, and those that could not be read when the store was made.
     """
 
     folder: Path
     manifest: Manifest
     parts: dict[int, PartFile]
-    defects: list[str]  # why parts are not there, in words
+    defects: list[str]  # why the other parts cannot be used
     _maps: OrderedDict[int, dict[str, NDArray[Any]]] = field(default_factory=OrderedDict)
     _compared: dict[int, bool] = field(default_factory=dict)  # parts without checks: whether they are as they were written
 
     @classmethod
     def open(cls, folder: Path) -> Store:
-        """Reads the manifest and every part's header: rank 0's work, the other ranks are sent the result.
+        """Reads the manifest and every part's header, on rank 0; the other ranks are sent the result.
 
-        Raises StoreError when there is no store; a part that is missing, cut short or of another store is a defect, not an error.
+        Raises StoreError when there is no store; a part that is missing, cut short or of another store is a defect.
         """
         manifest = read_manifest(folder)
         if manifest is None:
             raise StoreError(f"{folder}: no store of embeddings (it has no {MANIFEST}); `megakd embed --out {folder}` makes one")
-        parts: dict[int, PartFile] = {}
-        defects: list[str] = []
-        numbers = range(manifest.layout.parts)
+
+        def part_or_defect(number: int) -> PartFile | str:
+            try:
+                return read_part(folder, manifest, number)
+            except StoreError as error:
+                return str(error)
+
         with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-            for number, part in zip(numbers, pool.map(lambda number: _part_or_defect(folder, manifest, number), numbers), strict=True):
-                if isinstance(part, PartFile):
-                    parts[number] = part
-                else:
-                    defects.append(str(part))
-        return cls(folder, manifest, parts, defects)
+            results = list(pool.map(part_or_defect, range(manifest.layout.parts)))
+        parts = {number: part for number, part in enumerate(results) if isinstance(part, PartFile)}
+        return cls(folder, manifest, parts, [defect for defect in results if isinstance(defect, str)])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": OrderedDict(), "_compared": {}}
@@ -217,9 +197,9 @@ class Store:
         return self.manifest.layout
 
     def check_matches(self, wanted: Mapping[str, Any], ignore: tuple[str, ...] = (), made: Mapping[str, Any] | None = None) -> None:
-        """Raises StoreError with every difference between the store's key and the recipe's, but for keys that begin as `ignore` says.
+        """Raises StoreError with every difference between the store's key and the recipe's, but for keys that begin with one of `ignore`.
 
-        made: how the recipe would compute embeddings here; None leaves that open.
+        made: how the recipe would compute embeddings here; None does not compare it.
         """
         lines = [line for line in differences(self.manifest.key, wanted) if not line.startswith(ignore)]
         if made is not None:
@@ -249,7 +229,7 @@ class Store:
             )
 
     def view_at(self, position: int, epoch_length: int) -> int:
-        """The view number of a position in the order: every epoch takes the next one, and after V epochs the first again."""
+        """The view of a position in the order: every epoch takes the next one, and after V epochs the first again."""
         return position // epoch_length % self.layout.views
 
     def read(self, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> StoredRows:
@@ -277,7 +257,7 @@ class Store:
         return StoredRows(image_BD, text_BD, known_B, damaged_B)
 
     def _as_written(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> bool:
-        """Of a whole part, which is read for it once a process."""
+        """Of a part without checks, which is read whole once a process."""
         if number not in self._compared:
             self._compared[number] = content_digest(arrays) == self.parts[number].sha256
         return self._compared[number]
@@ -293,10 +273,3 @@ class Store:
                 raise StoreError(f"{path}: gone or changed since the run began ({error}); put it back, or run `megakd embed`") from error
         self._maps.move_to_end(number)
         return self._maps[number]
-
-
-def _part_or_defect(folder: Path, manifest: Manifest, number: int) -> PartFile | StoreError:
-    try:
-        return read_part(folder, manifest, number)
-    except StoreError as error:
-        return error

@@ -1,4 +1,4 @@
-"""The teacher's side of a store: samples by index in the augmentations that the store holds, for filling it and for its misses.
+"""Samples by index in the augmentations of a store, for writing it and for what it lacks.
 
 Legend: N samples, V views of each, H x W the teacher's input size, L its context length.
 """
@@ -23,9 +23,9 @@ from megakd.recipe import Views
 
 @dataclass(frozen=True)
 class Seen:
-    """N samples as a teacher sees them, without those that cannot be used.
+    """N usable samples for a teacher, and the counts of the others.
 
-    index: (N,) int64; pixels: (N, V, 3, H, W) uint8 for `transforms.normalise`; tokens: (N, L) int64; bad: what was left out.
+    index: (N,) int64; pixels: (N, V, 3, H, W) uint8 for `transforms.normalise`; tokens: (N, L) int64.
     """
 
     index: Tensor
@@ -39,7 +39,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class StoredViews:
-    """Samples in a store's augmentations, for one tower. Cheap to pickle: this is also the dataset in a worker."""
+    """Samples in a store's augmentations, for one tower. Pickled to workers, as their dataset."""
 
     shards: ShardSet
     views: Views
@@ -47,7 +47,7 @@ class StoredViews:
     tower: TowerView
 
     def see(self, index_N: NDArray[np.int64], view_NV: NDArray[np.int64]) -> Seen:
-        """The samples `index_N`, each in its views `view_NV`, without the bad ones."""
+        """The usable ones of the samples `index_N`, each in its views `view_NV`."""
         height, width, _ = self.tower.train_pixels
         pixels = np.empty((*view_NV.shape, 3, height, width), np.uint8)
         texts: list[str] = []
@@ -60,14 +60,13 @@ class StoredViews:
             texts.append(text)
 
         made = usable(range(len(index_N)), self.shards.read_each(index_N.tolist(), ("image", "caption")), to_row)
-        # a tokenizer may not take an empty list
-        tokens = self.tower.tokenize(texts or [""]).long()[: len(texts)]
+        tokens = self.tower.tokenize(texts or [""]).long()[: len(texts)]  # a tokenizer may not take an empty list
         return Seen(torch.from_numpy(index_N[made.index_of_row].astype(np.int64)), torch.from_numpy(pixels[: len(texts)]), tokens, made.bad)
 
     def see_all(self, index_M: NDArray[np.int64], view_M: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """pixels (M, 3, H, W) uint8 and tokens (M, L) of samples in one view each; one blank pair for M = 0.
 
-        Raises ValueError for a sample that cannot be used: it is asked for because it was, a moment ago.
+        Raises ValueError for a sample that cannot be used: the student has read it a moment ago.
         """
         if len(index_M) == 0:
             height, width, _ = self.tower.train_pixels
@@ -83,14 +82,14 @@ class StoredViews:
     def stream(
         self, parts: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], workers: int, pin_memory: bool
     ) -> Generator[Seen, None, None]:
-        """see() of each (index_N, view_NV), in order, made by `workers` processes; bad samples are logged here."""
+        """see() of each (index_N, view_NV), in order, made by `workers` processes; bad samples are logged."""
         stream: WorkerStream[Seen] = WorkerStream(self, [_SampleViews(*part) for part in parts], workers, pin_memory)
         yield from reported(stream)
 
 
 @dataclass(frozen=True)
 class _SampleViews:
-    """The arguments of one `see`; torch's loader looks at a batch's length."""
+    """The arguments of one `see`; torch's loader takes a batch's length."""
 
     index_N: NDArray[np.int64]
     view_NV: NDArray[np.int64]

@@ -1,4 +1,4 @@
-"""Writing a store of embeddings: one job at a time, part by part, so that a kill costs the parts under way and nothing else.
+"""Writing a store of embeddings: one job at a time, part by part, so that a kill costs the parts under way alone.
 
 1. Rank 0 takes the store's lock, compares the manifest that is there with the one it would write, and lists the parts still to do.
 2. Every rank writes its parts, each renamed into place when its bytes are on the disk.
@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -42,18 +41,17 @@ from megakd.runtime.locks import LOCK, FolderLock
 
 log = logging.getLogger("megakd.data")
 
-# Parts this small keep hundreds of ranks busy and lose a minute of a giant teacher to a kill; larger ones save files: 4096 samples
-# with four views of 1024 bf16 numbers are 42 MB.
+# Small parts keep hundreds of ranks busy and lose little to a kill; 4096 samples with four views of 1024 bf16 numbers are 42 MB.
 _LARGEST_PART, _SMALLEST_PART, _PARTS_AT_LEAST = 4096, 64, 256
 
 
 def part_size(samples: int) -> int:
-    """Samples a part: a function of the data alone, or another number of ranks would write another store."""
+    """Samples a part: a function of the data alone, so that any number of ranks writes the same store."""
     return max(_SMALLEST_PART, min(_LARGEST_PART, -(-samples // _PARTS_AT_LEAST)))
 
 
 class StoreLock(FolderLock):
-    """Where the file system has no locks two jobs at once only do work twice: parts are written whole and come out the same."""
+    """Where the file system has no locks two jobs do the same work twice: parts are written whole and are equal."""
 
     def __init__(self, folder: Path) -> None:
         remedy = "wait for it, end it, or choose another --out (the same command afterwards goes on with what is not done)"
@@ -61,7 +59,7 @@ class StoreLock(FolderLock):
 
 
 def existing(folder: Path, key: dict[str, Any], made: dict[str, Any], layout: Layout) -> Manifest | None:
-    """The manifest that is in `folder`, when its store may be continued with these settings; None where nothing is there.
+    """The manifest in `folder`, when its store may be continued with these settings; None where nothing is there.
 
     Raises StoreError for a folder with other content and, with every difference, for another store.
     """
@@ -69,7 +67,7 @@ def existing(folder: Path, key: dict[str, Any], made: dict[str, Any], layout: La
     if left := clear(folder, folder / PARTS):
         log.warning("%s: cleared what a killed job had half written: %s", folder, ", ".join(path.name for path in left[:4]))
     if manifest is None:
-        # A job that was killed before its first manifest leaves its lock and a folder without parts.
+        # a job that is killed before its first manifest leaves its lock and a folder without parts
         began = {LOCK} | ({PARTS} if (folder / PARTS).is_dir() and not any((folder / PARTS).iterdir()) else set())
         if other := sorted(entry.name for entry in folder.iterdir() if entry.name not in began):
             raise StoreError(f"{folder}: holds {', '.join(other[:4])} and no {MANIFEST}; give --out a new folder or a store")
@@ -91,7 +89,7 @@ def start(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def parts_to_do(folder: Path, manifest: Manifest) -> list[int]:
-    """Numbers of the parts that are not there or not whole. Removes what a killed job had half written."""
+    """Numbers of the parts that are missing or not whole. Removes what a killed job had half written."""
     for partial in (folder / PARTS).glob(".*"):
         partial.unlink(missing_ok=True)
     numbers = []
@@ -106,7 +104,7 @@ def parts_to_do(folder: Path, manifest: Manifest) -> list[int]:
 
 
 def write_part(folder: Path, manifest: Manifest, number: int, image_NVD: Tensor, text_ND: Tensor, known_N: Tensor) -> None:
-    """Store a part: on the disk and renamed when this returns. Values are cast to the store's type; known_N: bool.
+    """Write a part to the disk, values cast to the store's type; known_N: bool.
 
     Raises StoreError when the disk is full or not writable; the parts written before are untouched.
     """
@@ -117,7 +115,7 @@ def write_part(folder: Path, manifest: Manifest, number: int, image_NVD: Tensor,
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert shapes == manifest.layout.shapes(number), f"part {number}: {shapes}"
-    bits = {name: _bits(tensor) for name, tensor in tensors.items()}
+    bits = {name: (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy() for name, tensor in tensors.items()}
     checks = base64.b64encode(row_checks(bits["image"], bits["text"], bits["known"]).tobytes()).decode()
     note = {"store": manifest.digest, "number": number, "known": int(known_N.sum()), "sha256": content_digest(bits), "checks": checks}
     path = part_path(folder, number)
@@ -133,7 +131,7 @@ def write_part(folder: Path, manifest: Manifest, number: int, image_NVD: Tensor,
 
 
 def finish(folder: Path, manifest: Manifest) -> Manifest:
-    """The manifest with its parts' checksums, written. Raises StoreError when a part is not there."""
+    """Write the manifest with its parts' checksums, and return it. Raises StoreError when a part is missing."""
     parts = []
     for number in range(manifest.layout.parts):
         facts = read_part(folder, replace(manifest, parts=()), number)
@@ -153,7 +151,3 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
         sync(folder)
     except OSError as error:
         raise StoreError(f"could not write {folder / MANIFEST}: {error}; make room and start the same command again") from error
-
-
-def _bits(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
