@@ -1,10 +1,9 @@
 """The answers of one set on disk, while they come in and afterwards.
 
-SET.jsonl        the answers so far, a header before them: written whole, by rank 0
-SET.rank3.jsonl  what rank 3 adds: a header, then a line each; joined into SET.jsonl at the next start, and at the end
+SET.jsonl        the answers so far, behind a header; written whole, by rank 0
+SET.rank3.jsonl  what rank 3 adds, a line each behind a header; joined into SET.jsonl at the next start, and at the end
 
-A line that a killed process left half, or that was damaged since, is not believed: its question is asked again. So are all of a file
-whose header says something else than this evaluation.
+The question of a half-written or damaged line is asked again, and so are all of a file with another evaluation's header.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ log = logging.getLogger("megakd.vqa")
 
 
 class GivenAnswer(NamedTuple):
-    """An answer; unusable: why the question could not be asked, and then `answer` is ""."""
+    """unusable: why the question could not be asked; `answer` is "" then."""
 
     answer: str
     unusable: str | None = None
@@ -33,7 +32,7 @@ class GivenAnswer(NamedTuple):
 
 @dataclass(frozen=True)
 class AnswersLog:
-    """The answers of the set `name`, which has no dot, in `folder`. identity: what they depend on. question_ids: of the set, in order."""
+    """The answers of the set `name`, without a dot, in `folder`. identity: what they depend on. question_ids: of the set, in order."""
 
     folder: Path
     name: str
@@ -45,7 +44,7 @@ class AnswersLog:
         return self.folder / f"{self.name}.jsonl"
 
     def open(self) -> dict[int, GivenAnswer]:
-        """Answers of an earlier start, by index, joined into one file. Rank 0 alone; the others wait for it."""
+        """Answers of an earlier start by index, joined into one file. For rank 0, while the others wait."""
         rows: dict[int, GivenAnswer] = {}
         for path in self._files():
             rows |= self._read(path)

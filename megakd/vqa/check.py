@@ -1,4 +1,4 @@
-"""Questions as they will be asked and learned, tried before a run: what is too long, what says nothing, what is dropped."""
+"""Questions encoded before a run, as they will be asked or learned: what is too long, encodes to nothing, or is dropped."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import PromptEncoder, SilentAnswer
 from megakd.vqa.sets import CaptionSet, Questions, QuestionSet
 
-_MOST = 5000  # questions of a set that are tried, evenly spread over it: a few seconds
+_MOST = 5000  # questions of a set that are tried: a few seconds
+_MOST_CAPTIONS = 50  # each is read from its shard
 _MUTE = ", so that the decoder would learn to say nothing: is decoder.tokenizer the language model's own? Otherwise take such questions out"
-_MOST_CAPTIONS = 50  # each is read from its shard, which may be far away
 
 
 @dataclass
 class TrialEncoding:
-    """What came of encoding a part of one set.
+    """The result of encoding a part of one set.
 
-    cut: conversations that lose turns, and how many turns. unseen: questions that name an image, and are asked without, as the source
-    has no `images`. unknown: the answers that are unknown words alone, and the first of their questions.
+    cut: conversations that lose turns, and how many turns. unseen: questions that name an image and are asked without, as the source has no
+    `images`. unknown: answers of unknown words alone, and the first of their questions.
     """
 
     bad: BadCounter = field(default_factory=BadCounter)
@@ -33,7 +33,7 @@ class TrialEncoding:
         return self.bad.seen
 
     def sentences(self, name: str, learned: bool) -> list[str]:
-        """Sentences for people, none where all is well."""
+        """Sentences for people; none where all is well."""
         lines, of = [], f"of {self.looked_at} questions looked at"
         if self.unseen:
             lines.append(f"{name}: {self.unseen} {of} name an image, and none is shown: images is not set")
@@ -50,10 +50,10 @@ class TrialEncoding:
 
 
 def try_training(questions: Questions, encoder: PromptEncoder, sees_images: bool, key: str, max_bad_fraction: float) -> TrialEncoding:
-    """A part of what is to be learned, encoded without reading its images. sees_images: whether the decoder is shown images.
+    """Encode a part of what is to be learned, without reading its images. sees_images: whether the decoder is shown images.
 
     Raises ValueError naming the question for an answer that encodes to nothing, and when more than `max_bad_fraction` cannot be learned
-    or are answered by words that the tokenizer does not know.
+    or have answers that the tokenizer does not know.
     """
     trial = TrialEncoding()
     for question in _spread(questions):
@@ -70,7 +70,7 @@ def try_training(questions: Questions, encoder: PromptEncoder, sees_images: bool
         turns, kept = len(question.conversation), encoded.labels.count(encoder.end)
         if kept < turns:
             trial.cut = (trial.cut[0] + 1, trial.cut[1] + turns - kept)
-    _check(trial, key, max_bad_fraction)
+    trial.bad.check(max_bad_fraction, at_least=1, what="questions", key=key)
     if trial.unknown[0] > max_bad_fraction * trial.looked_at:
         raise ValueError(
             f"{key}: {trial.unknown[0]} of {trial.looked_at} answers looked at encode to nothing but unknown words "
@@ -80,7 +80,7 @@ def try_training(questions: Questions, encoder: PromptEncoder, sees_images: bool
 
 
 def try_prompts(questions: Questions, encoder: PromptEncoder, sees_images: bool, key: str, max_bad_fraction: float) -> TrialEncoding:
-    """A part of what is to be asked. Raises ValueError when more than `max_bad_fraction` cannot be."""
+    """Encode a part of what is to be asked. Raises ValueError when more than `max_bad_fraction` cannot be."""
     trial = TrialEncoding()
     for question in _spread(questions):
         trial.bad.seen += 1
@@ -88,7 +88,7 @@ def try_prompts(questions: Questions, encoder: PromptEncoder, sees_images: bool,
             encoder.prompt(question.text, question.short, _shown(questions, question, sees_images, trial))
         except BadSample as bad:
             trial.bad.add(bad.reason, f"question {question.question_id!r} ({bad.detail})")
-    _check(trial, key, max_bad_fraction)
+    trial.bad.check(max_bad_fraction, at_least=1, what="questions", key=key)
     return trial
 
 
@@ -105,7 +105,7 @@ def _spread(questions: Questions) -> list[Question]:
 
 
 def examples(questions: Questions, most: int) -> list[Question]:
-    """At most so many, evenly spread, of those that can be read; a caption that cannot is counted where it is met."""
+    """At most so many, evenly spread, without captions that cannot be read, which count where they are met."""
     step = max(1, -(-len(questions) // most))
     questions_read = []
     for index in range(0, len(questions), step):
@@ -114,10 +114,3 @@ def examples(questions: Questions, most: int) -> list[Question]:
         except BadSample:
             continue
     return questions_read
-
-
-def _check(trial: TrialEncoding, key: str, max_bad_fraction: float) -> None:
-    try:
-        trial.bad.check(max_bad_fraction, at_least=1, what="questions")
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error

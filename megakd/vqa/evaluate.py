@@ -4,8 +4,8 @@
 2. `evaluate` asks what has no answer yet: the questions are split over the ranks, each appends its answers to a file of its own.
 3. Rank 0 scores by the benchmark's rules and writes vqa.json, all answers, and the file that the benchmark's server takes.
 
-Answers are greedy and so depend on the weights alone, not on ranks, workers, batch size or an interruption: in float32 the padding
-of a batch changes logits by rounding at most. In bf16 it may turn over an answer whose two best tokens are nearly equal.
+Answers are greedy: in float32 they do not depend on ranks, workers, batch size or an interruption, as a batch's padding changes logits by
+rounding alone. In bf16 that may turn over an answer whose two best tokens are nearly equal.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ from megakd.vqa.sets import CaptionSet, QuestionSet, open_questions
 
 # Legend: B questions, L tokens of a prompt, V patches of the tower, C its width.
 RESULTS, ANSWERS = "vqa.json", "answers"
-# So many questions of a set are tried at the start, where the images of the first ones cannot be read.
-_TRIED = 16
+_TRIED = 16  # questions of a set at the start, until an image can be read
 
 
 class GreedyDecoder(Protocol):
-    """What answers: greedily, from left-padded prompts, the same whatever else is in the batch. B lists of token ids."""
+    """Generates B lists of token ids greedily from left-padded prompts, each independent of the rest of its batch."""
 
     def generate(
         self, visual_tokens_BVC: Tensor | None, ids_BL: Tensor, attend_BL: Tensor, image_mask_BL: Tensor, max_new_tokens: int
@@ -48,10 +47,10 @@ class GreedyDecoder(Protocol):
 
 @dataclass(frozen=True)
 class Answerer:
-    """A decoder with whole weights on this rank, in evaluation mode, and all that turns questions into its answers.
+    """A decoder with whole weights on this rank, in evaluation mode, and what turns questions into its answers.
 
     look: normalised pixels (B, 3, H, W) -> (B, V, C); None, with image_processor None, for a decoder that is shown no images.
-    identity: of weights and preprocessing, plain JSON: answers of another identity are not gone on with.
+    identity: of weights and preprocessing, plain JSON; answers of another identity are asked anew.
     """
 
     decoder: GreedyDecoder
@@ -69,22 +68,19 @@ class Answerer:
         watchdog.beat("evaluating")
         if not len(prompts):
             return []
-        here = prompts.to(self.device, non_blocking=True)
+        here, visual_tokens_BVC = prompts.to(self.device, non_blocking=True), None
         with torch.inference_mode():
-            tokens = self.decoder.generate(self._see(here), here.ids_BL, here.attend_BL, here.image_mask_BL, self.max_new_tokens)
+            if self.look is not None:
+                assert self.image_processor is not None, "a decoder that is shown images needs the tower's preprocessing"
+                assert here.pixels is not None
+                visual_tokens_BVC = self.look(normalise(here.pixels, self.image_processor.preprocess, self.dtype))
+            tokens = self.decoder.generate(visual_tokens_BVC, here.ids_BL, here.attend_BL, here.image_mask_BL, self.max_new_tokens)
         return [str(self.encoder.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in tokens]
-
-    def _see(self, prompts: PromptBatch) -> Tensor | None:
-        if self.look is None:
-            return None
-        assert self.image_processor is not None, "a decoder that is shown images needs the tower's preprocessing"
-        assert prompts.pixels is not None
-        return self.look(normalise(prompts.pixels, self.image_processor.preprocess, self.dtype))
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A set of the recipe: where its questions are, and the questions."""
+    """A set of the recipe: its source and its questions."""
 
     source: QuestionSource
     questions: QuestionSet
@@ -106,10 +102,7 @@ def open_sets(recipe: Recipe, world: World) -> dict[str, Opened]:
 
 
 def _try_images(questions: QuestionSet, key: str, data: Data) -> None:
-    """Read the first question's image, as the evaluation will. Rank 0 alone.
-
-    Raises ValueError when what cannot be read before one that can is already too much of the set.
-    """
+    """Read questions' images up to the first that can be read, on rank 0. Raises ValueError when the others are too much of the set."""
     bad = BadCounter(seen=len(questions))
     for index in range(min(len(questions), _TRIED)):
         (item,) = questions.read([index], True)
@@ -123,10 +116,7 @@ def _try_images(questions: QuestionSet, key: str, data: Data) -> None:
             bad.add(error.reason, str(error))
             continue
         break
-    try:
-        bad.check(data.max_bad_fraction, at_least=1, what="questions")
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+    bad.check(data.max_bad_fraction, at_least=1, what="questions", key=key)
 
 
 def evaluate(
@@ -134,12 +124,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """{set: scores and where its files are}, the same on every rank; all of them call it. Rank 0 writes FOLDER/vqa.json.
 
-    Raises ValueError, with the answers kept, when more than data.max_bad_fraction of a set's questions could not be asked, and when the
-    decoder's logits are NaN; on every rank. Raises Interrupted when a signal comes: the answers given before it are not asked again.
+    FOLDER/answers/SET.jsonl holds each answer as it was given; SET.submission.json or .jsonl is for the benchmark's server. After an
+    interruption answered questions are not asked again, on any number of ranks, unless model, set, prompt or length of answers differ.
 
-    FOLDER/answers/SET.jsonl holds each answer as it was given; SET.submission.json or .jsonl is for the benchmark's server. Started again
-    after an interruption, questions that are answered are not asked again, on any number of ranks; another model, set, prompt or length
-    of answers starts anew.
+    Raises on every rank ValueError, with the answers kept, when more than data.max_bad_fraction of a set's questions could not be asked,
+    and when the decoder's logits are NaN; Interrupted when a signal comes.
     """
     results = {name: _evaluate_one(name, opened, answerer, world, folder, data, interruptions) for name, opened in sets.items()}
     collectives.by_main(lambda: run_folder.write_json(folder / RESULTS, {"model": dict(answerer.identity), "sets": results}), world)
@@ -152,7 +141,7 @@ def _evaluate_one(
     questions = opened.questions
     ids = [questions[index].question_id for index in range(len(questions))]
     journal = AnswersLog(folder / ANSWERS, name, _identity(opened, answerer), ids)
-    # What could not be asked is tried again: its image may have been repaired.
+    # what could not be asked is tried again, as its image may have been repaired
     known = {index: row for index, row in collectives.by_main(journal.open, world).items() if row.unusable is None}
     missing = [index for index in range(len(questions)) if index not in known]
     rows = known | _gathered(_ask(questions, missing, journal, answerer, world, data.workers, interruptions), world)
@@ -163,29 +152,24 @@ def _finish(
     name: str, opened: Opened, journal: AnswersLog, rows: dict[int, GivenAnswer], folder: Path, max_bad_fraction: float
 ) -> dict[str, Any]:
     journal.close(rows)
-    _check_unusable(name, rows, max_bad_fraction)
-    questions, of_format = opened.questions, benchmark(opened.source.format)
-    answered = [Answered(questions[index], rows[index].answer, rows[index].unusable is None) for index in range(len(questions))]
-    submission = of_format.write_submission(answered, folder / ANSWERS, name)
-    return {
-        "format": of_format.name,
-        **of_format.results(answered),
-        "unusable": sum(row.unusable is not None for row in rows.values()),
-        "submission": None if submission is None else f"{ANSWERS}/{submission.name}",
-    }
-
-
-def _check_unusable(name: str, rows: Mapping[int, GivenAnswer], max_bad_fraction: float) -> None:
-    """Raises ValueError where so many questions could not be asked that the rest is no score of the set."""
     bad = BadCounter(seen=len(rows))
     for row in rows.values():
         if row.unusable is not None:
             reason, _, where = row.unusable.partition(": ")
             bad.add(cast("Reason", reason), where)
     try:
-        bad.check(max_bad_fraction, at_least=1, what="questions")
+        bad.check(max_bad_fraction, at_least=1, what="questions", key=f"evaluation.vqa.{name}")
     except ValueError as error:
-        raise ValueError(f"evaluation.vqa.{name}: {error}; answers are kept, and the same command asks the others again") from error
+        raise ValueError(f"{error}; answers are kept, and the same command asks the others again") from error
+    questions, of_format = opened.questions, benchmark(opened.source.format)
+    answered = [Answered(questions[index], rows[index].answer, rows[index].unusable is None) for index in range(len(questions))]
+    submission = of_format.write_submission(answered, folder / ANSWERS, name)
+    return {
+        "format": of_format.name,
+        **of_format.results(answered),
+        "unusable": bad.total,
+        "submission": None if submission is None else f"{ANSWERS}/{submission.name}",
+    }
 
 
 def _ask(
@@ -197,7 +181,7 @@ def _ask(
     workers: int,
     interruptions: StopPoller,
 ) -> dict[int, GivenAnswer]:
-    """This rank's part of the questions without an answer, each written down as soon as its batch is answered."""
+    """This rank's part of the questions without an answer; each batch's answers are written at once."""
     mine = [missing[place] for place in rank_slice(len(missing), world.rank, world.size)]
     batches = evaluation_questions(
         questions,
@@ -210,7 +194,7 @@ def _ask(
     )
     rows: dict[int, GivenAnswer] = {}
     with journal.appending(world.rank) as append:
-        answered = ((batch, answerer.answers(batch)) for batch in batches)  # an error of one rank is then raised on all
+        answered = ((batch, answerer.answers(batch)) for batch in batches)  # lazily: `between` raises one rank's error on all
         for batch, answers in interruptions.between(answered, len(missing), answerer.batch):
             given = {int(index): GivenAnswer(answer) for index, answer in zip(batch.index, answers, strict=True)}
             given |= {index: GivenAnswer("", why) for index, why in batch.unusable}
@@ -220,7 +204,7 @@ def _ask(
 
 
 def _gathered(rows: dict[int, GivenAnswer], world: World) -> dict[int, GivenAnswer]:
-    """Every rank's rows, on rank 0; elsewhere nothing."""
+    """Every rank's rows on rank 0; nothing elsewhere."""
     if world.size == 1:
         return rows
     parts: list[Any] | None = [None] * world.size if world.is_main else None
@@ -229,7 +213,7 @@ def _gathered(rows: dict[int, GivenAnswer], world: World) -> dict[int, GivenAnsw
 
 
 def _identity(opened: Opened, answerer: Answerer) -> dict[str, Any]:
-    """What an answer depends on. Not the batch and not the ranks."""
+    """What an answer depends on, which is neither the batch nor the ranks."""
     prompts = answerer.encoder
     return {
         "model": dict(answerer.identity),
@@ -243,7 +227,7 @@ def _identity(opened: Opened, answerer: Answerer) -> dict[str, Any]:
 
 
 def lines(results: Mapping[str, Any]) -> str:
-    """A few lines for people: one for each set, percentages, then its families."""
+    """For people: a line for each set, and one of its families."""
     rows = []
     for name, scores in results.items():
         scored = "not scored" if scores["accuracy"] is None else f"{scores['accuracy']:.1%}"

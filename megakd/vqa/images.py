@@ -11,9 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megakd.data import tar_index
 from megakd.data.bad_samples import BadSample
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.storage import local_path
@@ -27,7 +25,7 @@ ImageBytes = tuple[str, bytes] | BadSample  # (where, the image's bytes)
 
 
 class MissingImages(ValueError):
-    """Images that questions are about and that are not there. there: some names that are."""
+    """Images of questions that are not there. there: some names that are."""
 
     def __init__(self, missing: Sequence[str], where: str, there: Sequence[str]) -> None:
         super().__init__(f"images = {where!r} lacks {len(missing)} images that questions are about ({some(missing)})")
@@ -35,18 +33,22 @@ class MissingImages(ValueError):
 
 
 class Images(Protocol):
-    """Images by the names that questions give them."""
+    """Images by their names in questions."""
 
     def read(self, names: Sequence[str]) -> Iterator[ImageBytes]:
-        """One result for each name, in order; an image that cannot be read is a result, not raised."""
+        """One result for each name, in order; a BadSample for an image that cannot be read."""
 
 
 class ImageFolder:
-    """Image files below one folder. Names come from the questions' file, and may not leave the folder."""
+    """Image files below one folder, which names from the questions' file may not leave."""
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
         """Raises ValueError for a folder that is not there, for names that leave it, and when files are missing."""
-        if not _is_folder(folder):
+        try:
+            is_folder = folder.is_dir()
+        except OSError as error:  # a name that is too long
+            raise ValueError(f"images = {shown(str(folder))} cannot be read: {error.strerror}") from error
+        if not is_folder:
             raise ValueError(f"images = {str(folder)!r} is no folder: give the folder of the images, or shards (*.tar)")
         self.folder = folder
         below: dict[str, set[str]] = {}
@@ -57,7 +59,7 @@ class ImageFolder:
                 raise ValueError(
                     f"image {shown(name)} would be read from outside images = {str(folder)!r}: correct it in the questions' file"
                 )
-            if (parent := str(path.parent)) not in below:  # one listing a folder: a stat for each file takes minutes on a network disk
+            if (parent := str(path.parent)) not in below:  # listed, as a stat for each file takes minutes on a network disk
                 below[parent] = _listed(folder / parent)
             if path.name not in below[parent]:
                 missing.append(name)
@@ -80,7 +82,7 @@ class ImageShards:
     """The images of tar shards, by webdataset's key: the name up to the first dot of its last part."""
 
     def __init__(self, shards: ShardSet, names: Iterable[str], where: str) -> None:
-        """Raises ValueError when keys are missing, and when one that is asked for names several samples."""
+        """Raises ValueError when keys are missing, and for one of several samples."""
         self.shards = shards
         self._sample_of = _samples(shards, list(dict.fromkeys(names)), where)
 
@@ -90,19 +92,12 @@ class ImageShards:
 
 
 def is_shards(images: str) -> bool:
-    """Whether it names tars, or a pattern of them, and not a folder, which may have any name."""
+    """Whether it names tars, or a pattern of them; a folder may have any name."""
     return not os.path.isdir(local_path(images)) and _TAR.search(images) is not None
 
 
-def _is_folder(folder: Path) -> bool:
-    try:
-        return folder.is_dir()
-    except OSError as error:  # a name that is longer than names may be
-        raise ValueError(f"images = {shown(str(folder))} cannot be read: {error.strerror}") from error
-
-
 def _files(folder: Path) -> Iterator[Path]:
-    """Some files below it, for an error; no order is promised."""
+    """Some files below it, for an error."""
     for parent, _, names in os.walk(folder):
         yield from (Path(parent) / name for name in sorted(names)[:_SHOWN])
 
@@ -122,8 +117,8 @@ def shard_key(name: str) -> str:
 
 
 def _samples(shards: ShardSet, names: list[str], where: str) -> dict[str, int]:
-    """Name -> sample. The keys of a set of millions are compared as sorted arrays, since a dict of them would take gigabytes."""
-    keys = np.concatenate([_keys(shards, number) for number in range(len(shards.names))])
+    """Name -> sample. Keys are compared as sorted arrays: a dict of millions would take gigabytes."""
+    keys = np.concatenate([shards.keys(number).astype(f"S{_KEY_BYTES}") for number in range(len(shards.names))])
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     wanted = np.array([shard_key(name).encode("utf-8", "surrogateescape")[-_KEY_BYTES:] for name in names], dtype=f"S{_KEY_BYTES}")
@@ -138,10 +133,3 @@ def _samples(shards: ShardSet, names: list[str], where: str) -> dict[str, int]:
             f"images = {where!r}: the key of {example!r} is in the shards {right[several[0]] - left[several[0]]} times: name one set"
         )
     return dict(zip(names, order[left].tolist(), strict=True))
-
-
-def _keys(shards: ShardSet, number: int) -> NDArray[np.bytes_]:
-    rows = tar_index.load(shards.names[number], shards.stats[number], shards.data.caption, shards.data.cache)
-    if rows is None:
-        rows = tar_index.build(shards.names[number], shards.stats[number], shards.data.caption, shards.data.cache)
-    return np.asarray(tar_index.samples(rows)["key"], dtype=f"S{_KEY_BYTES}")

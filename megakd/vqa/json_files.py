@@ -1,7 +1,8 @@
-"""The JSON of questions' files, read strictly: whole files, their entries and fields. Errors are ValueErrors that name file and entry."""
+"""Question files read strictly: whole JSON files, their entries and fields. Errors are ValueErrors that name file and entry."""
 
 from __future__ import annotations
 
+import contextlib
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ _MOST_BYTES = 8 * 10**9  # of a file, which is read whole; GQA's largest has 2.5
 
 
 class Misfit(ValueError):
-    """The file is not of the form that its reader expects. value: what its JSON holds, None where it is no JSON."""
+    """The file is not of the expected form. value: of its JSON, None where it is none."""
 
     def __init__(self, path: Path, problem: str, value: Any) -> None:
         super().__init__(f"{path} {problem}")
@@ -47,14 +48,13 @@ def _json(path: Path) -> Any:
 
 
 def _value_or_none(text: str) -> Any:
-    try:
+    with contextlib.suppress(strict_json.NotStrict):
         return strict_json.loads(text)
-    except strict_json.NotStrict:
-        return None
+    return None
 
 
 def read_lines(path: Path, key: str, expected: str) -> Iterator[tuple[int, Entry]]:
-    """(line's number from 1, its object) of each line that is not blank. Each object has `key`; expected: what a line is, for errors."""
+    """(number from 1, object) of each line that is not blank. Each object has `key`; expected: what a line is, for errors."""
     text = _read(path)
     # not splitlines: a form feed or U+2028 may stand inside a text
     for number, line in enumerate(text.split("\n"), 1):
@@ -102,7 +102,7 @@ def read_list(path: Path, *keys: str) -> list[Entry]:
 
 
 def by_id(entries: Iterable[Any], path: Path) -> dict[Any, Entry]:
-    """Entries by their question_id, which all have and no two share."""
+    """Entries by their question_id. Raises ValueError where one is missing or there twice."""
     by_question: dict[Any, Entry] = {}
     for number, entry in enumerate(entries):
         question_id = object_of(entry, f"{path}: entry {number}").get("question_id")
@@ -159,7 +159,7 @@ def items(entry: Entry, key: str, where: str) -> list[Any]:
 
 
 def human_answers(entry: Entry, where: str) -> tuple[str, ...]:
-    """The texts of {"answers": [{"answer": ...}]}; none where the field is missing or null."""
+    """The texts of {"answers": [{"answer": ...}]}; () where the field is missing or null."""
     answers = [] if entry.get("answers") is None else items(entry, "answers", where)
     return tuple(text_of(object_of(answer, f"{where}, an answer"), "answer", where) for answer in answers)
 
@@ -191,7 +191,7 @@ def text_or(entry: Entry, key: str, where: str, default: str = "") -> str:
 
 
 def question_text(entry: Entry, key: str, where: str) -> str:
-    """The text under `key`, in which something has to be asked."""
+    """The text under `key`, which may not be blank."""
     text = text_of(entry, key, where)
     if not text.strip():
         raise ValueError(f'{where} asks nothing: "{key}" = {text!r}; take it out')

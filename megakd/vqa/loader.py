@@ -1,7 +1,6 @@
 """Questions as batches: to train on, without end and resumable anywhere; and as prompts to be answered, each once.
 
-Images take the tower's evaluation path, as it resizes at test time, without crop or flip: "what is left of" and "at the edge" are
-answered from the whole picture as it is.
+Images are resized as at test time, without crop or flip: "what is left of" and "at the edge" are answered from the whole picture.
 
 Legend: B questions of a local batch, L tokens of a conversation, H x W the tower's input size.
 """
@@ -11,17 +10,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megakd.data.bad_samples import BadCounter, BadSample, located, usable
-from megakd.data.resumable import BatchSource, ResumableBatches
+from megakd.data.resumable import BatchSource, Loading, ResumableBatches
 from megakd.data.sampler import Order
 from megakd.data.stream import WorkerStream, reported
-from megakd.data.transforms import evaluation_pixels, rgb_image
+from megakd.data.transforms import evaluation_pixels, input_size, rgb_image
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import Encoded, PromptEncoder, stack
 from megakd.vqa.sets import Questions, QuestionWithImage
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """How images are made ready for a decoder's tower: its preprocessing, and the largest image that is decoded."""
+    """Makes images ready for a decoder's tower: its preprocessing, and the largest image that is decoded."""
 
     preprocess: PreprocessCfg
     max_pixels: int
@@ -42,69 +41,65 @@ class ImageProcessor:
         return evaluation_pixels(rgb_image(image, self.max_pixels), self.preprocess)
 
     def blank(self) -> NDArray[np.uint8]:
-        """(3, H, W) of zeros, in the place of an image that is not there."""
-        size = self.preprocess.size
-        height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
-        return np.zeros((3, int(height), int(width)), np.uint8)
+        """(3, H, W) of zeros, in the place of a missing image."""
+        return np.zeros((3, *input_size(self.preprocess)), np.uint8)
 
 
-@dataclass(frozen=True)
-class QuestionBatch:
-    """One rank's part of a global batch of conversations, padded on the right to its own longest.
+@dataclass(frozen=True, kw_only=True)
+class EncodedBatch:
+    """B questions as ids: `index`, (B,) int64, says which.
 
-    position: of the global batch's first question, over all ranks; next_position: what resumes after this batch.
-    index: (B,) int64, the questions used, replacements included. Row r was drawn at position + rank * B + r.
     pixels: (B, 3, H, W) uint8, zeros where has_image, (B,) bool, is False; None for a decoder that is shown no images.
-    ids_BL, labels_BL int64 (-100: not learned), attend_BL, image_mask_BL bool: see `prompts`.
-    bad: what this rank skipped for this batch, with `seen` questions tried and examples.
+    ids_BL int64, attend_BL, image_mask_BL bool: see `prompts`. bad: what was skipped, of `seen` questions tried.
+    """
+
+    index: torch.Tensor
+    pixels: torch.Tensor | None
+    has_image: torch.Tensor
+    ids_BL: torch.Tensor
+    attend_BL: torch.Tensor
+    image_mask_BL: torch.Tensor
+    bad: BadCounter
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device | str, non_blocking: bool) -> Self:
+        """A copy on `device`; `index` stays on the CPU."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor], **changes: Any) -> Self:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "index"}
+        tensors: dict[str, Any] = {name: move(value) for name, value in fields.items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **tensors, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionBatch(EncodedBatch):
+    """One rank's part of a global batch of conversations, padded on the right to its own longest; labels_BL int64 (-100: not learned).
+
+    position: of the global batch's first question; next_position: what resumes after this batch. `index` has the replacements of bad
+    questions; row r was drawn at position + rank * B + r.
     """
 
     position: int
     next_position: int
-    index: torch.Tensor
-    pixels: torch.Tensor | None
-    has_image: torch.Tensor
-    ids_BL: torch.Tensor
-    attend_BL: torch.Tensor
-    image_mask_BL: torch.Tensor
     labels_BL: torch.Tensor
-    bad: BadCounter
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def to(self, device: torch.device | str, non_blocking: bool) -> QuestionBatch:
-        """A copy on `device`; `index` stays on the CPU."""
-        return dataclasses.replace(self, **_moved(self, lambda tensor: tensor.to(device, non_blocking=non_blocking)))
 
 
-@dataclass(frozen=True)
-class PromptBatch:
-    """Questions to be answered, padded on the left: the first generated token follows the last column.
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch(EncodedBatch):
+    """B questions to be answered, padded on the left: the first generated token follows the last column.
 
-    index: (B,) int64; questions: the B of them; the tensors as in QuestionBatch. unusable: (index, why) of questions that cannot be
-    asked, since their image is damaged or they are too long: they are in no row, and B may be 0. Published scores count them as wrong.
+    unusable: (index, why) of questions that cannot be asked, as their image is damaged or they are too long: they are in no row, and B may
+    be 0. Published scores count them as wrong.
     """
 
-    index: torch.Tensor
-    pixels: torch.Tensor | None
-    has_image: torch.Tensor
-    ids_BL: torch.Tensor
-    attend_BL: torch.Tensor
-    image_mask_BL: torch.Tensor
     questions: list[Question]
     unusable: list[tuple[int, str]]
-    bad: BadCounter
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def to(self, device: torch.device | str, non_blocking: bool) -> PromptBatch:
-        """A copy on `device`; `index` stays on the CPU."""
-        return dataclasses.replace(self, **_moved(self, lambda tensor: tensor.to(device, non_blocking=non_blocking)))
 
     def pin_memory(self) -> PromptBatch:
-        return dataclasses.replace(self, index=self.index.pin_memory(), **_moved(self, torch.Tensor.pin_memory))
+        return self._moved(torch.Tensor.pin_memory, index=self.index.pin_memory())
 
 
 def question_batches(
@@ -112,29 +107,18 @@ def question_batches(
     order: Order,
     encoder: PromptEncoder,
     image_processor: ImageProcessor | None,
-    *,
-    rank: int,
-    world: int,
-    start_position: int,
-    workers: int,
-    pin_memory: bool,
+    **loading: Unpack[Loading],
 ) -> QuestionBatches:
     """This rank's parts of the global batches from `start_position` on, without end. image_processor None: no image is read.
 
-    The rows of all ranks, in rank order, are the same for every number of ranks and workers, padding aside.
-    Raises ValueError when the global batch does not divide by the ranks, when the order was made for other questions, and, while
-    iterating, when no usable question is found for a position; errors of a worker come with its traceback.
+    The rows of all ranks, in rank order, are the same for every number of ranks and workers, padding aside. Raises what `ResumableBatches`
+    does.
     """
-    return ResumableBatches(
-        _TrainingQuestions(questions, encoder, image_processor),
-        order,
-        lambda position, next_position, index, columns, bad: QuestionBatch(position, next_position, index, *columns, bad),
-        rank=rank,
-        world=world,
-        start_position=start_position,
-        workers=workers,
-        pin_memory=pin_memory,
-    )
+
+    def to_batch(position: int, next_position: int, index: torch.Tensor, columns: _QuestionColumns, bad: BadCounter) -> QuestionBatch:
+        return QuestionBatch(position=position, next_position=next_position, index=index, bad=bad, **columns._asdict())
+
+    return ResumableBatches(_TrainingQuestions(questions, encoder, image_processor), order, to_batch, **loading)
 
 
 def evaluation_questions(
@@ -147,18 +131,18 @@ def evaluation_questions(
     workers: int,
     pin_memory: bool,
 ) -> Iterator[PromptBatch]:
-    """The questions `indices`, in order, as prompts. A rank gives its own part of the set, less what is already answered."""
+    """The questions `indices`, in order, as prompts."""
     parts = [list(indices[start : start + batch]) for start in range(0, len(indices), batch)]
     return reported(WorkerStream(_Prompts(questions, encoder, image_processor), parts, min(workers, len(parts)), pin_memory))
 
 
 def rank_slice(count: int, rank: int, world: int) -> range:
-    """This rank's contiguous part of `count` questions: the parts, in rank order, are the set in order."""
+    """This rank's contiguous part of `count` questions."""
     return range(count * rank // world, count * (rank + 1) // world)
 
 
 class _QuestionColumns(NamedTuple):
-    """In the order of QuestionBatch's fields."""
+    """Fields of QuestionBatch."""
 
     pixels: torch.Tensor | None
     has_image: torch.Tensor
@@ -218,9 +202,18 @@ class _Prompts:
             lambda _, item: _encoded_question(item, self.image_processor, self._encoded),
         )
         ids, attend, image_mask, _ = stack([row.encoded for row in made.rows], self.encoder.padding, left=True)
-        images, index_B = _images(made.rows, self.image_processor), torch.tensor(made.index_of_row, dtype=torch.long)
-        unusable = [(index, f"{bad.reason}: {bad}") for index, bad in made.unusable]
-        return PromptBatch(index_B, *images, ids, attend, image_mask, [row.question for row in made.rows], unusable, made.bad)
+        pixels, has_image = _images(made.rows, self.image_processor)
+        return PromptBatch(
+            index=torch.tensor(made.index_of_row, dtype=torch.long),
+            pixels=pixels,
+            has_image=has_image,
+            ids_BL=ids,
+            attend_BL=attend,
+            image_mask_BL=image_mask,
+            bad=made.bad,
+            questions=[row.question for row in made.rows],
+            unusable=[(index, f"{bad.reason}: {bad}") for index, bad in made.unusable],
+        )
 
     def _encoded(self, question: Question, image: bool) -> Encoded:
         return self.encoder.prompt(question.text, question.short, image)
@@ -245,9 +238,3 @@ def _images(rows: list[_EncodedQuestion], image_processor: ImageProcessor | None
     for place, row in enumerate(rows):
         pixels[place] = blank if row.pixels is None else row.pixels
     return torch.from_numpy(pixels), has_image
-
-
-def _moved(batch: QuestionBatch | PromptBatch, move: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    """The batch's tensors but `index`, each moved."""
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch) if field.name != "index"}
-    return {name: move(value) for name, value in fields.items() if isinstance(value, torch.Tensor)}

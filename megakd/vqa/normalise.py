@@ -1,6 +1,6 @@
 """Answers as the VQA metrics compare them: punctuation, number words, articles and contractions undone, by the official rules.
 
-The rules are facts of the benchmark and kept with their oddities, for another rule is another score:
+They are kept with their oddities, as another rule is another score:
 - A punctuation mark becomes a space, but vanishes everywhere if one of its kind touches a space, or if the answer has a comma
   between digits: "red/blue" ends as "red blue", "red/blue /" as "redblue", "2,000" as "2000", "1,5-7" as "157".
 - Full stops vanish unless a digit follows ("3." is "3", "1.5" and ".5" stay): the look-behind for a digit before them is misspelt and
@@ -53,21 +53,16 @@ _APOSTROPHE, _STRAIGHT = "’", ("aint", "arent", "cant", "couldve", "couldnt", 
 _STRAIGHT_WRITTEN = ("couldn'tve", "hadn'tve")
 
 
-def _vizwiz_contractions() -> dict[str, str]:
-    def curled(word: str) -> str:
-        return word.replace("'", _APOSTROPHE)
-
-    return {
-        written if written in _STRAIGHT_WRITTEN else curled(written): meant if written in _STRAIGHT else curled(meant)
-        for written, meant in CONTRACTIONS.items()
-    }
-
-
-VIZWIZ_CONTRACTIONS = _vizwiz_contractions()
+VIZWIZ_CONTRACTIONS = {
+    (written if written in _STRAIGHT_WRITTEN else written.replace("'", _APOSTROPHE)): (
+        meant if written in _STRAIGHT else meant.replace("'", _APOSTROPHE)
+    )
+    for written, meant in CONTRACTIONS.items()
+}
 
 
 def trimmed(answer: str) -> str:
-    """Line breaks and tabs as spaces, none at the ends. All that is done to unanimous answers."""
+    """Line breaks and tabs as spaces, none at the ends: all that is done to unanimous answers."""
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 

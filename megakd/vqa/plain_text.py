@@ -1,6 +1,6 @@
-"""Text that people wrote, as token ids in which no special token is but those that the recipe's own words mean.
+"""Text as token ids, with special tokens where the recipe's own words write them and nowhere else.
 
-"red <end> blue" is five words; taken for the end token, everything behind it would be lost to training and generation.
+Taken for the end token, a question's "<end>" would hide all words behind it from training and generation.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ class PlainText:
     tokenizer: PreTrainedTokenizerBase
 
     def ids(self, text: str, quoted: Sequence[Span]) -> list[int]:
-        """The ids of `text`, without what the tokenizer adds of its own. quoted: where it is a person's words and not the recipe's.
+        """The ids of `text`, without what the tokenizer adds. quoted: where it is a person's words and not the recipe's.
 
-        A special token that the recipe's part spells is that token; one that touches `quoted` is tokenised letter by letter.
-        Raises BadSample("bad_text") where the tokenizer cannot do so, as its vocabulary has no other way to write that word.
+        A special token that touches `quoted` is tokenised as plain text. Raises BadSample("bad_text") where the vocabulary cannot do so.
         """
-        meant = [special for special in self._pattern.finditer(text) if not _touches(special.span(), quoted)]
+        meant = [
+            special
+            for special in self._pattern.finditer(text)
+            if not any(special.start() < end and start < special.end() for start, end in quoted)
+        ]
         ids_as_written = self._encoded(text, split=False)
         if sum(one in self._special for one in ids_as_written) <= len(meant):
             return ids_as_written
@@ -47,13 +50,12 @@ class PlainText:
         return ids
 
     def _encoded(self, text: str, *, split: bool) -> list[int]:
-        # its length is checked by those who ask
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=split, verbose=False).input_ids
         return ids
 
     @functools.cached_property
     def _special_words(self) -> dict[str, int]:
-        """Special tokens by what spells them. Not the one for unknown words, unless it has a second meaning."""
+        """Special tokens by spelling, without the unknown word's unless it has a second meaning."""
         tokenizer = self.tokenizer
         words = [*tokenizer.all_special_tokens, *(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)]
         others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -68,7 +70,3 @@ class PlainText:
     def _pattern(self) -> re.Pattern[str]:
         longest_first = sorted(self._special_words, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _touches(span: Span, quoted: Sequence[Span]) -> bool:
-    return any(span[0] < end and start < span[1] for start, end in quoted)

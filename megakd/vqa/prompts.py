@@ -2,18 +2,17 @@
 
     [BOS] [P image tokens] prompt answer EOS prompt answer EOS ...
 
-The prompt is `decoder.template` with the question in it, followed for short answers by `decoder.instruction`. An empty question has
-no prompt: the answer follows the image, as in LLaVA's "plain" first stage, where a caption does. Labels are the answers and the end
-token after each; everything else is -100.
+The prompt is `decoder.template` with the question in it, for short answers with `decoder.instruction`. An empty question has no prompt:
+the answer follows the image, as a caption does in LLaVA's "plain" first stage. Labels are the answers and the end token after each;
+everything else is -100.
 
-Prompt and answer meet at one place in the ids, the same in training and in generation, whatever the tokenizer. White space at the
-prompt's end is the prompt's, as far as the tokenizer keeps it apart from words that follow; a line break after "ASSISTANT:" is. What it
-joins to the next word is the answer's: byte-pair vocabularies have " yes", and a lone " " before "yes" is a sequence they never saw. The
-answer's ids are what it adds to those of the prompt; where the tokenizer would merge the two, so that the prompt's ids change, it is
+Prompt and answer meet at the same place in the ids in training and in generation. White space at the prompt's end that the tokenizer joins
+to the next word is the answer's: byte-pair vocabularies have " yes", and never saw a lone " " before "yes"; other white space, a line break
+after "ASSISTANT:", is the prompt's. The answer's ids are those it adds to the prompt's; where they would change the prompt's, it is
 tokenised alone.
 
-Special tokens are the template's to write. A question or an answer that spells one is plain text; where the tokenizer cannot write it as
-such the question is a bad sample. A begin token at the template's start is the conversation's own, and there once.
+Only the template writes special tokens. In a question or an answer they are plain text, or the question is a bad sample where the tokenizer
+cannot write them so. A begin token at the template's start is the conversation's own, and there once.
 
 Legend: B questions of a local batch, L tokens of a conversation, P image tokens of one image.
 """
@@ -34,21 +33,21 @@ from megakd.recipe import Decoder
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.plain_text import PlainText
 
-# How prompts become ids. 1, of bundles that say nothing else: all white space at the prompt's end is the answer's, and a begin token of the
-# template comes beside the tokenizer's own. 2: as above.
+# How prompts become ids. 2: as above. 1, of bundles that say nothing else: all white space at the prompt's end is the answer's, and a begin
+# token of the template stands beside the tokenizer's own.
 RULES = 2
-# What may follow a prompt; of several kinds, since a vocabulary may join white space to some alone.
+# Answers of several kinds, as a vocabulary may join white space to some alone.
 _ANSWERS = ("yes", "No", "2", "a", "the", "red", "It", "one")
 _CHARACTERS = 200  # of a token, on average: no language has as many
-_TAIL = 12  # characters before white space that may have a say in how it is tokenised
+_TAIL = 12  # characters before white space that may change how it is tokenised
 
 
 class SilentAnswer(BadSample):
-    """An answer of which no token would be learned but the end's."""
+    """An answer that encodes to nothing but its end token."""
 
 
 class Encoded(NamedTuple):
-    """One conversation: L ids, L labels (-100: not learned), and how many of the ids, from `image_start` on, are image places."""
+    """One conversation: L ids, L labels (-100: not learned); `image_tokens` of the ids, from `image_start` on, are image places."""
 
     ids: list[int]
     labels: list[int]
@@ -69,8 +68,8 @@ class Stacked(NamedTuple):
 class PromptEncoder:
     """Encodes questions for one decoder.
 
-    tokenizer: with an end token; the begin token is put first if the tokenizer itself or the template would. settings: the prompt's words.
-    image_tokens: P, 0 without images. max_length: most tokens of a conversation, image tokens included. rules: see RULES.
+    tokenizer: with an end token. settings: the prompt's words. image_tokens: P, 0 without images. max_length: tokens of a conversation,
+    image tokens included. rules: see RULES.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -91,7 +90,7 @@ class PromptEncoder:
 
     @functools.cached_property
     def start(self) -> list[int]:
-        """The begin token where the tokenizer adds it of its own (Llama's does, Qwen2's has none), or the template starts with it."""
+        """The begin token, where the tokenizer adds it (Llama's does, Qwen2's has none) or the template starts with it."""
         begin = self.tokenizer.bos_token_id
         if begin is None:
             return []
@@ -105,48 +104,44 @@ class PromptEncoder:
 
     @property
     def padding(self) -> int:
-        """Any id will do, as nothing attends to it; Llama's tokenizer has no padding token."""
+        """Any id, as nothing attends to it; Llama's tokenizer has no padding token."""
         pad = self.tokenizer.pad_token_id
         return self.end if pad is None else int(pad)
 
     def training(self, question: Question, image: bool) -> Encoded:
         """The conversation with its answers, as many whole turns as fit.
 
-        Raises BadSample: too_long when not even the first turn fits, as an answer that is cut off teaches to break off; bad_text for an
+        Raises BadSample: too_long when the first turn does not fit, as an answer that is cut off teaches to break off; bad_text for an
         answer that encodes to nothing, and for text that the tokenizer takes for a special token.
         """
-        ids = self._head(image)
-        start, labels = len(ids) - self._places(image), [IGNORED] * len(ids)
+        ids, places = self._head(image)
+        labels = [IGNORED] * len(ids)
         for turn, (text, answer) in enumerate(question.conversation):
-            if len(text) + len(answer) > self._most_characters:
-                if turn == 0:
-                    raise self._too_many_characters(len(text) + len(answer))
-                break
-            prompt, answer_ids = self._turn(text, answer, question.short, first=turn == 0)
-            if len(ids) + len(prompt) + len(answer_ids) > self.max_length:
-                if turn == 0:
-                    raise self._too_long(len(ids) + len(prompt) + len(answer_ids))
-                break
+            try:
+                self._check_characters(len(text) + len(answer))
+                prompt, answer_ids = self._turn(text, answer, question.short, first=turn == 0)
+                self._check_length(len(ids) + len(prompt) + len(answer_ids))
+            except BadSample as bad:
+                if turn and bad.reason == "too_long":
+                    break
+                raise
             ids += prompt + answer_ids
             labels += [IGNORED] * len(prompt) + answer_ids
-        return Encoded(ids, labels, start, self._places(image))
+        return Encoded(ids, labels, len(self.start), places)
 
     def prompt(self, text: str, short: bool, image: bool) -> Encoded:
-        """What the decoder is given to answer: the same ids that stand before the answer in training; nothing is labelled.
+        """The ids that stand before the answer in training; nothing is labelled.
 
         Raises BadSample: too_long; bad_text for text that the tokenizer takes for a special token, and for an empty question without image
-        and begin token, which is nothing to go on from.
+        and begin token.
         """
-        ids = self._head(image)
-        start = len(ids) - self._places(image)
-        if len(text) > self._most_characters:
-            raise self._too_many_characters(len(text))
+        ids, places = self._head(image)
+        self._check_characters(len(text))
         ids += self._without_begin(self._prompt_ids(text, short))
-        if len(ids) > self.max_length:
-            raise self._too_long(len(ids))
+        self._check_length(len(ids))
         if not ids:
             raise BadSample("bad_text", "an empty question without an image")
-        return Encoded(ids, [IGNORED] * len(ids), start, self._places(image))
+        return Encoded(ids, [IGNORED] * len(ids), len(self.start), places)
 
     def prompt_text(self, text: str, short: bool) -> str:
         """The prompt in words, up to where the answer begins; "" for an empty question."""
@@ -156,7 +151,7 @@ class PromptEncoder:
         return self.settings.template.replace("{question}", text + self.settings.instruction if short else text)
 
     def _prompt_ids(self, text: str, short: bool) -> list[int]:
-        """The ids of a prompt that is to be answered: with the white space at its end that is its own, and not the answer's."""
+        """The prompt's ids, with the white space at its end that is not the answer's."""
         prompt, spans = self.prompt_text(text, short), self._spans(text, short)
         bare = prompt.rstrip()
         spaces = prompt[len(bare) :]
@@ -169,14 +164,14 @@ class PromptEncoder:
         return with_answer[: -self._answers_part[tail]]
 
     def _tokens_of_an_answer(self, tail: str) -> int:
-        """How many tokens of `tail` + _ANSWERS[0] depend on which answer it is. At least 1: all may be unknown, and the same token."""
+        """How many tokens of `tail` + _ANSWERS[0] depend on the answer; at least 1, as all answers may be one unknown token."""
         rows = [self._words.ids(tail + answer, ()) for answer in _ANSWERS]
         most = min(map(len, rows)) - 1
         shared = next((place for place in range(most) if len({row[place] for row in rows}) > 1), most)
         return len(rows[0]) - shared
 
     def _turn(self, text: str, answer: str, short: bool, *, first: bool) -> tuple[list[int], list[int]]:
-        """The ids of one turn: the prompt, and the answer with its end token."""
+        """(ids of the prompt, ids of the answer with its end token)"""
         prompt, spans = self.prompt_text(text, short), self._spans(text, short)
         prompt_ids = self._prompt_ids(text, short)
         with_answer = self._words.ids(prompt + answer, (*spans, (len(prompt), len(prompt) + len(answer))))
@@ -188,11 +183,11 @@ class PromptEncoder:
         return (self._without_begin(prompt_ids) if first else prompt_ids), [*answer_ids, self.end]
 
     def says(self, ids: Sequence[int]) -> bool:
-        """Whether there is more in an answer's ids than unknown words, which are decoded to nothing."""
+        """Whether an answer's ids hold more than unknown words, which are decoded to nothing."""
         return bool(set(ids) - {self.tokenizer.unk_token_id})
 
     def _without_begin(self, prompt_ids: list[int]) -> list[int]:
-        """The ids of a conversation's first prompt, whose begin token stands before the image."""
+        """The ids of a first prompt, whose begin token stands before the image."""
         return prompt_ids[1:] if self.rules > 1 and self.start and prompt_ids[:1] == self.start else prompt_ids
 
     def _spans(self, text: str, short: bool) -> tuple[tuple[int, int], ...]:
@@ -208,33 +203,30 @@ class PromptEncoder:
     def _words(self) -> PlainText:
         return PlainText(self.tokenizer)
 
-    def _head(self, image: bool) -> list[int]:
-        return self.start + [self.padding] * self._places(image)
+    def _head(self, image: bool) -> tuple[list[int], int]:
+        """(ids of the begin token and the image, how many of them are the image's)"""
+        places = self.image_tokens if image else 0
+        return self.start + [self.padding] * places, places
 
-    def _places(self, image: bool) -> int:
-        return self.image_tokens if image else 0
+    def _check_characters(self, characters: int) -> None:
+        """Before a text is tokenised, as megabytes take a minute."""
+        if characters > self.max_length * _CHARACTERS:
+            raise BadSample("too_long", f"{characters} characters, answers.max_length = {self.max_length} tokens")
 
-    @property
-    def _most_characters(self) -> int:
-        """More of them are too long whatever they are: megabytes take a tokenizer a minute."""
-        return self.max_length * _CHARACTERS
-
-    def _too_many_characters(self, characters: int) -> BadSample:
-        return BadSample("too_long", f"{characters} characters, answers.max_length = {self.max_length} tokens")
-
-    def _too_long(self, tokens: int) -> BadSample:
-        return BadSample("too_long", f"{tokens} tokens, answers.max_length = {self.max_length}")
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self.max_length:
+            raise BadSample("too_long", f"{tokens} tokens, answers.max_length = {self.max_length}")
 
 
 def stack(encoded: Sequence[Encoded], padding: int, left: bool) -> Stacked:
-    """The conversations as one batch, as long as the longest. left: prompts to go on from end in the last column."""
+    """The conversations as one batch, as long as the longest. left: padded there, so that prompts end in the last column."""
     length = max((len(one.ids) for one in encoded), default=0)
     shape = (len(encoded), length)
     ids, labels = torch.full(shape, padding, dtype=torch.long), torch.full(shape, IGNORED, dtype=torch.long)
     attend, image = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     for row, one in enumerate(encoded):
         first = length - len(one.ids) if left else 0
-        here: Any = slice(first, first + len(one.ids))
-        ids[row, here], labels[row, here], attend[row, here] = torch.tensor(one.ids), torch.tensor(one.labels), True
+        span: Any = slice(first, first + len(one.ids))
+        ids[row, span], labels[row, span], attend[row, span] = torch.tensor(one.ids), torch.tensor(one.labels), True
         image[row, first + one.image_start : first + one.image_start + one.image_tokens] = True
     return Stacked(ids, attend, image, labels)

@@ -17,9 +17,8 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """VQAv2's accuracy: the mean over the answers, each left out in turn, of min(1, matches among the others / 3).
 
     Of ten people 0, 1, 2, 3, 4 and more who agree give 0, .3, .6, .9, 1. Both sides are processed only where the people's answers
-    differ: with ten times "yes", "Yes" and "yes." are wrong. Answers count one by one; the official program compares whole entries
-    instead, so that entries without distinct `answer_id` leave each other out, and ten equal ones give 0.
-    A sole answer would give 0 by this formula: it is an exact match instead.
+    differ: with ten times "yes", "Yes" and "yes." are wrong. Answers count one by one; the official program compares whole entries, so that
+    without distinct `answer_id` ten equal ones give 0. A sole answer, which would give 0 by this formula, is an exact match.
     Source: https://visualqa.org/evaluation.html and vqaEval.py of https://github.com/GT-Vision-Lab/VQA
     """
     answer, human_answers = trimmed(prediction), [trimmed(answer) for answer in answers]
@@ -29,7 +28,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def leave_one_out(answer: str, human_answers: Sequence[str]) -> float:
-    """VQAv2's formula over answers that are processed already, in [0, 1]; exact match where there is one, 0 where there is none."""
+    """VQAv2's formula over processed answers, in [0, 1]; exact match with a sole answer, 0 without one."""
     if len(human_answers) == 1:
         return float(answer == human_answers[0])
     matches = sum(human == answer for human in human_answers)
@@ -40,13 +39,12 @@ def leave_one_out(answer: str, human_answers: Sequence[str]) -> float:
 def confusion(predicted: Sequence[bool], truth: Sequence[bool]) -> dict[str, int]:
     """How many of each case; true is the positive class."""
     cases = list(zip(predicted, truth, strict=True))
-    names = {
-        "true_positive": (True, True),
-        "false_positive": (True, False),
-        "false_negative": (False, True),
-        "true_negative": (False, False),
+    return {
+        "true_positive": cases.count((True, True)),
+        "false_positive": cases.count((True, False)),
+        "false_negative": cases.count((False, True)),
+        "true_negative": cases.count((False, False)),
     }
-    return {name: cases.count(case) for name, case in names.items()}
 
 
 def precision_recall(counts: dict[str, int]) -> dict[str, float]:

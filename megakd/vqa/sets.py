@@ -1,11 +1,11 @@
-"""Sets of questions: what a benchmark's files hold, its images found, and all of it readable by a number.
+"""Sets of questions with their images, by index.
 
 1. `benchmarks` reads the benchmark's file: `Question`s.
 2. `images` finds every image before anything starts: missing ones are an error here, not after an hour.
-3. `QuestionSet`, or `CaptionSet` for image-text shards, hands out question and image bytes by index; `Mixture` joins several.
+3. `QuestionSet`, or `CaptionSet` for image-text shards, gives question and image bytes by index; `Mixture` joins several.
 
-Questions are kept as one block of JSON with offsets: as Python objects the 440,000 of VQAv2 and their 4.4 million answers take
-gigabytes in every process, and a forked worker copies each of those it looks at.
+Questions are kept as one block of JSON with offsets: as Python objects the 440,000 of VQAv2 and their 4.4 million answers take gigabytes in
+every process, and a forked worker copies what it reads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megakd.vqa.benchmarks.base import Question, QuestionFile
 from megakd.vqa.images import ImageBytes, ImageFolder, Images, ImageShards, MissingImages, is_shards
 from megakd.vqa.json_files import some
 
-# Blocks are for sequential reads of shards; questions jump between images anyway, so that all of an epoch are shuffled one by one.
+# No blocks, which are for sequential reads of shards: questions jump between images anyway.
 _BLOCK, _WINDOW = 1, 4096
 _FIELDS = tuple(field.name for field in fields(Question))
 log = logging.getLogger("megakd.vqa")
@@ -40,7 +40,7 @@ _ENCODE = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class QuestionWithImage(NamedTuple):
-    """A question, the bytes of its image (None: there is none, or it was not asked for), and where they come from."""
+    """A question, the bytes of its image (None: it has none, or none was requested), and where they come from."""
 
     question: Question
     image: bytes | None
@@ -48,7 +48,7 @@ class QuestionWithImage(NamedTuple):
 
 
 class Questions(Protocol):
-    """Questions by number. `read` yields one result for each index, in order; a bad sample is a result, not raised."""
+    """Questions by index. `read` gives one result for each index, in order; a BadSample for one that cannot be read."""
 
     def __len__(self) -> int: ...
 
@@ -62,7 +62,7 @@ class Questions(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class QuestionSet:
-    """Questions of one source. `images` None: text alone, whatever the questions name."""
+    """Questions of one source. images None: text alone."""
 
     name: str
     packed: bytes
@@ -106,13 +106,13 @@ class QuestionSet:
 
     @property
     def signature(self) -> int:
-        """A checksum of the questions. Equal on all ranks and at resume, or a position means nothing."""
+        """A checksum of the questions, without which a position means nothing."""
         return zlib.crc32(self.packed)
 
 
 @dataclass(frozen=True, eq=False)
 class CaptionSet:
-    """Image-text shards as questions: the question is empty, the caption is its answer, the sample's number its id."""
+    """Image-text shards as questions: an empty question, the caption as answer, the sample's index as id."""
 
     name: str
     shards: ShardSet
@@ -122,29 +122,28 @@ class CaptionSet:
 
     def __getitem__(self, index: int) -> Question:
         """Raises BadSample for a caption that cannot be read."""
-        return _captioned(index, self.shards.read(index, ("caption",)))
+        return self._question(index, self.shards.read(index, ("caption",)))
+
+    def _question(self, index: int, sample: Sample) -> Question:
+        with located(sample.where):
+            text = caption(sample.members["caption"]).strip()
+        return Question(index, sample.where, "", (text,), text, "caption")
 
     def read(self, indices: Sequence[int], images: bool) -> list[QuestionWithImage | BadSample]:
-        needs = self.shards.read_each(list(indices), ("image", "caption") if images else ("caption",))
-        return [self._joined(index, sample) for index, sample in zip(indices, needs, strict=True)]
-
-    def _joined(self, index: int, sample: Sample | BadSample) -> QuestionWithImage | BadSample:
-        if isinstance(sample, BadSample):
-            return sample
-        try:
-            return QuestionWithImage(_captioned(index, sample), sample.members.get("image"), sample.where)
-        except BadSample as bad:
-            return bad
+        results: list[QuestionWithImage | BadSample] = []
+        samples = self.shards.read_each(list(indices), ("image", "caption") if images else ("caption",))
+        for index, sample in zip(indices, samples, strict=True):
+            try:
+                if isinstance(sample, BadSample):
+                    raise sample
+                results.append(QuestionWithImage(self._question(index, sample), sample.members.get("image"), sample.where))
+            except BadSample as bad:
+                results.append(bad)
+        return results
 
     @property
     def signature(self) -> int:
         return self.shards.signature
-
-
-def _captioned(index: int, sample: Sample) -> Question:
-    with located(sample.where):
-        text = caption(sample.members["caption"]).strip()
-    return Question(index, sample.where, "", (text,), text, "caption")
 
 
 class Mixture:
@@ -166,7 +165,7 @@ class Mixture:
     def read(self, indices: Sequence[int], images: bool) -> list[QuestionWithImage | BadSample]:
         places = [self._locate(index) for index in indices]
         results: dict[int, QuestionWithImage | BadSample] = {}
-        for part in sorted({part for part, _ in places}):  # one call a set: remote shards are then asked many at a time
+        for part in sorted({part for part, _ in places}):  # one call a set, as remote shards are read many at a time
             slots = [slot for slot, place in enumerate(places) if place[0] == part]
             results.update(zip(slots, self._parts[part].read([places[slot][1] for slot in slots], images), strict=True))
         return [results[slot] for slot in range(len(indices))]
@@ -185,11 +184,11 @@ class Mixture:
 def open_questions(
     source: QuestionSource, key: str, data: Data, rank: int, world: int, barrier: Callable[[], None], *, to_learn: bool = False
 ) -> QuestionSet | CaptionSet:
-    """The questions of one source, every image found; `key` is the recipe's, for errors. All ranks call it together.
+    """The questions of one source, every image found. All ranks call it together.
 
-    data: gives cache, max_pixels, caption and max_bad_fraction to shards. A source with neither `images` nor captions is text alone.
-    to_learn: questions are to have an answer; LLaVA's conversations without one are left out, with a warning.
-    Raises ValueError that begins with `key` for files that are missing, of another format, or do not match, and for missing images.
+    data: cache, max_pixels, caption and max_bad_fraction of shards. to_learn: questions need an answer; LLaVA's conversations without one
+    are left out, with a warning. Raises ValueError that begins with `key`, the recipe's, for files that are missing, of another format, or
+    do not match, and for missing images.
     """
     try:
         if source.format == "captions":
@@ -213,7 +212,9 @@ def _found_images(
         return None
     names = [question.image for question in questions if question.image is not None]
     try:
-        return _images(source.images, names, data, rank, world, barrier)
+        if is_shards(source.images):
+            return ImageShards(ShardSet.open_set(source.images, data, rank, world, barrier), names, source.images)
+        return ImageFolder(Path(local_path(source.images)), names)
     except MissingImages as error:
         raise ValueError(
             f"{error}: complete it, or say by image_name how its files are named. Now it is {file.pattern!r}, with the entries' fields "
@@ -225,12 +226,12 @@ def _found_images(
 def open_mixture(
     sources: Mapping[str, QuestionSource], key: str, data: Data, rank: int, world: int, barrier: Callable[[], None]
 ) -> Mixture:
-    """All sources to train on, by name. Raises ValueError as `open_questions`, and for questions without an answer."""
+    """All sources to train on, by name. Raises as `open_questions`, and for questions without an answer."""
     return Mixture({name: open_questions(one, f"{key}.{name}", data, rank, world, barrier, to_learn=True) for name, one in sources.items()})
 
 
 def _answered(questions: list[Question], source: QuestionSource, key: str | None) -> list[Question]:
-    """Those with an answer. Mixes of conversations have some without; of a benchmark's file they are no training set. key: to warn with."""
+    """Those with an answer. Raises ValueError where the format does not allow others. key: to warn with; None warns nobody."""
     lacking = [question.question_id for question in questions if not question.answer.strip()]
     if not lacking:
         return questions
@@ -244,7 +245,7 @@ def _answered(questions: list[Question], source: QuestionSource, key: str | None
 
 
 def question_order(questions: Questions, batch: int, seed: int) -> Order:
-    """The order of training, as the shards': a pure function of the position. Raises ValueError for fewer questions than a batch."""
+    """The order of training. Raises ValueError for fewer questions than a batch."""
     if len(questions) < batch:
         raise ValueError(f"answers.batch = {batch}, but answers.train has {len(questions)} questions: lower it, or add a source")
     return Order(len(questions), batch, seed, _BLOCK, _WINDOW)
@@ -261,9 +262,3 @@ def _open_captions(source: QuestionSource, key: str, data: Data, rank: int, worl
     shards = ShardSet.open_set(source.images, data, rank, world, barrier)
     shards.known_bad.check(data.max_bad_fraction, at_least=1)
     return CaptionSet(key, shards)
-
-
-def _images(images: str, names: list[str], data: Data, rank: int, world: int, barrier: Callable[[], None]) -> Images:
-    if is_shards(images):
-        return ImageShards(ShardSet.open_set(images, data, rank, world, barrier), names, images)
-    return ImageFolder(Path(local_path(images)), names)

@@ -41,12 +41,12 @@ def parse(source: QuestionSource) -> tuple[list[Question], QuestionFile]:
     try:
         return list(here.questions(file)), file
     except Misfit as error:
+        hint = f"format = {here.name!r} does not fit it"
         for one in every:
             if one.looks_like(error.value):
-                hint = f"it looks like {one.name}: set format = {one.name!r} instead of {here.name!r}" if one is not here else None
+                hint = hint if one is here else f"it looks like {one.name}: set format = {one.name!r} instead of {here.name!r}"
                 break
-            if hint := one.other_file(error.value):
+            if other := one.other_file(error.value):
+                hint = other
                 break
-        else:
-            hint = None
-        raise ValueError(f"{error}: {hint or f'format = {here.name!r} does not fit it'}") from error
+        raise ValueError(f"{error}: {hint}") from error

@@ -1,9 +1,7 @@
-"""What a VQA benchmark is: how its files are read, how its answers are scored, and what its server takes. A file here for each.
+"""A VQA benchmark: how its files are read, how its answers are scored, and what its server takes. A file here for each.
 
-A benchmark reads `Question`s in its file's order. Errors are ValueErrors that name the file, the entry and the remedy; a file that
-is half right is refused whole, since a score over the other half would look like a score.
-A question that could not be put to the model (a damaged image) counts as wrong in every number, whatever the benchmark's rule makes of
-an empty answer: POPE's reads "yes".
+Errors are ValueErrors that name the file, the entry and the remedy; a file that is half right is refused whole. A question that could not
+be asked, as its image is damaged, counts as wrong in every number, whatever the benchmark makes of an empty answer: POPE's reads "yes".
 """
 
 from __future__ import annotations
@@ -30,9 +28,9 @@ _WIDEST = 250  # characters of a name
 class Question:
     """A question as its benchmark asks it, before any prompt.
 
-    question_id: the benchmark's own. image: file name or shard key, None where there is none. text: the question, empty for a caption.
+    question_id: the benchmark's own. image: file name or shard key, None without one. text: "" for a caption.
     answers: all human answers in the file's order, () in a test set; answer: what is trained, the most frequent of them.
-    family: what results are broken down by. meta: the entry's other fields.
+    family: a group of the results. meta: the entry's other fields.
     turns: (question, answer) of each turn of a conversation, () for a single question. short: a word or a phrase is asked for.
     """
 
@@ -64,7 +62,7 @@ class Answered(NamedTuple):
 class QuestionFile:
     """A benchmark's file while it is read. pattern: of the images' names.
 
-    notes: what was left out or moved on the way, for people. fields: those of the first entry that names an image.
+    notes: what was left out or moved, for people. fields: of the first entry that names an image.
     """
 
     source: QuestionSource
@@ -77,7 +75,7 @@ class QuestionFile:
         return Path(str(self.source.questions))
 
     def image_name(self, entry: Entry, where: str) -> str:
-        """The name that the pattern gives. A number or a text may stand in it, not true or false, which would be 1 and 0."""
+        """The image's name by the pattern, in which numbers and texts may stand."""
         scalars = {key: value for key, value in entry.items() if is_id(value)}
         self.fields = self.fields or tuple(sorted(scalars))
         try:
@@ -94,10 +92,10 @@ class QuestionFile:
 class Benchmark(ABC):
     """One benchmark. Its module is named like its format in the recipe and holds an instance as `BENCHMARK`.
 
-    metric and caveats are told in the results. image_name: the default pattern of its images' names, from an entry's fields.
+    metric, caveats: parts of the results. image_name: the default pattern of its images' names, from an entry's fields.
     annotations: the answers are in a second file. split: one file holds several splits, and the recipe says which.
-    skips_unanswered: a set to learn may have questions without an answer, which are left out.
-    submission_suffix: of the file for its server, a list in one JSON text (.json) or a line for each (.jsonl).
+    skips_unanswered: questions without an answer are left out of a set to learn.
+    submission_suffix: of the file for its server: one JSON list (.json), or a line for each question (.jsonl).
     """
 
     metric: ClassVar[str]
@@ -115,44 +113,44 @@ class Benchmark(ABC):
 
     @abstractmethod
     def questions(self, file: QuestionFile) -> Iterator[Question]:
-        """All questions of the file, in its order. Raises ValueError with the entry, and Misfit where the whole file is something else."""
+        """All questions of the file, in its order. Raises ValueError with the entry, and Misfit for a file of another form."""
 
     @abstractmethod
     def looks_like(self, value: Any) -> bool:
-        """Whether `value`, what the JSON of a file (of one with lines: of the first line) holds, is this benchmark's, for a hint."""
+        """Whether `value`, the JSON of a file or of its first line, is this benchmark's, for a hint."""
 
     def other_file(self, value: Any) -> str | None:
-        """The remedy where `value` is a file of this benchmark's which is not that of the questions; None where it is none."""
+        """The remedy where `value` is another file of this benchmark's than the questions'; else None."""
         return None
 
     def without_answers(self, source: QuestionSource) -> str:
-        """The remedy where a set that is to be learned has questions without an answer."""
+        """The remedy where a set to learn has questions without an answer."""
         return f"take another split if this is a test set, and these questions out of {source.questions!r} otherwise"
 
     @abstractmethod
     def score(self, question: Question, prediction: str) -> float:
-        """Of one question with answers, in [0, 1]."""
+        """In [0, 1], of a question with answers."""
 
     def counts(self, question: Question) -> bool:
-        """Whether the benchmark's accuracy is over this question too; the others are answered and left out."""
+        """Whether the question enters the benchmark's accuracy."""
         return True
 
     def groups(self, question: Question) -> Mapping[str, Iterable[str]]:
-        """The groups that the question is in, by what they are groups of: all of these, in the same order for every question."""
+        """Kind of groups -> the question's groups of this kind; every question gives the same kinds in the same order."""
         return {}
 
     def totals(self, answered: Sequence[Answered]) -> dict[str, Any]:
-        """Numbers over all questions that have answers."""
+        """Further numbers over all questions with answers."""
         return {}
 
     @abstractmethod
     def submission(self, answered: Answered) -> Entry | None:
-        """What the benchmark's server or program takes for one question; None where it has neither."""
+        """What the benchmark's server or program takes for a question; None where it has neither."""
 
     def results(self, answered: Sequence[Answered]) -> dict[str, Any]:
         """{"metric", "accuracy", "questions", "by_family": {family: {"accuracy", "questions"}}, "by_...", ..., "caveats"}
 
-        Questions without an answer are left out; where none has one (a test set), accuracy is None.
+        Questions without an answer are left out; where none has one, in a test set, accuracy is None.
         """
         known = [one for one in answered if one.question.answers]
         scored = [one for one in known if self.counts(one.question)]
@@ -168,16 +166,13 @@ class Benchmark(ABC):
                         of_kind.setdefault(group, []).append(points)
             for kind, of_kind in members.items():
                 if of_kind:
-                    means = {
-                        group: {"accuracy": sum(of_kind[group]) / len(of_kind[group]), "questions": len(of_kind[group])}
-                        for group in sorted(of_kind)
-                    }
-                    results[f"by_{kind}"] = means
+                    groups_sorted = sorted(of_kind.items())
+                    results[f"by_{kind}"] = {group: {"accuracy": sum(of) / len(of), "questions": len(of)} for group, of in groups_sorted}
             results |= self.totals(known)
         return results | {"caveats": [*self.caveats, *self._caveats_of_set(answered, scored)]}
 
     def _caveats_of_set(self, answered: Sequence[Answered], scored: Sequence[Answered]) -> list[str]:
-        """What this set's questions make of the metric."""
+        """Caveats of this set's questions."""
         caveats = []
         if not scored:
             return ["no question has an answer to compare with: the benchmark's server scores the submission"]
@@ -217,13 +212,14 @@ def most_frequent(answers: Iterable[str]) -> str:
 
 
 def first_of(value: Any) -> set[str]:
-    """The keys of a file's first entry: of a list, or of an object of entries."""
-    first = next(iter(value if isinstance(value, list) else value.values()), None) if isinstance(value, (list, dict)) else None
+    """The keys of the first entry of a list, or of an object of entries."""
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    first = next(iter(entries), None)
     return set(first) if isinstance(first, dict) else set()
 
 
 def check_pattern(pattern: str) -> None:
-    """Raises ValueError for a pattern that is none, or that gives all questions one image."""
+    """Raises ValueError for what is no pattern, and for one that gives all questions one image."""
     try:
         parts = [(name, spec or "", kind) for _, name, spec, kind in string.Formatter().parse(pattern) if name is not None]
     except ValueError as error:
