@@ -1,7 +1,7 @@
 """Runs as SLURM jobs: how they are submitted, what each task does, where they are.
 
-Pickles of queued jobs name `megakd.jobs.Training`, which is imported when it is asked for: submitit takes half a second, and `resources`
-is needed for `megakd --help`.
+Pickles of queued jobs name `megakd.jobs.Training`. It is imported on access: submitit takes half a second, and `megakd --help` needs
+`resources` alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Words that `megakd submit` writes into a batch file: each stays one word, whatever it holds, and none becomes a command.
+"""Words that `megakd submit` writes into a batch file: each stays one word, and none becomes a command.
 
-A line break would end the comment that #SBATCH is and begin a line of the script. sbatch reads its lines with rules of its own, neither the
-shell's nor Python's, so quotes stay out as well; in the names of logs it replaces %j and the like.
+A line break would end the comment that #SBATCH is. sbatch parses its lines neither as the shell nor as Python, so quotes are refused as
+well, and in the names of logs it replaces %j and the like.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ WORDS = ("time", "container_image", "container_mounts", "python")
 def check(wanted: Any, top: Path | None, here: Path) -> None:
     """Raise ValueError naming the option, its value and what it may hold.
 
-    wanted: the options as attributes. top: the folder of the job that SLURM writes logs to, None for a job of this machine alone; here: the
-    current folder, which containers mount.
+    wanted: the options as attributes. top: the job's folder, to which SLURM writes logs, None without SLURM. here: the current folder,
+    which containers mount.
     """
     for option, (form, what) in FORMS.items():
         value = getattr(wanted, option)
@@ -44,13 +44,11 @@ def check(wanted: Any, top: Path | None, here: Path) -> None:
         if CONTROL_OF_LINES.search(line):
             raise ValueError(f"--setup {line!r}: a control character; it is a line of the batch script")
     if top is not None:
-        _check_folder("--out", top, "\"'\\\\%")
-    if top is not None and wanted.container_image is not None:
-        for option, folder in (("--out", top), ("the current folder", here)):
-            _check_folder(option, folder, ",:")
-
-
-def _check_folder(option: str, folder: Path, refused: str) -> None:
-    match = CONTROL.search(str(folder)) or re.search(f"[{re.escape(refused)}]", str(folder))
-    if match:
-        raise ValueError(f"{option} {str(folder)!r}: {match[0]!r} in a path means something else to SLURM; choose a folder without it")
+        folders = [("--out", top, "\"'\\\\%")]
+        if wanted.container_image is not None:
+            folders += [("--out", top, ",:"), ("the current folder", here, ",:")]
+        for option, folder, refused in folders:
+            if match := CONTROL.search(str(folder)) or re.search(f"[{re.escape(refused)}]", str(folder)):
+                raise ValueError(
+                    f"{option} {str(folder)!r}: {match[0]!r} in a path means something else to SLURM; choose a folder without it"
+                )

@@ -1,4 +1,4 @@
-"""What a job asks of a cluster. `megakd submit` has an option for each field, of which `metadata` tells the rest."""
+"""What a job requests of a cluster. `megakd submit` has an option for each field, described in its `metadata`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks for, in SLURM's words; None leaves it to the cluster's default."""
+    """In SLURM's words; None is the cluster's default."""
 
     nodes: int = field(default=1, metadata={"min": 1, "help": "machines"})
     gpus_per_node: int | None = field(default=None, metadata={"min": 0, "help": "GPUs of each, one rank a GPU; 0 trains on the CPU"})
@@ -36,11 +36,11 @@ class Resources:
     @property
     def minutes(self) -> int:
         """Raises ValueError where `time` is not one of SLURM's forms, or ends before the signal that asks for a checkpoint."""
-        found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", self.time)
-        if not found:
+        match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", self.time)
+        if not match:
             raise ValueError(f"--time {self.time}: write minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")
-        days, first, second, third = (int(part or 0) for part in found.groups())
-        if found[1] or found[4]:
+        days, first, second, third = (int(part or 0) for part in match.groups())
+        if match[1] or match[4]:
             seconds = ((days * 24 + first) * 60 + second) * 60 + third
         else:
             seconds = first * 60 + second

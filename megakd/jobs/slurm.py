@@ -1,14 +1,15 @@
-"""What SLURM says about its partitions and jobs: few calls, each for everything that is asked, none longer than a minute."""
+"""What SLURM says about its partitions and jobs: few calls, none longer than a minute."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 SLURM_SECONDS = 60.0
-# Not the end of a job: it waits, runs, or comes back.
+# Of a job that waits, runs, or comes back.
 UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "PREEMPTED")
 
 
@@ -42,10 +43,11 @@ class Nodes:
 
 
 def check(partition: str | None, nodes: int, gpus_per_node: int | None, there: list[Nodes] | None = None) -> None:
-    """Raise ValueError where SLURM is not here or does not answer, lacks a partition, or has too few nodes with so many GPUs in it.
+    """Raise ValueError where SLURM does not answer, lacks a partition, or has too few nodes with so many GPUs in it, for which sbatch would
+    let a job wait for ever.
 
-    partition: as for sbatch, also several with commas, of which one has to do. sbatch lets a job of too many nodes wait for ever.
-    gpus_per_node: None, nothing said, will do where there are none. there: what `partitions` has found, if it was asked.
+    partition: as for sbatch, also several with commas, of which one has to do. gpus_per_node: None will do where there are none. there: of
+    `partitions`, None to call it.
     """
     there = partitions() if there is None else there
     wanted = partition.split(",") if partition else [group.partition for group in there if group.default]
@@ -55,14 +57,13 @@ def check(partition: str | None, nodes: int, gpus_per_node: int | None, there: l
     idle = [group for group in there if group.partition in wanted and group.gpus]
     if gpus_per_node is None and idle:
         raise ValueError(f"--gpus_per_node: say how many, 0 to train on the CPU; there are\n{listing(idle)}")
-    if not wanted or any(_has(there, name, nodes, gpus_per_node or 0) for name in wanted):
+    for name in wanted:
+        if sum(group.count for group in there if group.partition == name and group.gpus >= (gpus_per_node or 0)) >= nodes:
+            return
+    if not wanted:
         return
     what = f"--nodes {nodes} --gpus_per_node {gpus_per_node or 0}"
     raise ValueError(f"{what}: partition {','.join(wanted)} does not have {nodes} nodes of so many GPUs; there are\n{listing(there)}")
-
-
-def _has(there: Iterable[Nodes], partition: str, nodes: int, gpus_per_node: int) -> bool:
-    return sum(group.count for group in there if group.partition == partition and group.gpus >= gpus_per_node) >= nodes
 
 
 def partitions() -> list[Nodes]:
@@ -79,34 +80,26 @@ def listing(nodes: Iterable[Nodes]) -> str:
 
 
 def states(jobs: Iterable[str]) -> dict[str, JobState]:
-    """State of each job that SLURM knows: one `squeue` for all, then one `sacct` for those that it has forgotten.
+    """State of each job that SLURM knows: one `squeue` for all, then one `sacct` for those that have ended.
 
-    Raises ValueError where squeue does not run. A cluster without accounting leaves the forgotten ones out.
+    Raises ValueError where squeue does not run. Without accounting the ended ones are as squeue has them, or left out.
     """
-    ids = sorted(set(jobs))
-    if not ids:
+    if not (ids := sorted(set(jobs))):
         return {}
     queued = ["squeue", "--array", "--noheader", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%S|%r"]
     known = {}
     for line in _ask(*queued, unless="Invalid job id").splitlines():
         job, name, since, reason = line.split("|", 3)
         known[job] = JobState(name, "" if reason == "None" else reason, since)
-    # An ended job's exit code is not in squeue.
-    unknown = [job for job in ids if job not in known or known[job].ended]
-    if unknown:
-        known |= _accounted(unknown)
+    # an ended job's exit code is not in squeue
+    if ended := [job for job in ids if job not in known or known[job].ended]:
+        accounted = ["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ended)}", "--format=JobID,State,ExitCode"]
+        rows = ""
+        with contextlib.suppress(ValueError):  # no accounting here
+            rows = _ask(*accounted)
+        for job, name, code in (line.split("|") for line in rows.splitlines()):
+            known[job] = JobState(name.split()[0], code=int(code.split(":")[0]))  # "CANCELLED by 1000"
     return {job: known[job] for job in ids if job in known}
-
-
-def _accounted(jobs: list[str]) -> dict[str, JobState]:
-    try:
-        rows = _ask("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(jobs)}", "--format=JobID,State,ExitCode")
-    except ValueError:  # no accounting here
-        return {}
-    known = {}
-    for job, name, code in (line.split("|") for line in rows.splitlines()):
-        known[job] = JobState(name.split()[0], code=int(code.split(":")[0]))  # "CANCELLED by 1000"
-    return known
 
 
 def _gpus(gres: str) -> int:

@@ -19,23 +19,19 @@ from megakd.runtime.environment import SUBMISSIONS
 from megakd.runtime.locks import held
 from megakd.runtime.run_folder import METRICS, RUN
 
-RESULTS = ("model", "bundle")  # one of the results is written at a run's end
-# Folders of a run that hold no runs.
-INSIDE = {"checkpoints", *RESULTS, "previous", SUBMISSIONS, "answers", "hung"}
-# The newest rows of metrics.jsonl: a row is under 2 KB.
-TAIL = 65536
-# Least seconds between two tables, each of which asks SLURM once or twice.
-LEAST_WATCH_SECONDS = 15.0
+RESULTS = ("model", "bundle")  # one is written at a run's end
+INSIDE = {"checkpoints", *RESULTS, "previous", SUBMISSIONS, "answers", "hung"}  # folders of a run that hold no runs
+TAIL = 65536  # bytes at the end of metrics.jsonl, whose rows are under 2 KB
+LEAST_WATCH_SECONDS = 15.0  # between two tables, each of which asks SLURM once or twice
 COLUMNS = ("run", "job", "state", "step", "images/s", "loss", "log")
 
 
 @dataclass(frozen=True)
 class Found:
-    """A run folder as its own files describe it.
+    """A run by the files in its folder.
 
-    job: SLURM's id of its newest job; local: the id of that job where submitit runs it on one machine, without SLURM; begun: when that job
-    started here last, None before; held: whether a process holds its lock, None on a file system without locks; damaged: why run.json
-    could not be read.
+    job: SLURM's id of its newest job; local: submitit's, where it runs without SLURM; begun: when that job started here last; held: whether
+    a process holds its lock, None on a file system without locks; damaged: why run.json could not be read.
     """
 
     folder: Path
@@ -53,7 +49,7 @@ class Found:
 
 
 def find(folder: Path) -> list[Found]:
-    """All runs below `folder`, itself included, by path: what has a run.json, and what was submitted and has not started."""
+    """All runs in and below `folder`, by path: with a run.json, or submitted and not started."""
     return [_read(run) for run in sorted(_folders(folder))]
 
 
@@ -79,7 +75,7 @@ def _read(run: Path) -> Found:
     starts = [start for start in jobs if isinstance(start, dict)] if isinstance(jobs, list) else []
     sent = _submissions(run)
     newest, log = _newest(sent, starts)
-    # A start knows SLURM's jobs alone; its log is that of the submission it came from.
+    # a start records SLURM's jobs alone; by its log it is known of which submission it is
     local = next((str(note["job"]) for note in reversed(sent) if newest is None and log and note.get("log") == log), None)
     row = _last_row(run / METRICS)
     speed, loss = (value if isinstance(value := row.get(name), int | float) else None for name in ("images_per_second", "loss"))
@@ -102,7 +98,7 @@ def _read(run: Path) -> Found:
 
 
 def _newest(submissions: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]) -> tuple[str | None, str | None]:
-    """SLURM's id (None outside SLURM) and the log of whatever came last: a submission or a start."""
+    """SLURM's id (None outside SLURM) and the log of the last submission or start."""
     sent = [(str(note.get("submitted")), note["job"] if note.get("cluster") == "slurm" else None, note.get("log")) for note in submissions]
     begun = [(str(start.get("started")), start.get("slurm_job_id"), start.get("log")) for start in starts]
     _, job, log = max([*sent, *begun], key=lambda entry: entry[0], default=("", None, None))
@@ -112,12 +108,12 @@ def _newest(submissions: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[s
 def _last_start(starts: Sequence[Mapping[str, Any]], job: str | None) -> datetime | None:
     try:
         return max((datetime.fromisoformat(start["started"]) for start in starts if job and start.get("slurm_job_id") == job), default=None)
-    except (KeyError, TypeError, ValueError):  # as an earlier version wrote it, or somebody by hand
+    except (KeyError, TypeError, ValueError):  # of an earlier version, or written by hand
         return None
 
 
 def _json(path: Path) -> Any:
-    """The file's content, or in a string why there is none."""
+    """The file's content, or a string with the error."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -143,10 +139,7 @@ def _last_row(path: Path) -> dict[str, Any]:
 
 
 def state(run: Found, slurm: Mapping[str, cluster.JobState]) -> str:
-    """SLURM's word for the run's newest job; where SLURM has none, what the folder says: running, finished or stopped.
-
-    Of a job that runs on after this run, others of its batch script for example, the folder's word counts.
-    """
+    """SLURM's state of the run's newest job; without one, or where it runs on after this run: running, finished or stopped."""
     if run.damaged is not None:
         return f"damaged: {run.damaged}"
     job = slurm.get(run.job) if run.job else None
@@ -161,7 +154,7 @@ def state(run: Found, slurm: Mapping[str, cluster.JobState]) -> str:
 
 
 def _began_after(run: Found, since: str) -> bool:
-    """Whether the run has started since its job did: a requeued job takes a while to get there."""
+    """Whether the run has started since its job did, which takes a requeued one a while."""
     try:
         return run.begun is not None and run.begun >= datetime.fromisoformat(since).astimezone()
     except ValueError:  # N/A
@@ -184,7 +177,7 @@ def table(runs: Sequence[Found], slurm: Mapping[str, cluster.JobState]) -> Table
 
 
 def show(folder: Path, watch: float | None) -> None:
-    """Print the table, every `watch` seconds if that is given. Raises ValueError when that is less than SLURM should be asked."""
+    """Print the table, every `watch` seconds if given. Raises ValueError when that is too often for SLURM."""
     if watch is not None and watch < LEAST_WATCH_SECONDS:
         raise ValueError(f"--watch {watch:g}: give {LEAST_WATCH_SECONDS:.0f} seconds or more; every table asks SLURM's controller")
     console = plain()
@@ -206,18 +199,15 @@ def show(folder: Path, watch: float | None) -> None:
 def _slurm(runs: Sequence[Found], ended: dict[str, cluster.JobState]) -> tuple[dict[str, cluster.JobState], str | None]:
     """States of the runs' jobs, and why there are none where SLURM does not answer.
 
-    ended: what earlier tables found, kept here. SLURM is asked about neither those nor the runs that finished by their newest job.
+    ended: states of earlier tables, kept here. SLURM is asked neither about those nor about runs that their newest job has finished.
     """
     for run in runs:
         if run.job and run.held:
             ended.pop(run.job, None)  # it was requeued by hand
+    unfinished = [run for run in runs if not (run.results and run.begun is not None and run.held is False)]
     try:
-        known = cluster.states(run.job for run in runs if run.job and run.job not in ended and not _finished(run))
+        known = cluster.states(run.job for run in unfinished if run.job and run.job not in ended)
     except ValueError as error:
         return dict(ended), str(error)
     ended |= {job: job_state for job, job_state in known.items() if job_state.ended}
     return ended | known, None
-
-
-def _finished(run: Found) -> bool:
-    return run.results and run.begun is not None and run.held is False

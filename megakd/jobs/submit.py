@@ -1,7 +1,7 @@
-"""`megakd submit`: check on the login node whatever can be checked there, hand the run to submitit, and wait for it if asked to.
+"""`megakd submit`: check on the login node what can be checked there, hand the run to submitit, and wait for it if wanted.
 
 A run folder and its jobs name each other: RUN/slurm/JOB.json is written at submission, SLURM's comment is the run folder, and run.json
-lists the jobs that worked on the run. submitit's own files and the logs lie in RUN/slurm; those of an array in the sweep's folder.
+lists its jobs. submitit's files and the logs are in RUN/slurm; those of an array in the sweep's folder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import re
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -32,16 +31,13 @@ from megakd.runtime import ds_check, ds_config, precision, run_folder
 from megakd.runtime.environment import LOG_VARIABLE, SUBMISSIONS
 from megakd.runtime.launch import TORCH_VARIABLES
 
-# submitit gives up after so many time limits and, for jobs of up to ten minutes, interruptions of any kind. A run of a week on a partition
-# of one hour meets 168; a run that cannot get anywhere ends by its own errors, so this only has to be large.
+# Time limits, and for jobs of up to ten minutes interruptions, after which submitit gives up: a week on a partition of one hour has 168.
 MAX_TIMEOUTS = 1000
-# Between two looks at the results (files), and between two questions to SLURM.
-POLL_SECONDS, SLURM_POLL_SECONDS = 2.0, 30.0
+POLL_SECONDS, SLURM_POLL_SECONDS = 2.0, 30.0  # for result files, and for SLURM's states
 LONGEST_NAME = 255
-# That a result may be on its way over a shared file system after SLURM has called the job ended.
-RESULT_SECONDS = 20.0
+RESULT_SECONDS = 20.0  # of a result over a shared file system after a job's end
 Where = Literal["slurm", "local", "debug"]
-# What has no meaning there, so that no option is taken and left unused.
+# Options without a meaning there, which are refused.
 NOT_LOCAL = ("cpus_per_task", "mem", "partition", "constraint", "account", "qos", "container_image", "container_mounts")
 UNUSED: dict[Where, tuple[str, ...]] = {
     "slurm": (),
@@ -70,7 +66,7 @@ class SubmitRequest:
 def requests(
     recipe: str, overrides: Sequence[str], config: str | None, out: Path | None, resume: str, array: Sequence[str]
 ) -> tuple[Path, list[SubmitRequest]]:
-    """The folder of the job and one request a run: several where `array` varies keys, each in a folder of its own below the first."""
+    """The folder of the job and a request for each run: several where `array` varies keys, each in a folder below the job's."""
     loaded, _ = recipes.load(recipe, overrides)
     top = (out or Path("runs") / loaded.name).absolute()
     first = SubmitRequest(recipe, tuple(overrides), config, top, resume, loaded.name)
@@ -82,28 +78,26 @@ def requests(
         if not equals or not values:
             raise ValueError(f"--array {text}: write KEY=VALUE,VALUE for example --array seed=0,1,2")
         varied.append([f"{key}={value}" for value in values.split(",")])
-    runs = []
+    runs: list[SubmitRequest] = []
     for combination in itertools.product(*varied):
         folder = top / ",".join(combination).replace("/", "_")
-        runs.append(replace(first, overrides=(*first.overrides, *combination), out=folder))
-    _check_folders(array, [run.out for run in runs])
-    return top, runs
-
-
-def _check_folders(array: Sequence[str], folders: list[Path]) -> None:
-    for folder in folders:
         if len(os.fsencode(folder.name)) > LONGEST_NAME:
             raise ValueError(
                 f"--array {' '.join(array)[:200]}: a run's folder is named by its values, and {folder.name[:60]}... is longer than "
                 f"{LONGEST_NAME} bytes; give each recipe a name, or submit the runs one by one with --out"
             )
-    if twice := [folder for folder, count in Counter(folders).items() if count > 1]:
-        raise ValueError(f"--array {' '.join(array)[:200]}: two runs would share the folder {twice[0]}; give each value once")
+        if folder in (run.out for run in runs):
+            raise ValueError(f"--array {' '.join(array)[:200]}: two runs would share the folder {folder}; give each value once")
+        runs.append(replace(first, overrides=(*first.overrides, *combination), out=folder))
+    return top, runs
 
 
 def check(runs: Sequence[SubmitRequest], wanted: Resources, where: Where, top: Path) -> None:
-    """Raise ValueError for whatever can be known to be wrong before the job queues."""
-    _check_used(wanted, where)
+    """Raise ValueError for what can be known to be wrong before the job queues."""
+    if idle := [field.name for field in fields(wanted) if field.name in UNUSED[where] and getattr(wanted, field.name) != field.default]:
+        raise ValueError(f"--{idle[0]}: not used by --cluster {where}; leave it out")
+    if wanted.container_mounts and not wanted.container_image:
+        raise ValueError(f"--container_mounts {wanted.container_mounts}: there is no --container_image")
     batch_words.check(wanted, top if where == "slurm" else None, Path.cwd())
     ranks = wanted.nodes * wanted.ranks_per_node
     raw, config_name = ds_config.read(runs[0].ds_config, precision.of(torch.device("cuda" if wanted.gpus_per_node else "cpu")))
@@ -119,16 +113,8 @@ def check(runs: Sequence[SubmitRequest], wanted: Resources, where: Where, top: P
         raise ValueError("--array: on --cluster slurm alone; here one run after another, with --set")
 
 
-def _check_used(wanted: Resources, where: Where) -> None:
-    idle = [field.name for field in fields(wanted) if field.name in UNUSED[where] and getattr(wanted, field.name) != field.default]
-    if idle:
-        raise ValueError(f"--{idle[0]}: not used by --cluster {where}; leave it out")
-    if wanted.container_mounts and not wanted.container_image:
-        raise ValueError(f"--container_mounts {wanted.container_mounts}: there is no --container_image")
-
-
 class _Unsent(submitit.SlurmExecutor):
-    """For a batch file that is looked at alone, which needs no SLURM."""
+    """For a batch file that is only shown, without SLURM."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -138,11 +124,14 @@ class _Unsent(submitit.SlurmExecutor):
 def executor(
     top: Path, name: str, wanted: Resources, where: Where, slurm_executor: type[submitit.SlurmExecutor] = submitit.SlurmExecutor
 ) -> submitit.core.core.PicklingExecutor:
-    """submitit's executor with everything set; it has not touched the disk, but for a local one."""
+    """submitit's executor with everything set; only a local one has touched the disk."""
     folder = top / SUBMISSIONS
+    container = wanted.container_image is not None
+    python = wanted.python or ("python" if container else None)
+    interpreter = None if python is None else shlex.quote(python)  # a word of the batch script's command line
+    devices = {"gpus_per_node": wanted.gpus_per_node} if wanted.gpus_per_node else {}
     if where == "local":
-        local = submitit.LocalExecutor(folder, max_num_timeout=MAX_TIMEOUTS, python=_quoted(wanted.python))
-        devices = {"gpus_per_node": wanted.gpus_per_node} if wanted.gpus_per_node else {}
+        local = submitit.LocalExecutor(folder, max_num_timeout=MAX_TIMEOUTS, python=interpreter)
         local.update_parameters(
             tasks_per_node=wanted.ranks_per_node,
             timeout_min=wanted.minutes,
@@ -151,10 +140,9 @@ def executor(
             **devices,
         )
         return local
-    container = wanted.container_image is not None
-    python = wanted.python or ("python" if container else None)
-    slurm = slurm_executor(folder, max_num_timeout=MAX_TIMEOUTS, python=_quoted(python))
+    slurm = slurm_executor(folder, max_num_timeout=MAX_TIMEOUTS, python=interpreter)
     optional = {key: getattr(wanted, key) for key in ("cpus_per_task", "mem", "partition", "constraint", "account", "qos")}
+    requeue = Path(__file__).with_name("requeue.sh").read_text(encoding="utf-8")
     slurm.update_parameters(
         job_name=name,
         nodes=wanted.nodes,
@@ -163,18 +151,13 @@ def executor(
         signal_delay_s=wanted.signal_delay,
         comment=str(top),
         setup=_setup(wanted),
-        teardown=_teardown(),
+        teardown=["code=$?", requeue, 'finish "$code" "the same megakd submit command"'],
         srun_args=["--kill-on-bad-exit=1", *(_container(top, wanted) if container else ())],
         additional_parameters={"requeue": True},
-        **({"gpus_per_node": wanted.gpus_per_node} if wanted.gpus_per_node else {}),
+        **devices,
         **{key: value for key, value in optional.items() if value is not None},
     )
     return slurm
-
-
-def _quoted(python: str | None) -> str | None:
-    """A word of the batch script's command line, as which submitit takes it."""
-    return None if python is None else shlex.quote(python)
 
 
 def _setup(wanted: Resources) -> list[str]:
@@ -184,14 +167,9 @@ def _setup(wanted: Resources) -> list[str]:
         f"unset {LOG_VARIABLE} {' '.join(TORCH_VARIABLES)} LOCAL_WORLD_SIZE  # of a shell under torchrun, or in another job",
     ]
     if wanted.cpus_per_task is not None:
-        # Since SLURM 22.05 srun no longer takes it from the job by itself; up to 23.02 it wants it under this name.
+        # since SLURM 22.05 srun does not take it from the job, and up to 23.02 it reads it under this name
         lines.append(f"export SRUN_CPUS_PER_TASK={wanted.cpus_per_task}")
     return [*lines, *wanted.setup, "set +e  # srun's exit code is looked at below"]
-
-
-def _teardown() -> list[str]:
-    text = Path(__file__).with_name("requeue.sh").read_text(encoding="utf-8")
-    return ["code=$?", text, 'finish "$code" "the same megakd submit command"']
 
 
 def _container(top: Path, wanted: Resources) -> list[str]:
@@ -213,7 +191,7 @@ def preview(top: Path, runs: Sequence[SubmitRequest], wanted: Resources) -> str:
 
 
 def submit(top: Path, runs: Sequence[SubmitRequest], wanted: Resources, where: Where) -> list[submitit.Job[int]]:
-    """Hand the runs to submitit, several as one array. Raises ValueError with what sbatch says, and leaves no file of a refused job."""
+    """Hand the runs to submitit, several as one array. Raises ValueError with sbatch's message, and leaves no file of a refused job."""
     folder = top / SUBMISSIONS
     try:
         for run in runs:
@@ -244,9 +222,9 @@ def submit(top: Path, runs: Sequence[SubmitRequest], wanted: Resources, where: W
 
 
 def wait(jobs: Sequence[submitit.Job[int]], where: Where) -> int:
-    """The exit code of the first run that failed, 0 when all finished; says how each one ended.
+    """The exit code of the first run that failed, 0 when all finished; prints how each one ended.
 
-    Looks for submitit's result files, and asks SLURM every half minute about all jobs at once: a job that was cancelled leaves no file.
+    Looks for submitit's result files, and asks SLURM every half minute about all jobs, as a cancelled one leaves no file.
     """
     codes: dict[str, int] = {}
     last_asked, ended = time.monotonic(), dict[str, tuple[float, slurm.JobState]]()
@@ -273,24 +251,19 @@ def wait(jobs: Sequence[submitit.Job[int]], where: Where) -> int:
 
 
 def _result(job: submitit.Job[int]) -> int | None:
-    """Exit code of a job whose tasks have all succeeded, or of which one has failed; None before."""
+    """Exit code of a job when all tasks have succeeded or one has failed; None before."""
     tasks = [job.task(number) for number in range(job.num_tasks)]
-    there = sorted((task for task in tasks if task.paths.result_pickle.exists()), key=lambda task: task.paths.result_pickle.stat().st_mtime)
-    for task in there:  # the first to fail has the cause, the others the consequence
-        error = task.exception()
-        if error is not None:
-            return _report(job, str(error))
-    if len(there) < len(tasks):
+    ended = sorted((task for task in tasks if task.paths.result_pickle.exists()), key=lambda task: task.paths.result_pickle.stat().st_mtime)
+    for task in ended:  # the first to fail has the cause, the others the consequence
+        if (error := task.exception()) is not None:
+            # a run's own message without the frames around it, any other error with its traceback
+            own = re.search(r"megakd\.jobs(?:\.task)?\.RunFailed: (.*?\nexit code: (\d+))", str(error), re.DOTALL)
+            print(f"job {job.job_id} failed: {own[1] if own else error}", file=sys.stderr, flush=True)
+            return int(own[2]) if own else 1
+    if len(ended) < len(tasks):
         return None
     print(f"job {job.job_id} finished, log: {tasks[0].paths.stdout}", flush=True)
     return 0
-
-
-def _report(job: submitit.Job[int], text: str) -> int:
-    """A run's own message without the frames around it; any other error with its traceback."""
-    own = re.search(r"megakd\.jobs(?:\.task)?\.RunFailed: (.*?\nexit code: (\d+))", text, re.DOTALL)
-    print(f"job {job.job_id} failed: {own[1] if own else text}", file=sys.stderr, flush=True)
-    return int(own[2]) if own else 1
 
 
 def _no_result(job: submitit.Job[int], state: slurm.JobState) -> int:
@@ -300,15 +273,18 @@ def _no_result(job: submitit.Job[int], state: slurm.JobState) -> int:
 
 
 def run(top: Path, runs: Sequence[SubmitRequest], wanted: Resources, where: Where, *, follow: bool, dry_run: bool) -> int:
-    """The whole verb. Returns the exit code."""
+    """Submit, run, or with `dry_run` print. Returns the exit code."""
     check(runs, wanted, where, top)
     if dry_run:
-        _say(top, runs, wanted, where)
+        _print_plan(top, runs, wanted, where)
         return 0
     if where == "slurm":
         slurm.check(wanted.partition, wanted.nodes, wanted.gpus_per_node)
     if where == "debug":
-        return _here(runs)
+        from megakd.training.command import run_command
+
+        # in this process, up to the first that fails
+        return next((code for request in runs if (code := run_command(_arguments(request)))), 0)
     jobs = submit(top, runs, wanted, where)
     for request, job in zip(runs, jobs, strict=True):
         print(f"job {job.job_id}: run folder {request.out}, log {job.task(0).paths.stdout}", flush=True)
@@ -318,11 +294,12 @@ def run(top: Path, runs: Sequence[SubmitRequest], wanted: Resources, where: Wher
     return 0
 
 
-def _say(top: Path, runs: Sequence[SubmitRequest], wanted: Resources, where: Where) -> None:
-    """Print what would be sent or run, and what of it could not be checked here."""
+def _print_plan(top: Path, runs: Sequence[SubmitRequest], wanted: Resources, where: Where) -> None:
+    """Print what would be sent or run, and what could not be checked here."""
     if where != "slurm":
         ranks = f"  # {wanted.ranks_per_node} ranks, by submitit" if wanted.ranks_per_node > 1 else ""
-        print("\n".join([*wanted.setup, *(_command(request) + ranks for request in runs)]))
+        commands = [shlex.join(["python", "megakd/train.py", *_arguments(request)]) + ranks for request in runs]
+        print("\n".join([*wanted.setup, *commands]))
         return
     print(preview(top, runs, wanted))
     try:
@@ -333,18 +310,7 @@ def _say(top: Path, runs: Sequence[SubmitRequest], wanted: Resources, where: Whe
         slurm.check(wanted.partition, wanted.nodes, wanted.gpus_per_node, there)
 
 
-def _here(runs: Sequence[SubmitRequest]) -> int:
-    """One run after another, in this process; ends with the first that fails."""
-    from megakd.training.command import run_command
-
-    for request in runs:
-        training = request.training
-        code = run_command([*training.arguments, "--out", training.out, "--resume", training.resume])
-        if code:
-            return code
-    return 0
-
-
-def _command(request: SubmitRequest) -> str:
+def _arguments(request: SubmitRequest) -> list[str]:
+    """Of megakd/train.py."""
     training = request.training
-    return shlex.join(["python", "megakd/train.py", *training.arguments, "--out", training.out, "--resume", training.resume])
+    return [*training.arguments, "--out", training.out, "--resume", training.resume]

@@ -1,11 +1,9 @@
-"""What each task of a submitted job does: train, and go back into the queue when it is asked to stop.
+"""What each task of a submitted job does: train, and exit with 85 when it has saved after a signal.
 
-What happens at a preemption or a time limit is told in runtime/preemption.py. Here the tasks end with 85, and the batch shell requeues the
-job, as that of slurm/*.sh does: outside a container, which may have no `scontrol`, and whether the cluster sends a job's own signal or
-SIGTERM alone. submitit ignores SIGTERM while the run starts, and SLURM requeues by itself after it. SLURM starts the same pickle again, as
-it does after a node failure.
+See runtime/preemption.py. The batch shell requeues the job, as in slurm/*.sh: outside a container, which may have no `scontrol`. submitit
+ignores SIGTERM while the run starts, after which SLURM requeues by itself; it starts the same pickle again, as after a node failure.
 
-Only what is light is imported here: SLURM's signals are answered from the moment submitit has read the pickle, before torch is there.
+Light imports alone: signals are noted from the moment submitit has read the pickle, before torch is there.
 """
 
 from __future__ import annotations
@@ -25,15 +23,15 @@ from megakd.runtime.preemption import ignore_from_here, note_early
 
 
 class RunFailed(RuntimeError):
-    """A run's own last words, its exit code and its log: what the submitter gets to see."""
+    """For the submitter: the run's last message, its exit code and its log."""
 
-    def __init__(self, said: str, code: int, log: str) -> None:
-        super().__init__(f"{said}\nlog: {log}\nexit code: {code}")
+    def __init__(self, message: str, code: int, log: str) -> None:
+        super().__init__(f"{message}\nlog: {log}\nexit code: {code}")
 
 
 @dataclass(frozen=True)
 class Training:
-    """megakd/train.py with these arguments, as a task of submitit. Plain data: SLURM may start its pickle again days later."""
+    """megakd/train.py with these arguments, as a task of submitit; SLURM may start its pickle again days later."""
 
     arguments: tuple[str, ...]
     out: str
@@ -45,28 +43,28 @@ class Training:
         log = str(here.paths.stdout)
         os.environ[LOG_VARIABLE] = log
         note_early()  # in place of submitit's own handler, which would requeue from here
-        # run.json and error messages show the command that does the same without submitit.
+        # run.json and error messages show the command without submitit
         sys.argv = ["megakd/train.py", *self.arguments, "--out", self.out, "--resume", self.resume]
         from megakd.training.command import run_command
 
-        said = _LastWords(sys.stderr)
-        with contextlib.redirect_stderr(said):
+        errors = _LastMessage(sys.stderr)
+        with contextlib.redirect_stderr(errors):
             code = run_command(sys.argv[1:])
         if code == EXIT_SAVED and here.cluster == "slurm":
-            # submitit writes no result for SystemExit: the job has none yet. The batch shell requeues it.
+            # submitit writes no result for SystemExit; the batch shell requeues the job
             ignore_from_here()
             sys.exit(EXIT_SAVED)
         if code:
-            raise RunFailed(said.last or "saved after a signal; the same command goes on from there", code, log)
+            raise RunFailed(errors.last or "saved after a signal; the same command goes on from there", code, log)
         return code
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What the requeued job runs. Called by submitit in the moment between its own first line and this task's."""
+        """What the requeued job runs; submitit calls it for a signal before this task's first line."""
         return submitit.helpers.DelayedSubmission(self)
 
 
-class _LastWords(io.TextIOBase):
-    """Writes through to a stream and remembers the last thing said: the message of an error, which is printed in one call."""
+class _LastMessage(io.TextIOBase):
+    """Writes through to a stream and keeps the last text: the message of an error, which is printed in one call."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self.last = stream, ""

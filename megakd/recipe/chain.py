@@ -1,4 +1,4 @@
-"""Models that another recipe is about to train, as far as that recipe already describes them: their source, without their weights."""
+"""Models that another recipe is about to train: their source by that recipe, without weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from megakd.recipe import Decoder, Model
 from megakd.recipe import load as recipes
 
 M = TypeVar("M", bound=Model)
-# The description of a CLIP model in its folder, as open_clip names it.
-CLIP_CONFIG = "open_clip_config.json"
-# Where a run that trains or makes a language model leaves it.
-LANGUAGE = "/bundle/language"
+CLIP_CONFIG = "open_clip_config.json"  # open_clip's name for a model's description in its folder
+LANGUAGE = "/bundle/language"  # of a run that trains or makes a language model
 
 
 def model(settings: M, role: str) -> M:
-    """`settings` with the source of the student that its recipe trains, while the folder of `model` is not there; else as they are.
+    """`settings`, with the source of the student that its recipe trains while the folder of `model` is not there.
 
     Raises ValueError when that recipe trains no student.
     """
@@ -33,7 +31,7 @@ def model(settings: M, role: str) -> M:
 
 
 def decoder(settings: Decoder) -> Decoder:
-    """`settings` with the source of the language model that the recipes before it start from, while its folder is not there.
+    """`settings`, with the source of the language model that earlier recipes start from while its folder is not there.
 
     Raises ValueError when the recipe that should train it has no decoder.
     """
@@ -42,7 +40,7 @@ def decoder(settings: Decoder) -> Decoder:
         return settings
     earlier = decoder(before(settings))
     source = {"model": earlier.model, "architecture": earlier.architecture, "tokenizer": settings.tokenizer or earlier.tokenizer}
-    # An architecture has no weights that could be quantised; the folder that is made of it has.
+    # an architecture has no weights that could be quantised
     return settings.model_copy(update={**source, "quantise": "none" if earlier.model is None else settings.quantise})
 
 

@@ -1,7 +1,7 @@
-"""Credentials that people write into URLs, kept out of files and messages: users in front of the host, and signatures in the query.
+"""Credentials in URLs, users and signatures, kept out of files and messages, which have `***` in their place.
 
-What is left out is written as `***`. A recipe that is read back with that in it cannot run until the value is given again; see
-`load.load`. Two names that differ by their credentials alone name the same file.
+A recipe that is read back with that cannot run until the value is given again, see `load.load`. Names that differ by credentials alone name
+the same file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _without_user(rest: str, scheme: str) -> str:
 
 
 def redacted(content: Any, key: str = "") -> Any:
-    """Plain JSON with `redact` of every string in it, and HIDDEN for those whose key says that they are secret."""
+    """Plain JSON with `redact` of every string, and HIDDEN for those under a key such as "token"."""
     if isinstance(content, str):
         return HIDDEN if key.lower() in _SECRET_KEYS and content else redact(content)
     if isinstance(content, dict):
@@ -53,7 +53,7 @@ def redacted(content: Any, key: str = "") -> Any:
 
 
 def unsigned(name: str) -> str:
-    """What stays the same of a file's URL when it is signed anew: no credentials and, if it had some in its query, no query."""
+    """What of a file's URL stays when it is signed anew: no credentials and, if they were in its query, no query."""
     shown = redact(name)
     return shown.partition("?")[0] if f"={HIDDEN}" in shown else shown
 
@@ -64,7 +64,7 @@ def is_hidden(text: str) -> bool:
 
 
 def keep_out_of_logs() -> None:
-    """From here on, what libraries and we log to the root's handlers goes through `redact`."""
+    """Let all that is logged to the root's handlers go through `redact`."""
     for handler in logging.getLogger().handlers:
         if not any(isinstance(known, _Redacting) for known in handler.filters):
             handler.addFilter(_Redacting())

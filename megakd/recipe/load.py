@@ -1,6 +1,6 @@
 """Recipes on disk: find one by name or path, apply `--set` overrides, explain every error, compare two.
 
-Errors are `ValueError`s that name the key, the value, the file and the remedy, with the nearest known key for a typo.
+Errors are `ValueError`s naming key, value, file and remedy, with the nearest known key for a typo.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from megakd.recipe import Recipe, credentials, resume, texts
+from megakd.recipe.section import union_members
 
-# Of one recipe that a message lists.
-MOST_PROBLEMS = 12
+MOST_PROBLEMS = 12  # in a message
 
 
 def shipped() -> list[str]:
@@ -29,10 +28,9 @@ def shipped() -> list[str]:
 
 
 def load(source: str, overrides: Iterable[str] = (), *, to_compare: bool = False) -> tuple[Recipe, str]:
-    """The recipe called `source` (a shipped name, a `.toml` file, or a run's `run.json`) with `key=value` overrides applied.
+    """The recipe `source` (a shipped name, a `.toml` file, or a run's `run.json`) with `key=value` overrides applied, and its path.
 
-    Returns the recipe and the path it was read from, for messages. Raises ValueError as the module's docstring says, and for values
-    whose credentials were left out of a run.json, unless the recipe is only `to_compare` with another.
+    Raises ValueError, also for values whose credentials were left out of a run.json unless the recipe is only `to_compare` with another.
     """
     settings, origin = _read(source)
     applied = list(overrides)
@@ -69,7 +67,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def check_given(section: BaseModel, origin: str, prefix: str = "") -> None:
-    """Raise ValueError for values of a recipe, or of a section, whose credentials were left out when run.json was written."""
+    """Raise ValueError for values of a recipe, or of a section, whose credentials were left out of run.json."""
     for key, value in texts.flat(section.model_dump(mode="json"), prefix).items():
         if any(isinstance(text, str) and credentials.is_hidden(text) for text in (value if isinstance(value, list) else [value])):
             raise ValueError(
@@ -141,7 +139,7 @@ def _parts(key: str, override: str) -> list[str]:
 
 
 def _value(text: str, override: str) -> Any:
-    """A TOML value (3e-4, true, [1, 2], "text"); what is none is taken as a bare string, so that paths need no quotes."""
+    """A TOML value (3e-4, true, [1, 2], "text"); anything else is a string, so that paths need no quotes."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -150,18 +148,14 @@ def _value(text: str, override: str) -> Any:
         raise ValueError(f"--set {override}: nested deeper than {texts.DEEPEST} levels") from None
     except ValueError:
         raise ValueError(f"--set {override}: an integer of thousands of digits; integers have 64 bits") from None
-    # More than one value: a line break in the text, or a comment that would be dropped.
-    return parsed["value"] if parsed.keys() == {"value"} and _is_whole(text) else text
-
-
-def _is_whole(text: str) -> bool:
-    if "#" not in text:
-        return True
-    try:
-        tomllib.loads(f"value = [ {text} ]")
-    except tomllib.TOMLDecodeError:  # the comment has swallowed the bracket
-        return "\n" in text
-    return True
+    if parsed.keys() != {"value"}:  # a line break in the text begins another key
+        return text
+    if "#" in text and "\n" not in text:
+        try:
+            tomllib.loads(f"value = [ {text} ]")
+        except tomllib.TOMLDecodeError:  # a comment has swallowed the bracket, and would be dropped
+            return text
+    return parsed["value"]
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
@@ -186,7 +180,7 @@ def _known_keys(section: list[str]) -> list[str]:
         field = None if model is None else model.model_fields.get(name)
         if field is None:
             return []
-        annotations: Sequence[Any] = _options(field.annotation)
+        annotations: Sequence[Any] = union_members(field.annotation)
         if tables := [get_args(option)[1] for option in annotations if get_origin(option) is dict]:
             next(names, None)  # the name that the recipe gave to an entry of this table
             annotations = tables
@@ -194,12 +188,8 @@ def _known_keys(section: list[str]) -> list[str]:
     return [] if model is None else list(model.model_fields)
 
 
-def _options(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-
-
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Lines 'key: old -> new' for each setting that changes what is learned; empty when a run of `old` goes on as `new` without a word."""
+    """Lines 'key: old -> new' for each setting that changes what is learned; empty when a run of `old` may go on as `new` unsaid."""
     return [f"{key}: {before!r} -> {after!r}" for key, before, after in _changed(old, new)]
 
 
@@ -216,11 +206,8 @@ def refused(old: Recipe, new: Recipe) -> list[str]:
 
 def told(old: Recipe, new: Recipe) -> list[str]:
     """What is to be said of the settings that may change, when `refused` has none."""
-    lines = []
-    for key, before, after in _changed(old, new):
-        name = resume.entry(key)
-        lines.append(f"{key}: {before!r} -> {after!r}: {resume.TOLD.get(name or '', 'changed')}")
-    return lines
+    changed = _changed(old, new)
+    return [f"{key}: {before!r} -> {after!r}: {resume.TOLD.get(resume.entry(key) or '', 'changed')}" for key, before, after in changed]
 
 
 def _changed(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:

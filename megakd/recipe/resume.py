@@ -1,10 +1,10 @@
-"""What becomes of a run when its recipe changes and it goes on: every key of a recipe is in this table, and a test holds that.
+"""What becomes of a resumed run whose recipe has changed; a test holds that every key of a recipe is in this table.
 
 free      nothing that is learned depends on it
-told      the run goes on otherwise from there, and says how: what its messages ask people to change is among these
+told      the run goes on with the new value, and says so: what its messages ask people to change is among these
 refused   what was trained so far would not be what the new recipe says
 
-`*` stands for a name of the recipe's own. The keys below one that is in the table, those of an architecture, are classed as it is.
+`*` is a name of the recipe's own. The keys below one in the table, those of an architecture, are classed as it is.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ ON_RESUME: dict[str, Change] = {
 
 
 def entry(key: str) -> str | None:
-    """The table's entry for a key of a recipe, `evaluation.vqa.mine.images`; None for one that it does not have."""
+    """The table's entry for a key of a recipe, such as `evaluation.vqa.mine.images`; None without one."""
     parts = key.split(".")
     return next((name for end in range(len(parts), 0, -1) for name in _spelled(parts[:end]) if name in ON_RESUME), None)
 
@@ -80,7 +80,7 @@ def _spelled(parts: list[str]) -> Iterable[str]:
 
 
 def change(key: str) -> Change:
-    """How a change of this key is taken; one that the table lacks is refused, a section that comes or goes for one."""
-    # A set that is added is named by its own keys, the last one that is taken out by its section's.
+    """The class of this key; refused where the table lacks it, as for a section that comes or goes."""
+    # a set that is added is named by its own keys, the last one that is taken out by its section's
     name = "evaluation.vqa.*.format" if key == "evaluation.vqa" else entry(key)
     return "refused" if name is None else ON_RESUME[name]

@@ -1,7 +1,7 @@
 """A recipe says what is learned: data, models, objectives, optimisation. One frozen, typed tree; no other module has defaults.
 
-How a run is carried out (ZeRO stage, precision, micro-batch, monitors) is the DeepSpeed JSON's to say; see `runtime/engine.py`.
-Reading, overriding and comparing recipes is in `load.py`; the losses are in `objectives.py`, the sections about questions in `vqa.py`.
+How a run is carried out (ZeRO stage, precision, micro-batch, monitors) is in the DeepSpeed JSON, see `runtime/ds_config.py`. Recipes are
+read and compared in `load.py`; the losses are in `objectives.py`, the sections about questions in `vqa.py`.
 """
 
 from __future__ import annotations
@@ -97,19 +97,11 @@ class Model(Section):
     recipe: str | None = Field(None, description="recipe that trains this model first when the folder of `model` is not there yet")
 
     @model_validator(mode="after")
-    def _one_source(self) -> Model:
+    def _describes_one_model(self) -> Model:
         if (self.model is None) == (self.architecture is None):
             raise ValueError("give either `model` (a name) or `architecture` (a table), not both and not neither")
-        return self
-
-    @model_validator(mode="after")
-    def _std_is_positive(self) -> Model:
         if isinstance(self.preprocess, Preprocess) and self.preprocess.std is not None and min(self.preprocess.std) <= 0:
             raise ValueError(f"preprocess.std = {list(self.preprocess.std)}: pixels are divided by it; give numbers above 0")
-        return self
-
-    @model_validator(mode="after")
-    def _recipe_has_a_place(self) -> Model:
         if self.recipe is not None and not (self.model or "").startswith("local-dir:"):
             raise ValueError(
                 f"recipe = {self.recipe!r} trains into a run folder: model must be 'local-dir:RUN/model' of that run, not {self.model!r}"
@@ -197,13 +189,9 @@ class Optim(Section):
     clip: Weight = Field(1.0, description="largest global gradient norm; 0 does not clip")
 
     @model_validator(mode="after")
-    def _betas_decay(self) -> Optim:
+    def _betas_decay_and_warmup_fits(self) -> Optim:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas = {list(self.betas)}: give two decays of at least 0 and below 1, for example [0.9, 0.98]")
-        return self
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> Optim:
         if self.warmup >= self.steps:
             raise ValueError(f"warmup = {self.warmup} does not end before steps = {self.steps}: lower warmup or raise steps")
         return self
@@ -295,15 +283,11 @@ class Recipe(ObjectiveSections, Sources):
         return first | {f"ensemble.{name}": teacher for name, teacher in self.ensemble.items()}
 
     @model_validator(mode="after")
-    def _ensemble_has_a_first(self) -> Recipe:
+    def _something_to_learn(self) -> Recipe:
         if self.ensemble and self.teacher is None:
             raise ValueError("[ensemble] holds teachers beside [teacher], and there is no [teacher]: name one of them so")
         if self.ensemble and any(teacher.store is not None for teacher in self.teachers().values()):
             raise ValueError("a store replays one teacher's augmentations: teacher.store works without [ensemble] alone")
-        return self
-
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> Recipe:
         active = self.objectives.active()
         if not active and self.answers is None:
             raise ValueError("objectives: every weight is 0 and there are no [answers]: nothing would be learned; give one a weight")

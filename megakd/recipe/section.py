@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
-# Counts end where no run can be meant any more: a loader of 10^20 processes would only hang.
-MOST = 10**9
+MOST = 10**9  # of a count; a loader of 10^20 processes would only hang
 Positive = Annotated[int, Field(gt=0, le=MOST)]
 NonNegative = Annotated[int, Field(ge=0, le=MOST)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 HeadKind = Annotated[
     Literal["linear", "mlp"], Field(description="projection of each modality to the teacher's width; mlp: with one hidden layer")
 ]
-# How a teacher is held: where its weights lie, and "_int8" where they are in 8 bit. Teacher.placement and Teacher.int8 are the two apart.
+# How a teacher is held: where its weights are, and "_int8" where they are in 8 bit.
 TeacherMode = Literal["replicated", "replicated_int8", "zero3", "zero3_int8"]
 Placement = Literal["replicated", "zero3"]
 Int8Product = Literal["auto", "dequantise", "bitsandbytes", "int_mm"]
@@ -30,6 +30,11 @@ FloatTriple = Annotated[tuple[Number, Number, Number], Field(strict=False)]
 
 
 class Section(BaseModel):
-    """Unknown keys are errors and values keep their type: a recipe never means something else than it says."""
+    """Unknown keys are errors, and values keep their type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def union_members(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union; of any other annotation it alone."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

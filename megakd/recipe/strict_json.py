@@ -1,4 +1,4 @@
-"""JSON that means one thing: what Python's reader lets through, or gives up on with other errors than its own, is refused with a reason."""
+"""JSON read strictly: what Python's reader takes beyond the standard, or fails on with other errors, is refused with a reason."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class NotStrict(ValueError):
-    """Why a text is not taken; for people, to be followed by a file's name or put behind it."""
+    """Why a text is refused, to be put behind a file's name."""
 
 
 class KeyTwice(ValueError):
-    """An object has `key` twice, of which one would be lost."""
+    """An object has `key` twice."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -35,8 +35,8 @@ def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def loads(text: str) -> Any:
     """The value of a JSON text.
 
-    Raises NotStrict: no JSON; a key that an object has twice, of which one would be lost; NaN and infinity; thousands of digits; nesting
-    that is deeper than Python goes; half a surrogate pair, which is no text that could be written again.
+    Raises NotStrict: no JSON; a key that an object has twice; NaN and infinity; thousands of digits; nesting that is too deep for Python;
+    half a surrogate pair, which could not be written again.
     """
     try:
         value = json.loads(text, object_pairs_hook=keys_once, parse_constant=_constant, parse_float=_float)

@@ -1,7 +1,7 @@
-"""Small text files and values that people write: TOML and JSON with one message for whatever is wrong with them.
+"""Small TOML and JSON files that people write, and values for messages.
 
-What a parser takes and no setting can mean is refused here, by key: a key that is there twice, NaN and infinity, integers beyond 64 bits,
-dates, control characters, tables within tables without an end.
+What a parser takes and no setting can mean is refused by key: a key that is there twice, NaN and infinity, integers beyond 64 bits, dates,
+control characters, endless nesting.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def exists(path: Path) -> bool:
 
 
 def read_text(path: Path, named: str) -> str:
-    """The file in UTF-8, without a byte order mark. Raises ValueError that begins with `named`, what the file is to its reader."""
+    """The file in UTF-8, without a byte order mark. Raises ValueError that begins with `named`, the file's name for people."""
     try:
         if path.is_dir():
             raise ValueError(f"{named}: this is a folder; name the file in it")
@@ -51,7 +51,7 @@ def read_text(path: Path, named: str) -> str:
 
 
 def parse_json(text: str, named: str) -> Any:
-    """The value in `text`. Raises ValueError that begins with `named` for what is no JSON, and for what the module's docstring lists."""
+    """The value in `text`. Raises ValueError that begins with `named` for what is no JSON, and for what no setting can mean."""
     try:
         value = json.loads(text, object_pairs_hook=strict_json.keys_once)
     except strict_json.KeyTwice as error:
@@ -112,7 +112,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_values(value: Any, named: str) -> None:
-    """Raise ValueError for what no setting can mean; see the module's docstring."""
+    """Raise ValueError for what no setting can mean."""
     if problem := next(impossible(value), None):
         raise ValueError(f"{named}: {problem}")
 
@@ -141,7 +141,7 @@ def impossible(value: Any) -> Iterator[str]:
 
 
 def _walk(value: Any) -> Iterator[tuple[str, Any, int]]:
-    """(dotted key, value, depth) of everything inside, without recursion: the depth is what is to be found out."""
+    """(dotted key, value, depth) of everything inside, without recursion, as it may be too deep."""
     waiting: list[tuple[str, Any, int]] = [("", value, 0)]
     while waiting:
         key, inner, depth = waiting.pop()

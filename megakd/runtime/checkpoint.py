@@ -8,9 +8,7 @@
 
 A checkpoint is written to a hidden folder beside it, synced to the disk and renamed: a crash at any moment leaves the previous ones
 untouched. Random numbers need no stored state: every step seeds torch's generators from (seed, step, rank), see `training/trainer.py`.
-
-Nothing of it is believed unchecked. Format 1, which had no checksum of `state.json`, is read as well: its numbers are held against each
-other and against the folder's name.
+All is checked when it is read; of format 1, which had no checksum of `state.json`, the numbers are compared with each other.
 """
 
 from __future__ import annotations
@@ -34,8 +32,7 @@ from megakd.runtime.exits import LossNotFinite
 
 FORMAT = 2
 WEIGHTS, MOMENTS, OBJECTIVES, STATE = "weights.safetensors", "moments.safetensors", "objectives.safetensors", "state.json"
-# Under a kilobyte as we write it; what is larger is not ours, and is not parsed.
-_LARGEST_STATE = 1 << 20
+_LARGEST_STATE = 1 << 20  # bytes; ours has under a thousand
 _NAME = re.compile(r"step_(\d{8,})")
 Log = Callable[[str], None]
 
@@ -54,7 +51,7 @@ class Progress:
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read; the message says which one, why, and what to do."""
+    """A checkpoint that cannot be written or read: which one, why, and what to do."""
 
 
 def folder_of(run: Path) -> Path:
@@ -62,10 +59,10 @@ def folder_of(run: Path) -> Path:
 
 
 def save(run: Path, progress: Progress, state: State, keep: int) -> Path:
-    """Write one checkpoint atomically and remove all but the newest `keep`. Called by rank 0 alone.
+    """Write one checkpoint atomically and remove all but the newest `keep`. For rank 0.
 
-    Raises CheckpointError when the disk is full or not writable, and LossNotFinite for a state that no run could go on from; the
-    earlier checkpoints then stay as they were.
+    Raises CheckpointError when the disk is full or not writable, and LossNotFinite for a state with NaN or infinity; the earlier
+    checkpoints then stay as they were.
     """
     tensors = {WEIGHTS: state.weights, MOMENTS: state.moments} | ({OBJECTIVES: state.objectives} if state.objectives else {})
     broken = [name for content in tensors.values() for name, value in content.items() if not bool(value.isfinite().all())]
@@ -77,8 +74,8 @@ def save(run: Path, progress: Progress, state: State, keep: int) -> Path:
     try:
         files.clear(folder)  # a run has one writer
         with files.atomic_folder(target) as partial:
-            for file, held in tensors.items():
-                save_file(held, partial / file)
+            for file, named_tensors in tensors.items():
+                save_file(named_tensors, partial / file)
             content = {"format": FORMAT, **asdict(progress), "updates": state.updates}
             content["files"] = {
                 name: {"bytes": (partial / name).stat().st_size, "sha256": files.sha256(partial / name)} for name in tensors
@@ -95,18 +92,18 @@ def save(run: Path, progress: Progress, state: State, keep: int) -> Path:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep`: after each save, and at a start, for one that was killed before it came to that."""
+    """Remove all but the newest `keep`: after each save, and at a start, as a kill may have come between."""
     for old in available(run)[:-keep]:
         files.remove(old)
 
 
 def available(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first, by name alone: `load` checks what is in them."""
+    """Checkpoint folders of a run, oldest first, by name; `load` checks their content."""
     return sorted(path for path in folder_of(run).glob("step_*") if _NAME.fullmatch(path.name))
 
 
 def latest_valid(run: Path, log: Log) -> Path | None:
-    """The newest checkpoint that `load` reads, or None. Damaged ones are passed over and said."""
+    """The newest checkpoint that `load` reads, or None. Damaged ones are logged."""
     for candidate in reversed(available(run)):
         try:
             load(candidate)
@@ -176,18 +173,16 @@ def _state(path: Path) -> dict[str, Any]:
     file = path / STATE
     try:
         if file.stat().st_size > _LARGEST_STATE:
-            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, a checkpoint's has under a thousand; {_ELSEWHERE}")
+            raise ValueError(f"{file.stat().st_size} bytes, a checkpoint's has under a thousand")
         content = json.loads(file.read_text(encoding="utf-8"))
-    except CheckpointError:
-        raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {STATE} cannot be read ({error}); {_ELSEWHERE}") from error
     if not isinstance(content, dict) or type(version := content.get("format")) is not int:
         raise CheckpointError(f"{path}: {STATE} says no format, as a checkpoint's does; {_ELSEWHERE}")
     if version not in (1, FORMAT):
         raise CheckpointError(f"{path}: format {version}, this version reads format {FORMAT}")
-    said = content.pop("sha256", None)
-    if (said is not None or version == FORMAT) and said != files.json_sha256(content):
+    checksum = content.pop("sha256", None)
+    if (checksum is not None or version == FORMAT) and checksum != files.json_sha256(content):
         raise CheckpointError(f"{path}: {STATE} was changed after it was written; {_ELSEWHERE}")
     if problem := _contradiction(path.name, content):
         raise CheckpointError(f"{path}: {STATE} cannot be true: {problem}; {_ELSEWHERE}")
@@ -195,21 +190,20 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _contradiction(folder: str, content: dict[str, Any]) -> str | None:
-    """What of the numbers cannot be: of format 1 nothing else tells that they were changed."""
+    """What of the numbers cannot be true; of format 1 nothing else tells that they were changed."""
     for key in ("step", "position", "seed", "data", "updates"):
         if type(content.get(key)) is not int or content[key] < 0:
             return f"{key} = {content.get(key)!r} is no count"
-    named = _NAME.fullmatch(folder)
-    if named and int(named[1]) != content["step"]:
+    if (named := _NAME.fullmatch(folder)) and int(named[1]) != content["step"]:
         return f"step = {content['step']} in the folder {folder}"
     if content["format"] == 1 and content["updates"] != content["step"]:
         return f"updates = {content['updates']} after step {content['step']}"
     if content["format"] == 1 and content["step"] and content["position"] % content["step"]:
         return f"position = {content['position']} after {content['step']} steps of equal size"
-    listed = content.get("files")
-    if not isinstance(listed, dict) or set(listed) - {OBJECTIVES} != {WEIGHTS, MOMENTS}:
+    entries = content.get("files")
+    if not isinstance(entries, dict) or set(entries) - {OBJECTIVES} != {WEIGHTS, MOMENTS}:
         return f"files are not {WEIGHTS} and {MOMENTS}"
-    if any(not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys() for facts in listed.values()):
+    if any(not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys() for facts in entries.values()):
         return "files have no size or checksum"
     return None
 

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Pending:
-    """A sum over ranks that is on its way to the host; `read` waits for it alone, not for the work queued after it."""
+    """A sum over ranks on its way to the host; `read` waits for it alone, not for work queued after it."""
 
     def __init__(self, summed: Tensor) -> None:
         self._event = None
@@ -43,7 +43,7 @@ def start_sum(values: Tensor, world: World) -> Pending:
 
 
 def barrier(world: World) -> None:
-    """Wait for every rank. A gloo all-reduce on the CPU: NCCL's barrier needs a device of its own and may hang without one."""
+    """Wait for every rank, by a gloo all-reduce on the CPU: NCCL's barrier may hang without a device of its own."""
     if world.size > 1:
         dist.all_reduce(torch.zeros(1))
 
@@ -65,8 +65,7 @@ def everyones(value: T, world: World) -> list[T]:
 
 
 def by_main(call: Callable[[], T], world: World) -> T:
-    """Rank 0's call() on every rank. Its errors of a folder that cannot be used, and LossNotFinite, are raised on every rank: none is
-    left waiting for the others."""
+    """Rank 0's call() on every rank. Its ValueError, OSError or LossNotFinite is raised on every rank."""
     result: T | None = None
     failure: Exception | None = None
     if world.is_main:
@@ -81,7 +80,7 @@ def by_main(call: Callable[[], T], world: World) -> T:
 
 
 def gather_rows(rows: Tensor, world: World) -> Tensor:
-    """Rows of all ranks concatenated in rank order, on the CPU of every rank; ranks may hold different numbers of rows."""
+    """Rows of all ranks, of which each may have another number, concatenated in rank order on the CPU of every rank."""
     rows = rows.detach().cpu().contiguous()
     if world.size == 1:
         return rows

@@ -1,4 +1,4 @@
-"""What a person reads: a run's lines and its progress bar, tables, and what is heard of the libraries."""
+"""What a person reads: a run's lines and its progress bar, tables, and libraries' messages."""
 
 from __future__ import annotations
 
@@ -12,22 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megakd.recipe.credentials import keep_out_of_logs, redact
 
-# Columns of a table where nobody says how many there are, on a pipe or in a log file: rich takes 80 there, and would cut the cells.
-UNKNOWN_WIDTH = 4000
+UNKNOWN_WIDTH = 4000  # columns on a pipe or in a log file, where rich takes 80 and would cut cells
 
 
 def plain(least: int = 0) -> Console:
-    """A console for tables and lines: as wide as the terminal and at least `least` columns, so wide that nothing is cut elsewhere."""
+    """A console for tables and lines: as wide as the terminal, at least `least` columns; elsewhere so wide that nothing is cut."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.width = max(console.width, least) if console.is_terminal else UNKNOWN_WIDTH
     return console
 
 
 class RunConsole:
-    """A run's lines on standard output, and on a terminal its progress bar. Only the main rank writes; others do nothing.
-
-    failure: why a line could not be written; where a job's output goes may be full as well.
-    """
+    """A run's lines on standard output, and on a terminal its progress bar; on the main rank alone. failure: why a line was not written."""
 
     def __init__(self, *, main: bool) -> None:
         self.failure: OSError | None = None
@@ -46,12 +42,9 @@ class RunConsole:
 
     def step(self, row: dict[str, Any], total_steps: int) -> None:
         """A row of metrics.jsonl as a line, or as the bar's new state."""
-        if self._main and self._console.is_terminal:
-            self._bar(row, total_steps)
-        else:
+        if not (self._main and self._console.is_terminal):
             self.say(_line(row, total_steps))
-
-    def _bar(self, row: dict[str, Any], total_steps: int) -> None:
+            return
         if self._progress is None:
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
             self._progress = Progress(*columns, console=self._console)
@@ -78,7 +71,7 @@ def _line(row: dict[str, Any], total_steps: int) -> str:
 
 
 def quiet_libraries() -> None:
-    """Leave the console to the run: libraries speak from warnings up, and torch's deprecations inside DeepSpeed are not the user's."""
+    """Leave the console to the run: libraries log from warnings up, without torch's deprecations inside DeepSpeed."""
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     keep_out_of_logs()
     for chatty in ("torch.utils.cpp_extension", "bitsandbytes.backends.cpu.ops"):  # the latter misses a package that nothing here calls

@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON tried by DeepSpeed itself, without a model: what it would refuse in the middle of a start is said before."""
+"""A DeepSpeed JSON tried by DeepSpeed itself, without a model, before a start."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import copy
 import enum
 import importlib.util
 import logging
-import types
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from megakd.recipe.section import union_members
 from megakd.recipe.texts import shown
 from megakd.runtime.ds_sections import SHARED, check_type, unknown
 from megakd.runtime.engine import deepspeed
 
-# Keys of zero_optimization that would do something else than they say here, or to more than they say: (what may stand there, why).
+# Keys of zero_optimization that would not do here what they say: (allowed values, why).
 _OWN_WEIGHTS = "weights are written by megakd, whole and in float32"
 _NUMBERS = "it changes the gradients' numbers, and the curve would no longer be the recipe's"
 ZERO_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -94,14 +94,14 @@ def _check_zero(zero: dict[str, Any], named: str, frozen: bool) -> None:
 
 
 def _check_model(section: str, content: dict[str, Any], model: type[BaseModel], named: str) -> None:
-    """Names and types by the annotations of DeepSpeed's own class, more strictly than it looks: "false" is no truth value here."""
+    """Names and types by the annotations of DeepSpeed's own class, more strictly: "false" is no truth value."""
     fields = {field.alias or name: field for name, field in model.model_fields.items()}
     fields.update(model.model_fields)
     for key, value in content.items():
         if key not in fields:
             shorter = [f"{section}.{field.alias or name}" for name, field in model.model_fields.items()]
             raise ValueError(unknown(f"{section}.{key}", shorter, named))
-        options = _options(fields[key].annotation)
+        options = union_members(fields[key].annotation)
         inner = next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
         if inner is not None:
             if value is not None and not isinstance(value, dict):
@@ -113,12 +113,8 @@ def _check_model(section: str, content: dict[str, Any], model: type[BaseModel], 
             check_type(f"{section}.{key}", value, wanted, named)
 
 
-def _options(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-
-
 def _plain(options: tuple[Any, ...]) -> type | None:
-    """bool, int, float, str or list, where the annotation says one; DeepSpeed itself looks at the rest."""
+    """bool, int, float, str or list, where the annotation says one; DeepSpeed itself checks other types."""
     for option in options:
         kind = get_origin(option) or option
         if isinstance(kind, type) and issubclass(kind, enum.IntEnum | enum.Enum):
@@ -131,7 +127,7 @@ def _plain(options: tuple[Any, ...]) -> type | None:
 
 
 def _by_deepspeed(config: dict[str, Any], named: str) -> None:
-    # Batches are `ds_config.resolve`'s, for the ranks of the job; DeepSpeed may not know yet how many there are.
+    # batches are checked by `ds_config.resolve`: DeepSpeed may not know the number of ranks yet
     tried = {key: value for key, value in copy.deepcopy(config).items() if key not in SHARED[:3]} | {SHARED[1]: 1}
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
@@ -142,8 +138,8 @@ def _by_deepspeed(config: dict[str, Any], named: str) -> None:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise ValueError(f"{named}: DeepSpeed refuses {key or 'it'} = {shown(first['input'])}: {first['msg']}") from None
-    except Exception as error:  # of any kind: assertions, KeyError, its own classes
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{named}: DeepSpeed refuses this configuration: {said[:500]}") from None
+    except Exception as error:  # assertions, KeyError, its own classes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{named}: DeepSpeed refuses this configuration: {reason[:500]}") from None
     finally:
         logger.setLevel(level)

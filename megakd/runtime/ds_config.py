@@ -18,7 +18,7 @@ BUILT_IN = "(built-in default)"
 
 
 class DsConfig(dict[str, Any]):
-    """A DeepSpeed JSON as a dict, which is what DeepSpeed takes and run.json keeps, with what megakd reads of it by name."""
+    """A DeepSpeed JSON as the dict that DeepSpeed takes and run.json keeps, with what megakd reads of it by name."""
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -26,13 +26,13 @@ class DsConfig(dict[str, Any]):
 
     @property
     def stage(self) -> int:
-        """Of ZeRO: 0 is none, as without the section."""
+        """Of ZeRO; 0 without it."""
         stage: int = self.zero.get("stage", 0)
         return stage
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether AdamW's moments lie and move in CPU memory."""
+        """Whether AdamW's moments are in CPU memory."""
         return bool((self.zero.get("offload_optimizer") or {}).get("device", "none") != "none")
 
     @property
@@ -56,7 +56,7 @@ class DsConfig(dict[str, Any]):
 
     @property
     def accumulates_in_bf16(self) -> bool:
-        """Whether micro-batches' gradients add up in bf16, as only a literal in the JSON asks for; of a resolved configuration."""
+        """Whether micro-batches' gradients add up in bf16; of a resolved configuration."""
         return self.micro_batches > 1 and self.get("data_types", {}).get("grad_accum_dtype") == "bf16"
 
 
@@ -65,12 +65,17 @@ def read(path: str | None, precision: Precision) -> tuple[dict[str, Any], str]:
     if path is None:
         default = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}} if precision == "bf16" else {}
         return default, BUILT_IN
+    return read_file(path, f"--ds_config {path}", "the repository's are in ds_configs/"), path
+
+
+def read_file(path: str, named: str, examples: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError that begins with `named`; examples: where some are, for one that is missing."""
     if not texts.exists(Path(path)):
-        raise ValueError(f"--ds_config {path}: no such file; the repository's are in ds_configs/")
-    config = texts.parse_json(texts.read_text(Path(path), f"--ds_config {path}"), f"--ds_config {path}")
+        raise ValueError(f"{named}: no such file; {examples}")
+    config = texts.parse_json(texts.read_text(Path(path), named), named)
     if not isinstance(config, dict):
-        raise ValueError(f"--ds_config {path}: a DeepSpeed configuration is an object, this is a {type(config).__name__}")
-    return config, path
+        raise ValueError(f"{named}: a DeepSpeed configuration is an object, this is a {type(config).__name__}")
+    return config
 
 
 def resolve(config: dict[str, Any], recipe: Recipe, ranks: int, *, config_name: str, recipe_name: str) -> DsConfig:
@@ -80,7 +85,7 @@ def resolve(config: dict[str, Any], recipe: Recipe, ranks: int, *, config_name: 
     not divide over `ranks` and micro-batches.
     """
     ds_sections.check(config, config_name)
-    # What is left of the refused sections is off.
+    # of the refused sections those that are off are left
     active = DsConfig((key, value) for key, value in copy.deepcopy(config).items() if key not in ds_sections.REFUSED)
     merge = _Merge(active, config_name, recipe_name)
     optim = recipe.optim
@@ -127,7 +132,8 @@ class _Merge:
         elif micro == "auto":
             micro = local
         if not isinstance(micro, int) or micro < 1 or local % micro:
-            key = "train_micro_batch_size_per_gpu" if steps == "auto" else "gradient_accumulation_steps"
+            literal = self.config.get("train_micro_batch_size_per_gpu", "auto") != "auto"
+            key = "train_micro_batch_size_per_gpu" if literal else "gradient_accumulation_steps"
             raise ValueError(
                 f"{key} = {self.config.get(key)!r} in {self.config_name} does not divide a rank's share of the batch: "
                 f"optim.batch = {batch} in {self.recipe_name} over {ranks} ranks is {local} each"
@@ -135,7 +141,7 @@ class _Merge:
         return micro
 
     def check_optimizer(self, recipe: Recipe) -> None:
-        """The optimizer is the recipe's AdamW; a section in the JSON may only repeat it. The engine builds it, so it leaves the JSON."""
+        """A section in the JSON may only repeat the recipe's AdamW, which the engine builds, so it leaves the JSON."""
         section = self.config.pop("optimizer", None)
         if section is None:
             return
@@ -144,12 +150,7 @@ class _Merge:
             raise ValueError(
                 f"optimizer.type = {kind!r} in {self.config_name}: megakd trains with AdamW; remove the section or write AdamW"
             )
-        owned = {
-            "lr": recipe.optim.lr,
-            "betas": list(recipe.optim.betas),
-            "eps": recipe.optim.eps,
-            "weight_decay": recipe.optim.weight_decay,
-        }
+        owned = recipe.optim.model_dump(mode="json", include={"lr", "betas", "eps", "weight_decay"})
         params = section.get("params") or {}
         for key, value in params.items():
             if key not in owned:
@@ -171,18 +172,11 @@ class _Merge:
         if kind == "bf16" and self.config.precision == "fp32":
             raise ValueError(f"data_types.grad_accum_dtype = 'bf16' in {self.config_name}: the run is in fp32; remove it, or enable bf16")
         if self.config.precision == "bf16" and self.config.micro_batches > 1:
-            self.accumulation(stage)
-
-    def accumulation(self, stage: int) -> None:
-        """Gradients of micro-batches add up in float32: in bf16 four of them lose 3 thousandths of their norm, and more with each.
-
-        At stage 1 they are also averaged over ranks in float32, once a step: DeepSpeed would round the sum for that.
-        """
-        types = self.config.setdefault("data_types", {})
-        kind = types.get("grad_accum_dtype") or "fp32"
-        types["grad_accum_dtype"] = kind
-        if kind == "fp32" and stage == 1:
-            self.config.setdefault("communication_data_type", "fp32")
+            # Gradients of micro-batches add up in float32: in bf16 four of them lose 3 thousandths of their norm, and more with each. At
+            # stage 1 they are also averaged over ranks in float32, once a step: DeepSpeed would round the sum for that.
+            self.config.setdefault("data_types", {})["grad_accum_dtype"] = kind or "fp32"
+            if kind != "bf16" and stage == 1:
+                self.config.setdefault("communication_data_type", "fp32")
 
 
 def _same(literal: Any, value: Any) -> bool:

@@ -1,6 +1,6 @@
-"""Which keys of a DeepSpeed JSON do something here, of which type, and why the others are refused by name. Needs no DeepSpeed.
+"""Which keys of a DeepSpeed JSON have an effect here, of which type, and why the others are refused. Needs no DeepSpeed.
 
-Nothing is taken and left unused: a section without an effect in megakd is an error that says whose the matter is, unless it is off.
+A section without an effect in megakd is an error that says what has it, unless it is off.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from megakd.recipe.texts import nearest, shown
 
-# Shared with the recipe: "auto" there. `ds_config.resolve` looks at what they say.
+# Shared with the recipe: "auto" there. `ds_config.resolve` compares them.
 SHARED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 SCALARS: dict[str, type] = {
     "steps_per_print": int,
@@ -89,7 +89,7 @@ TYPES = {bool: "true or false", int: "an integer", float: "a number", str: "a st
 
 
 def check(config: dict[str, Any], named: str) -> None:
-    """Raise ValueError naming key, value, file and remedy for what is unknown, of another type, or without an effect here."""
+    """Raise ValueError naming key, value, file and remedy for an unknown key, another type, or no effect here."""
     for key, value in config.items():
         if key in REFUSED:
             if not _is_off(value):
@@ -125,7 +125,7 @@ def _check_section(section: str, content: dict[str, Any], named: str) -> None:
 
 
 def check_type(key: str, value: Any, wanted: type, named: str) -> None:
-    """Raise ValueError where `value` is not of the type; an integer may be written 5e8. null leaves it to DeepSpeed's default."""
+    """Raise ValueError for a value of another type; an integer may be written 5e8, and null is DeepSpeed's default."""
     if value is None or wanted is object:
         return
     if value == "auto":
@@ -154,5 +154,5 @@ def unknown(key: str, known: Iterable[str], named: str) -> str:
 
 
 def _is_off(value: Any) -> bool:
-    """false, null, an empty section or one that says it is not enabled: nothing is asked for."""
+    """Whether it is false, null, or a section that is empty or not enabled."""
     return value in (None, False, {}) or (isinstance(value, dict) and value.get("enabled", True) is False)

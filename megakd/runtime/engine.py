@@ -1,7 +1,7 @@
 """DeepSpeed behind one small class; the only importer of deepspeed.
 
-What the rest of the program sees: `forward`, `backward`, `update`, and `export`/the constructor's `start` for the full, unsharded
-fp32 weights and optimizer moments, whatever the ZeRO stage. Checkpoints made of those fit any stage and any number of ranks.
+`export` and the constructor's `start` are full, unsharded fp32 weights and moments, whatever the ZeRO stage, so that checkpoints fit any
+stage and any number of ranks.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-# DeepSpeed compiles operators with the first ninja on PATH. An environment that was not activated has its own all the same, and a
-# system's of another version would compile again, for minutes, what this one has made.
+# DeepSpeed compiles operators with the first ninja on PATH: this environment's also where it is not activated, as one of another version
+# would compile again, for minutes, what is there.
 _PROGRAMS = str(Path(sys.executable).parent)
 if not os.environ.get("PATH", "").startswith(_PROGRAMS):
     os.environ["PATH"] = f"{_PROGRAMS}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -50,8 +50,8 @@ from megakd.runtime.ds_config import DsConfig  # noqa: E402
 from megakd.runtime.launch import World  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# On a CPU, DeepSpeed compiles a shared-memory all-reduce at every first start, which takes a compiler, Python's headers and up to a
-# minute, and which only inference calls (0.19.8, comm/torch.py). Left out, training on a CPU compiles nothing unless it offloads.
+# Otherwise DeepSpeed compiles a shared-memory all-reduce on a CPU at the first start, for up to a minute, that only inference calls
+# (0.19.8, comm/torch.py).
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -59,7 +59,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 class State:
     """Everything the optimizer moves, unsharded and in fp32 on the CPU: weights by parameter name, moments by `MOMENT/name`.
 
-    objectives: what losses keep from step to step, which the engine knows nothing of; see `ObjectiveSet.state`.
+    objectives: what losses keep from step to step, see `ObjectiveSet.state`.
     """
 
     weights: dict[str, Tensor]
@@ -74,9 +74,9 @@ def join(world: World) -> None:
 
 
 class Engine:
-    """The student in DeepSpeed's hands.
+    """The student under DeepSpeed.
 
-    `groups` are AdamW parameter groups of `module`. `config` comes from `ds_config.resolve`. `start` continues from an exported state.
+    groups: AdamW parameter groups of `module`. config: of `ds_config.resolve`. start: an exported state to go on from.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class Engine:
                     parameter.in_float32 = parameter.detach().float().clone()  # type: ignore[attr-defined]
         optimizer = _adamw(groups, optim, known)
         self.stage = known.stage
-        # Without ZeRO, DeepSpeed clips and does not tell the norm; `update` does both.
+        # without ZeRO DeepSpeed does not tell the norm, so `update` clips
         self._clip = float(config["gradient_clipping"]) if self.stage == 0 else 0.0
         handed_over = {**config, "gradient_clipping": 0.0} if self.stage == 0 else config
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=handed_over)
         csv = getattr(self._engine.monitor, "csv_monitor", None)
         if csv is not None:  # it would write another header into files that have one
             csv.filenames += monitors.header_is_there(config)
-        if start is not None:  # by which it numbers the values that it gives to monitors itself
+        if start is not None:  # by which DeepSpeed numbers its own values for monitors
             self._engine.global_samples = start.updates * self._engine.train_batch_size()
         self.micro_batch = known.micro_batch
         self.accumulation = known.micro_batches
@@ -127,7 +127,7 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, whose mean over ranks and sum over accumulation steps is the global batch's."""
-        with precision.of_towers(self._device), self.unmoved_buffers():  # activation checkpointing runs forwards once more in here
+        with precision.of_towers(self._device), self.unmoved_buffers():  # activation checkpointing repeats forwards in here
             self._engine.backward(loss * self.accumulation)
 
     def accumulated(self) -> None:
@@ -148,12 +148,12 @@ class Engine:
         self.updates += 1
 
     def _refresh_scalars(self) -> None:
-        """Leave the optimizer's float32 value with each rounded parameter of one number, for `precision.exact`. A small collective each."""
+        """Keep the optimizer's float32 value with each rounded parameter of one number, for `precision.exact`. A collective."""
         for parameter in self._scalars:
             parameter.in_float32 = self._full(parameter, None).detach().to(parameter.device)  # type: ignore[attr-defined]
 
     def _share_statistics(self) -> None:
-        """Give every rank rank 0's running statistics of batch norm, as DistributedDataParallel does: they are what is saved and judged."""
+        """Give every rank rank 0's running statistics of batch norm, as DistributedDataParallel does: they are saved and evaluated."""
         if self._statistics and self._engine.world_size > 1:
             shared = nn.utils.parameters_to_vector(self._statistics)
             dist.broadcast(shared, 0)
@@ -166,9 +166,9 @@ class Engine:
         return float(self._norm)
 
     def close(self) -> None:
-        """Let go of gradient hooks: no garbage collection sees them, and they hold weights, moments and ZeRO's buckets.
+        """Remove gradient hooks, which no garbage collection finds and which hold weights, moments and ZeRO's buckets; see also `forget`.
 
-        Neither the engine nor its module is of use after it. See `forget` for what else holds a partitioned one.
+        Neither the engine nor its module is of use afterwards.
         """
         self._engine.destroy()
         del self._engine, self._optimizer
@@ -195,8 +195,7 @@ class Engine:
 
     @contextlib.contextmanager
     def unmoved_buffers(self) -> Iterator[None]:
-        """Forwards in here leave no trace in what a checkpoint holds of the module's buffers, batch norm's running statistics above all:
-        for a forward that another one repeats."""
+        """Forwards in here, which others repeat, leave the module's persistent buffers as they were, such as batch norm's statistics."""
         before = [buffer.clone() for buffer in self._persistent]
         try:
             yield
@@ -229,10 +228,9 @@ class Engine:
             _replay_bias_correction(base, start.updates)
 
     def _make_moments(self) -> None:
-        """Make AdamW's moments now instead of in its first step: a resumed run has them to fill.
+        """Make AdamW's moments before its first step, for a resumed run to fill.
 
-        It also cures DeepSpeed 0.19.8, which links the moments to the parameters when the first of several groups has moved, and
-        so never finds those of the others.
+        DeepSpeed 0.19.8 would also link them to the parameters when the first of several groups has moved, and never find the others'.
         """
         base = self._base_optimizer()
         if self.stage == 3:
@@ -254,8 +252,10 @@ class Engine:
             if key is not None:
                 self._base_optimizer().state[parameter][key].copy_(value)
         elif self.stage == 3:
-            # DeepSpeed 0.19's full-tensor setter slices beyond the end where ranks do not divide the size; the local one is exact.
-            piece = _own_slice(value, safe_get_local_fp32_param(parameter).numel(), self._engine.global_rank)
+            # DeepSpeed 0.19's setter of full tensors slices beyond the end where ranks do not divide the size
+            numel = safe_get_local_fp32_param(parameter).numel()
+            piece = value.flatten()[self._engine.global_rank * numel :][:numel]
+            piece = torch.cat([piece, piece.new_zeros(numel - piece.numel())])
             if key is None:
                 safe_set_local_fp32_param(parameter, piece)
             else:
@@ -272,7 +272,7 @@ def is_partitioned(parameter: nn.Parameter) -> bool:
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Of a partitioned one, too, whose own shape is that of nothing between two forwards."""
+    """Also of a partitioned one, which is empty between two forwards."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
@@ -295,11 +295,6 @@ def forget() -> None:
                 wrapped.cache_clear()
 
 
-def _own_slice(value: Tensor, numel: int, rank: int) -> Tensor:
-    flat = value.flatten()[rank * numel : (rank + 1) * numel]
-    return torch.cat([flat, flat.new_zeros(numel - flat.numel())])
-
-
 def _adamw(groups: list[dict[str, object]], optim: Optim, config: DsConfig) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if config.offloads_optimizer:
@@ -310,10 +305,7 @@ def _adamw(groups: list[dict[str, object]], optim: Optim, config: DsConfig) -> t
 
 
 def _replay_bias_correction(optimizer: Any, updates: int) -> None:
-    """DeepSpeedCPUAdam multiplies beta^t up step by step, in C++; a new one would take a power, which rounds differently.
-
-    Some microseconds a step.
-    """
+    """DeepSpeedCPUAdam multiplies beta^t up step by step, in C++; a new one would take a power, which rounds differently."""
     beta1, beta2 = optimizer.param_groups[0]["betas"]
     nothing = [torch.zeros(1) for _ in range(4)]
     for step in range(1, updates + 1):
@@ -321,7 +313,7 @@ def _replay_bias_correction(optimizer: Any, updates: int) -> None:
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Strictly: the constructor's caller has compared the names and shapes before, with messages for users."""
+    """Copy `weights` into the module; callers have compared names and shapes, with messages for users."""
     targets = dict(module.named_parameters()) | persistent_buffers(module)
     with torch.no_grad():
         for name, value in weights.items():

@@ -1,4 +1,4 @@
-"""Where a run runs, for run.json and the console: its SLURM job, machines and log; the device, the versions and the commit of the code."""
+"""Where a run runs, for run.json and the console: its SLURM job, machines and log, the device, versions and commit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def restarts(environ: Mapping[str, str]) -> int:
 
 
 def has_come_back(environ: Mapping[str, str], starts: Iterable[Any]) -> bool:
-    """Whether an earlier start of this same job, after which it was requeued, is among a run's (`jobs` in run.json)."""
+    """Whether an earlier start of this job, before it was requeued, is among a run's `starts` (`jobs` in run.json)."""
     known = [start for start in starts if isinstance(start, dict) and start.get("slurm_job_id") == job_id(environ)]
     return restarts(environ) > 0 and any(start.get("restarts", 0) != restarts(environ) for start in known)
 
@@ -52,7 +52,7 @@ def slurm_record(ranks: int, started: str) -> dict[str, Any]:
 
 
 def log_path(environ: Mapping[str, str]) -> str | None:
-    """Absolute path of the file that this job's output goes to, None where nobody knows: outside SLURM, in an interactive job."""
+    """Absolute path of this job's output; None where it is not known, outside SLURM or in an interactive job."""
     if environ.get(LOG_VARIABLE):
         return str(Path(environ[LOG_VARIABLE]).absolute())
     if "SLURM_JOB_ID" not in environ:
@@ -61,14 +61,14 @@ def log_path(environ: Mapping[str, str]) -> str | None:
     try:
         shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SCONTROL_SECONDS)
     except (OSError, subprocess.SubprocessError):
-        return None  # a log nobody can point to is no reason to end a run
+        return None
     match = re.search(r"^\s*StdOut=(.+)$", shown.stdout, re.MULTILINE)
     return match[1] if match else None
 
 
 def device_name() -> str:
     """The GPU that this process computes on, or the machine's processor."""
-    import torch  # this module is read before torch is there, see `jobs/task.py`
+    import torch  # not at the module's level, see `jobs/task.py`
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
 

@@ -1,7 +1,7 @@
-"""What an error is to the person at the keyboard: megakd's own message, a known trouble of the machine with its remedy, or a bug.
+"""What an error is to its user: megakd's own message, a known trouble of the machine with its remedy, or a bug.
 
-`explain` gives the message of the first two kinds; a bug keeps its traceback. An error that crosses a process (a loader's worker, another
-rank) loses the frames that tell, so who hands it on says before whose it is: see `told`.
+`explain` gives the message of the first two kinds; a bug keeps its traceback. An error that goes to another process (of a loader's worker,
+of another rank) loses the frames that tell, so `told` notes before whose it is.
 """
 
 from __future__ import annotations
@@ -89,8 +89,10 @@ NETWORKED = ("requests", "urllib3", "httpx", "httpcore", "huggingface_hub", "aio
 
 
 def explain(error: BaseException) -> str | None:
-    """One message with a remedy, or None for a bug, whose traceback is wanted."""
-    chain = _chain(error)
+    """One message with a remedy, or None for a bug. Libraries wrap what megakd raises within them, so causes count as well."""
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None and cause not in chain:
+        chain.append(cause)
     for cause in chain:
         if isinstance(cause, ValueError) and is_ours(cause):
             return str(cause)
@@ -101,7 +103,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Raised by megakd itself, whose ValueErrors are written for users; a library's deserves its traceback."""
+    """Whether megakd itself raised it, whose ValueErrors are written for users."""
     marked = getattr(error, NOTE, None)
     if marked is not None:
         return bool(marked)
@@ -115,7 +117,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def told(error: E) -> E:
-    """The error, with a note whose it is: for one that goes to another process. One that cannot go there is replaced by its text."""
+    """The error with a note whose it is, to go to another process; one of its text where it cannot be pickled."""
     setattr(error, NOTE, is_ours(error))
     try:
         type(error)(*error.args)  # as it will be made again there
@@ -129,14 +131,6 @@ def told(error: E) -> E:
     return cast(E, plain)
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """The error and what it was raised from: libraries wrap what megakd's functions raise within them."""
-    found = [error]
-    while (cause := found[-1].__cause__) is not None and cause not in found:
-        found.append(cause)
-    return found
-
-
 def _known(error: BaseException) -> str | None:
     text = _first_lines(error)
     if isinstance(error, torch.OutOfMemoryError):
@@ -148,9 +142,8 @@ def _known(error: BaseException) -> str | None:
     if type(error).__module__.split(".")[0] in NETWORKED or isinstance(error, (socket.gaierror, TimeoutError)):
         return f"{text}; {NETWORK}"
     if isinstance(error, RuntimeError):
-        # DataLoader's error has the worker's own traceback in its text; what it is about is in the last line.
-        whole = str(error)
-        return next((f"{text}; {remedy}" for pattern, remedy in KNOWN if re.search(pattern, whole)), None)
+        # the whole text: of a DataLoader's error the cause is in the last line
+        return next((f"{text}; {remedy}" for pattern, remedy in KNOWN if re.search(pattern, str(error))), None)
     if isinstance(error, OSError) and error.errno is not None:
         if error.errno == errno.ENOSPC and "/dev/shm" in str(error.filename or text):
             return f"{text}; {SHARED_MEMORY}"
@@ -169,7 +162,7 @@ def _not_installed(error: ImportError, text: str) -> str | None:
 
 def _first_lines(error: BaseException, most: int = 600) -> str:
     lines = str(error).strip().splitlines()
-    if lines and lines[0].startswith("Caught "):  # of a worker: the frames are between this and what it says
+    if lines and lines[0].startswith("Caught "):  # of a worker: its message comes after the frames
         lines = lines[-1:]
     kept = [line for line in lines[:4] if line.strip()]
     return "\n".join(kept)[:most] or type(error).__name__

@@ -1,7 +1,7 @@
-"""Files and folders that are there whole or not at all, whatever is killed and however full the disk is; and what such a kill leaves.
+"""Files and folders that are there whole or not at all, whatever is killed and however full the disk is.
 
-While it is written, `NAME` is `.NAME.*partial` beside its place. A folder that is being replaced waits as `.NAME.replaced` until the new
-one is there, one that is being deleted is `.NAME.removed`. `clear` knows these names: who holds a folder calls it at the next start.
+While it is written, `NAME` is `.NAME.*partial` beside its place; a folder that is being replaced is `.NAME.replaced`, one that is being
+deleted `.NAME.removed`. Who holds a folder calls `clear` at its start, which removes what a kill left under these names.
 """
 
 from __future__ import annotations
@@ -30,21 +30,18 @@ def check_place(folder: Path, option: str) -> None:
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists() or parent.is_symlink())
         if not there.is_dir():
             raise ValueError(f"{option} {folder}: {there} is no folder; choose another {option}")
-        # named as `clear` takes what a kill has left; shutil's, as another job's start may have cleared it
+        # under a name that `clear` removes; ignore_errors, as another job's start may do so now
         shutil.rmtree(tempfile.mkdtemp(prefix=".tried-", suffix=PARTIAL, dir=there), ignore_errors=True)
-        for part in folder.absolute().relative_to(there.absolute()).parts:  # of what is not there yet, the names alone can be wrong
+        for part in folder.absolute().relative_to(there.absolute()).parts:
             if len(os.fsencode(part)) > 255:
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except OSError as error:
-        raise ValueError(f"{option} {_cut(folder)}: cannot be written to ({error.strerror or error}); choose another {option}") from None
-
-
-def _cut(path: Path) -> str:
-    return str(path) if len(str(path)) < 300 else f"{str(path)[:300]}..."
+        shown = str(folder) if len(str(folder)) < 300 else f"{str(folder)[:300]}..."
+        raise ValueError(f"{option} {shown}: cannot be written to ({error.strerror or error}); choose another {option}") from None
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, have left the system's memory. Raises OSError when they cannot be written."""
+    """Wait until a file's bytes, or a folder's names, are on the disk. Raises OSError when they cannot be written."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -53,13 +50,13 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, as hexadecimal digits."""
+    """Of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_sha256(content: Any) -> str:
-    """Of plain JSON, whatever the order of its keys: what a file says of itself, so that a changed value in it is noticed."""
+    """Of plain JSON, whatever the order of its keys; a file holds it, so that a changed value is noticed."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -67,7 +64,7 @@ def json_sha256(content: Any) -> str:
 def atomic_file(target: Path, *, alone: bool = False) -> Iterator[Path]:
     """A path beside `target` to write to; it takes target's place on success and is removed on failure.
 
-    alone: one process at a time writes this file. What an attempt left is written over by the next one, or cleared at the next start.
+    alone: one process at a time writes this file, always under the same partial name.
     """
     name = target.with_name(f".{target.name}{PARTIAL}")
     if not alone:
@@ -88,7 +85,7 @@ def atomic_file(target: Path, *, alone: bool = False) -> Iterator[Path]:
 
 
 def partials(target: Path) -> list[Path]:
-    """What writers of `target` by `atomic_file`, dead or alive, have beside it."""
+    """What writers by `atomic_file`, dead or alive, have beside `target`."""
     return sorted(target.parent.glob(f"{glob.escape(_prefix(target))}*{PARTIAL}"))
 
 
@@ -97,7 +94,7 @@ def _prefix(target: Path) -> str:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a file that one process at a time writes: a reader sees the old text or the new one, also after a power cut."""
+    """Write a file, one process at a time: a reader sees the old text or the new one, also after a power cut."""
     with atomic_file(target, alone=True) as partial:
         partial.write_text(text, encoding="utf-8")
         sync(partial)
@@ -105,10 +102,7 @@ def write_text(target: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target` to fill; synced, it takes target's place on success, and is removed on failure.
-
-    What was at `target` is there until then. For one writer at a time.
-    """
+    """An empty folder beside `target`, for one writer; synced, it takes target's place on success, and is removed on failure."""
     partial, replaced = _beside(target, PARTIAL), _beside(target, REPLACED)
     try:
         _settle(target)
@@ -132,7 +126,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder so that a crash halfway never leaves it under its valid name."""
+    """Remove a folder; a crash halfway does not leave it under its name."""
     if folder.exists():
         doomed = _beside(folder, REMOVED)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -141,9 +135,9 @@ def remove(folder: Path) -> None:
 
 
 def clear(*folders: Path) -> list[Path]:
-    """Remove what killed writers left directly in these folders, and put back what one was about to replace. Returns what was found.
+    """Remove what killed writers left directly in these folders, and put back what one was about to replace. Returns what was there.
 
-    Nobody else may be writing there. A folder that is not there holds nothing.
+    Nobody else may be writing there. A folder may be missing.
     """
     cleared: list[Path] = []
     for folder in folders:
@@ -152,8 +146,8 @@ def clear(*folders: Path) -> list[Path]:
             cleared.append(kept)
         for pattern in (f".*{PARTIAL}", f".*{REMOVED}", *_FORMERLY):
             for path in sorted(folder.glob(pattern)):
-                if path.is_symlink():
-                    continue  # no writer of ours makes one
+                if path.is_symlink():  # not ours
+                    continue
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
@@ -163,7 +157,7 @@ def clear(*folders: Path) -> list[Path]:
 
 
 def _settle(target: Path) -> None:
-    """Put back what was being replaced when its successor did not come; remove it when that did."""
+    """Put back what was being replaced; remove it where its successor is in place."""
     replaced = _beside(target, REPLACED)
     if replaced.exists():
         if target.exists():
@@ -179,8 +173,8 @@ def _beside(path: Path, end: str) -> Path:
 def safetensors_header(file: BinaryIO, largest: int = 1 << 27) -> tuple[int, dict[str, Any]]:
     """(where the tensors' bytes begin, {name: {"dtype", "shape", "data_offsets"}, "__metadata__": ...}) of a safetensors file at its start.
 
-    largest: bytes of a header; more are not read, as a damaged length would be gigabytes. Raises ValueError where there is no JSON; the
-    offsets count from where the bytes begin, and nothing is compared with the file's length.
+    Offsets count from where the bytes begin. largest: bytes that are read of a header, whose damaged length may be gigabytes. Raises
+    ValueError where there is no JSON; nothing is compared with the file's length.
     """
     (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
     header: dict[str, Any] = json.loads(file.read(min(length, largest)))

@@ -1,7 +1,7 @@
-"""Which rank am I? The one place that knows torchrun, `deepspeed`, `srun`, `mpirun`, submitit and a plain `python`.
+"""This process's rank, under torchrun, `deepspeed`, `srun`, `mpirun`, submitit and a plain `python`.
 
-Each launcher tells a process its rank in its own variables; `start` reads them, writes torch's (RANK, WORLD_SIZE, LOCAL_RANK,
-MASTER_ADDR, MASTER_PORT, which DeepSpeed reads as well) and joins the process group: NCCL for CUDA tensors, gloo for CPU ones.
+Each launcher has its own variables; `start` reads them, writes torch's (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, which
+DeepSpeed reads as well) and joins the process group: NCCL for CUDA tensors, gloo for CPU ones.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _peers: peers.Peers | None = None  # of the process group that `start` has joine
 _before: dict[str, str | None] = {}  # what `start` has overwritten in the environment, None for what was not there
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Ports of rendezvous: PORTS is prime, and all lie below 32768, where Linux begins to hand out ports to whoever connects
-# (net.ipv4.ip_local_port_range). The strides keep the neighbours of a job, of a restart and of a step of one job apart.
+# Ports of rendezvous: PORTS is prime, and all are below 32768, from where on Linux gives ports to whoever connects
+# (net.ipv4.ip_local_port_range). The strides keep a job's neighbours, restarts and steps apart.
 FIRST_PORT, PORTS = 10240, 22003
 RESTART_STRIDE, STEP_STRIDE = 1009, 7919
-# From here on steps are SLURM's own: the batch script, the shell of salloc, what holds the node (slurm.h, SLURM_INTERACTIVE_STEP).
+# From here on steps are SLURM's own, as the batch script and the shell of salloc (slurm.h, SLURM_INTERACTIVE_STEP).
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
 # What names one mpirun: Open MPI's (PRRTE, ORTE), then MPICH's and Intel MPI's.
 MPI_JOBS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "HYDRA_JOBID", "PMI_JOBID")
-# The process group waits this much longer than the watchdog, which says more about a hang than a timeout in NCCL or gloo does.
+# The process group waits longer than the watchdog, which says more about a hang than a timeout of NCCL or gloo.
 AFTER_WATCHDOG = timedelta(minutes=5)
 
 
@@ -49,10 +49,10 @@ class World:
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """torch's five rendezvous variables as the launcher that started this process means them, and LOCAL_WORLD_SIZE where it is known.
+    """torch's five rendezvous variables by this process's launcher, and LOCAL_WORLD_SIZE where it is known.
 
-    A task of submitit on SLURM is a task of srun. Raises ValueError when a launcher set only some of its variables or nonsense, and when
-    SLURM's list of nodes, or mpirun, does not say where the ranks meet.
+    A task of submitit on SLURM is a task of srun. Raises ValueError for missing or impossible variables, and when neither SLURM's list of
+    nodes nor mpirun says where the ranks meet.
     """
     if "RANK" in environ:
         rendezvous = _as_given(environ)
@@ -69,7 +69,7 @@ def variables(environ: Mapping[str, str]) -> dict[str, str]:
         rendezvous = _slurm(environ)
     else:
         return _alone(environ)
-    # An IPv6 address as URLs write it: torch's store would look for a host of that name.
+    # torch's store takes an IPv6 address without a URL's brackets
     return _checked({**rendezvous, "MASTER_ADDR": re.sub(r"^\[(.*)\]$", r"\1", rendezvous["MASTER_ADDR"])})
 
 
@@ -109,10 +109,9 @@ def _alone(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_task_of_srun(environ: Mapping[str, str]) -> bool:
-    """Whether srun started this process as one of several.
+    """Whether srun started this process as a task.
 
-    A batch script's own `python` has SLURM_PROCID too, but no SLURM_STEP_ID: it is one process. So is what is started in the shell that
-    salloc gives, a step of SLURM's own with a number of its own.
+    A batch script's own `python` has SLURM_PROCID too, but no SLURM_STEP_ID; what is started in salloc's shell has SLURM's own step.
     """
     if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
         return False
@@ -131,7 +130,7 @@ def _as_given(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _mpirun(environ: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> dict[str, str]:
-    """A rank of mpirun, which says who is who and not where they meet: on one machine that is known, on several the user says."""
+    """A rank of mpirun, which does not say where the ranks meet: on several machines the user does."""
     ranks, here = _number(environ, size), _number(environ, local_size)
     host, port_ = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     if ranks > here and not host:
@@ -189,12 +188,12 @@ def _slurm(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def port(job: int, restart: int = 0, step: int = 0) -> int:
-    """Where the ranks of a job meet: another port for its neighbours, its restarts and its other steps; see FIRST_PORT."""
+    """Where the ranks of a job meet; neighbours, restarts and other steps have another port, see FIRST_PORT."""
     return FIRST_PORT + (job + RESTART_STRIDE * restart + STEP_STRIDE * step) % PORTS
 
 
 def _tasks_on_this_node(environ: Mapping[str, str], tasks: int) -> int:
-    """From SLURM's run lengths, "2(x3),1": of the step where it says, else of one node that runs all."""
+    """By the step's run lengths, "2(x3),1"; without them one node runs all."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
         counts += [int(count)] * int(times or 1)
@@ -214,11 +213,10 @@ def _first_host(nodes: str) -> str:
 
 
 def start(timeout: timedelta = timedelta(minutes=30)) -> World:
-    """Join the process group and choose this rank's device. Returns this process's place in the world.
+    """Join the process group and choose this rank's device.
 
-    timeout: how long a collective waits for the others, until `wait_longer_than` says otherwise.
-    Raises ValueError, with the remedy, for what the launcher's variables do not say, and where the ranks do not meet; see `peers.meet`;
-    and on every rank where they would compute in different types.
+    timeout: of collectives, until `wait_longer_than` is called. Raises ValueError with the remedy as `variables` and `peers.meet` do, and
+    on every rank where the ranks would compute in different types.
     """
     global _peers
     rendezvous = variables(os.environ)
@@ -232,7 +230,7 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> World:
         index = device_index(local_rank, int(rendezvous.get("LOCAL_WORLD_SIZE", local_rank + 1)), torch.cuda.device_count())
         torch.cuda.set_device(index)
         device = torch.device("cuda", index)
-        # DeepSpeed takes LOCAL_RANK for the number of the device (its engine, zero.Init and zero/utils.py), and nothing else asks for it.
+        # DeepSpeed takes LOCAL_RANK for the device's number (its engine, zero.Init and zero/utils.py)
         rendezvous["LOCAL_RANK"] = str(index)
     _before.update({name: os.environ.get(name) for name in rendezvous if name not in _before})
     os.environ.update(rendezvous)
@@ -253,13 +251,13 @@ def _meeting(rendezvous: Mapping[str, str], environ: Mapping[str, str]) -> peers
         port=int(rendezvous["MASTER_PORT"]),
         agent=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         attempt=environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-        # In a shell of `srun --pty`, one process takes itself for one of several tasks.
+        # in a shell of `srun --pty` one process takes itself for one of several tasks
         timeout=peers.MEETING_SECONDS_AT_A_TERMINAL if "SLURM_PTY_PORT" in environ and "RANK" not in environ else peers.MEETING_SECONDS,
     )
 
 
 def tell(text: str, code: int) -> None:
-    """Let the other ranks know that this one ends, so that they end as well."""
+    """Let the other ranks know that this one ends, so that they do, too."""
     if _peers is not None:
         _peers.tell(text, code)
 
@@ -270,10 +268,10 @@ def heard(seconds: float) -> peers.Failure | None:
 
 
 def device_index(local_rank: int, local_size: int, visible: int) -> int:
-    """Number of this rank's device among the `visible` ones of this process; local_size: ranks on this machine.
+    """Number of this rank's device among the `visible` ones; local_size: ranks on this machine.
 
-    `srun --gpus-per-task=1` shows each task one device, number 0, whatever its local rank. Where all tasks see the same single one, NCCL
-    itself refuses ("Duplicate GPU"). Raises ValueError when several are visible and ranks would share some.
+    `srun --gpus-per-task=1` shows each task one device, number 0; where all see the same one, NCCL refuses ("Duplicate GPU"). Raises
+    ValueError when several are visible and ranks would share some.
     """
     if visible == 1:
         return 0
@@ -296,8 +294,8 @@ def wait_longer_than(watchdog: float) -> None:
 
 
 def stop() -> None:
-    """Leave the process group; without it torch warns at exit, and NCCL may hang. The environment is as it was before `start`: a calling
-    program may start other jobs, whose ranks would meet where this one's did."""
+    """Leave the process group, without which torch warns at exit and NCCL may hang, and restore the environment: a calling program may
+    start other jobs, whose ranks would meet where this one's did."""
     global _peers
     for name, value in _before.items():
         if value is None:
@@ -316,7 +314,7 @@ def stop() -> None:
 def _leave_group() -> None:
     if not dist.is_initialized():
         return
-    # DeepSpeed, where the engine has loaded it, remembers groups made from this one and must forget them, or no second start works.
+    # DeepSpeed, where it is loaded, must forget groups made from this one, or no second start works
     comm = sys.modules.get("deepspeed.comm")
     if comm is not None and comm.is_initialized():
         comm.destroy_process_group()

@@ -1,8 +1,8 @@
-"""Monitors of the DeepSpeed JSON when a run goes on: no step twice in them.
+"""Monitors of the DeepSpeed JSON when a run resumes: no step twice in them.
 
-A run that goes on from a checkpoint writes the steps past it again. DeepSpeed's CSV monitor appends, and begins with another header line;
-TensorBoard's starts a further event file. So what lies past the checkpoint is taken out first. A folder that another run of megakd
-writes to is left as it is. W&B keeps its data elsewhere: it is told to go on with the run of the same id, and takes no step twice.
+A resumed run writes the steps past its checkpoint again. DeepSpeed's CSV monitor appends, behind another header line; TensorBoard's begins
+a further event file. So what lies past the checkpoint is taken out first, but for a folder that another run writes to. W&B is given the
+same run id, and takes no step twice.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _named: dict[str, str] = {}  # what this module has put into the environment
 def go_on(config: Mapping[str, Any], run: Path, samples: int, *, evaluated: bool) -> list[str]:
     """Ready the monitors for a run that goes on after `samples` samples, 0 for one that begins. Rank 0, before the engine is made.
 
-    evaluated: whether the scores of that step stay; else they are about to be written again.
-    Returns lines for people: what was left as it is, and why. Raises OSError where a file cannot be written.
+    evaluated: whether the scores of that step stay, or are written again. Returns lines for people on what was left as it is. Raises
+    OSError where a file cannot be written.
     """
     lines = []
     for section, clear in (("csv_monitor", _clear_csv), ("tensorboard", _clear_events)):
@@ -52,7 +52,7 @@ def go_on(config: Mapping[str, Any], run: Path, samples: int, *, evaluated: bool
 
 
 def header_is_there(config: Mapping[str, Any]) -> list[str]:
-    """Names, without .csv, of the CSV monitor's files that begin with their header already."""
+    """Names, without .csv, of the CSV monitor's files that have their header."""
     folder = _folder(config.get("csv_monitor"))
     return [] if folder is None else [path.stem for path in folder.glob("*.csv") if path.stat().st_size]
 
@@ -84,7 +84,7 @@ def _clear_csv(folder: Path, samples: int, scored: int) -> None:
 
 
 def _clear_events(folder: Path, samples: int, scored: int) -> None:
-    """Keep the records of event files up to `samples`, of scores up to `scored`; a last one that a kill cut is dropped."""
+    """Keep the records of event files up to `samples`, of scores up to `scored`, without a last one that a kill cut."""
     from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
 
     for path in folder.glob(f"{EVENTS}*"):
@@ -112,10 +112,10 @@ def _records(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _name_wandb_run(run: Path) -> None:
-    """Let wandb.init, which DeepSpeed calls, go on with this folder's run. It takes no step that lies before its last one."""
+    """Let wandb.init, which DeepSpeed calls, go on with this folder's run; it takes no step before its last one."""
     path = run / WANDB_ID
     if not path.exists():
         write_text(path, secrets.token_hex(8) + "\n")
     for name, value in (("WANDB_RUN_ID", path.read_text(encoding="utf-8").strip()), ("WANDB_RESUME", "allow")):
-        if os.environ.get(name) in (None, _named.get(name)):  # the user's own stays; that of a run before in this process does not
+        if os.environ.get(name) in (None, _named.get(name)):  # not the user's own
             os.environ[name] = _named[name] = value

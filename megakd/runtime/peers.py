@@ -1,7 +1,7 @@
-"""How ranks find each other, and end together: where they meet is checked with words, and the error of one is the error of all.
+"""How ranks find each other, and end together: the error of one is the error of all.
 
-`meet` joins the ranks at MASTER_ADDR:MASTER_PORT and says who is missing. `Peers.tell` lets the others know that this rank ends and why;
-each looks every half second, in a thread, because a rank that waits in a collective of the GPU never hears that another one has gone.
+`meet` joins the ranks at MASTER_ADDR:MASTER_PORT and says who is missing. `Peers.tell` lets the others know why this rank ends; each polls
+for it in a thread, as a rank that waits in a collective of the GPU never hears that another one has gone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FAILED, REFUSED, GONE = "failed", "refused", "gone"
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where `size` ranks meet. agent: torchrun keeps the store, in a process of its own; attempt: how often it has started the ranks."""
+    """Where `size` ranks meet. agent: torchrun keeps the store in its own process; attempt: how often it has started the ranks."""
 
     rank: int
     size: int
@@ -48,7 +48,7 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank ended: its words for people and its exit code."""
+    """Why a rank ended: a text for people, and its exit code."""
 
     rank: int
     text: str
@@ -56,21 +56,20 @@ class Failure:
 
 
 def meet(place: Meeting) -> tuple[dist.Store, dist.TCPStore]:
-    """The ranks' common store, and its connection. Every rank is there when this returns.
+    """The ranks' common store, and its connection, when every rank is there.
 
-    Raises ValueError with the remedy for a host nobody knows, a port that something else has, two processes of one rank, and ranks that do
-    not come.
+    Raises ValueError with the remedy for an unknown host, a port in use, two processes of one rank, and ranks that do not come.
     """
     end = time.monotonic() + place.timeout
     _resolve(place)
     serves = place.rank == 0 and not place.agent
     connection = _serve(place) if serves else _reach(place, end)
-    # torch's own name for the attempts of torchrun, so that a restarted rank does not meet itself of the attempt before
+    # torch's name for torchrun's attempts, so that a restarted rank does not meet itself of the attempt before
     store = dist.PrefixStore(f"/worker/attempt_{place.attempt}", connection)
     try:
         _register(place, store)
     except ValueError as error:
-        # Those who are there wait for this rank. Not FAILED, which a run reads that has begun: it may be another job's.
+        # the ranks that are there wait for this one; FAILED is for a run that has begun, which may be another job's
         _tell(store, Failure(place.rank, str(error), EXIT_USER_ERROR), REFUSED)
         raise
     _await(place, store, end)
@@ -137,7 +136,7 @@ def _reach(place: Meeting, end: float) -> dist.TCPStore:
 
 
 def _attempt(place: Meeting) -> dist.TCPStore | Exception | None:
-    """The connection, why there is none, or None where something took the connection and says nothing: torch would wait for ever."""
+    """The connection, why there is none, or None where something takes the connection and is silent: torch would wait for ever."""
     done: list[dist.TCPStore | Exception] = []
 
     def connect() -> None:
@@ -153,7 +152,7 @@ def _attempt(place: Meeting) -> dist.TCPStore | Exception | None:
 
 
 def _store(place: Meeting, *, serves: bool) -> dist.TCPStore:
-    # not longer than an attempt: torch looks for the host again and again by itself
+    # not longer than an attempt, as torch retries by itself
     limit = timedelta(seconds=min(CONNECT_SECONDS, place.timeout))
     return dist.TCPStore(place.host, place.port, place.size, serves, timeout=limit, wait_for_workers=False, multi_tenant=serves)
 
@@ -214,29 +213,29 @@ def _await(place: Meeting, store: dist.Store, end: float) -> None:
 
 
 class Peers:
-    """The other ranks of this run. After `tell` on one of them, each of the others ends within ABORT_SECONDS with the same words."""
+    """The other ranks of this run. After `tell` on one, each of the others ends within ABORT_SECONDS with the same text."""
 
     def __init__(self, rank: int, size: int, store: dist.Store, connection: dist.TCPStore, attempt: str = "0") -> None:
         self._rank, self._size, self._store = rank, size, store
-        # A connection of its own: a wait of the main thread in the other one would hold up the question whether it waits in vain.
+        # the thread's own connection, as the main thread may wait in the other one
         self._own = dist.PrefixStore(f"/worker/attempt_{attempt}", connection.clone())
         self._closed, self._ending = threading.Event(), threading.Event()
-        self._said: Failure | None = None
+        self._mine: Failure | None = None
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
 
     def tell(self, text: str, code: int) -> None:
-        """Let the others know that this rank ends; the first to tell is the one they hear."""
-        self._said = Failure(self._rank, text, code)
+        """Let the others know that this rank ends; they hear the first to tell."""
+        self._mine = Failure(self._rank, text, code)
         self._ending.set()
         try:
-            _tell(self._store, self._said)
+            _tell(self._store, self._mine)
             self._store.add(GONE, 1)
         except dist.DistError:  # rank 0 has gone, and the store with it
             return
 
     def heard(self, seconds: float = 0.0) -> Failure | None:
-        """What another rank has told, now or within so many seconds."""
+        """Why another rank ends, if it tells within so many seconds."""
         end = time.monotonic() + seconds
         while True:
             failure = _heard(self._store, self._rank)
@@ -245,7 +244,7 @@ class Peers:
             time.sleep(0.1)
 
     def close(self) -> None:
-        """No more looking. Rank 0 stays until the others have heard: it keeps what they read."""
+        """Stop polling. Rank 0, which keeps the store, stays until the others have heard."""
         failed = self._ending.is_set()
         self._closed.set()
         if failed and self._rank == 0:
@@ -260,13 +259,13 @@ class Peers:
     def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
             if self._ending.is_set():
-                if not self._closed.wait(CLOSE_SECONDS) and self._said is not None:
-                    os._exit(self._said.code)  # what was to be closed waits for a device or a peer
+                if not self._closed.wait(CLOSE_SECONDS) and self._mine is not None:
+                    os._exit(self._mine.code)  # what was to be closed waits for a device or a peer
                 return
             failure = _heard(self._own, self._rank)
             if failure is None:
                 continue
-            # The main thread hears it by itself where its collective fails; it may also wait for ever.
+            # the main thread hears it where its collective fails, but may also wait for ever
             if self._closed.wait(ABORT_SECONDS) or self._ending.is_set():
                 continue
             print(f"[rank {self._rank}] {of_another(failure)}", file=sys.stderr, flush=True)
@@ -281,7 +280,7 @@ def _tell(store: dist.Store, failure: Failure, key: str = FAILED) -> None:
 
 
 def _heard(store: dist.Store, rank: int, key: str = FAILED) -> Failure | None:
-    """What another rank than `rank` has told; None also where the store has gone with rank 0."""
+    """What another rank has told; None also where the store has gone with rank 0."""
     try:
         if not store.check([key]):
             return None

@@ -1,8 +1,7 @@
-"""In which floating type a run's models compute: decided here and nowhere else.
+"""The floating type that a run's models compute in: decided here and nowhere else.
 
-bf16 on a GPU, float32 on a CPU. MEGAKD_PRECISION=bf16 or fp32 in the environment says otherwise, for every part at once: teachers, the
-built-in DeepSpeed configuration, stores, decoders. With bf16 a CPU takes every branch that a GPU takes: a rehearsal of a job before it
-queues. A DeepSpeed JSON that names its own `bf16` section keeps its word about the student.
+bf16 on a GPU, float32 on a CPU, or what MEGAKD_PRECISION in the environment says, for teachers, the built-in DeepSpeed configuration,
+stores and decoders at once; with bf16 a CPU takes every branch of a GPU. A DeepSpeed JSON's own `bf16` section decides on the student.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 Precision = Literal["fp32", "bf16"]
 
-# Layers with running statistics, which are sums and stay float32; timm's kinds are of these, too.
+# Layers with running statistics, which stay float32; timm's kinds are of these, too.
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 VARIABLE = "MEGAKD_PRECISION"
@@ -26,14 +25,11 @@ _DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bf
 
 
 def asked() -> Precision | None:
-    """What the environment asks for. Raises ValueError naming the variable for anything else than bf16, fp32 or nothing."""
+    """By the environment. Raises ValueError naming the variable for anything else than bf16, fp32 or nothing."""
     value = os.environ.get(VARIABLE, "")
-    for known in _DTYPES:
-        if value == known:
-            return known
-    if value:
+    if value and value not in _DTYPES:
         raise ValueError(f"{VARIABLE} = {value!r} in the environment: set it to bf16 or fp32, or unset it for the device's own")
-    return None
+    return next((known for known in _DTYPES if value == known), None)
 
 
 def of(device: torch.device) -> Precision:
@@ -47,9 +43,9 @@ def dtype(precision: Precision) -> torch.dtype:
 
 
 def check_alike(device: torch.device, size: int) -> None:
-    """Raise ValueError on every rank where the ranks would compute in different types: their tensors would not fit each other's.
+    """Raise ValueError on every rank where the ranks would compute in different types. A collective of `size` ranks.
 
-    A collective of `size` ranks. One may see no GPU where the others do, or not have got the variable that another has.
+    One may see no GPU where the others do, or lack the variable that another has.
     """
     try:
         mine, wrong = of(device), None
@@ -75,9 +71,9 @@ def check_alike(device: torch.device, size: int) -> None:
 
 @contextlib.contextmanager
 def of_towers(device: torch.device) -> Iterator[None]:
-    """Towers that compute in float32 on a GPU do so in TF32 in here, eight times as fast: evaluations, a student without bf16.
+    """Towers that compute in float32 on a GPU do so in TF32 in here, eight times as fast.
 
-    Not switched on for the process: losses promise float32 logits, evaluations compare embeddings, and torch's switch is for CPUs as well.
+    Not for the whole process: losses promise float32 logits, evaluations compare embeddings, and torch's switch is for CPUs as well.
     """
     if device.type != "cuda":
         yield
@@ -93,8 +89,8 @@ def of_towers(device: torch.device) -> Iterator[None]:
 def exact(scalar: Tensor) -> Tensor:
     """A parameter of one number in float32, as its optimizer holds it; what is differentiated is the parameter.
 
-    An engine in bf16 rounds its module's parameters. bf16 has steps of 0.8 % and more: a logit scale's logarithm of 4.6 moves by 0.03,
-    the scale by 3 %. The engine leaves the optimizer's own value with the parameter (`Engine`), and this reads it.
+    An engine in bf16 rounds its module's parameters: a logit scale's logarithm of 4.6 moves by 0.03, the scale by 3 %. So `Engine` keeps
+    the optimizer's value with the parameter.
     """
     rounded = scalar.float()
     own: Tensor | None = getattr(scalar, "in_float32", None)

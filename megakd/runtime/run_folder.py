@@ -1,7 +1,7 @@
-"""A run is a folder: run.json, metrics.jsonl, checkpoints/, evaluation.json. This module writes the first two, and reads them.
+"""A run is a folder: run.json, metrics.jsonl, checkpoints/, evaluation.json. This module writes and reads the first two.
 
-run.json    the resolved recipe and DeepSpeed configuration, command line, versions, commit: what it takes to replay the run; and
-            `jobs`, one entry for each start of it, the newest last
+run.json         the resolved recipe and DeepSpeed configuration, command line, versions, commit: what replays the run; and `jobs`, an entry
+                 for each start, the newest last
 metrics.jsonl    a row each `log.every` steps and one for each event; a resumed run drops the rows past its checkpoint
 """
 
@@ -22,15 +22,15 @@ from megakd.runtime.console import RunConsole
 from megakd.runtime.files import write_text
 
 RUN, METRICS, EVALUATION = "run.json", "metrics.jsonl", "evaluation.json"
-# What a run folder holds when something was trained in it: checkpoints, or what was made of the last one.
+# What a run folder holds when something was trained in it.
 TRAINED = ("checkpoints/step_*", "model", "bundle")
 PACKAGES = ("megakd", "torch", "deepspeed", "open_clip_torch", "transformers", "triton")
 
 
 class RunLog:
-    """Writer of a run folder, and of the run's console. Only the main rank writes; on others every method does nothing.
+    """Writer of a run folder and of the run's console; on other ranks than the main one every method does nothing.
 
-    failure: why a row or a line could not be written. It is only noted, and ends all ranks together at the next step, see `Trainer.step`.
+    failure: why a row or a line could not be written. It ends all ranks together at the next step, see `Trainer.step`.
     """
 
     def __init__(self, run: Path, *, main: bool) -> None:
@@ -43,11 +43,11 @@ class RunLog:
         return self._unwritten or self._console.failure
 
     def say(self, text: str) -> None:
-        """A line for people: on the console, not in the metrics."""
+        """A line on the console."""
         self._console.say(text)
 
     def open(self, recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> None:
-        """Write run.json. A folder of another recipe has been refused before, see `check_resume`."""
+        """Write run.json. `check_resume` has refused a folder of another recipe before."""
         if not self._main:
             return
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -67,7 +67,7 @@ class RunLog:
         write_json(self.run / RUN, content)
 
     def keep_until(self, step: int) -> None:
-        """Drop the metrics past `step`, which the resumed run writes again, and lines that are no rows, which is said."""
+        """Drop the metrics past `step`, which the resumed run writes again, and damaged lines, which is said."""
         path = self.run / METRICS
         if not self._main or not path.exists():
             return
@@ -78,10 +78,9 @@ class RunLog:
 
     def row(self, row: dict[str, Any], total_steps: int) -> None:
         """One row of metrics.jsonl, and its line or progress bar on the console."""
-        if not self._main:
-            return
-        self._append(row)
-        self._console.step(row, total_steps)
+        if self._main:
+            self._append(row)
+            self._console.step(row, total_steps)
 
     def event(self, step: int, name: str, content: Any) -> None:
         """A row that is no step: an evaluation, bad samples, a checkpoint."""
@@ -90,7 +89,7 @@ class RunLog:
 
     def _append(self, row: dict[str, Any]) -> None:
         if self._unwritten is not None:
-            return  # the last line may be half a row: nothing is written after it
+            return  # the last line may be half a row
         path = self.run / METRICS
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -103,7 +102,7 @@ class RunLog:
 
 
 def _earlier_jobs(run: Path) -> list[dict[str, Any]]:
-    """`jobs` of the run.json that is there; of one by an earlier version of megakd, of a damaged one or of none, an empty list."""
+    """`jobs` of the run.json that is there; empty for an earlier version's, a damaged one, or none."""
     try:
         content = json.loads((run / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -113,10 +112,7 @@ def _earlier_jobs(run: Path) -> list[dict[str, Any]]:
 
 
 def check_resume(run: Path, resume: str, recipe: Recipe) -> None:
-    """Raise ValueError when `--resume` names no checkpoint, or when `run` is the folder of another recipe.
-
-    A folder without a checkpoint and a result is nobody's: a recipe that could not run starts there once it is corrected.
-    """
+    """Raise ValueError when `--resume` names no checkpoint, or when something was trained in `run` by another recipe."""
     if resume not in ("auto", "none") and not Path(resume).is_dir():
         raise ValueError(f"--resume {resume}: give auto, none, or the folder of a checkpoint (RUN/checkpoints/step_00000500)")
     path = run / RUN
@@ -127,7 +123,7 @@ def check_resume(run: Path, resume: str, recipe: Recipe) -> None:
     except ValueError as error:
         raise ValueError(f"--out {run}: {error}\nchoose another --out, or --resume none to set that run aside") from error
     if (problems := refused(earlier, recipe)) and _trained(run):
-        # what may change is named as well: with the others it is what makes this another recipe
+        # with what may change, as that makes it another recipe as well
         lines = problems + [line for line in differences(earlier, recipe) if not any(known.startswith(line) for known in problems)]
         shown = lines[:12] + [f"and {len(lines) - 12} more"] * (len(lines) > 12)
         raise ValueError(
@@ -142,7 +138,7 @@ def _trained(run: Path) -> bool:
 
 
 def changes(run: Path, recipe: Recipe) -> list[str]:
-    """For people: what of the recipe is not as in the run's earlier starts, where something was trained and `check_resume` has passed."""
+    """For people: how the recipe differs from the run's earlier starts, where something was trained and `check_resume` has passed."""
     if not _trained(run):
         return []
     if not (run / RUN).exists():
@@ -151,9 +147,9 @@ def changes(run: Path, recipe: Recipe) -> list[str]:
 
 
 def archive(run: Path, entries: list[Path]) -> Path | None:
-    """Move entries of a run's folder to RUN/previous/N, so that nothing is lost; None when there are none.
+    """Move entries of a run's folder to RUN/previous/N; None when there are none.
 
-    run.json goes last: as long as anything of a run is there, so is what tells it from another recipe's, wherever a kill comes.
+    run.json goes last, so that after a kill what is left of a run is still known by its recipe.
     """
     if not entries:
         return None
@@ -166,12 +162,12 @@ def archive(run: Path, entries: list[Path]) -> Path | None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All whole rows; a last line cut by a crash, and what else is no row, is left out."""
+    """All rows, without damaged lines and a last one that a crash cut."""
     return _rows(run / METRICS)[0]
 
 
 def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows of metrics.jsonl, and how many lines are none. A last line without its end, as a crash leaves it, is not counted."""
+    """(rows of metrics.jsonl, number of damaged lines); a last line that a crash cut is not counted."""
     rows: list[dict[str, Any]] = []
     damaged = 0
     for line in path.read_bytes().splitlines(keepends=True):
@@ -188,7 +184,7 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it. Credentials in URLs are left out."""
+    """Write JSON without credentials; a reader sees the old file or the new one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(redacted(content), indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Whether all ranks see one folder: found at a start, and not by what is missing at a resume or at the end."""
+"""Whether all ranks see one folder, found out at the start and not by what is missing at the end."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from megakd.runtime import collectives
 from megakd.runtime.files import PARTIAL
 from megakd.runtime.launch import World
 
-# In which a file server shows a new file to all clients; NFS keeps what a folder did not have for up to 30 s.
-VISIBLE_SECONDS = 40.0
+VISIBLE_SECONDS = 40.0  # NFS clients keep for 30 s that a file is missing
 CLOCK_SKEW_SECONDS = 60.0
 
 
 def check(folder: Path, world: World, timeout: float = VISIBLE_SECONDS) -> list[str]:
-    """Raise ValueError, on every rank, when one does not see what rank 0 writes into `folder`. Rank 0 has made the folder.
+    """Raise ValueError, on every rank, when one does not see what rank 0 writes into `folder`, which is there. A collective.
 
-    Returns lines for people: clocks that differ, by which times in run.json are not in order. A collective.
+    Returns lines for people: clocks that differ, so that times in run.json are not in order.
     """
     if world.size == 1:
         return []

@@ -1,4 +1,4 @@
-"""What a step costs. Seconds of its named parts: host time on a CPU, event pairs on a GPU, which cost no synchronisation until read."""
+"""What a step costs: seconds of its named parts, by host time on a CPU and by events on a GPU, and memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ class Stopwatch:
     def part(self, name: str) -> Iterator[None]:
         """Count the work issued inside as `name`."""
         if not self._cuda:
-            start = time.perf_counter()
-            yield
-            self._seconds[name] += time.perf_counter() - start
+            with self.host(name):
+                yield
             return
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record()
@@ -33,7 +32,7 @@ class Stopwatch:
 
     @contextmanager
     def host(self, name: str) -> Iterator[None]:
-        """Count host time, whatever the device: for waiting on data."""
+        """Count host time, whatever the device."""
         start = time.perf_counter()
         yield
         self._seconds[name] += time.perf_counter() - start

@@ -1,8 +1,7 @@
 """A rank that makes no progress ends its job, with the stacks of its threads, instead of holding the allocation to its time limit.
 
-Whoever makes progress calls `beat`; a thread looks every few seconds whether one came. A rank that waits for another in a collective makes
-no progress either, so every rank but the stopped one ends itself and writes RUN/hung/rank_00003.txt: the one without a file is the
-one that hung, or the machine that died under it.
+Progress calls `beat`, and a thread waits for it. A rank that waits in a collective makes none either, so every rank but the stopped one
+ends itself and writes RUN/hung/rank_00003.txt: the one without a file hung, or its machine died.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from megakd.runtime.exits import EXIT_HUNG
 from megakd.runtime.launch import World
 
 HUNG = "hung"
-# After the limit, in which the thread must have ended the process. Python's own thread needs the interpreter's lock, which C code
-# may hold, and a file system, which may be what hangs; faulthandler's timer needs neither.
+# After the limit, faulthandler's timer ends a process whose thread could not: C code may hold the interpreter's lock, a file system hang.
 SECOND_LINE_SECONDS = 60.0
 LONGEST_TICK_SECONDS = 10.0
 STDERR = 2
@@ -30,16 +28,16 @@ _latest: tuple[str, int | None] = ("starting", None)
 
 
 def beat(phase: str, step: int | None = None) -> None:
-    """Note that this process got as far as `phase`, of the step after `step` steps. Costs less than a microsecond, watched or not."""
-    global _latest  # one process has one progress, as it has one exit code
+    """Note that this process has come to `phase`, of the step after `step` steps. Takes less than a microsecond."""
+    global _latest  # of the process
     _latest = (phase, step)
 
 
 class HangWatchdog:
     """Ends this process with EXIT_HUNG when no beat came for `limit` seconds inside the block; 0 watches nothing.
 
-    Time in which the process itself was stopped (`scontrol suspend`) is not counted by the thread; the second line of defence does
-    count it, so a run that was suspended for longer than the limit and SECOND_LINE_SECONDS ends when it is let go on, with exit code 1.
+    Time in which the process was stopped (`scontrol suspend`) does not count, but for faulthandler's timer: a run that was suspended for
+    longer than the limit and SECOND_LINE_SECONDS ends with exit code 1 when it goes on.
     """
 
     def __init__(self, limit: float, run: Path, world: World) -> None:
@@ -65,7 +63,7 @@ class HangWatchdog:
         self._second_line(idle)
         while not self._over.wait(self._tick):
             now = time.monotonic()
-            # A tick that took much longer than asked was not waited for: the process was stopped meanwhile.
+            # in a much longer tick the process was stopped
             idle, looked = idle + min(now - looked, 2 * self._tick), now
             if _latest is not seen:
                 seen, idle = _latest, 0.0
@@ -78,7 +76,15 @@ class HangWatchdog:
 
     def _end(self, idle: float) -> None:
         try:
-            text = f"{self._message(idle)}\n\n{_stacks()}"
+            phase, step = _latest
+            where = phase if step is None else f"step {step + 1}, {phase}"
+            who = f"rank {self._world.rank} of {self._world.size}, process {os.getpid()} on {socket.gethostname()}"
+            message = (
+                f"[{who}] no progress for {idle:.0f} s: {where}. Each rank that could still tell writes its stacks to {self._run / HUNG}; "
+                f"one without a file there is where to look. The same command goes on from the last checkpoint; if this was no hang but "
+                f"slow work, raise watchdog.limit = {self._limit:g} (exit code {EXIT_HUNG})"
+            )
+            text = f"{message}\n\n{_stacks()}"
             os.write(STDERR, text.encode())
             path = self._run / HUNG / f"rank_{self._world.rank:05d}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,16 +93,6 @@ class HangWatchdog:
             os.write(STDERR, f"the stacks were not written to the run folder: {error}\n".encode())
         finally:
             os._exit(EXIT_HUNG)
-
-    def _message(self, idle: float) -> str:
-        phase, step = _latest
-        where = phase if step is None else f"step {step + 1}, {phase}"
-        who = f"rank {self._world.rank} of {self._world.size}, process {os.getpid()} on {socket.gethostname()}"
-        return (
-            f"[{who}] no progress for {idle:.0f} s: {where}. Each rank that could still tell writes its stacks to {self._run / HUNG}; one "
-            f"without a file there is where to look. The same command goes on from the last checkpoint; if this was no hang but slow work, "
-            f"raise watchdog.limit = {self._limit:g} (exit code {EXIT_HUNG})"
-        )
 
 
 def _stacks() -> str:

@@ -1,10 +1,10 @@
-"""ZeRO-3 of a frozen module: every rank keeps its share of each parameter, a forward gathers them block by block.
+"""ZeRO-3 of a frozen module: each rank keeps its share of each parameter, a forward gathers them block by block.
 
 1. `settings` reads the DeepSpeed side (ds_configs/teacher_zero3.json is the built-in one, written out).
 2. `Partitioner.partition` takes parameters as they arrive from a checkpoint: the first rank's values go to all, each keeps its share.
 3. `Partitioned` puts the filled module into DeepSpeed's hands; calling it is the forward.
 
-A module's parameters keep their types, int8 among them: the configuration names no precision, so DeepSpeed casts nothing.
+Parameters keep their types, int8 among them: the configuration names no precision, so DeepSpeed casts nothing.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from __future__ import annotations
 import copy
 import ctypes
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megakd.recipe import texts
-from megakd.runtime import ds_check, ds_sections, engine, precision
+from megakd.runtime import ds_check, ds_config, ds_sections, engine, precision
 from megakd.runtime.engine import deepspeed, join
 from megakd.runtime.launch import World
 
@@ -36,7 +34,7 @@ BUILT_IN: dict[str, Any] = {
         "stage3_max_reuse_distance": 0,
     },
 }
-# What would not do what it says in a frozen module, or do it to the student as well.
+# What has no effect on a frozen module, or one on the student as well.
 _MODE, _FROZEN = "the recipe's teacher.mode says in which precision a teacher runs", "a teacher is frozen"
 _ONCE = "the student's DeepSpeed JSON has it, for the whole run"
 NOT_OURS = {
@@ -46,7 +44,7 @@ NOT_OURS = {
     ),
     **dict.fromkeys(("tensorboard", "csv_monitor", "wandb", "comet", "comms_logger", "flops_profiler", "wall_clock_breakdown"), _ONCE),
 }
-# DeepSpeed asks for one of them; a forward takes any number of rows. "auto" says the same as nothing.
+# DeepSpeed needs one of them; a forward takes any number of rows.
 BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -60,12 +58,8 @@ def settings(path: str | None = None, *, offload: bool = False) -> dict[str, Any
     name = "(built-in)"
     if path is not None:
         name = f"teacher.ds_config = {path!r}"
-        if not texts.exists(Path(path)):
-            raise ValueError(f"{name}: no such file; ds_configs/teacher_zero3.json is an example")
-        config = texts.parse_json(texts.read_text(Path(path), name), name)
-        if not isinstance(config, dict):
-            raise ValueError(f"{name}: a DeepSpeed configuration is an object, this is a {type(config).__name__}")
-    for key in NOT_OURS.keys() & config.keys():
+        config = ds_config.read_file(path, name, "ds_configs/teacher_zero3.json is an example")
+    if key := next((key for key in config if key in NOT_OURS), None):
         raise ValueError(f"{key} in {name}: {NOT_OURS[key]}; remove it")
     for key in BATCHES:
         if config.pop(key, "auto") not in ("auto", 1):
@@ -96,9 +90,9 @@ class Partitioner:
             _return_freed_memory()
 
     def partition(self, parameters: list[nn.Parameter]) -> None:
-        """Replace each parameter by this rank's share of the first rank's values; other ranks' values are not looked at.
+        """Replace each parameter, which has a dimension, by this rank's share of the first rank's values.
 
-        None of them may be without a dimension: DeepSpeed 0.19.8 sends parameters as bytes, which torch refuses for those.
+        DeepSpeed 0.19.8 sends parameters as bytes, which torch refuses for those without a dimension.
         """
         assert all(parameter.ndim > 0 and parameter.is_contiguous() for parameter in parameters)
         deepspeed.zero.Init(module=nn.ParameterList(parameters), config_dict_or_path=self.config)
@@ -112,13 +106,12 @@ def overwrite(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _return_freed_memory() -> None:
-    """Have the C library give gathered blocks back to the system when they are freed.
+    """Have the C library give gathered blocks back to the system when they are freed, of which it keeps those below 32 MB.
 
-    It would keep pieces below 32 MB for itself. The price is time, which matters less where giants run on a CPU: a ZeRO-3 int8 ViT-L-14
-    on two ranks peaks at 1.5 GB instead of 2.2 or more, for 3.3 processor seconds a forward instead of 1.6. Pieces from 4 MB on alone
-    are not enough: ViT-bigG-14 then peaks at 3.2 GB a rank, from 1 MB on at 2.8.
+    A ZeRO-3 int8 ViT-L-14 on two ranks then peaks at 1.5 GB instead of 2.2 or more, for 3.3 processor seconds a forward instead of 1.6.
+    From 4 MB on is not enough: ViT-bigG-14 then peaks at 3.2 GB a rank, from 1 MB on at 2.8.
     """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; others have none of these habits
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     if set_option is not None:
         trim_threshold, map_threshold = -1, -3
         set_option(trim_threshold, 1 << 20)
@@ -147,23 +140,16 @@ class Partitioned:
 
 
 def gathered_together(module: nn.Module, limit: int) -> list[nn.Module]:
-    """The submodules whose parameters are gathered in one go: the largest of at most `limit` parameters, from the top down.
+    """The submodules whose parameters are gathered at once, the largest of at most `limit`: one all-gather a block, not one a layer.
 
-    One all-gather a transformer block instead of one a layer. An attention counts as one, however large: some read the weights of
-    their children without calling them (nn.MultiheadAttention, timm's EvaAttention), where DeepSpeed's hooks come too late and have
-    to learn of it in the first forward. Containers need not be called themselves, so their children count.
+    An attention is one of them, however large: some read their children's weights without calling them (nn.MultiheadAttention, timm's
+    EvaAttention), where DeepSpeed's hooks come too late. Containers may not be called themselves, so their children count.
     """
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) or _size(module) > limit:
-        children = list(module.children())
-        if children and not _reads_children(module):
+    parameters = list(module.parameters())
+    size = sum(engine.full_shape(parameter).numel() for parameter in parameters)
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) or size > limit:
+        kind, children = type(module).__name__, list(module.children())
+        reads_children = "Attention" in kind and "Block" not in kind  # open_clip's ResidualAttentionBlock calls its parts
+        if children and not reads_children:
             return [leaf for child in children for leaf in gathered_together(child, limit)]
-    return [module] if any(True for _ in module.parameters()) else []
-
-
-def _reads_children(module: nn.Module) -> bool:
-    kind = type(module).__name__
-    return "Attention" in kind and "Block" not in kind  # open_clip's ResidualAttentionBlock calls its parts
-
-
-def _size(module: nn.Module) -> int:
-    return sum(engine.full_shape(parameter).numel() for parameter in module.parameters())
+    return [module] if parameters else []

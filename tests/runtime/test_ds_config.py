@@ -128,9 +128,16 @@ def test_a_batch_that_does_not_divide_over_the_ranks_names_the_nearest_that_do(r
     assert "15 or 18" in message
 
 
-@pytest.mark.parametrize("config", [{"train_micro_batch_size_per_gpu": 3}, {"gradient_accumulation_steps": 3}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"train_micro_batch_size_per_gpu": 3},
+        {"gradient_accumulation_steps": 3},
+        {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2},  # 2 does divide the share
+    ],
+)
 def test_a_share_that_does_not_divide_over_micro_batches_is_refused(config: dict[str, Any], recipe: Recipe) -> None:
-    (key,) = config
+    key = next(iter(config))
     message = _error(config, recipe)
     assert f"{key} = 3 in z.json" in message
     assert "optim.batch = 16 in r.toml over 2 ranks is 8 each" in message
