@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -159,14 +159,13 @@ def labelled(sample: Sample, slot: Literal["json", "cls"]) -> Any:
         raise ValueError(
             f"{sample.where} has no .{slot} member, which this evaluation needs: is it a set of another kind? .{slot} holds {content}"
         )
-    parse: Callable[[str], Any] = json.loads if slot == "json" else _class_number
     try:
-        value = parse(sample.members[slot].decode("utf-8-sig"))
+        text = sample.members[slot].decode("utf-8-sig")
+        value = json.loads(text) if slot == "json" else _class_number(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{sample.where}: its .{slot} member cannot be read: {error or type(error).__name__}") from error
-    kind = dict if slot == "json" else int
-    if not isinstance(value, kind):
-        raise ValueError(f"{sample.where}: its .{slot} member holds a {type(value).__name__}, not a {kind.__name__}")
+    if slot == "json" and not isinstance(value, dict):
+        raise ValueError(f"{sample.where}: its .json member holds a {type(value).__name__}, not a dict")
     return value
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megakd.data.bad_samples import BadCounter, BadLog, BadSample, Reason
+from megakd.data.bad_samples import BadCounter, BadLog, BadSample
 from megakd.data.sampler import Order
 from megakd.data.stream import WorkerStream
 
@@ -112,13 +112,12 @@ class ResumableBatches(Iterator[BatchT], Generic[Columns, BatchT]):
 
     def __next__(self) -> BatchT:
         loaded = next(self._stream)
-        bad = BadCounter.from_list(loaded.counts, loaded.examples)
-        self._log.report(bad)
+        self._log.report(loaded.bad)
         if loaded.columns is None:
             self.close()
             raise ValueError(loaded.failure)
         position, self._position = self._position, self._position + self._batch
-        return self._to_batch(position, self._position, loaded.index_B, loaded.columns, bad)
+        return self._to_batch(position, self._position, loaded.index_B, loaded.columns, loaded.bad)
 
     def close(self) -> None:
         self._log.close()
@@ -132,12 +131,11 @@ class ResumableBatches(Iterator[BatchT], Generic[Columns, BatchT]):
 
 
 class _Loaded(NamedTuple, Generic[Columns]):
-    """What a worker sends. columns None: the `failure`. counts: as `BadCounter.to_list` gives them."""
+    """What a worker sends: a batch, or without columns why there is none."""
 
     index_B: torch.Tensor
     columns: Columns | None
-    counts: list[int]
-    examples: dict[Reason, str]
+    bad: BadCounter
     failure: str = ""
 
 
@@ -160,10 +158,9 @@ class _PositionSet(Generic[Item, Rows, Columns]):
                     f"no usable {self.source.item_name} in {_ATTEMPTS} attempts for position {position}: {bad.by_reason()}. "
                     f"Example: {bad.example}. {self.source.remedy}"
                 )
-                return _Loaded(torch.empty(0), None, bad.to_list(), dict(bad.examples), failure)
+                return _Loaded(torch.empty(0), None, bad, failure)
             index_B[row] = used
-        columns = self.source.collate(rows, positions, index_B)
-        return _Loaded(torch.from_numpy(index_B), columns, bad.to_list(), dict(bad.examples))
+        return _Loaded(torch.from_numpy(index_B), self.source.collate(rows, positions, index_B), bad)
 
     def _fill(self, rows: Rows, row: int, position: int, index: int, item: Item | BadSample, bad: BadCounter) -> int | None:
         """Fill a row; the index of the item used, a replacement's if `index` is bad, None where no attempt found a usable one."""

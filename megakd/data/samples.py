@@ -202,8 +202,8 @@ class SampleBuilder:
         # what the holes' neighbours lack was in the holes; the other members were whole samples
         certain += -(-max(0, members - sum(missing[number] for number in beside_known)) // each)
         pairs = [{"image", "caption"} <= set(row.slots) for row in self.rows]
-        told = (apart and not all(pairs)) or not any(pairs)
-        if not certain + guessed and not told and any(hole.cut for hole, _, _ in self._holes):
+        shows_in_rows = (apart and not all(pairs)) or not any(pairs)
+        if not certain + guessed and not shows_in_rows and any(hole.cut for hole, _, _ in self._holes):
             guessed = 1
         self.losses.lost, self.losses.certain = certain + guessed, certain
         return broken

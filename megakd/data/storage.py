@@ -34,14 +34,8 @@ _STAMP = (1 << 63) - 1
 INDEX = ".index.npy"  # suffix of a shard's index
 # Errors that another attempt cannot change.
 _PERMANENT = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-    NotImplementedError,
-    ImportError,
-    TypeError,
-    ValueError,
+    *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),
+    *(NotImplementedError, ImportError, TypeError, ValueError),
 )
 
 

@@ -179,13 +179,17 @@ def _scan(name: str, stat: Stat, caption: str, cache: str | None) -> IndexRows:
             local = mirror(name, stat, cache) if is_remote(name) and cache else local_path(name)
             file = stack.enter_context(open(local, "rb"))
         _refuse_others(file, name, stat.size)
-        builder, measured = SampleBuilder(extension(caption)), {}
+        builder = SampleBuilder(extension(caption))
+        measured: dict[int, tuple[int, int]] = {}  # offset -> (check, checksum of the content's beginning)
         for member in tar_members.members(file, stat.size):
             if isinstance(member, tar_members.Hole):
                 builder.damage(member)
                 continue
             if member.kind in ("file", "sparse"):
-                measured[member.offset] = _measured(file, member)
+                is_sparse = member.kind == "sparse"
+                file.seek(member.offset if is_sparse else member.offset - HEADER)
+                check = zlib.crc32(file.read(HEADER))
+                measured[member.offset] = check, zlib.crc32(file.read(min(member.size - HEADER * is_sparse, _DIGESTED)))
             builder.add(member)
         builder.finish()
         return _table(builder, measured, stat, caption, _expected(name, damaged=bool(builder.losses.why)))
@@ -226,13 +230,6 @@ def _expected(name: str, damaged: bool) -> int | None:
     return None
 
 
-def _measured(file: IO[bytes], member: tar_members.Member) -> tuple[int, int]:
-    """(check, checksum of the content's beginning)"""
-    is_sparse = member.kind == "sparse"
-    file.seek(member.offset if is_sparse else member.offset - HEADER)
-    return zlib.crc32(file.read(HEADER)), zlib.crc32(file.read(min(member.size - HEADER * is_sparse, _DIGESTED)))
-
-
 def _table(builder: SampleBuilder, measured: dict[int, tuple[int, int]], stat: Stat, caption: str, expected: int | None) -> IndexRows:
     # of a long key the end, which tells more
     keys = [row.key.encode("utf-8", "surrogateescape")[-_LONGEST_KEY:] for row in builder.rows]
@@ -250,12 +247,12 @@ def _table(builder: SampleBuilder, measured: dict[int, tuple[int, int]], stat: S
     report = {"missing": _missing(table, builder.rows), "losses": dataclasses.asdict(builder.losses), "expected": expected}
     text = json.dumps(report).encode()
     head = np.zeros(1, table.dtype)
-    told = np.frombuffer(text.ljust(-(-len(text) // table.dtype.itemsize) * table.dtype.itemsize), table.dtype)
+    report_rows = np.frombuffer(text.ljust(-(-len(text) // table.dtype.itemsize) * table.dtype.itemsize), table.dtype)
     head["key"] = _MAGIC
     head["image_offset"], head["caption_offset"] = stat.size, stat.stamp
     head["image_size"] = zlib.crc32(extension(caption).encode())
-    head["caption_size"], head["json_offset"], head["json_size"] = len(text), len(told), digest
-    rows = np.concatenate([head, told, table])
+    head["caption_size"], head["json_offset"], head["json_size"] = len(text), len(report_rows), digest
+    rows = np.concatenate([head, report_rows, table])
     rows[0]["image_check"] = _checksum(rows)
     return rows
 

@@ -27,7 +27,7 @@ COLUMNS = ("run", "job", "state", "step", "images/s", "loss", "log")
 
 
 @dataclass(frozen=True)
-class Found:
+class RunStatus:
     """A run by the files in its folder.
 
     job: SLURM's id of its newest job; local: submitit's, where it runs without SLURM; begun: when that job started here last; held: whether
@@ -48,7 +48,7 @@ class Found:
     damaged: str | None
 
 
-def find(folder: Path) -> list[Found]:
+def find(folder: Path) -> list[RunStatus]:
     """All runs in and below `folder`, by path: with a run.json, or submitted and not started."""
     return [_read(run) for run in sorted(_folders(folder))]
 
@@ -67,7 +67,7 @@ def _submissions(run: Path) -> list[dict[str, Any]]:
     return sorted(notes, key=lambda note: str(note.get("submitted")))
 
 
-def _read(run: Path) -> Found:
+def _read(run: Path) -> RunStatus:
     content = _json(run / RUN) if (run / RUN).exists() else {}
     damaged = None if isinstance(content, dict) else str(content)
     about: dict[str, Any] = content if isinstance(content, dict) else {}
@@ -81,7 +81,7 @@ def _read(run: Path) -> Found:
     speed, loss = (value if isinstance(value := row.get(name), int | float) else None for name in ("images_per_second", "loss"))
     settings = about.get("recipe")
     optim = settings.get("optim") if isinstance(settings, dict) else None
-    return Found(
+    return RunStatus(
         folder=run,
         job=newest,
         local=local,
@@ -138,7 +138,7 @@ def _last_row(path: Path) -> dict[str, Any]:
     return {}
 
 
-def state(run: Found, slurm: Mapping[str, cluster.JobState]) -> str:
+def state(run: RunStatus, slurm: Mapping[str, cluster.JobState]) -> str:
     """SLURM's state of the run's newest job; without one, or where it runs on after this run: running, finished or stopped."""
     if run.damaged is not None:
         return f"damaged: {run.damaged}"
@@ -153,7 +153,7 @@ def state(run: Found, slurm: Mapping[str, cluster.JobState]) -> str:
     return "finished" if run.results else "stopped"
 
 
-def _began_after(run: Found, since: str) -> bool:
+def _began_after(run: RunStatus, since: str) -> bool:
     """Whether the run has started since its job did, which takes a requeued one a while."""
     try:
         return run.begun is not None and run.begun >= datetime.fromisoformat(since).astimezone()
@@ -161,7 +161,7 @@ def _began_after(run: Found, since: str) -> bool:
         return False
 
 
-def table(runs: Sequence[Found], slurm: Mapping[str, cluster.JobState]) -> Table:
+def table(runs: Sequence[RunStatus], slurm: Mapping[str, cluster.JobState]) -> Table:
     """One row a run; nothing is cut off."""
     shown = Table(*COLUMNS, box=None, pad_edge=False)
     for column in shown.columns:
@@ -196,7 +196,7 @@ def show(folder: Path, watch: float | None) -> None:
         time.sleep(watch)
 
 
-def _slurm(runs: Sequence[Found], ended: dict[str, cluster.JobState]) -> tuple[dict[str, cluster.JobState], str | None]:
+def _slurm(runs: Sequence[RunStatus], ended: dict[str, cluster.JobState]) -> tuple[dict[str, cluster.JobState], str | None]:
     """States of the runs' jobs, and why there are none where SLURM does not answer.
 
     ended: states of earlier tables, kept here. SLURM is asked neither about those nor about runs that their newest job has finished.

@@ -17,13 +17,7 @@ from megakd.recipe.schema import (
     Watchdog,
 )
 from megakd.recipe.section import Placement, Section, TeacherMode
-from megakd.recipe.vqa import (
-    Answers,
-    Decoder,
-    LearningRates,
-    Lora,
-    QuestionSource,
-)
+from megakd.recipe.vqa import Answers, Decoder, LearningRates, Lora, QuestionSource
 
 __all__ = [
     "Answers",

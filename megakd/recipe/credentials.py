@@ -11,9 +11,8 @@ import re
 from typing import Any
 
 HIDDEN = "***"
-# A user with a password, or in http a token alone, up to the host. A secret may hold slashes, as Amazon's do.
-# '::' joins sources, but for an IPv6 address in brackets.
-_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<rest>(?:\[[0-9A-Fa-f:]+\]|(?!::)[^\s'\"<>|])+)")
+# A user with a password, or in http a token alone, up to the host; a secret may hold slashes. '::' joins sources, but for an IPv6 address.
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<place>(?:\[[0-9A-Fa-f:]+\]|(?!::)[^\s'\"<>|])+)")
 _PARAMETER = re.compile(r"(?<=[?&;])(?P<name>[^=&;?#\s'\"]+)=(?P<value>(?:(?!::)[^&;#\s'\"<>|])*)")
 _SECRET = re.compile(
     r"token|secret|passw|signature|credential|api[-_]?key|access[-_]?key|auth|key[-_]?pair|policy|^(sig|key|code|session|jwt|pwd|pass)$",
@@ -26,21 +25,21 @@ _SECRET_KEYS = frozenset({"api_key", "apikey", "password", "token", "secret", "s
 def redact(text: str) -> str:
     """`text` with the credentials of all URLs in it replaced by HIDDEN."""
     if "://" in text:
-        text = _URL.sub(lambda found: found["scheme"] + _without_user(found["rest"], found["scheme"]), text)
+        text = _URL.sub(lambda match: match["scheme"] + _without_user(match["place"], match["scheme"]), text)
     if "=" in text:
-        text = _PARAMETER.sub(lambda found: f"{found['name']}={HIDDEN}" if _SECRET.search(found["name"]) else found[0], text)
+        text = _PARAMETER.sub(lambda match: f"{match['name']}={HIDDEN}" if _SECRET.search(match["name"]) else match[0], text)
     return text
 
 
-def _without_user(rest: str, scheme: str) -> str:
-    authority, slash, path = rest.partition("/")
+def _without_user(place: str, scheme: str) -> str:
+    authority, slash, path = place.partition("/")
     user, at, host = authority.rpartition("@")
     if at:
-        return f"{HIDDEN}@{host}{slash}{path}" if ":" in user or scheme.lower().startswith("http") else rest
+        return f"{HIDDEN}@{host}{slash}{path}" if ":" in user or scheme.lower().startswith("http") else place
     port = authority.partition(":")[2]
     if port and not port.isdecimal() and not authority.startswith("[") and "@" in path:  # a password with a slash in it
         return f"{HIDDEN}@{path.partition('@')[2]}"
-    return rest
+    return place
 
 
 def redacted(content: Any, key: str = "") -> Any:

@@ -23,18 +23,15 @@ def plain(least: int = 0) -> Console:
 
 
 class RunConsole:
-    """A run's lines on standard output, and on a terminal its progress bar; on the main rank alone. failure: why a line was not written."""
+    """A run's lines on standard output, and on a terminal its progress bar. failure: why a line was not written."""
 
-    def __init__(self, *, main: bool) -> None:
+    def __init__(self) -> None:
         self.failure: OSError | None = None
-        self._main = main
         self._console = Console(stderr=False, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
 
     def say(self, text: str) -> None:
         """A line for people, without the credentials in it."""
-        if not self._main:
-            return
         try:
             self._console.print(redact(text), markup=False)
         except OSError as error:
@@ -42,7 +39,7 @@ class RunConsole:
 
     def step(self, row: dict[str, Any], total_steps: int) -> None:
         """A row of metrics.jsonl as a line, or as the bar's new state."""
-        if not (self._main and self._console.is_terminal):
+        if not self._console.is_terminal:
             self.say(_line(row, total_steps))
             return
         if self._progress is None:

@@ -90,9 +90,5 @@ def commit() -> str | None:
     git = shutil.which("git")
     if git is None:
         return None
-    here = [git, "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*here, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-    if head.returncode:
-        return None
-    changes = subprocess.run([*here, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None

@@ -35,7 +35,7 @@ class RunLog:
 
     def __init__(self, run: Path, *, main: bool) -> None:
         self.run, self._main = run, main
-        self._console = RunConsole(main=main)
+        self._console = RunConsole()
         self._unwritten: OSError | None = None  # a row
 
     @property
@@ -44,7 +44,8 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line on the console."""
-        self._console.say(text)
+        if self._main:
+            self._console.say(text)
 
     def open(self, recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> None:
         """Write run.json. `check_resume` has refused a folder of another recipe before."""

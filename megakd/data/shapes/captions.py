@@ -40,7 +40,7 @@ class Mention(NamedTuple):
     cell: int | None = None
 
     def fits(self, thing: Thing) -> bool:
-        return all(said is None or said == value for said, value in zip(self, thing, strict=True))
+        return all(mine is None or mine == value for mine, value in zip(self, thing, strict=True))
 
     def saying(self, attribute: str, value: str | int) -> Mention:
         return Mention(**{**self._asdict(), attribute: value})

@@ -42,12 +42,11 @@ def is_held_out(shape: str, colour: str) -> bool:
 PAIRS = tuple((shape, colour) for shape in SHAPES for colour in COLOURS)
 HELD_OUT_PAIRS = tuple(pair for pair in PAIRS if is_held_out(*pair))
 SEEN_PAIRS = tuple(pair for pair in PAIRS if not is_held_out(*pair))
-_HELD_OUT = frozenset(HELD_OUT_PAIRS)
 _SEEN_BY = {word: tuple(pair for pair in SEEN_PAIRS if word in pair) for word in SHAPES + COLOURS}
 
 
 def names_held_out(shape: str | None, colour: str | None) -> bool:
-    return (shape, colour) in _HELD_OUT
+    return (shape, colour) in HELD_OUT_PAIRS
 
 
 def sample_seed(seed: int, split: str, index: int, purpose: str = "scene", attempt: int = 0) -> int:

@@ -21,21 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megakd.data.store.reader import (
-    MANIFEST,
-    NOTE,
-    PARTS,
-    Layout,
-    Manifest,
-    StoreError,
-    content_digest,
-    differences,
-    made_as_wanted,
-    part_path,
-    read_manifest,
-    read_part,
-    row_checks,
-)
+from megakd.data.store.manifest import MANIFEST, Layout, Manifest, StoreError, differences, made_as_wanted, read_manifest
+from megakd.data.store.reader import NOTE, PARTS, content_digest, part_path, read_part, row_checks
 from megakd.runtime.files import atomic_file, clear, sync
 from megakd.runtime.locks import LOCK, FolderLock
 

@@ -5,6 +5,7 @@ Source: https://cs.stanford.edu/people/dorarad/gqa/download.html, and eval.py of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -83,21 +84,19 @@ def _distribution(answered: Sequence[Answered]) -> dict[str, Any]:
 
     Source: "Distribution" of GQA's eval.py (arXiv 1902.09506, section 4.4), a hundredth of it, as there
     """
-    groups: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
+    groups: dict[str, tuple[Counter[str], Counter[str]]] = {}
     for question, prediction, _ in answered:
         if (group := question.meta["groups"].get("global")) is not None:
-            gold, predicted = groups.setdefault(group, ({}, {}))
-            answer = gqa_answer(prediction)
-            gold[question.answer] = gold.get(question.answer, 0) + 1
-            predicted[answer] = predicted.get(answer, 0) + 1
+            gold, predicted = groups.setdefault(group, (Counter(), Counter()))
+            gold[question.answer] += 1
+            predicted[gqa_answer(prediction)] += 1
     if not groups:
         return {}
-    questions = sum(sum(gold.values()) for gold, _ in groups.values())
     distances = (
-        sum(gold.values()) * sum((predicted.get(answer, 0) - count) ** 2 / count for answer, count in gold.items())
+        gold.total() * sum((predicted[answer] - count) ** 2 / count for answer, count in gold.items())
         for gold, predicted in groups.values()
     )
-    return {"distribution": sum(distances) / questions / 100}
+    return {"distribution": sum(distances) / sum(gold.total() for gold, _ in groups.values()) / 100}
 
 
 BENCHMARK = GQA()
