@@ -82,11 +82,8 @@ class BadCounter:
     @property
     def example(self) -> str | None:
         """'reason: shard: key (detail)' of the most frequent reason that has one."""
-        known = [reason for reason in self.counts if self.examples.get(reason)]
-        if not known:
-            return None
-        reason = max(known, key=lambda name: self.counts[name])
-        return f"{reason}: {self.examples[reason]}"
+        reason = max((name for name in self.counts if self.examples.get(name)), key=lambda name: self.counts[name], default=None)
+        return None if reason is None else f"{reason}: {self.examples[reason]}"
 
     def to_list(self) -> list[int]:
         """[seen, one count for each of REASONS]: plain integers of fixed length and order, to be summed over ranks."""

@@ -226,6 +226,8 @@ def _write(out: Path, settings: WorldSettings, processes: int | None) -> dict[st
     for split in _ASKED:
         of_split = [report for job, report in zip(jobs, reports, strict=True) if job.split == split]
         questions[f"{split}_questions"] = _write_questions(out, split, of_split)
+    texts = list(conversations(settings.seed, min(settings.train, MOST_SCENES)))
+    write_atomically(out / "questions" / "train_text.json", ("[\n" + ",\n".join(texts) + "\n]\n").encode())
     return {
         "train": settings.train,
         "train_noisy": settings.splits.get("train_noisy", 0),
@@ -233,7 +235,7 @@ def _write(out: Path, settings: WorldSettings, processes: int | None) -> dict[st
         "zeroshot": _write_zeroshot(out, settings, "zeroshot", SEEN_PAIRS),
         "zeroshot_held_out": _write_zeroshot(out, settings, "zeroshot_held_out", HELD_OUT_PAIRS),
         **questions,
-        "text_conversations": _write_text(out, settings),
+        "text_conversations": len(texts),
         "noisy_captions": settings.noisy,
         "vocabulary_size": len(vocabulary()),
         "max_caption_tokens": 2 + max(report.longest for report in reports),
@@ -257,13 +259,6 @@ def _write_questions(out: Path, split: str, reports: Sequence[ShardReport]) -> i
         text = f'{compact({**head, **more})[:-1]},"{name}":[\n' + ",\n".join(entries) + "\n]}\n"
         write_atomically(out / "questions" / f"{split}_{name}.json", text.encode())
     return len(questions)
-
-
-def _write_text(out: Path, settings: WorldSettings) -> int:
-    """Write conversations about as many scenes as there are training pairs. Returns their number."""
-    entries = list(conversations(settings.seed, min(settings.train, MOST_SCENES)))
-    write_atomically(out / "questions" / "train_text.json", ("[\n" + ",\n".join(entries) + "\n]\n").encode())
-    return len(entries)
 
 
 def _write_zeroshot(out: Path, settings: WorldSettings, name: str, pairs: tuple[tuple[str, str], ...]) -> int:
