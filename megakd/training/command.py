@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from megakd.recipe import load as recipes
@@ -110,13 +112,26 @@ def _end(world: World | None, text: str, code: int) -> int:
     return code
 
 
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Around imports: what they make stays, and to look through it again and again takes a second of five."""
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collected:
+            gc.enable()
+
+
 def _run(flags: argparse.Namespace, world: World, until_stopped: contextlib.ExitStack) -> int:
     name = flags.recipe or DEFAULT_RECIPE
     recipe, origin = recipes.load(name, flags.overrides)
     if flags.recipe is None and world.is_main:
         print(f"no --recipe given: running the shipped recipe '{name}' ({origin})", flush=True)
     # Heavy imports come after the recipe was read, so that a typo is answered at once.
-    from megakd.training import dry_run, prepare, run
+    with _no_garbage_collection():
+        from megakd.training import dry_run, prepare, run
 
     out = flags.out or Path("runs") / recipe.name
     request = prepare.RunRequest(recipe, origin, flags.ds_config, out, _resume(flags.resume, out))
