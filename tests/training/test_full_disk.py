@@ -22,7 +22,7 @@ from megakd.runtime.exits import EXIT_USER_ERROR
 from support.runs import REPOSITORY, curve, environment, finish, rows, settings, start_ranks, train
 
 STEPS, EVERY = 60, 10
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @dataclass
@@ -63,7 +63,7 @@ def story(recipe_file: Path, small_disk: Path, tmp_path_factory: pytest.TempPath
         try:
             meanwhile()
         finally:
-            ended = [finish(rank, 60) for rank in ranks]
+            ended = [finish(rank) for rank in ranks]
         return Start([end.code for end in ended], [end.out for end in ended], _saved(run))
 
     found.starts.append(start(found.undisturbed))
@@ -73,7 +73,7 @@ def story(recipe_file: Path, small_disk: Path, tmp_path_factory: pytest.TempPath
     before = found.starts[1].saved[-1]
 
     def fill() -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while len(_jobs(found.disturbed)) < 2 or len(rows(found.disturbed)) < before + 3:
             assert time.monotonic() < end, "it hangs: this says nothing of how fast it is"
             time.sleep(0.01)
@@ -141,5 +141,5 @@ def test_any_file_of_the_run_that_finds_no_room_is_named_and_the_command_goes_on
 def test_a_log_on_the_full_disk_leaves_the_exit_code(recipe_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "megakd/train.py", "--recipe", str(recipe_file), "--out", str(tmp_path / "run")]
     with Path("/dev/full").open("w") as full:
-        ended = subprocess.run(command, cwd=REPOSITORY, env=environment(), stdout=full, stderr=full, check=False, timeout=60)
+        ended = subprocess.run(command, cwd=REPOSITORY, env=environment(), stdout=full, stderr=full, check=False, timeout=240)
     assert ended.returncode == EXIT_USER_ERROR

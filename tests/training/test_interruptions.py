@@ -14,9 +14,9 @@ import pytest
 
 from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_SAVED
-from support.runs import REPOSITORY, Finished, curve, environment, finish, launch, rank_process, rows, settings, wait_for
+from support.runs import REPOSITORY, Finished, curve, environment, finish, launch, rank_process, rows, settings, start_ranks, wait_for
 
-STEPS = 40
+STEPS = 60  # which leaves many after the last strike: a run that has ended cannot be struck
 SETTINGS = (
     f"optim.steps={STEPS}",
     "checkpoint.every=4",
@@ -47,19 +47,27 @@ def story(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder = tmp_path_factory.mktemp("interrupted")
     found = Story(folder / "undisturbed", folder / "disturbed")
 
-    def command(out: Path) -> list[str | Path]:
+    def arguments(out: Path) -> list[str | Path]:
         config = REPOSITORY / "ds_configs" / "zero2_bf16.json"
-        return ["megakd/train.py", "--recipe", recipe_file, "--ds_config", config, "--out", out, *settings(*SETTINGS)]
+        return ["--recipe", recipe_file, "--ds_config", config, "--out", out, *settings(*SETTINGS)]
 
-    finished = finish(launch("torchrun", *command(found.undisturbed)))
-    assert finished.code == 0, finished.out[-4000:]
+    def whole(out: Path) -> Finished:
+        """A life that nothing ends; without a launcher, whose start takes longer than the training."""
+        first, second = [finish(rank) for rank in start_ranks(*arguments(out))]
+        assert first.code == second.code == 0, first.out[-4000:] + second.out[-4000:]
+        return first
+
+    whole(found.undisturbed)
 
     def strike(starter: str, at_row: int, rank: int, number: int) -> None:
-        launcher = launch(starter, *command(found.disturbed))
+        before = len(rows(found.disturbed))
+        launcher = launch(starter, "megakd/train.py", *arguments(found.disturbed))
         try:
+            wait_for(lambda: len(rows(found.disturbed)) > before, launcher)  # a row of this life: its ranks are there
+            struck = rank_process(launcher, rank)
             wait_for(lambda: len(rows(found.disturbed)) >= at_row, launcher)
             time.sleep(random.uniform(0, 0.05))
-            rank_process(launcher, rank).send_signal(number)
+            struck.send_signal(number)
             found.struck.append(f"signal {number} to rank {rank} in row {len(rows(found.disturbed))}")
         finally:
             found.ends.append(finish(launcher))
@@ -68,7 +76,7 @@ def story(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     found.rows_after_signal = [row["step"] for row in rows(found.disturbed)]
     strike("deepspeed", random.randint(12, 20), 1, signal.SIGKILL)
     strike("torchrun", random.randint(22, 32), 0, signal.SIGKILL)
-    found.ends.append(finish(launch("torchrun", *command(found.disturbed))))
+    found.ends.append(whole(found.disturbed))
     return found
 
 
