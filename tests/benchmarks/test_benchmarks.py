@@ -164,7 +164,7 @@ def test_our_side_is_timed_end_to_end(world: Path, tmp_path: Path) -> None:
     assert all(step.images_per_second > 0 for step in steps)
     assert 0 < share_beside_towers(steps) < 1
     assert timed.processor_seconds >= 0
-    assert not _running(str(tmp_path), patience=5)
+    assert not _running(str(tmp_path), patience=60)
 
 
 def test_our_loader_is_timed_for_one_and_two_towers(world: Path) -> None:
@@ -177,7 +177,7 @@ def test_our_loader_is_timed_for_one_and_two_towers(world: Path) -> None:
 def test_processor_time_counts_the_workers() -> None:
     worker = multiprocessing.get_context("fork").Process(target=_spin)
     worker.start()
-    before, end = time.process_time(), time.monotonic() + 60
+    before, end = time.process_time(), time.monotonic() + 240
     while loader_side.processor_seconds() - before <= 0.05:  # on a busy machine its turn comes late
         assert time.monotonic() < end, "the worker's time is not counted"
         time.sleep(0.05)
@@ -208,15 +208,15 @@ def test_sigterm_ends_the_children_with_their_workers(tmp_path: Path) -> None:
         "import sys, time; from pathlib import Path; from megakd.benchmarks.common.children import ended_by_sigterm, running\n"
         f"folder = Path({str(tmp_path)!r})\n"
         "with ended_by_sigterm(), running(['sh', '-c', 'sleep 61.25 & echo ready; wait'], folder, 'child', 1) as child:\n"
-        "    child.wait_for(lambda: child.text() or None, 20); print('up', flush=True); time.sleep(60)\n"
+        "    child.wait_for(lambda: child.text() or None, 120); print('up', flush=True); time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environ(1)) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         assert _running("sleep 61.25")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 128 + signal.SIGTERM
-    assert not _running("sleep 61.25", patience=5)
+        assert process.wait(120) == 128 + signal.SIGTERM
+    assert not _running("sleep 61.25", patience=60)
 
 
 def _running(words: str, patience: float = 0.0) -> bool:

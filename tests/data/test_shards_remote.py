@@ -161,7 +161,7 @@ def test_processes_that_want_the_same_shard_copy_it_once(tmp_path: Path, monkeyp
     processes = [context.Process(target=_copy, args=(pattern, cache, queue)) for _ in range(3)]
     for process in processes:
         process.start()
-    results = [queue.get(timeout=30) for _ in processes]
+    results = [queue.get(timeout=240) for _ in processes]
     for process in processes:
         process.join()
     assert [texts for texts, _ in results] == [EXPECTED] * 3

@@ -274,7 +274,7 @@ def test_two_ranks_meet_over_ipv6(address: str, tmp_path: Path) -> None:
         for rank in ("0", "1")
     ]
     try:
-        printed = [process.communicate(timeout=60) for process in ranks]
+        printed = [process.communicate(timeout=240) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
