@@ -211,10 +211,10 @@ def environment(**more: str) -> dict[str, str]:
 def launch(launcher: str, *arguments: str | Path, ranks: int = 2) -> subprocess.Popen[str]:
     """Start ranks with `torchrun` or `deepspeed`. Ends with the launcher's exit code; see `finish`."""
     count = {"torchrun": f"--nproc_per_node={ranks}", "deepspeed": f"--num_accelerators={ranks}"}[launcher]
-    port = ["--master_port", str(29600 + os.getpid() % 20000)]
+    place = ["--master_port", str(port(os.getpid()))]
     # Through the interpreter: the scripts' own first lines break when an environment is moved.
     module = {"torchrun": ["-m", "torch.distributed.run"], "deepspeed": [str(Path(sys.executable).with_name("deepspeed"))]}[launcher]
-    command = [sys.executable, *module, count, *port, *map(str, arguments)]
+    command = [sys.executable, *module, count, *place, *map(str, arguments)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment(), start_new_session=True, **pipes)
 
@@ -233,7 +233,7 @@ def run_ranks(program: Path, *arguments: str | Path, ranks: int = 2, seconds: fl
     return [end.out for end in ended]
 
 
-def finish(process: subprocess.Popen[str] | Forked, seconds: float = 120) -> Finished:
+def finish(process: subprocess.Popen[str] | Forked, seconds: float = 240) -> Finished:
     """Wait for a launcher or a rank and return its code and output; a hang is an error, and nothing survives it."""
     try:
         out, _ = process.communicate(timeout=seconds)
@@ -257,12 +257,12 @@ def _rank_of(process: psutil.Process) -> str | None:
         return None
 
 
-def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[str] | Forked, seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], launcher: subprocess.Popen[str] | Forked, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         if launcher.poll() is not None or time.monotonic() > end:
             raise AssertionError(f"the run ended or hung before it got there:\n{finish(launcher, 1).out[-4000:]}")
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
