@@ -21,9 +21,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 smoke: $(INSTALLED)  ## distil a tiny teacher into a tiny student here; ends with a table
 	$(BIN)/megakd smoke
 
-# Tests of one file share what they make, so a file stays with one process. Each process and its children take up to 4 GB.
-WORKERS ?= 2
-test: $(INSTALLED)  ## run the tests (no network, no GPU; WORKERS=4 on more cores)
+# Tests of one file share what they make, so a file stays with one process. Each process and its children take up to 4 GB. On two cores
+# three are best: one of them has the tests of SLURM, which mostly waits.
+WORKERS ?= 3
+test: $(INSTALLED)  ## run the tests (no network, no GPU; WORKERS=6 on more cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not interpreted'
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m interpreted tests/kernels
 

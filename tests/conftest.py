@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,10 +14,28 @@ import pytest
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+# Whose files take longest, the longest first: so no process is left alone with one of them in the end.
+SLOWEST = ("slurm", "training", "evaluation", "teachers", "runtime", "models", "planning", "benchmarks", "vqa", "faults")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile`, in the order of collection, with all of tests/slurm in one process: its tests share a cluster, and mostly wait."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "slurm" if "/slurm/" in nodeid else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped where there is none, and say so."""
     import torch
 
+    items.sort(key=lambda item: [*SLOWEST, item.path.parent.name].index(item.path.parent.name))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
