@@ -1,4 +1,4 @@
-"""The answering task: questions about images become one loss, the mean negative log-likelihood of the answers' tokens."""
+"""What a decoder learns of questions: one loss, the mean negative log-likelihood of the answers' tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megakd.runtime.launch import World
 NAME = "answer"
 
 
-class Answer:
+class AnswerLoss:
     """The loss over the answers of a global batch, of which every rank and every micro-batch holds a part."""
 
     def __init__(self, weight: float, world: World) -> None:

@@ -185,8 +185,8 @@ def test_several_teachers_give_the_mean_of_their_losses(recipe_file: Path, name:
 
 
 def test_the_task_builds_a_head_for_each_teacher_in_its_width(recipe_file: Path) -> None:
-    task = ObjectiveSet(_recipe(recipe_file, "objectives.feature=1", "teacher.model=ViT-B-32"), CPU, None)
-    heads = task.heads(16, [24, 20])
+    objectives = ObjectiveSet(_recipe(recipe_file, "objectives.feature=1", "teacher.model=ViT-B-32"), CPU, None)
+    heads = objectives.heads(16, [24, 20])
     assert {name: head.image.weight.shape for name, head in heads.items()} == {"feature": (24, 16), "feature1": (20, 16)}
 
 
@@ -200,27 +200,27 @@ def test_the_kernels_section_chooses_the_backend_and_the_task_says_which(recipe_
 
 
 def test_sigmoid_objectives_are_refused_for_a_model_without_a_bias(recipe_file: Path) -> None:
-    task = ObjectiveSet(_recipe(recipe_file, "objectives.sigmoid_contrastive=1"), CPU, None)
-    task.check_bias("student", True)
+    objectives = ObjectiveSet(_recipe(recipe_file, "objectives.sigmoid_contrastive=1"), CPU, None)
+    objectives.check_bias("student", True)
     with pytest.raises(ValueError, match=r"objectives\.sigmoid_contrastive: the student has no logit bias.*init_logit_bias"):
-        task.check_bias("student", False)
+        objectives.check_bias("student", False)
 
 
 def test_the_task_weighs_what_it_logs_unweighted(recipe_file: Path) -> None:
     recipe = _recipe(recipe_file, "objectives.similarity=3", "objectives.feature=0.5", "teacher.model=ViT-B-32")
-    task = ObjectiveSet(recipe, CPU, None)
+    objectives = ObjectiveSet(recipe, CPU, None)
     student, teacher = _pair(1, 16), _pair(5, 16)
-    losses = task.losses(student._replace(projected={"feature": (student.image, student.text)}), [teacher])
-    assert list(losses) == list(task.weights) == ["contrastive", "similarity", "feature"]
-    total = weighted_sum(losses, task.weights)
+    losses = objectives.losses(student._replace(projected={"feature": (student.image, student.text)}), [teacher])
+    assert list(losses) == list(objectives.weights) == ["contrastive", "similarity", "feature"]
+    total = weighted_sum(losses, objectives.weights)
     torch.testing.assert_close(total, losses["contrastive"] + 3 * losses["similarity"] + 0.5 * losses["feature"])
 
 
 def test_an_objective_of_weight_zero_is_left_out_with_its_head(recipe_file: Path) -> None:
-    task = ObjectiveSet(_recipe(recipe_file, "objectives.feature=0.0"), CPU, None)
-    assert not task.needs_teacher
-    assert task.heads(16, [24]) == {}
-    assert set(task.losses(_pair(1, 16), [])) == {"contrastive"}
+    objectives = ObjectiveSet(_recipe(recipe_file, "objectives.feature=0.0"), CPU, None)
+    assert not objectives.needs_teacher
+    assert objectives.heads(16, [24]) == {}
+    assert set(objectives.losses(_pair(1, 16), [])) == {"contrastive"}
 
 
 def test_an_objective_that_needs_a_teacher_is_refused_without_one(recipe_file: Path) -> None:

@@ -24,7 +24,7 @@ from megakd.models.student import Student
 from megakd.models.vlm import decoder, decoder_check, decoder_tokenizer, lora
 from megakd.models.vlm.decoder import Decoder, DecoderSpec
 from megakd.models.vlm.student import QuestionInputs, VisionLanguageStudent
-from megakd.objectives.answers import NAME, Answer
+from megakd.objectives.answers import NAME, AnswerLoss
 from megakd.recipe import Answers, Recipe, chain
 from megakd.recipe import Decoder as Settings
 from megakd.runtime import collectives, precision
@@ -179,7 +179,7 @@ class Answering(Task):
 
     def __init__(self, data: AnswerData, config: DsConfig, world: World) -> None:
         self._data, self._config, self._world, self._dtype = data, config, world, precision.dtype(config.precision)
-        self._loss = Answer(data.settings.weight, world)
+        self._loss = AnswerLoss(data.settings.weight, world)
         self.weights, self.in_a_step = {NAME: data.settings.weight}, data.recipe.questions_in_a_step()
         self.rates = {_PARTS[name]: rate for name, rate in data.settings.lr.model_dump(exclude_none=True).items()}
         self._tower_learns = data.settings.tower == "trained"
