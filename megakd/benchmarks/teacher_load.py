@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -23,11 +23,10 @@ from megakd.benchmarks.common import comparison
 from megakd.benchmarks.common.children import ended_by_sigterm, running
 from megakd.models import clip as clip_models
 from megakd.models import streaming, weights
-from megakd.recipe import TeacherMode
+from megakd.recipe.placements import MODES
 from megakd.runtime import run_folder
 from megakd.runtime.console import plain
 
-MODES = get_args(TeacherMode)
 SECONDS = 1800  # patience with one mode
 COLUMNS = {
     "load_seconds": "load s",

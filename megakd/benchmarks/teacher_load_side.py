@@ -15,14 +15,15 @@ import open_clip
 import torch
 
 from megakd.models import clip, streaming
-from megakd.recipe import Teacher, TeacherMode
+from megakd.recipe import Teacher
 from megakd.runtime import collectives, launch
 from megakd.runtime.files import write_text
 from megakd.runtime.launch import World
 from megakd.teachers import build
+from megakd.teachers.base import settings_of
 
 
-def description(model: str, pretrained: str, mode: TeacherMode = "replicated", offload: bool = False) -> clip.ModelSpec:
+def description(model: str, pretrained: str, mode: str = "replicated", offload: bool = False) -> clip.ModelSpec:
     """Of a teacher whose tokenizer need not be here: the texts are random tokens."""
     config = open_clip.get_model_config(model)
     if config is None:
@@ -35,7 +36,7 @@ def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
     """Seconds, and gigabytes of this process: resident at the start, after loading, the peaks; read from files while loading."""
     read, start, began = _read_bytes(), _resident("VmRSS"), time.perf_counter()
     described = description(settings["model"], settings["weights"], settings["mode"], settings["offload"])
-    teacher = build.load(described, world, streaming.Int8() if build.settings_of(described).int8 else None)
+    teacher = build.load(described, world, streaming.Int8() if settings_of(described).int8 else None)
     collectives.barrier(world)
     found: dict[str, Any] = {
         "rank": world.rank,

@@ -38,10 +38,11 @@ def plan(
 ) -> None:
     """What a job will need, before it queues: memory, traffic, FLOPs and time for each way to hold the teacher, and which ways fit."""
     from megakd.planning import plan as planner
+    from megakd.planning import report
     from megakd.recipe import load as recipes
 
     loaded, name = recipes.load(recipe, overrides or [])
-    planner.run(loaded, name, ds_config, cluster, file=json)
+    report.show(planner.plan(loaded, name, ds_config, cluster), json)
 
 
 @from_fields

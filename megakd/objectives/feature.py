@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
 
 
+@final
 class Feature(Objective):
     """Mean over the batch and the two modalities of |projected student - teacher|^2, both of unit length: 2 - 2 cosine.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from megakd.recipe import Recipe
 from megakd_kernels import interactive_kd
 
 
+@final
 class Interactive(Objective):
     """Interactive contrastive learning (ICL of CLIP-KD, arXiv 2307.12732), see `megakd_kernels.interactive_kd`.
 

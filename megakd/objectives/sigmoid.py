@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ CONTRASTIVE, SIMILARITY = "sigmoid_contrastive", "sigmoid_similarity"
 _COSTS = {(CONTRASTIVE,): cost.SIGMOID_HARD, (SIMILARITY,): cost.SIGMOID_KD, (CONTRASTIVE, SIMILARITY): cost.SIGMOID_BOTH}
 
 
+@final
 class Sigmoid(Objective):
     """sigmoid_contrastive: SigLIP's own loss (arXiv 2303.15343). sigmoid_similarity: the teacher's probabilities in place of its labels.
 

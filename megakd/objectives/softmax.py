@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from megakd_kernels.similarity import Pair, similarity_kd
 CONTRASTIVE, SIMILARITY = "contrastive", "similarity"
 
 
+@final
 class Softmax(Objective):
     """contrastive: InfoNCE, CLIP's own loss (arXiv 2103.00020). similarity: KL(teacher || student), see `megakd_kernels.similarity_kd`.
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from open_clip import CLIP
 from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,7 +26,8 @@ from megakd.planning.zero import Settings
 from megakd.recipe import Model, Recipe, Teacher, chain
 from megakd.runtime.precision import Precision
 from megakd.runtime.zero3 import gathered_together
-from megakd.teachers.sharded import TextTower
+from megakd.teachers.base import TowerForm
+from megakd.teachers.sharded import text_tower
 
 META = torch.device("meta")
 # A Linear multiplies two operands, and its gradient is two products of the same size.
@@ -35,29 +35,11 @@ BACKWARD_FLOPS = 2
 
 
 @dataclass(frozen=True)
-class Form:
-    """One tower in one precision. bytes: of its parameters and buffers as they lie in memory; activations: most that a forward of B holds.
-
-    kept: bytes that ZeRO-3 does not partition: buffers, the scales of int8 rows among them, and small parameters.
-    block: bytes of the largest set of several parameters that ZeRO-3 gathers together; single: of the largest gathered alone.
-    largest: elements of the largest parameter in such a set.
-    """
-
-    numel: int
-    bytes: int
-    activations: int
-    kept: int
-    block: int
-    single: int
-    largest: int
-
-
-@dataclass(frozen=True)
 class Tower:
     """One tower of a frozen teacher. wide: bf16, or fp32 on a CPU. flops: of one sample."""
 
-    wide: Form
-    int8: Form
+    wide: TowerForm
+    int8: TowerForm
     flops: int
 
 
@@ -171,9 +153,9 @@ def _calls(clip: Any, pixels: Tensor, tokens: Tensor) -> list[tuple[Callable[[Te
     return [(clip.encode_image, pixels), (clip.encode_text, tokens)]
 
 
-def _forms(clip: Any, pixels: Tensor, tokens: Tensor, partition: Settings) -> list[Form]:
+def _forms(clip: Any, pixels: Tensor, tokens: Tensor, partition: Settings) -> list[TowerForm]:
     """Of the image and the text tower as they are now."""
-    modules = [clip.visual, TextTower(clip) if isinstance(clip, CLIP) else clip.text]
+    modules = [clip.visual, text_tower(clip)]
     return [
         _form(tower, _forward_peak(clip, call, given), partition)
         for tower, (call, given) in zip(modules, _calls(clip, pixels, tokens), strict=True)
@@ -247,12 +229,12 @@ def _input_bytes(preprocess: PreprocessCfg, local: int, dtype: torch.dtype) -> t
     return watch.peak, view.nbytes, raw.nbytes
 
 
-def _form(tower: nn.Module, activations: int, partition: Settings) -> Form:
+def _form(tower: nn.Module, activations: int, partition: Settings) -> TowerForm:
     # The limit is the one that `runtime.partition.Partitioned` gives.
     groups = [list(group.parameters()) for group in gathered_together(tower, partition.live // 2)]
     small = [parameter for parameter in tower.parameters() if parameter.numel() < partition.persistence]
     several = [group for group in groups if len(group) > 1]
-    return Form(
+    return TowerForm(
         sum(parameter.numel() for parameter in tower.parameters()),
         sum(tensor.nbytes for tensor in (*tower.parameters(), *tower.buffers())),
         activations,

@@ -5,14 +5,14 @@ Legend: W ranks, B pairs of a micro-batch. All sizes are bytes of one rank, all 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import get_args
 
 from megakd.objectives.cost import LossCost
 from megakd.planning import rates, zero
-from megakd.planning.models import BACKWARD_FLOPS, Form, StudentCost, TeacherCost
-from megakd.recipe import Placement
+from megakd.planning.models import BACKWARD_FLOPS, StudentCost, TeacherCost
+from megakd.recipe.placements import PLACEMENTS
+from megakd.teachers.base import TeacherMemory, TeacherShape
+from megakd.teachers.build import class_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Mode:
     """
 
     weights: str
-    placement: Placement | None = None
+    placement: str | None = None
     int8: bool = False
     offload: bool = False
     text: bool = False
@@ -97,29 +97,24 @@ def modes(job: PlannedJob) -> list[Mode]:
         return [Mode(NONE)]
     wide = "fp32" if job.teachers[0].element == 4 else "bf16"
     whole = [
-        Mode(f"{placement} {'int8' if int8 else wide}", placement, int8, offload, text=True)
-        for placement in get_args(Placement)
-        for int8 in (False, True)
-        for offload in ((False, True) if placement == "zero3" else (False,))
+        Mode(f"{name} {'int8' if int8 else wide}", name, int8, offload, text=True)
+        for name, placement in PLACEMENTS.items()
+        for int8 in ((False, True) if placement.int8 else (False,))
+        for offload in ((False, True) if "offload" in placement.options else (False,))
     ]
     return [*whole, *(replace(mode, text=False) for mode in whole), Mode(STORE)]
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A teacher in a mode: weights on the device, on the host, gathered while it runs, temporaries of a forward, sent in one."""
+class _Held(TeacherMemory):
+    """A teacher in a mode. input: as in `TeacherCost`; flops: of a pair's forward."""
 
-    weights: int = 0
-    host: int = 0
-    gathered: int = 0
-    activations: int = 0
     input: int = 0
-    wire: int = 0
     flops: int = 0
 
 
 def row(job: PlannedJob, mode: Mode) -> Row:
-    teacher = _together([_teacher(job, mode, cost) for cost in job.teachers if mode.placement])
+    teacher = _together([_teacher(job, mode, mode.placement, cost) for cost in job.teachers if mode.placement])
     student, of = job.student, zero.held(job.student.sizes, job.ranks, job.student_zero, job.student.frozen)
     batch = student.raw + sum(cost.raw for cost in job.teachers)
     standing = of.weights + of.optimizer + of.standing + teacher.weights + batch
@@ -170,29 +165,12 @@ def _together(held: list[_Held]) -> _Held:
     return replace(busiest, **added)
 
 
-def _teacher(job: PlannedJob, mode: Mode, cost: TeacherCost) -> _Held:
+def _teacher(job: PlannedJob, mode: Mode, placement: str, cost: TeacherCost) -> _Held:
     towers = [cost.image, cost.text] if mode.text else [cost.image]
-    forms = [tower.int8 if mode.int8 else tower.wide for tower in towers]
-    total, activations = sum(one.bytes for one in forms), max(one.activations for one in forms)
-    flops = sum(tower.flops for tower in towers)
-    if mode.placement == "replicated":
-        return _Held(total, 0, 0, activations, cost.input, 0, flops)
-    kept = sum(one.kept for one in forms)
-    share = math.ceil((total - kept) / job.ranks)
-    gathered = min(2 * total, max(max(_gathered(job, one, 1 if mode.int8 else cost.element), one.single) for one in forms))
-    wire = round((total - kept) * (job.ranks - 1) / job.ranks)
-    if mode.offload:
-        return _Held(kept, share, gathered, activations, cost.input, wire, flops)
-    return _Held(kept + share, 0, gathered, activations, cost.input, wire, flops)
-
-
-def _gathered(job: PlannedJob, form: Form, element: int) -> int:
-    """What a partitioned tower gathers at most, as counted on DeepSpeed 0.19.8: it fetches ahead until `live` parameters are there, and
-    what has arrived lies in a flat buffer beside the weights copied out of it. A bucket smaller than a block never gets far ahead.
-    """
-    of = job.teacher_zero
-    ahead = element * (of.prefetch + 2 * form.largest)
-    return ahead + (element * of.live if element * of.prefetch >= form.block else 2 * form.block)
+    forms, of = [tower.int8 if mode.int8 else tower.wide for tower in towers], job.teacher_zero
+    shape = TeacherShape(forms, job.ranks, 1 if mode.int8 else cost.element, mode.offload, of.prefetch, of.live)
+    memory = class_of(placement).memory(shape)
+    return _Held(**vars(memory), input=cost.input, flops=sum(tower.flops for tower in towers))
 
 
 def _seconds(job: PlannedJob, mode: Mode, flops: dict[str, float], wire: dict[str, int], teacher: _Held) -> rates.Seconds:

@@ -12,56 +12,57 @@ Legend: W ranks, N pairs of a step, B of a micro-batch. GB are 1e9 bytes.
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from megakd.objectives.cost import LossShape
 from megakd.objectives.set import ObjectiveSet
-from megakd.planning import models, rates, report, zero
+from megakd.planning import models, rates, zero
 from megakd.planning.cluster import GB, IN_PIECES, OUTSIDE, Cluster
-from megakd.planning.modes import STORE, Mode, PlannedJob, Row, modes, row
-from megakd.planning.result import MemoryPlan
+from megakd.planning.modes import STORE, PlannedJob, Row, modes, row
 from megakd.recipe import Recipe
 from megakd.runtime import ds_check, ds_config, precision, zero3
 
 
-def run(
-    recipe: Recipe,
-    recipe_name: str,
-    config: str | None,
-    cluster: Cluster,
-    *,
-    teacher_zero: dict[str, Any] | None = None,
-    file: Path | None = None,
-) -> MemoryPlan:
-    """Plan, print the table, and write JSON to `file`. config: path of the DeepSpeed JSON. Raises ValueError as `plan` does."""
-    made = plan(recipe, recipe_name, config, cluster, teacher_zero=teacher_zero)
-    report.show(made)
-    if file is not None:
-        file.write_text(json.dumps(made.to_json(), indent=2) + "\n", encoding="utf-8")
-    return made
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A row a teacher mode. asked: the recipe's own mode. recommended: a mode's name, or None where nothing fits; why: a sentence."""
+
+    job: PlannedJob
+    cluster: Cluster
+    rows: list[Row]
+    asked: str
+    recommended: str | None
+    why: str
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [{**asdict(one), "mode": one.mode.name, "bytes": one.bytes, "fits": one.fits(self.cluster.usable)} for one in self.rows]
+        assumptions = {
+            name: getattr(rates, name) for name in dir(rates) if name.endswith(("_SHARE", "_SPEEDUP", "HOST_LINK", "HOST_MEMORY"))
+        }
+        return {
+            "cluster": {**asdict(self.cluster), "usable_bytes": self.cluster.usable}, "job": asdict(self.job), "modes": rows,
+            "asked": self.asked, "recommended": self.recommended, "why": self.why, "assumptions": assumptions,
+        }  # fmt: skip
 
 
-def plan(
-    recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster, *, teacher_zero: dict[str, Any] | None = None
-) -> MemoryPlan:
+def plan(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster) -> MemoryPlan:
     """Everything known of the job without weights, data or a GPU; a decoder's vocabulary is its tokenizer's, which has to be there.
 
-    teacher_zero: the DeepSpeed configuration of a partitioned teacher; None for the built-in one.
+    config: path of the student's DeepSpeed JSON. A partitioned teacher's is the recipe's `teacher.ds_config`, or the built-in one.
     Raises ValueError for what a run would refuse in its settings, and for an unknown model or GPU, with the nearest.
     """
     cluster.check()
-    job = job_of(recipe, recipe_name, config, cluster, teacher_zero or zero3.settings())
+    job = job_of(recipe, recipe_name, config, cluster)
     rows = [row(job, mode) for mode in modes(job)]
     recommended, why = recommend(rows, cluster)
     return MemoryPlan(job, cluster, rows, asked(recipe, rows), recommended, why)
 
 
-def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster, teacher_zero: dict[str, Any]) -> PlannedJob:
+def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster) -> PlannedJob:
     device = torch.device("cpu" if cluster.kind == "cpu" else "cuda")
     raw, config_name = ds_config.read(config, precision.of(device))
     resolved = ds_config.resolve(raw, recipe, cluster.gpus, config_name=config_name, recipe_name=recipe_name)
@@ -71,10 +72,9 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     local, asked = pairs // cluster.gpus, math.ceil(questions / cluster.gpus)
     shares = models.Shares(local // rounds, local, math.ceil(asked / rounds), asked)
     task = ObjectiveSet(recipe, device, None)
-    student_zero, teacher_settings = (
-        zero.Settings.of(resolved, precision.dtype(resolved.precision).itemsize),
-        zero.Settings.of(teacher_zero, precision.dtype(precision.of(device)).itemsize),
-    )
+    student_zero = zero.Settings.of(resolved, precision.dtype(resolved.precision).itemsize)
+    partitioned = zero3.settings(None if recipe.teacher is None else recipe.teacher.ds_config)
+    teacher_settings = zero.Settings.of(partitioned, precision.dtype(precision.of(device)).itemsize)
     taught = recipe.teachers().values() if task.needs_teacher else ()
     teachers = tuple(models.teacher(settings, shares.micro, local, precision.of(device), teacher_settings, device) for settings in taught)
     widths = [teacher.width for teacher in teachers]
@@ -94,9 +94,9 @@ def asked(recipe: Recipe, rows: list[Row]) -> str:
     teacher = recipe.teacher
     if teacher is None or len(rows) == 1:
         return rows[0].mode.name
-    if teacher.store is not None:
+    if teacher.store is not None and teacher.store_of == "all":
         return STORE
-    wanted = (teacher.placement, teacher.int8, teacher.offload, True)
+    wanted = (teacher.placement, teacher.int8, teacher.offload, teacher.store is None)
     return next(row.mode.name for row in rows if (row.mode.placement, row.mode.int8, row.mode.offload, row.mode.text) == wanted)
 
 
@@ -119,6 +119,3 @@ def recommend(rows: list[Row], cluster: Cluster) -> tuple[str | None, str]:
     elif smaller:
         why += f"; {', '.join(smaller)} would not fit"
     return best.mode.name, why
-
-
-__all__ = ["Cluster", "MemoryPlan", "Mode", "PlannedJob", "job_of", "plan", "recommend", "run"]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.table import Table
 
 from megakd.planning.cluster import GB
 from megakd.planning.modes import PlannedJob, Row
-from megakd.planning.result import MemoryPlan
+from megakd.planning.plan import MemoryPlan
 from megakd.runtime.console import plain
 
 Cell = Callable[[Row], str]
@@ -24,8 +26,8 @@ OF_TEACHER = 3
 WIDTH = 128
 
 
-def show(plan: MemoryPlan) -> None:
-    """Print the job, its memory, work and time in every mode, the recommendation, and what the numbers rest on."""
+def show(plan: MemoryPlan, file: Path | None = None) -> None:
+    """Print the job, its memory, work and time in every mode, the recommendation, and what the numbers rest on; to `file`, as JSON."""
     console = plain(WIDTH)
     own = next(row for row in plan.rows if row.mode.name == plan.asked)
     for line in (*_job(plan), *_student(own)):
@@ -39,6 +41,8 @@ def show(plan: MemoryPlan) -> None:
         "(in the --json), as if no communication were hidden behind computation",
     ):
         console.print(line, markup=False)
+    if file is not None:
+        file.write_text(json.dumps(plan.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
 def _job(plan: MemoryPlan) -> list[str]:

@@ -16,7 +16,7 @@ from megakd.recipe.schema import (
     Views,
     Watchdog,
 )
-from megakd.recipe.section import Placement, Section, TeacherMode
+from megakd.recipe.section import Section
 from megakd.recipe.vqa import Answers, Decoder, LearningRates, Lora, QuestionSource
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "Model",
     "Objectives",
     "Optim",
-    "Placement",
     "Preprocess",
     "QuestionSource",
     "Recipe",
@@ -42,7 +41,6 @@ __all__ = [
     "Similarity",
     "Student",
     "Teacher",
-    "TeacherMode",
     "Views",
     "Watchdog",
 ]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from megakd.recipe.objectives import ObjectiveSections
+from megakd.recipe.placements import INT8, INT8_MODES, MODES, PLACEMENTS
 from megakd.recipe.section import (
     FloatPair,
     FloatTriple,
@@ -18,7 +19,6 @@ from megakd.recipe.section import (
     Int8Product,
     Name,
     NonNegative,
-    Placement,
     Positive,
     PositiveFloat,
     Section,
@@ -117,7 +117,8 @@ class Student(Model):
 class Teacher(Model):
     mode: TeacherMode = Field(
         "replicated",
-        description="replicated: whole on every rank; zero3: partitioned over the ranks; _int8: in 8 bit (else bf16, on a CPU fp32)",
+        description="; ".join(f"{name}: {placement.summary}" for name, placement in PLACEMENTS.items())
+        + "; _int8: in 8 bit (else bf16, on a CPU fp32)",
     )
     outlier_threshold: Weight = Field(0.0, description="int8: activations above it are multiplied in 16 bit; 0 multiplies all in 8 bit")
     int8_product: Int8Product = Field("auto", description="how int8 weights are multiplied; auto: the fastest way of the device")
@@ -136,26 +137,30 @@ class Teacher(Model):
     store_miss: Literal["teacher", "fail"] = Field("teacher", description="what the store lacks: ask the live teacher, or end the run")
 
     @property
-    def placement(self) -> Placement:
-        """Where the weights lie: whole on every rank, or partitioned over the ranks."""
-        return "zero3" if self.mode.startswith("zero3") else "replicated"
+    def placement(self) -> str:
+        """Where the weights lie: a name of `recipe/placements.py`."""
+        return self.mode.removesuffix(INT8)
 
     @property
     def int8(self) -> bool:
         """Whether attention and MLP weights are in 8 bit."""
-        return self.mode.endswith("_int8")
+        return self.mode.endswith(INT8)
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Teacher:
-        if self.placement != "zero3" and (self.offload or self.ds_config is not None):
-            raise ValueError(f"offload and ds_config are for a partitioned teacher: set mode to zero3 or zero3_int8, it is {self.mode!r}")
-        if not self.int8:
-            for key in ("outlier_threshold", "calibration", "int8_product", "int8_agreement"):
-                if getattr(self, key) != (default := type(self).model_fields[key].default):
-                    raise ValueError(
-                        f"{key} is for int8 weights, and mode is {self.mode!r}: set mode to replicated_int8 or zero3_int8, or {key} to "
-                        f"{default}"
-                    )
+        def is_set(key: str) -> bool:
+            return getattr(self, key) != type(self).model_fields[key].default  # type: ignore[no-any-return]
+
+        for name, placement in PLACEMENTS.items():
+            for key in filter(is_set, placement.options):
+                if key not in PLACEMENTS[self.placement].options:
+                    modes = " or ".join(mode for mode in MODES if mode.removesuffix(INT8) == name)
+                    raise ValueError(f"{key} is for a teacher {placement.summary}: set mode to {modes}, it is {self.mode!r}")
+        for key in () if self.int8 else filter(is_set, ("outlier_threshold", "calibration", "int8_product", "int8_agreement")):
+            raise ValueError(
+                f"{key} is for int8 weights, and mode is {self.mode!r}: set mode to {INT8_MODES}, or {key} to "
+                f"{type(self).model_fields[key].default}"
+            )
         if self.int8_product == "dequantise" and self.outlier_threshold:
             raise ValueError(
                 "int8_product = 'dequantise' multiplies all activations in 16 bit: set outlier_threshold to 0, or int8_product to int_mm"

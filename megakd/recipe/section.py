@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from megakd.recipe.placements import MODES
 
 MOST = 10**9  # of a count; a loader of 10^20 processes would only hang
 Positive = Annotated[int, Field(gt=0, le=MOST)]
@@ -14,9 +16,10 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 HeadKind = Annotated[
     Literal["linear", "mlp"], Field(description="projection of each modality to the teacher's width; mlp: with one hidden layer")
 ]
-# How a teacher is held: where its weights are, and "_int8" where they are in 8 bit.
-TeacherMode = Literal["replicated", "replicated_int8", "zero3", "zero3_int8"]
-Placement = Literal["replicated", "zero3"]
+if TYPE_CHECKING:
+    TeacherMode = str
+else:
+    TeacherMode = Literal[MODES]
 Int8Product = Literal["auto", "dequantise", "bitsandbytes", "int_mm"]
 # Names become parts of file names, which end at 255 bytes.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=100)]

@@ -1,16 +1,22 @@
-"""What the trainer and the objectives need of a teacher, wherever its weights lie.
+"""What the trainer and the objectives need of a teacher, and what a live one is beside that: loaded, placed, and counted by `megakd plan`.
 
-Implemented by `replicated`, `sharded` and `cached`; `build` chooses by the recipe. How to add another: README.md of this folder.
+`replicated` and `sharded` are live, `cached` reads a store; `build` chooses by the recipe. How to add another: README.md of this folder.
+Legend: B local batch, D embedding width.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from megakd.models import clip, streaming
 from megakd.models.embeddings import Embeddings
+from megakd.recipe import Teacher as Settings
+from megakd.runtime.launch import World
 
 
 class Teacher(Protocol):
@@ -29,3 +35,102 @@ class Teacher(Protocol):
     def embed(self, pixels: Tensor, tokens: Tensor) -> Embeddings:
         """Unit embeddings of a batch, without gradient. Every rank calls it equally often: a sharded teacher communicates in it."""
         ...
+
+
+@dataclass(frozen=True)
+class TowerForm:
+    """One tower in one precision. bytes: of its parameters and buffers as they lie in memory; activations: most that a forward of B holds.
+
+    kept: bytes that ZeRO-3 does not partition: buffers, the scales of int8 rows among them, and small parameters.
+    block: bytes of the largest set of several parameters that ZeRO-3 gathers together; single: of the largest gathered alone.
+    largest: elements of the largest parameter in such a set.
+    """
+
+    numel: int
+    bytes: int
+    activations: int
+    kept: int
+    block: int
+    single: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """What a teacher's memory depends on. towers: those that are loaded; element: bytes of a number of their matrices.
+
+    prefetch, live: ZeRO-3's elements that are fetched ahead, and that are there at once.
+    """
+
+    towers: list[TowerForm]
+    ranks: int
+    element: int
+    offload: bool
+    prefetch: int
+    live: int
+
+
+@dataclass(frozen=True)
+class TeacherMemory:
+    """Bytes of one rank. weights: on the device between steps; host: in the CPU's memory, read in each forward.
+
+    gathered: weights that are on the device while it runs alone; activations: most of a forward. wire: sent in a forward.
+    """
+
+    weights: int = 0
+    host: int = 0
+    gathered: int = 0
+    activations: int = 0
+    wire: int = 0
+
+
+class LiveTeacher(ABC):
+    """A frozen model in evaluation mode, its weights placed in one way. Implements `Teacher`; a placement is a subclass.
+
+    Every rank calls its methods equally often, with batches of any size.
+    """
+
+    def __init__(self, built: clip.ClipModel) -> None:
+        self.towers, self.dtype = built, built.dtype
+        model: Any = built.clip
+        self._scale = model.logit_scale.detach().float().exp().reshape(())
+        bias = getattr(model, "logit_bias", None)
+        self._bias = None if bias is None else bias.detach().float().reshape(())
+
+    @classmethod
+    def check(cls, settings: Settings) -> None:
+        """Before anything is loaded. Raises ValueError for settings that this placement cannot use."""
+        del settings
+
+    @classmethod
+    @abstractmethod
+    def load(cls, description: clip.ModelSpec, world: World, int8: streaming.Int8 | None = None, *, without_text: bool = False) -> Self:
+        """The teacher with its weights: a collective. In 8 bit where `int8` says how, else as `precision.of` says.
+
+        without_text: for images alone; no weight of the text tower is read. Raises ValueError on every rank as `streaming.load` does.
+        """
+
+    @classmethod
+    @abstractmethod
+    def memory(cls, shape: TeacherShape) -> TeacherMemory:
+        """For `megakd plan`."""
+
+    @property
+    def width(self) -> int:
+        return self.towers.description.width
+
+    @abstractmethod
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """(B, D) unit rows, without gradient."""
+
+    @abstractmethod
+    def embed_texts(self, tokens: Tensor) -> Tensor:
+        """(B, D) unit rows, without gradient."""
+
+    def embed(self, pixels: Tensor, tokens: Tensor) -> Embeddings:
+        return Embeddings(self.embed_images(pixels), self.embed_texts(tokens), self._scale, self._bias)
+
+
+def settings_of(description: clip.ModelSpec) -> Settings:
+    assert isinstance(description.settings, Settings), "described from [teacher] or [ensemble] of a recipe"
+    return description.settings

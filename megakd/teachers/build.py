@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import math
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,15 +29,13 @@ from megakd.models.int8 import matmul
 from megakd.models.int8.agreement import Agreement, agreement
 from megakd.models.int8.migration import METHOD, Reference, migrate
 from megakd.recipe import Recipe
-from megakd.recipe import Teacher as Settings
 from megakd.recipe.credentials import redacted
+from megakd.recipe.placements import PLACEMENTS
 from megakd.runtime import collectives, precision, watchdog, zero3
 from megakd.runtime.launch import World
+from megakd.teachers.base import LiveTeacher, settings_of
 from megakd.teachers.cached import StoredTeacher, StoreMiss, TextStoredTeacher
-from megakd.teachers.replicated import ReplicatedTeacher, build_teacher
-from megakd.teachers.sharded import ShardedTeacher, build_sharded_teacher
 
-T = TypeVar("T")
 log = logging.getLogger("megakd.teachers")
 COMPARED = 64  # pairs that go through a teacher in 8 and in 16 bit
 # What of a store's key an image's embedding depends on and a text's does not.
@@ -52,7 +51,7 @@ def live_teacher(
     without_text: bool = False,
     piece: int | None = None,
     say: Callable[[str], None] = log.info,
-) -> ReplicatedTeacher | ShardedTeacher:
+) -> LiveTeacher:
     """The teacher of `description`, loaded as its `mode` says; in 8 bit, calibrated and compared with 16 bit. A collective.
 
     shards: of the recipe's data; default: opened here. without_text: its images alone; no weight of the text tower is read.
@@ -73,18 +72,14 @@ def live_teacher(
     return teacher
 
 
-def load(
-    description: clip.ModelSpec, world: World, int8: streaming.Int8 | None = None, *, without_text: bool = False
-) -> ReplicatedTeacher | ShardedTeacher:
+def load(description: clip.ModelSpec, world: World, int8: streaming.Int8 | None = None, *, without_text: bool = False) -> LiveTeacher:
     """The teacher with its weights, placed as its settings say; in 8 bit where `int8` says how. A collective."""
-    settings = settings_of(description)
-    if settings.placement == "zero3":
-        return build_sharded_teacher(
-            description, world, zero3.settings(settings.ds_config, offload=settings.offload), int8=int8, without_text=without_text
-        )
-    if int8 is None and not without_text:
-        return build_teacher(description, world.device)
-    return ReplicatedTeacher(streaming.load(description, world, precision.of(world.device), int8=int8, without_text=without_text))
+    return class_of(settings_of(description).placement).load(description, world, int8, without_text=without_text)
+
+
+def class_of(placement: str) -> type[LiveTeacher]:
+    """As `recipe/placements.py` declares: `ReplicatedTeacher` of replicated.py, or for "zero3" `ShardedTeacher` of sharded.py."""
+    return cast(type[LiveTeacher], pkgutil.resolve_name(PLACEMENTS[placement].where))
 
 
 class _Comparison:
@@ -96,7 +91,7 @@ class _Comparison:
 
     def __init__(
         self,
-        teacher: ReplicatedTeacher | ShardedTeacher,
+        teacher: LiveTeacher,
         description: clip.ModelSpec,
         source: StoredViews,
         world: World,
@@ -200,11 +195,6 @@ class _Embedded:
     text: Tensor | None
     scale: float
     dtype: str
-
-
-def settings_of(description: clip.ModelSpec) -> Settings:
-    assert isinstance(description.settings, Settings), "described from [teacher] or [ensemble] of a recipe"
-    return description.settings
 
 
 def store_key(recipe: Recipe, description: clip.ModelSpec, shards: ShardSet) -> dict[str, Any]:

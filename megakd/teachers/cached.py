@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from megakd.models.embeddings import Embeddings
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
-from megakd.teachers.base import Teacher
+from megakd.teachers.base import LiveTeacher, Teacher
 
 StoreMiss = Literal["teacher", "fail"]
 # (samples (M,), view numbers (M,), type of the pixels) -> what `Teacher.embed` takes, on the device; one row of anything for M = 0
@@ -26,24 +26,10 @@ _REPAIR = "`megakd embed --check` names the parts; remove those, and `megakd emb
 log = logging.getLogger("megakd.teachers")
 
 
-class ImageTeacher(Protocol):
-    """What is asked of a teacher whose texts come from a store."""
-
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def embed_images(self, pixels: Tensor) -> Tensor:
-        """(B, D) unit rows, without gradient. Every rank calls it equally often."""
-        ...
-
-
 class TextStoredTeacher:
     """The image tower alone, live; texts are rows of a store."""
 
-    def __init__(self, live: ImageTeacher, scale: float, bias: float | None, world: World, where: Callable[[int], str]) -> None:
+    def __init__(self, live: LiveTeacher, scale: float, bias: float | None, world: World, where: Callable[[int], str]) -> None:
         """where: 'shard: key' of a sample, for messages."""
         self.width, self.dtype, self.embed_images = live.width, live.dtype, live.embed_images
         self._scale, self._bias = _scalars(scale, bias, world)

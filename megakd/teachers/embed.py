@@ -37,10 +37,8 @@ from megakd.recipe import Recipe
 from megakd.recipe import load as recipes
 from megakd.runtime import collectives, ds_config, launch, precision, shared_folder
 from megakd.runtime.launch import World
-from megakd.teachers.base import Teacher
+from megakd.teachers.base import LiveTeacher
 from megakd.teachers.build import live_teacher, open_store, store_key
-from megakd.teachers.replicated import ReplicatedTeacher
-from megakd.teachers.sharded import ShardedTeacher
 
 SAMPLED = 256  # samples that a check recomputes: a defect of one in a hundred shows with 92 %
 # Rows of the tests' teacher, recomputed and rounded to bf16, are at .999997 and better; a flipped image's was seen at .87.
@@ -140,7 +138,7 @@ class EmbedJob:
         """How the embeddings are computed: parts that were computed otherwise do not go into one store."""
         return computation(self.description, self.world.device)
 
-    def _teacher(self) -> ReplicatedTeacher | ShardedTeacher:
+    def _teacher(self) -> LiveTeacher:
         return live_teacher(self.recipe, self.description, self.world, self.shards, piece=self.images, say=self._say)
 
     def _embed(self, manifest: Manifest | None, todo: list[int]) -> Manifest:
@@ -171,7 +169,7 @@ class EmbedJob:
         step, first, end = max(1, self.images // layout.views), number * layout.part, number * layout.part + layout.count(number)
         return [_Chunk(number, np.arange(start, min(start + step, end)), start + step >= end) for start in range(first, end, step)]
 
-    def _run(self, teacher: Teacher, asked: list[list[_Chunk]], views: int) -> Iterator[tuple[_Chunk, Seen, Embeddings]]:
+    def _run(self, teacher: LiveTeacher, asked: list[list[_Chunk]], views: int) -> Iterator[tuple[_Chunk, Seen, Embeddings]]:
         """This rank's chunks with their embeddings. Every rank makes as many forwards as the busiest: a sharded teacher communicates."""
         mine = asked[self.world.rank]
         wanted = [(chunk.index_n, np.tile(np.arange(views), (len(chunk.index_n), 1))) for chunk in mine]
@@ -184,7 +182,7 @@ class EmbedJob:
                 if seen is not None:
                     yield mine[place], seen, found
 
-    def _forward(self, teacher: Teacher, seen: Seen | None) -> Embeddings:
+    def _forward(self, teacher: LiveTeacher, seen: Seen | None) -> Embeddings:
         """image (n * V, D) and text (n, D) of a chunk, on the CPU; of one blank pair where there is nothing to embed."""
         if seen is None or len(seen.index) == 0:
             height, width, _ = self._tower.train_pixels

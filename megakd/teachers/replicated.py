@@ -1,39 +1,39 @@
-"""A teacher that is whole on every rank, frozen."""
+"""A teacher that is whole on every rank."""
 
 from __future__ import annotations
 
-import torch
+from typing import Self, final
+
 from torch import Tensor
 
-from megakd.models import clip
-from megakd.models.embeddings import Embeddings
+from megakd.models import clip, streaming
 from megakd.models.student import encode_images, encode_texts
 from megakd.runtime import precision
+from megakd.runtime.launch import World
+from megakd.teachers.base import LiveTeacher, TeacherMemory, TeacherShape
 
 
-class ReplicatedTeacher:
-    """The whole teacher on every rank, frozen and in evaluation mode."""
+@final
+class ReplicatedTeacher(LiveTeacher):
+    """The whole teacher on every rank."""
 
     def __init__(self, built: clip.ClipModel) -> None:
-        self.towers = built
+        super().__init__(built)
         self._clip = built.clip.eval().requires_grad_(False)
-        self._scale = self._clip.logit_scale.detach().float().exp().reshape(())  # type: ignore[operator, union-attr]
-        bias = getattr(self._clip, "logit_bias", None)
-        self._bias = None if bias is None else bias.detach().float().reshape(())
-        self.dtype = built.dtype
 
-    @property
-    def width(self) -> int:
-        return self.towers.description.width
+    @classmethod
+    def load(cls, description: clip.ModelSpec, world: World, int8: streaming.Int8 | None = None, *, without_text: bool = False) -> Self:
+        if int8 is None and not without_text:
+            return cls(clip.build(description, world.device, precision.of(world.device)))
+        return cls(streaming.load(description, world, precision.of(world.device), int8=int8, without_text=without_text))
+
+    @classmethod
+    def memory(cls, shape: TeacherShape) -> TeacherMemory:
+        towers = shape.towers
+        return TeacherMemory(weights=sum(one.bytes for one in towers), activations=max(one.activations for one in towers))
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """(B, D) unit rows, without gradient."""
         return encode_images(self._clip, pixels)
 
-    def embed(self, pixels: Tensor, tokens: Tensor) -> Embeddings:
-        return Embeddings(self.embed_images(pixels), encode_texts(self._clip, tokens), self._scale, self._bias)
-
-
-def build_teacher(description: clip.ModelSpec, device: torch.device) -> ReplicatedTeacher:
-    """The teacher of a recipe with its weights loaded. Raises ValueError as `clip.build` does."""
-    return ReplicatedTeacher(clip.build(description, device, precision.of(device)))
+    def embed_texts(self, tokens: Tensor) -> Tensor:
+        return encode_texts(self._clip, tokens)

@@ -1,22 +1,24 @@
 """A teacher whose towers are spread over the ranks by ZeRO-3, in int8 or in 16 bits: for those that one GPU cannot hold.
 
 Each tower is a DeepSpeed engine of its own, beside the student's. Its weights are in no checkpoint: the student's engine does not know
-of them. Legend: B local batch, D embedding width.
+of them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Self, final
 
 from open_clip import CLIP
 from torch import Tensor, nn
 
 from megakd.models import clip, streaming
-from megakd.models.embeddings import Embeddings
 from megakd.models.student import normalised
-from megakd.runtime import precision
+from megakd.recipe import Teacher as Settings
+from megakd.runtime import precision, zero3
 from megakd.runtime.launch import World
 from megakd.runtime.zero3 import Partitioned, Partitioner
+from megakd.teachers.base import LiveTeacher, TeacherMemory, TeacherShape, TowerForm, settings_of
 
 
 class TextTower(nn.Module):
@@ -43,74 +45,81 @@ class TextTower(nn.Module):
         return CLIP.encode_text(self, tokens)  # type: ignore[no-any-return, arg-type]
 
 
-class ShardedTeacher:
-    """Implements `megakd.teachers.base.Teacher`. Every rank calls its methods equally often, with batches of any size."""
+@final
+class ShardedTeacher(LiveTeacher):
+    """Each rank holds its share of both towers, or of the image tower alone, and gathers block by block."""
 
     def __init__(self, built: clip.ClipModel, image: Partitioned, text: Partitioned | None) -> None:
-        self.towers, self._image, self._text = built, image, text
-        clip: Any = built.clip
-        self._scale = clip.logit_scale.detach().float().exp().reshape(())
-        bias = getattr(clip, "logit_bias", None)
-        self._bias = None if bias is None else bias.detach().float().reshape(())
-        self.dtype = built.dtype
+        super().__init__(built)
+        self._image, self._text = image, text
 
-    @property
-    def width(self) -> int:
-        return self.towers.description.width
+    @classmethod
+    def check(cls, settings: Settings) -> None:
+        zero3.settings(settings.ds_config, offload=settings.offload)
 
-    @property
-    def scale(self) -> Tensor:
-        """The logit scale, (), float32."""
-        return self._scale  # type: ignore[no-any-return]
+    @classmethod
+    def load(
+        cls,
+        description: clip.ModelSpec,
+        world: World,
+        int8: streaming.Int8 | None = None,
+        *,
+        without_text: bool = False,
+        config: dict[str, Any] | None = None,
+    ) -> Self:
+        """As `LiveTeacher.load`. config: from `zero3.settings`; default: as the recipe says."""
+        if "multimodal_cfg" in description.config:
+            raise ValueError(f"{description.role}: a CoCa model's towers cannot be partitioned; set teacher.mode to a replicated one")
+        if config is None:
+            settings = settings_of(description)
+            config = zero3.settings(settings.ds_config, offload=settings.offload)
+        place = Partitioner(config, world).partition
+        built = streaming.load(description, world, precision.of(world.device), int8=int8, place=place, without_text=without_text)
+        model: Any = built.clip
+        text = None
+        if without_text:
+            _forget_text(model)
+        else:
+            text = Partitioned(text_tower(model), config)
+        return cls(built, Partitioned(model.visual, config), text)
 
-    @property
-    def bias(self) -> Tensor | None:
-        return self._bias  # type: ignore[no-any-return]
+    @classmethod
+    def memory(cls, shape: TeacherShape) -> TeacherMemory:
+        """What a partitioned tower gathers at most, as counted on DeepSpeed 0.19.8: it fetches ahead until `live` parameters are there, and
+        what has arrived lies in a flat buffer beside the weights copied out of it. A bucket smaller than a block never gets far ahead.
+        """
+
+        def gathered(tower: TowerForm) -> int:
+            ahead = shape.element * (shape.prefetch + 2 * tower.largest)
+            reached = shape.element * shape.prefetch >= tower.block
+            return max(ahead + (shape.element * shape.live if reached else 2 * tower.block), tower.single)
+
+        total, kept = sum(one.bytes for one in shape.towers), sum(one.kept for one in shape.towers)
+        share = math.ceil((total - kept) / shape.ranks)
+        return TeacherMemory(
+            weights=kept + (0 if shape.offload else share),
+            host=share if shape.offload else 0,
+            gathered=min(2 * total, max(map(gathered, shape.towers))),
+            activations=max(one.activations for one in shape.towers),
+            wire=round((total - kept) * (shape.ranks - 1) / shape.ranks),
+        )
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of parameters that this rank holds between two steps."""
         return sum(tower.resident_bytes for tower in (self._image, self._text) if tower is not None)
 
-    def embed(self, pixels: Tensor, tokens: Tensor) -> Embeddings:
-        return Embeddings(self.embed_images(pixels), self.embed_texts(tokens), self._scale, self._bias)
-
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """(B, D) unit rows, without gradient."""
         return normalised(self._image(pixels))
 
     def embed_texts(self, tokens: Tensor) -> Tensor:
-        """(B, D) unit rows, without gradient."""
         assert self._text is not None, "this teacher was built without its text tower: its texts come from a store"
         return normalised(self._text(tokens))
 
 
-def build_sharded_teacher(
-    description: clip.ModelSpec,
-    world: World,
-    config: dict[str, Any],
-    *,
-    int8: streaming.Int8 | None = None,
-    without_text: bool = False,
-) -> ShardedTeacher:
-    """The partitioned teacher of a recipe with its weights loaded: a collective.
-
-    config: from `zero3.settings`. int8: None keeps bf16 or float32, as `precision.of` says. without_text: for images alone.
-    Raises ValueError on every rank as `streaming.load` does.
-    """
-    if "multimodal_cfg" in description.config:
-        raise ValueError(f"{description.role}: a CoCa model's towers cannot be partitioned; set teacher.mode to a replicated one")
-    partitioner = Partitioner(config, world)
-    built = streaming.load(
-        description, world, precision.of(world.device), int8=int8, place=partitioner.partition, without_text=without_text
-    )
-    clip: Any = built.clip
-    text = None
-    if without_text:
-        _forget_text(clip)
-    else:
-        text = Partitioned(TextTower(clip) if isinstance(clip, CLIP) else clip.text, config)
-    return ShardedTeacher(built, Partitioned(clip.visual, config), text)
+def text_tower(model: Any) -> nn.Module:
+    """The text side of an open_clip model as one module."""
+    return TextTower(model) if isinstance(model, CLIP) else model.text
 
 
 def _forget_text(clip: nn.Module) -> None:

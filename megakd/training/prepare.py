@@ -13,9 +13,10 @@ from megakd.export import manifest
 from megakd.models import clip
 from megakd.recipe import Recipe, Student, chain
 from megakd.recipe import load as recipes
-from megakd.runtime import collectives, ds_check, ds_config, files, precision, run_folder, zero3
+from megakd.runtime import collectives, ds_check, ds_config, files, precision, run_folder
 from megakd.runtime.ds_config import DsConfig
 from megakd.runtime.launch import World
+from megakd.teachers.build import class_of
 from megakd.training.tasks import answer, distill
 from megakd.training.tasks.base import TaskData
 
@@ -69,8 +70,7 @@ def prepare(request: RunRequest, world: World, to_come: frozenset[str] = frozens
     config = ds_config.resolve(raw, recipe, world.size, config_name=config_name, recipe_name=request.recipe_name)
     ds_check.check(config, config_name)
     for teacher in recipe.teachers().values():
-        if teacher.placement == "zero3":
-            zero3.settings(teacher.ds_config, offload=teacher.offload)
+        class_of(teacher.placement).check(teacher)
     collectives.by_main(lambda: files.check_place(request.out, "--out"), world)
     run_folder.check_resume(request.out, request.resume, recipe)
     student = None if recipe.student is None else _student(recipe.student, "student" in to_come)

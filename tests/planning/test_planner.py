@@ -17,7 +17,7 @@ from megakd.models.int8.linear import Int8Linear
 from megakd.objectives.base import head_name
 from megakd.objectives.cost import LossShape
 from megakd.objectives.set import ObjectiveSet
-from megakd.planning import models, rates, zero
+from megakd.planning import models, rates, report, zero
 from megakd.planning import plan as planner
 from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import Recipe, Teacher
@@ -158,7 +158,12 @@ def test_the_recommendation_is_the_fastest_that_fits_and_says_what_to_do_where_n
 
 @pytest.mark.parametrize(
     ("teacher", "name"),
-    [({}, "replicated bf16"), ({"mode": "zero3_int8", "offload": True}, "zero3 int8 + offload"), ({"store": "somewhere"}, "store")],
+    [
+        ({}, "replicated bf16"),
+        ({"mode": "zero3_int8", "offload": True}, "zero3 int8 + offload"),
+        ({"store": "somewhere"}, "store"),
+        ({"store": "somewhere", "store_of": "text", "store_miss": "fail"}, "replicated bf16, text from store"),
+    ],
 )
 def test_the_mode_that_the_recipe_asks_for_is_found_among_the_rows(teacher: dict[str, object], name: str, small: planner.Plan) -> None:
     assert planner.asked(recipe(teacher={"model": "ViT-B-32", "pretrained": "random", **teacher}), small.rows) == name
@@ -264,7 +269,7 @@ def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[st
 
 def test_the_report_names_every_mode_and_the_json_holds_every_number(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    planner.run(recipe(), "test", ZERO1, CLUSTER, file=file)
+    report.show(planned(), file)
     shown, stored = capsys.readouterr().out, json.loads(file.read_text(encoding="utf-8"))
     assert [row["mode"] for row in stored["modes"]][:2] == ["replicated bf16", "replicated int8"]
     for row in stored["modes"]:

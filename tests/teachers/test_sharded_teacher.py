@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from megakd.runtime import launch as ranks
 from megakd.runtime import zero3
-from megakd.teachers.sharded import build_sharded_teacher
+from megakd.teachers.sharded import ShardedTeacher
 from support import PROGRAMS
 from support.programs.sharded_teacher import STUDENTS
 from support.runs import REPOSITORY, finish, launch, rank_process, run_ranks, wait_for
@@ -165,7 +165,7 @@ def test_a_rank_killed_in_the_middle_of_a_load_ends_the_run_and_leaves_the_file_
 def test_a_coca_model_is_refused_before_anything_is_built() -> None:
     teacher = described({**ARCHITECTURES["ViT-bigG"], "multimodal_cfg": {}}, "random")
     with pytest.raises(ValueError, match="CoCa"):
-        build_sharded_teacher(teacher, ranks.World(0, 1, torch.device("cpu")), zero3.settings())
+        ShardedTeacher.load(teacher, ranks.World(0, 1, torch.device("cpu")))
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_a_whole_store_needs_no_teacher(run, stores: Stores, monkeypatch) -> Non
     def build(*_: Any) -> None:
         raise AssertionError("the teacher was built")
 
-    monkeypatch.setattr("megakd.teachers.build.build_teacher", build)
+    monkeypatch.setattr("megakd.teachers.replicated.ReplicatedTeacher.load", build)
     out, finished = run("without_teacher", stores("fp32", "teacher.store_miss=fail"))
     assert finished.code == 0, finished.err
     assert "600 of 600 samples, 2 views each, fp32" in finished.out

@@ -34,7 +34,7 @@ from megakd.runtime.preemption import StopPoller
 from megakd.runtime.run_folder import RunLog
 from megakd.runtime.stopwatch import Stopwatch
 from megakd.teachers import build
-from megakd.teachers.base import Teacher
+from megakd.teachers.base import Teacher, settings_of
 from megakd.teachers.cached import StoredTeacher, TextStoredTeacher
 from megakd.training.tasks.base import StepPart, Task
 
@@ -208,7 +208,7 @@ class Distill(Task):
 
 def _called(description: clip.ModelSpec) -> str:
     """A teacher's name for people, and how it runs."""
-    settings = build.settings_of(description)
+    settings = settings_of(description)
     how = f"from {settings.store}" if settings.store else settings.mode
     return f"{settings.model or 'own architecture'} ({how})"
 

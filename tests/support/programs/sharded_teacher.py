@@ -28,7 +28,7 @@ from megakd.runtime.engine import Engine
 from megakd.runtime.launch import World
 from megakd.teachers.base import Teacher
 from megakd.teachers.replicated import ReplicatedTeacher
-from megakd.teachers.sharded import ShardedTeacher, build_sharded_teacher
+from megakd.teachers.sharded import ShardedTeacher
 from megakd.training.optim import decay_groups
 from support.teachers import ARCHITECTURES, build, describe, inputs
 
@@ -47,7 +47,7 @@ def config(offload: bool = False) -> dict[str, Any]:
 
 def sharded(name: str, folder: Path, world: World, bits: int, *, offload: bool = False, without_text: bool = False) -> ShardedTeacher:
     described, quantised = describe(name, str(folder / f"{name}.safetensors")), streaming.Int8() if bits == 8 else None
-    return build_sharded_teacher(described, world, config(offload), int8=quantised, without_text=without_text)
+    return ShardedTeacher.load(described, world, quantised, without_text=without_text, config=config(offload))
 
 
 def replicated(name: str, folder: Path, world: World, bits: int) -> ReplicatedTeacher:
@@ -77,7 +77,7 @@ def migrations(folder: Path, world: World) -> dict[str, Any]:
         described = describe(name, str(folder / f"{name}.safetensors"))
         whole = ReplicatedTeacher(streaming.load(described, world, "fp32", int8=int8))
         plain = whole.embed(*inputs(3)).image
-        parts = build_sharded_teacher(described, world, config(offload=name == "SigLIP"), int8=int8)
+        parts = ShardedTeacher.load(described, world, int8, config=config(offload=name == "SigLIP"))
         first, second = migrated(whole), migrated(parts)
         entry = compare(whole, parts, world)
         entry["changed"] = not torch.equal(plain, whole.embed(*inputs(3)).image)
@@ -197,7 +197,7 @@ def errors(folder: Path, world: World) -> dict[str, Any]:
         except (ValueError, OSError) as error:
             found[label] = [type(error).__name__, str(error)]
 
-    attempt("bad", lambda: build_sharded_teacher(describe("EVA02-E", str(folder / "bad.safetensors")), world, config()))
+    attempt("bad", lambda: ShardedTeacher.load(describe("EVA02-E", str(folder / "bad.safetensors")), world, config=config()))
     original, count = SafetensorsFiles.read, 0
 
     def breaking(self: SafetensorsFiles, name: str) -> Tensor:
