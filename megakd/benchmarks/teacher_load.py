@@ -24,7 +24,6 @@ from megakd.benchmarks.common.children import ended_by_sigterm, running
 from megakd.models import clip as clip_models
 from megakd.models import streaming, weights
 from megakd.recipe.placements import MODES
-from megakd.runtime import run_folder
 from megakd.runtime.console import plain
 
 SECONDS = 1800  # patience with one mode
@@ -123,7 +122,4 @@ def _report(found: list[dict[str, Any]], settings: dict[str, Any], where: dict[s
     console.print(table)
     console.print(f"{where['processor']}, {where['cores']} cores, load {where['load_average']}, {where['threads']} thread(s) a rank")
     console.print(where["command"], markup=False)
-    row = {"benchmark": "bench teacher-load", "settings": settings, "ranks": found, **where}
-    print(json.dumps(row), flush=True)
-    if file is not None:
-        run_folder.write_json(file, row)
+    comparison.record({"benchmark": "bench teacher-load", "settings": settings, "ranks": found, **where}, file)

@@ -7,7 +7,6 @@ activations and random weights have none, so `outliers` puts some there that cha
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from pathlib import Path
@@ -46,10 +45,7 @@ def run(model: str, batch: int, rounds: int, file: Path | None = None, *, outlie
     where = comparison.conditions(environment.versions(PACKAGES), torch.get_num_threads())
     where["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     _report(rows, settings)
-    line = json.dumps({"benchmark": "bench teacher-speed", "rows": rows, "settings": settings, **where})
-    print(line)
-    if file is not None:
-        file.write_text(line + "\n", encoding="utf-8")
+    comparison.record({"benchmark": "bench teacher-speed", "rows": rows, "settings": settings, **where}, file)
     return rows
 
 

@@ -93,9 +93,9 @@ class LiveTeacher(ABC):
     def __init__(self, built: clip.ClipModel) -> None:
         self.towers, self.dtype = built, built.dtype
         model: Any = built.clip
-        self._scale = model.logit_scale.detach().float().exp().reshape(())
+        self.scale = model.logit_scale.detach().float().exp().reshape(())
         bias = getattr(model, "logit_bias", None)
-        self._bias = None if bias is None else bias.detach().float().reshape(())
+        self.bias = None if bias is None else bias.detach().float().reshape(())
 
     @classmethod
     def check(cls, settings: Settings) -> None:
@@ -128,7 +128,7 @@ class LiveTeacher(ABC):
         """(B, D) unit rows, without gradient."""
 
     def embed(self, pixels: Tensor, tokens: Tensor) -> Embeddings:
-        return Embeddings(self.embed_images(pixels), self.embed_texts(tokens), self._scale, self._bias)
+        return Embeddings(self.embed_images(pixels), self.embed_texts(tokens), self.scale, self.bias)
 
 
 def settings_of(description: clip.ModelSpec) -> Settings:

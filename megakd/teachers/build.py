@@ -29,6 +29,7 @@ from megakd.models.int8 import matmul
 from megakd.models.int8.agreement import Agreement, agreement
 from megakd.models.int8.migration import METHOD, Reference, migrate
 from megakd.recipe import Recipe
+from megakd.recipe import Teacher as Settings
 from megakd.recipe.credentials import redacted
 from megakd.recipe.placements import PLACEMENTS
 from megakd.runtime import collectives, precision, watchdog, zero3
@@ -68,7 +69,7 @@ def live_teacher(
     int8 = streaming.Int8(settings.outlier_threshold, product, migrated=settings.calibration > 0)
     teacher = load(description, world, int8, without_text=without_text)
     source = StoredViews(shards, recipe.views, recipe.seed, TowerView(preprocessing(description), description.tokenize))
-    _Comparison(teacher, description, source, world, piece or recipe.evaluation.batch, without_text).settle(say)
+    _Comparison(teacher, description.role, settings, source, world, piece or recipe.evaluation.batch, without_text).settle(say)
     return teacher
 
 
@@ -82,6 +83,7 @@ def class_of(placement: str) -> type[LiveTeacher]:
     return cast(type[LiveTeacher], pkgutil.resolve_name(PLACEMENTS[placement].where))
 
 
+@dataclass(frozen=True)
 class _Comparison:
     """A teacher in 8 bit beside the same one with its original matrices in 16 bit, which are read again layer by layer.
 
@@ -89,21 +91,17 @@ class _Comparison:
     ranks and at every start; those to compare lie between those to calibrate with. Every rank embeds all of them.
     """
 
-    def __init__(
-        self,
-        teacher: LiveTeacher,
-        description: clip.ModelSpec,
-        source: StoredViews,
-        world: World,
-        piece: int,
-        without_text: bool,
-    ) -> None:
-        self._teacher, self._source, self._world, self._piece, self._without_text = teacher, source, world, piece, without_text
-        self._role, self._settings = description.role, settings_of(description)
+    teacher: LiveTeacher
+    role: str
+    settings: Settings
+    source: StoredViews
+    world: World
+    piece: int
+    without_text: bool
 
     def settle(self, say: Callable[[str], None]) -> None:
         """Calibrate, where the recipe asks for it, compare, and say the outcome. A collective; raises ValueError on every rank."""
-        settings, originals = self._settings, self._teacher.towers.originals
+        settings, originals = self.settings, self.teacher.towers.originals
         assert originals is not None, "an int8 teacher was read from weights"
         if not settings.calibration and not settings.int8_agreement:
             originals.close()
@@ -116,24 +114,24 @@ class _Comparison:
                 self._embedded(shown)
                 reference.noting = False
             compared = self._pairs(COMPARED, 0.5) if settings.int8_agreement else None
-            expected = None if compared is None else self._embedded(compared)
+            image, text = (None, None) if compared is None else self._embedded(compared)
         if settings.calibration:
-            watchdog.beat(f"moving outliers of {self._role} into its weights")
+            watchdog.beat(f"moving outliers of {self.role} into its weights")
             digest = migrate(originals, reference.largest, zero3.overwrite)
             lines.append(f"outliers moved into the weights by {len(shown.index)} pairs ({METHOD}; factors {digest[:12]})")
-        if compared is not None and expected is not None:
-            found = self._embedded(compared)
+        if compared is not None and image is not None:
+            own_image, own_text = self._embedded(compared)
             # Ranks on other machines may round otherwise; what the first one found counts.
-            told = collectives.share(agreement(found.image, expected.image, found.text, expected.text, expected.scale), self._world)
+            told = collectives.share(agreement(own_image, image, own_text, text, float(self.teacher.scale)), self.world)
             assert isinstance(told, Agreement)
-            lines.append(f"compared with its matrices in {expected.dtype}: {told}")
+            lines.append(f"compared with its matrices in {str(self.teacher.dtype).removeprefix('torch.')}: {told}")
             self._judge(told, lines)
         originals.close()
         product = next((layer.product for layer in originals.names), None)
-        say(f"{self._role} in 8 bit ({product}): " + "; ".join(lines))
+        say(f"{self.role} in 8 bit ({product}): " + "; ".join(lines))
 
     def _judge(self, told: Agreement, lines: list[str]) -> None:
-        settings, role = self._settings, self._role
+        settings, role = self.settings, self.role
         if settings.pretrained == clip.RANDOM:
             lines[-1] += " (random weights: there is nothing to lose, so no limit)"
             return
@@ -155,46 +153,29 @@ class _Comparison:
         """Unaugmented but for a store's view 0, `count` of them where there are so many; read by the first rank."""
 
         def read() -> Seen:
-            number = len(self._source.shards)
+            number = len(self.source.shards)
             index_N = np.unique(((np.arange(min(count, number)) + shift) * number / min(count, number)).astype(np.int64))
-            seen = self._source.see(index_N, np.zeros((len(index_N), 1), np.int64))
+            seen = self.source.see(index_N, np.zeros((len(index_N), 1), np.int64))
             if len(seen.index) == 0:
                 raise ValueError(
-                    f"{self._role}: none of {len(index_N)} samples of the training set can be read, so its 8 bit cannot be compared with "
+                    f"{self.role}: none of {len(index_N)} samples of the training set can be read, so its 8 bit cannot be compared with "
                     f"16: {seen.bad.example}"
                 )
             return seen
 
-        return collectives.by_main(read, self._world)
+        return collectives.by_main(read, self.world)
 
-    def _embedded(self, seen: Seen) -> _Embedded:
-        teacher, device = self._teacher, self._world.device
-        images: list[Tensor] = []
-        texts: list[Tensor] = []
-        scale, dtype = 1.0, ""
-        for start in range(0, len(seen.index), self._piece):
-            watchdog.beat(f"comparing {self._role} with 16 bit")
-            rows = slice(start, start + self._piece)
-            pixels = normalise(seen.pixels[rows, 0].to(device), self._source.tower.preprocess, teacher.dtype)
-            dtype = str(pixels.dtype).removeprefix("torch.")
-            if self._without_text:
-                images.append(teacher.embed_images(pixels))
-                continue
-            found = teacher.embed(pixels, seen.tokens[rows].to(device))
-            images.append(found.image)
-            texts.append(found.text)
-            scale = float(found.scale)
-        return _Embedded(torch.cat(images), torch.cat(texts) if texts else None, scale, dtype)
-
-
-@dataclass(frozen=True)
-class _Embedded:
-    """image and text (N, D); text is None where there is no text tower. dtype: of the original matrices."""
-
-    image: Tensor
-    text: Tensor | None
-    scale: float
-    dtype: str
+    def _embedded(self, seen: Seen) -> tuple[Tensor, Tensor | None]:
+        """(N, D) images and texts, the latter None where there is no text tower."""
+        images, texts = [], []
+        for start in range(0, len(seen.index), self.piece):
+            watchdog.beat(f"comparing {self.role} with 16 bit")
+            rows = slice(start, start + self.piece)
+            pixels = normalise(seen.pixels[rows, 0].to(self.world.device), self.source.tower.preprocess, self.teacher.dtype)
+            images.append(self.teacher.embed_images(pixels))
+            if not self.without_text:
+                texts.append(self.teacher.embed_texts(seen.tokens[rows].to(self.world.device)))
+        return torch.cat(images), torch.cat(texts) if texts else None
 
 
 def store_key(recipe: Recipe, description: clip.ModelSpec, shards: ShardSet) -> dict[str, Any]:

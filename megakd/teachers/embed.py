@@ -145,8 +145,7 @@ class EmbedJob:
         world, layout, folder = self.world, self._layout(), self.request.out
         teacher = self._teacher()
         if manifest is None:
-            blank = self._forward(teacher, None)
-            scale, bias = float(blank.scale), None if blank.bias is None else float(blank.bias)
+            scale, bias = float(teacher.scale), None if teacher.bias is None else float(teacher.bias)
             manifest = collectives.by_main(lambda: writer.start(folder, Manifest(self._key, self._made(), layout, scale, bias)), world)
         began, said, images = time.monotonic(), time.monotonic(), 0
         asked = [[chunk for number in todo[rank :: world.size] for chunk in self._chunks(layout, number)] for rank in range(world.size)]

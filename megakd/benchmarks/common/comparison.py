@@ -39,6 +39,7 @@ class Comparison:
     """All rounds. `ratio` is that of the medians; `paired` the median of the rounds' own ratios, which a drifting machine moves less."""
 
     rounds: list[Round]
+    names: tuple[str, str] = (OURS, THEIRS)
 
     @property
     def ours(self) -> float:
@@ -62,27 +63,23 @@ class Comparison:
         return max(rate for each in self.rounds for rate in each.ours) / max(rate for each in self.rounds for rate in each.theirs)
 
 
-def alternate(rounds: int, ours: Callable[[int], list[float]], theirs: Callable[[int], list[float]]) -> Comparison:
+def alternate(
+    rounds: int, ours: Callable[[int], list[float]], theirs: Callable[[int], list[float]], names: tuple[str, str] = (OURS, THEIRS)
+) -> Comparison:
     """Measure both `rounds` times, each called with the round's number; who goes first changes from round to round."""
     results = []
     for number in range(rounds):
-        if number % 2 == 0:
-            mine = ours(number)
-            others = theirs(number)
-        else:
-            others = theirs(number)
-            mine = ours(number)
-        results.append(Round(mine, others))
-        last = results[-1]
-        print(
-            f"round {number + 1}/{rounds}: {OURS} {median(mine):.2f}/s, {THEIRS} {median(others):.2f}/s, ratio {last.ratio:.3f}", flush=True
-        )
-    return Comparison(results)
+        first, second = (ours, theirs) if number % 2 == 0 else (theirs, ours)
+        rates = {side: side(number) for side in (first, second)}
+        results.append(Round(rates[ours], rates[theirs]))
+        shown = ", ".join(f"{name} {median(rates[side]):.2f}/s" for name, side in zip(names, (ours, theirs), strict=True))
+        print(f"round {number + 1}/{rounds}: {shown}, ratio {results[-1].ratio:.3f}", flush=True)
+    return Comparison(results, names)
 
 
 def table(title: str, comparison: Comparison, digits: int = 2) -> Table:
     """A row a round and a row of medians."""
-    made = Table("round", OURS, THEIRS, f"{OURS} / {THEIRS}", title=title, title_justify="left")
+    made = Table("round", *comparison.names, " / ".join(comparison.names), title=title, title_justify="left")
     for number, each in enumerate(comparison.rounds, 1):
         made.add_row(str(number), f"{median(each.ours):.{digits}f}", f"{median(each.theirs):.{digits}f}", f"{each.ratio:.3f}")
     made.add_section()
@@ -93,10 +90,7 @@ def table(title: str, comparison: Comparison, digits: int = 2) -> Table:
 def conditions(versions: Mapping[str, str | None], threads: int) -> dict[str, Any]:
     """Where and with what a number was measured."""
     return {
-        "versions": {
-            **environment.versions(("megakd", "deepspeed")),
-            **versions,
-        },
+        "versions": {**environment.versions(("megakd", "deepspeed")), **versions},
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
@@ -130,8 +124,13 @@ def report(
     row = {
         "benchmark": name, "unit": unit, "ours": comparison.ours, "theirs": comparison.theirs, "ratio": comparison.ratio,
         "ratio_paired": comparison.paired, "ratio_fastest": comparison.best, **more, "settings": settings, **where,
-        "rounds": [{"ours": each.ours, "theirs": each.theirs} for each in comparison.rounds],
+        "sides": comparison.names, "rounds": [{"ours": each.ours, "theirs": each.theirs} for each in comparison.rounds],
     }  # fmt: skip
+    record(row, file)
+
+
+def record(row: dict[str, Any], file: Path | None) -> None:
+    """A benchmark's numbers as one line of JSON, and in `file`."""
     print(json.dumps(row), flush=True)
     if file is not None:
         run_folder.write_json(file, row)
