@@ -8,11 +8,9 @@ from importlib.util import find_spec
 
 import torch
 
-from megakd_kernels.one_pass import OnePassKernels
-from megakd_kernels.one_pass_torch import TorchOnePass
+from megakd_kernels.one_pass import OnePassKernels, TorchOnePass
 from megakd_kernels.panels import chunk_rows
-from megakd_kernels.two_pass import TwoPassKernels
-from megakd_kernels.two_pass_torch import TorchTwoPass
+from megakd_kernels.two_pass import TorchTwoPass, TwoPassKernels
 
 BACKENDS = ("auto", "eager", "compiled", "chunked", "triton")
 

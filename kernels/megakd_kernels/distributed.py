@@ -85,8 +85,8 @@ Facts = Mapping[str, Any]
 """What must be equal on all ranks, by the name that error messages use. Values are compared by their repr."""
 
 
-def agree(check: Callable[[], Facts], ranks: Ranks, device: torch.device) -> None:
-    """Raises on every rank where `check` raises on any of them, or where the facts it returns differ between them.
+def agree(check: Callable[[], Facts], ranks: Ranks, device: torch.device) -> Facts:
+    """The facts that `check` returns. Raises on every rank where `check` raises on any of them, or where its facts differ between them.
 
     A rank that raised alone would leave the others waiting in the next collective; ranks that compute different things enter different
     collectives, which ends in a hang or an abort. Every rank must call this. It costs one small exchange, and a second one, of the values
@@ -110,6 +110,7 @@ def agree(check: Callable[[], Facts], ranks: Ranks, device: torch.device) -> Non
             raise ValueError(_difference(values, ranks, device))
     if fault is not None:
         raise fault
+    return facts
 
 
 def _digest(values: Any) -> int:

@@ -8,8 +8,7 @@ Legend: B rows of this rank, N rows of all ranks, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,11 +56,6 @@ def _plain_product(left_ND: Tensor, right_ND: Tensor) -> Tensor:
     return left_ND @ right_ND.T
 
 
-@cache
-def _compiled_losses() -> Any:
-    return torch.compile(_losses_of_factors, dynamic=False)
-
-
 def eager(
     student: CheckedPair,
     teachers: Sequence[CheckedPair],
@@ -76,7 +70,7 @@ def eager(
     dtype = compute_dtype(*student, *(tensor for pair in teachers for tensor in pair))
     factors = [_factors_ND(pair, ranks, dtype) for pair in (student, *teachers)]
     if compiled:
-        losses = partial(_compiled_losses(), temperature, hard, directions)
-        return SimilarityLoss(*run_compiled(losses, [tensor for pair in factors for tensor in pair]))
+        tensors = [tensor for pair in factors for tensor in pair]
+        return SimilarityLoss(*run_compiled(_losses_of_factors, tensors, temperature, hard, directions))
     of_student, *of_teachers = (partial(product, *pair) for pair in factors)
     return SimilarityLoss(*_losses(of_student(), of_teachers, temperature, hard, directions))

@@ -6,8 +6,7 @@ Legend: B rows of this rank, N rows of all ranks, D width, M columns of a block,
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,11 +57,6 @@ def interactive_kd(
     """
     ranks = Ranks.of(group)
 
-    def chosen_backend() -> str:
-        dtype = compute_dtype(student.image, student.text, student.scale, teacher.text, teacher.image)
-        pairs, device = len(student.image) * ranks.world, student.image.device
-        return choose("interactive_kd", pairs, device, dtype, backend=backend, ring=ring, chunk=chunk)
-
     def check() -> Facts:
         facts = check_pairs(student, [teacher])
         if student.image.shape[1] != teacher.image.shape[1]:
@@ -70,13 +64,16 @@ def interactive_kd(
                 f"student and teacher meet in one matrix and need one width, got {student.image.shape[1]} and {teacher.image.shape[1]}: "
                 "project the student's embeddings to the teacher's width"
             )
-        return {**facts, "ring": ring, "backend": chosen_backend()}
+        dtype = compute_dtype(student.image, student.text, student.scale, teacher.text, teacher.image)
+        pairs = len(student.image) * ranks.world
+        chosen = choose("interactive_kd", pairs, student.image.device, dtype, backend=backend, ring=ring, chunk=chunk)
+        return {**facts, "ring": ring, "backend": chosen}
 
-    agree(check, ranks, device_of(student))
+    chosen = agree(check, ranks, device_of(student))["backend"]
     checked = CheckedPair(student.image, student.text, student.scale.reshape(()))
     columns = _TeacherColumns(teacher.text.detach(), teacher.image.detach())
     dtype, device = compute_dtype(*checked, *columns), checked.image.device
-    rows, chosen = len(checked.image), chosen_backend()
+    rows = len(checked.image)
     with full_precision(device):
         if chosen in ("eager", "compiled"):
             return _eager(checked, columns, ranks, dtype, compiled=chosen == "compiled")
@@ -105,11 +102,6 @@ def _loss_of_factors(*factors: Tensor) -> tuple[Tensor]:
     return (_loss([left_ND @ right_ND.T for left_ND, right_ND in zip(factors[::2], factors[1::2], strict=True)]),)
 
 
-@cache
-def _compiled_loss() -> Any:
-    return torch.compile(_loss_of_factors, dynamic=False)
-
-
 def _eager(student: CheckedPair, teacher: _TeacherColumns, ranks: Ranks, dtype: torch.dtype, compiled: bool) -> Tensor:
     """By plain autograd. The scale multiplies the local rows before the gather, so its gradient too is of the own rows."""
     factors = [
@@ -117,7 +109,7 @@ def _eager(student: CheckedPair, teacher: _TeacherColumns, ranks: Ranks, dtype: 
         for left_BD, right_BD in zip((student.image, student.text), teacher, strict=True)
     ]
     if compiled:
-        return run_compiled(_compiled_loss(), [tensor for pair in factors for tensor in pair])[0]
+        return run_compiled(_loss_of_factors, [tensor for pair in factors for tensor in pair])[0]
     return _loss(product(*pair) for pair in factors)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -114,10 +115,15 @@ class _Compiled(torch.autograd.Function):
         return None, *(next(grads) if leaf.requires_grad else None for leaf in leaves)
 
 
-def run_compiled(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """function(*inputs) for a function of torch.compile, whose own backward pass is run in full precision as its forward pass is.
+@cache
+def _compiled(function: Callable[..., tuple[Tensor, ...]]) -> Any:
+    return torch.compile(function, dynamic=False)
 
-    It has one backward pass and no second derivative.
+
+def run_compiled(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], *options: Any) -> tuple[Tensor, ...]:
+    """function(*options, *inputs) by torch.compile. Its backward pass, of which there is one, is run in full precision as its forward is.
+
+    It has no second derivative.
     """
-    outputs: tuple[Tensor, ...] = _Compiled.apply(function, *inputs)
+    outputs: tuple[Tensor, ...] = _Compiled.apply(partial(_compiled(function), *options), *inputs)
     return outputs

@@ -6,8 +6,7 @@ Legend: B rows of this rank, N rows of all ranks, D width, M columns of a block,
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,24 +60,20 @@ def sigmoid_kd(
     ranks = Ranks.of(group)
     teachers = [] if teacher is None else teacher if isinstance(teacher, list) else [teacher]
 
-    def chosen_backend() -> str:
-        tensors = [
-            tensor for pair in (student, *teachers) for tensor in (pair.image, pair.text, pair.scale, pair.bias) if tensor is not None
-        ]
-        pairs, device = len(student.image) * ranks.world, student.image.device
-        return choose("sigmoid_kd", pairs, device, compute_dtype(*tensors), backend=backend, ring=ring, chunk=chunk)
-
     def check() -> Facts:
         if isinstance(teacher, list) and not teacher:
             raise ValueError("the list of teachers is empty: pass None for no teacher")
         facts = {**check_pairs(student, teachers), **_check_biases(student, teachers)}
-        return {**facts, "hard": hard, "ring": ring, "backend": chosen_backend()}
+        fields = [field for pair in (student, *teachers) for field in (pair.image, pair.text, pair.scale, pair.bias) if field is not None]
+        pairs, dtype = len(student.image) * ranks.world, compute_dtype(*fields)
+        chosen = choose("sigmoid_kd", pairs, student.image.device, dtype, backend=backend, ring=ring, chunk=chunk)
+        return {**facts, "hard": hard, "ring": ring, "backend": chosen}
 
-    agree(check, ranks, device_of(student))
+    chosen = agree(check, ranks, device_of(student))["backend"]
     checked = _CheckedBiasedPair.of(student)
     frozen = [_CheckedBiasedPair(*(tensor.detach() for tensor in _CheckedBiasedPair.of(each))) for each in teachers]
     dtype, device = compute_dtype(*checked, *(tensor for each in frozen for tensor in each)), checked.image.device
-    rows, chosen = len(checked.image), chosen_backend()
+    rows = len(checked.image)
     with full_precision(device):
         if chosen in ("eager", "compiled"):
             return _eager(checked, frozen, hard, ranks, dtype, compiled=chosen == "compiled")
@@ -164,18 +159,13 @@ def _losses_of_factors(hard: bool, *factors: Tensor) -> tuple[Tensor, Tensor]:
     return _losses(logits[0], logits[1:], len(logits) - 1, hard)
 
 
-@cache
-def _compiled_losses() -> Any:
-    return torch.compile(_losses_of_factors, dynamic=False)
-
-
 def _eager(
     student: _CheckedBiasedPair, teachers: Sequence[_CheckedBiasedPair], hard: bool, ranks: Ranks, dtype: torch.dtype, compiled: bool
 ) -> SimilarityLoss:
     """By plain autograd: about six N x N matrices live until the backward pass has run, and three more for each further teacher."""
     factors = [_Factors.of(pair, ranks, dtype) for pair in (student, *teachers)]
     if compiled:
-        return SimilarityLoss(*run_compiled(partial(_compiled_losses(), hard), [tensor for each in factors for tensor in each]))
+        return SimilarityLoss(*run_compiled(_losses_of_factors, [tensor for each in factors for tensor in each], hard))
     logits = (product(each.left_ND, each.right_ND) + each.bias_N1 for each in factors)
     return SimilarityLoss(*_losses(next(logits), logits, len(teachers), hard))
 

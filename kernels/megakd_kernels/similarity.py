@@ -89,22 +89,20 @@ def similarity_kd(
     ranks = Ranks.of(group)
     given = [] if teacher is None else teacher if isinstance(teacher, list) else [teacher]
 
-    def chosen_backend() -> str:
-        loss, pairs = "similarity_kd" if given else "contrastive", len(student.image) * ranks.world
-        dtype = compute_dtype(*(tensor for pair in (student, *given) for tensor in (pair.image, pair.text, pair.scale)))
-        return choose(loss, pairs, student.image.device, dtype, backend=backend, ring=ring, chunk=chunk)
-
     def check() -> Facts:
         _check_arguments(temperature, directions, scale_limit)
+        facts = check_pairs(student, given)
+        loss, pairs = "similarity_kd" if given else "contrastive", len(student.image) * ranks.world
+        dtype = compute_dtype(*(tensor for pair in (student, *given) for tensor in (pair.image, pair.text, pair.scale)))
+        chosen = choose(loss, pairs, student.image.device, dtype, backend=backend, ring=ring, chunk=chunk)
         options = {"temperature": temperature, "hard": hard, "directions": directions, "scale_limit": scale_limit, "ring": ring}
-        return {**check_pairs(student, given), **options, "backend": chosen_backend()}
+        return {**facts, **options, "backend": chosen}
 
-    agree(check, ranks, device_of(student))
+    chosen = agree(check, ranks, device_of(student))["backend"]
     checked = _checked(student)
     teachers = tuple(CheckedPair(*(tensor.detach() for tensor in _checked(each))) for each in given)
     dtype = compute_dtype(*checked, *(tensor for pair in teachers for tensor in pair))
     rows, device = len(checked.image), checked.image.device
-    chosen = chosen_backend()
     with full_precision(device):
         if chosen in ("eager", "compiled"):
             compiled = chosen == "compiled"

@@ -117,7 +117,7 @@ def _sigmoid_panel_kernel(
         softplus_neg_abs_a = _log1p(exp_neg_abs_a)
         sigmoid_neg_abs_a = exp_neg_abs_a / (1.0 + exp_neg_abs_a)
         if TEACHERS > 0:
-            # With the sign that makes b negative, x = -a sign(b) and y = -|b|, nothing cancels: see `one_pass_torch._kd`.
+            # With the sign that makes b negative, x = -a sign(b) and y = -|b|, nothing cancels: see `one_pass._kd`.
             divergence = tl.zeros((BLOCK,), tl.float32)
             slope = tl.zeros((BLOCK,), tl.float32)
             for teacher in tl.static_range(TEACHERS):
