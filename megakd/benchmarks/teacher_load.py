@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -91,7 +90,7 @@ def write_random(model: str, path: Path) -> None:
 def _measure(model: str, mode: str, ranks: int, pairs: int, forwards: int, threads: int, offload: bool, path: Path) -> list[dict[str, Any]]:
     settings = {"model": model, "mode": mode, "weights": str(path), "pairs": pairs, "forwards": forwards, "offload": offload}
     program = str(Path(__file__).with_name("teacher_load_side.py"))
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={_free_port()}"]
+    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     # megakd/benchmarks is first on a program's path otherwise; torchrun hands -P to no rank, so each gets it by --no-python.
     command = [*torchrun, "--no-python", sys.executable, "-P", program, json.dumps(settings), str(path.parent)]
     files = [path.parent / f"rank-{rank}.json" for rank in range(ranks)]
@@ -103,13 +102,6 @@ def _measure(model: str, mode: str, ranks: int, pairs: int, forwards: int, threa
 
     with running(command, path.parent, "teacher-load", threads) as child:
         return child.wait_for(all_there, SECONDS)
-
-
-def _free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("localhost", 0))
-        port: int = opened.getsockname()[1]
-    return port
 
 
 def _report(found: list[dict[str, Any]], settings: dict[str, Any], where: dict[str, Any], file: Path | None) -> None:

@@ -85,7 +85,7 @@ def test_training_from_a_bf16_store_has_them_within_rounding(run, stores: Stores
 
 
 def test_a_whole_store_needs_no_teacher(run, stores: Stores, monkeypatch) -> None:
-    def build(*_: Any) -> None:
+    def build(*_: Any, **__: Any) -> None:
         raise AssertionError("the teacher was built")
 
     monkeypatch.setattr("megakd.teachers.replicated.ReplicatedTeacher.load", build)
