@@ -48,9 +48,6 @@ class Objectives(Section):
         0.0, description="interactive contrastive learning, see [interactive]"
     )
     feature: Annotated[Weight, Declaration("megakd.objectives.feature.Feature")] = Field(0.0, description="feature KD, see [feature]")
-    relational: Annotated[Weight, Declaration("megakd.objectives.relational.Relational")] = Field(
-        0.0, description="distances between the batch's images, as the teacher's"
-    )
 
     def active(self) -> dict[str, float]:
         """name -> weight of those with a positive one, in the order above."""
