@@ -66,18 +66,6 @@ def textvqa(folder: Path, **more: Any) -> QuestionSource:
     return source("textvqa", **{"questions": file, "images": images, **more})
 
 
-def aokvqa(folder: Path, **more: Any) -> QuestionSource:
-    entry = {
-        "split": "val",
-        "image_id": 461751,
-        "question_id": "22jbM6gDxdaMaunuzgrsBB",
-        "question": "What is in his mouth?",
-    }
-    answers = {"choices": ["toothpick", "cigarette"], "correct_choice_idx": 1, "direct_answers": ["cigarette"] * 9 + ["toothpick"]}
-    images = write_images(folder / "images", "000000461751.jpg")
-    return source("aokvqa", **{"questions": write(folder / "aokvqa.json", [{**entry, **answers}]), "images": images, **more})
-
-
 def vizwiz(folder: Path, **more: Any) -> QuestionSource:
     answers = [{"answer_confidence": "yes", "answer": word} for word in ("grey", "gray", "grey", "unanswerable")]
     entries = [
@@ -142,9 +130,7 @@ def llava(folder: Path, **more: Any) -> QuestionSource:
     return source("llava", **{"questions": write(folder / "llava.json", entries), "images": images, **more})
 
 
-WRITERS: dict[str, Callable[..., QuestionSource]] = {
-    make.__name__: make for make in (vqav2, textvqa, aokvqa, vizwiz, gqa, scienceqa, pope, llava)
-}
+WRITERS: dict[str, Callable[..., QuestionSource]] = {make.__name__: make for make in (vqav2, textvqa, vizwiz, gqa, scienceqa, pope, llava)}
 
 
 def opened(source: QuestionSource, key: str = "answers.train.mine", **more: Any) -> Any:

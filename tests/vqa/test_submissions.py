@@ -21,7 +21,6 @@ GAS = "Context: Look.\nQuestion: Which is a gas?\nOptions: (A) ice (B) steam (C)
 ENTRIES: dict[str, list[dict[str, Any]]] = {
     "vqav2": [{"question_id": 1000, "answer": "A Bus."}, {"question_id": 1001, "answer": ""}],
     "textvqa": [{"question_id": 34602, "answer": "A Bus."}],
-    "aokvqa": [{"question_id": "22jbM6gDxdaMaunuzgrsBB", "answer": "A Bus."}],
     "vizwiz": [{"image": "VizWiz_val_00000000.jpg", "answer": "A Bus."}, {"image": "VizWiz_val_00000001.jpg", "answer": ""}],
     "gqa": [{"questionId": "05515938", "prediction": "a bus"}, {"questionId": "05515939", "prediction": ""}],
     "scienceqa": [

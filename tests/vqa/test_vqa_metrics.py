@@ -36,12 +36,6 @@ def test_accuracy_is_the_mean_over_the_ten_leave_one_out_subsets(matches: int, e
         assert accuracy("red", ten(matches)) == pytest.approx(expected)
 
 
-def test_a_okvqa_takes_the_accuracy_of_vqa_over_its_ten_direct_answers() -> None:
-    nine = question(("cigarette",) * 9 + ("toothpick",))
-    found = score("aokvqa", [Answered(nine, "cigarette"), Answered(nine, "toothpick")])
-    assert found["accuracy"] == pytest.approx((1.0 + 0.3) / 2)
-
-
 def test_unanimous_answers_are_compared_as_they_are() -> None:
     same = ("yes",) * 10
     assert vqa_accuracy("yes", same) == 1.0
