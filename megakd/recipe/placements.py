@@ -26,7 +26,6 @@ class Placement:
 PLACEMENTS = {
     "replicated": Placement("megakd.teachers.replicated:ReplicatedTeacher", "whole on every rank"),
     "zero3": Placement("megakd.teachers.sharded:ShardedTeacher", "partitioned over the ranks", ("offload", "ds_config")),
-    "host": Placement("megakd.teachers.hosted:HostedTeacher", "in the host's memory but for the block that runs"),
 }
 INT8 = "_int8"
 MODES = tuple(name + suffix for name, placement in PLACEMENTS.items() for suffix in (("", INT8) if placement.int8 else ("",)))
