@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from megakd.recipe import Views
 from megakd.runtime import failures
 from support import PROGRAMS
 from support.loaders import BATCH, TOWERS, stream, take
-from support.runs import REPOSITORY, environment
+from support.processes import python
 from support.shards import ByteTokenizer, bomb_png, jpeg, open_shards, pair, text_of, write_set, write_tar
 
 pytestmark = pytest.mark.usefixtures("no_process_is_left")
@@ -192,17 +191,9 @@ def test_an_exception_of_the_trainer_ends_the_workers(clean: ShardSet) -> None:
 
 def run_script(clean: ShardSet, how: str) -> subprocess.Popen[str]:
     pattern = clean.names[0].replace("00000", "{00000..00002}")
-    command = [sys.executable, str(PROGRAMS / "loader_workers.py"), pattern, how]
-    return subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests that run in the background inherit SIG_IGN
-    )
+    # tests that run in the background inherit SIG_IGN
+    interruptible = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return python(PROGRAMS / "loader_workers.py", pattern, how, **interruptible)
 
 
 def gone(pid: int) -> bool:

@@ -17,6 +17,7 @@ from megakd.data.shapes.questions import FAMILIES
 from megakd.data.shapes.reading import CAPTION_EVERY, SPLIT, conversations
 from megakd.data.shapes.scene import HELD_OUT_PAIRS, scene_graph, scene_of
 from megakd.data.shapes.vocabulary import UNKNOWN, build_tokenizer
+from support import edit_json
 
 SETTINGS: dict[str, Any] = {"train": 300, "test": 80, "seed": 7, "shard_size": 200, "zeroshot_per_class": 2}
 # Captions and scenes (not pictures, whose bytes are also Pillow's) that SETTINGS gave in format 1, at commit 8aefbf2.
@@ -112,11 +113,11 @@ def test_an_older_world_of_these_settings_is_completed_and_its_pictures_stay(wor
     out = tmp_path / "w"
     write_world(out, **SETTINGS)
     record = json.loads((out / "world.json").read_text())
-    (out / "world.json").write_text(json.dumps({**record, "format_version": 1}))
+    edit_json(out / "world.json", format_version=1)
     (out / "questions/train_text.json").unlink()
     assert write_world(out, **SETTINGS).written
     assert json.loads((out / "world.json").read_text()) == record
     assert (out / "questions/train_text.json").read_bytes() == (world / "questions/train_text.json").read_bytes()
-    (out / "world.json").write_text(json.dumps({**record, "format_version": 99}))
+    edit_json(out / "world.json", format_version=99)
     with pytest.raises(ValueError, match="format_version = 99 there, 2 asked"):
         write_world(out, **SETTINGS)

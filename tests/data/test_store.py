@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import pickle
-import resource
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +19,9 @@ from megakd.data.store.reader import Store, StoreError, content_digest, differen
 from megakd.data.store.views import StoredViews
 from megakd.data.transforms import decode, draw_stored, train_pixels
 from megakd.recipe import Views
+from support import edit_json
 from support.loaders import TOWERS, take
+from support.processes import files_at_most, python
 from support.shards import open_shards, pair, write_tar
 from support.stores import KEY, LAYOUT, MANIFEST, UNUSABLE, values, write
 
@@ -122,24 +121,19 @@ def test_a_part_that_vanishes_in_use_is_an_error_with_its_name(folder: Path) -> 
 def test_a_full_disk_is_said_and_leaves_no_part_behind(folder: Path) -> None:
     image, text, known = values(LAYOUT)
     part_path(folder, 0).unlink()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        with pytest.raises(StoreError, match=r"could not write .*000000\.safetensors: .*the parts written before are kept"):
-            writer.write_part(folder, MANIFEST, 0, image[:8], text[:8], known[:8])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = r"could not write .*000000\.safetensors: .*the parts written before are kept"
+    with files_at_most(100), pytest.raises(StoreError, match=said):
+        writer.write_part(folder, MANIFEST, 0, image[:8], text[:8], known[:8])
     assert sorted(path.name for path in (folder / "parts").iterdir()) == [f"{number:06d}.safetensors" for number in range(1, 6)]
 
 
 def test_what_is_no_store_says_so(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(StoreError, match="no store of embeddings"):
         Store.open(tmp_path / "nothing")
-    content = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**content, "format": 9}))
+    edit_json(folder / "manifest.json", format=9)
     with pytest.raises(StoreError, match="format 9, this version reads format 1"):
         Store.open(folder)
-    (folder / "manifest.json").write_text(json.dumps(content)[:50])
+    (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:50])
     with pytest.raises(StoreError, match="no manifest of a store"):
         Store.open(folder)
 
@@ -194,8 +188,7 @@ with StoreLock(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / "locked")]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = python("-c", HOLDER, tmp_path / "locked", stdin=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     yield process

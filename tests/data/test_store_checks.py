@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from megakd.data.store.reader import Store, StoreError, part_path
-from support import safetensors_files
+from support import edit_json, safetensors_files
 from support.stores import without_checks, write
 
 
@@ -59,7 +58,6 @@ def test_a_store_of_an_earlier_version_is_read_as_it_was(folder: Path) -> None:
 
 @pytest.mark.parametrize("change", [{"scale": 112.03}, {"bias": -1.0}, {"layout": {}}, {"parts": []}, {"key": {"seed": 4}}], ids=str)
 def test_a_changed_manifest_is_refused(folder: Path, change: dict[str, object]) -> None:
-    content = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**content, **change}))
+    edit_json(folder / "manifest.json", **change)
     with pytest.raises(StoreError, match="was changed after it was written"):
         Store.open(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from megakd.export.merge import merge
 from megakd.export.warm_start import warm_start
 from megakd.models import clip
 from megakd.models.vlm.decoder import Decoder
+from support import edit_json
 from support.decoders import CPU, make_decoder, make_towers
 
 LORA = recipe.Lora(rank=4, alpha=8.0, dropout=0.0)
@@ -216,7 +216,8 @@ def test_a_folder_without_manifest_and_a_damaged_manifest_are_refused(adapted: t
     (folder / "bundle.json").write_text(text[:100], encoding="utf-8")
     with pytest.raises(ValueError, match=r"bundle\.json: damaged"):
         Bundle.load(folder, CPU)
-    (folder / "bundle.json").write_text(json.dumps({**json.loads(text), "format": 99}), encoding="utf-8")
+    (folder / "bundle.json").write_text(text, encoding="utf-8")
+    edit_json(folder / "bundle.json", format=99)
     with pytest.raises(ValueError, match="format 99"):
         Bundle.load(folder, CPU)
 

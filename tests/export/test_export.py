@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from megakd.export import clip_folder
 from megakd.models import clip
 from megakd.recipe import Model, Preprocess
+from support import edit_json
 from support.runs import train
 
 ARCHITECTURE: dict[str, Any] = {
@@ -33,9 +35,8 @@ def _built(world: Path, **more: Any) -> tuple[clip.ClipModel, dict[str, torch.Te
 
 
 def test_open_clip_loads_what_was_trained_with_its_preprocessing(world: Path, tmp_path: Path) -> None:
-    built, weights = _built(
-        world, preprocess=Preprocess(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), interpolation="bilinear", resize_mode="squash")
-    )
+    preprocess = Preprocess(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), interpolation="bilinear", resize_mode="squash")
+    built, weights = _built(world, preprocess=preprocess)
     clip_folder.write_model(tmp_path / "model", weights, built)
     theirs, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}")
     assert all(torch.equal(value, weights[f"clip.{name}"]) for name, value in theirs.state_dict().items())
@@ -44,25 +45,7 @@ def test_open_clip_loads_what_was_trained_with_its_preprocessing(world: Path, tm
     assert again.preprocess == built.preprocess
 
 
-def _other_activation(folder: Path) -> None:
-    path = folder / "open_clip_config.json"
-    content = json.loads(path.read_text())
-    content["model_cfg"]["quick_gelu"] = False
-    path.write_text(json.dumps(content))
-
-
-def _other_mean(folder: Path) -> None:
-    path = folder / "open_clip_config.json"
-    content = json.loads(path.read_text())
-    content["preprocess_cfg"]["mean"] = [0.0, 0.0, 0.0]
-    path.write_text(json.dumps(content))
-
-
-def _other_tokenizer(folder: Path) -> None:
-    path = folder / "open_clip_config.json"
-    content = json.loads(path.read_text())
-    content["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"clean": "canonicalize"}
-    path.write_text(json.dumps(content))
+CONFIG = "open_clip_config.json"
 
 
 def _other_weights(folder: Path) -> None:
@@ -71,17 +54,22 @@ def _other_weights(folder: Path) -> None:
     save_file(weights, folder / "open_clip_model.safetensors")
 
 
+def _edit(change: Callable[[Any], object]) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / CONFIG, change)
+
+
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
-        (_other_activation, "image differs"),
-        (_other_mean, "prepares images"),
-        (_other_tokenizer, "other tokens"),
+        (_edit(lambda content: content["model_cfg"].update(quick_gelu=False)), "image differs"),
+        (_edit(lambda content: content["preprocess_cfg"].update(mean=[0.0, 0.0, 0.0])), "prepares images"),
+        (_edit(lambda content: content["model_cfg"]["text_cfg"].update(tokenizer_kwargs={"clean": "canonicalize"})), "other tokens"),
         (_other_weights, "image differs"),
     ],
+    ids=["activation", "mean", "tokenizer", "weights"],
 )
 def test_an_export_that_open_clip_reads_otherwise_is_refused_and_the_earlier_one_stays(
-    harm: Any, told: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harm: Callable[[Path], None], told: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the export itself had a mistake: the real one is written, and harmed before it is looked at."""
     built, weights = _built(world)

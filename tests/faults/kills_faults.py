@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from typing import Any
 from faults.campaign import Mutant, SilentFault
 from megakd.data.shapes import write_world
 from megakd.runtime import checkpoint
-from support import PROGRAMS, REPOSITORY
-from support.runs import RECIPE, TEACHER, curve, environment, settings
+from support import PROGRAMS
+from support.processes import python
+from support.runs import RECIPE, TEACHER, curve, settings
 
 NAME, COUNT, FEW, LIMIT = "kills", 160, 4, 180
 TRAIN = ("optim.steps=6", "checkpoint.every=2", "checkpoint.keep=2", "evaluation.every=3", "evaluation.batch=64")
@@ -32,10 +32,7 @@ class Programs:
         self.recipe = folder / "tiny.toml"
         self.recipe.write_text(RECIPE.format(world=world))
         self.sets = (*TRAIN, f"evaluation.retrieval={{ test = '{world}/test/*.tar' }}")
-        command = [sys.executable, str(PROGRAMS / "killable.py")]
-        self._server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), cwd=REPOSITORY
-        )
+        self._server = python(PROGRAMS / "killable.py", stdin=subprocess.PIPE, stderr=None)
         assert self._server.stdout is not None
         assert self._server.stdout.readline() == "ready\n"
 

@@ -6,13 +6,11 @@ import functools
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
-
-from pydantic import BaseModel
 
 from faults.campaign import Mutant
 from faults.tiny_commands import recipe_in, tried
 from megakd.recipe import Recipe
+from support.recipe_keys import is_table, leaves
 
 NAME, COUNT, LIMIT = "sets", 330, 90.0
 FEW = 16
@@ -50,23 +48,16 @@ PLAUSIBLE = (
 WHOLE = ("", "=", "==", "seed", "seed 1", "--set", "seed=1=2", "=1", "seed==1", "seed=1,optim.steps=2", "\udcff=1", "seed:1")
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        inner = [part for part in (field.annotation, *get_args(field.annotation)) if isinstance(part, type) and issubclass(part, BaseModel)]
-        table = next((part for part in (field.annotation, *get_args(field.annotation)) if get_origin(part) is dict), None)
-        yield prefix + name
-        for part in inner:
-            yield from _keys(part, f"{prefix}{name}.")
-        value: Any = get_args(table)[1] if table is not None else None
-        if isinstance(value, type) and issubclass(value, BaseModel):
-            yield from _keys(value, f"{prefix}{name}.mine.")
-        elif table is not None:
-            yield f"{prefix}{name}.mine"
+def _known() -> list[str]:
+    found = dict(leaves(Recipe))
+    tables = [f"{key}.mine" for key, field in found.items() if is_table(field)]
+    del found["watchdog.limit"]  # a small one would end this process
+    return [key.replace("NAME", "mine") for key in (*found, *tables, *Recipe.model_fields)]
 
 
 def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
     recipe = recipe_in(folder)
-    known = [key for key in _keys(Recipe) if key != "watchdog.limit"]  # a small one would end this process
+    known = _known()
     for number in range(count):
         sets = tuple(_override(known, draw) for _ in range(draw.choice([1, 1, 1, 2, 3])))
         name = f"{number}: {[text if len(text) < 120 else text[:120] + '...' for text in sets]}"

@@ -22,6 +22,7 @@ from megakd.jobs import batch_words, slurm, status, submit
 from megakd.jobs.slurm import JobState
 from megakd.jobs.submit import Resources
 from megakd.runtime.locks import FolderLock, held
+from support.processes import python
 from support.runs import ds_config, environment, megakd, settings, train
 
 HOLD = "import sys, pathlib; from megakd.runtime.locks import FolderLock\n"
@@ -37,7 +38,7 @@ def started(*arguments: object) -> subprocess.CompletedProcess[str]:
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[None]:
     """Another process holds the folder's lock, or raises CalledProcessError."""
-    with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with python("-c", HOLD, folder, stdin=subprocess.PIPE) as holder:
         assert holder.stdout
         if holder.stdout.readline() != "held\n":
             raise subprocess.CalledProcessError(holder.wait(), HOLD)
@@ -64,6 +65,11 @@ def table(folder: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     capsys.readouterr()
     assert megakd("jobs", folder) == 0
     return capsys.readouterr().out.splitlines()
+
+
+def begun(job: str | None, *, log: str | None = None, hour: int = 0) -> list[dict[str, str | None]]:
+    """The jobs of run.json: one, of the first day of 2026."""
+    return [{"slurm_job_id": job, "log": log, "started": f"2026-01-01T{hour:02d}:00:00+0000"}]
 
 
 def write_run(run: Path, **content: object) -> Path:
@@ -292,7 +298,7 @@ def test_a_run_of_answers_alone_is_finished_with_its_bundle(tmp_path: Path, caps
 
 def test_runs_are_listed_with_what_their_folders_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = "a_name_that_is_long_" * 12
-    stopped = write_run(tmp_path / long, jobs=[{"slurm_job_id": None, "log": "/logs/one.log", "started": "2026-01-01T00:00:00+0000"}])
+    stopped = write_run(tmp_path / long, jobs=begun(None, log="/logs/one.log"))
     rows = [{"step": 7, "loss": 1.5, "images_per_second": 123.4}, {"step": 7, "event": "checkpoint", "content": None}]
     (stopped / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 8, "lo')
     (write_run(tmp_path / "b" / "done") / "model").mkdir()
@@ -318,8 +324,7 @@ def test_slurm_is_not_asked_more_often_than_every_fifteen_seconds(tmp_path: Path
 
 
 def test_a_preempted_job_is_shown_as_waiting_again(tmp_path: Path) -> None:
-    begun = [{"slurm_job_id": "7", "log": None, "started": "2026-01-01T00:00:00+0000"}]
-    (run,) = status.find(write_run(tmp_path / "run", slurm_job_id="7", jobs=begun))
+    (run,) = status.find(write_run(tmp_path / "run", slurm_job_id="7", jobs=begun("7")))
     assert status.state(run, {"7": JobState("PREEMPTED")}) == "PENDING again"
     assert status.state(run, {"7": JobState("PENDING", "BeginTime")}) == "PENDING again (BeginTime)"
     assert status.state(run, {"7": JobState("RUNNING")}) == "RUNNING"
@@ -328,9 +333,8 @@ def test_a_preempted_job_is_shown_as_waiting_again(tmp_path: Path) -> None:
 
 def test_a_run_that_is_over_is_not_called_running_with_the_other_runs_of_its_job(tmp_path: Path) -> None:
     """A batch script may train one run after another."""
-    begun = [{"slurm_job_id": "7", "log": None, "started": "2026-01-01T12:00:00+0000"}]
-    crashed = write_run(tmp_path / "crashed", jobs=begun)
-    (write_run(tmp_path / "done", jobs=begun) / "model").mkdir()
+    crashed = write_run(tmp_path / "crashed", jobs=begun("7", hour=12))
+    (write_run(tmp_path / "done", jobs=begun("7", hour=12)) / "model").mkdir()
     before, after = (local(f"2026-01-01T{hour}:00:00+00:00") for hour in (11, 13))
 
     def states(since: str) -> list[str]:
@@ -343,7 +347,7 @@ def test_a_run_that_is_over_is_not_called_running_with_the_other_runs_of_its_job
 
 
 def test_a_file_system_without_locks_leaves_slurms_word(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", jobs=[{"slurm_job_id": "7", "log": None, "started": "2026-01-01T12:00:00+0000"}])
+    run = write_run(tmp_path / "run", jobs=begun("7", hour=12))
     (run / "lock").mkdir()  # asking about it fails with an error, as there
     (found,) = status.find(tmp_path)
     assert status.state(found, {"7": JobState("RUNNING", since=local("2026-01-01T11:00:00+00:00"))}) == "RUNNING"
@@ -353,8 +357,7 @@ def test_slurm_is_asked_neither_about_ended_jobs_again_nor_about_finished_runs(t
     """Only the answers of `squeue` are set here."""
     answering(tmp_path, monkeypatch, 'echo "$*" >> "$0.asked"\nprintf "7|FAILED|N/A|None\\n8|RUNNING|N/A|None\\n"')
     for job in "789":
-        started = [{"slurm_job_id": job, "log": None, "started": "2026-01-01T12:00:00+0000"}]
-        run = write_run(tmp_path / "runs" / job, jobs=started)
+        run = write_run(tmp_path / "runs" / job, jobs=begun(job, hour=12))
     (run / "model").mkdir()
     ended = dict[str, JobState]()
     tables = [status._slurm(status.find(tmp_path / "runs"), ended)[0] for _ in range(2)]
@@ -382,7 +385,7 @@ def test_a_lock_is_taken_from_a_jobs_own_former_life_alone(tmp_path: Path, monke
 
 
 def test_a_later_submission_is_the_runs_job(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", jobs=[{"slurm_job_id": "7", "log": "a", "started": "2026-01-01T00:00:00+0000"}])
+    run = write_run(tmp_path / "run", jobs=begun("7", log="a"))
     (run / "slurm").mkdir()
     note = {"job": "9", "cluster": "slurm", "submitted": "2026-01-02T00:00:00+0000", "log": "b"}
     (run / "slurm" / "9.json").write_text(json.dumps(note))

@@ -6,8 +6,6 @@ import collections
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from megakd.models import weights
 from megakd.models.weights import SafetensorsFiles, convert, open_weights, write
-from support.runs import environment, wait_for
+from support.processes import python
+from support.runs import wait_for
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -231,7 +230,7 @@ weights.convert(Path(sys.argv[1]))
 def test_a_killed_conversion_leaves_nothing_that_is_taken_for_a_whole_one(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(TENSORS, path)
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], env=environment(), stdout=subprocess.PIPE, text=True)
+    child = python("-c", KILLED, path)
     wait_for(lambda: any(entry.suffix == ".partial" for entry in tmp_path.iterdir()), child)
     child.send_signal(signal.SIGKILL)
     child.wait()

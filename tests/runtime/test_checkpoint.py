@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import resource
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +19,9 @@ from megakd.runtime import checkpoint, files
 from megakd.runtime.checkpoint import CheckpointError, Progress
 from megakd.runtime.engine import State
 from megakd.runtime.exits import LossNotFinite
-from support.runs import environment
+from support import edit_json
+from support.processes import files_at_most, python
+from support.runs import wait_for
 
 
 def _progress(step: int) -> Progress:
@@ -101,8 +100,12 @@ def test_a_step_that_is_saved_again_is_replaced(tmp_path: Path) -> None:
         ("state.json", b"{}"),
         ("state.json", b"[]"),
         ("state.json", b"\xff\xfe"),
+        ("state.json", b"[" * 10**5),
+        ("state.json", b'{"step": ' + b"9" * 10**5 + b"}"),
+        ("state.json", b" " * (2 << 20)),
         ("state.json", None),
     ],
+    ids=lambda value: value[:9] if isinstance(value, bytes) else value,
 )
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said(tmp_path: Path, file: str, content: bytes | None) -> None:
     older, newest = _save(tmp_path, 1, 2)
@@ -128,10 +131,9 @@ def test_one_changed_byte_is_noticed(tmp_path: Path) -> None:
 
 def _rewritten(path: Path, formerly: bool, **changes: object) -> None:
     """A checkpoint's state.json with other values; formerly: as versions wrote it that knew no checksum of it."""
-    content = json.loads((path / "state.json").read_text()) | changes
+    edit_json(path / "state.json", **changes)
     if formerly:
-        content = {key: value for key, value in content.items() if key != "sha256"} | {"format": 1}
-    (path / "state.json").write_text(json.dumps(content))
+        edit_json(path / "state.json", lambda content: content.pop("sha256"), format=1)
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
@@ -163,44 +165,39 @@ def test_a_changed_state_is_passed_over(tmp_path: Path, changes: dict[str, objec
 @pytest.mark.parametrize("key", ["format", "step", "position", "seed", "data", "updates", "files", "sha256"])
 def test_a_missing_key_of_the_state_is_passed_over(tmp_path: Path, key: str) -> None:
     older, newest = _save(tmp_path, 1, 2)
-    content = json.loads((newest / "state.json").read_text())
-    del content[key]
-    (newest / "state.json").write_text(json.dumps(content))
-    assert _latest(tmp_path)[0] == older
-
-
-@pytest.mark.parametrize("text", ["[" * 10**5, '{"step": ' + "9" * 10**5 + "}", " " * (2 << 20)], ids=["deep", "huge", "long"])
-def test_a_state_that_is_no_json_of_ours_is_passed_over(tmp_path: Path, text: str) -> None:
-    older, newest = _save(tmp_path, 1, 2)
-    (newest / "state.json").write_text(text)
+    edit_json(newest / "state.json", lambda content: content.pop(key))
     assert _latest(tmp_path)[0] == older
 
 
 def _forge(path: Path, file: str, tensors: dict[str, torch.Tensor]) -> None:
     """Other tensors, with their checksums everywhere: what no run of ours saves."""
     save_file(tensors, path / file)
-    content = json.loads((path / "state.json").read_text())
-    content["files"][file] = {"bytes": (path / file).stat().st_size, "sha256": files.sha256(path / file)}
-    del content["sha256"]
-    (path / "state.json").write_text(json.dumps({**content, "sha256": files.json_sha256(content)}))
+
+    def sign(content: dict[str, Any]) -> None:
+        content["files"][file] = {"bytes": (path / file).stat().st_size, "sha256": files.sha256(path / file)}
+        del content["sha256"]
+        content["sha256"] = files.json_sha256(content)
+
+    edit_json(path / "state.json", sign)
 
 
-@pytest.mark.parametrize("what", ["nan", "bf16", "shape", "negative", "missing", "unknown"])
+Tensors = dict[str, torch.Tensor]
+# What is done to the weights and the moments.
+USELESS: dict[str, Callable[[Tensors, Tensors], object]] = {
+    "NaN": lambda weights, moments: weights["clip.a"][3, 1].fill_(torch.nan),
+    "bf16": lambda weights, moments: weights.update({"clip.a": weights["clip.a"].bfloat16()}),
+    "another shape": lambda weights, moments: moments.update({"exp_avg/clip.a": torch.zeros(3)}),
+    "a negative second moment": lambda weights, moments: moments["exp_avg_sq/clip.b"][1].fill_(-1),
+    "a missing moment": lambda weights, moments: moments.pop("exp_avg/clip.b"),
+    "an unknown moment": lambda weights, moments: moments.update({"exp_avg/clip.c": torch.zeros(3)}),
+}
+
+
+@pytest.mark.parametrize("what", USELESS)
 def test_a_whole_checkpoint_that_nobody_can_go_on_from_is_passed_over(tmp_path: Path, what: str) -> None:
     older, newest = _save(tmp_path, 1, 2)
     weights, moments = _state(2).weights, _state(2).moments
-    if what == "nan":
-        weights["clip.a"][3, 1] = torch.nan
-    elif what == "bf16":
-        weights["clip.a"] = weights["clip.a"].bfloat16()
-    elif what == "shape":
-        moments["exp_avg/clip.a"] = torch.zeros(3)
-    elif what == "negative":
-        moments["exp_avg_sq/clip.b"][1] = -1
-    elif what == "missing":
-        del moments["exp_avg/clip.b"]
-    else:
-        moments["exp_avg/clip.c"] = torch.zeros(3)
+    USELESS[what](weights, moments)
     _forge(newest, "weights.safetensors", weights)
     _forge(newest, "moments.safetensors", moments)
     path, said = _latest(tmp_path)
@@ -218,8 +215,7 @@ def test_a_folder_whose_name_is_no_step_is_no_checkpoint(tmp_path: Path) -> None
 
 def test_another_format_is_refused_by_number(tmp_path: Path) -> None:
     (path,) = _save(tmp_path, 1)
-    content = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps({**content, "format": 99}))
+    edit_json(path / "state.json", format=99)
     with pytest.raises(CheckpointError, match="format 99"):
         checkpoint.load(path)
 
@@ -266,13 +262,9 @@ for step in range(1, 100000):
 
 
 def test_kill_9_while_saving_always_leaves_a_valid_checkpoint_and_no_damaged_one(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", ENDLESS_SAVING, str(tmp_path)], env=environment())
+    process = python("-c", ENDLESS_SAVING, tmp_path)
     try:
-        end = time.monotonic() + 240
-        while not checkpoint.available(tmp_path):
-            assert process.poll() is None
-            assert time.monotonic() < end, "it hangs: this says nothing of how fast it is"
-            time.sleep(0.01)
+        wait_for(lambda: bool(checkpoint.available(tmp_path)), process, seconds=240)
         for _ in range(15):
             # Stopped at a random point of its work, the disk shows what a kill there would leave.
             time.sleep(0.013)
@@ -304,16 +296,6 @@ def test_another_architecture_is_refused_with_the_tensors_that_differ(tmp_path: 
     assert str(tmp_path) in message
 
 
-@contextlib.contextmanager
-def _files_at_most(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def _assert_refused_and_earlier_is_whole(run: Path, earlier: Path, numbers: int) -> None:
     with pytest.raises(CheckpointError) as caught:
         _save(run, 2, numbers=numbers)
@@ -325,7 +307,7 @@ def _assert_refused_and_earlier_is_whole(run: Path, earlier: Path, numbers: int)
 
 def test_a_file_that_cannot_grow_fails_the_save_and_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     (earlier,) = _save(tmp_path, 1)
-    with _files_at_most(20_000):
+    with files_at_most(20_000):
         _assert_refused_and_earlier_is_whole(tmp_path, earlier, 20_000)
 
 

@@ -16,6 +16,10 @@ from support.runs import REPOSITORY
 SHIPPED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 
 
+def _zero(stage: object, **more: object) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **more}}
+
+
 @pytest.fixture
 def recipe(recipe_file: Path) -> Recipe:
     """Batch 16, clipping at 1, AdamW with 1e-3."""
@@ -48,10 +52,10 @@ def test_the_issues_five_configurations_are_there() -> None:
 
 
 def test_absent_keys_are_filled_like_auto_and_the_input_stays_as_it_was(recipe: Recipe) -> None:
-    config: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+    config: dict[str, Any] = _zero(1)
     resolved = _resolve(config, recipe)
     assert (resolved["train_batch_size"], resolved["train_micro_batch_size_per_gpu"]) == (16, 8)
-    assert config == {"zero_optimization": {"stage": 1}}
+    assert config == _zero(1)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +95,9 @@ def test_a_json_may_save_the_memory_of_float32_sums_and_no_other_type_is_taken(r
     assert "data_types.grad_accum_dtype = 'fp16'" in _error({**config, "data_types": {"grad_accum_dtype": "fp16"}}, recipe)
 
 
+FOURS = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}
+
+
 def test_literals_that_agree_are_taken(recipe: Recipe) -> None:
     optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.98], "eps": "auto", "weight_decay": 0.2}}
     resolved = _resolve({"train_batch_size": 16, "gradient_clipping": 1, "optimizer": optimizer}, recipe)
@@ -105,13 +112,7 @@ def test_literals_that_agree_are_taken(recipe: Recipe) -> None:
         ({"optimizer": {"params": {"lr": 0.5}}}, "optimizer.params.lr", 0.5, "optim.lr", 0.001),
         ({"optimizer": {"params": {"betas": [0.9, 0.999]}}}, "optimizer.params.betas", [0.9, 0.999], "optim.betas", [0.9, 0.98]),
         ({"optimizer": {"params": {"weight_decay": 0}}}, "optimizer.params.weight_decay", 0, "optim.weight_decay", 0.2),
-        (
-            {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4},
-            "gradient_accumulation_steps",
-            4,
-            "optim.batch / (micro-batch * ranks)",
-            2,
-        ),
+        (FOURS, "gradient_accumulation_steps", 4, "optim.batch / (micro-batch * ranks)", 2),
     ],
 )
 def test_a_literal_that_disagrees_names_both_files_and_both_values(
@@ -149,7 +150,7 @@ def test_a_share_that_does_not_divide_over_micro_batches_is_refused(config: dict
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "optim.schedule", "remove"]),
         ({"fp16": {"enabled": True}}, ["fp16.enabled", "bf16"]),
         ({"bf16": {"enabled": True}}, ["bf16 without ZeRO", "1, 2 or 3"]),
-        ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage = 4", "0, 1, 2 or 3"]),
+        (_zero(4), ["zero_optimization.stage = 4", "0, 1, 2 or 3"]),
         ({"optimizer": {"type": "Lamb"}}, ["optimizer.type = 'Lamb'", "AdamW"]),
         ({"optimizer": {"params": {"momentum": 0.9}}}, ["optimizer.params.momentum = 0.9", "unknown"]),
         ({"train_micro_batch_size_per_gpu": "many"}, ["train_micro_batch_size_per_gpu = 'many'"]),
@@ -185,23 +186,17 @@ def _checked(config: dict[str, Any], recipe: Recipe) -> None:
         ({"bf16": {"enabled": "auto"}}, ['bf16.enabled = "auto"', "remove it"]),
         ({"bf16": True}, ["bf16 = True", "a section"]),
         ({"bfloat16": {"enabled": True}}, ["bfloat16", "write bf16"]),
-        ({"zero_optimization": {"stage": "2"}}, ["zero_optimization.stage = '2'"]),
-        ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage = True"]),
+        (_zero("2"), ["zero_optimization.stage = '2'"]),
+        (_zero(True), ["zero_optimization.stage = True"]),
+        (_zero(2, overlap_com=True), ["zero_optimization.overlap_com", "did you mean 'zero_optimization.overlap_comm'"]),
+        (_zero(2, reduce_bucket_size="5e8"), ["reduce_bucket_size = '5e8'", "an integer, without quotes"]),
+        (_zero(2, reduce_bucket_size=10**15), ["reduce_bucket_size", "from 1 to"]),
+        (_zero(1, offload_param={"device": "cpu"}), ["offload_param", "stage 3"]),
+        (_zero(2, offload_optimizer={"device": "nvme"}), ["offload_optimizer.device = 'nvme'", "cpu or none"]),
+        (_zero(2, cpu_offload=True), ["cpu_offload", "offload_optimizer"]),
+        (_zero(3, stage3_gather_16bit_weights_on_model_save=True), ["float32", "remove it"]),
         (
-            {"zero_optimization": {"stage": 2, "overlap_com": True}},
-            ["zero_optimization.overlap_com", "did you mean 'zero_optimization.overlap_comm'"],
-        ),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "5e8"}}, ["reduce_bucket_size = '5e8'", "an integer, without quotes"]),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": 10**15}}, ["reduce_bucket_size", "from 1 to"]),
-        ({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, ["offload_param", "stage 3"]),
-        (
-            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
-            ["offload_optimizer.device = 'nvme'", "cpu or none"],
-        ),
-        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, ["cpu_offload", "offload_optimizer"]),
-        ({"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}}, ["float32", "remove it"]),
-        (
-            {"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 10**8, "stage3_prefetch_bucket_size": 10**7}},
+            _zero(2, stage3_max_live_parameters=10**8, stage3_prefetch_bucket_size=10**7),
             ["stage3_max_live_parameters", "stage 3 alone", "stage is 2", "and stage3_prefetch_bucket_size", "stage to 3"],
         ),
         ({"data_types": {"grad_accum_dtype": "fp17"}}, ["data_types.grad_accum_dtype = 'fp17'", "write fp32"]),

@@ -116,10 +116,8 @@ def _os_error(number: int, path: str | None = None) -> OSError:
         (_os_error(errno.ENOENT, "/data/00001.tar"), ["/data/00001.tar", "put it back"]),
         (_os_error(errno.ESTALE, "/data"), ["file server"]),
         (MemoryError(), ["out of memory", "train_micro_batch_size_per_gpu"]),
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-            ["2.00 GiB", "train_micro_batch_size_per_gpu", "megakd plan"],
-        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), ["2.00 GiB", "megakd plan"]),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), ["train_micro_batch_size_per_gpu"]),
         (RuntimeError("CUDA error: out of memory"), ["activation_checkpointing"]),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), ["lower"]),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"), ["--shm-size"]),
@@ -139,13 +137,7 @@ def test_a_trouble_of_the_machine_is_one_message_with_its_remedy(error: BaseExce
 
 @pytest.mark.parametrize(
     "error",
-    [
-        KeyError("step"),
-        RuntimeError("shape mismatch"),
-        ValueError("a library's"),
-        ModuleNotFoundError("no", name="megakd.gone"),
-        TypeError("x"),
-    ],
+    [KeyError("step"), RuntimeError("shape"), ValueError("a library's"), ModuleNotFoundError("no", name="megakd.gone"), TypeError("x")],
 )
 def test_a_bug_keeps_its_traceback(error: BaseException) -> None:
     assert failures.explain(error) is None

@@ -17,25 +17,17 @@ import torch
 import torch.distributed as dist
 
 from megakd.runtime import launch, peers
-from support.runs import LAUNCHER_VARIABLES, NODE_LISTS, REPOSITORY, environment
+from support.processes import start
+from support.runs import LAUNCHER_VARIABLES, NODE_LISTS, environment
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
 SRUN = {
-    "SLURM_STEP_ID": "0",
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-    "SLURM_NTASKS": "9",
-    "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_JOB_NODELIST": "gpu[01-04]",
-    "SLURM_STEP_NODELIST": "gpu[02-03]",
-    "SLURM_JOB_ID": "4711",
+    **{"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "9", "SLURM_STEP_NUM_TASKS": "8"},
+    **{"SLURM_JOB_NODELIST": "gpu[01-04]", "SLURM_STEP_NODELIST": "gpu[02-03]", "SLURM_JOB_ID": "4711"},
 }
 SUBMITIT = {
-    "SUBMITIT_EXECUTOR": "local",
-    "SUBMITIT_LOCAL_GLOBALID": "1",
-    "SUBMITIT_LOCAL_LOCALID": "1",
-    "SUBMITIT_LOCAL_NTASKS": "2",
-    "SUBMITIT_LOCAL_JOB_ID": "98765",
+    **{"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "98765"},
+    **{"SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_LOCALID": "1", "SUBMITIT_LOCAL_NTASKS": "2"},
 }
 
 
@@ -106,15 +98,8 @@ def test_the_ranks_of_one_machine_are_counted_as_slurm_lays_them_out(tasks: str 
 
 
 def test_a_task_of_submitit_on_this_machine_is_a_rank_whatever_slurm_shell_it_was_started_in() -> None:
-    found = launch.variables(SRUN | SUBMITIT)
-    assert found == {
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": "1",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(launch.port(98765)),
-    }
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    assert launch.variables(SRUN | SUBMITIT) == {**place, "MASTER_PORT": str(launch.port(98765))}
 
 
 def test_a_task_of_submitit_on_slurm_is_a_task_of_srun() -> None:
@@ -262,17 +247,8 @@ def test_two_ranks_meet_over_ipv6(address: str, tmp_path: Path) -> None:
             pytest.skip("needs the right to mount another /etc/hosts; the address itself is tried above")
         command = with_hosts + command
     shared = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_ID": str(os.getpid())}
-    ranks = [
-        subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=environment(MASTER_ADDR=address, SLURM_PROCID=rank, SLURM_LOCALID=rank, **shared),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
+    environments = [environment(MASTER_ADDR=address, SLURM_PROCID=rank, SLURM_LOCALID=rank, **shared) for rank in "01"]
+    ranks = [start(*command, env=one) for one in environments]
     try:
         printed = [process.communicate(timeout=240) for process in ranks]
     finally:

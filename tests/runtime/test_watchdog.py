@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,8 @@ from megakd.runtime import watchdog
 from megakd.runtime.exits import EXIT_HUNG
 from megakd.runtime.launch import World
 from megakd.runtime.watchdog import HangWatchdog
-from support.runs import KD, REPOSITORY, environment, rows, settings, start_ranks
+from support.processes import python
+from support.runs import KD, rows, settings, start_ranks, wait_for
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -50,9 +50,7 @@ print("came to its end")
 def _program(run: Path, limit: float, body: str) -> Iterator[subprocess.Popen[str]]:
     """Python code inside a watchdog, in a process that has got there."""
     indented = "\n".join(f"    {line}" for line in body.splitlines())
-    command = [sys.executable, "-c", PROGRAM.format(limit=limit, body=indented), str(run)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), text=True, **pipes)
+    process = python("-c", PROGRAM.format(limit=limit, body=indented), run)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
@@ -165,14 +163,6 @@ LIMIT = 8.0
 STEPS = 2000
 
 
-def _wait_for_rows(run: Path, count: int, ranks: list[subprocess.Popen[str]], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while len(rows(run)) < count:
-        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()[0][-4000:]
-        assert time.monotonic() < end, "it hangs: this says nothing of how fast it is"
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def ended(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ended]:
     """First the other rank stops for a quarter of the limit, several times, and the run goes on; then for ever."""
@@ -181,13 +171,13 @@ def ended(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     ranks = start_ranks("--recipe", recipe_file, "--out", run, *settings(*sets))
     stopped = ranks[1]
     try:
-        _wait_for_rows(run, 3, ranks)
+        wait_for(lambda: len(rows(run)) >= 3, ranks[0])
         for _ in range(5):
             stopped.send_signal(signal.SIGSTOP)
             time.sleep(LIMIT / 4)
             before = len(rows(run))
             stopped.send_signal(signal.SIGCONT)
-            _wait_for_rows(run, before + 2, ranks)
+            wait_for(lambda: len(rows(run)) >= before + 2, ranks[0])  # noqa: B023 - asked at once
         stopped.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         out, _ = ranks[0].communicate(timeout=60)

@@ -6,10 +6,9 @@ import filecmp
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -28,7 +27,8 @@ from megakd.teachers import embed
 from megakd.teachers.build import open_store
 from megakd.teachers.embed import EmbedJob, EmbedRequest
 from support import PROGRAMS
-from support.runs import TEACHER, environment, finish, run_ranks, wait_for
+from support.processes import python
+from support.runs import TEACHER, finish, run_ranks, wait_for
 from support.shards import ByteTokenizer, pair, write_tar
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -64,17 +64,18 @@ def changed(recipe: Recipe, *overrides: str) -> Recipe:
     return recipes.load(str(path), overrides)[0]
 
 
+def remade(store: Path, **changes: Any) -> None:
+    """Another manifest for the same parts."""
+    found = read_manifest(store)
+    assert found is not None
+    writer.start(store, replace(found, **changes))
+
+
 def assert_equal_stores(one: Path, other: Path) -> None:
     names = sorted(str(path.relative_to(other)) for path in other.rglob("*") if path.is_file())
     assert sorted(str(path.relative_to(one)) for path in one.rglob("*") if path.is_file()) == names
     assert len(names) == PARTS + 2
     assert filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
-
-
-def start(command: list[str | Path]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
 
 
 def arguments(recipe_file: Path, out: Path) -> list[str | Path]:
@@ -86,7 +87,7 @@ def test_what_a_killed_job_began_two_ranks_finish_as_one_undisturbed_rank_writes
     recipe_file: Path, reference: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "store"
-    first = start(arguments(recipe_file, out))
+    first = python(*arguments(recipe_file, out))
     wait_for(lambda: len(list(out.glob("parts/0*"))) >= 3, first)
     first.kill()
     first.communicate()
@@ -140,7 +141,7 @@ def test_a_folder_with_parts_and_no_manifest_is_somebody_elses(recipe: Recipe, s
 def test_a_second_job_is_refused_and_changes_nothing(recipe: Recipe, recipe_file: Path, reference: Path, store: Path) -> None:
     part_path(store, 3).unlink()
     with StoreLock(store):  # a lock is a process's own, so the second job is another process
-        second = finish(start(arguments(recipe_file, store)))
+        second = finish(python(*arguments(recipe_file, store)))
     assert second.code == 2, second.out
     assert f"process {os.getpid()} on" in second.out
     assert not part_path(store, 3).exists()
@@ -206,9 +207,7 @@ def test_a_store_that_was_computed_otherwise_is_neither_gone_on_with_nor_used(
     recipe: Recipe, store: Path, made_by: tuple[str, ...], used_by: tuple[str, ...], line: str
 ) -> None:
     first, second = (job(changed(recipe, *how), store) for how in (made_by, used_by))
-    found = read_manifest(store)
-    assert found is not None
-    writer.start(store, replace(found, made=first._made(), parts=()))
+    remade(store, made=first._made(), parts=())
     for attempt in (second.embed, lambda: open_store(store, second.recipe, second.description, second.shards, ALONE)):
         with pytest.raises(StoreError) as caught:
             attempt()
@@ -219,9 +218,7 @@ def test_a_store_that_was_computed_otherwise_is_neither_gone_on_with_nor_used(
 def test_a_store_from_before_calibration_is_that_of_the_same_mode_whole_or_partitioned(recipe: Recipe, store: Path, mode: str) -> None:
     int8 = mode.endswith("int8")
     old = {"precision": "fp32", "int8": int8, "outlier_threshold": 0.0 if int8 else None}
-    found = read_manifest(store)
-    assert found is not None
-    writer.start(store, replace(found, made=old))
+    remade(store, made=old)
     asked = job(changed(recipe, f"teacher.mode={mode}"), store)
     assert open_store(store, asked.recipe, asked.description, asked.shards, ALONE).layout.views == 2
     other = job(changed(recipe, "teacher.mode=replicated" if int8 else INT8), store)
@@ -230,9 +227,7 @@ def test_a_store_from_before_calibration_is_that_of_the_same_mode_whole_or_parti
 
 
 def test_an_old_store_with_a_threshold_is_read_and_says_what_it_is(recipe: Recipe, store: Path) -> None:
-    found = read_manifest(store)
-    assert found is not None
-    writer.start(store, replace(found, made={"precision": "fp32", "int8": True, "outlier_threshold": 6.0}))
+    remade(store, made={"precision": "fp32", "int8": True, "outlier_threshold": 6.0})
     asked = job(changed(recipe, INT8, "teacher.outlier_threshold=6.0"), store)
     opened = open_store(store, asked.recipe, asked.description, asked.shards, ALONE)
     assert "samples depended on their neighbours in the batch" in opened.outline()
