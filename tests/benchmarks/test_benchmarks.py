@@ -113,11 +113,8 @@ def test_both_programs_minimise_the_same_loss() -> None:
     image, text, teacher_image, teacher_text = (F.normalize(torch.randn(8, width)) for width in (6, 6, 10, 10))
     scales = torch.tensor(14.0), torch.tensor(50.0)
     recipe, _ = load("smoke")
-    task = ObjectiveSet(
-        recipe.model_copy(update={"objectives": recipe.objectives.model_copy(update={"contrastive": 1.0, "similarity": 1.0})}),
-        torch.device("cpu"),
-        None,
-    )
+    objectives = recipe.objectives.model_copy(update={"contrastive": 1.0, "similarity": 1.0})
+    task = ObjectiveSet(recipe.model_copy(update={"objectives": objectives}), torch.device("cpu"), None)
     gradients = []
     for ours in (True, False):
         leaves = [tensor.clone().requires_grad_() for tensor in (image, text, scales[0])]
@@ -155,9 +152,8 @@ def test_open_clips_command_has_flags_that_it_knows(tmp_path: Path) -> None:
 
 def test_our_side_is_timed_end_to_end(world: Path, tmp_path: Path) -> None:
     """The training program itself, with workers; it is killed after the timed steps, and so are they."""
-    job = benchmark.StepBenchmark(
-        Shards(world / "train", 600), {"architecture": TINY, "pretrained": "random"}, {"architecture": TINY}, 8, 3, 1, 1
-    )
+    teacher, student = {"architecture": TINY, "pretrained": "random"}, {"architecture": TINY}
+    job = benchmark.StepBenchmark(Shards(world / "train", 600), teacher, student, 8, 3, 1, 1)
     timed = benchmark.measure_ours(job, tmp_path / "ours")
     steps = timed.steps
     assert len(steps) == 3

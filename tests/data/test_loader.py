@@ -107,9 +107,7 @@ def test_towers_that_see_the_same_share_one_tensor_also_after_a_move(clean: Shar
     assert moved.position == batch.position
 
 
-def test_bad_samples_are_replaced_counted_and_logged_by_the_main_process(
-    spoiled: ShardSet, caplog: pytest.LogCaptureFixture, capfd
-) -> None:
+def test_bad_samples_are_replaced_counted_and_logged_outside_workers(spoiled: ShardSet, caplog: pytest.LogCaptureFixture, capfd) -> None:
     batches = take(spoiled, 12, workers=2)
     assert all(len(batch) == BATCH and all(index < 24 for index in batch.index.tolist()) for batch in batches)
     total = batches[0].bad

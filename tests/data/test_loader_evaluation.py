@@ -61,15 +61,8 @@ def test_zero_shot_sets_have_classes_and_need_no_captions(tmp_path: Path) -> Non
 
 
 def test_bad_samples_are_left_out_counted_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    members = [
-        ("a.jpg", jpeg(0)),
-        ("a.txt", b"a"),
-        ("b.jpg", b"x"),
-        ("b.txt", b"b"),
-        ("c.jpg", jpeg(2)),
-        ("d.jpg", jpeg(3)),
-        ("d.txt", b"d"),
-    ]
+    members = [("a.jpg", jpeg(0)), ("a.txt", b"a"), ("b.jpg", b"x"), ("b.txt", b"b")]
+    members += [("c.jpg", jpeg(2)), ("d.jpg", jpeg(3)), ("d.txt", b"d")]
     shards = open_set(str(write_tar(tmp_path / "0.tar", members)))
     (batch,) = batches(shards, fields=("pixels", "tokens"))
     assert batch.index.tolist() == [0, 3]
@@ -128,13 +121,7 @@ def test_anything_else_is_told_what_a_class_is(tmp_path: Path, content: bytes) -
 
 
 def test_what_is_sound_in_a_bad_sample_comes_along(tmp_path: Path) -> None:
-    members = [
-        ("a.jpg", b"x"),
-        ("a.txt", b"b"),
-        ("a.json", b'{"n": 1}'),
-        ("b.jpg", jpeg(0)),
-        ("b.json", b"{"),
-    ]
+    members = [("a.jpg", b"x"), ("a.txt", b"b"), ("a.json", b'{"n": 1}'), ("b.jpg", jpeg(0)), ("b.json", b"{")]
     (batch,) = batches(open_set(str(write_tar(tmp_path / "0.tar", members))), fields=("captions", "content", "json"))
     first, second = batch.unreadable
     assert first == (0, None, "b", {"n": 1})
@@ -144,9 +131,8 @@ def test_what_is_sound_in_a_bad_sample_comes_along(tmp_path: Path) -> None:
 
 
 def test_leaving_the_loop_early_ends_the_workers(tmp_path: Path) -> None:
-    stream = evaluation_batches(
-        open_set(write_set(tmp_path, 13, 2)), VIEW, rank=0, world=1, batch=2, fields=ALL, workers=2, pin_memory=False
-    )
+    shards = open_set(write_set(tmp_path, 13, 2))
+    stream = evaluation_batches(shards, VIEW, rank=0, world=1, batch=2, fields=ALL, workers=2, pin_memory=False)
     next(stream)
     assert len(multiprocessing.active_children()) == 2
     stream.close()  # what a for loop's end or an exception does to a generator

@@ -57,9 +57,8 @@ def pairs(sample: dict[str, Any]) -> set[tuple[str, str]]:
 
 
 def test_shards_look_like_img2dataset_wrote_them(world: Path) -> None:
-    assert sorted(path.name for path in (world / "train").iterdir()) == [
-        f"0000{shard}{end}" for shard in range(3) for end in (".tar", "_stats.json")
-    ]
+    names = [f"0000{shard}{end}" for shard in range(3) for end in (".tar", "_stats.json")]
+    assert sorted(path.name for path in (world / "train").iterdir()) == names
     counts = [json.loads((world / "train" / f"0000{shard}_stats.json").read_text()) for shard in range(3)]
     assert [stats["count"] for stats in counts] == [stats["successes"] for stats in counts] == [200, 200, 10]
     with tarfile.open(world / "train" / "00001.tar") as tar:

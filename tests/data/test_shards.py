@@ -57,9 +57,7 @@ def test_nested_ranges_multiply(tmp_path: Path) -> None:
         ("{{0..99999999999}}.tar", r"more than 1000000 shards"),
     ],
 )
-def test_a_missing_shard_is_named_with_its_pattern_and_a_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, said: str
-) -> None:
+def test_a_missing_shard_is_named_with_pattern_and_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, said: str) -> None:
     monkeypatch.chdir(tmp_path)  # the repository's own folder may hold data/shapes
     write_tar(tmp_path / "00000.tar", pair("k", 1))
     (tmp_path / "data" / "shapes").mkdir(parents=True)
@@ -211,12 +209,8 @@ def test_names_in_a_tar_never_become_paths_and_links_are_ignored(tmp_path: Path)
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-        for kind, name in (
-            (tarfile.SYMTYPE, "link.txt"),
-            (tarfile.LNKTYPE, "hard.txt"),
-            (tarfile.CHRTYPE, "dev.jpg"),
-            (tarfile.FIFOTYPE, "f.jpg"),
-        ):
+        links = {"link.txt": tarfile.SYMTYPE, "hard.txt": tarfile.LNKTYPE, "dev.jpg": tarfile.CHRTYPE, "f.jpg": tarfile.FIFOTYPE}
+        for name, kind in links.items():
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, str(secret)
             tar.addfile(info)
@@ -229,14 +223,8 @@ def test_names_in_a_tar_never_become_paths_and_links_are_ignored(tmp_path: Path)
 
 
 def test_keys_are_the_folder_and_the_name_before_its_first_dot(tmp_path: Path) -> None:
-    members = [
-        ("a/x.jpg", jpeg(0)),
-        ("b/x.jpg", jpeg(1)),
-        ("a/x.txt", b"of a"),
-        ("b/x.txt", b"of b"),
-        ("a/x.seg.jpg", b"other"),
-        ("a/._x.jpg", b"mac"),
-    ]
+    members = [("a/x.jpg", jpeg(0)), ("b/x.jpg", jpeg(1)), ("a/x.txt", b"of a"), ("b/x.txt", b"of b")]
+    members += [("a/x.seg.jpg", b"other"), ("a/._x.jpg", b"mac")]
     shards = open_set(str(write_tar(tmp_path / "0.tar", members)))
     assert captions(shards) == ["of a", "of b"]
     assert shards.known_bad.total == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from megakd import cli
 from megakd.evaluation import run as evaluation_run
 from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_USER_ERROR
-from support.runs import Finished, ds_config, environment, events, train
+from support.processes import python
+from support.runs import Finished, ds_config, events, train
 
 STEPS = 4
 
@@ -41,14 +41,9 @@ def _results(run: Path) -> dict[str, Any]:
 
 
 def _evaluate(*arguments: str | Path) -> Finished:
-    done = subprocess.run(
-        [sys.executable, "-m", "megakd.cli", "evaluate", *map(str, arguments)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    with python("-m", "megakd.cli", "evaluate", *arguments) as process:
+        out, err = process.communicate()
+    return Finished(process.returncode, out, err)
 
 
 def test_evaluation_json_has_every_set_kind_and_number(run: Path) -> None:
@@ -96,9 +91,7 @@ def test_evaluate_takes_a_checkpoint_and_other_sets(run: Path, world: Path) -> N
     assert found["zero_shot"] == two_steps["zero_shot"]
 
 
-def test_evaluate_refuses_what_is_no_run_in_one_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_refuses_a_folder_without_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["megakd", "evaluate", str(tmp_path)])
     assert cli.main() == EXIT_USER_ERROR
     printed = capsys.readouterr().err

@@ -22,10 +22,8 @@ def retrieval(members: list[tuple[str, bytes]], folder: Path, model: Reader | No
 
 
 def test_each_line_of_a_text_is_a_caption_of_its_image(tmp_path: Path) -> None:
-    members = [
-        member for number in range(20) for member in captioned(number, [f"{number} {word}" for word in ("a", "b", "c")[: 1 + number % 3]])
-    ]
-    found = retrieval(members, tmp_path)
+    captions = [[f"{number} {word}" for word in "abc"[: 1 + number % 3]] for number in range(20)]
+    found = retrieval([member for number in range(20) for member in captioned(number, captions[number])], tmp_path)
     assert found["image_to_text"] == found["text_to_image"] == PERFECT
     assert (found["images"], found["pairs"]) == (20, 39)
     assert (found["repeated_captions"], found["repeated_images"], found["blank_captions"], found["unreadable"]) == (0, 0, 0, 0)
@@ -105,12 +103,9 @@ def test_an_embedding_that_is_not_a_number_is_an_error_and_no_score(tmp_path: Pa
 def zero_shot(folder: Path, numbers: list[int], names: list[str], model: Reader | None = None, bad: int = 0, max_bad: float = 0.01) -> Any:
     (folder / "classnames.txt").write_text("\n".join(names))
     (folder / "zeroshot_classification_templates.txt").write_text("{c} it is\n{c}\n")
-    members = [
-        (f"{row:04d}.{kind}", data)
-        for row, number in enumerate(numbers)
-        for kind, data in (("png", picture(number)), ("cls", b"%d\n" % number))
-    ]
-    members += [(f"bad{row}.{kind}", data) for row in range(bad) for kind, data in (("png", b"none"), ("cls", b"0"))]
+    samples = [(f"{row:04d}", picture(number), b"%d\n" % number) for row, number in enumerate(numbers)]
+    samples += [(f"bad{row}", b"none", b"0") for row in range(bad)]
+    members = [(f"{key}.{kind}", data) for key, image, label in samples for kind, data in (("png", image), ("cls", label))]
     write_tar(folder / "test" / "0.tar", members)
     return results(recipe(max_bad, zero_shot={"mine": str(folder)}), model)["zero_shot"]["mine"]
 

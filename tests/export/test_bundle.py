@@ -79,9 +79,7 @@ def _answers(one: Bundle) -> list[str]:
 
 
 @pytest.mark.parametrize("case", ["adapter", "architecture", "full", "frozen", "blind"])
-def test_a_loaded_bundle_has_the_weights_and_gives_the_answers_of_the_one_saved(
-    case: str, tokenizer: Path, language: Path, tmp_path: Path
-) -> None:
+def test_a_loaded_bundle_has_the_weights_and_answers_of_the_one_saved(case: str, tokenizer: Path, language: Path, tmp_path: Path) -> None:
     settings = {
         "adapter": {"model": str(language)},
         "architecture": {},
@@ -117,9 +115,7 @@ def test_the_tower_in_a_bundle_is_one_that_open_clip_loads(adapted: tuple[Bundle
 
 @pytest.mark.parametrize("name", ["projector.safetensors", "adapter/adapter_model.safetensors", "tower/open_clip_model.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "changed"])
-def test_a_partial_or_changed_bundle_is_refused_by_the_files_name(
-    name: str, damage: str, adapted: tuple[Bundle, Path], tmp_path: Path
-) -> None:
+def test_a_partial_or_changed_bundle_is_refused_by_file_name(name: str, damage: str, adapted: tuple[Bundle, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(adapted[1], tmp_path / "bundle"))
     if damage == "missing":
         (folder / name).unlink()
@@ -152,9 +148,7 @@ def test_another_language_model_in_the_place_of_the_base_is_refused(tokenizer: P
         Bundle.load(tmp_path / "bundle", CPU)
 
 
-def test_a_tower_that_was_only_loaded_is_known_by_reference_and_a_changed_one_is_refused(
-    tokenizer: Path, language: Path, tmp_path: Path
-) -> None:
+def test_a_loaded_tower_is_known_by_reference_and_a_changed_one_is_refused(tokenizer: Path, language: Path, tmp_path: Path) -> None:
     first, folder = _make(tokenizer, model=str(language)), tmp_path / "first"
     first.save(folder, tower_inside=True)
     copied = Path(shutil.copytree(folder / "tower", tmp_path / "tower"))
@@ -271,9 +265,7 @@ def _fresh(tokenizer: Path, **settings: object) -> Decoder:
     return _make(tokenizer, **settings).decoder  # type: ignore[arg-type]
 
 
-def test_a_run_goes_on_from_the_projector_and_the_adapter_of_a_bundle(
-    adapted: tuple[Bundle, Path], tokenizer: Path, language: Path
-) -> None:
+def test_a_run_goes_on_from_the_projector_and_adapter_of_a_bundle(adapted: tuple[Bundle, Path], tokenizer: Path, language: Path) -> None:
     made, folder = adapted
     fresh = make_decoder(None, make_towers(tokenizer).clip.visual, model=str(language), lora=LORA)  # type: ignore[arg-type]
     warm_start(folder, fresh, make_towers(tokenizer).description)
@@ -311,9 +303,7 @@ def test_going_on_with_other_parts_is_an_error_that_names_the_key(adapted: tuple
         warm_start(folder, narrow, seen)
 
 
-def test_the_command_prints_the_answer_of_the_bundle(
-    adapted: tuple[Bundle, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_the_bundles_answer(adapted: tuple[Bundle, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made, folder = adapted
     picture = Image.new("RGB", (48, 32), "red")
     picture.save(tmp_path / "red.png")

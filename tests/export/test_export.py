@@ -96,9 +96,7 @@ def test_a_tokenizer_that_open_clip_would_not_read_back_is_found_before_the_run(
         clip_folder.rehearse(description)
 
 
-def test_a_run_started_from_a_tag_like_file_evaluates_and_exports_with_its_preprocessing(
-    recipe_file: Path, world: Path, tmp_path: Path
-) -> None:
+def test_a_run_evaluates_and_exports_with_the_recipes_preprocessing(recipe_file: Path, world: Path, tmp_path: Path) -> None:
     """`megakd evaluate` describes the student without the file that it started from, which may be gone."""
     from megakd.evaluation import run
 

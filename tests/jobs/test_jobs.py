@@ -124,9 +124,7 @@ def test_a_job_that_slurm_starts_again_goes_on_from_its_own_checkpoints_whatever
         assert found == goes_on, (restart, done.out)
 
 
-def test_waiting_goes_on_when_slurm_does_not_answer_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_waiting_survives_a_failed_squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Only the answers of `squeue` are set here."""
     for name, seconds in {"POLL_SECONDS": 0.01, "SLURM_POLL_SECONDS": 0.01, "RESULT_SECONDS": 0.05}.items():
         monkeypatch.setattr(submit, name, seconds)
@@ -154,9 +152,7 @@ def test_debug_trains_in_the_process_itself(recipe_file: Path, tmp_path: Path) -
     assert (tmp_path / "run" / "model").is_dir()
 
 
-def test_what_is_wrong_with_a_run_is_said_before_it_is_submitted(
-    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_wrong_with_a_run_is_said_before_submission(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = write_run(tmp_path / "other", recipe={"name": "other"})
     (tmp_path / "file").write_text("")
     literal = ds_config(tmp_path / "z.json", train_batch_size=17)
@@ -194,9 +190,7 @@ def test_no_option_of_submit_breaks_the_line_it_is_written_into(option: str, val
         batch_words.check(replace(Resources(), **{option: value}), tmp_path, tmp_path)
 
 
-def test_a_line_break_in_an_option_is_refused_before_anything_is_shown(
-    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_line_break_in_an_option_is_refused_before_output(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "run", "--partition", "gpu\ntouch pwned", "--dry_run") == 2
     said = capsys.readouterr()
     assert ("--partition 'gpu\\ntouch pwned': write" in said.err, said.out) == (True, "")
@@ -209,9 +203,7 @@ def test_a_run_folder_that_slurm_would_read_as_something_else_is_refused(name: s
     batch_words.check(Resources(), None, tmp_path)
 
 
-def test_words_with_spaces_and_shell_signs_stay_words_of_the_batch_file(
-    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_words_with_spaces_and_shell_signs_stay_single_words(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """bash runs the file with another srun, which writes down what it is called with."""
     (tmp_path / "bin").mkdir()
     for name in ("srun", "scontrol"):

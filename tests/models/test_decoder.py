@@ -80,9 +80,7 @@ def test_image_tokens_are_averages_over_the_cells_of_a_grid(tokenizer: Path, tow
 
 
 @pytest.mark.parametrize(("image_tokens", "places"), [(0, 16), (1, 1), (16, 16)])
-def test_the_number_of_image_tokens_is_the_recipes_or_all_patches(
-    image_tokens: int, places: int, tokenizer: Path, tower: nn.Module
-) -> None:
+def test_the_count_of_image_tokens_is_the_recipes_or_all_patches(image_tokens: int, places: int, tokenizer: Path, tower: nn.Module) -> None:
     module = make_decoder(tokenizer, tower, image_tokens=image_tokens)
     assert module.image_tokens == places
     assert module(_visual(tower, 1), *questions([5], [True], places))["answer_nll"].isfinite().all()
@@ -163,9 +161,7 @@ def _answers(module: decoder.Decoder, visual: Tensor | None, batch: int) -> Iter
 
 @pytest.mark.parametrize("sees", [True, False], ids=["seeing", "blind"])
 @pytest.mark.parametrize("architecture", [LLAMA, QWEN], ids=["llama", "qwen2, tied"])
-def test_answers_are_the_same_for_batches_of_one_and_eight(
-    architecture: dict[str, Any], sees: bool, tokenizer: Path, tower: nn.Module
-) -> None:
+def test_answers_are_equal_in_batches_of_one_and_eight(architecture: dict[str, Any], sees: bool, tokenizer: Path, tower: nn.Module) -> None:
     module = make_decoder(tokenizer, tower if sees else None, architecture=architecture, lora=LORA)
     _wake(module)
     with torch.no_grad():
@@ -222,9 +218,7 @@ def test_a_written_language_model_is_a_decoders_model_again(architecture: dict[s
 
 
 @pytest.mark.parametrize("quantise", ["int8", "nf4"])
-def test_a_quantised_base_is_near_the_full_one_and_its_adapters_learn(
-    quantise: str, tokenizer: Path, tower: nn.Module, tmp_path: Path
-) -> None:
+def test_a_quantised_base_is_near_the_full_one_and_adapters_learn(quantise: str, tokenizer: Path, tower: nn.Module, tmp_path: Path) -> None:
     make_decoder(tokenizer, None, adapt="none").write_language(tmp_path / "language")
     model = str(tmp_path / "language")
     full, held = (make_decoder(None, tower, model=model, lora=LORA, quantise=kind) for kind in ("none", quantise))
@@ -241,9 +235,7 @@ def test_a_quantised_base_is_near_the_full_one_and_its_adapters_learn(
 
 
 @pytest.mark.parametrize(("adapt", "drops"), [("none", False), ("lora", True), ("full", True)])
-def test_the_language_models_dropout_is_on_in_training_unless_it_is_frozen(
-    adapt: str, drops: bool, tokenizer: Path, tower: nn.Module, tmp_path: Path
-) -> None:
+def test_dropout_is_on_in_training_unless_frozen(adapt: str, drops: bool, tokenizer: Path, tower: nn.Module, tmp_path: Path) -> None:
     """However it was made, and after it has answered."""
     gpt = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
     made = make_decoder(tokenizer, tower, architecture=gpt, adapt=adapt, lora=LORA)

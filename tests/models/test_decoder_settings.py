@@ -98,9 +98,7 @@ def test_a_tokenizer_of_ones_own_is_read_back_from_the_language_models_folder(ki
         assert (read.eos_token_id, read.bos_token_id) == (module.tokenizer.eos_token_id, module.tokenizer.bos_token_id)
 
 
-def test_of_a_class_that_disagrees_with_tokenizer_json_the_file_is_taken(
-    language: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_class_that_disagrees_with_tokenizer_json_is_not_used(language: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As transformers 5 read OLMo 2 and Granite: the class that a folder names builds normaliser and pre-tokeniser anew."""
     folder = Path(shutil.copytree(language, tmp_path / "named"))
     edit_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")

@@ -52,9 +52,7 @@ def test_a_partitioned_decoder_trains_what_a_whole_one_does(case: str, on_one: M
 
 
 @pytest.mark.parametrize(("case", "how"), PAIRS)
-def test_everything_that_the_answers_reach_moves_and_nothing_else_is_exported(
-    case: str, how: str, on_one: Measured, on_two: Measured
-) -> None:
+def test_what_the_answers_reach_moves_and_nothing_else_is_exported(case: str, how: str, on_one: Measured, on_two: Measured) -> None:
     for found in (on_one[f"{case}_{how}"], on_two[f"{case}_{how}"]):
         assert all(norm > 0 for norm in found["norms"])
         parts = {"decoder.projector", "decoder.language", *(["visual"] if CASES[case].get("tower") else [])}

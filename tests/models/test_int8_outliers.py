@@ -79,9 +79,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Grown]:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_outliers_change_nothing_in_float_and_cost_plain_8_bits_a_third_of_the_nearest_texts(
-    name: str, grown: Callable[[str], Grown]
-) -> None:
+def test_outliers_change_nothing_in_float_and_cost_8_bits_a_third_of_the_nearest_texts(name: str, grown: Callable[[str], Grown]) -> None:
     teacher = grown(name)
     without = _embedded(build(name, grown=False), teacher.batch)
     assert _agreement(teacher.exact, without).worst_cosine > 1 - 1e-6

@@ -25,6 +25,7 @@ from megakd.models.originals import Originals
 from megakd.models.weights import InMemory
 from megakd.runtime.launch import World
 from megakd.runtime.zero3 import overwrite
+from support.teachers import known_settings, timm_tower
 
 ROWS, TOKENS, WORDS, END, PIXELS = 3, 16, 200, 199, 56
 TEXT = {"context_length": TOKENS, "vocab_size": WORDS, "width": 128, "heads": 2, "layers": 2}
@@ -58,93 +59,48 @@ def megakd_int8_convnext_of_convolutions(pretrained: bool = False, **settings: A
 
 def _shrunk(name: str, settings: dict[str, Any], **narrow: Any) -> nn.Module:
     """timm's own function for the giant, with other widths: its choice of blocks stays."""
-    return timm.create_model(
-        name, img_size=PIXELS, depth=2, **narrow, **{k: settings[k] for k in ("num_classes", "global_pool") if k in settings}
-    )
+    return timm.create_model(name, img_size=PIXELS, depth=2, **narrow, **known_settings(settings))
 
 
 def _timm(name: str, pool: str, proj: str | None) -> dict[str, Any]:
-    return {"image_size": PIXELS, "timm_model_name": name, "timm_model_pretrained": False, "timm_pool": pool, "timm_proj": proj}
+    return timm_tower(name, pool, proj, PIXELS)
 
 
+def _config(vision: dict[str, Any], text: dict[str, Any] = TEXT, **more: Any) -> dict[str, Any]:
+    return {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, **more}
+
+
+SIGLIP_TEXT = {
+    **{**TEXT, "width": 144, "mlp_ratio": 3.7362, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+    **{"norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"}},
+}
 # By open_clip's name of the giant: its configuration with other widths.
 GIANTS: dict[str, dict[str, Any]] = {
-    "ViT-H-14": {"embed_dim": 64, "vision_cfg": VIT, "text_cfg": TEXT},
-    "ViT-H-14-378-quickgelu": {"embed_dim": 64, "quick_gelu": True, "vision_cfg": VIT, "text_cfg": TEXT},
-    "ViT-bigG-14": {
-        "embed_dim": 64,
-        "vision_cfg": {**VIT, "width": 208, "head_width": 104, "mlp_ratio": 4.9231},
-        "text_cfg": TEXT,
-    },
-    "EVA02-E-14-plus": {
-        "embed_dim": 64,
-        "vision_cfg": _timm("megakd_int8_eva02_enormous", "token", None),
-        "text_cfg": TEXT,
-        "custom_text": True,
-    },
-    "PE-Core-bigG-14-448": {
-        "embed_dim": 64,
-        "vision_cfg": _timm("megakd_int8_pe_core_gigantic", "map", None),
-        "text_cfg": TEXT,
-        "custom_text": True,
-    },
+    "ViT-H-14": _config(VIT),
+    "ViT-H-14-378-quickgelu": _config(VIT, quick_gelu=True),
+    "ViT-bigG-14": _config({**VIT, "width": 208, "head_width": 104, "mlp_ratio": 4.9231}),
+    "EVA02-E-14-plus": _config(_timm("megakd_int8_eva02_enormous", "token", None), custom_text=True),
+    "PE-Core-bigG-14-448": _config(_timm("megakd_int8_pe_core_gigantic", "map", None), custom_text=True),
     "ViT-gopt-16-SigLIP2-384": {
+        **_config(_timm("megakd_int8_giantopt_siglip", "map", "none"), SIGLIP_TEXT, init_logit_bias=-10, custom_text=True),
         "embed_dim": 192,
-        "init_logit_bias": -10,
-        "custom_text": True,
-        "vision_cfg": _timm("megakd_int8_giantopt_siglip", "map", "none"),
-        "text_cfg": {
-            **TEXT,
-            "width": 144,
-            "mlp_ratio": 3.7362,
-            "no_causal_mask": True,
-            "proj_bias": True,
-            "pool_type": "last",
-            "norm_kwargs": {"eps": 1e-6},
-            "act_kwargs": {"approximate": "tanh"},
-        },
     },
 }
+POOLED = {**VIT, "attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2}
+RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32, "patch_size": None}
+HF_TEXT = {"hf_model_name": "FOLDER", "hf_tokenizer_name": "FOLDER", "hf_pooler_type": "mean_pooler", "hf_proj_type": "mlp"}
 OTHERS: dict[str, dict[str, Any]] = {
-    "pooled by attention, text with a class token": {
-        "embed_dim": 64,
-        "custom_text": True,
-        "vision_cfg": {**VIT, "attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2},
-        "text_cfg": {**TEXT, "embed_cls": True, "context_length": TOKENS},
-    },
-    "custom blocks": {
-        "embed_dim": 64,
-        "vision_cfg": VIT,
-        "text_cfg": {**TEXT},
-    },
-    "ConvNeXt": {"embed_dim": 64, "vision_cfg": _timm("megakd_int8_convnext", "", "linear"), "text_cfg": TEXT},
-    "ConvNeXt of convolutions": {
-        "embed_dim": 64,
-        "vision_cfg": _timm("megakd_int8_convnext_of_convolutions", "avg", "mlp"),
-        "text_cfg": TEXT,
-    },
-    "ResNet": {
-        "embed_dim": 64,
-        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32, "patch_size": None},
-        "text_cfg": TEXT,
-    },
-    "text of transformers": {
-        "embed_dim": 64,
-        "vision_cfg": VIT,
-        "text_cfg": {"hf_model_name": "FOLDER", "hf_tokenizer_name": "FOLDER", "hf_pooler_type": "mean_pooler", "hf_proj_type": "mlp"},
-    },
+    "pooled by attention, text with a class token": _config(POOLED, {**TEXT, "embed_cls": True}, custom_text=True),
+    "custom blocks": _config(VIT),
+    "ConvNeXt": _config(_timm("megakd_int8_convnext", "", "linear")),
+    "ConvNeXt of convolutions": _config(_timm("megakd_int8_convnext_of_convolutions", "avg", "mlp")),
+    "ResNet": _config(RESNET),
+    "text of transformers": _config(VIT, HF_TEXT),
 }
 KINDS = {**GIANTS, **OTHERS}
 XLM_ROBERTA = {
-    "model_type": "xlm-roberta",
-    "hidden_size": 48,
-    "num_attention_heads": 3,
-    "num_hidden_layers": 2,
-    "intermediate_size": 96,
-    "vocab_size": WORDS,
-    "max_position_embeddings": 40,
-    "type_vocab_size": 1,
-    "pad_token_id": 0,
+    **{"model_type": "xlm-roberta", "hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 96},
+    **{"vocab_size": WORDS, "max_position_embeddings": 40, "type_vocab_size": 1, "pad_token_id": 0},
 }
 
 

@@ -133,9 +133,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("content", [Evil(), {"a": Evil()}, [torch.ones(1)], {"a": "text"}, {}, collections.OrderedDict()])
-def test_what_is_no_table_of_tensors_is_refused_and_never_executed(
-    tmp_path: Path, content: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_table_of_tensors_is_refused_and_not_executed(tmp_path: Path, content: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=r"model\.pt: n"):

@@ -63,9 +63,7 @@ def test_run_json_and_metrics_hold_no_secret_and_the_same_run_goes_on(
     assert recipes.load(str(tmp_path / "run.json"), [f"data.train={url}"])[0] == recipe
 
 
-def test_an_error_of_the_program_and_a_log_line_hold_no_secret(
-    recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_of_the_program_and_a_log_hold_no_secret(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     finished = train(recipe_file, "--out", tmp_path / "run", sets=("data.train=memory://AKIA1:se/cr+et@bucket/x.tar",))
     assert finished.code == EXIT_USER_ERROR
     assert "memory://***@bucket/x.tar" in finished.err

@@ -213,9 +213,7 @@ def _checked(config: dict[str, Any], recipe: Recipe) -> None:
         ({"communication_data_type": "fp64"}, ["communication_data_type", "DeepSpeed refuses"]),
     ],
 )
-def test_what_deepspeed_would_fail_on_or_pass_over_is_refused_before_a_start(
-    config: dict[str, Any], words: list[str], recipe: Recipe
-) -> None:
+def test_what_deepspeed_would_fail_on_or_pass_over_is_refused_in_advance(config: dict[str, Any], words: list[str], recipe: Recipe) -> None:
     with pytest.raises(ValueError, match=r"z\.json") as caught:
         _checked(config, recipe)
     assert all(word in str(caught.value) for word in words), str(caught.value)

@@ -79,9 +79,7 @@ def _of_the_main_rank(call: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("through", [_in_a_worker, _in_a_thread, _in_a_generator, _wrapped_by_a_library, _of_the_main_rank])
-def test_an_error_of_ours_is_told_as_one_wherever_it_comes_through_and_a_librarys_is_not(
-    through: Callable[[Callable[[], None]], None],
-) -> None:
+def test_an_error_of_ours_is_told_as_one_whatever_it_passes_and_a_librarys_is_not(through: Callable[[Callable[[], None]], None]) -> None:
     told = failures.explain(_caught(lambda: through(_ours)))
     assert told is not None
     assert told.startswith(OURS)

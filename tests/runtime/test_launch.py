@@ -206,9 +206,7 @@ def test_every_task_of_a_machine_refuses_when_two_would_share_a_device(local_ran
 
 
 @pytest.mark.parametrize(("watchdog", "expected"), [(100.0, timedelta(seconds=400)), (0.0, timedelta(minutes=30))])
-def test_a_collective_waits_longer_than_the_watchdog_in_every_group(
-    watchdog: float, expected: timedelta, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_collectives_of_all_groups_outwait_the_watchdog(watchdog: float, expected: timedelta, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*LAUNCHER_VARIABLES, "SLURM_STEP_ID", "SUBMITIT_EXECUTOR"):
         monkeypatch.delenv(name, raising=False)
     launch.start()

@@ -77,9 +77,7 @@ def test_run_json_replays_the_recipe_and_says_what_ran(tmp_path: Path, recipe_fi
     assert content["argv"]
 
 
-def test_run_json_keeps_every_start_and_the_newest_job_first_of_all(
-    tmp_path: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_json_keeps_every_start_and_the_newest_job_first(tmp_path: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipes.load(str(recipe_file))[0]
     monkeypatch.setenv("MEGAKD_LOG", "/logs/4711.log")
     for restart, ranks in (("0", 2), ("1", 4)):

@@ -17,24 +17,14 @@ from torch import Tensor, nn
 from megakd.benchmarks import outliers
 from megakd.models import clip as clip_models
 from megakd.recipe import Teacher
+from support.teachers import known_settings, timm_tower
 
 WIDTH, DEPTH, PIXELS, TOKENS, WORDS = 192, 4, 64, 16, 512
 TEXT = {"context_length": TOKENS, "vocab_size": WORDS, "width": WIDTH, "heads": 4, "layers": DEPTH}
 
 
 def _timm(name: str) -> dict[str, Any]:
-    return {
-        "embed_dim": 64,
-        "vision_cfg": {
-            "image_size": PIXELS,
-            "timm_model_name": name,
-            "timm_model_pretrained": False,
-            "timm_pool": "token",
-            "timm_proj": None,
-        },
-        "text_cfg": TEXT,
-        "custom_text": True,
-    }
+    return {"embed_dim": 64, "vision_cfg": timm_tower(name, "token", None, PIXELS), "text_cfg": TEXT, "custom_text": True}
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -52,21 +42,17 @@ SHAPE: dict[str, Any] = {"img_size": PIXELS, "patch_size": 16, "embed_dim": WIDT
 
 @register_model
 def megakd_outliers_vit(pretrained: bool = False, **settings: Any) -> nn.Module:
-    return VisionTransformer(**SHAPE, **_known(settings))
+    return VisionTransformer(**SHAPE, **known_settings(settings))
 
 
 @register_model
 def megakd_outliers_eva(pretrained: bool = False, **settings: Any) -> nn.Module:
-    return Eva(**SHAPE, use_rot_pos_emb=True, ref_feat_shape=(4, 4), swiglu_mlp=True, **_known(settings))
+    return Eva(**SHAPE, use_rot_pos_emb=True, ref_feat_shape=(4, 4), swiglu_mlp=True, **known_settings(settings))
 
 
 @register_model
 def megakd_outliers_eva_post(pretrained: bool = False, **settings: Any) -> nn.Module:
-    return Eva(**SHAPE, use_post_norm=True, **_known(settings))
-
-
-def _known(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: settings[key] for key in ("num_classes", "global_pool") if key in settings}
+    return Eva(**SHAPE, use_post_norm=True, **known_settings(settings))
 
 
 def description(name: str, pretrained: str, **settings: Any) -> clip_models.ModelSpec:

@@ -21,37 +21,33 @@ WORDS = 512
 TEXT = {"context_length": 24, "vocab_size": WORDS, "width": 48, "heads": 3, "layers": 2}
 
 
-def _timm(name: str, pool: str, proj: str | None) -> dict[str, Any]:
-    return {"image_size": 48, "timm_model_name": name, "timm_model_pretrained": False, "timm_pool": pool, "timm_proj": proj}
+def timm_tower(name: str, pool: str, proj: str | None, size: int = 48) -> dict[str, Any]:
+    return {"image_size": size, "timm_model_name": name, "timm_model_pretrained": False, "timm_pool": pool, "timm_proj": proj}
 
 
+_NATIVE = {"image_size": 48, "patch_size": 16, "width": 48, "layers": 2, "head_width": 16}
 # By the giant whose kind it is.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "ViT-bigG": {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 48, "patch_size": 16, "width": 48, "layers": 3, "head_width": 16},
-        "text_cfg": TEXT,
-    },
-    "EVA02-E": {"embed_dim": 32, "vision_cfg": _timm("megakd_narrow_eva", "token", None), "text_cfg": TEXT, "custom_text": True},
-    "PE-Core": {"embed_dim": 32, "vision_cfg": _timm("megakd_narrow_rotary", "map", None), "text_cfg": TEXT, "custom_text": True},
+    "ViT-bigG": {"embed_dim": 32, "vision_cfg": {**_NATIVE, "layers": 3}, "text_cfg": TEXT},
+    "EVA02-E": {"embed_dim": 32, "vision_cfg": timm_tower("megakd_narrow_eva", "token", None), "text_cfg": TEXT, "custom_text": True},
+    "PE-Core": {"embed_dim": 32, "vision_cfg": timm_tower("megakd_narrow_rotary", "map", None), "text_cfg": TEXT, "custom_text": True},
     "SigLIP": {
         "embed_dim": 48,
         "init_logit_bias": -10,
         "custom_text": True,
-        "vision_cfg": _timm("megakd_narrow_siglip", "map", "none"),
+        "vision_cfg": timm_tower("megakd_narrow_siglip", "map", "none"),
         "text_cfg": {**TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}},
     },
 }
 
-_NATIVE = {"image_size": 48, "patch_size": 16, "width": 48, "layers": 2, "head_width": 16}
 _POOLED = {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 4}
 # What else open_clip builds, each with layers or buffers of its own kind.
 OTHERS: dict[str, dict[str, Any]] = {
     "ResNet": {"embed_dim": 32, "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}, "text_cfg": TEXT},
-    "ConvNeXt": {"embed_dim": 32, "vision_cfg": _timm("megakd_narrow_convnext", "avg", None), "text_cfg": TEXT},
-    "timm ViT": {"embed_dim": 32, "vision_cfg": _timm("megakd_narrow_siglip", "avg", None), "text_cfg": TEXT},
-    "Swin": {"embed_dim": 32, "vision_cfg": _timm("megakd_narrow_swin", "avg", None), "text_cfg": TEXT},
-    "MobileCLIP": {"embed_dim": 32, "vision_cfg": _timm("megakd_narrow_fastvit", "avg", None), "text_cfg": TEXT, "custom_text": True},
+    "ConvNeXt": {"embed_dim": 32, "vision_cfg": timm_tower("megakd_narrow_convnext", "avg", None), "text_cfg": TEXT},
+    "timm ViT": {"embed_dim": 32, "vision_cfg": timm_tower("megakd_narrow_siglip", "avg", None), "text_cfg": TEXT},
+    "Swin": {"embed_dim": 32, "vision_cfg": timm_tower("megakd_narrow_swin", "avg", None), "text_cfg": TEXT},
+    "MobileCLIP": {"embed_dim": 32, "vision_cfg": timm_tower("megakd_narrow_fastvit", "avg", None), "text_cfg": TEXT, "custom_text": True},
     "layer scales": {
         "embed_dim": 32,
         "vision_cfg": {**_NATIVE, "ls_init_value": 0.1, "pos_embed_type": "sin_cos_2d"},
@@ -71,39 +67,39 @@ KINDS = ARCHITECTURES | OTHERS
 
 @register_model
 def megakd_narrow_convnext(pretrained: bool = False, **settings: Any) -> nn.Module:
-    return ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 32, 48), **_known(settings))
+    return ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 32, 48), **known_settings(settings))
 
 
 @register_model
 def megakd_narrow_swin(pretrained: bool = False, **settings: Any) -> nn.Module:
     shape = {"img_size": 48, "patch_size": 4, "window_size": 3, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2)}
-    return SwinTransformer(**shape, **_known(settings))
+    return SwinTransformer(**shape, **known_settings(settings))
 
 
 @register_model
 def megakd_narrow_fastvit(pretrained: bool = False, **settings: Any) -> nn.Module:
-    return FastVit(layers=(1, 1, 1, 1), embed_dims=(8, 16, 32, 64), mlp_ratios=(2, 2, 2, 2), **_known(settings))
+    return FastVit(layers=(1, 1, 1, 1), embed_dims=(8, 16, 32, 64), mlp_ratios=(2, 2, 2, 2), **known_settings(settings))
 
 
 @register_model
 def megakd_narrow_eva(pretrained: bool = False, **settings: Any) -> nn.Module:
-    return Eva(img_size=48, patch_size=16, embed_dim=48, depth=3, num_heads=3, use_post_norm=True, **_known(settings))
+    return Eva(img_size=48, patch_size=16, embed_dim=48, depth=3, num_heads=3, use_post_norm=True, **known_settings(settings))
 
 
 @register_model
 def megakd_narrow_rotary(pretrained: bool = False, **settings: Any) -> nn.Module:
     shape = {"img_size": 48, "patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 3}
     rotary = {"use_rot_pos_emb": True, "use_abs_pos_emb": True, "attn_type": "rope", "qkv_bias": True, "init_values": 0.1}
-    return Eva(**shape, **rotary, ref_feat_shape=(3, 3), **_known(settings))
+    return Eva(**shape, **rotary, ref_feat_shape=(3, 3), **known_settings(settings))
 
 
 @register_model
 def megakd_narrow_siglip(pretrained: bool = False, **settings: Any) -> nn.Module:
     shape = {"img_size": 48, "patch_size": 16, "embed_dim": 48, "depth": 3, "num_heads": 3}
-    return VisionTransformer(**shape, class_token=False, **_known(settings))
+    return VisionTransformer(**shape, class_token=False, **known_settings(settings))
 
 
-def _known(settings: dict[str, Any]) -> dict[str, Any]:
+def known_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: settings[key] for key in ("num_classes", "global_pool") if key in settings}
 
 

@@ -83,9 +83,7 @@ def arguments(recipe_file: Path, out: Path) -> list[str | Path]:
 
 
 @pytest.mark.timeout(300)
-def test_what_a_killed_job_began_two_ranks_finish_as_one_undisturbed_rank_writes_it(
-    recipe_file: Path, reference: Path, tmp_path: Path
-) -> None:
+def test_two_ranks_finish_a_killed_jobs_store_as_one_rank_writes_it(recipe_file: Path, reference: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
     first = python(*arguments(recipe_file, out))
     wait_for(lambda: len(list(out.glob("parts/0*"))) >= 3, first)
@@ -120,9 +118,7 @@ def test_missing_and_truncated_parts_are_written_again_and_come_out_the_same(rec
 @pytest.mark.parametrize(
     "left", [(), ("parts/",), ("parts/", ".manifest.json.x1y2.partial"), ("parts/", "parts/.000000.safetensors.z.partial")]
 )
-def test_a_job_that_was_killed_before_its_first_manifest_is_gone_on_with(
-    recipe: Recipe, reference: Path, tmp_path: Path, left: tuple[str, ...]
-) -> None:
+def test_a_job_killed_before_its_first_manifest_is_resumed(recipe: Recipe, reference: Path, tmp_path: Path, left: tuple[str, ...]) -> None:
     out = tmp_path / "store"
     out.mkdir()
     (out / "lock").write_text("process 1 on a machine that is gone\n")
@@ -159,9 +155,7 @@ def test_a_second_job_is_refused_and_changes_nothing(recipe: Recipe, recipe_file
         ("teacher.architecture.text_cfg.context_length=20", "tokenizer: '"),
     ],
 )
-def test_a_store_of_another_teacher_seed_or_views_is_refused_with_the_difference(
-    recipe: Recipe, store: Path, override: str, line: str
-) -> None:
+def test_a_store_of_another_teacher_seed_or_views_is_refused_by_difference(recipe: Recipe, store: Path, override: str, line: str) -> None:
     other = job(changed(recipe, override), store)
     with pytest.raises(StoreError, match="holds other embeddings than the recipe asks for") as caught:
         open_store(store, other.recipe, other.description, other.shards, ALONE)

@@ -152,7 +152,7 @@ def test_a_resumed_run_takes_the_views_that_an_undisturbed_one_takes(run, stores
     ],
     ids=["seed", "views", "teacher", "missing parts", "missing texts", "no store"],
 )
-def test_a_store_that_does_not_serve_ends_the_run_before_any_model_is_built(
+def test_an_unfit_store_ends_the_run_before_models_are_built(
     run, stores: Stores, store: str, sets: tuple[str, ...], said: list[str]
 ) -> None:
     out, finished = run("refused", stores(store, *sets))

@@ -65,9 +65,7 @@ def test_answers_are_the_same_for_batches_of_one_and_of_eight(sets: Path, undist
     assert asked == QUESTIONS + len(answers(tmp_path, "pope"))
 
 
-def test_two_ranks_answer_as_one_and_go_on_after_both_were_killed(
-    sets: Path, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_two_ranks_answer_as_one_also_after_both_were_killed(sets: Path, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     ranks = start(sets, tmp_path, 0.3)
 
     def lines() -> list[int]:
@@ -167,9 +165,7 @@ def test_a_question_that_cannot_be_asked_is_counted_as_wrong(sets: Path, tmp_pat
     assert any("6 of 30 questions could not be asked" in caveat for caveat in results["own"]["caveats"])
 
 
-def test_a_set_that_can_hardly_be_asked_has_no_score_and_goes_on_once_it_is_repaired(
-    sets: Path, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_set_of_too_many_bad_images_is_scored_once_repaired(sets: Path, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     opened, repair = with_a_cut_image(tmp_path / "set", "vqav2")
     said = r"^evaluation\.vqa\.vqav2: 6 of 30 questions are unusable .*data\.max_bad_fraction = 0\.01: corrupt_image 6\. .*question 1000: "
     with pytest.raises(ValueError, match=said):
