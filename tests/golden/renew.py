@@ -14,25 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from support.golden import (
-    ALONE,
-    DECODER,
-    HERE,
-    QUESTIONS,
-    RUNS,
-    TEACHER,
-    TOWER,
-    WRITTEN,
-    ask,
-    digest,
-    inside,
-    machine,
-    make_workplace,
-    measured,
-    megakd,
-    run,
-    scores,
-)
+from support import golden
+from support.golden import HERE, RUNS, WRITTEN, inside, machine, make_workplace, megakd, run
 from support.runs import settings, train
 
 # Two hundred steps: what a student is to take over from this teacher is then more than noise.
@@ -51,16 +34,19 @@ def main() -> None:
             sys.argv = ["megakd/train.py"]  # run.json keeps the command line
             _write_files(make_workplace(workplace / "first", runs=None))
         make_workplace(workplace / "second")
-        world = digest(workplace / "second" / "data" / "shapes")  # before runs leave their indexes there
+        world = golden.digest(workplace / "second" / "data" / "shapes")  # before runs leave their indexes there
         for name in [name for name in names if name != READING]:
-            found = measured(run(name, workplace / "second", f"out/{name}"))
+            found = golden.measured(run(name, workplace / "second", f"out/{name}"))
             content = {"commit": _commit(), "machine": machine(), "world_sha256": world, **found}
             _write(HERE / f"{name}.json", content)
         if READING not in names:
             return
         with inside(workplace / "second"):
             megakd("evaluate", "runs/smoke_teacher")
-            read = {"scores": scores(Path("runs/smoke_teacher")), "answers": {question: ask(question) for question in QUESTIONS}}
+            read = {
+                "scores": golden.scores(Path("runs/smoke_teacher")),
+                "answers": {question: golden.ask(question) for question in golden.QUESTIONS},
+            }
         _write(HERE / f"{READING}.json", {"commit": _commit(), "machine": machine(), **read})
 
 
@@ -73,11 +59,11 @@ def _write_files(workplace: Path) -> None:
         assert finished.code == 0, finished.out + finished.err
         return workplace / "runs" / recipe
 
-    teacher = trained("smoke_teacher", *TAUGHT, *TEACHER)
-    lora = trained("vqa_lora", *TAUGHT, *TOWER, *DECODER, "answers.tower=trained", "evaluation.vqa={}")
+    teacher = trained("smoke_teacher", *TAUGHT, *golden.TEACHER)
+    lora = trained("vqa_lora", *TAUGHT, *golden.TOWER, *golden.DECODER, "answers.tower=trained", "evaluation.vqa={}")
     half = run("one_rank", workplace, "runs/smoke")
     with inside(workplace):
-        megakd("embed", "--recipe", "smoke", "--out", "runs/store", "--dtype", "fp32", *settings(*ALONE))
+        megakd("embed", "--recipe", "smoke", "--out", "runs/store", "--dtype", "fp32", *settings(*golden.ALONE))
     # As a kill after step 6 leaves the run.
     shutil.rmtree(half / "checkpoints" / "step_00000012")
     shutil.rmtree(half / "model")

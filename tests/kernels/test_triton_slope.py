@@ -58,17 +58,9 @@ def found(
     """Written into a wider panel, whose other columns stay as they were."""
     rows, columns = len(case.student.left_BD), len(case.student.right_ND)
     panel = torch.full((rows, columns + 3), 7.0, dtype=out, device=case.student.left_BD.device)
-    weight = torch.tensor(diagonal_weight, device=panel.device)
-    slope_panel(
-        case.student,
-        case.teachers,
-        *both,
-        hard_temperature=hard_temperature,
-        diagonal=case.diagonal,
-        diagonal_weight=weight,
-        out_cM=panel[:, :columns],
-        tiles=tiles,
-    )
+    diagonal = {"diagonal": case.diagonal, "diagonal_weight": torch.tensor(diagonal_weight, device=panel.device)}
+    out_cM = panel[:, :columns]
+    slope_panel(case.student, case.teachers, *both, hard_temperature=hard_temperature, **diagonal, out_cM=out_cM, tiles=tiles)
     assert (panel[:, columns:] == 7).all()
     return panel[:, :columns].cpu().double()
 
@@ -86,12 +78,8 @@ def assert_near_the_truth(
     true = true_slope(case, both, hard_temperature, diagonal_weight)
     # Each term is wrong by the roundings of its exponent (logit, reference and the weight's 2^12), and it may cancel with others.
     exponent = rounding(case) * (2 if hard_temperature is None else 2 + hard_temperature) + 12 * 2**-24
-    size = true_slope(
-        case,
-        tuple(side._replace(teacher=None if side.teacher is None else -side.teacher) for side in both),
-        hard_temperature,
-        -diagonal_weight,
-    )
+    positive = tuple(side._replace(teacher=None if side.teacher is None else -side.teacher) for side in both)
+    size = true_slope(case, positive, hard_temperature, -diagonal_weight)
     allowed = 4 * exponent * size + torch.finfo(out).eps * true.abs() + torch.finfo(out).tiny
     assert ((found(case, both, hard_temperature, diagonal_weight, out, tiles) - true).abs() <= allowed).all()
 
@@ -125,9 +113,8 @@ def test_any_number_of_teachers_adds_up(device: str, teachers: int, hard_tempera
 def test_weights_of_either_sign_and_zero_count(device: str, upstream: tuple[float, float], hard_temperature: float | None) -> None:
     case = stripe(37, 45, device=device)
     both = sides(case, hard_temperature, upstream)
-    torch.testing.assert_close(
-        found(case, both, hard_temperature, 1.0), true_slope(case, both, hard_temperature, 1.0), rtol=0, atol=2e-6 * 4096
-    )
+    expected = true_slope(case, both, hard_temperature, 1.0)
+    torch.testing.assert_close(found(case, both, hard_temperature, 1.0), expected, rtol=0, atol=2e-6 * 4096)
 
 
 @pytest.mark.parametrize("tiles", [Tiles(16, 32, 32, 4, 2), Tiles(64, 16, 16, 4, 2), None])

@@ -26,10 +26,7 @@ CAN: dict[str, dict[str, Any]] = {
     "few positions": {"model_type": "gpt2", **GPT, "n_positions": 6},
 }
 CANNOT: dict[str, tuple[dict[str, Any], str]] = {
-    "rwkv": (
-        {"model_type": "rwkv", "hidden_size": 32, "num_hidden_layers": 2},
-        "padded on the left it begins other answers",
-    ),
+    "rwkv": ({"model_type": "rwkv", "hidden_size": 32, "num_hidden_layers": 2}, "padded on the left it begins other answers"),
     "bamba": (
         {"model_type": "bamba", **SMALL, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "attn_layer_indices": [1]},
         "fails when it answers a batch that is padded on the left",
@@ -91,9 +88,8 @@ def test_adapters_say_what_of_a_model_they_do_not_reach(tokenizer: Path) -> None
 def test_an_adapter_that_gets_no_gradient_is_refused_and_the_remedy_works(tokenizer: Path) -> None:
     """Jamba's Mamba reads its step projection's weight without calling the layer."""
     jamba = {"model_type": "jamba", **MOE, "attn_layer_offset": 1, "attn_layer_period": 2, "mamba_dt_rank": 4, "use_mamba_kernels": False}
-    with pytest.raises(
-        ValueError, match=r"decoder\.lora\.targets: no gradient .*mamba\.dt_proj .*JambaForCausalLM does not call"
-    ) as refused:
+    said = r"decoder\.lora\.targets: no gradient .*mamba\.dt_proj .*JambaForCausalLM does not call"
+    with pytest.raises(ValueError, match=said) as refused:
         _check(tokenizer, jamba, adapt="lora")
     targets = re.findall(r"'(\w+)'", str(refused.value).split("set them to")[1])
     assert "q_proj" in targets
@@ -102,9 +98,8 @@ def test_an_adapter_that_gets_no_gradient_is_refused_and_the_remedy_works(tokeni
 
 def test_layers_that_peft_refuses_are_named_with_those_it_takes(tokenizer: Path) -> None:
     mamba = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
-    with pytest.raises(
-        ValueError, match=r"decoder\.lora\.targets: peft does not take them .*out_proj.* set them to \['dt_proj', 'in_proj'"
-    ):
+    said = r"decoder\.lora\.targets: peft does not take them .*out_proj.* set them to \['dt_proj', 'in_proj'"
+    with pytest.raises(ValueError, match=said):
         decoder.build(decoder.resolve(settings(tokenizer, architecture=mamba, adapt="lora")), None, CPU)
 
 

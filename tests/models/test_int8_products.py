@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -218,16 +217,3 @@ def test_a_pointwise_convolution_is_a_linear_layer_over_the_channels() -> None:
     found = Int8PointwiseConv(conv.weight, conv.bias, product="dequantise")(x)
     assert found.shape == (2, 12, 5, 5)
     assert _error(found.detach(), conv(x).detach().double()) < 0.01
-
-
-def test_a_converted_towers_state_survives_safetensors(tmp_path_factory: pytest.TempPathFactory) -> None:
-    file = tmp_path_factory.mktemp("int8") / "tower.safetensors"
-    tower = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-    quantise(tower)
-    save_file(tower.state_dict(), file)
-    other = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
-    quantise(other)
-    other.load_state_dict(load_file(file))
-    types = [{key: value.dtype for key, value in one.state_dict().items()} for one in (other, tower)]
-    assert types[0] == types[1]
-    assert torch.equal(other(torch.ones(1, 8)), tower(torch.ones(1, 8)))

@@ -269,5 +269,8 @@ def test_a_converted_model_goes_through_safetensors(kind: str, build: Callable[[
     other = build(kind).to("meta")
     quantise(other)
     other.load_state_dict(load_file(tmp_path / "int8.safetensors"), assign=True)
-    assert all(torch.equal(tensor, clip.state_dict()[name]) for name, tensor in other.state_dict().items())
+    written = clip.state_dict()
+    assert all(tensor.dtype == written[name].dtype and torch.equal(tensor, written[name]) for name, tensor in other.state_dict().items())
+    for again, before in zip(_outputs(other, *_inputs(clip)), _outputs(clip, *_inputs(clip)), strict=True):
+        assert torch.equal(again, before)
     assert {module.scale.dtype for module in other.modules() if isinstance(module, Int8Linear)} == {torch.float32}

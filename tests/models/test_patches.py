@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import open_clip
@@ -92,17 +93,15 @@ def test_an_image_of_the_wrong_size_is_refused_with_the_towers_own() -> None:
         patch_tokens(_visual("vit"), torch.zeros(1, 3, 48, 48), -1)
 
 
-def test_a_layer_that_is_not_there_is_an_error_of_its_key() -> None:
-    with pytest.raises(ValueError, match=r"decoder\.layer = -4: the vision tower has 3 blocks"):
-        blocks(_visual("vit"), -4)
-
-
-def test_a_tower_without_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match="class Linear has no blocks"):
-        blocks(nn.Linear(1, 1), -1)
-
-
-def test_patch_dropout_is_refused() -> None:
-    visual = open_clip.create_model("ViT-B-32", device="meta", force_patch_dropout=0.5).visual
-    with pytest.raises(ValueError, match="patch_dropout"):
-        blocks(visual, -1)
+@pytest.mark.parametrize(
+    ("make", "layer", "said"),
+    [
+        (lambda: _visual("vit"), -4, r"decoder\.layer = -4: the vision tower has 3 blocks"),
+        (lambda: nn.Linear(1, 1), -1, "class Linear has no blocks"),
+        (lambda: open_clip.create_model("ViT-B-32", device="meta", force_patch_dropout=0.5).visual, -1, "patch_dropout"),
+    ],
+    ids=["no such layer", "no blocks", "patch dropout"],
+)
+def test_a_tower_or_layer_that_gives_no_patches_is_refused(make: Callable[[], nn.Module], layer: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        blocks(make(), layer)

@@ -44,11 +44,5 @@ def test_a_log_nobody_knows_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_outside_slurm_a_start_is_described_by_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_STEP_NODELIST", "SLURM_RESTART_COUNT", "MEGAKD_LOG"):
         monkeypatch.delenv(name, raising=False)
-    assert environment.slurm_record(2, "now") == {
-        "slurm_job_id": None,
-        "restarts": 0,
-        "nodes": socket.gethostname(),
-        "ranks": 2,
-        "started": "now",
-        "log": None,
-    }
+    of_slurm = {"slurm_job_id": None, "restarts": 0, "log": None}
+    assert environment.slurm_record(2, "now") == {**of_slurm, "nodes": socket.gethostname(), "ranks": 2, "started": "now"}

@@ -12,15 +12,8 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megakd_kernels import (
-    SimilarityLoss,
-    interactive_kd,
-    interactive_kd_reference,
-    sigmoid_kd,
-    sigmoid_kd_reference,
-    similarity_kd,
-    similarity_kd_reference,
-)
+import megakd_kernels as kernels
+from megakd_kernels import SimilarityLoss
 
 # Legend: N pairs, D width.
 EPS = torch.finfo(torch.float32).eps
@@ -78,17 +71,17 @@ class Case(NamedTuple):
 
 def forward(case: Case, student: Batch, **options) -> SimilarityLoss:
     if case.loss == "interactive":
-        loss = interactive_kd(student, case.teachers[0], **options)
+        loss = kernels.interactive_kd(student, case.teachers[0], **options)
         return SimilarityLoss(loss, loss.new_zeros(()))
-    function = similarity_kd if case.loss == "similarity" else sigmoid_kd
+    function = kernels.similarity_kd if case.loss == "similarity" else kernels.sigmoid_kd
     return function(student, list(case.teachers) or None, hard=case.hard, **options)
 
 
 def forward_reference(case: Case, student: Batch, **options) -> SimilarityLoss:
     if case.loss == "interactive":
-        loss = interactive_kd_reference(student, case.teachers[0])
+        loss = kernels.interactive_kd_reference(student, case.teachers[0])
         return SimilarityLoss(loss, loss.new_zeros(()))
-    function = similarity_kd_reference if case.loss == "similarity" else sigmoid_kd_reference
+    function = kernels.similarity_kd_reference if case.loss == "similarity" else kernels.sigmoid_kd_reference
     return function(student, list(case.teachers), hard=case.hard, **options)
 
 

@@ -12,15 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.data.transforms import decode, evaluation_pixels
 from megakd.recipe import Decoder
-from megakd.vqa.loader import (
-    ImageProcessor,
-    PromptBatch,
-    QuestionBatch,
-    QuestionBatches,
-    evaluation_questions,
-    question_batches,
-    rank_slice,
-)
+from megakd.vqa import loader
+from megakd.vqa.loader import ImageProcessor, PromptBatch, QuestionBatch, QuestionBatches
 from megakd.vqa.prompts import PromptEncoder
 from megakd.vqa.sets import Mixture, question_order
 from support import questions as files
@@ -62,7 +55,7 @@ def spoiled(tmp_path: Path) -> Mixture:
 
 def stream(questions: Mixture, encoder: PromptEncoder, *, eyes: ImageProcessor | None = EYES, **more: int) -> QuestionBatches:
     ranks = {"rank": 0, "world": 1, "workers": 0, "start_position": more.pop("start", 0), **more}
-    return question_batches(questions, question_order(questions, BATCH, seed=3), encoder, eyes, **ranks, pin_memory=False)
+    return loader.question_batches(questions, question_order(questions, BATCH, seed=3), encoder, eyes, **ranks, pin_memory=False)
 
 
 def take(questions: Mixture, encoder: PromptEncoder, count: int, **more: int) -> list[QuestionBatch]:
@@ -178,18 +171,18 @@ def test_impossible_settings_are_refused_before_anything_is_read(clean: Mixture,
     fewer = Mixture({"one": clean.sets["vqa"]})
     order = question_order(fewer, BATCH, 0)
     with pytest.raises(ValueError, match="the order covers 30 questions, but the sources hold 38"):
-        question_batches(clean, order, encoder, EYES, rank=0, world=1, start_position=0, workers=0, pin_memory=False)
+        loader.question_batches(clean, order, encoder, EYES, rank=0, world=1, start_position=0, workers=0, pin_memory=False)
 
 
 def prompts(questions: Mixture, encoder: PromptEncoder, indices: range, batch: int, workers: int = 0) -> list[PromptBatch]:
-    return list(evaluation_questions(questions, indices, encoder, EYES, batch=batch, workers=workers, pin_memory=False))
+    return list(loader.evaluation_questions(questions, indices, encoder, EYES, batch=batch, workers=workers, pin_memory=False))
 
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_every_question_is_asked_once_by_some_rank_padded_on_the_left(clean: Mixture, encoder: PromptEncoder, world: int) -> None:
     asked = []
     for rank in range(world):
-        for batch in prompts(clean, encoder, rank_slice(len(clean), rank, world), batch=7, workers=rank):
+        for batch in prompts(clean, encoder, loader.rank_slice(len(clean), rank, world), batch=7, workers=rank):
             asked += batch.index.tolist()
             assert batch.attend_BL[:, -1].all()
             for row, question in enumerate(batch.questions):

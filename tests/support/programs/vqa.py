@@ -52,15 +52,8 @@ def answerer(folder: Path, batch: int, seconds: float = 0.0, *, blind: bool = Fa
     torch.manual_seed(0)
     text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 1, "layers": 1}
     tower = create_model("ViT-B-32", vision_cfg=TOWER, text_cfg=text).visual.eval()
-    settings = Decoder(
-        architecture={**LLAMA, "initializer_range": 0.6, "num_key_value_heads": 2},
-        tokenizer=str(folder / "tokenizer"),
-        adapt="none",
-        image_tokens=4,
-        layer=-1,
-        template="{question} ",
-        instruction="",
-    )
+    own = {"architecture": {**LLAMA, "initializer_range": 0.6, "num_key_value_heads": 2}, "tokenizer": str(folder / "tokenizer")}
+    settings = Decoder(**own, adapt="none", image_tokens=4, layer=-1, template="{question} ", instruction="")
     description = decoder.resolve(settings)
     built = decoder.build(description, None if blind else tower, torch.device("cpu")).eval()
     if not blind:
