@@ -15,8 +15,7 @@ from faults.campaign import Mutant
 from faults.tiny_commands import recipe_in, tried
 from support.runs import TEACHER
 
-NAME, COUNT, LIMIT = "ds_json", 320, 90.0
-FEW = 12
+NAME, COUNT, LIMIT, FEW = "ds_json", 320, 90.0, 12
 
 BUCKETS = {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}
 THIRD = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 100_000, "stage3_max_live_parameters": 100_000}

@@ -18,10 +18,7 @@ from faults.campaign import Mutant, SilentFault
 from support.numbered_pictures import picture, recipe, results
 from support.shards import bomb_png, write_tar
 
-NAME = "evaluation_sets"
-COUNT = 300
-LIMIT = 20.0
-FEW = 24
+NAME, COUNT, LIMIT, FEW = "evaluation_sets", 300, 20.0, 24
 SAMPLES = 12
 KINDS = ("zero_shot", "retrieval", "hard_negatives")
 REFUSED = -1  # in the place of the number of samples that are lost

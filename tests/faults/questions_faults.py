@@ -38,17 +38,6 @@ _PATTERNS += ["x" * 5000 + "{question_id}", "{question}.jpg", "a/" * 3000 + "{qu
 _listed = {"vqav2": "questions", "textvqa": "data"}
 
 
-class _Told(logging.Handler):
-    """What was said on the way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
     originals = {kind: write(folder / kind) for kind, write in files.WRITERS.items()}
     right = {kind: _read(source)[0] for kind, source in originals.items()}
@@ -65,8 +54,9 @@ def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
 
 
 def _read(source: QuestionSource) -> tuple[list[tuple[Question, bytes | None]], list[str]]:
-    told = _Told()
-    log = logging.getLogger("megakd.vqa")
+    said: list[str] = []
+    told, log = logging.Handler(), logging.getLogger("megakd.vqa")
+    told.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     log.addHandler(told)
     try:
         opened = files.opened(source, to_learn=True)
@@ -76,7 +66,7 @@ def _read(source: QuestionSource) -> tuple[list[tuple[Question, bytes | None]], 
     talk = PromptEncoder(qwen2(), Decoder(model="any"), 4, 2048)
     tried = check.try_training(opened, talk, True, "answers.train.mine", 0.5)
     check.try_prompts(opened, talk, True, "evaluation.vqa.mine", 0.5)
-    lines = told.lines + tried.sentences("answers.train.mine", learned=True)
+    lines = said + tried.sentences("answers.train.mine", learned=True)
     found = []
     for one in opened.read(range(len(opened)), True):
         if isinstance(one, BadSample):

@@ -15,8 +15,7 @@ from faults.damage import flipped
 from faults.sets_faults import TEXTS
 from faults.tiny_commands import recipe_in, tried
 
-NAME, COUNT, LIMIT = "recipes", 320, 90.0
-FEW = 16
+NAME, COUNT, LIMIT, FEW = "recipes", 320, 90.0, 16
 
 LINES = (
     *("seed = 1", "sead = 1", "seed = 1979-05-27", "seed = 9223372036854775807", "seed = -1", "seed = 1.0", 'seed = "1"', "seed = [1]"),

@@ -12,8 +12,7 @@ from faults.tiny_commands import recipe_in, tried
 from megakd.recipe import Recipe
 from support.recipe_keys import is_table, leaves
 
-NAME, COUNT, LIMIT = "sets", 330, 90.0
-FEW = 16
+NAME, COUNT, LIMIT, FEW = "sets", 330, 90.0, 16
 
 TEXTS = (
     *("0", "1", "-1", "2", "7", "1.5", "-0.0", "1e-3", "1e400", "nan", "inf", "-inf", "true", "false", "True", "none", "null", "auto"),

@@ -5,6 +5,7 @@ Each sample's number is in its pixels and in its caption. The mutant knows which
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -21,9 +22,7 @@ from megakd.data.shards import ShardSet
 from megakd.recipe import Data
 from support.shards import png
 
-NAME = "tars"
-COUNT = 3000
-LIMIT = 20.0
+NAME, COUNT, LIMIT = "tars", 3000, 20.0
 END = 99
 
 _KNOWN_AT_OPEN = ("missing_image", "missing_caption", "empty_caption")
@@ -52,6 +51,9 @@ class Mutation:
     changed: set[int] = field(default_factory=set)  # samples whose data, not their headers, may differ
 
 
+Mutate = Callable[[Original, random.Random], Mutation]
+
+
 def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
     logging.getLogger("megakd.data").setLevel(logging.ERROR)
     for number in range(count):
@@ -60,10 +62,8 @@ def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
         mutation = _KINDS[kind](original, draw)
         help_ = draw.choice(["stats", "neighbours", "alone"])
         place = folder / f"{number:05d}"
-        yield Mutant(
-            f"{number}: {original.layout}, {original.samples} samples, {kind} ({mutation.what}), {help_}",
-            lambda original=original, mutation=mutation, help_=help_, place=place: _attempt(original, mutation, help_, place),  # type: ignore[misc]
-        )
+        name = f"{number}: {original.layout}, {original.samples} samples, {kind} ({mutation.what}), {help_}"
+        yield Mutant(name, functools.partial(_attempt, original, mutation, help_, place))
 
 
 def _attempt(original: Original, mutation: Mutation, help_: str, place: Path) -> str:
@@ -206,19 +206,14 @@ def _flip_anywhere(original: Original, draw: random.Random) -> Mutation:
     return Mutation(f"bytes {places}", bytes(content), over=records, changed=changed)
 
 
-def _zeros(original: Original, draw: random.Random) -> Mutation:
-    size = draw.choice([512, 512, 1024, 4096, 4096, 8192])
-    unit = draw.choice([1, 512, 4096])
-    start = draw.randrange(max(1, original.spans[-1][3] - size)) // unit * unit
-    content, changed = _overwritten(original, start, bytes(size))
-    return Mutation(f"{size} at {start}", content, slack=2, over=_records(original, start, start + size), changed=changed)
+def _overwritten_by(new: Callable[[random.Random, int], bytes], sizes: list[int], units: list[int]) -> Mutate:
+    def mutate(original: Original, draw: random.Random) -> Mutation:
+        size, unit = draw.choice(sizes), draw.choice(units)
+        start = draw.randrange(max(1, original.spans[-1][3] - size)) // unit * unit
+        content, changed = _overwritten(original, start, new(draw, size))
+        return Mutation(f"{size} at {start}", content, slack=2, over=_records(original, start, start + size), changed=changed)
 
-
-def _garbage(original: Original, draw: random.Random) -> Mutation:
-    size = draw.choice([16, 100, 512, 4096, 5000])
-    start = draw.randrange(max(1, original.spans[-1][3] - size))
-    content, changed = _overwritten(original, start, draw.randbytes(size))
-    return Mutation(f"{size} at {start}", content, slack=2, over=_records(original, start, start + size), changed=changed)
+    return mutate
 
 
 def _truncated(original: Original, draw: random.Random) -> Mutation:
@@ -245,15 +240,13 @@ def _appended(original: Original, draw: random.Random) -> Mutation:
     return Mutation(f"{samples} more samples", original.content + more, added=samples)
 
 
-def _hard_links(original: Original, draw: random.Random) -> Mutation:
-    return _rewritten(original, draw, tarfile.LNKTYPE)
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
 
 
-def _symbolic_links(original: Original, draw: random.Random) -> Mutation:
-    return _rewritten(original, draw, tarfile.SYMTYPE)
-
-
-def _rewritten(original: Original, draw: random.Random, kind: bytes) -> Mutation:
+def _rewritten(kind: bytes, original: Original, draw: random.Random) -> Mutation:
     """Another sample whose members are links to those of one that is there, or to nothing."""
     file = io.BytesIO(original.content)
     number = draw.randrange(original.samples)
@@ -275,9 +268,7 @@ def _dotted(original: Original, draw: random.Random) -> Mutation:
     with tarfile.open(fileobj=file, mode="a") as tar:
         for number in range(count):
             for name, data in ((f"{base}.{number}.png", _png(9, draw)), (f"{base}.{number}.txt", b"a picture with the number 9")):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+                _add(tar, name, data)
     return Mutation(f"{count} of {base[:20]}", file.getvalue(), added=count)
 
 
@@ -287,9 +278,7 @@ def _sparse(original: Original, draw: random.Random) -> Mutation:
     image = _png(500, draw)
     file = io.BytesIO(original.content)
     with tarfile.open(fileobj=file, mode="a") as tar:
-        info = tarfile.TarInfo("sparse.png")
-        info.size = len(image)
-        tar.addfile(info, io.BytesIO(image))
+        _add(tar, "sparse.png", image)
         info = tarfile.TarInfo("sparse.txt")
         info.size = len(text)
         block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
@@ -310,18 +299,18 @@ def _repeated(original: Original, draw: random.Random) -> Mutation:
     return Mutation("twice", original.content + original.content, added=original.samples)
 
 
-_KINDS: dict[str, Callable[[Original, random.Random], Mutation]] = {
+_KINDS: dict[str, Mutate] = {
     "flipped bits in headers": _flip_header,
     "flipped bit in data": _flip_data,
     "flipped bits anywhere": _flip_anywhere,
-    "zeros": _zeros,
-    "garbage": _garbage,
+    "zeros": _overwritten_by(lambda draw, size: bytes(size), [512, 512, 1024, 4096, 4096, 8192], [1, 512, 4096]),
+    "garbage": _overwritten_by(lambda draw, size: draw.randbytes(size), [16, 100, 512, 4096, 5000], [1]),
     "truncated": _truncated,
     "cut at a header": _boundary,
     "zeros to the end": _ended_early,
     "another tar appended": _appended,
-    "hard links": _hard_links,
-    "symbolic links": _symbolic_links,
+    "hard links": functools.partial(_rewritten, tarfile.LNKTYPE),
+    "symbolic links": functools.partial(_rewritten, tarfile.SYMTYPE),
     "keys with dots": _dotted,
     "a sparse member": _sparse,
     "the same again": _repeated,

@@ -1,4 +1,4 @@
-"""What `interactive_kd` and `sigmoid_kd` promise besides numbers: errors, which gradients flow, memory, repeatability."""
+"""What `interactive_kd` and `sigmoid_kd` promise besides numbers: errors, which gradients flow; and memory and repeatability of all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,27 @@ import pytest
 import torch
 
 from megakd_kernels import interactive_kd, sigmoid_kd
-from support.loss_cases import Batch, Case, Watch, batch, forward, measure
+from support.loss_cases import INTERPRETED, Batch, Case, Watch, batch, forward, measure
 from support.one_pass_cases import LOSSES, make
 
 STUDENT, TEACHER, WIDE = batch(37, 48, 50, -10, seed=1), batch(37, 48, 80, -12, seed=2), batch(37, 64, 80, -12, seed=3)
-CASES = {"interactive": Case("interactive", STUDENT, (TEACHER,)), "sigmoid": Case("sigmoid", STUDENT, (TEACHER, WIDE))}
+CASES = {
+    "interactive": Case("interactive", STUDENT, (TEACHER,)),
+    "sigmoid": Case("sigmoid", STUDENT, (TEACHER, WIDE)),
+    "similarity": Case("similarity", STUDENT, (WIDE,)),
+}
 BOTH = pytest.mark.parametrize("loss", LOSSES)
+# Each loss with options of each backend that it has here, similarity at a temperature and without.
+EVERY_LOSS = pytest.mark.parametrize(
+    ("loss", "options"),
+    [
+        *((loss, options) for loss in LOSSES for options in ({"backend": "eager"}, {"backend": "chunked", "chunk": 10})),
+        *(("similarity", {"backend": "eager", "temperature": temperature}) for temperature in (1.0, 2.0)),
+        *(("similarity", {"backend": "chunked", "chunk": 10, "temperature": temperature}) for temperature in (1.0, 2.0)),
+        pytest.param("similarity", {"backend": "triton", "chunk": 10, "temperature": 2.0}, marks=INTERPRETED),
+    ],
+    ids=str,
+)
 EVERY_BACKEND = pytest.mark.parametrize("options", [{"backend": "eager"}, {"backend": "chunked", "chunk": 10}], ids=lambda o: o["backend"])
 
 
@@ -137,8 +152,7 @@ def test_numbers_of_one_element_keep_their_shape(options):
     assert scale.grad.shape == bias.grad.shape == (1,)
 
 
-@BOTH
-@EVERY_BACKEND
+@EVERY_LOSS
 def test_autocast_changes_nothing(loss, options):
     plain = measure(CASES[loss], **options)
     with torch.autocast("cpu", torch.bfloat16):
@@ -149,14 +163,13 @@ def test_autocast_changes_nothing(loss, options):
     assert torch.equal(leaves.image.grad.double(), plain.image)
 
 
-@BOTH
-@EVERY_BACKEND
+@EVERY_LOSS
 def test_two_runs_give_the_same_bits(loss, options):
     first, second = (measure(CASES[loss], **options) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-@BOTH
+@pytest.mark.parametrize("loss", CASES)
 def test_a_second_derivative_is_refused_where_it_would_be_wrong(loss):
     leaves = STUDENT.leaves()
     with pytest.raises(RuntimeError, match="second derivative"):
@@ -172,16 +185,18 @@ def test_the_compiled_backend_computes_what_eager_does(loss):
     assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-6) for one, other in zip(compiled, eager, strict=True))
 
 
-@BOTH
+@pytest.mark.parametrize(
+    ("loss", "options"), [*((loss, {}) for loss in LOSSES), *(("similarity", {"temperature": temperature}) for temperature in (1.0, 2.0))]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_chunked_backend_never_holds_more_than_a_panel(loss, dtype):
+def test_the_chunked_backend_never_holds_more_than_a_panel(loss, options, dtype):
     pairs, chunk = 600, 32
     case = make(loss, pairs, 16, 50, [(16, 80, -12)], dtype=dtype)
     with Watch() as watch:
-        measure(case, backend="chunked", chunk=chunk)
+        measure(case, backend="chunked", chunk=chunk, **options)
     assert watch.elements == chunk * pairs
     with Watch() as watch:
-        measure(case, backend="eager")
+        measure(case, backend="eager", **options)
     assert watch.elements == pairs * pairs  # the recorder does see a whole matrix where there is one
 
 

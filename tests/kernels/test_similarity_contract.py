@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megakd_kernels import contrastive, contrastive_reference, dispatch, similarity_kd
-from support.loss_cases import INTERPRETED, Batch, Watch, batch
+from support.loss_cases import INTERPRETED, Batch, batch
 from support.similarity_cases import measure
 
 STUDENT, TEACHER = batch(37, 48, 50, seed=1), batch(37, 64, 80, seed=2)
@@ -110,44 +110,6 @@ def test_a_scale_of_one_element_keeps_its_shape(options):
     scale = torch.tensor([50.0], requires_grad=True)
     contrastive(STUDENT._replace(scale=scale), **options).backward()
     assert scale.grad.shape == (1,)
-
-
-@EVERY_BACKEND
-def test_autocast_changes_nothing(options):
-    plain = measure(STUDENT, TEACHER, hard=True, **options)
-    with torch.autocast("cpu", torch.bfloat16):
-        leaves = STUDENT.leaves()
-        loss = similarity_kd(leaves, TEACHER, hard=True, **options)
-    (2.5 * loss.kd + 1.25 * loss.hard).backward()
-    assert torch.equal(loss.kd.detach().double(), plain.kd)
-    assert torch.equal(leaves.image.grad.double(), plain.image)
-
-
-@EVERY_BACKEND
-def test_two_runs_give_the_same_bits(options):
-    first, second = (measure(STUDENT, TEACHER, temperature=2.0, hard=True, **options) for _ in range(2))
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-
-
-def test_a_second_derivative_is_refused_where_it_would_be_wrong():
-    leaves = STUDENT.leaves()
-    with pytest.raises(RuntimeError, match="has a second derivative"):
-        torch.autograd.grad(contrastive(leaves, backend="chunked", chunk=10), leaves.image, create_graph=True)
-    (gradient,) = torch.autograd.grad(contrastive(leaves, backend="eager"), leaves.image, create_graph=True)
-    assert gradient.requires_grad
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_chunked_backend_never_holds_more_than_a_panel(dtype, temperature):
-    pairs, width, chunk = 600, 24, 32
-    student, teacher = batch(pairs, width, 50, dtype=dtype, seed=1), batch(pairs, width, 80, dtype=dtype, seed=2)
-    with Watch() as watch:
-        measure(student, teacher, temperature=temperature, hard=True, backend="chunked", chunk=chunk)
-    assert watch.elements == chunk * pairs
-    with Watch() as watch:
-        measure(student, teacher, temperature=temperature, hard=True, backend="eager")
-    assert watch.elements == pairs * pairs  # the recorder does see a whole matrix where there is one
 
 
 def test_auto_is_eager_for_small_batches_and_chunked_for_large_ones(monkeypatch):
