@@ -78,8 +78,7 @@ def prepare(request: RunRequest, world: World, to_come: frozenset[str] = frozens
     if recipe.objectives.active() and student is not None:
         tasks.append(distill.prepare(recipe, world, student, to_come="teacher" in to_come))
     if recipe.answers is not None and recipe.decoder is not None:
-        settings = recipe.answers, recipe.decoder
-        tasks.append(answer.prepare(recipe, *settings, config, world, student, to_come="decoder" in to_come))
+        tasks.append(answer.prepare(recipe, recipe.answers, recipe.decoder, config, world, student, to_come="decoder" in to_come))
     return PreparedRun(request, config, config_name, student, tuple(tasks))
 
 

@@ -35,7 +35,7 @@ from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 from megakd.runtime.run_folder import RunLog
 from megakd.runtime.stopwatch import Stopwatch
-from megakd.training.tasks.base import StepPart, Task
+from megakd.training.tasks.base import StepPart, Task, loading
 from megakd.vqa import check, evaluate
 from megakd.vqa.loader import ImageProcessor, QuestionBatch, QuestionBatches, question_batches
 from megakd.vqa.prompts import PromptEncoder
@@ -201,18 +201,9 @@ class Answering(Task):
             self._replica = copy.deepcopy(self._module)
 
     def open(self, progress: Progress) -> QuestionBatches:
-        self._watch = lora.Watch(self._module)
-        return question_batches(
-            self._data.train,
-            self._data.order,
-            self._data.encoder,
-            self._data.image_processor,
-            rank=self._world.rank,
-            world=self._world.size,
-            start_position=progress.step * self.in_a_step,
-            workers=self._data.recipe.data.workers,
-            pin_memory=self._world.device.type == "cuda",
-        )
+        data, self._watch = self._data, lora.Watch(self._module)
+        position = loading(data.recipe, self._world, progress.step * self.in_a_step)
+        return question_batches(data.train, data.order, data.encoder, data.image_processor, **position)
 
     def part(self, batch: QuestionBatch, clock: Stopwatch, step: int) -> StepPart:
         pixels = batch.pixels

@@ -20,14 +20,21 @@ import torch
 from torch import Tensor
 
 from megakd.data.bad_samples import BadCounter, Reason
-from megakd.data.resumable import ResumableBatches
+from megakd.data.resumable import Loading, ResumableBatches
 from megakd.models.student import Student
+from megakd.recipe import Recipe
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.ds_config import DsConfig
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 from megakd.runtime.run_folder import RunLog
 from megakd.runtime.stopwatch import Stopwatch
+
+
+def loading(recipe: Recipe, world: World, start_position: int) -> Loading:
+    """How this rank loads what it trains on."""
+    workers, pin = recipe.data.workers, world.device.type == "cuda"
+    return {"rank": world.rank, "world": world.size, "start_position": start_position, "workers": workers, "pin_memory": pin}
 
 
 class TaskBatch(Protocol):

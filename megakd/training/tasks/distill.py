@@ -36,7 +36,7 @@ from megakd.runtime.stopwatch import Stopwatch
 from megakd.teachers import build
 from megakd.teachers.base import Teacher, settings_of
 from megakd.teachers.cached import StoredTeacher, TextStoredTeacher
-from megakd.training.tasks.base import StepPart, Task
+from megakd.training.tasks.base import StepPart, Task, loading
 
 AnyTeacher = Teacher | StoredTeacher | TextStoredTeacher
 
@@ -142,20 +142,11 @@ class Distill(Task):
                 self._replica.set_grad_checkpointing(False)  # type: ignore[operator]
 
     def open(self, progress: Progress) -> TrainBatches:
-        recipe = self._data.recipe
-        return train_batches(
-            self._data.shards,
-            self._data.order,
-            recipe.views,
-            {role: TowerView(self._preprocess[role], model.tokenize) for role, model in self._seen_by.items()},
-            rank=self._world.rank,
-            world=self._world.size,
-            start_position=progress.position,
-            workers=recipe.data.workers,
-            pin_memory=self._world.device.type == "cuda",
-            store=self._data.store,
-            replay=all(settings.store_of == "all" for settings in recipe.teachers().values()),
-        )
+        data, recipe = self._data, self._data.recipe
+        towers = {role: TowerView(self._preprocess[role], model.tokenize) for role, model in self._seen_by.items()}
+        replay = all(settings.store_of == "all" for settings in recipe.teachers().values())
+        position = loading(recipe, self._world, progress.position)
+        return train_batches(data.shards, data.order, recipe.views, towers, store=data.store, replay=replay, **position)
 
     def part(self, batch: Batch, clock: Stopwatch, step: int) -> StepPart:
         with clock.part("teacher"):
