@@ -71,20 +71,20 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     questions = recipe.questions_in_a_step()
     local, asked = pairs // cluster.gpus, math.ceil(questions / cluster.gpus)
     shares = models.Shares(local // rounds, local, math.ceil(asked / rounds), asked)
-    task = ObjectiveSet(recipe, device, None)
+    objectives = ObjectiveSet(recipe, device, None)
     student_zero = zero.Settings.of(resolved, precision.dtype(resolved.precision).itemsize)
     partitioned = zero3.settings(None if recipe.teacher is None else recipe.teacher.ds_config)
     teacher_settings = zero.Settings.of(partitioned, precision.dtype(precision.of(device)).itemsize)
-    taught = recipe.teachers().values() if task.needs_teacher else ()
+    taught = recipe.teachers().values() if objectives.needs_teacher else ()
     teachers = tuple(models.teacher(settings, shares.micro, local, precision.of(device), teacher_settings, device) for settings in taught)
     widths = [teacher.width for teacher in teachers]
     student = models.student(
-        recipe, lambda own: task.heads(own, widths), shares, bf16=resolved.precision == "bf16", drop=student_zero.stage > 1
+        recipe, lambda own: objectives.heads(own, widths), shares, bf16=resolved.precision == "bf16", drop=student_zero.stage > 1
     )
     elements = (student.element, teacher_settings.element)
     shape = LossShape(pairs, cluster.gpus, (student.width, sum(widths)), elements, len(teachers), recipe.kernels.ring, device)
     return PlannedJob(
-        student, teachers, task.cost(shape), task.backends, student_zero, teacher_settings,
+        student, teachers, objectives.cost(shape), objectives.backends, student_zero, teacher_settings,
         pairs, cluster.gpus, questions, rounds, rates.gpu(cluster.kind), cluster.per_node,
     )  # fmt: skip
 

@@ -250,7 +250,7 @@ def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[st
     """N = 1536 on one rank, without any projection between the widths; to 15 %."""
     pairs, width = 1536, 64
     described = recipe(objectives=dict.fromkeys(names, 1.0), kernels={"backend": backend}, optim={"steps": 1, "batch": pairs, "lr": 1.0})
-    task = ObjectiveSet(described, torch.device("cpu"), None)
+    objectives = ObjectiveSet(described, torch.device("cpu"), None)
 
     def towers(learns: bool) -> Embeddings:
         image, text = (torch.nn.functional.normalize(torch.randn(pairs, width), dim=-1).requires_grad_(learns) for _ in range(2))
@@ -262,9 +262,9 @@ def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[st
     watch = MemoryTracker("cpu")
     watch.ignore(tensor for tower in (student, *teachers) for tensor in tower[:4])  # type: ignore[list-item]
     with watch:
-        sum(task.losses(student, teachers).values()).backward()
+        sum(objectives.losses(student, teachers).values()).backward()
     shape = LossShape(pairs, 1, (width, count * width), (4, 4), count, False, torch.device("cpu"))
-    assert task.cost(shape).memory == pytest.approx(watch.peak, rel=0.15)
+    assert objectives.cost(shape).memory == pytest.approx(watch.peak, rel=0.15)
 
 
 def test_the_report_names_every_mode_and_the_json_holds_every_number(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
