@@ -24,8 +24,7 @@ from megakd.benchmarks.common import comparison
 from megakd.models import casts, streaming
 from megakd.models.int8 import convert, matmul
 from megakd.models.int8.agreement import agreement
-from megakd.models.int8.migration import Reference, migrate
-from megakd.models.originals import Originals
+from megakd.models.int8.migration import Originals, Reference, migrate
 from megakd.models.weights import InMemory
 from megakd.runtime import environment, precision
 from megakd.runtime.console import plain

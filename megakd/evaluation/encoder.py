@@ -19,7 +19,7 @@ from megakd.data.transforms import as_rgb, evaluation_pixels, normalise, rgb_ima
 from megakd.export.clip_folder import MODEL
 from megakd.models import clip
 from megakd.models.casts import pixel_dtype
-from megakd.models.source import LOCAL
+from megakd.models.pretrained import LOCAL
 from megakd.models.student import encode_images, encode_texts
 from megakd.recipe import Data, Model
 from megakd.recipe.chain import CLIP_CONFIG

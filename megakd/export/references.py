@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from megakd.export.manifest import MANIFEST, TOWER
 from megakd.models import clip
 from megakd.models.clip import ClipModel
-from megakd.models.fingerprint import weights_file
+from megakd.models.pretrained import weights_file
 from megakd.recipe import Model
 from megakd.recipe.section import Section
 from megakd.runtime.files import sha256
@@ -55,7 +55,7 @@ def referenced_language(folder: Path, reference: dict[str, Any]) -> str:
 
 def tower_reference(description: clip.ModelSpec) -> dict[str, Any]:
     settings = description.settings
-    file = None if settings.pretrained == clip.RANDOM else weights_file(description)
+    file = weights_file(settings, download=False)
     if file is None:
         raise ValueError("the vision tower has no file of weights that a bundle could refer to: save it with the tower inside")
     known = settings.model_dump(mode="json", include=set(Model.model_fields))
@@ -81,7 +81,7 @@ def load_tower(folder: Path, known: dict[str, Any], device: torch.device) -> Cli
     except ValueError as error:
         raise ValueError(f"{folder}: its vision tower cannot be found; put it where it was, or take a merged bundle: {error}") from error
     if not known["inside"]:
-        file = weights_file(description)
+        file = weights_file(settings, download=False)
         if file is None or sha256(file) != known["sha256"]:
             raise ValueError(
                 f"{folder}: its vision tower ({settings.model or 'an architecture'}, {settings.pretrained}) is not here, or another one "

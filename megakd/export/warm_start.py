@@ -11,7 +11,7 @@ from megakd.export.bundle import load_projector
 from megakd.export.manifest import ADAPTER, LANGUAGE, PROJECTOR
 from megakd.export.references import fingerprint
 from megakd.models import clip
-from megakd.models.fingerprint import weights_file
+from megakd.models.pretrained import weights_file
 from megakd.models.vlm import lora
 from megakd.models.vlm.decoder import Decoder
 from megakd.recipe import Decoder as Settings
@@ -55,7 +55,7 @@ def _check_same_view(manifest: dict[str, Any], settings: Settings, tower: clip.M
     known = manifest["tower"]
     if known is None or known["inside"]:
         return
-    file = None if tower.settings.pretrained == clip.RANDOM else weights_file(tower)
+    file = weights_file(tower.settings, download=False)
     if file is None or sha256(file) != known["sha256"]:
         before = known["settings"]["model"] or known["settings"]["pretrained"]
         raise ValueError(f"{key}: its projector was trained on another vision tower ({before!r}) than this run's: make that the student")

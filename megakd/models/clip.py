@@ -22,10 +22,10 @@ from open_clip import get_model_config, list_pretrained_tags_by_model
 from open_clip.transform import PreprocessCfg
 from torch import nn
 
-from megakd.models import architecture, casts, preprocessing, source, tags
-from megakd.models.matching import Match, named
-from megakd.models.originals import Originals
-from megakd.models.source import HUB, LOCAL, RANDOM, WEIGHT_SUFFIXES
+from megakd.models import architecture, casts, preprocessing, pretrained
+from megakd.models.int8.migration import Originals
+from megakd.models.matching import Match, errors_of
+from megakd.models.pretrained import HUB, LOCAL, RANDOM, WEIGHT_SUFFIXES
 from megakd.models.tokenizing import Tokenize, tokenizer
 from megakd.models.weight_kinds import recognise
 from megakd.models.weights import in_memory
@@ -86,10 +86,12 @@ def resolve(settings: Model, role: str) -> ModelSpec:
     """
     config, preprocess = configuration(settings, role)
     _check_weights(settings, role)
-    found = ModelSpec(role, settings, config, preprocess, tokenizer(settings, config, role))
+    description = ModelSpec(role, settings, config, preprocess, tokenizer(settings, config, role))
     if settings.architecture is not None or ":" in (settings.model or ""):
-        _check_buildable(found)
-    return found
+        # Mistakes that `architecture.check` does not know show when the model is built, here without memory for its weights.
+        with torch.random.fork_rng(devices=[]):
+            on_meta(description)
+    return description
 
 
 def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -97,12 +99,12 @@ def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str,
     config, stored = _configuration(settings, role)
     named = f"{role}.architecture" if settings.architecture is not None else f"{role}.model = {settings.model!r}: model_cfg"
     architecture.check(config, named, written=settings.architecture is not None)
-    tags.check_activation(settings, config, role)
+    pretrained.check_activation(settings, config, role)
     return config, preprocessing.chosen(settings, role, stored)
 
 
 def _configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """As `configuration`, unchecked; no preprocessing for an open_clip name, whose weights have it."""
+    """As `configuration`, unchecked; the preprocessing is None for an open_clip name, whose tag has it."""
     if settings.architecture is not None:
         config = copy.deepcopy(settings.architecture)
         stored = config.pop("preprocess_cfg", {})
@@ -120,46 +122,40 @@ def _configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str
         except (Exception, RecursionError) as error:
             raise ValueError(f"{key}: the hub gave no open_clip configuration ({error}); check the name and the network") from error
         return architecture.split_config(content, key)
-    known = get_model_config(source.open_clip_name(name))
-    if known is None:
+    config = get_model_config(pretrained.open_clip_name(name))
+    if config is None:
         near = ", ".join(nearest(name, open_clip.list_models(), most=3))
         suggestion = f"nearest: {near}; " if near else ""
         raise ValueError(f"{key}: open_clip has no such model; {suggestion}`open_clip.list_models()` lists all")
-    return known, None
+    return config, None
 
 
 def _check_weights(settings: Model, role: str) -> None:
-    pretrained, name = settings.pretrained, settings.model or ""
+    weights, name = settings.pretrained, settings.model or ""
+    if weights == RANDOM:
+        return
     if ":" in name:
-        if pretrained and pretrained != RANDOM:
-            raise ValueError(f"{role}.pretrained = {pretrained!r}: {name!r} brings its own weights; remove one of the two keys")
-        if name.startswith(LOCAL) and pretrained != RANDOM:
-            file = source.in_folder(Path(name.removeprefix(LOCAL)))
+        if weights:
+            raise ValueError(f"{role}.pretrained = {weights!r}: {name!r} brings its own weights; remove one of the two keys")
+        if name.startswith(LOCAL):
+            file = pretrained.in_folder(Path(name.removeprefix(LOCAL)))
             if file is None:
                 raise ValueError(f"{role}.model = {name!r}: the folder has a configuration but no weights (open_clip_model.safetensors)")
             recognise(file)
-        return
-    if pretrained is None or pretrained == RANDOM:
-        if role == "teacher" and pretrained is None:
+    elif weights is None:
+        if role == "teacher":
             raise ValueError(f"{role}.pretrained: missing; a teacher needs weights: a tag, a file, or 'random' if that is really meant")
-        return
-    if source.is_file(pretrained) or Path(pretrained).is_dir():
+    elif pretrained.is_file(weights) or Path(weights).is_dir():
         try:
-            recognise(Path(pretrained))
+            recognise(Path(weights))
         except ValueError as error:
-            raise ValueError(f"{role}.pretrained = {pretrained!r}: {error}") from None
-    elif tags.tag_of(settings) is None:
-        known = list_pretrained_tags_by_model(source.open_clip_name(name)) if name else []
+            raise ValueError(f"{role}.pretrained = {weights!r}: {error}") from None
+    elif pretrained.tag_of(settings) is None:
+        known = list_pretrained_tags_by_model(pretrained.open_clip_name(name)) if name else []
         raise ValueError(
-            f"{role}.pretrained = {pretrained!r}: neither a file ({', '.join(WEIGHT_SUFFIXES)}) nor a tag of "
+            f"{role}.pretrained = {weights!r}: neither a file ({', '.join(WEIGHT_SUFFIXES)}) nor a tag of "
             f"{name or 'this architecture'}; tags: {', '.join(known) or 'none'}"
         )
-
-
-def _check_buildable(description: ModelSpec) -> None:
-    """What `architecture.check` does not know of shows when the model is built, here without memory for its weights."""
-    with torch.random.fork_rng(devices=[]):
-        on_meta(description)
 
 
 def build(description: ModelSpec, device: torch.device, precision: Precision = "fp32", *, load_weights: bool = True) -> ClipModel:
@@ -175,15 +171,15 @@ def build(description: ModelSpec, device: torch.device, precision: Precision = "
     except Exception as error:  # open_clip's and timm's constructors raise whatever a number inside them does
         whose = "architecture" if settings.architecture is not None else f"model = {settings.model!r}"
         raise ValueError(f"{role}.{whose} does not give a model: {type(error).__name__}: {error}") from error
-    if load_weights and not source.is_random(settings):
-        expected = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
-        with named(role):
-            match = Match(role, description.config, clip, expected, in_memory(source.weights_file(settings)))
-        match.read_into(clip)
+    if load_weights and pretrained.is_random(settings):
+        _initialise_text_projection(clip)
     elif load_weights:
-        _draw_what_open_clip_leaves_out(clip)
+        expected = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
+        with errors_of(role):
+            match = Match(role, description.config, clip, expected, in_memory(pretrained.weights_file(settings, download=True)))
+        match.read_into(clip)
     if precision == "bf16":
-        casts.to_bf16(clip)  # with its weights: the logit scale is read in float32
+        casts.to_bf16(clip)  # after its weights: the logit scale is read in float32
     prepared = preprocessing.complete(description.preprocess, description.config)
     return ClipModel(clip, description, prepared, precisions.dtype(precision))
 
@@ -194,8 +190,8 @@ def on_meta(description: ModelSpec) -> ClipModel:
         return build(description, torch.device("meta"), load_weights=False)
 
 
-def _draw_what_open_clip_leaves_out(clip: nn.Module) -> None:
-    """The text decoder of CoCa (open_clip 3.3) has a projection that nothing initialises: whatever lay in memory, NaN at times."""
+def _initialise_text_projection(clip: nn.Module) -> None:
+    """open_clip 3.3 leaves that of CoCa's text decoder as it was allocated, with NaN at times."""
     projection = getattr(getattr(clip, "text_decoder", None), "text_projection", None)
     if isinstance(projection, nn.Parameter) and not projection.is_meta:
         nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
@@ -203,7 +199,7 @@ def _draw_what_open_clip_leaves_out(clip: nn.Module) -> None:
 
 def _architecture(description: ModelSpec, device: torch.device) -> nn.Module:
     """As open_clip makes it from a folder without weights: one way for every source of a configuration."""
-    with tempfile.TemporaryDirectory() as folder, _expected_without_weights():
+    with tempfile.TemporaryDirectory() as folder, _without_warnings_of_random_weights():
         config = {"model_cfg": description.config, "preprocess_cfg": description.preprocess}
         (Path(folder) / CLIP_CONFIG).write_text(json.dumps(config), encoding="utf-8")
         model: nn.Module = open_clip.create_model(f"local-dir:{folder}", device=device, load_weights=False, pretrained_text=False)
@@ -211,8 +207,8 @@ def _architecture(description: ModelSpec, device: torch.device) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _expected_without_weights() -> Iterator[None]:
-    """open_clip warns of a folder without weights and of random initialisation, which is the point here; all else it says is heard."""
+def _without_warnings_of_random_weights() -> Iterator[None]:
+    """open_clip warns of a folder without weights and of random initialisation, which is what is wanted; other warnings pass."""
 
     def wanted(record: logging.LogRecord) -> bool:
         text = record.getMessage()

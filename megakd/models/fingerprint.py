@@ -1,6 +1,6 @@
-"""What a teacher's embeddings depend on, told from its description alone: no model is built, so a run on a store needs none.
+"""What a teacher's embeddings depend on, computed from its description alone: no model is built, so a run on a store needs none.
 
-The identity is plain JSON: the open_clip configuration, the weights by checksum, the preprocessing, the tokenizer by what it does.
+A fingerprint is plain JSON: the open_clip configuration, the weights by checksum, the preprocessing, the tokenizer by what it does.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import itertools
 import string
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
-from megakd.models import source
+from megakd.models import pretrained
 from megakd.models.clip import ModelSpec
 from megakd.models.int8 import matmul
 from megakd.models.int8.migration import METHOD
@@ -50,19 +49,17 @@ def fingerprint(description: ModelSpec, seed: int) -> dict[str, Any]:
 def computation(description: ModelSpec, device: torch.device) -> dict[str, Any]:
     """How a teacher's embeddings are computed on this device, as far as they depend on it: plain values, None where there is no choice.
 
-    A teacher gives the same bits whole on every rank and partitioned, so that is not told. Calibration pairs are known by their number:
-    they lie evenly in the training set, which a store's key holds. Raises ValueError for a product that this machine lacks.
+    Placement is absent: a teacher gives the same bits replicated and partitioned. The number of calibration pairs is enough, as they lie
+    evenly in the training set, which a store's key holds. Raises ValueError for a product that this machine lacks.
     """
     settings = description.settings
     assert isinstance(settings, Teacher), "described from [teacher] or [ensemble] of a recipe"
-    told: dict[str, Any] = {"precision": precision.of(device), "int8": settings.int8}
-    if not told["int8"]:
-        return {**told, "outlier_threshold": None, "product": None, "calibration": None}
     return {
-        **told,
-        "outlier_threshold": settings.outlier_threshold,
-        "product": matmul.resolved(settings.int8_product, device),
-        "calibration": f"{settings.calibration} pairs, {METHOD}" if settings.calibration else None,
+        "precision": precision.of(device),
+        "int8": settings.int8,
+        "outlier_threshold": settings.outlier_threshold if settings.int8 else None,
+        "product": matmul.resolved(settings.int8_product, device) if settings.int8 else None,
+        "calibration": f"{settings.calibration} pairs, {METHOD}" if settings.int8 and settings.calibration else None,
     }
 
 
@@ -97,15 +94,8 @@ def behaviour(tokenize: Callable[[list[str]], Tensor]) -> str:
 def _weights(description: ModelSpec, seed: int) -> dict[str, Any]:
     """name: for people, and for comparing where no file is at hand; sha256: of the file that would be loaded, where it is here."""
     settings = description.settings
-    if source.is_random(settings):
+    if pretrained.is_random(settings):
         return {"name": f"random, seed {seed}", "sha256": None}
-    file = weights_file(description)
+    file = pretrained.weights_file(settings, download=False)
     name = " ".join(part for part in (settings.model, settings.pretrained) if part)
-    if file is None:
-        return {"name": name, "sha256": None}
-    return {"name": name, "sha256": source.digest(file)}
-
-
-def weights_file(description: ModelSpec) -> Path | None:
-    """The file that building would load, as far as it is on this machine: nothing is downloaded."""
-    return source.local_file(description.settings)
+    return {"name": name, "sha256": None if file is None else pretrained.digest(file)}

@@ -15,19 +15,19 @@ from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from torch import Tensor, nn
 
 from megakd.models import names
+from megakd.models.student import SCALARS
 from megakd.models.weight_kinds import check_values
 from megakd.models.weights import InMemory, Shape, Weights, listed
 from megakd.recipe import texts
 
 log = logging.getLogger("megakd.models")
 
-SCALARS = ("logit_scale", "logit_bias")
 APPLE = "image_encoder.model."
 
 
 @contextlib.contextmanager
-def named(role: str) -> Iterator[None]:
-    """Messages of what is done inside begin with whose weights they are about, the same from every way to load them."""
+def errors_of(role: str) -> Iterator[None]:
+    """Messages of ValueErrors raised inside begin with the role of the model whose weights are loaded."""
     try:
         yield
     except ValueError as error:
@@ -49,18 +49,17 @@ class Match:
         self._weights = names.as_open_clips(_from_apple(model, weights), expected)
         shapes = self._weights.shapes
         absent = expected.keys() - shapes.keys()
-        # A model trained with a sigmoid loss, started from one that was not: open_clip begins at 0.
+        # A model for a sigmoid loss started from weights without a bias: open_clip begins at 0.
         self._zeros = {"logit_bias"} & absent
-        unfit = [name for name in expected if name in shapes and not self._fits(name)]
+        misfits = [name for name in expected if name in shapes and not self._fits(name)]
         problems = {
             "missing": listed(absent - self._zeros),
             "not of this model": listed(shapes.keys() - expected.keys()),
-            "of another shape": listed(f"{name} {shapes[name]} instead of {expected[name]}" for name in unfit),
+            "of another shape": listed(f"{name} {shapes[name]} instead of {expected[name]}" for name in misfits),
         }
-        found = "; ".join(f"{kind}: {tensors}" for kind, tensors in problems.items() if tensors)
-        if found:
+        if summary := "; ".join(f"{kind}: {tensors}" for kind, tensors in problems.items() if tensors):
             others = f" Its names are those of {foreign}." if (foreign := names.foreign(weights.shapes)) else ""
-            raise ValueError(f"{weights.origin}: these are not the weights of this architecture. {found}.{others}")
+            raise ValueError(f"{weights.origin}: these are not the weights of this architecture. {summary}.{others}")
         for name, shape in expected.items():
             if name in shapes and shapes[name] != shape and name not in SCALARS:
                 log.warning("%s: %s is interpolated from %s to %s positions", weights.origin, name, shapes[name][0], shape[0])
@@ -81,41 +80,36 @@ class Match:
 
     def read(self, name: str) -> Tensor:
         """The file's tensor in the model's shape, in the file's type. Raises ValueError when it holds what no trained model does."""
-        with named(self._role):
-            return self._read(name)
-
-    def _read(self, name: str) -> Tensor:
+        expected, origin = self._expected[name], self._weights.origin
         if name in self._zeros:
-            return torch.zeros(self._expected[name])
-        tensor = self._weights.read(name)
-        if tensor.dtype == torch.float64:
-            tensor = tensor.float()  # what is too large for it becomes infinite, and is found
-        if name in self._floating and not tensor.is_floating_point():
-            # codes of a quantised file would be taken for weights
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{self._weights.origin}: {name} is of type {kind}; a model is loaded from weights in 16 or 32 bits")
-        check_values(name, tensor, self._weights.origin)
-        if tuple(tensor.shape) == self._expected[name]:
-            return tensor
-        if name in SCALARS:
-            return tensor.reshape(self._expected[name])
-        resize = self._resizer(name)
-        assert resize is not None
-        resized = {name: tensor.float()}
-        resize(resized, self._model)
-        if tuple(resized[name].shape) != self._expected[name]:
-            raise ValueError(f"{self._weights.origin}: {name} of shape {tuple(tensor.shape)} cannot be resized to {self._expected[name]}")
-        return resized[name]
+            return torch.zeros(expected)
+        with errors_of(self._role):
+            tensor = self._weights.read(name)
+            if tensor.dtype == torch.float64:
+                tensor = tensor.float()  # what is too large for float32 becomes infinite, which `check_values` refuses
+            if name in self._floating and not tensor.is_floating_point():  # integers of a quantised file
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"{origin}: {name} is of type {kind}; a model is loaded from weights in 16 or 32 bits")
+            check_values(name, tensor, origin)
+            if tensor.shape == expected or name in SCALARS:
+                return tensor.reshape(expected)
+            resize = self._resizer(name)
+            assert resize is not None
+            resized = {name: tensor.float()}
+            resize(resized, self._model)
+            if resized[name].shape != expected:
+                raise ValueError(f"{origin}: {name} of shape {tuple(tensor.shape)} cannot be resized to {expected}")
+            return resized[name]
 
     def read_into(self, model: nn.Module) -> None:
-        """Give a model that is in memory as a whole its values, in its own types. Raises ValueError as `read` does."""
+        """Copy all values into a model that is in memory, in the model's types. Raises ValueError as `read` does."""
         with torch.no_grad():
-            for name, old in model.state_dict().items():
-                old.copy_(self.read(name))
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(self.read(name))
 
 
 def _check_activation(config: Mapping[str, Any], weights: Weights) -> None:
-    """Raises ValueError where a file says by itself which GELU it was trained with, and the model has the other one."""
+    """Raises ValueError where a file, or the config.json beside it, tells which GELU it was trained with, and the model has the other."""
     quick = bool(config.get("quick_gelu"))
     remedy = "take the model's -quickgelu name, or quick_gelu = true in its architecture"
     if names.is_openais(weights.shapes) and not quick:

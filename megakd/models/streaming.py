@@ -1,16 +1,17 @@
 """From a file of weights into a model, tensor by tensor: no rank ever holds the whole model.
 
-1. `empty_parameters`: inside it a model is built with its parameters on torch's meta device and its buffers in memory, so tables that
-   a constructor computes (attention masks, rotary tables) are right from the start. The model is then made int8, still empty.
+1. `empty_parameters`: inside it a model is built with its parameters on torch's meta device and its buffers in memory, so that tables
+   which a constructor computes (attention masks, rotary tables) have their values. The model is then made int8, still empty.
 2. `Match` compares the file's names and shapes with the model's before the first tensor is read.
-3. `fill`: the first rank reads a few tensors, quantises them, and hands them to every rank, where they are partitioned or kept, and
-   dropped. The other ranks read nothing: a file is read once, however many ranks there are.
+3. `fill`: the first rank reads a few tensors, quantises them and hands them to every rank, which keeps them or its partition of them.
+   The other ranks read nothing: a file is read once, however many ranks there are.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,19 +21,20 @@ from torch import Tensor, nn
 
 from megakd.models import casts
 from megakd.models import clip as clip_models
-from megakd.models import source as sources
 from megakd.models.int8 import convert as int8_towers
 from megakd.models.int8 import matmul
 from megakd.models.int8.linear import Int8Linear
-from megakd.models.matching import SCALARS, Match, named
+from megakd.models.int8.migration import Originals
+from megakd.models.matching import Match, errors_of
 from megakd.models.names import OLD_TEXT
-from megakd.models.originals import Originals
+from megakd.models.pretrained import weights_file
+from megakd.models.student import SCALARS
 from megakd.models.weights import InMemory, Weights, open_weights
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
 from megakd.runtime.precision import Precision
 
-# Handed over together: fewer collectives, and still less than the largest single tensor of a giant teacher.
+# Handed to the ranks together: fewer collectives, and still less than the largest single tensor of a giant teacher.
 BATCH_BYTES = 64 << 20
 TEXT = (*OLD_TEXT, "text.")  # in open_clip's two classes of models
 Place = Callable[[list[nn.Parameter]], None]
@@ -40,7 +42,7 @@ Place = Callable[[list[nn.Parameter]], None]
 
 @dataclass(frozen=True)
 class Int8:
-    """How the towers are made int8: see `convert.quantise`. migrated: `migration.migrate` will follow."""
+    """Options of `convert.quantise`. migrated: `migration.migrate` will follow."""
 
     outlier_threshold: float = 0.0
     product: matmul.Product | None = None
@@ -59,8 +61,8 @@ def load(
     """A frozen model with its weights, which every rank gets from the first one's reading. A collective.
 
     precision: of everything that is not int8. place: see `fill`. without_text: the text tower is left empty, nothing of it is read.
-    `pretrained = "random"` draws from torch's global generator what `clip.build` draws: an architecture initialises itself as a
-    whole, so the first rank holds such a model, an int8 one until its originals are closed; of a file none holds more than a few tensors.
+    `pretrained = "random"` draws from torch's global generator what `clip.build` draws. It can be drawn only as a whole, so the first
+    rank then holds the whole model, for int8 until its originals are closed; of a file no rank holds more than a few tensors.
     Raises ValueError on every rank when the weights do not fit the architecture or cannot be read, naming file and tensors.
     """
     try:
@@ -75,20 +77,16 @@ def load(
         ) from error
     clip = built.clip.eval().requires_grad_(False)
     expected = {name: tuple(tensor.shape) for name, tensor in clip.state_dict().items()}
-    drawing = torch.get_rng_state()
+    rng_state = torch.get_rng_state()
 
-    def opened() -> Match:
-        with torch.random.fork_rng(devices=[]), named(description.role):
-            torch.set_rng_state(drawing)  # random weights are drawn again as they were
+    def open_match() -> Match:
+        with torch.random.fork_rng(devices=[]), errors_of(description.role):
+            torch.set_rng_state(rng_state)  # random weights come out the same each time
             return Match(description.role, description.config, clip, expected, _weights(description, precision))
 
-    match, failure = None, None
-    if world.is_main:
-        try:
-            match = opened()
-        except (ValueError, OSError) as error:
-            failure = error
-    _raise_everywhere(failure, world)
+    on_main: list[Match] = []
+    collectives.by_main(lambda: on_main.append(open_match()), world)
+    match = on_main[0] if world.is_main else None
     conversions = _as_they_are(clip) if int8 is None else _quantised(clip, int8)
     if without_text:
         conversions = [conversion for conversion in conversions if not conversion.names[0].startswith(TEXT)]
@@ -98,22 +96,15 @@ def load(
         made_of = int8_towers.matrices(clip)
         names = {layer: name for layer, name in made_of.items() if not (without_text and name.startswith(TEXT))}
         # Drawing billions of random weights anew takes minutes.
-        originals = Originals(names, opened, world, match if description.settings.pretrained == clip_models.RANDOM else None)
+        originals = Originals(names, open_match, world, match if description.settings.pretrained == clip_models.RANDOM else None)
     return replace(built, originals=originals)
-
-
-def _raise_everywhere(failure: Exception | None, world: World) -> None:
-    """What went wrong on the first rank stops all of them, instead of leaving the others waiting for its tensors."""
-    heard = collectives.share(failure, world)
-    if isinstance(heard, Exception):
-        raise heard
 
 
 def _weights(description: clip_models.ModelSpec, precision: Precision) -> Weights:
     if description.settings.pretrained == clip_models.RANDOM:
         drawn = clip_models.build(description, torch.device("cpu"), precision).clip
         return InMemory(drawn.state_dict(), "random weights")
-    return open_weights(sources.weights_file(description.settings))
+    return open_weights(weights_file(description.settings, download=True))
 
 
 @contextlib.contextmanager
@@ -121,7 +112,7 @@ def empty_parameters() -> Iterator[None]:
     """Modules made in here have parameters on the meta device, whatever device they are moved to, and real buffers.
 
     torch.device("meta") alone would leave buffers empty that no checkpoint has. Constructors register a parameter before they
-    initialise it, so nothing is drawn: 5 billion parameters take seconds. Not for use in several threads at once.
+    initialise it, so nothing is drawn: 5 billion parameters take seconds. Not thread-safe.
     """
     register, apply = nn.Module.register_parameter, nn.Module._apply
 
@@ -183,80 +174,69 @@ def _as_they_are(model: nn.Module) -> list[Conversion]:
 
 
 def _quantised(model: nn.Module, int8: Int8) -> list[Conversion]:
-    """Makes the empty model int8 and tells how it is filled: a matrix of the file becomes int8 codes and their scales at once."""
+    """Make the empty model int8. Returns how it is filled: a matrix of the file becomes an int8 matrix and its scales at once."""
     int8_towers.quantise(model, threshold=int8.outlier_threshold, product=int8.product, migrated=int8.migrated)
     for layer in model.modules():
         if isinstance(layer, Int8Linear) and layer.factor is not None:
             layer.factor = torch.ones(layer.in_features)  # no file fills it
-    made_of: dict[str, list[tuple[str, int8_towers.Source]]] = {}
-    known = _Slots(model).tensors
+    parts: dict[str, dict[str, int8_towers.Part]] = {}  # tensor of the file -> names in the model -> part of it
+    unique = _Slots(model).tensors  # without a tied tensor's second name
     for name, source in int8_towers.sources(model).items():
-        if name not in known:
-            continue  # a tied tensor's second name
-        made_of.setdefault(source.tensor, []).append((name, source))
-    return [Conversion(tensor, tuple(name for name, _ in made), _maker([source for _, source in made])) for tensor, made in made_of.items()]
+        if name in unique:
+            parts.setdefault(source.tensor, {})[name] = source.part
+    return [Conversion(tensor, tuple(names), _maker(list(names.values()))) for tensor, names in parts.items()]
 
 
-def _maker(made: list[int8_towers.Source]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    if all(source.part == "as it is" for source in made):
-        return lambda tensor: tuple(tensor for _ in made)
-
+def _maker(parts: list[int8_towers.Part]) -> Callable[[Tensor], tuple[Tensor, ...]]:
     def make(tensor: Tensor) -> tuple[Tensor, ...]:
+        if all(part == "as it is" for part in parts):
+            return tuple(tensor for _ in parts)
         weight_OI, scale_O = int8_towers.quantise_weight(tensor)
-        parts = {"weight": weight_OI, "scale": scale_O, "as it is": tensor}
-        return tuple(parts[source.part] for source in made)
+        return tuple({"weight": weight_OI, "scale": scale_O, "as it is": tensor}[part] for part in parts)
 
     return make
 
 
-def fill(
-    model: nn.Module,
-    conversions: list[Conversion],
-    match: Match | None,
-    world: World,
-    place: Place | None = None,
-    whole: Collection[str] = SCALARS,
-) -> None:
+def fill(model: nn.Module, conversions: list[Conversion], match: Match | None, world: World, place: Place | None = None) -> None:
     """Give an empty model its values. A collective: every rank calls it with the same model and conversions.
 
     match: on the first rank, which alone reads; None on the others. place: what to do with parameters that have their values on the
-    first rank, such as `Partitioner.partition`; default: copy them to every rank. Parameters in `whole`, those without a dimension
+    first rank, such as `Partitioner.partition`; default: copy them to every rank. Scale, bias, other parameters without a dimension
     and buffers are always copied to every rank.
     Raises ValueError or OSError on every rank when the first cannot read on; the model is then of no use.
     """
     slots = _Slots(model)
     for batch in _batches(conversions, slots.tensors):
-        values, failure = _read(batch, match, slots, world) if world.is_main else ({}, None)
-        _raise_everywhere(failure, world)
-        names = [name for conversion in batch for name in conversion.names]
-        placed: list[nn.Parameter] = []
-        for name in names:
+        values: dict[str, Tensor] = {}
+        collectives.by_main(functools.partial(_read, batch, match, slots, world, values), world)
+        to_place: list[nn.Parameter] = []
+        for name in (name for conversion in batch for name in conversion.names):
             old = slots.tensors[name]
             value = values.pop(name) if world.is_main else torch.empty(old.shape, dtype=old.dtype, device=world.device)
             new = slots.put(name, value)
-            if place is not None and isinstance(new, nn.Parameter) and new.ndim > 0 and name not in whole:
-                placed.append(new)
+            if place is not None and isinstance(new, nn.Parameter) and new.ndim > 0 and name not in SCALARS:
+                to_place.append(new)
             elif world.size > 1:
                 dist.broadcast(new.data.reshape(-1).view(torch.uint8), 0)
-        if place is not None and placed:
-            place(placed)
+        if place is not None and to_place:
+            place(to_place)
     for module in model.modules():
-        _compute_again(module)
+        _compute_tables(module)
         for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
             if buffer.device.type != "meta":
                 setattr(module, key, buffer.to(world.device))
 
 
-def _compute_again(module: nn.Module) -> None:
-    """A table that no file has and that a constructor computed where its empty parameters were, as timm's Swin does its masks."""
+def _compute_tables(module: nn.Module) -> None:
+    """Compute the buffers that no file has and that the constructor left on meta, as timm's Swin does with its masks."""
     tables = {key: buffer for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False) if buffer.is_meta}
     compute: Any = getattr(module, "init_non_persistent_buffers", None)
     if compute is None or not tables.keys() & casts.computed_buffers(module).keys():
         return
     compute()
-    for key, made in module.named_buffers(recurse=False, remove_duplicate=False):
-        if key in tables and made.is_floating_point():
-            setattr(module, key, made.to(tables[key].dtype))
+    for key, table in module.named_buffers(recurse=False, remove_duplicate=False):
+        if key in tables and table.is_floating_point():
+            setattr(module, key, table.to(tables[key].dtype))
 
 
 def _batches(conversions: list[Conversion], empty: Mapping[str, Tensor]) -> Iterator[list[Conversion]]:
@@ -272,17 +252,12 @@ def _batches(conversions: list[Conversion], empty: Mapping[str, Tensor]) -> Iter
         yield batch
 
 
-def _read(batch: list[Conversion], match: Match | None, slots: _Slots, world: World) -> tuple[dict[str, Tensor], Exception | None]:
-    """The batch's values in the model's types, on the device; or what went wrong, for the other ranks to hear of."""
+def _read(batch: list[Conversion], match: Match | None, slots: _Slots, world: World, values: dict[str, Tensor]) -> None:
+    """Put the batch's values into `values`, in the model's types, on the device."""
     assert match is not None
-    values: dict[str, Tensor] = {}
-    try:
-        for conversion in batch:
-            made = conversion.make(match.read(conversion.source).to(world.device))
-            for name, value in zip(conversion.names, made, strict=True):
-                old = slots.tensors[name]
-                assert value.shape == old.shape, f"{name}: {tuple(value.shape)} made for {tuple(old.shape)}"
-                values[name] = value.to(old.dtype).contiguous()
-    except (ValueError, OSError) as error:
-        return {}, error
-    return values, None
+    for conversion in batch:
+        made = conversion.make(match.read(conversion.source).to(world.device))
+        for name, value in zip(conversion.names, made, strict=True):
+            old = slots.tensors[name]
+            assert value.shape == old.shape, f"{name}: {tuple(value.shape)} made for {tuple(old.shape)}"
+            values[name] = value.to(old.dtype).contiguous()

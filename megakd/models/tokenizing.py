@@ -18,7 +18,7 @@ import torch
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 
-from megakd.models.source import HUB, LOCAL
+from megakd.models.pretrained import HUB, LOCAL
 from megakd.recipe import Model
 
 Tokenize = Callable[[list[str]], Tensor]

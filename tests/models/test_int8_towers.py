@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from megakd.models.int8.convert import matrices, quantise, quantise_weight, sources
 from megakd.models.int8.linear import Int8Linear
-from megakd.models.int8.migration import Reference, migrate
-from megakd.models.originals import Originals
+from megakd.models.int8.migration import Originals, Reference, migrate
 from megakd.models.weights import InMemory
 from megakd.runtime.launch import World
 from megakd.runtime.zero3 import overwrite

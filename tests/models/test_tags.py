@@ -12,9 +12,10 @@ from open_clip.factory import get_model_config
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained
 from open_clip.transform import PreprocessCfg
 
-from megakd.models import clip, preprocessing, tags
+from megakd.models import clip, preprocessing
 from megakd.models.fingerprint import preprocessing as of_identity
-from megakd.models.tags import KEYS
+from megakd.models.preprocessing import KEYS
+from megakd.models.pretrained import check_activation
 from megakd.recipe import Model, Preprocess, Teacher
 
 PAIRS = list_pretrained()
@@ -46,21 +47,21 @@ def test_open_clip_has_28_pairs_of_name_and_tag_with_different_activations() -> 
 def test_a_tag_of_another_activation_is_refused_with_the_name_that_has_it(name: str, tag: str) -> None:
     config = get_model_config(name)
     with pytest.raises(ValueError, match="GELU") as raised:
-        tags.check_activation(Model(model=name, pretrained=tag), config, "teacher")
+        check_activation(Model(model=name, pretrained=tag), config, "teacher")
     message = str(raised.value)
     if "hf-hub:" in message:  # one model has no twin, and its repository brings its configuration
         assert name == "roberta-ViT-B-32"
         return
     remedy = message.partition("teacher.model = '")[2].partition("'")[0]
     assert bool(get_model_config(remedy).get("quick_gelu")) == bool(get_pretrained_cfg(name, tag).get("quick_gelu"))
-    tags.check_activation(Model(model=remedy, pretrained=tag), get_model_config(remedy), "teacher")
+    check_activation(Model(model=remedy, pretrained=tag), get_model_config(remedy), "teacher")
     assert get_pretrained_cfg(remedy, tag)
 
 
 def test_the_other_168_pairs_are_taken() -> None:
     for name, tag in PAIRS:
         if (name, tag) not in DIFFERENT:
-            tags.check_activation(Model(model=name, pretrained=tag), get_model_config(name), "teacher")
+            check_activation(Model(model=name, pretrained=tag), get_model_config(name), "teacher")
 
 
 def test_describe_refuses_it_before_any_load() -> None:
@@ -82,8 +83,8 @@ def test_describe_refuses_it_before_any_load() -> None:
 )
 def test_a_file_that_tells_its_tag_by_its_name_is_held_to_it(model: str, file: str, right: str) -> None:
     with pytest.raises(ValueError, match=f"set teacher.model = '{right}'.*rename the file"):
-        tags.check_activation(Model(model=model, pretrained=f"/weights/{file}"), get_model_config(model), "teacher")
-    tags.check_activation(Model(model=right, pretrained=f"/weights/{file}"), get_model_config(right), "teacher")
+        check_activation(Model(model=model, pretrained=f"/weights/{file}"), get_model_config(model), "teacher")
+    check_activation(Model(model=right, pretrained=f"/weights/{file}"), get_model_config(right), "teacher")
 
 
 def test_a_tag_that_only_the_twin_has_is_pointed_out() -> None:

@@ -19,8 +19,9 @@ from megakd.export import manifest
 from megakd.export.bundle import Bundle
 from megakd.export.warm_start import check_same_grid, warm_start
 from megakd.models import clip
-from megakd.models.fingerprint import preprocessing, weights_file
+from megakd.models.fingerprint import preprocessing
 from megakd.models.student import Student
+from megakd.models.pretrained import weights_file
 from megakd.models.vlm import decoder, decoder_check, decoder_tokenizer, lora
 from megakd.models.vlm.decoder import Decoder, DecoderSpec
 from megakd.models.vlm.student import QuestionInputs, VisionLanguageStudent
@@ -263,7 +264,7 @@ class Answering(Task):
         with self._in_float32(weights) as module:
             if student is not None:
                 towers = clip.ClipModel(module.clip, student, preprocessing(student))
-                loaded = student.settings.pretrained != clip.RANDOM and weights_file(student) is not None
+                loaded = weights_file(student.settings, download=False) is not None
             made = Bundle(module.decoder, towers, self._data.settings.max_length)
             made.save(folder / self._data.result, tower_inside=trained or not loaded, samples=texts)
 
