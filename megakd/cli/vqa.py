@@ -15,12 +15,12 @@ def answer(
     merge: Annotated[Path | None, typer.Option(metavar="OUT", help="write the bundle to OUT, its adapter merged, and ask nothing")] = None,
 ) -> None:
     """Answer a question about an image, or about none: megakd answer RUN/bundle image.jpg "How many red squares?"."""
-    from megakd.export import merge as merging
+    from megakd.export import bundle as bundles
     from megakd.runtime.console import quiet_libraries
 
     quiet_libraries()
     if merge is not None:
-        merging.merge(bundle, merge)
+        bundles.merge(bundle, merge)
         print(f"{merge}: {bundle} with its adapter merged")
     elif image is None or (question is None and is_file(image)):
         raise ValueError("give an image and a question: megakd answer RUN/bundle image.jpg 'How many red squares?'")

@@ -1,7 +1,7 @@
 """A trained decoder as one folder that loads whole or refuses: projector, adapter, vision tower, tokenizer, and the prompt's words.
 
     bundle.json             format, versions, decoder settings, references, and every file's size and SHA-256
-    projector.safetensors   absent for a decoder without eyes
+    projector.safetensors   absent for a decoder without a vision tower
     adapter/                peft's own format, where there are adapters
     language/               a transformers folder, where the language model is not known by reference: trained, or made by the recipe
     tower/                  open_clip's `local-dir:` form, where the vision tower is not known by reference
@@ -12,6 +12,7 @@ A language model or tower that the run did not change is known by reference, see
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,18 +34,19 @@ from megakd.export.references import language_reference, load_tower, referenced_
 from megakd.models.casts import pixel_dtype
 from megakd.models.clip import ClipModel
 from megakd.models.patches import image_size, patch_tokens
+from megakd.models.student import evaluating
 from megakd.models.vlm import decoder_tokenizer, lora
-from megakd.models.vlm.decoder import Decoder, build, resolve
-from megakd.recipe import Decoder as Settings
+from megakd.models.vlm.decoder import DecoderModel, build, resolve
+from megakd.recipe import Decoder
 from megakd.runtime import precision
 from megakd.version import __version__
 from megakd.vqa.prompts import RULES, PromptEncoder, Stacked, stack
 
 # Legend: B questions, V patches of the tower, C its width.
 
-# Asked of a bundle that was just written, besides what its run brings: short, so that they fit any length.
-_SAMPLES = ("what colour is it?", "is there a red circle?", "how many?")
-_SAID = 5  # tokens of the answers to them
+# Asked of a bundle that was just written, besides texts of its run: short, so that they fit any length.
+_QUESTIONS = ("what colour is it?", "is there a red circle?", "how many?")
+_ANSWER_TOKENS = 5
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,13 @@ class Bundle:
     rules: how its prompts become ids, see `prompts.RULES`.
     """
 
-    decoder: Decoder
+    decoder: DecoderModel
     towers: ClipModel | None
     max_length: int
     rules: int = RULES
 
     @cached_property
-    def conversations(self) -> PromptEncoder:
+    def prompts(self) -> PromptEncoder:
         return PromptEncoder(self.decoder.tokenizer, self.decoder.settings, self.decoder.image_tokens, self.max_length, self.rules)
 
     @property
@@ -68,85 +70,85 @@ class Bundle:
         return next(self.decoder.parameters()).device
 
     def save(self, folder: Path, *, tower_inside: bool, language_inside: bool = False, samples: Sequence[str] = ()) -> None:
-        """Write the bundle; its weights must be whole, of a model that ZeRO-3 does not partition. It is read back once, and compared.
+        """Write the bundle, of a model that ZeRO-3 does not partition; then read it back once and compare.
 
         tower_inside: False for a tower that was loaded and not trained, which is then known by reference. language_inside: the language
         model comes in even if it was only loaded; one that the run has made or trained always does.
         samples: texts of the run's own that tokenizers are compared on. Raises ValueError when `folder` holds something else, when there
-        is no file that a reference could name, and when another decoder is read back than was written: an earlier bundle is left then.
+        is no file that a reference could name, and when another decoder is read back than was written; an earlier bundle is kept then.
         """
-        texts = (*_SAMPLES, *samples)
+        texts = (*decoder_tokenizer.SAMPLES, *_QUESTIONS, *samples)
         manifests.write(
             folder,
             lambda partial: self._fill(partial, tower_inside, language_inside),
             lambda partial: self._check_written(partial, folder, texts),
         )
 
-    def _check_written(self, partial: Path, folder: Path, texts: Sequence[str]) -> None:
-        """Load what was written and compare tokenizer, weights, and what it says to questions with and without an image."""
-        quantised = self.decoder.settings.quantise != "none"  # bitsandbytes' layers differ from device to device
-        device = self.device if quantised else torch.device("cpu")
-        read = Bundle.load(partial, device, self.decoder.plain.get_input_embeddings().weight.dtype)
-        found = decoder_tokenizer.differences(self.decoder.tokenizer, read.decoder.tokenizer, [*decoder_tokenizer.SAMPLES, *texts])
-        found += _other_weights(self, read)
-        if not found and self.device.type == "cpu":
-            found += self._other_answers(read)
-        if found:
-            raise ValueError(
-                f"{folder}: the bundle that was written is read back as another decoder ({found[0]}), and was removed; the checkpoints are "
-                f"untouched, from which the same command writes it once decoder.model and decoder.tokenizer fit each other"
-            )
-
-    def _other_answers(self, read: Bundle) -> list[str]:
-        """Differences in logits of the samples, and in answers to them. Both are on the CPU, where sums have one order."""
-        picture = Image.linear_gradient("L").convert("RGB")
-        texts = [text for text in _SAMPLES if self._fits(text)]
-        images = [picture if place % 2 == 0 else None for place in range(len(texts))]
-        if not texts:
-            return []
-        # One tower sees for both: in training its weights may be bf16, which `_other_weights` allows for.
-        batch, visual_BVC = self._asked(images, texts, short=False), read.look(images)
-        if self.decoder.settings.quantise == "none":  # bitsandbytes repacks other weights when they are first asked
-            logits = [_logits(one.decoder, visual_BVC, batch) for one in (self, read)]
-            if not bool(((logits[0] - logits[1]).abs() <= 1e-3 * logits[0].std() + 1e-6).all()):
-                return ["its logits differ"]
-        answers = [one.decoder.generate(visual_BVC, *batch[:3], _SAID) for one in (self, read)]
-        return [] if answers[0] == answers[1] else [f"it answered {answers[0]}, then {answers[1]}"]
-
-    def _fits(self, text: str) -> bool:
-        positions = self.decoder.description.positions
-        try:
-            length = len(self.conversations.prompt(text, False, image=self.towers is not None).ids)
-        except BadSample:
-            return False
-        return positions is None or length + _SAID <= positions
-
     def _fill(self, partial: Path, tower_inside: bool, language_inside: bool) -> dict[str, Any]:
-        decoder, settings = self.decoder, self.decoder.settings
-        inside = language_inside or settings.model is None or settings.adapt == "full"
+        decoder, settings, towers = self.decoder, self.decoder.settings, self.towers
+        language_inside |= settings.model is None or settings.adapt == "full"
         if decoder.projector is not None:
-            projector = {name: value.detach().cpu().contiguous() for name, value in decoder.projector.state_dict().items()}
-            save_file(projector, partial / PROJECTOR)
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in decoder.projector.state_dict().items()}, partial / PROJECTOR
+            )
         if decoder.adapted:
             decoder.language.save_pretrained(partial / ADAPTER, save_embedding_layers=False)
-        if inside:
+        if language_inside:
             decoder.write_language(partial / LANGUAGE)
         decoder_tokenizer.write(decoder.tokenizer, partial / TOKENIZER)
+        tower: dict[str, Any] | None = None
+        if towers is not None and tower_inside:
+            weights = {f"clip.{name}": value.detach().cpu().contiguous() for name, value in towers.clip.state_dict().items()}
+            clip_folder.write_model(partial / TOWER, weights, towers)
+            tower = {"inside": True}
+        elif towers is not None:
+            tower = {"inside": False, **tower_reference(towers.description)}
         return {
             "versions": {"megakd": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
             "decoder": settings.model_dump(mode="json"),
             "max_length": self.max_length,
             "prompt": self.rules,
-            "language": None if inside else language_reference(settings.model or ""),
-            "tower": None if self.towers is None else self._tower(partial, self.towers, tower_inside),
+            "language": None if language_inside else language_reference(settings.model or ""),
+            "tower": tower,
         }
 
-    def _tower(self, partial: Path, built: ClipModel, inside: bool) -> dict[str, Any]:
-        if inside:
-            weights = {f"clip.{name}": value.detach().cpu().contiguous() for name, value in built.clip.state_dict().items()}
-            clip_folder.write_model(partial / TOWER, weights, built)
-            return {"inside": True}
-        return {"inside": False, **tower_reference(built.description)}
+    def _check_written(self, partial: Path, folder: Path, texts: Sequence[str]) -> None:
+        """Load what was written and compare tokenizer, weights, and answers to questions with and without an image."""
+        quantised = self.decoder.settings.quantise != "none"  # bitsandbytes' layers differ from device to device
+        device = self.device if quantised else torch.device("cpu")
+        read = Bundle.load(partial, device, self.decoder.plain.get_input_embeddings().weight.dtype)
+        differences = decoder_tokenizer.differences(self.decoder.tokenizer, read.decoder.tokenizer, texts) + _other_weights(self, read)
+        if not differences and self.device.type == "cpu":  # where sums have one order
+            differences = self._other_answers(read)
+        if differences:
+            raise ValueError(
+                f"{folder}: the bundle that was written is read back as another decoder ({differences[0]}), and was removed; the "
+                f"checkpoints are untouched, from which the same command writes it once decoder.model and decoder.tokenizer fit each other"
+            )
+
+    def _other_answers(self, read: Bundle) -> list[str]:
+        """Differences of logits and answers between this bundle and the one that was read back, for the questions that fit."""
+        picture = Image.linear_gradient("L").convert("RGB")
+        questions = [text for text in _QUESTIONS if self._fits(text)]
+        if not questions:
+            return []
+        images = [picture if number % 2 == 0 else None for number in range(len(questions))]
+        # Both decoders get the same tower's output: in training its weights may be bf16, which `_other_weights` allows for.
+        batch, visual_BVC = self._batch(images, questions, short=False), read.look(images)
+        if self.decoder.settings.quantise == "none":  # bitsandbytes repacks other weights at their first forward
+            logits = [_logits(bundle.decoder, visual_BVC, batch) for bundle in (self, read)]
+            if not bool(((logits[0] - logits[1]).abs() <= 1e-3 * logits[0].std() + 1e-6).all()):
+                return ["its logits differ"]
+        answers = [bundle.decoder.generate(visual_BVC, *batch[:3], _ANSWER_TOKENS) for bundle in (self, read)]
+        return [] if answers[0] == answers[1] else [f"it answered {answers[0]}, then {answers[1]}"]
+
+    def _fits(self, text: str) -> bool:
+        positions = self.decoder.description.positions
+        try:
+            length = len(self.prompts.prompt(text, False, image=self.towers is not None).ids)
+        except BadSample:
+            return False
+        return positions is None or length + _ANSWER_TOKENS <= positions
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, *, quantise: str | None = None) -> Bundle:
@@ -163,42 +165,41 @@ class Bundle:
             changed |= {"model": referenced_language(folder, manifest["language"])}
         if quantise is not None:
             changed["quantise"] = quantise
-        settings = validated(Settings, {**manifest["decoder"], **changed}, folder, "decoder")
-        built = None if manifest["tower"] is None else load_tower(folder, manifest["tower"], device)
-        decoder = build(resolve(settings), None if built is None else built.clip.visual, device, dtype)  # type: ignore[arg-type]
+        settings = validated(Decoder, {**manifest["decoder"], **changed}, folder, "decoder")
+        towers = None if manifest["tower"] is None else load_tower(folder, manifest["tower"], device)
+        decoder = build(resolve(settings), None if towers is None else towers.clip.visual, device, dtype)  # type: ignore[arg-type]
         if decoder.adapted:
             lora.load_adapter(decoder.language, folder / ADAPTER)
         load_projector(folder, decoder, str(folder))
-        return cls(decoder.eval(), built, manifest["max_length"], manifest["prompt"])
+        return cls(decoder.eval(), towers, manifest["max_length"], manifest["prompt"])
 
     def answer(
         self, images: Sequence[Image.Image | None], prompts: Sequence[str], max_new_tokens: int = 10, *, short: bool = False
     ) -> list[str]:
         """One greedy answer for each question. images: None, or an image of any size, which gets the tower's own preprocessing.
 
-        short: the recipe's `decoder.instruction` follows each question, as in training on sets with short answers. A decoder without
-        eyes is asked without the images. Raises ValueError for a question that does not fit `max_length`, naming it.
+        short: the recipe's `decoder.instruction` follows each question, as in training on sets with short answers. A decoder without a
+        vision tower is asked without the images. Raises ValueError for a question that does not fit `max_length`, naming it.
         """
         if not prompts:
             return []
-        batch = self._asked(images, prompts, short=short)
+        batch = self._batch(images, prompts, short=short)
         answers = self.decoder.generate(self.look(images), *batch[:3], max_new_tokens)
         return [str(self.decoder.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
 
-    def _asked(self, images: Sequence[Image.Image | None], prompts: Sequence[str], *, short: bool) -> Stacked:
+    def _batch(self, images: Sequence[Image.Image | None], questions: Sequence[str], *, short: bool) -> Stacked:
         """The prompts as a batch that is padded on the left, on the decoder's device."""
-        assert len(images) == len(prompts)
         encoded = []
-        for number, (image, text) in enumerate(zip(images, prompts, strict=True)):
+        for number, (image, text) in enumerate(zip(images, questions, strict=True)):
             try:
-                encoded.append(self.conversations.prompt(text, short, image is not None and self.towers is not None))
+                encoded.append(self.prompts.prompt(text, short, image is not None and self.towers is not None))
             except BadSample as bad:
                 raise ValueError(f"question {number}, {text[:80]!r}: {bad}") from bad
-        return Stacked(*(tensor.to(self.device) for tensor in stack(encoded, self.conversations.padding, left=True)))
+        return Stacked(*(tensor.to(self.device) for tensor in stack(encoded, self.prompts.padding, left=True)))
 
     @torch.no_grad()
     def look(self, images: Sequence[Image.Image | None]) -> Tensor | None:
-        """(B, V, C); of a blank image where there is none."""
+        """(B, V, C), the patch tokens of each image; of a blank one where there is none. None without a vision tower."""
         if self.towers is None:
             return None
         visual: Any = self.towers.clip.visual
@@ -206,12 +207,8 @@ class Bundle:
         preprocess = self.towers.preprocess
         rows = [blank if image is None else torch.from_numpy(evaluation_pixels(as_rgb(image), preprocess).copy()) for image in images]
         pixels = normalise(torch.stack(rows).to(self.device), preprocess, pixel_dtype(visual))
-        training = visual.training
-        visual.eval()  # a tower that was just trained: batch norm goes by its running statistics, as the one that is read back does
-        try:
+        with evaluating(visual):
             return patch_tokens(visual, pixels, self.decoder.settings.layer)
-        finally:
-            visual.train(training)
 
 
 def load_bundle(folder: str | Path, device: torch.device | str | None = None) -> Bundle:
@@ -231,21 +228,36 @@ def load_bundle(folder: str | Path, device: torch.device | str | None = None) ->
     return Bundle.load(Path(folder), where, precision.dtype(precision.of(where)))
 
 
+def merge(folder: Path, out: Path) -> None:
+    """Write to `out` the bundle in `folder` without references and without an adapter: it is added to the language model's weights.
+
+    `out/language` is a plain transformers folder, in the base's own precision; the sum is taken in float32, also for a quantised base.
+    Raises ValueError as `Bundle.load` does, and when `out` is `folder` itself or holds something else.
+    """
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"{out}: is the bundle that is merged; choose another folder")
+    bundle = Bundle.load(folder, torch.device("cpu"), quantise="none")
+    adapted = bundle.decoder
+    language = adapted.language.merge_and_unload() if adapted.adapted else adapted.language
+    dtype = adapted.description.config.get_text_config().dtype or torch.float32
+    for weight in language.parameters():  # buffers keep theirs: rotary tables are float32 in a bf16 model too
+        weight.data = weight.data.to(dtype)
+    settings = adapted.settings.model_copy(update={"adapt": "none"})
+    plain = DecoderModel(dataclasses.replace(adapted.description, settings=settings), adapted.projector, language)
+    dataclasses.replace(bundle, decoder=plain).save(out, tower_inside=True, language_inside=True)
+
+
 @torch.no_grad()
-def _logits(decoder: Decoder, visual_BVC: Tensor | None, batch: Stacked) -> Tensor:
-    """Float32, of prompts as generation begins with them."""
-    training = decoder.training
-    decoder.eval()
-    try:
+def _logits(decoder: DecoderModel, visual_BVC: Tensor | None, batch: Stacked) -> Tensor:
+    """Float32 logits of the prompts, as generation begins with them."""
+    with evaluating(decoder):
         embeddings = decoder.embed(visual_BVC, batch.ids_BL, batch.image_mask_BL)
-        found: Tensor = decoder.language(inputs_embeds=embeddings, attention_mask=batch.attend_BL.long(), use_cache=False).logits
-    finally:
-        decoder.train(training)
-    return found.float()
+        logits: Tensor = decoder.language(inputs_embeds=embeddings, attention_mask=batch.attend_BL.long(), use_cache=False).logits
+    return logits.float()
 
 
 def _other_weights(written: Bundle, read: Bundle) -> list[str]:
-    """A weight that differs in a bit of the type that it was trained in, if any; of a quantised language model its adapters alone."""
+    """A weight that differs in a bit of the type that it was trained in, if any; of a quantised language model only the adapters."""
     pairs: list[tuple[Any, Any]] = [(written.decoder, read.decoder)]
     if written.towers is not None and read.towers is not None:
         pairs.append((written.towers.clip.visual, read.towers.clip.visual))
@@ -261,7 +273,7 @@ def _other_weights(written: Bundle, read: Bundle) -> list[str]:
     return []
 
 
-def load_projector(folder: Path, decoder: Decoder, key: str) -> None:
+def load_projector(folder: Path, decoder: DecoderModel, key: str) -> None:
     """Put the projector of the bundle in `folder` into `decoder`, where it has one. Raises ValueError, with `key`, for another shape."""
     if decoder.projector is None:
         return

@@ -13,12 +13,12 @@ from megakd.export.references import fingerprint
 from megakd.models import clip
 from megakd.models.pretrained import weights_file
 from megakd.models.vlm import lora
-from megakd.models.vlm.decoder import Decoder
-from megakd.recipe import Decoder as Settings
+from megakd.models.vlm.decoder import DecoderModel
+from megakd.recipe import Decoder
 from megakd.runtime.files import sha256
 
 
-def warm_start(folder: Path, decoder: Decoder, tower: clip.ModelSpec | None) -> None:
+def warm_start(folder: Path, decoder: DecoderModel, tower: clip.ModelSpec | None) -> None:
     """Put the projector and the adapter of the bundle in `folder` into a decoder that was just built. tower: that it reads.
 
     A bundle without adapter leaves a new one as it is: alignment trains the projector alone. The prompt may be another one, as in LLaVA's
@@ -41,7 +41,7 @@ def warm_start(folder: Path, decoder: Decoder, tower: clip.ModelSpec | None) -> 
     load_projector(folder, decoder, key)
 
 
-def _check_same_language(folder: Path, manifest: dict[str, Any], settings: Settings, key: str) -> None:
+def _check_same_language(folder: Path, manifest: dict[str, Any], settings: Decoder, key: str) -> None:
     inside = manifest["language"] is None
     known = fingerprint(str(folder / LANGUAGE)) if inside else manifest["language"]["sha256"]
     if settings.model is None or fingerprint(settings.model) != known:
@@ -49,7 +49,7 @@ def _check_same_language(folder: Path, manifest: dict[str, Any], settings: Setti
         raise ValueError(f"{key}: was trained on another language model than this run's: set decoder.model = {right!r}")
 
 
-def _check_same_view(manifest: dict[str, Any], settings: Settings, tower: clip.ModelSpec, key: str) -> None:
+def _check_same_view(manifest: dict[str, Any], settings: Decoder, tower: clip.ModelSpec, key: str) -> None:
     """What a projector makes image tokens of means something for the tower, the block and the grid that it was trained on alone."""
     check_same_grid(manifest["decoder"], settings, key)
     known = manifest["tower"]
@@ -61,7 +61,7 @@ def _check_same_view(manifest: dict[str, Any], settings: Settings, tower: clip.M
         raise ValueError(f"{key}: its projector was trained on another vision tower ({before!r}) than this run's: make that the student")
 
 
-def check_same_grid(before: Mapping[str, Any], settings: Settings, key: str) -> None:
+def check_same_grid(before: Mapping[str, Any], settings: Decoder, key: str) -> None:
     """Raises ValueError when a projector that was trained by the decoder settings `before` reads another block or another grid."""
     for name in ("layer", "image_tokens"):
         was, now = before[name], getattr(settings, name)

@@ -1,4 +1,4 @@
-"""What a vision tower knows of each part of an image: the output of one of its blocks, for any tower that open_clip builds.
+"""Patch tokens of a vision tower: the output of one of its blocks, for any tower that open_clip builds.
 
 Legend: B images, V patches, C the block's width, h x w the grid of patches (V = h * w).
 """
@@ -16,6 +16,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from megakd.models.casts import pixel_dtype
+from megakd.models.student import evaluating
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")  # a ResNet's
 
@@ -33,8 +34,8 @@ def patch_tokens(visual: nn.Module, pixels: Tensor, layer: int) -> Tensor:
     """(B, V, C): the output of block `layer` of open_clip's `clip.visual`, row by row, without class and register tokens.
 
     pixels: (B, 3, H, W), normalised, of the tower's size. The blocks are a transformer's layers, or a convolutional tower's stages.
-    The tower's own forward runs to its end and a hook takes the output: ZeRO-3 gathers parameters in hooks of the modules' forwards,
-    which open_clip's `forward_intermediates` passes by.
+    A hook takes the output while the tower's own forward runs to its end: ZeRO-3 gathers parameters in hooks of forwards, which
+    open_clip's `forward_intermediates` does not call.
     Raises ValueError for pixels of another size and as `blocks` does.
     """
     height, width = image_size(visual)
@@ -47,23 +48,18 @@ def patch_tokens(visual: nn.Module, pixels: Tensor, layer: int) -> Tensor:
 
 
 def measure(visual: nn.Module, layer: int) -> Patches:
-    """What `patch_tokens` gives for this tower, found by a blank image. Raises ValueError as `blocks` does."""
+    """The shape of what `patch_tokens` gives for this tower, measured with a blank image. Raises ValueError as `blocks` does."""
     height, width = image_size(visual)
     device = next(visual.parameters()).device
-    training = visual.training
-    visual.eval()  # batch norm learns nothing from a blank image
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(visual):
         output = _output(visual, torch.zeros(1, 3, height, width, device=device, dtype=pixel_dtype(visual)), layer)
-    visual.train(training)
-    rows = _rows(visual, output)
-    count = rows.shape[1]
+    _, count, channels = _rows(visual, output).shape
     if output.ndim == 4:
-        grid: tuple[int, int] | None = tuple(output.shape[1:3] if _channels_last(visual) else output.shape[2:4])  # type: ignore[assignment]
-    else:
-        down = round(math.sqrt(count * height / width))
-        across = count // down if down else 0
-        grid = (down, across) if down * across == count and down * width == across * height else None
-    return Patches(count, rows.shape[2], grid)
+        h, w = output.shape[1:3] if _channels_last(visual) else output.shape[2:4]
+        return Patches(count, channels, (h, w))
+    h = round(math.sqrt(count * height / width))
+    w = count // h if h else 0
+    return Patches(count, channels, (h, w) if h * w == count and h * width == w * height else None)
 
 
 def image_size(visual: nn.Module) -> tuple[int, int]:
@@ -74,10 +70,10 @@ def image_size(visual: nn.Module) -> tuple[int, int]:
 
 def blocks(visual: nn.Module, layer: int) -> nn.Module:
     """The block number `layer`, -1 being the last. Raises ValueError for a tower without blocks, or with fewer."""
-    found = _all_blocks(visual)
-    if not -len(found) <= layer < len(found):
-        raise ValueError(f"decoder.layer = {layer}: the vision tower has {len(found)} blocks, {-len(found)} to {len(found) - 1}")
-    return found[layer]
+    every = _all_blocks(visual)
+    if not -len(every) <= layer < len(every):
+        raise ValueError(f"decoder.layer = {layer}: the vision tower has {len(every)} blocks, {-len(every)} to {len(every) - 1}")
+    return every[layer]
 
 
 def _all_blocks(visual: nn.Module) -> list[nn.Module]:
@@ -102,17 +98,13 @@ def _all_blocks(visual: nn.Module) -> list[nn.Module]:
 
 def _output(visual: nn.Module, pixels: Tensor, layer: int) -> Tensor:
     block = blocks(visual, layer)
-    taken: list[Tensor] = []
-
-    def take(module: nn.Module, inputs: object, output: Tensor) -> None:
-        taken.append(output)
-
-    handle = block.register_forward_hook(take)
+    outputs: list[Tensor] = []
+    handle = block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         embedded = visual(pixels)
     finally:
         handle.remove()
-    output, last = taken[0], embedded[0] if isinstance(embedded, tuple) else embedded
+    output, last = outputs[0], embedded[0] if isinstance(embedded, tuple) else embedded
     learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in block.parameters())
     if learns and not output.requires_grad:
         raise ValueError(
@@ -123,10 +115,10 @@ def _output(visual: nn.Module, pixels: Tensor, layer: int) -> Tensor:
 
 
 class _WithEnd(torch.autograd.Function):
-    """`output`, with a gradient of zeros for the tower's end as well, which costs the backward of the blocks after it.
+    """`output`, with a gradient of zeros for the tower's last output as well, which costs the backward of the blocks after it.
 
-    Without it the tower's own module is never asked for a backward: ZeRO-3 then does not gather the parameters that it holds itself,
-    as a ViT's positional embedding, and fails on their empty pieces.
+    Without it the tower's own module has no backward: ZeRO-3 then does not gather the parameters that this module itself holds, as a
+    ViT's positional embedding, and fails on their empty partitions.
     """
 
     @staticmethod
@@ -135,11 +127,12 @@ class _WithEnd(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor]:
-        return slopes[0], torch.zeros_like(ctx.saved_tensors[0])
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], torch.zeros_like(ctx.saved_tensors[0])
 
 
 def _rows(visual: nn.Module, output: Tensor) -> Tensor:
+    """(B, V, C) of a block's output, which is a grid or a sequence with prefix tokens."""
     if output.ndim == 4:
         return output.flatten(1, 2) if _channels_last(visual) else output.flatten(2).transpose(1, 2)
     if isinstance(visual, VisionTransformer):

@@ -1,12 +1,14 @@
 """What DeepSpeed's engine holds: the student's towers and the objectives' heads, as one module with one forward.
 
-The heads are inside, so that they are synchronised, clipped and checkpointed like every other trained parameter; the forward is
-one call, because ZeRO-3 gathers parameters in hooks of `forward` alone.
+The heads are inside, so that they are synchronised, clipped and checkpointed like every other trained parameter. There is one forward
+because ZeRO-3 gathers parameters only in hooks of `forward`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +40,9 @@ class Student(nn.Module):
         self.max_scale = max_scale
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """Named outputs, a flat dict of tensors so that gradients can be cached per output; `embeddings` gives them their contract.
+        """Outputs by name, a flat dict of tensors so that gradients can be cached for each; `embeddings` makes `Embeddings` of them.
 
-        Scale and bias are float32, in an engine of bf16 too, and the scale is never above `max_scale`.
+        Scale and bias are float32, also in a bf16 engine, and the scale is at most `max_scale`.
         """
         image_BD = self.clip.encode_image(pixels)  # type: ignore[operator]
         text_BD = self.clip.encode_text(tokens)  # type: ignore[operator]
@@ -54,7 +56,7 @@ class Student(nn.Module):
         return outputs
 
     def _scale(self) -> Tensor:
-        # Clamped in value, not in gradient: a hard clamp would have no gradient above the bound and so never come back.
+        # Clamped in value, not in gradient: above the bound a hard clamp would have no gradient and the scale would stay there.
         log_scale = exact(self.clip.logit_scale).reshape(())  # type: ignore[arg-type]
         excess = (log_scale - math.log(self.max_scale)).clamp(min=0).detach()
         scale = (log_scale - excess).exp()
@@ -86,6 +88,17 @@ def embeddings(outputs: dict[str, Tensor]) -> Embeddings:
     names = sorted({key.split(".")[0] for key in outputs if "." in key})
     projected = {name: (outputs[f"{name}.image"], outputs[f"{name}.text"]) for name in names}
     return Embeddings(outputs["image"], outputs["text"], outputs["scale"], outputs.get("bias"), projected)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a block: no dropout, and batch norm goes by its running statistics without updating them."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def encode_images(clip: nn.Module, pixels: Tensor) -> Tensor:

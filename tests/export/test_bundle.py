@@ -15,11 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from megakd import recipe
 from megakd.cli import vqa
-from megakd.export.bundle import Bundle
-from megakd.export.merge import merge
+from megakd.export.bundle import Bundle, merge
 from megakd.export.warm_start import warm_start
 from megakd.models import clip
-from megakd.models.vlm.decoder import Decoder
+from megakd.models.vlm.decoder import DecoderModel
 from support import edit_json
 from support.decoders import CPU, make_decoder, make_towers
 
@@ -261,7 +260,7 @@ def test_a_bundle_answers_with_its_language_model_in_bf16(adapted: tuple[Bundle,
     assert all(isinstance(answer, str) for answer in _answers(loaded))
 
 
-def _fresh(tokenizer: Path, **settings: object) -> Decoder:
+def _fresh(tokenizer: Path, **settings: object) -> DecoderModel:
     return _make(tokenizer, **settings).decoder  # type: ignore[arg-type]
 
 

@@ -49,7 +49,7 @@ def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
 
 
 def _state(loaded: Bundle) -> dict[str, Any]:
-    talk = loaded.conversations
+    talk = loaded.prompts
     return {
         "weights": {name: value.clone() for name, value in loaded.decoder.state_dict().items()},
         "settings": loaded.decoder.settings.model_dump(exclude={"tokenizer", "model"}),

@@ -32,7 +32,7 @@ def _trained(module: nn.Module) -> list[str]:
     return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
-def _wake(module: decoder.Decoder) -> None:
+def _wake(module: decoder.DecoderModel) -> None:
     """Give the adapters' second factors, which start at zero, something to say."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_a_new_adapter_changes_nothing_and_a_trained_one_does(tokenizer: Path, t
 LENGTHS, IMAGES = [3, 9, 5, 12, 4, 7, 10, 6], [True, True, False, True, True, False, True, True]
 
 
-def _answers(module: decoder.Decoder, visual: Tensor | None, batch: int) -> Iterator[list[int]]:
+def _answers(module: decoder.DecoderModel, visual: Tensor | None, batch: int) -> Iterator[list[int]]:
     places = module.image_tokens
     rows = [
         questions([length], [image and places > 0], places, left=True, seed=n)

@@ -16,8 +16,7 @@ from megakd.models import streaming
 from megakd.models.int8.agreement import Agreement, agreement
 from megakd.models.int8.convert import quantise
 from megakd.models.int8.linear import Int8Linear, quantise_weight
-from megakd.models.int8.migration import Reference, factors, migrate
-from megakd.models.originals import Originals
+from megakd.models.int8.migration import Originals, Reference, factors, migrate
 from megakd.models.weights import InMemory
 from megakd.runtime.launch import World
 from megakd.runtime.zero3 import overwrite

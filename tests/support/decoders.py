@@ -52,7 +52,7 @@ def make_towers(tokenizer: Path, **more: Any) -> clip.ClipModel:
     return clip.build(clip.resolve(Student(architecture=CLIP, tokenizer=str(tokenizer), **more), "student"), CPU)
 
 
-def make_decoder(tokenizer: Path | None, tower: nn.Module | None, **more: Any) -> decoder.Decoder:
+def make_decoder(tokenizer: Path | None, tower: nn.Module | None, **more: Any) -> decoder.DecoderModel:
     described = decoder.resolve(settings(tokenizer, **more))
     torch.manual_seed(2)
     return decoder.build(described, tower, CPU)

@@ -1,12 +1,12 @@
-"""The plug-in's door: what lmms-eval reads when it starts, for whichever model. The model itself is in `model`.
+"""The entry point that lmms-eval reads at every start. The model itself is in `model`.
 
     [project.entry-points."lmms_eval.models"]
     megakd = "megakd.evaluation.lmms_eval:manifest"
 
     python -m lmms_eval --model megakd --model_args bundle=RUN/bundle --tasks pope --batch_size 64
 
-Nothing heavy is imported here: lmms-eval calls `manifest` also where somebody else's model is scored. lmms-eval 0.7.3, of whose
-requirements none contradicts ours, is installed beside megakd by hand; it is no extra, because it brings dozens of packages.
+Nothing heavy is imported here: lmms-eval calls `manifest` also when another model is scored. lmms-eval 0.7.3 is installed by hand beside
+megakd; it is no extra, because it brings dozens of packages, none of whose requirements contradicts ours.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A megakd bundle as lmms-eval asks it: greedy answers, one image a question, the harness's own prompts in the bundle's template.
+"""A megakd bundle as a model of lmms-eval: greedy answers, one image a question, the harness's own prompts in the bundle's template.
 
-Scores of the two differ where their rules do, not their answers: lmms-eval processes unanimous answers too, takes POPE's "Yes." for
-wrong and its yes-ratio from the labels (see `vqa/benchmarks/pope.py`). Prompts come with the instruction that their task's YAML
-appends; the bundle was trained with `decoder.instruction`, and the two should say the same.
+Answers are those of megakd's own evaluation; scores differ where the rules do: lmms-eval processes unanimous answers too, counts POPE's
+"Yes." as wrong and takes the yes-ratio from the labels (see `vqa/benchmarks/pope.py`). Its prompts end with the instruction of the task's
+YAML; the bundle was trained with `decoder.instruction`, and the two should be alike.
 Source: lmms_eval/api/model.py and api/task.py of lmms-eval 0.7.3
 """
 
@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +31,8 @@ log = logging.getLogger("megakd.evaluation")
 _LONGEST = 16  # tokens of an answer where a task does not say: VQAv2's own setting in lmms-eval
 
 
-class _Asked(NamedTuple):
-    """A request: its image, its words, and its place for people."""
+class _Query(NamedTuple):
+    """An image and a question. where: task and number, for messages."""
 
     image: Image.Image | None
     text: str
@@ -61,67 +61,64 @@ class MegakdBundle(lmms):  # type: ignore[misc]
         for batch in self._batches(requests):
             first = batch[0].args[1]
             until, longest = _stops(first), _length(first)
-            asked = [self._asked(request.args) for request in batch]
-            answers += [_cut(answer, until) for answer in self._answer(asked, longest)]
+            answers += [_cut(answer, until) for answer in self._answer([self._query(request.args) for request in batch], longest)]
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """(loss, greedy) for each request: -log p of the continuation and the end after it, a token; whether it is the greedy answer.
+        """(loss, greedy) for each request: mean -log p of the continuation's tokens and the end; whether it is the greedy answer.
 
-        What does not fit the decoder's context has an infinite loss, and is not what the decoder would say.
-
-        The loss, not the likelihood: lmms-eval's multiple choice takes the smallest. Each pair is in a GenerationResult: evaluator.py of
-        0.7.3 turns whatever else is no text into text, pairs too, and then cannot take them apart. Once it leaves pairs alone, so do we.
+        What does not fit the decoder's context has an infinite loss and is not greedy. It is the loss, not the likelihood: lmms-eval's
+        multiple choice takes the smallest. Each pair is wrapped in a GenerationResult, because evaluator.py of 0.7.3 turns everything
+        else into text, pairs included, and then cannot unpack them.
         """
-        found: list[Any] = []
+        results: list[Any] = []
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
-            asked = [self._asked(request.args) for request in batch]
-            wanted = [self._continuation(request.args) for request in batch]
-            losses = self._losses(asked, wanted)
-            said = self._answer(asked, max(count for _, count in losses))
-            greedy = [count > 0 and answer == want for (_, count), answer, want in zip(losses, said, wanted, strict=True)]
-            found += [GenerationResult(text=(loss, same)) for (loss, _), same in zip(losses, greedy, strict=True)]
-        return found
+            queries = [self._query(request.args) for request in batch]
+            continuations = [self._continuation(request.args) for request in batch]
+            losses = self._losses(queries, continuations)
+            answers = self._answer(queries, max(count for _, count in losses))
+            for (loss, count), answer, continuation in zip(losses, answers, continuations, strict=True):
+                results.append(GenerationResult(text=(loss, count > 0 and answer == continuation)))
+        return results
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
-        """Raises ValueError: a bundle learns from single questions, and no round of such a task means something without those before."""
+        """Raises ValueError: a bundle answers single questions, and the rounds of such a task depend on each other."""
         tasks = sorted({str(request.args[-2]) for request in requests})
         raise ValueError(f"{', '.join(tasks)}: asks in several rounds, and a megakd bundle answers one question at a time: leave it out")
 
-    def _answer(self, asked: Sequence[_Asked], longest: int) -> list[str]:
+    def _answer(self, queries: Sequence[_Query], longest: int) -> list[str]:
         """A question that does not fit the decoder's context is answered with "", as in megakd's own evaluation."""
-        fits = [longest > 0 and self._fitting(one, None) is not None for one in asked]
-        kept = list(itertools.compress(asked, fits))
-        said = iter(self._bundle.answer([one.image for one in kept], [one.text for one in kept], longest))
-        return [next(said) if fit else "" for fit in fits]
+        fits = [longest > 0 and self._encoded(query, None) is not None for query in queries]
+        kept = list(itertools.compress(queries, fits))
+        answers = iter(self._bundle.answer([query.image for query in kept], [query.text for query in kept], longest))
+        return [next(answers) if fit else "" for fit in fits]
 
-    def _fitting(self, asked: _Asked, answer: str | None) -> Encoded | None:
+    def _encoded(self, query: _Query, answer: str | None) -> Encoded | None:
         """The question, with the answer if one is given, as ids. None, with a line in the log, where it is longer than the context."""
-        conversations, sees = self._bundle.conversations, asked.image is not None and self._bundle.towers is not None
+        prompts, sees = self._bundle.prompts, query.image is not None and self._bundle.towers is not None
         try:
             if answer is None:
-                return conversations.prompt(asked.text, False, sees)
-            return conversations.training(Question(asked.where, None, asked.text, (answer,), answer, ""), sees)
+                return prompts.prompt(query.text, False, sees)
+            return prompts.training(Question(query.where, None, query.text, (answer,), answer, ""), sees)
         except BadSample as bad:
-            log.warning("not asked: %s, %r: %s", asked.where, asked.text[:80], bad)
+            log.warning("not asked: %s, %r: %s", query.where, query.text[:80], bad)
             return None
 
     @torch.no_grad()
-    def _losses(self, asked: Sequence[_Asked], wanted: Sequence[str]) -> list[tuple[float, int]]:
-        """The mean -log p of each answer's tokens, and how many there are: infinite, and none, where it does not fit."""
-        encoded = [self._fitting(one, answer) for one, answer in zip(asked, wanted, strict=True)]
+    def _losses(self, queries: Sequence[_Query], answers: Sequence[str]) -> list[tuple[float, int]]:
+        """The mean -log p of each answer's tokens, and how many there are; (infinity, 0) where it does not fit."""
+        encoded = [self._encoded(query, answer) for query, answer in zip(queries, answers, strict=True)]
         fits = [one is not None for one in encoded]
         if not any(fits):
-            return [(math.inf, 0)] * len(asked)
+            return [(math.inf, 0)] * len(queries)
         bundle = self._bundle
-        batch = stack([one for one in encoded if one is not None], bundle.conversations.padding, left=False)
-        ids_BL, attend_BL, image_mask_BL, labels_BL = (tensor.to(self.device) for tensor in batch)
-        visual = bundle.look([one.image for one in itertools.compress(asked, fits)])
-        outputs = bundle.decoder(visual, ids_BL, attend_BL, image_mask_BL, labels_BL)
+        batch = stack([one for one in encoded if one is not None], bundle.prompts.padding, left=False)
+        visual_BVC = bundle.look([query.image for query in itertools.compress(queries, fits)])
+        outputs = bundle.decoder(visual_BVC, *(tensor.to(self.device) for tensor in batch))
         tokens_B = outputs["answer_tokens"]
-        found = zip((outputs["answer_nll"] / tokens_B).tolist(), map(int, tokens_B.tolist()), strict=True)
-        return [next(found) if fit else (math.inf, 0) for fit in fits]
+        losses = zip((outputs["answer_nll"] / tokens_B).tolist(), map(int, tokens_B.tolist()), strict=True)
+        return [next(losses) if fit else (math.inf, 0) for fit in fits]
 
     def _batches(self, requests: Sequence[Any]) -> Iterator[list[Any]]:
         """At most batch_size neighbours with the same settings."""
@@ -129,22 +126,17 @@ class MegakdBundle(lmms):  # type: ignore[misc]
             while batch := list(itertools.islice(alike, self.batch_size)):
                 yield batch
 
-    def _document(self, task: str, split: str, number: int) -> Any:
-        return self.task_dict[task][split][number]
-
-    def _asked(self, arguments: Sequence[Any]) -> _Asked:
-        look: Callable[[Any], list[Any] | None] | None = arguments[2]
-        number, task, split = arguments[3:6]
-        seen = (look(self._document(task, split, number)) or []) if look is not None else []
-        if len(seen) > 1 or not all(isinstance(one, Image.Image) for one in seen):
-            kinds = ", ".join(type(one).__name__ for one in seen)
-            raise ValueError(f"{task}: question {number} shows {len(seen)} things ({kinds}): a megakd bundle takes one image, or none")
-        return _Asked(seen[0].convert("RGB") if seen else None, arguments[0], f"{task}: question {number}")
+    def _query(self, arguments: Sequence[Any]) -> _Query:
+        text, _, visuals_of, number, task, split = arguments[:6]
+        visuals: list[Any] = (visuals_of(self.task_dict[task][split][number]) or []) if visuals_of is not None else []
+        if len(visuals) > 1 or not all(isinstance(visual, Image.Image) for visual in visuals):
+            kinds = ", ".join(type(visual).__name__ for visual in visuals)
+            raise ValueError(f"{task}: question {number} shows {len(visuals)} things ({kinds}): a megakd bundle takes one image, or none")
+        return _Query(visuals[0].convert("RGB") if visuals else None, text, f"{task}: question {number}")
 
     def _continuation(self, arguments: Sequence[Any]) -> str:
-        target = arguments[1]
-        number, task, split = arguments[3:6]
-        return str(target(self._document(task, split, number)) if callable(target) else target).strip()
+        _, target, _, number, task, split = arguments[:6]
+        return str(target(self.task_dict[task][split][number]) if callable(target) else target).strip()
 
 
 def _stops(settings: dict[str, Any]) -> list[str]:
@@ -154,7 +146,7 @@ def _stops(settings: dict[str, Any]) -> list[str]:
 
 def _length(settings: dict[str, Any]) -> int:
     sampled = settings.get("do_sample")
-    if sampled is None:  # where it is false, as in mmvet, the temperature has no say
+    if sampled is None:  # where it is false, as in mmvet, the temperature does not matter
         sampled = settings.get("temperature")
     if sampled or (settings.get("num_beams") or 1) > 1:
         raise ValueError(f"generation_kwargs = {settings}: megakd answers greedily; set do_sample false, temperature 0 and num_beams 1")

@@ -4,15 +4,15 @@
                                                              inputs_embeds -> language model -> answer
     ids    -> the language model's own token embeddings     /
 
-Not transformers' LLaVA classes: they own their vision tower, and here it is the student's, whose KD losses run through the same module
-in the same step. `generate` with its cache of keys and values is the library's all the same, as it takes embeddings.
+transformers' LLaVA classes own their vision tower; here it is the student's, whose KD losses run through the same module in the same
+step. `generate`, with its key-value cache, is the library's.
 
 `resolve` needs no weights and finds the mistakes of the settings; `build` makes the model, before an engine partitions it. Parameters
-are touched in forwards of modules alone, so that ZeRO-3 gathers them. `generate` is for a plain model: ranks that answer different
-numbers of tokens would wait for each other in a partitioned one.
+are used only inside the modules' forwards, so that ZeRO-3 gathers them. `generate` is for a model that is not partitioned: ranks whose
+answers differ in length would wait for each other.
 
 Legend: B questions of a local batch, L tokens of a conversation, P image tokens of one image, V patches of the tower, C its width,
-H the decoder's width, N learned tokens of the batch, W words of the vocabulary.
+H the decoder's width, N learned tokens of the batch.
 """
 
 from __future__ import annotations
@@ -38,35 +38,35 @@ from transformers.utils import logging as transformers_logging
 
 from megakd import recipe
 from megakd.models.patches import measure
+from megakd.models.student import evaluating
 from megakd.models.vlm import IGNORED, decoder_tokenizer, lora
 from megakd.models.vlm.decoder_config import DecoderSpec, resolve
 from megakd.models.vlm.projector import Projector
 
-__all__ = ["Decoder", "DecoderSpec", "build", "resolve"]
+__all__ = ["DecoderModel", "DecoderSpec", "build", "resolve"]
 
 _BLOCK = 64  # weights that share a scale in bitsandbytes' nf4
 
 
-class Decoder(nn.Module):
+class DecoderModel(nn.Module):
     """Projector and language model. Trained parameters are named `projector.*` and `language.*`.
 
-    projector: None for a decoder without eyes. language: transformers' model, or peft's around it.
+    projector: None for a decoder without a vision tower. language: transformers' model, or peft's around it.
     """
 
     def __init__(self, description: DecoderSpec, projector: Projector | None, language: Any) -> None:
         super().__init__()
         self.description = description
         self.projector, self.language = projector, language
-        # A model from the hub may come with sampling, penalties and lengths of its own, which `generate` would mix with what it is given.
-        # Its end tokens stay: a chat model ends its turns by one that its tokenizer does not call the end.
-        words, ends = description.tokenizer, description.ends
+        # Sampling, penalties and lengths that come with a model of the hub would be mixed into `generate`. Its end tokens are kept: a
+        # chat model ends its turns with one that is not its tokenizer's end token.
+        tokenizer, ends = description.tokenizer, description.ends
         self.plain.generation_config = GenerationConfig(
-            bos_token_id=words.bos_token_id, eos_token_id=ends[0] if len(ends) == 1 else list(ends), pad_token_id=words.pad_token_id
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=ends[0] if len(ends) == 1 else list(ends), pad_token_id=tokenizer.pad_token_id
         )
 
-    def train(self, mode: bool = True) -> Decoder:
-        """A language model that is frozen as a whole has no dropout in training either; transformers hands out some in one mode, some in
-        the other."""
+    def train(self, mode: bool = True) -> DecoderModel:
+        """A language model that is frozen as a whole stays in evaluation mode, without dropout."""
         super().train(mode)
         if self.settings.adapt == "none":
             self.language.eval()
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
 
     @property
     def image_tokens(self) -> int:
-        """P, the places of one image in a conversation; 0 for a decoder without eyes."""
+        """P, the tokens of one image in a conversation; 0 without a vision tower."""
         return 0 if self.projector is None else self.projector.image_tokens
 
     @property
@@ -100,14 +100,14 @@ class Decoder(nn.Module):
         """`answer_nll` (B,), float32: -log p summed over the learned tokens of each question; `answer_tokens` (B,): how many there are.
 
         labels_BL: the ids where they are learned, -100 elsewhere; position t is predicted from those before it. attend_BL: False is
-        padding. visual_tokens_BVC: of every row; where a row's mask has no place for it, it is computed and has a zero gradient, so
-        that all ranks run the same modules whichever of them has images. None without eyes.
+        padding. visual_tokens_BVC: of every row, None without a vision tower. A row without an image has a zero gradient there: all
+        ranks run the same modules, whichever of them has images.
         Differentiated: the visual tokens, the projector, and of the language model what is trained.
         """
         embeddings_BLH = self.embed(visual_tokens_BVC, ids_BL, image_mask_BL)
         output = self.language(inputs_embeds=embeddings_BLH, attention_mask=attend_BL.long(), use_cache=False)
         learned_BL, next_BL = labels_BL[:, 1:] != IGNORED, labels_BL[:, 1:]
-        # float32 for these rows alone: of all B * L, with a vocabulary of 152,000, it is what fills the memory.
+        # float32 for the learned tokens only: the logits of all B * L tokens, with a vocabulary of 152,000, fill the memory.
         nll_N = F.cross_entropy(output.logits[:, :-1][learned_BL].float(), next_BL[learned_BL], reduction="none")
         row_N = learned_BL.nonzero()[:, 0]
         nll_B = nll_N.new_zeros(len(ids_BL)).index_add(0, row_N, nll_N)
@@ -117,53 +117,48 @@ class Decoder(nn.Module):
     def generate(
         self, visual_tokens_BVC: Tensor | None, ids_BL: Tensor, attend_BL: Tensor, image_mask_BL: Tensor, max_new_tokens: int
     ) -> list[list[int]]:
-        """Greedy answers to prompts that are padded on the left: token ids up to the first end token, which is not among them.
+        """Greedy answers to prompts that are padded on the left: token ids before the first end token.
 
-        Raises ValueError where a logit is NaN: the greatest of such ones is a token like any other, and its answer a guess.
+        Raises ValueError where a logit is NaN: the greedy choice among such logits would be an arbitrary token.
         """
         ends = self.description.ends
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=list(ends), pad_token_id=ends[0]
         )
-        training, watched = self.training, _NotANumber()
-        self.eval()
-        try:
+        nan_watch = _NanWatch()
+        with evaluating(self):
             generated = self.language.generate(
                 inputs_embeds=self.embed(visual_tokens_BVC, ids_BL, image_mask_BL),
                 attention_mask=attend_BL.long(),
                 generation_config=settings,
-                logits_processor=LogitsProcessorList([watched]),
+                logits_processor=LogitsProcessorList([nan_watch]),
             )
-        finally:
-            self.train(training)
-        if bool(watched.seen):
+        if bool(nan_watch.found):
             raise ValueError(
                 "the decoder's logits are NaN: its weights, the tower's or the projector's are damaged, or the training has diverged; "
                 "take an earlier checkpoint, or lower optim.lr"
             )
-        return [list(itertools.takewhile(lambda one: one not in ends, row)) for row in generated.tolist()]
+        return [list(itertools.takewhile(lambda token: token not in ends, row)) for row in generated.tolist()]
 
     def embed(self, visual_BVC: Tensor | None, ids_BL: Tensor, image_mask_BL: Tensor) -> Tensor:
-        """(B, L, H): token embeddings, with the image tokens of a row in its marked places, in order."""
-        words_BLH: Tensor = self.plain.get_input_embeddings()(ids_BL)
+        """(B, L, H): token embeddings, with a row's image tokens in the places that its mask marks, in order."""
+        text_BLH: Tensor = self.plain.get_input_embeddings()(ids_BL)
         if self.projector is None:
-            assert visual_BVC is None, "a decoder without eyes was given visual tokens"
-            return words_BLH
-        assert visual_BVC is not None, "a decoder with eyes runs its projector in every forward: give it blank images"
-        image_BPH = self.projector(visual_BVC).to(words_BLH.dtype)
-        places_B = image_mask_BL.sum(dim=1)
-        assert bool(((places_B == 0) | (places_B == image_BPH.shape[1])).all()), (
-            f"places for images: {places_B.tolist()}, each 0 or {image_BPH.shape[1]}"
-        )
+            assert visual_BVC is None, "a decoder without a vision tower was given visual tokens"
+            return text_BLH
+        assert visual_BVC is not None, "a decoder with a vision tower runs its projector in every forward: give it blank images"
+        image_BPH = self.projector(visual_BVC).to(text_BLH.dtype)
+        marked_B = image_mask_BL.sum(dim=1)
+        assert bool(((marked_B == 0) | (marked_B == image_BPH.shape[1])).all()), f"places of images: {marked_B.tolist()}"
         nth_BL = (image_mask_BL.long().cumsum(dim=1) - 1).clamp(min=0)
-        image_BLH = image_BPH.gather(1, nth_BL[..., None].expand(*nth_BL.shape, words_BLH.shape[2]))
-        # not a product with the mask: a blank image may become infinite in bf16, and 0 * inf is NaN
-        return torch.where(image_mask_BL[..., None], image_BLH, words_BLH)
+        image_BLH = image_BPH.gather(1, nth_BL[..., None].expand(*nth_BL.shape, text_BLH.shape[2]))
+        # Not a product with the mask: a blank image may become infinite in bf16, and 0 * inf is NaN.
+        return torch.where(image_mask_BL[..., None], image_BLH, text_BLH)
 
     def write_language(self, folder: Path) -> None:
-        """The language model and its tokenizer as a transformers folder, without adapters: `decoder.model = FOLDER` reads it.
+        """Write the language model and its tokenizer as a transformers folder, without adapters: `decoder.model = FOLDER` reads it.
 
-        The weights must be whole: of a model that ZeRO-3 does not partition.
+        The model must not be partitioned by ZeRO-3.
         """
         assert self.settings.quantise == "none", "quantised weights are known by their source, not written"
         with _no_progress_bar():
@@ -171,23 +166,23 @@ class Decoder(nn.Module):
         decoder_tokenizer.write(self.tokenizer, folder)
 
 
-class _NotANumber(LogitsProcessor):  # type: ignore[misc]
-    """Changes nothing, and remembers whether a logit was NaN; on the device, so that no token waits for it."""
+class _NanWatch(LogitsProcessor):  # type: ignore[misc]
+    """Leaves logits as they are and notes whether one was NaN; on the device, so that no token waits for a transfer."""
 
     def __init__(self) -> None:
-        self.seen: Tensor | bool = False
+        self.found: Tensor | bool = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.seen = scores.isnan().any() | self.seen
+        self.found = scores.isnan().any() | self.found
         return scores
 
 
-def build(description: DecoderSpec, tower: nn.Module | None, device: torch.device, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The decoder with its weights on `device`, for this vision tower (open_clip's `clip.visual`) or, with None, without eyes.
+def build(description: DecoderSpec, tower: nn.Module | None, device: torch.device, dtype: torch.dtype = torch.float32) -> DecoderModel:
+    """The decoder with its weights on `device`. tower: the vision tower that it reads, open_clip's `clip.visual`; None for none.
 
-    On the meta device it has its shapes alone: nothing is read, and every mistake is found all the same but one in the weights.
-    dtype: of the language model; projector and adapters are float32 until an engine says otherwise. Random weights draw from torch's
-    global generator: seed it before. What `decoder.adapt` leaves out does not require gradients.
+    On the meta device nothing is read, and every mistake except those in the weights is found. dtype: of the language model; projector
+    and adapters are float32 until an engine casts them. Random weights draw from torch's global generator: seed it before. Only what
+    `decoder.adapt` trains requires gradients.
     Raises ValueError when weights do not fit, and for a tower that the settings do not (see `patches.measure`, `Projector`).
     """
     settings = description.settings
@@ -199,7 +194,7 @@ def build(description: DecoderSpec, tower: nn.Module | None, device: torch.devic
         language.requires_grad_(settings.adapt == "full")
         if settings.adapt == "lora":
             language = lora.with_lora(language, settings.lora)
-    return Decoder(description, projector, language).train()
+    return DecoderModel(description, projector, language).train()
 
 
 def _language(description: DecoderSpec, device: torch.device, dtype: torch.dtype) -> Any:
@@ -208,7 +203,7 @@ def _language(description: DecoderSpec, device: torch.device, dtype: torch.dtype
         return AutoModelForCausalLM.from_config(description.config, dtype=dtype).to(device)
     try:
         with _no_progress_bar():
-            language, found = AutoModelForCausalLM.from_pretrained(
+            language, report = AutoModelForCausalLM.from_pretrained(
                 settings.model,
                 dtype=dtype,
                 use_safetensors=True,
@@ -218,10 +213,10 @@ def _language(description: DecoderSpec, device: torch.device, dtype: torch.dtype
             )
     except (OSError, RuntimeError, ImportError, ValueError) as error:
         raise ValueError(f"decoder.model = {settings.model!r}, quantise = {settings.quantise!r}: cannot be loaded: {error}") from error
-    # transformers draws what is missing at random, with a warning
-    if found["missing_keys"] or found["mismatched_keys"]:
-        missing = ", ".join(sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))[:3])
-        raise ValueError(f"decoder.model = {settings.model!r}: its weights do not fit its config.json ({missing}, ...)")
+    # transformers initialises missing weights at random, with a warning.
+    if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
+        shown = ", ".join(sorted(map(str, missing))[:3])
+        raise ValueError(f"decoder.model = {settings.model!r}: its weights do not fit its config.json ({shown}, ...)")
     if settings.quantise == "nf4" and device.type == "cpu":
         _check_blocks(language)
     return language if settings.quantise != "none" else language.to(device)
@@ -229,7 +224,7 @@ def _language(description: DecoderSpec, device: torch.device, dtype: torch.dtype
 
 @contextlib.contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Leave the console to the run."""
+    """transformers' bars would be drawn over the run's own console."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -240,7 +235,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def _check_blocks(language: nn.Module) -> None:
-    """bitsandbytes 0.50 repacks weights for some CPUs when it answers, and fails on rows that are no whole number of blocks."""
+    """bitsandbytes 0.50 repacks weights for some CPUs at the first forward, and fails on rows that are no multiple of a block."""
     for name, module in language.named_modules():
         if type(module).__name__ == "Linear4bit" and int(module.in_features) % _BLOCK:  # type: ignore[arg-type]
             raise ValueError(
@@ -250,7 +245,7 @@ def _check_blocks(language: nn.Module) -> None:
 
 
 def _quantised(kind: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """bitsandbytes quantises while it loads, so that the device never holds the weights in full."""
+    """Options of `from_pretrained` by which bitsandbytes quantises while it loads: the device never holds the full weights."""
     if kind == "none":
         return {}
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}

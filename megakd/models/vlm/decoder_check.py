@@ -1,11 +1,11 @@
 """Whether a language model can be what a decoder has to be, tried with four prompts before anything is trained.
 
-A decoder is given embeddings, in training padded on the right and in generation on the left, and answers greedily with a cache. Not every
-class that transformers calls causal can: some take no embeddings, some see later tokens, some let padding change an answer or lose their
-state between tokens, without an error. What decides it is the class's code, so that a small copy of the architecture with random weights
-is tried where the model is large: fewer layers (of every kind that it has), words and experts, and narrower where its class allows it.
+A decoder is given embeddings, in training padded on the right and in generation on the left, and answers greedily with a cache. Some of
+transformers' causal classes cannot do that: they take no embeddings, see later tokens, let padding change an answer, or lose their state
+between tokens, without an error. This depends on the class's code alone, so that of a large model a small copy with random weights is
+tried: fewer layers (of every kind that it has), words and experts, and narrower where its class allows it.
 
-Legend: L tokens of a prompt, H the model's width, W words of the vocabulary.
+Legend: B prompts, L tokens of a prompt, H the model's width, W words of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,49 +13,38 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Conv1D, GenerationConfig, PreTrainedConfig
 
+from megakd.models.clip import parameters_in
 from megakd.models.vlm import lora as adapters
-from megakd.models.vlm.decoder_config import DecoderSpec, source
+from megakd.models.vlm.decoder_config import DecoderSpec, first_line, source
 from megakd.recipe import Lora
 
 _LENGTHS, _NEW = (3, 12, 5, 8), 4  # tokens of the prompts, and of each answer
-_ENOUGH = 5_000_000  # parameters of a model that is tried as it is
-_MOST = 400_000_000  # of a copy: 1.6 GB
+_SMALL = 5_000_000  # parameters: a model up to this size is tried itself
+_LARGEST_COPY = 400_000_000  # parameters: 1.6 GB
 _WORDS, _EXPERTS, _CHOSEN, _INNER, _HEAD = 64, 4, 2, 64, 16
-# Two computations of one logit agree within this part of the logits' standard deviation; what is wrong differs by about the whole.
+# In units of the logits' standard deviation. Two correct computations of a logit differ by less; a wrong one differs by about 1.
 _TOLERANCE = 0.02
 _tried: dict[tuple[str, str], str] = {}
 
 
 class _Cannot(Exception):
-    """What the model does not do, for people."""
+    """What the model does not do, as a sentence."""
 
 
 class _Fails(_Cannot):
-    """Its code raises something, of which the sizes of a small copy may be the cause."""
-
-
-@dataclass(frozen=True)
-class _Small:
-    """A way to make an architecture small. narrow: heads and width too, which some classes do not allow."""
-
-    narrow: bool
-    inner: bool
-
-
-_WAYS = (_Small(narrow=True, inner=True), _Small(narrow=False, inner=True), _Small(narrow=False, inner=False))
+    """Its code raises an error, which may come from the sizes of a small copy."""
 
 
 def check(description: DecoderSpec, layers: nn.Module) -> str:
-    """ "" for a model that can answer, and a sentence for people where no copy of it was small enough to try.
+    """Returns "" for a model that can answer, and a sentence for the user where no copy of it was small enough to try.
 
-    layers: the model on the meta device, without adapters. Neither torch's random numbers nor weights are touched.
+    layers: the model on the meta device, without adapters. torch's random state is left as it was.
     Raises ValueError that names the key, the class and what it does not do; and for an adapter that would get no gradient.
     """
     config, settings = description.config, description.settings
@@ -75,74 +64,71 @@ def check(description: DecoderSpec, layers: nn.Module) -> str:
 
 
 def _try_copies(config: PreTrainedConfig, layers: nn.Module, lora: Lora | None) -> str:
-    """The first copy that runs decides; a narrow one that breaks says nothing about the architecture."""
-    broken: _Fails | None = None
+    """The first copy that runs decides. A narrow copy that fails says nothing about the architecture."""
+    failure: _Fails | None = None
     for changed, narrow in _copies(config, layers):
         try:
             model = AutoModelForCausalLM.from_config(changed, dtype=torch.float32).eval().requires_grad_(False)
-            _stir(model)
+            _scale_weights(model)
             try_model(model, changed)
         except _Fails as error:
-            broken = broken if narrow else error
+            failure = failure if narrow else error
             continue
         if lora is not None:
             _try_adapters(model, lora)
         return ""
-    if broken is not None:
-        raise broken
+    if failure is not None:
+        raise failure
     return f"{type(layers).__name__}: no small copy of it could be made to try whether it can answer"
 
 
 def _copies(config: PreTrainedConfig, layers: nn.Module) -> Iterator[tuple[PreTrainedConfig, bool]]:
-    """The configuration itself, where it is small, or smaller ones, as many as are worth trying; each with whether it is narrow."""
-    if _size(layers) <= _ENOUGH:
+    """The configuration itself where it is small, else smaller ones, the smallest first; each with whether it is narrow."""
+    if parameters_in(layers) <= _SMALL:
         yield copy.deepcopy(config), False
         return
-    for way in _WAYS:
+    for narrow, inner in ((True, True), (False, True), (False, False)):
         try:
-            changed = _shrunk(config, layers, way)
+            changed = _shrunk(config, layers, narrow=narrow, inner=inner)
             with torch.device("meta"):
-                size = _size(AutoModelForCausalLM.from_config(changed))
+                size = parameters_in(AutoModelForCausalLM.from_config(changed))
         except Exception:
             continue
-        if size <= _MOST:
-            yield changed, way.narrow
+        if size <= _LARGEST_COPY:
+            yield changed, narrow
 
 
-def _size(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _shrunk(config: PreTrainedConfig, layers: nn.Module, way: _Small) -> PreTrainedConfig:
+def _shrunk(config: PreTrainedConfig, layers: nn.Module, *, narrow: bool, inner: bool) -> PreTrainedConfig:
+    """inner: narrower MLPs. narrow: narrower heads and a narrower model, which some classes do not allow."""
     changed = copy.deepcopy(config)
     text: Any = changed.get_text_config()
-    before, kept = int(text.num_hidden_layers), _kinds(text, layers)
+    layer_count, kept = int(text.num_hidden_layers), _layers_with_every_kind(text, layers)
     for name, value in list(vars(text).items()):
-        if isinstance(value, (list, tuple)) and len(value) == before:
+        if isinstance(value, (list, tuple)) and len(value) == layer_count:
             setattr(text, name, type(value)(value[:kept]))
-        elif isinstance(value, list) and "layer" in name and all(isinstance(one, int) for one in value):
-            setattr(text, name, [one for one in value if one < kept])
+        elif isinstance(value, list) and "layer" in name and all(isinstance(index, int) for index in value):
+            setattr(text, name, [index for index in value if index < kept])
     limits = {"num_hidden_layers": kept, "vocab_size": _WORDS}
     limits |= dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), _EXPERTS)
     limits |= dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_top_k", "top_k_experts"), _CHOSEN)
     limits |= dict.fromkeys(("n_group", "topk_group", "num_expert_groups"), 1)
-    if way.inner:
-        inner = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
-        limits |= dict.fromkeys(inner, _INNER)
-    if way.narrow:
+    if inner:
+        sizes = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+        limits |= dict.fromkeys(sizes, _INNER)
+    if narrow:
         limits |= _narrow(text)
-    for name, most in limits.items():
+    for name, limit in limits.items():
         value = getattr(text, name, None)
-        if isinstance(value, int) and value > most:
+        if isinstance(value, int) and value > limit:
             with contextlib.suppress(AttributeError):  # some derive it from others
-                setattr(text, name, most)
-    for place, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
-        setattr(text, name, place)  # words that the copy has
+                setattr(text, name, limit)
+    for number, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
+        setattr(text, name, number)  # within the copy's vocabulary
     return changed
 
 
 def _narrow(text: Any) -> dict[str, int]:
-    """Limits that leave as many heads as there are, each narrow; of a model without attention, as Mamba and RWKV, the width alone."""
+    """Limits that keep the number of heads and make each narrow; for a model without attention, as Mamba and RWKV, of the width."""
     heads = getattr(text, "num_attention_heads", None)
     if isinstance(heads, int) and heads > 0:
         return {"head_dim": _HEAD, "rotary_dim": _HEAD, "hidden_size": _HEAD * heads}
@@ -151,23 +137,25 @@ def _narrow(text: Any) -> dict[str, int]:
     return {"hidden_size": _INNER, "attention_hidden_size": _INNER, "intermediate_size": inner, **state}
 
 
-def _kinds(text: Any, layers: nn.Module) -> int:
+def _layers_with_every_kind(text: Any, layers: nn.Module) -> int:
     """How many of the first layers hold every kind that there is: Jamba's fifth is its first with attention."""
     count = int(text.num_hidden_layers)
-    lists = [module for module in layers.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    named = getattr(text, "layer_types", None)
+    if not count:
+        return 0
+    types = getattr(text, "layer_types", None)
+    types = types if isinstance(types, list) and len(types) == count else [""] * count
+    blocks = next(
+        (module for module in layers.modules() if isinstance(module, nn.ModuleList) and len(module) == count), [nn.Module()] * count
+    )
     kinds = [
-        (
-            named[place] if isinstance(named, list) and len(named) == count else "",
-            *(tuple((name, type(part).__name__) for name, part in one[place].named_modules()) for one in lists[:1]),
-        )
-        for place in range(count)
+        (kind, tuple((name, type(part).__name__) for name, part in block.named_modules()))
+        for kind, block in zip(types, blocks, strict=True)
     ]
-    return min(count, max(2, 1 + max(kinds.index(kind) for kind in kinds))) if kinds else count
+    return min(count, max(2, 1 + max(kinds.index(kind) for kind in kinds)))
 
 
-def _stir(model: nn.Module) -> None:
-    """Make linear layers as strong as trained ones: as they are drawn, the layers of a small model say little beside the embeddings."""
+def _scale_weights(model: nn.Module) -> None:
+    """Draw linear layers as strong as trained ones: with their usual initialisation the embeddings dominate a small model's logits."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (nn.Linear, Conv1D)):
@@ -178,12 +166,12 @@ def _stir(model: nn.Module) -> None:
 def try_model(model: Any, config: PreTrainedConfig) -> None:
     """Raises `_Cannot` for a model, in float32 and in evaluation mode, that does not do what a decoder has to."""
     text = config.get_text_config()
-    most = getattr(text, "max_position_embeddings", None) or 10**6
-    lengths = _LENGTHS if most >= max(_LENGTHS) + _NEW else tuple(range(1, 1 + min(4, max(1, most - _NEW))))
-    drawn = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(3, int(text.vocab_size), (1, length), generator=drawn) for length in lengths]
-    words = model.get_input_embeddings()
-    embedded = [words(prompt).detach() for prompt in prompts]
+    positions = getattr(text, "max_position_embeddings", None) or 10**6
+    lengths = _LENGTHS if positions >= max(_LENGTHS) + _NEW else tuple(range(1, 1 + min(4, max(1, positions - _NEW))))
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, int(text.vocab_size), (1, length), generator=generator) for length in lengths]
+    token_embeddings = model.get_input_embeddings()
+    embedded = [token_embeddings(prompt).detach() for prompt in prompts]
     with torch.no_grad():
         alone = [_logits(model, one, "is given embeddings") for one in embedded]
         _check_embeddings(model, prompts, alone)
@@ -204,7 +192,7 @@ def _logits(model: Any, embedded: Tensor, doing: str, attend: Tensor | None = No
 
 
 class _refused:
-    """Turns whatever a model's code raises into what it could not do."""
+    """Turns whatever a model's code raises into `_Fails`, with what it was doing."""
 
     def __init__(self, doing: str) -> None:
         self._doing = doing
@@ -214,8 +202,7 @@ class _refused:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception) and not isinstance(error, _Cannot):
-            first = next(iter(str(error).strip().splitlines()), "")
-            raise _Fails(f"it fails when it {self._doing} ({type(error).__name__}: {first[:200]})") from error
+            raise _Fails(f"it fails when it {self._doing} ({first_line(error)[:230]})") from error
 
 
 def _same(one: Tensor, other: Tensor, scale: Tensor) -> bool:
@@ -233,7 +220,7 @@ def _check_embeddings(model: Any, prompts: list[Tensor], alone: list[Tensor]) ->
 
 
 def _check_order(model: Any, embedded: list[Tensor], alone: list[Tensor]) -> None:
-    """What comes later is what training asks for: a model that sees it has nothing to learn."""
+    """Training predicts later tokens: a model that sees them has nothing to learn."""
     changed = embedded[-1].clone()
     changed[:, -1] = embedded[0][:, 0]
     later = _logits(model, changed, "is given embeddings")
@@ -242,8 +229,7 @@ def _check_order(model: Any, embedded: list[Tensor], alone: list[Tensor]) -> Non
 
 
 def _check_right_padding(model: Any, embedded: list[Tensor], alone: list[Tensor]) -> None:
-    length = max(one.shape[1] for one in embedded)
-    batch, attend = _padded(embedded, length, left=False)
+    batch, attend = _padded(embedded, left=False)
     together = _logits(model, batch, "is given a batch that is padded on the right", attend)
     for row, logits in enumerate(alone):
         if not _same(together[row, : logits.shape[1]], logits[0], logits.std()):
@@ -252,45 +238,44 @@ def _check_right_padding(model: Any, embedded: list[Tensor], alone: list[Tensor]
 
 def _check_answers(model: Any, embedded: list[Tensor]) -> None:
     """Answers of a batch that is padded on the left, with the cache, against one forward of each prompt with its answer."""
-    batch, attend = _padded(embedded, max(one.shape[1] for one in embedded), left=True)
-    words = model.get_input_embeddings()
+    batch, attend = _padded(embedded, left=True)
+    token_embeddings = model.get_input_embeddings()
     settings = GenerationConfig(
         max_new_tokens=_NEW, do_sample=False, num_beams=1, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
     own = model.generation_config
     try:
-        # a model of a few layers may come with end tokens and sampling of its own
-        model.generation_config = GenerationConfig(pad_token_id=0)
+        model.generation_config = GenerationConfig(pad_token_id=0)  # without end tokens and sampling of its own
         with _refused("answers a batch that is padded on the left"):
-            found = model.generate(inputs_embeds=batch, attention_mask=attend, generation_config=settings)
+            output = model.generate(inputs_embeds=batch, attention_mask=attend, generation_config=settings)
     finally:
         model.generation_config = own
-    if tuple(found.sequences.shape) != (len(embedded), _NEW):
-        raise _Cannot(f"asked for {_NEW} tokens of {len(embedded)} answers it gives {tuple(found.sequences.shape)}")
+    if tuple(output.sequences.shape) != (len(embedded), _NEW):
+        raise _Cannot(f"asked for {_NEW} tokens of {len(embedded)} answers it gives {tuple(output.sequences.shape)}")
     for row, prompt in enumerate(embedded):
-        whole = torch.cat([prompt, words(found.sequences[row : row + 1, :-1])], dim=1)
-        expected = _logits(model, whole, "is given embeddings")[0, -_NEW:]
-        given = torch.stack([step[row] for step in found.logits])
-        if not _same(given[:1], expected[:1], expected.std()):
+        conversation = torch.cat([prompt, token_embeddings(output.sequences[row : row + 1, :-1])], dim=1)
+        expected = _logits(model, conversation, "is given embeddings")[0, -_NEW:]
+        generated = torch.stack([step[row] for step in output.logits])
+        if not _same(generated[:1], expected[:1], expected.std()):
             raise _Cannot("in a batch that is padded on the left it begins other answers than to a question alone")
-        if not _same(given, expected, expected.std()):
+        if not _same(generated, expected, expected.std()):
             raise _Cannot("with its cache of earlier tokens it goes on with other answers than without")
 
 
-def _padded(embedded: list[Tensor], length: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """((B, L, H), (B, L) of 0 where it is padding). Padding is of other words, which nothing may look at."""
+def _padded(embedded: list[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
+    """((B, L, H), (B, L) of 0 where it is padding). The padding is other prompts' embeddings, which must not change anything."""
+    length = max(prompt.shape[1] for prompt in embedded)
     batch, attend = [], []
-    for row, one in enumerate(embedded):
-        padding = embedded[row - 1][:, :1].expand(1, length - one.shape[1], -1)
-        ones = torch.ones(one.shape[1], dtype=torch.long)
-        parts, marks = [padding, one], [ones.new_zeros(padding.shape[1]), ones]
-        batch.append(torch.cat(parts if left else parts[::-1], dim=1))
-        attend.append(torch.cat(marks if left else marks[::-1]))
+    for row, prompt in enumerate(embedded):
+        padding = embedded[row - 1][:, :1].expand(1, length - prompt.shape[1], -1)
+        parts = [padding, prompt] if left else [prompt, padding]
+        batch.append(torch.cat(parts, dim=1))
+        attend.append(torch.cat([torch.full((part.shape[1],), int(part is prompt)) for part in parts]))
     return torch.cat(batch), torch.stack(attend)
 
 
 def _check_gradient(model: Any, embedded: Tensor) -> None:
-    """The projector learns by it."""
+    """The projector learns from the gradient of the embeddings."""
     leaf = embedded.clone().requires_grad_()
     with torch.enable_grad(), _refused("learns from embeddings"):
         attend = torch.ones(leaf.shape[:2], dtype=torch.long)
@@ -300,14 +285,14 @@ def _check_gradient(model: Any, embedded: Tensor) -> None:
 
 
 def _try_adapters(model: Any, lora: Lora) -> None:
-    """Raises ValueError where the model's code passes an adapter by."""
+    """Raises ValueError where the model's code does not use an adapter."""
     linear = {name.rpartition(".")[2] for name in adapters.linear_layers(model)}
     adapted = adapters.with_lora(model, lora)
-    words = model.get_input_embeddings()
-    ids = torch.randint(3, words.weight.shape[0], (8, 12), generator=torch.Generator().manual_seed(2))
+    token_embeddings = model.get_input_embeddings()
+    ids = torch.randint(3, token_embeddings.weight.shape[0], (8, 12), generator=torch.Generator().manual_seed(2))
     watch = adapters.Watch(adapted)
     try:
-        adapted(inputs_embeds=words(ids), attention_mask=torch.ones_like(ids), use_cache=False).logits.square().sum().backward()
+        adapted(inputs_embeds=token_embeddings(ids), attention_mask=torch.ones_like(ids), use_cache=False).logits.square().sum().backward()
     except Exception as error:  # code that does something else with a layer than call it
         raise ValueError(
             f"decoder.lora: {type(model).__name__} fails with adapters in its layers ({type(error).__name__}: {str(error)[:200]}): name "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,11 +46,11 @@ def resolve(settings: Decoder) -> DecoderSpec:
     config = _own_architecture(settings.architecture, tokenizer) if settings.architecture is not None else _stored(settings.model or "")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{source(settings)}: model_type {config.model_type!r} is no causal language model of transformers")
-    words = _text_part(config, settings).vocab_size
-    if len(tokenizer) > words:
+    vocabulary = _text_part(config, settings).vocab_size
+    if len(tokenizer) > vocabulary:
         raise ValueError(
-            f"decoder.tokenizer has {len(tokenizer)} words, but the language model's vocab_size is {words}: take the tokenizer that it was "
-            f"trained with"
+            f"decoder.tokenizer has {len(tokenizer)} words, but the language model's vocab_size is {vocabulary}: take the tokenizer that "
+            f"it was trained with"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError("decoder.tokenizer has no end token, so that answers would have no end: name another")
@@ -68,27 +67,28 @@ def resolve(settings: Decoder) -> DecoderSpec:
 def _ends(settings: Decoder, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokenizer's end token and those of the model's generation_config.json and config.json, as Llama 3's <|eot_id|>.
 
-    A configuration class has an end token of its own where config.json names none, which may be any word here: special ones alone count.
+    Where config.json names none, the configuration class has a default, which may be an ordinary word here: only special tokens count.
     """
-    special = {*tokenizer.all_special_ids, *(one for one, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    configured = [one for one in _listed(config.get_text_config().eos_token_id) if one in special]
-    generating = [] if settings.model is None else _listed(_generation_ends(settings.model))
-    found = [int(tokenizer.eos_token_id), *(one for one in generating if 0 <= one < len(tokenizer)), *configured]
-    return tuple(dict.fromkeys(found))
+    special = {*tokenizer.all_special_ids, *(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    configured = [number for number in _ids(config.get_text_config().eos_token_id) if number in special]
+    generating: list[int] = []
+    if settings.model is not None:
+        try:
+            generating = _ids(GenerationConfig.from_pretrained(settings.model).eos_token_id)
+        except OSError:  # it has no generation_config.json
+            pass
+        except Exception as error:
+            raise ValueError(
+                f"decoder.model = {settings.model!r}: its generation_config.json cannot be read: {first_line(error)}"
+            ) from error
+    ends = [int(tokenizer.eos_token_id), *(number for number in generating if 0 <= number < len(tokenizer)), *configured]
+    return tuple(dict.fromkeys(ends))
 
 
-def _listed(value: Any) -> list[int]:
+def _ids(value: Any) -> list[int]:
+    """eos_token_id of a configuration: one, several or none."""
     values = value if isinstance(value, (list, tuple)) else [value]
-    return [one for one in values if isinstance(one, int) and not isinstance(one, bool)]
-
-
-def _generation_ends(model: str) -> Any:
-    try:
-        return GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:  # there is none
-        return None
-    except Exception as error:
-        raise ValueError(f"decoder.model = {model!r}: its generation_config.json cannot be read: {_first_line(error)}") from error
+    return [number for number in values if isinstance(number, int) and not isinstance(number, bool)]
 
 
 def source(settings: Decoder) -> str:
@@ -104,15 +104,14 @@ def _tokenizer(settings: Decoder) -> PreTrainedTokenizerBase:
     if settings.tokenizer is None:
         _check_folder(name)
     try:
-        tokenizer = decoder_tokenizer.read(name)
+        return decoder_tokenizer.read(name)
     except Exception as error:  # a folder of another kind fails in as many ways as there are tokenizer classes
         key = "decoder.tokenizer" if settings.tokenizer is not None else "decoder.model"
-        raise ValueError(f"{key} = {name!r}: no tokenizer of transformers: {_first_line(error)}") from error
-    return tokenizer
+        raise ValueError(f"{key} = {name!r}: no tokenizer of transformers: {first_line(error)}") from error
 
 
 def _check_folder(name: str) -> None:
-    """A path that does not exist would be looked for on the hub, with an error that speaks of networks."""
+    """Raises ValueError for a path that does not exist, which transformers would ask the hub for, and for a folder without a model."""
     folder = Path(name)
     if not folder.is_dir():
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -133,7 +132,7 @@ def _stored(name: str) -> PreTrainedConfig:
     except Exception as error:  # missing, offline, unknown model_type, code of its own: all are mistakes of this key
         raise ValueError(
             f"decoder.model = {name!r}: no configuration that transformers reads; check the name, the network, and that it needs no code "
-            f"of its own: {_first_line(error)}"
+            f"of its own: {first_line(error)}"
         ) from error
     return config
 
@@ -142,41 +141,42 @@ def _own_architecture(architecture: dict[str, Any], tokenizer: PreTrainedTokeniz
     """The configuration of a recipe's table; the vocabulary is the tokenizer's where the table does not say."""
     kind = architecture.get("model_type")
     if kind not in CONFIG_MAPPING:
-        near = nearest(kind, CONFIG_MAPPING.keys(), most=3)
-        raise ValueError(f"decoder.architecture.model_type = {kind!r}: transformers has no such model; nearest: {', '.join(near) or '-'}")
-    plain = _configured({"model_type": kind})
-    known = {*plain.to_dict(), *plain.attribute_map}
+        near = ", ".join(nearest(kind, CONFIG_MAPPING.keys(), most=3)) or "-"
+        raise ValueError(f"decoder.architecture.model_type = {kind!r}: transformers has no such model; nearest: {near}")
+    defaults = _configured({"model_type": kind})
+    known = {*defaults.to_dict(), *defaults.attribute_map}
     for key in architecture:
         if key not in known:  # transformers would keep it as an attribute that nothing reads
-            raise ValueError(f"decoder.architecture.{key}: {kind} has no such setting; {_nearest(key, known)}")
-    words = {
+            near = ", ".join(nearest(key, known, most=3)) or "none"
+            raise ValueError(f"decoder.architecture.{key}: {kind} has no such setting; nearest: {near}")
+    of_tokenizer = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    return _configured({**words, **architecture})
+    return _configured({**of_tokenizer, **architecture})
 
 
 def _configured(values: dict[str, Any]) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.for_model(**values)
     except Exception as error:  # transformers checks values in classes of its own and of huggingface_hub
-        raise ValueError(f"decoder.architecture: {_first_line(error)}") from error
+        raise ValueError(f"decoder.architecture: {first_line(error)}") from error
     return config
 
 
 def _outline(config: PreTrainedConfig, settings: Decoder) -> PreTrainedModel:
     """The model on the meta device: layers without weights.
 
-    transformers takes the text part of some models that have several (Llama 4); of others (Gemma 3) it makes all, whose vision tower would
-    be loaded, adapted and never used.
+    Raises ValueError for one that is more than a language model: of some transformers takes the text part (Llama 4), of others (Gemma 3)
+    it makes every part, and a vision tower would be loaded, adapted and never used.
     """
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # sizes that do not divide, unknown activations: each model class has its own errors
-        raise ValueError(f"{source(settings)} does not give a model: {_first_line(error)}") from error
+        raise ValueError(f"{source(settings)} does not give a model: {first_line(error)}") from error
     text = _text_part(model.config, settings)
     if text is not model.config:
         raise ValueError(
@@ -187,7 +187,7 @@ def _outline(config: PreTrainedConfig, settings: Decoder) -> PreTrainedModel:
 
 
 def _text_part(config: PreTrainedConfig, settings: Decoder) -> PreTrainedConfig:
-    """The configuration of the language model in a model of several parts; of a plain one, its own."""
+    """The configuration of the language model in a model of several parts."""
     try:
         return config.get_text_config()
     except ValueError as error:
@@ -201,10 +201,6 @@ def _check_quantise(settings: Decoder) -> None:
         raise ValueError(f"decoder.quantise = {settings.quantise!r} needs accelerate: `pip install accelerate`; or set it to 'none'")
 
 
-def _nearest(word: object, known: Iterable[str]) -> str:
-    return f"nearest: {', '.join(nearest(word, known, most=3)) or 'none'}"
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

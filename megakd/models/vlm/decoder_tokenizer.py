@@ -1,7 +1,7 @@
-"""A language model's tokenizer as files: read as they say, written so that they are read as the same one, and compared on texts.
+"""Reads and writes a language model's tokenizer, and compares two on texts.
 
 transformers' AutoTokenizer takes the class of some model types (qwen2, phi3, jamba, ...) from its own table, whatever the folder says, and
-such a class derives normaliser and pre-tokeniser anew: a tokenizer of one's own is then read back as another one, without a word.
+such a class makes its own normaliser and pre-tokeniser: another tokenizer is then read back than was written, without an error.
 """
 
 from __future__ import annotations
@@ -32,65 +32,54 @@ SAMPLES = (
 
 
 def read(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name, exactly as its tokenizer.json has it where there is one: the model was trained with that.
+    """The tokenizer of a folder or hub name, as its tokenizer.json defines it where there is one: the model was trained with that.
 
-    Where the class that transformers takes makes other ids of texts than the file, the file's are taken, and that is said. Raises what
-    transformers raises.
+    Where transformers' class gives other ids than the file, the file is used, with a warning. Raises what transformers raises.
     """
-    if get_tokenizer_config(name).get("tokenizer_class") in _PLAIN and _has_tokenizer_json(name):
+    has_file = not Path(name).is_dir() or (Path(name) / "tokenizer.json").is_file()
+    if has_file and get_tokenizer_config(name).get("tokenizer_class") in _PLAIN:
         return _of_file(name)
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if not _has_tokenizer_json(name):
-        return found
+    by_class: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if not has_file:
+        return by_class
     try:
-        filed = _of_file(name)
+        by_file = _of_file(name)
     except Exception:  # of a hub name that has no such file, or one that says less than its class knows
-        return found
+        return by_class
     for text in SAMPLES:
-        ids = [one(text, add_special_tokens=False, verbose=False).input_ids for one in (filed, found)]
+        ids = [one(text, add_special_tokens=False, verbose=False).input_ids for one in (by_file, by_class)]
         if ids[0] != ids[1]:
-            log.warning("%s: transformers' %s makes other ids of texts than its tokenizer.json, which is taken", name, type(found).__name__)
-            return filed
-    return found
+            kind = type(by_class).__name__
+            log.warning("%s: transformers' %s makes other ids of texts than its tokenizer.json, which is taken", name, kind)
+            return by_file
+    return by_class
 
 
 def _of_file(name: str) -> PreTrainedTokenizerBase:
-    found: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
-    return found
-
-
-def _has_tokenizer_json(name: str) -> bool:
-    folder = Path(name)
-    return not folder.is_dir() or (folder / "tokenizer.json").is_file()
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False)
+    return tokenizer
 
 
 def write(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write it to `folder`, which may hold the model's config.json already, so that `read` and AutoTokenizer give the same tokenizer.
 
-    Raises ValueError when it is read back as another one all the same.
+    Raises ValueError when another one is read back all the same.
     """
     tokenizer.save_pretrained(folder)
     if differences(tokenizer, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), SAMPLES):
-        _insist(folder)
+        # For the model types of its table AutoTokenizer heeds `tokenizer_class` only beside an `auto_map`. The name in that does not
+        # exist, and is looked up only with trust_remote_code.
+        path = folder / CONFIG_FILE
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if (kind := content.get("tokenizer_class")) in _PLAIN:
+            auto_map = {"AutoTokenizer": [None, f"tokenizer_class.{kind}"]}
+            path.write_text(json.dumps({**content, "auto_map": auto_map}, indent=2), encoding="utf-8")
     for reader in (read, AutoTokenizer.from_pretrained):
-        if found := differences(tokenizer, reader(str(folder)), SAMPLES):
+        if different := differences(tokenizer, reader(str(folder)), SAMPLES):
             raise ValueError(
-                f"{folder}: transformers reads back another tokenizer than was written ({found[0]}): take decoder.tokenizer and the model "
-                f"type from one family, or a tokenizer that is saved as a tokenizer.json alone"
+                f"{folder}: transformers reads back another tokenizer than was written ({different[0]}): take decoder.tokenizer and the "
+                f"model type from one family, or a tokenizer that is saved as a tokenizer.json alone"
             )
-
-
-def _insist(folder: Path) -> None:
-    """Make AutoTokenizer believe `tokenizer_class`.
-
-    It does so for the model types of its table only where an `auto_map` is there as well. The name in it leads nowhere, and is not looked
-    for as long as nobody allows remote code.
-    """
-    path = folder / CONFIG_FILE
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content.get("tokenizer_class") in _PLAIN:
-        name = f"tokenizer_class.{content['tokenizer_class']}"
-        path.write_text(json.dumps({**content, "auto_map": {"AutoTokenizer": [None, name]}}, indent=2), encoding="utf-8")
 
 
 def check_export(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
@@ -104,22 +93,15 @@ def check_export(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -
 
 
 def differences(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:
-    """In what two tokenizers differ, for people; empty where they are the same on `texts` and in their special tokens."""
-    pairs = {name: (getattr(one, name), getattr(other, name)) for name in ("bos_token_id", "eos_token_id")}
-    found = [f"{name} {first}, then {second}" for name, (first, second) in pairs.items() if first != second]
-    if len(one) != len(other):
-        found.append(f"{len(one)} words, then {len(other)}")
-    if set(one.all_special_ids) != set(other.all_special_ids):
-        found.append(f"special tokens {sorted(one.all_special_ids)}, then {sorted(other.all_special_ids)}")
+    """In what two tokenizers differ, a phrase each; empty where they are the same on `texts` and in their special tokens."""
+    both = (one, other)
+    facts = {name: [getattr(each, name) for each in both] for name in ("bos_token_id", "eos_token_id")}
+    facts |= {"words": [len(each) for each in both], "special tokens": [sorted(set(each.all_special_ids)) for each in both]}
+    phrases = [f"{name} {first}, then {second}" for name, (first, second) in facts.items() if first != second]
     for text in texts:
-        ids = [_ids(tokenizer, text) for tokenizer in (one, other)]
-        if ids[0] != ids[1]:
-            found.append(f"{text[:40]!r} is {ids[0][:8]}, then {ids[1][:8]}")
-        elif one.decode(ids[0], skip_special_tokens=True) != other.decode(ids[0], skip_special_tokens=True):
-            found.append(f"{text[:40]!r} is decoded differently")
-    return found
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, verbose=False).input_ids
-    return ids
+        first, second = (each(text, verbose=False).input_ids for each in both)
+        if first != second:
+            phrases.append(f"{text[:40]!r} is {first[:8]}, then {second[:8]}")
+        elif one.decode(first, skip_special_tokens=True) != other.decode(first, skip_special_tokens=True):
+            phrases.append(f"{text[:40]!r} is decoded differently")
+    return phrases

@@ -1,4 +1,4 @@
-"""Low-rank adapters in a language model, through peft. The vision tower and the projector are outside of what peft is given."""
+"""Low-rank adapters in a language model, by peft. The vision tower and the projector are not given to peft."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check(settings: Lora, language: PreTrainedModel) -> None:
 def linear_layers(language: PreTrainedModel) -> Iterator[str]:
     """Names of the layers that can be adapted: all linear ones but the output layer, which may be tied to the embeddings.
 
-    A model's own kind of linear layer gives out more than a product, as PhiMoE's router does.
+    A model's own class of linear layer is left out: it may return more than a product, as PhiMoE's router does.
     """
     output = language.get_output_embeddings()
     for name, module in language.named_modules():
@@ -51,7 +51,7 @@ def linear_layers(language: PreTrainedModel) -> Iterator[str]:
 
 
 def with_lora(language: PreTrainedModel, settings: Lora) -> Any:
-    """`language` with adapters, its own weights frozen. What it computes is unchanged: the second factor starts at zero."""
+    """`language` with adapters, its own weights frozen. Its outputs are unchanged: the second factor starts at zero."""
     from peft import LoraConfig, get_peft_model
 
     leaves = sorted({name.rpartition(".")[2] for name in linear_layers(language)})
@@ -73,15 +73,19 @@ def with_lora(language: PreTrainedModel, settings: Lora) -> Any:
 
 
 def coverage(language: Any) -> str:
-    """A sentence for people: how much of a language model the adapters reach, and what stays as it is, by name.
+    """A sentence for the log: how much of a language model the adapters cover, and what is not covered, by name.
 
-    Counted are matrices of weights between embeddings and output layer; of experts that are one tensor, each is one. Mixtral's are no
+    Matrices between embeddings and output layer are counted; a tensor of experts counts as one matrix for each. Mixtral's experts are no
     layers that could be adapted, and hold nearly all of its weights.
     """
+    from peft.tuners.lora import LoraLayer
+
     plain = language.get_base_model()
     output = plain.get_output_embeddings()
-    adapted = _adapted_weights(plain)
-    reached, every, missed = [0, 0], [0, 0], dict[str, int]()
+    layers = [module for module in plain.modules() if isinstance(module, LoraLayer)]
+    adapted = {id(getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))) for layer in layers}
+    covered_matrices = matrices = covered_weights = weights = 0
+    missed: dict[str, int] = {}
     for name, module in plain.named_modules():
         if isinstance(module, nn.Embedding) or module is output or ".lora_" in name:
             continue
@@ -89,23 +93,16 @@ def coverage(language: Any) -> str:
             if weight.ndim < 2:
                 continue
             count = weight.shape[0] if weight.ndim == 3 and not isinstance(module, nn.Conv1d | nn.ConvTranspose1d) else 1
-            every = [every[0] + count, every[1] + weight.numel()]
+            matrices, weights = matrices + count, weights + weight.numel()
             if id(weight) in adapted:
-                reached = [reached[0] + count, reached[1] + weight.numel()]
+                covered_matrices, covered_weights = covered_matrices + count, covered_weights + weight.numel()
             else:
                 kind = re.sub(r"\.\d+(?=\.|$)", ".*", f"{name}.{own}".replace(_WRAPPED, ""))
                 missed[kind] = missed.get(kind, 0) + weight.numel()
     largest = sorted(missed, key=lambda kind: -missed[kind])
     shown = ", ".join(largest[:_SHOWN]) + (f" and {len(largest) - _SHOWN} more kinds" if len(largest) > _SHOWN else "")
-    share = 100 * reached[1] / every[1] if every[1] else 0.0
-    return f"LoRA on {reached[0]} of {every[0]} matrices, {share:.3g} % of their weights" + (f"; not covered: {shown}" if shown else "")
-
-
-def _adapted_weights(plain: nn.Module) -> set[int]:
-    from peft.tuners.lora import LoraLayer
-
-    layers = [module for module in plain.modules() if isinstance(module, LoraLayer)]
-    return {id(getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))) for layer in layers}
+    text = f"LoRA on {covered_matrices} of {matrices} matrices, {100 * covered_weights / max(weights, 1):.3g} % of their weights"
+    return text + (f"; not covered: {shown}" if shown else "")
 
 
 class Watch:
@@ -116,32 +113,27 @@ class Watch:
         self._handles = []
         for name, parameter in language.named_parameters():
             if "lora_B" in name and parameter.requires_grad:
-                group = _group(name)
+                layer = name.split(".lora_B")[0].rpartition("base_model.model.")[2]
+                group = re.sub(r"experts\.\d+\.", "experts.*.", layer)
                 self._reached.setdefault(group, False)
                 self._handles.append(parameter.register_hook(functools.partial(self._note, group)))
 
-    def _note(self, group: str, slope: Tensor) -> None:
+    def _note(self, group: str, gradient: Tensor) -> None:
         self._reached[group] = True
 
     def close(self) -> dict[str, bool]:
-        """Layers by name, of experts one for all of a layer's, since few are chosen at once; and whether their adapters got a gradient."""
+        """By layer, whether its adapters got a gradient. A layer's experts are one entry, since few are chosen at once."""
         for handle in self._handles:
             handle.remove()
         return self._reached
 
 
-def _group(name: str) -> str:
-    layer = name.split(".lora_B")[0].rpartition("base_model.model.")[2]
-    return re.sub(r"experts\.\d+\.", "experts.*.", layer)
-
-
 def refuse_unreached(reached: dict[str, bool], language: Any) -> None:
-    """Raises ValueError for adapters without a gradient: code that reads a layer's weight without calling the layer passes them by."""
-    unreached = [name for name, was in reached.items() if not was]
+    """Raises ValueError for adapters without a gradient: the model's code reads a layer's weight and does not call the layer."""
+    unreached = [name for name, has_gradient in reached.items() if not has_gradient]
     if not unreached:
         return
-    passed = {name.rpartition(".")[2] for name in unreached}
-    others = sorted({name.rpartition(".")[2] for name in reached} - passed)
+    others = sorted({name.rpartition(".")[2] for name in reached} - {name.rpartition(".")[2] for name in unreached})
     shown, name = ", ".join(unreached[:_SHOWN]), type(language.get_base_model()).__name__
     raise ValueError(
         f"decoder.lora.targets: no gradient reaches the adapters of {shown}{', ...' if len(unreached) > _SHOWN else ''} ({len(unreached)} "

@@ -1,4 +1,7 @@
-"""From the vision tower's patches to the decoder's image tokens."""
+"""From the vision tower's patches to the decoder's image tokens.
+
+Legend: B images, V patches, C the tower's width, P image tokens of one image, H the decoder's width.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakd.models.patches import Patches
-
-# Legend: B images, V patches, C the tower's width, P image tokens of one image, H the decoder's width.
 
 
 class Projector(nn.Module):
@@ -31,10 +32,9 @@ class Projector(nn.Module):
                     f"set it to 0, for every patch"
                 )
             if self._side > min(patches.grid):
-                most = min(patches.grid) ** 2
                 raise ValueError(
                     f"decoder.image_tokens = {image_tokens}: the vision tower has {patches.grid[0]} x {patches.grid[1]} patches at "
-                    f"decoder.layer; set it to {most} at most, or to 0 for every patch"
+                    f"decoder.layer; set it to {min(patches.grid) ** 2} at most, or to 0 for every patch"
                 )
         self.first, self.activation, self.last = nn.Linear(patches.width, width), nn.GELU(), nn.Linear(width, width)
 

@@ -1,7 +1,7 @@
 """What DeepSpeed's engine holds where a decoder learns to answer: the student, where there is one, and the decoder, in one module.
 
-Both losses of a step come from one forward: KD from pairs of images and texts, answers from questions about other images, through
-the same vision tower. Where no objective is active the pairs are absent; where there is no student (blind) so is the tower.
+Both losses of a step come from one forward, through the same vision tower: KD from image-text pairs, answers from questions about other
+images. Without an active objective there are no pairs; a blind run has no student and so no tower.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from megakd.models.patches import patch_tokens
-from megakd.models.student import Student
-from megakd.models.vlm.decoder import Decoder
+from megakd.models.student import Student, evaluating
+from megakd.models.vlm.decoder import DecoderModel
 
 # Legend: B questions, L tokens of a conversation, V patches of the tower, C its width.
 
 
 class QuestionInputs(NamedTuple):
-    """Questions as the decoder takes them. pixels: (B, 3, H, W), normalised; None without a tower. The rest is (B, L)."""
+    """Questions as the decoder takes them. pixels: (B, 3, H, W), normalised; None without a tower. The others are (B, L)."""
 
     pixels: Tensor | None
     ids_BL: Tensor
@@ -27,16 +27,16 @@ class QuestionInputs(NamedTuple):
     image_mask_BL: Tensor
     labels_BL: Tensor
 
-    def split(self, pieces: int) -> list[QuestionInputs]:
-        """As many parts as there are micro-batches, whose sizes differ by one at most."""
-        columns = [[None] * pieces if value is None else value.tensor_split(pieces) for value in self]
+    def split(self, micro_batches: int) -> list[QuestionInputs]:
+        """One part for each micro-batch; their sizes differ by at most one."""
+        columns = [[None] * micro_batches if value is None else value.tensor_split(micro_batches) for value in self]
         return [QuestionInputs(*row) for row in zip(*columns, strict=True)]  # type: ignore[arg-type]
 
 
 class VisionLanguageStudent(Student):
     """A student, made of the parts of another, and what it learns to answer with. Its tower learns from answers where `tower_learns`."""
 
-    def __init__(self, student: Student, decoder: Decoder, layer: int, *, tower_learns: bool) -> None:
+    def __init__(self, student: Student, decoder: DecoderModel, layer: int, *, tower_learns: bool) -> None:
         super().__init__(student.clip, dict(student.heads.items()), student.max_scale)
         self.decoder, self._layer, self._tower_learns = decoder, layer, tower_learns
 
@@ -51,20 +51,13 @@ class VisionLanguageStudent(Student):
         return outputs
 
     def look(self, pixels: Tensor) -> Tensor:
-        """(B, V, C): what the decoder reads of each image.
-
-        Where the tower does not learn from answers: without a gradient, and in evaluation mode, so that batch norm learns nothing either.
-        """
+        """(B, V, C): what the decoder reads of each image. A tower that does not learn from answers runs in evaluation mode, without
+        gradient."""
         visual: nn.Module = self.clip.visual  # type: ignore[assignment]
         if self._tower_learns:
             return patch_tokens(visual, pixels, self._layer)
-        training = visual.training
-        visual.eval()
-        try:
-            with torch.no_grad():
-                return patch_tokens(visual, pixels, self._layer)
-        finally:
-            visual.train(training)
+        with torch.no_grad(), evaluating(visual):
+            return patch_tokens(visual, pixels, self._layer)
 
 
 def freeze_all_but(module: nn.Module, *prefixes: str) -> None:

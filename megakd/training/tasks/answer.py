@@ -20,10 +20,10 @@ from megakd.export.bundle import Bundle
 from megakd.export.warm_start import check_same_grid, warm_start
 from megakd.models import clip
 from megakd.models.fingerprint import preprocessing
-from megakd.models.student import Student
 from megakd.models.pretrained import weights_file
+from megakd.models.student import Student
 from megakd.models.vlm import decoder, decoder_check, decoder_tokenizer, lora
-from megakd.models.vlm.decoder import Decoder, DecoderSpec
+from megakd.models.vlm.decoder import DecoderModel, DecoderSpec
 from megakd.models.vlm.student import QuestionInputs, VisionLanguageStudent
 from megakd.objectives.answers import NAME, AnswerLoss
 from megakd.recipe import Answers, Recipe, chain
@@ -61,7 +61,7 @@ class AnswerData:
     student: clip.ModelSpec | None
     image_processor: ImageProcessor | None
     decoder: DecoderSpec
-    outline: Decoder
+    outline: DecoderModel
     encoder: PromptEncoder
     train: Mixture
     order: Order

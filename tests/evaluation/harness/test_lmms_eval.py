@@ -106,7 +106,7 @@ def ours(world: Path, bundle: Path, documents: Path, out: Path) -> dict[str, Any
     look = partial(patch_tokens, loaded.towers.clip.visual, layer=loaded.decoder.settings.layer)
     eyes = ImageProcessor(loaded.towers.preprocess, 10**6)
     questions = shapes(world, documents / "questions.json", documents / "annotations.json")
-    one = Answerer(loaded.decoder, look, loaded.conversations, eyes, CPU, torch.float32, 8, LONGEST, {"bundle": str(bundle)})
+    one = Answerer(loaded.decoder, look, loaded.prompts, eyes, CPU, torch.float32, 8, LONGEST, {"bundle": str(bundle)})
     source = QuestionSource(format="vqav2", questions="unused")
     alone = World(0, 1, CPU)
     found = evaluate({"shapes": Opened(source, questions)}, one, alone, out, data("unused.tar"), StopPoller(alone))
@@ -116,7 +116,7 @@ def ours(world: Path, bundle: Path, documents: Path, out: Path) -> dict[str, Any
 
 def best_choice(loaded: Bundle, document: dict[str, Any]) -> int:
     """By the likelihood of each choice as an answer of its own, one at a time: mean log p of its tokens and the end."""
-    conversations, losses = loaded.conversations, []
+    conversations, losses = loaded.prompts, []
     with torch.no_grad(), Image.open(document["image"]) as image:
         visual_BVC = loaded.look([image.convert("RGB")])
         for choice in document["choices"]:
