@@ -1,4 +1,4 @@
-"""What an open_clip model configuration may say: checked before anything is built, whoever wrote it."""
+"""Checks an open_clip model configuration before anything is built: keys, types, limits, and what has no effect."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOP: dict[str, Any] = {
     "nonscalar_logit_scale": bool,
 }
 PARTS = {"vision_cfg": CLIPVisionCfg, "text_cfg": CLIPTextCfg, "multimodal_cfg": MultimodalCfg}
-# Above these nothing was ever trained, and open_clip would build it until memory ends.
+# No trained model is larger, and open_clip would build one until memory ends.
 MOST = {"layers": 512, "width": 65_536, "embed_dim": 65_536, "image_size": 16_384, "patch_size": 16_384, "context_length": 8192}
 MOST |= {"vocab_size": 10_000_000, "heads": 1024, "head_width": 65_536, "mlp_ratio": 64, "attn_pooler_queries": 65_536}
 MOST |= {"attn_pooler_heads": 1024, "n_queries": 65_536, "dim_head": 65_536}
@@ -50,9 +50,9 @@ CHOICES: dict[tuple[str, str], tuple[Any, ...]] = {
     ("text_cfg", "hf_pooler_type"): (None, *_POOLERS),
     ("vision_cfg", "timm_proj"): (None, "", "linear", "mlp", "none"),
 }
-# open_clip's own configurations have nothing there, too: a ResNet has no patches.
+# null in some of open_clip's own configurations: a ResNet has no patches.
 MAY_BE_NONE = ("patch_size", *(key for (_, key), known in CHOICES.items() if None in known))
-# What the parts have in place of open_clip's own layers is not asked for these.
+# The only keys that have an effect beside timm_model_name and hf_model_name, which replace open_clip's own layers.
 OF_TIMM = ("timm_model_name", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path", "image_size", "patch_dropout")
 OF_HF = (
     *("hf_model_name", "hf_proj_type", "hf_pooler_type", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
@@ -79,11 +79,10 @@ def split_config(content: Any, named: str) -> tuple[dict[str, Any], dict[str, An
 def check(config: Mapping[str, Any], named: str, *, written: bool) -> None:
     """Raises ValueError with every key that is unknown (and the nearest one), of another type, or of a value no model has.
 
-    named: what messages begin with, such as "student.architecture". written: by whoever wrote the recipe, so that what would have no
-    effect is a mistake too; a folder's or open_clip's own configurations carry such keys.
+    named: what messages begin with, such as "student.architecture". written: in a recipe, where keys without effect are mistakes too;
+    folders' and open_clip's own configurations carry such keys.
     """
-    problems = list(_problems(config, written))
-    if problems:
+    if problems := list(_problems(config, written)):
         more = f"\nand {len(problems) - 12} more" if len(problems) > 12 else ""
         raise ValueError("\n".join(f"{named}.{problem}" for problem in problems[:12]) + more)
 
@@ -93,21 +92,17 @@ def _problems(config: Mapping[str, Any], written: bool) -> Iterator[str]:
         if key not in config:
             yield f"{key}: missing; an open_clip model configuration has embed_dim, vision_cfg and text_cfg"
     yield from _typed(config, TOP, "")
-    sound = True
+    of_parts: list[str] = []
     for name, kind in PARTS.items():
-        part = config.get(name)
-        if isinstance(part, dict):
+        if isinstance(part := config.get(name), dict):
             known = get_type_hints(kind) | ({"attentional_pool": bool | str} if name == "vision_cfg" else {})
-            found = [*_typed(part, known, f"{name}."), *_valued(name, part)]
-            sound = sound and not found
-            yield from found
-    width = config.get("embed_dim")
-    if isinstance(width, int) and not isinstance(width, bool):
-        yield from _limited("", "embed_dim", width)
+            of_parts += [*_typed(part, known, f"{name}."), *_valued(name, part)]
+    yield from of_parts
+    yield from _limited("", "embed_dim", config.get("embed_dim"))
     scale = config.get("init_logit_scale")
     if isinstance(scale, (int, float)) and abs(scale) > 20:
         yield f"init_logit_scale = {scale}: the logarithm of the scale; between -20 and 20, for example 2.66"
-    if sound and all(isinstance(config.get(name), dict) for name in ("vision_cfg", "text_cfg")):
+    if not of_parts and all(isinstance(config.get(name), dict) for name in ("vision_cfg", "text_cfg")):
         yield from _fitting(config["vision_cfg"], config["text_cfg"])
         if written:
             yield from _without_effect(config)
@@ -119,10 +114,8 @@ def _typed(table: Mapping[str, Any], known: Mapping[str, Any], prefix: str) -> I
             near = texts.nearest(key, known)
             suggestion = f"did you mean {prefix}{near[0]}? " if near else ""
             yield f"{prefix}{key}: unknown key; {suggestion}known here: {', '.join(known)}"
-        elif value is None and key in MAY_BE_NONE:
-            continue
-        elif not _is_of(value, known[key]):
-            yield f"{prefix}{key} = {texts.shown(value)}: {_called(known[key])} is needed"
+        elif not (value is None and key in MAY_BE_NONE) and not _is_of(value, known[key]):
+            yield f"{prefix}{key} = {texts.shown(value)}: {_type_name(known[key])} is needed"
 
 
 def _is_of(value: Any, kind: Any) -> bool:
@@ -130,28 +123,19 @@ def _is_of(value: Any, kind: Any) -> bool:
         return any(_is_of(value, option) for option in get_args(kind))
     if get_origin(kind) is tuple:
         return isinstance(value, (list, tuple)) and len(value) == len(get_args(kind)) and all(map(_is_of, value, get_args(kind)))
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind is bool:
-        return isinstance(value, bool)
-    if kind is dict:
-        return value is None or isinstance(value, dict)
-    return value is None if kind is type(None) else isinstance(value, kind)
+    if kind in (int, float):
+        return _is_number(value) and (isinstance(value, int) if kind is int else math.isfinite(value))
+    return isinstance(value, kind) or (kind is dict and value is None)
 
 
-def _called(kind: Any) -> str:
-    names = {
-        int: "a whole number",
-        float: "a finite number",
-        bool: "true or false, without quotes,",
-        str: "a text",
-        dict: "a table",
-        type(None): "nothing",
-    }
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _type_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a finite number", bool: "true or false, without quotes,", str: "a text", dict: "a table"}
     if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_called(option) for option in get_args(kind) if option is not type(None))
+        return " or ".join(_type_name(option) for option in get_args(kind) if option is not type(None))
     if get_origin(kind) is tuple:
         return f"a list of {len(get_args(kind))} whole numbers"
     return names.get(kind, str(kind))
@@ -159,13 +143,12 @@ def _called(kind: Any) -> str:
 
 def _limited(prefix: str, key: str, value: Any) -> Iterator[str]:
     numbers = value if isinstance(value, (list, tuple)) else [value]
-    for number in numbers:
-        if isinstance(number, (int, float)) and not isinstance(number, bool) and not 0 < number <= MOST[key]:
-            yield f"{prefix}{key} = {texts.shown(value)}: above 0 and at most {MOST[key]}"
-            return
+    if any(_is_number(number) and not 0 < number <= MOST[key] for number in numbers):
+        yield f"{prefix}{key} = {texts.shown(value)}: above 0 and at most {MOST[key]}"
 
 
 def _valued(name: str, part: Mapping[str, Any]) -> Iterator[str]:
+    """Values of one part that no model has."""
     prefix = f"{name}."
     for key, value in part.items():
         if key == "attentional_pool" and isinstance(value, str) and value not in ("parallel", "cascade"):
@@ -183,40 +166,39 @@ def _valued(name: str, part: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _fitting(vision: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
-    """Numbers that are sound alone and not together."""
+    """Numbers that are sound alone and not together, defaults included."""
     parameters = 0.0
     if not vision.get("timm_model_name"):
-        seen = {field.name: vision.get(field.name, field.default) for field in fields(CLIPVisionCfg)}
-        sides = list(seen["image_size"]) if isinstance(seen["image_size"], (list, tuple)) else [seen["image_size"]] * 2
-        if isinstance(seen["layers"], (list, tuple)):
+        image = {field.name: vision.get(field.name, field.default) for field in fields(CLIPVisionCfg)}
+        size, patch = image["image_size"], image["patch_size"]
+        sides = list(size) if isinstance(size, (list, tuple)) else [size, size]
+        if isinstance(image["layers"], (list, tuple)):
             if any(side % 32 for side in sides) or sides[0] != sides[1]:
-                yield f"vision_cfg.image_size = {seen['image_size']}: a ResNet's images are squares of a multiple of 32 pixels"
-            parameters += sum(seen["layers"]) * 200 * seen["width"] ** 2
+                yield f"vision_cfg.image_size = {size}: a ResNet's images are squares of a multiple of 32 pixels"
+            parameters += sum(image["layers"]) * 200 * image["width"] ** 2
         else:
-            patch = seen["patch_size"]
             if patch is None:
                 yield "vision_cfg.patch_size: missing; a vision transformer cuts its images into patches"
             elif min(sides) < patch:
-                yield f"vision_cfg.patch_size = {patch}: larger than the image, image_size = {seen['image_size']}"
-            elif any(side % patch for side in sides):
-                rest = max(side % patch for side in sides)
-                yield f"vision_cfg.image_size = {seen['image_size']}: no multiple of patch_size = {patch}; {rest} pixels would not be seen"
+                yield f"vision_cfg.patch_size = {patch}: larger than the image, image_size = {size}"
+            elif uncovered := max(side % patch for side in sides):
+                yield f"vision_cfg.image_size = {size}: no multiple of patch_size = {patch}; {uncovered} pixels would not be seen"
             elif sides[0] * sides[1] / patch**2 > MOST_PATCHES:
-                yield f"vision_cfg.patch_size = {patch}: more than {MOST_PATCHES} patches of image_size = {seen['image_size']}"
-            if seen["width"] % seen["head_width"]:
-                yield f"vision_cfg.width = {seen['width']}: no multiple of head_width = {seen['head_width']}"
-            parameters += seen["layers"] * (4 + 2 * seen["mlp_ratio"]) * seen["width"] ** 2
+                yield f"vision_cfg.patch_size = {patch}: more than {MOST_PATCHES} patches of image_size = {size}"
+            if image["width"] % image["head_width"]:
+                yield f"vision_cfg.width = {image['width']}: no multiple of head_width = {image['head_width']}"
+            parameters += image["layers"] * (4 + 2 * image["mlp_ratio"]) * image["width"] ** 2
     if not text.get("hf_model_name"):
-        read = {field.name: text.get(field.name, field.default) for field in fields(CLIPTextCfg)}
-        if read["width"] % read["heads"]:
-            yield f"text_cfg.width = {read['width']}: no multiple of heads = {read['heads']}"
-        parameters += read["layers"] * (4 + 2 * read["mlp_ratio"]) * read["width"] ** 2 + read["vocab_size"] * read["width"]
+        words = {field.name: text.get(field.name, field.default) for field in fields(CLIPTextCfg)}
+        if words["width"] % words["heads"]:
+            yield f"text_cfg.width = {words['width']}: no multiple of heads = {words['heads']}"
+        parameters += words["layers"] * (4 + 2 * words["mlp_ratio"]) * words["width"] ** 2 + words["vocab_size"] * words["width"]
     if parameters > MOST_PARAMETERS:
         yield f"vision_cfg.width: with its layers the model has {parameters:.1e} parameters; at most {MOST_PARAMETERS:.0e} are built here"
 
 
 def _without_effect(config: Mapping[str, Any]) -> Iterator[str]:
-    """Keys that open_clip reads and does nothing with: an option that does less than it says."""
+    """Keys that open_clip reads and does nothing with."""
     vision, text = config["vision_cfg"], config["text_cfg"]
     remedy = "weights come from `pretrained` alone, a file for the whole model: set it to false or take it out"
     if vision.get("timm_model_pretrained"):
@@ -227,14 +209,16 @@ def _without_effect(config: Mapping[str, Any]) -> Iterator[str]:
         for key in vision.keys() - {*OF_TIMM, "timm_model_pretrained"}:
             yield f"vision_cfg.{key}: has no effect beside timm_model_name, whose model has its own; take it out"
     else:
-        for key in (key for key in vision if key.startswith("timm_") and key != "timm_model_pretrained" and vision[key]):
-            yield f"vision_cfg.{key}: has no effect without timm_model_name"
+        for key in vision:
+            if key.startswith("timm_") and key != "timm_model_pretrained" and vision[key]:
+                yield f"vision_cfg.{key}: has no effect without timm_model_name"
     if text.get("hf_model_name"):
         for key in text.keys() - {*OF_HF, "hf_model_pretrained", *(["width"] if "multimodal_cfg" in config else [])}:
             yield f"text_cfg.{key}: has no effect beside hf_model_name, whose model has its own; take it out"
     else:
-        for key in (key for key in text if key in ("hf_proj_type", "hf_pooler_type")):
-            yield f"text_cfg.{key}: has no effect without hf_model_name"
+        for key in ("hf_proj_type", "hf_pooler_type"):
+            if key in text:
+                yield f"text_cfg.{key}: has no effect without hf_model_name"
     if text.get("final_ln_after_pool"):
         yield "text_cfg.final_ln_after_pool = true: open_clip's text tower does not read it; take it out"
     if "multimodal_cfg" not in config:

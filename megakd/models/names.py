@@ -1,12 +1,12 @@
-"""Names of tensors in files -> open_clip's: what wrappers put before them, and how transformers names CLIP and SigLIP.
+"""Names of tensors in files -> open_clip's: without the prefixes of wrappers, and from transformers' names of CLIP and SigLIP.
 
-A file of any of these kinds is seen as if open_clip had written it. Only names and shapes are looked at; a tensor is put together when it
-is read.
+Only names and shapes are used; a tensor that is made of several is put together when it is read.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,28 +15,24 @@ from torch import Tensor
 
 from megakd.models.weights import Shape, Weights, listed
 
-# What DataParallel, torch.compile, trainers and our own checkpoints put before every name.
+# Prefixes of every name, from DataParallel, torch.compile, training programs and our own checkpoints.
 WRAPPERS = ("module.", "_orig_mod.", "model.", "state_dict.", "student.", "clip.")
-# The first two also stand within a name, where a part of the model was wrapped.
+# These two also occur inside a name, where a part of the model was wrapped.
 INNER = ("module", "_orig_mod")
 OLD_TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
-# OpenAI's own files have them beside the weights.
+# In OpenAI's own files beside the weights.
 OPENAI = ("input_resolution", "context_length", "vocab_size")
-# Counters that older versions of transformers saved; open_clip drops the first as well.
+# Position counters that older versions of transformers saved; open_clip drops the first as well.
 DROPPED = re.compile(r"text\.transformer\.embeddings\.position_ids|(vision|text)_model\.embeddings\.position_ids|" + "|".join(OPENAI))
-FOREIGN = {
-    "image_encoder.": "Apple's MobileCLIP",
-    "text_encoder.": "Apple's MobileCLIP",
-    "vision_model.": "transformers' CLIP or SigLIP",
-    "text_model.": "transformers' CLIP or SigLIP",
-}
+TRANSFORMERS = ("vision_model.", "text_model.")
+FOREIGN = {("image_encoder.", "text_encoder."): "Apple's MobileCLIP", TRANSFORMERS: "transformers' CLIP or SigLIP"}
 LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor under open_clip's name: of which tensors of the file it is made, how, and its shape."""
+    """A tensor under open_clip's name: which tensors of the file it is made of, how, and its shape."""
 
     sources: tuple[str, ...]
     shape: Shape
@@ -57,13 +53,13 @@ class Renamed:
 
 def is_transformers(names: Mapping[str, Shape]) -> bool:
     """Whether transformers' CLIP or SigLIP wrote a file with these names."""
-    return any(name.startswith(("vision_model.", "text_model.")) for name in _unwrapped(names, {}).values())
+    return any(name.startswith(TRANSFORMERS) for name in _unwrapped(names, {}).values())
 
 
 def foreign(names: Mapping[str, Shape]) -> str | None:
-    """Whose names a file has, for people, where they are not open_clip's."""
-    own = _unwrapped(names, {}).values()
-    return next((whose for start, whose in FOREIGN.items() if any(name.startswith(start) for name in own)), None)
+    """Which program's names a file has, for a message; None for open_clip's and unknown ones."""
+    unwrapped = _unwrapped(names, {}).values()
+    return next((program for prefixes, program in FOREIGN.items() if any(name.startswith(prefixes) for name in unwrapped)), None)
 
 
 def is_openais(names: Mapping[str, Shape]) -> bool:
@@ -72,13 +68,13 @@ def is_openais(names: Mapping[str, Shape]) -> bool:
 
 
 def as_open_clips(weights: Weights, expected: Mapping[str, Shape]) -> Renamed:
-    """`weights` under the names of a model whose state has the names and shapes `expected`; names that are unknown stay as they are.
+    """`weights` under the names of a model whose state has the names and shapes `expected`; unknown names are kept.
 
     Raises ValueError when two tensors of the file get one name, or parts of one attention are missing.
     """
     names = _unwrapped(weights.shapes, expected)
     parts = {new: Part((old,), weights.shapes[old]) for old, new in names.items()}
-    if any(name.startswith(("vision_model.", "text_model.")) for name in parts):
+    if any(name.startswith(TRANSFORMERS) for name in parts):
         parts = _from_transformers(parts, expected, weights.origin)
     if "positional_embedding" in parts and "positional_embedding" not in expected:
         parts = {f"text.{name}" if name.startswith(OLD_TEXT) else name: part for name, part in parts.items()}
@@ -86,7 +82,7 @@ def as_open_clips(weights: Weights, expected: Mapping[str, Shape]) -> Renamed:
 
 
 def _unwrapped(shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> dict[str, str]:
-    """File's names -> the same without what wrappers added."""
+    """The file's names -> the same without what wrappers added."""
     names = {name: name for name in shapes}
     while names and not any(name in expected for name in names.values()):
         prefix = next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in names.values())), None)
@@ -95,10 +91,8 @@ def _unwrapped(shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> di
         names = {old: new.removeprefix(prefix) for old, new in names.items()}
     inner = {old: ".".join(part for part in new.split(".") if part not in INNER) or new for old, new in names.items()}
     names = {old: new if new in expected else inner[old] for old, new in names.items()}
-    # two tensors that would share a name keep their own, and are refused as unknown ones
-    counts: dict[str, int] = {}
-    for new in names.values():
-        counts[new] = counts.get(new, 0) + 1
+    # Two tensors that would share a name keep theirs, and are refused as unknown.
+    counts = Counter(names.values())
     return {old: new if counts[new] == 1 else old for old, new in names.items()}
 
 
@@ -138,61 +132,48 @@ TIMM_LAYER = {"layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "mlp.fc
 
 
 def _from_transformers(parts: Mapping[str, Part], expected: Mapping[str, Shape], origin: str) -> dict[str, Part]:
-    """transformers' CLIP and SigLIP, seen as open_clip's models of the same kind, with the text tower under its old names."""
+    """transformers' CLIP and SigLIP under the names of open_clip's models of the same kind, the text tower under its old names."""
     timm = any(name.startswith("visual.trunk.") for name in expected)
     fixed = (SIGLIP_NAMES if timm else CLIP_NAMES) | TEXT_NAMES
-    found: dict[str, Part] = {}
+    renamed: dict[str, Part] = {}
     attention: dict[tuple[str, str], dict[str, Part]] = {}
     for name, part in parts.items():
         if layer := LAYER.fullmatch(name):
             tower, number, inside = layer.groups()
             module, _, leaf = inside.rpartition(".")
-            if module.startswith("self_attn.") and module.removeprefix("self_attn.") in PROJECTIONS:
-                key = (_block(tower, number, timm, inside="attn"), leaf)
-                attention.setdefault(key, {})[module.removeprefix("self_attn.")] = part
+            blocks = "transformer.resblocks" if tower == "text" else "visual.trunk.blocks" if timm else "visual.transformer.resblocks"
+            if module.startswith("self_attn.") and (projection := module.removeprefix("self_attn.")) in PROJECTIONS:
+                attention.setdefault((f"{blocks}.{number}.attn", leaf), {})[projection] = part
                 continue
             table = TIMM_LAYER if timm and tower == "vision" else NATIVE_LAYER
-            found[f"{_block(tower, number, timm)}.{table.get(module, module)}.{leaf}"] = part
+            renamed[f"{blocks}.{number}.{table.get(module, module)}.{leaf}"] = part
         elif name.startswith("vision_model.head.attention.in_proj_") and timm:
-            found |= _pooling(name.rpartition("_")[2], part)
+            renamed |= _pooling(name.rpartition("_")[2], part)
         else:
-            found[_replaced(name, fixed)] = part
-    for (block, leaf), three in attention.items():
-        if len(three) != len(PROJECTIONS):
-            raise ValueError(f"{origin}: {block} has {leaf} of {listed(three)} alone, and its attention needs {', '.join(PROJECTIONS)}")
-        found[f"{block}.qkv.{leaf}" if block.startswith("visual.trunk.") else f"{block}.in_proj_{leaf}"] = _joined(three)
-    for name in ("visual.proj", "text_projection"):  # a Linear's weight there, a plain matrix here
-        if name in found and len(found[name].shape) == 2 and f"{name}.weight" not in expected and f"text.{name}.weight" not in expected:
-            rows, columns = found[name].shape
-            found[name] = Part(found[name].sources, (columns, rows), lambda tensors: tensors[0].T)
-    if timm and (position := found.get("visual.trunk.pos_embed")) is not None and len(position.shape) == 2:
-        found["visual.trunk.pos_embed"] = Part(position.sources, (1, *position.shape), lambda tensors: tensors[0][None])
-    return found
-
-
-def _block(tower: str, number: str, timm: bool, inside: str = "") -> str:
-    start = "transformer.resblocks" if tower == "text" else "visual.trunk.blocks" if timm else "visual.transformer.resblocks"
-    return ".".join(part for part in (start, number, inside) if part)
-
-
-def _replaced(name: str, table: Mapping[str, str]) -> str:
-    for old, new in table.items():
-        if name == old or (old.endswith(".") and name.startswith(old)):
-            return new + name.removeprefix(old)
-    return name
-
-
-def _joined(three: Mapping[str, Part]) -> Part:
-    first = [three[name] for name in PROJECTIONS]
-    shape = (sum(part.shape[0] if part.shape else 0 for part in first), *first[0].shape[1:])
-    return Part(tuple(part.sources[0] for part in first), shape, torch.cat)
+            matches = (old for old in fixed if name == old or (old.endswith(".") and name.startswith(old)))
+            old = next(matches, "")
+            renamed[fixed.get(old, "") + name.removeprefix(old)] = part
+    for (module, leaf), projections in attention.items():
+        if len(projections) != len(PROJECTIONS):
+            needed = ", ".join(PROJECTIONS)
+            raise ValueError(f"{origin}: {module} has {leaf} of {listed(projections)} alone, and its attention needs {needed}")
+        three = [projections[name] for name in PROJECTIONS]
+        shape = (sum(part.shape[0] if part.shape else 0 for part in three), *three[0].shape[1:])
+        joined = Part(tuple(part.sources[0] for part in three), shape, torch.cat)
+        renamed[f"{module}.qkv.{leaf}" if module.startswith("visual.trunk.") else f"{module}.in_proj_{leaf}"] = joined
+    for name in ("visual.proj", "text_projection"):  # a Linear's weight in transformers, a plain matrix in open_clip
+        if name in renamed and len(renamed[name].shape) == 2 and not {f"{name}.weight", f"text.{name}.weight"} & expected.keys():
+            rows, columns = renamed[name].shape
+            renamed[name] = Part(renamed[name].sources, (columns, rows), lambda tensors: tensors[0].T)
+    if timm and (position := renamed.get("visual.trunk.pos_embed")) is not None and len(position.shape) == 2:
+        renamed["visual.trunk.pos_embed"] = Part(position.sources, (1, *position.shape), lambda tensors: tensors[0][None])
+    return renamed
 
 
 def _pooling(leaf: str, part: Part) -> dict[str, Part]:
-    """One matrix for query, key and value there; here the query has its own."""
-    width = part.shape[0] // 3 if part.shape else 0
-    rest = part.shape[1:]
+    """One matrix for query, key and value in transformers; in timm the query has its own."""
+    width, trailing = part.shape[0] // 3 if part.shape else 0, part.shape[1:]
     return {
-        f"visual.trunk.attn_pool.q.{leaf}": Part(part.sources, (width, *rest), lambda tensors: tensors[0][:width]),
-        f"visual.trunk.attn_pool.kv.{leaf}": Part(part.sources, (2 * width, *rest), lambda tensors: tensors[0][width : 3 * width]),
+        f"visual.trunk.attn_pool.q.{leaf}": Part(part.sources, (width, *trailing), lambda tensors: tensors[0][:width]),
+        f"visual.trunk.attn_pool.kv.{leaf}": Part(part.sources, (2 * width, *trailing), lambda tensors: tensors[0][width : 3 * width]),
     }

@@ -1,13 +1,14 @@
-"""A model's tokenizer, by the same rule in training, evaluation and export, and tried before anything depends on it.
+"""A model's tokenizer, the same in training, evaluation and export, and tried before anything depends on it.
 
-open_clip reads a model's tokenizer from what its configuration says (`text_cfg.hf_tokenizer_name`, `tokenizer_mode`, `tokenizer_kwargs`);
-so do we, also where the recipe gives another folder, so that an exported model tokenises as it was trained.
+As open_clip does, it follows the configuration (`text_cfg.hf_tokenizer_name`, `tokenizer_mode`, `tokenizer_kwargs`), also where the
+recipe gives another folder, so that an exported model tokenises as it was trained.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import string
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,14 +23,10 @@ from megakd.models.pretrained import HUB, LOCAL
 from megakd.recipe import Model
 
 Tokenize = Callable[[list[str]], Tensor]
-# Short, of many words, with punctuation, other scripts and nothing at all; pairs that differ in their last word alone.
+# Short and long, with punctuation, other scripts, an empty one; the second and third differ in their last word alone.
 SAMPLES = (
     *("a", "a photo of a dog", "a photo of a cat", "Two red squares, one blue circle!", "a red square left of a blue circle", ""),
-    *(
-        "naïve façade — “Übergröße” 東京",
-        "the quick brown fox jumps over the lazy dog " * 60,
-        "a b c d e f g h i j k l m n o p q r s t u v w x y z",
-    ),
+    *("naïve façade — “Übergröße” 東京", "the quick brown fox jumps over the lazy dog " * 60, " ".join(string.ascii_lowercase)),
 )
 OWN_WORDS = 40
 REDUCED_AT_RANDOM = ("simple", "random", "shuffle")
@@ -40,20 +37,27 @@ def tokenizer(settings: Model, config: Mapping[str, Any], role: str) -> Tokenize
     padding, a text tower that would take its embedding from another token than the end's."""
     text: Mapping[str, Any] = config["text_cfg"]
     key = f"{role}.tokenizer = {settings.tokenizer!r}" if settings.tokenizer is not None else f"{role}: its tokenizer"
-    extra = _extra(text, key)
+    extra = _keyword_arguments(text, key)
     try:
-        found = _load(settings, text, extra)
+        tokenize = _load(settings, text, extra)
     except Exception as error:
         raise ValueError(f"{key}: {error}") from error
-    _check_size(found, text, role)
-    with torch.device("cpu"):  # whoever builds a model on the meta device needs real tokens here
-        tokens = _try(found, text, key)
+    inner: Any = getattr(tokenize, "tokenizer", tokenize)
+    words = len(inner) if hasattr(inner, "__len__") else getattr(inner, "vocab_size", None)
+    vocabulary = text.get("vocab_size", 49408)
+    if words is not None and words > vocabulary and not text.get("hf_model_name"):
+        raise ValueError(
+            f"{role}.tokenizer has {words} words, but the text tower's vocab_size is {vocabulary}: raise vocab_size or change the tokenizer"
+        )
+    with torch.device("cpu"):  # real tokens also for a model that is built on the meta device
+        tokens = _try(tokenize, text, key)
         if "multimodal_cfg" not in config and not text.get("hf_model_name") and not text.get("embed_cls"):
-            _check_pooling(found, tokens, text, key)
-    return found
+            _check_pooling(tokenize, tokens, text, key)
+    return tokenize
 
 
-def _extra(text: Mapping[str, Any], key: str) -> dict[str, Any]:
+def _keyword_arguments(text: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """`text_cfg.tokenizer_kwargs`. Raises ValueError for those that would run code or make tokens random."""
     extra = text.get("tokenizer_kwargs") or {}
     if not isinstance(extra, dict):
         raise ValueError(f"{key}: text_cfg.tokenizer_kwargs = {extra!r}: a table of settings")
@@ -79,7 +83,7 @@ def _load(settings: Model, text: Mapping[str, Any], extra: dict[str, Any]) -> To
             )
         source = settings.tokenizer
     elif source and name.startswith(LOCAL):
-        source = name.removeprefix(LOCAL)  # open_clip looks there, whatever the key says
+        source = name.removeprefix(LOCAL)  # as open_clip does, whatever the key says
     if not source:
         if extra:
             return open_clip.SimpleTokenizer(context_length=length, **extra)  # type: ignore[no-any-return]
@@ -88,7 +92,7 @@ def _load(settings: Model, text: Mapping[str, Any], extra: dict[str, Any]) -> To
         return own  # type: ignore[no-any-return]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Cannot set language")
-        # never the question on the console whether code that comes with a tokenizer may run
+        # trust_remote_code=False: transformers would ask on the console whether a tokenizer's code may run.
         return HFTokenizer(  # type: ignore[no-any-return]
             source.removeprefix(HUB), context_length=length, tokenizer_mode=text.get("tokenizer_mode"), trust_remote_code=False, **extra
         )
@@ -100,25 +104,14 @@ def _clip_tokenizer() -> Any:
     return open_clip.SimpleTokenizer()
 
 
-def _check_size(found: Any, text: Mapping[str, Any], role: str) -> None:
-    inner = getattr(found, "tokenizer", found)
-    words = len(inner) if hasattr(inner, "__len__") else getattr(inner, "vocab_size", None)
-    vocabulary = text.get("vocab_size", 49408)
-    if words is not None and words > vocabulary and not text.get("hf_model_name"):
-        raise ValueError(
-            f"{role}.tokenizer has {words} words, but the text tower's vocab_size is {vocabulary}: raise vocab_size or change the tokenizer"
-        )
-
-
-def _try(found: Tokenize, text: Mapping[str, Any], key: str) -> Tensor:
+def _try(tokenize: Tokenize, text: Mapping[str, Any], key: str) -> Tensor:
     """The samples' tokens, (samples, context): SAMPLES, then words of the tokenizer's own vocabulary."""
-    samples = [*SAMPLES, *_own_words(found)]
+    samples = [*SAMPLES, *_own_words(tokenize)]
     length, vocabulary = text.get("context_length", 77), text.get("vocab_size", 49408)
     try:
-        tokens, again = found(samples), found(samples[:4])
+        tokens, again = tokenize(samples), tokenize(samples[:4])
     except Exception as error:
-        inner = getattr(found, "tokenizer", None)
-        if getattr(inner, "pad_token", "") is None:
+        if getattr(getattr(tokenize, "tokenizer", None), "pad_token", "") is None:
             raise ValueError(f"{key}: has no padding token: set pad_token in its tokenizer_config.json") from error
         raise ValueError(f"{key}: does not tokenise ({type(error).__name__}: {error})") from error
     if not isinstance(tokens, Tensor) or tuple(tokens.shape) != (len(samples), length):
@@ -131,9 +124,9 @@ def _try(found: Tokenize, text: Mapping[str, Any], key: str) -> Tensor:
     return tokens
 
 
-def _own_words(found: Any) -> list[str]:
-    """Its words of the largest numbers, alone; then two texts that differ in their last word. Words of SAMPLES it may not know at all."""
-    inner: Any = getattr(found, "tokenizer", None)
+def _own_words(tokenize: Tokenize) -> list[str]:
+    """The words with the largest ids, each alone, then two texts that differ in their last word: it may know no word of SAMPLES."""
+    inner: Any = getattr(tokenize, "tokenizer", None)
     if not hasattr(inner, "get_vocab"):
         return []
     special = set(inner.all_special_ids)
@@ -142,8 +135,8 @@ def _own_words(found: Any) -> list[str]:
     return [*words, f"{words[0]} {words[-1]} {words[0]}", f"{words[0]} {words[-1]} {words[-1]}"] if words else []
 
 
-def _check_pooling(found: Any, tokens: Tensor, text: Mapping[str, Any], key: str) -> None:
-    """The text tower's embedding is its output at one token: which one, is told from the tokens. It has to be the end's of every text."""
+def _check_pooling(tokenize: Tokenize, tokens: Tensor, text: Mapping[str, Any], key: str) -> None:
+    """Raises ValueError where the token whose output becomes the text tower's embedding is not the end token of every text."""
     pool, eos = text.get("pool_type", "argmax"), text.get("eos_id", 2)
     if pool == "argmax":
         position = tokens.argmax(1)
@@ -153,7 +146,7 @@ def _check_pooling(found: Any, tokens: Tensor, text: Mapping[str, Any], key: str
         position = torch.zeros(len(tokens), dtype=torch.long)
     else:
         return
-    inner: Any = getattr(found, "tokenizer", None)
+    inner: Any = getattr(tokenize, "tokenizer", None)
     end = next((known for name in ("eos_token_id", "sep_token_id") if (known := getattr(inner, name, None)) is not None), None)
     pooled = set(tokens[torch.arange(len(tokens)), position].tolist())
     if pool == "argmax" and len(pooled) > 1:
@@ -175,6 +168,6 @@ def _check_pooling(found: Any, tokens: Tensor, text: Mapping[str, Any], key: str
 
 
 def _is_blind(tokens: Tensor, position: Tensor) -> bool:
-    """Whether two texts of different last words are told apart only by tokens after the one at `position`."""
+    """Whether two texts with different last words differ only in tokens after the one at `position`."""
     different = (tokens[0] != tokens[1]).nonzero()
     return bool(different.numel()) and int(position.min()) < int(different.min())

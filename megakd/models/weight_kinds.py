@@ -1,4 +1,4 @@
-"""What a file of weights is, told from its first bytes, and the tensors of a pickled one. Nothing in a file is ever executed."""
+"""What kind of file a file of weights is, by its first bytes, and the tensors of a pickled one. Nothing in a file is ever executed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("megakd.models")
 PICKLED_SUFFIXES = (".pt", ".pth", ".bin")
 LFS = b"version https://git-lfs.github.com/spec/"
 PICKLES = (b"PK\x03\x04", b"\x80")  # since torch 1.6, and before
-# Where training programs keep the model in what they save, in the order in which they are looked for.
+# Where training programs keep the model in what they save, in order of preference.
 TABLES = ("state_dict", "model_state_dict", "model", "module", "student", "teacher")
 AVERAGES = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "module_ema")
 DEEPEST = 8
@@ -28,8 +28,8 @@ LARGEST = 1e8
 
 
 def recognise(path: Path) -> None:
-    """Raises ValueError, naming what the file is and the remedy, when it cannot be what its suffix promises: a look at a few bytes."""
-    if os.path.isdir(path):  # Path's own raises for a name that is too long
+    """Raises ValueError, naming what the file is and the remedy, when its first bytes do not fit its suffix."""
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise ValueError(f"{path}: a folder; name the file of weights in it, or set model = 'local-dir:{path}' and no pretrained")
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file")
@@ -44,7 +44,7 @@ def recognise(path: Path) -> None:
         )
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise ValueError(f"{path}: {refusal}: it is a web page; open the address in a browser, and download what it leads to")
-    has_header = start[8:9] == b"{"  # after its length, whose first byte may be that of a pickle
+    has_header = start[8:9] == b"{"  # safetensors: after the header's length, whose first byte may be that of a pickle
     pickled = start.startswith(PICKLES) and not has_header
     if path.name.endswith(".safetensors") and pickled:
         raise ValueError(f"{path}: {refusal}: it is a pickled one of PyTorch; rename it to {path.stem}.pt")
@@ -62,13 +62,13 @@ def _is_script(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        return False  # the restricted unpickler will say what is wrong with it
+        return False  # the restricted unpickler's error is more precise
 
 
 def unpickled(path: Path, *, mapped: bool) -> dict[str, Tensor]:
     """The model's tensors in a pickled file, by torch's restricted unpickler. mapped: read from the file as they are needed.
 
-    Tables in tables are looked into: a training program's (`{"epoch": ..., "state_dict": ...}`), and towers apart (`{"visual": ...}`).
+    Nested tables are searched: a training program's (`{"epoch": ..., "state_dict": ...}`), and separate towers (`{"visual": ...}`).
     Raises ValueError for a file that holds anything but named tensors, or several models.
     """
     recognise(path)
@@ -80,9 +80,9 @@ def unpickled(path: Path, *, mapped: bool) -> dict[str, Tensor]:
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)  # written before torch 1.6: not mappable
     except Exception as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch's parser says EINVAL of a damaged archive
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # torch's parser raises EINVAL for a damaged archive
             raise
-        # Whatever a damaged file makes torch's parser raise. For code in it torch's own message advises to execute it.
+        # A damaged file makes torch's parser raise anything. Its message for a file with code advises to execute it.
         kind = "code or objects" if isinstance(error, pickle.UnpicklingError) else type(error).__name__
         raise ValueError(
             f"{path}: no file of plain tensors ({kind}), and nothing in it is ever executed; it is damaged, or convert it to "
@@ -99,15 +99,15 @@ def _model(content: Any, path: Path, depth: int) -> Any:
     """The table of the model in what a training program saved."""
     if not isinstance(content, Mapping) or depth == 0:
         return content
-    found = [name for name in TABLES if _holds_tensors(content.get(name), DEEPEST)]
-    if not found:
+    tables = [name for name in TABLES if _holds_tensors(content.get(name), DEEPEST)]
+    if not tables:
         return content
-    if {"student", "teacher"} <= set(found) or len({id(content[name]) for name in found}) > 1:
-        raise ValueError(f"{path}: holds several models ({', '.join(found)}): save the one that is meant in a file of its own")
+    if {"student", "teacher"} <= set(tables) or len({id(content[name]) for name in tables}) > 1:
+        raise ValueError(f"{path}: holds several models ({', '.join(tables)}): save the one that is meant in a file of its own")
     for name in AVERAGES:
         if name in content:
-            log.warning("%s: the weights under %r are taken, not their running average under %r", path, found[0], name)
-    return _model(content[found[0]], path, depth - 1)
+            log.warning("%s: the weights under %r are taken, not their running average under %r", path, tables[0], name)
+    return _model(content[tables[0]], path, depth - 1)
 
 
 def _holds_tensors(content: Any, depth: int) -> bool:

@@ -1,8 +1,8 @@
-"""Files of weights, one tensor at a time: names and shapes from the header, bytes when they are asked for.
+"""Files of weights, one tensor at a time: names and shapes from the header, values when they are read.
 
 Reads safetensors, in one file or in several with an index. `.pt`, `.pth` and `.bin` are converted to safetensors once, by torch's
-restricted unpickler: nothing in them is executed. Files are read, not mapped: the pages of a mapped file count as the reader's memory,
-and a mapped file that shrinks or whose disk goes away ends the process by a signal instead of an error.
+restricted unpickler: nothing in them is executed. Files are not memory-mapped: mapped pages count as the process's memory, and if the
+file shrinks or its disk is lost the process ends by a signal instead of an error.
 """
 
 from __future__ import annotations
@@ -27,20 +27,10 @@ from megakd.runtime.files import atomic_file, partials, safetensors_header, sync
 
 Shape = tuple[int, ...]
 INDEX_SUFFIX = ".safetensors.index.json"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ABANDONED_SECONDS = 3600  # a conversion writes all the time; a part this old was left by one that was killed
+ABANDONED_SECONDS = 3600  # a running conversion writes all the time; an older partial file is of one that was killed
 
 
 class Weights(Protocol):
@@ -51,14 +41,14 @@ class Weights(Protocol):
 
     @property
     def origin(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         ...
 
     def read(self, name: str) -> Tensor: ...
 
 
 class InMemory:
-    """Weights that are there already, such as freshly drawn ones."""
+    """Weights that are in memory already, such as freshly drawn ones."""
 
     def __init__(self, tensors: Mapping[str, Tensor], origin: str) -> None:
         self._tensors, self.origin = tensors, origin
@@ -83,17 +73,14 @@ class SafetensorsFiles:
     def __init__(self, path: Path) -> None:
         """Raises ValueError naming the file that is missing, truncated, damaged or not of this format."""
         self.origin, self.bytes_read = str(path), 0
-        if path.name.endswith(INDEX_SUFFIX):
-            self._places = _indexed(path)
-        else:
-            self._places = _header(path)
+        self._places = _indexed(path) if path.name.endswith(INDEX_SUFFIX) else _header(path)
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
         return {name: place.shape for name, place in self._places.items()}
 
     def read(self, name: str) -> Tensor:
-        """The tensor, in memory of its own. Raises ValueError when the file has become too short for it, OSError as disks do."""
+        """The tensor, in memory of its own. Raises ValueError when the file has become too short for it, and OSError."""
         place = self._places[name]
         raw = torch.empty(place.length, dtype=torch.uint8)
         with place.path.open("rb") as file:
@@ -106,7 +93,7 @@ class SafetensorsFiles:
 
 
 def _bytes(raw: Tensor) -> memoryview:
-    """The memory of a tensor of bytes, to read into and to write from."""
+    """The memory of a uint8 tensor."""
     array: Any = raw.numpy()
     return memoryview(array)
 
@@ -114,7 +101,7 @@ def _bytes(raw: Tensor) -> memoryview:
 def _header(path: Path) -> dict[str, _Place]:
     try:
         recognise(path)
-        # The library checks the header against the file's length: overlaps, gaps, a truncated end.
+        # The library finds overlaps, gaps and a truncated end.
         with safe_open(path, framework="pt"):
             pass
         with path.open("rb") as file:
@@ -136,7 +123,7 @@ def _header(path: Path) -> dict[str, _Place]:
 
 
 def _owners(path: Path) -> dict[str, str]:
-    """Tensor -> the name of its file, as an index has it."""
+    """Tensor -> the name of its file, of an index."""
     recognise(path)
     content = texts.parse_json(texts.read_text(path, str(path)), str(path))
     owners = content.get("weight_map") if isinstance(content, dict) else None
@@ -165,9 +152,9 @@ def _indexed(path: Path) -> dict[str, _Place]:
 
 
 def write(path: Path, layout: Mapping[str, tuple[torch.dtype, Shape]], tensors: Callable[[str], Tensor]) -> None:
-    """A safetensors file written tensor by tensor. `tensors` gives each one when its turn comes, and nothing else is in memory.
+    """Write a safetensors file tensor by tensor: `tensors` gives each one when it is written, and no other is in memory.
 
-    Appears under its name when it is complete. Raises ValueError for a type that the format here does not know.
+    The file appears under its name when it is complete. Raises ValueError for a type that is not in DTYPES.
     """
     header, offset = {}, 0
     for name, (dtype, shape) in layout.items():
@@ -198,10 +185,9 @@ def open_weights(path: Path, cache: Path | None = None) -> SafetensorsFiles:
     if path.name.endswith((".safetensors", INDEX_SUFFIX)):
         return SafetensorsFiles(path)
     recognise(path)
-    found = convert(path, cache)
-    opened = SafetensorsFiles(found)
-    opened.origin = str(path)
-    return opened
+    weights = SafetensorsFiles(convert(path, cache))
+    weights.origin = str(path)
+    return weights
 
 
 def in_memory(path: Path) -> Weights:
@@ -212,30 +198,29 @@ def in_memory(path: Path) -> Weights:
 
 
 def convert(path: Path, cache: Path | None = None) -> Path:
-    """The safetensors file that has the tensors of a pickled one, made now if it is not there yet.
+    """The safetensors file with the tensors of a pickled one, written now if it does not exist yet.
 
-    Its name holds the original's size and time of change, so a changed original is converted again. Raises ValueError for a file
-    that holds anything but named tensors.
+    Its name holds the original's size and time of change, so that a changed original is converted again. Raises ValueError for a file
+    that holds anything but named tensors, and when no folder for it can be written.
     """
     status = path.stat()
     name = f"{path.stem}-{status.st_size}-{status.st_mtime_ns}.safetensors"
-    folders = [cache] if cache is not None else [path.parent, _own_cache(path)]
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    by_path = users / "megakd" / "weights" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    folders = [cache] if cache is not None else [path.parent, by_path]
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
     writable = next((folder for folder in folders if _writable(folder)), None)
     if writable is None:
         raise ValueError(f"{path}: its conversion to safetensors can be written neither to {' nor to '.join(map(str, folders))}")
-    _remove_abandoned(writable, name)
+    for partial in partials(writable / name):
+        if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
+            partial.unlink(missing_ok=True)
     tensors = unpickled(path, mapped=True)
     layout = {key: (value.dtype, tuple(value.shape)) for key, value in tensors.items()}
     write(writable / name, layout, tensors.__getitem__)
     return writable / name
-
-
-def _own_cache(path: Path) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "megakd" / "weights" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
 
 
 def _writable(folder: Path) -> bool:
@@ -246,14 +231,7 @@ def _writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK)
 
 
-def _remove_abandoned(folder: Path, name: str) -> None:
-    for partial in partials(folder / name):
-        if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
-            partial.unlink(missing_ok=True)
-
-
 def listed(names: Iterable[str], most: int = 8) -> str:
     """Names for a message: the first ones, and how many more there are."""
-    known = sorted(name or "a tensor without a name" for name in names)
-    more = f" and {len(known) - most} more" if len(known) > most else ""
-    return ", ".join(known[:most]) + more
+    ordered = sorted(name or "a tensor without a name" for name in names)
+    return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
