@@ -1,10 +1,10 @@
 """open_clip's models in bf16, of every kind: native, timm, EVA, ResNets, with a text tower of transformers.
 
-open_clip's own "bf16" converts a list of layers that it knows; layer scales, pooling queries and the text towers of transformers stay
-behind and meet bf16 in sums and products that torch refuses. For timm's models it rounds everything, the logit scale and rotary tables
-too. Here, as a rule without names of models: parameters are bf16 but for those whose layer takes them in float32.
+open_clip's own "bf16" converts a list of known layers: layer scales, pooling queries and transformers' text towers stay float32, and torch
+refuses their sums and products with bf16. Of timm's models it casts everything, also the logit scale and rotary tables. Here parameters
+become bf16 except those whose layer takes them in float32.
 
-A student in DeepSpeed's engine is another matter: the engine casts all parameters, and `for_engine` makes the module ready for that.
+DeepSpeed's engine casts all parameters of a student itself; `for_engine` prepares the module for that.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ def to_bf16(clip: nn.Module) -> None:
     its output back; batch norm, whose kernels take float32 weights with bf16 inputs and whose running statistics are sums; other buffers,
     such as rotary tables, unless bf16 holds them exactly (see `cast_exact_buffers`).
     """
-    whole = {id(getattr(clip, name)) for name in SCALARS if getattr(clip, name, None) is not None}
+    float32 = {id(getattr(clip, name)) for name in SCALARS if getattr(clip, name, None) is not None}
     for module in clip.modules():
         if type(module) is LayerNorm:
-            module.__class__ = LayerNormFp32  # what open_clip builds a model with that it means to cast
+            module.__class__ = LayerNormFp32  # as open_clip builds a model that it will cast
         if isinstance(module, LayerNormFp32 | BatchNorm):
-            whole |= {id(parameter) for parameter in module.parameters(recurse=False)}
+            float32 |= {id(parameter) for parameter in module.parameters(recurse=False)}
     for parameter in clip.parameters():
-        if parameter.is_floating_point() and id(parameter) not in whole:
+        if parameter.is_floating_point() and id(parameter) not in float32:
             parameter.data = parameter.data.to(torch.bfloat16)
     cast_exact_buffers(clip)
 
 
 def cast_exact_buffers(module: nn.Module) -> None:
-    """Cast to bf16, in place, the buffers that a constructor made and bf16 holds exactly: attention masks, biases of zeros.
+    """Cast to bf16, in place, the buffers that a constructor computed and bf16 holds exactly: attention masks, biases of zeros.
 
-    They are added to bf16 values, where float32 would widen the sum (timm's Swin, EVA-01). On the meta device, where no values are seen,
-    all of the constructor's.
+    They are added to bf16 values, where float32 would promote the sum (timm's Swin, EVA-01). On the meta device, without values, all of
+    the constructor's.
     """
     for owner in module.modules():
         if isinstance(owner, BatchNorm):
@@ -56,36 +56,33 @@ def cast_exact_buffers(module: nn.Module) -> None:
 
 
 def computed_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own buffers that no file of weights holds, since its constructor computes them."""
+    """A module's own buffers that its constructor computes and no file of weights holds."""
     own = module.named_buffers(recurse=False, remove_duplicate=False)
     return {key: buffer for key, buffer in own if key in module._non_persistent_buffers_set}
 
 
 def for_engine(module: nn.Module) -> None:
-    """Make a module ready, in place, for an engine that rounds every parameter to bf16 and leaves buffers as they are.
+    """Prepare a module, in place, for an engine that rounds every parameter to bf16 and leaves buffers as they are.
 
-    Batch norm then has bf16 weights beside float32 statistics, which torch takes on a GPU and refuses on a CPU: it reads its weights in
-    float32 on both. Masks and zero biases become bf16, as in `to_bf16`.
+    Batch norm then has bf16 weights beside float32 statistics, which torch accepts on a GPU and refuses on a CPU: on both it is made to
+    read its weights in float32. Masks and zero biases become bf16, as in `to_bf16`.
     """
     for norm in module.modules():
         if isinstance(norm, BatchNorm):
-            wide: Any = type(norm)
-            norm.__class__ = _reading_float32(wide)
+            kind: Any = type(norm)
+            norm.__class__ = _reading_float32(kind)
     cast_exact_buffers(module)
 
 
 @functools.cache
 def _reading_float32(kind: type[Any]) -> type[Any]:
-    """A class of batch norm, torch's or timm's, whose forward finds its weights in float32. The parameters stay what they are."""
+    """A subclass of a batch norm, torch's or timm's, whose forward reads its weights in float32. The parameters keep their type."""
 
-    def widened(name: str) -> property:
-        def read(norm: nn.Module) -> Tensor | None:
-            own = norm._parameters[name]
-            return own if own is None or own.is_meta else own.float()
+    def read(norm: nn.Module, name: str) -> Tensor | None:
+        own = norm._parameters[name]
+        return own if own is None or own.is_meta else own.float()
 
-        return property(read)
-
-    return type(kind.__name__, (kind,), {"weight": widened("weight"), "bias": widened("bias")})
+    return type(kind.__name__, (kind,), {"weight": property(lambda n: read(n, "weight")), "bias": property(lambda n: read(n, "bias"))})
 
 
 def pixel_dtype(tower: nn.Module) -> torch.dtype:
@@ -94,8 +91,8 @@ def pixel_dtype(tower: nn.Module) -> torch.dtype:
     Not of its first parameter: class embeddings, norms and positions of a bf16 tower may be float32.
     """
     for module in tower.modules():
-        if (kept := getattr(module, "int8_original_dtype", None)) is not None:
-            return kept  # type: ignore[no-any-return]
+        if (dtype := getattr(module, "int8_original_dtype", None)) is not None:
+            return dtype  # type: ignore[no-any-return]
         if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.is_floating_point():
             return module.weight.dtype
     return next((own.dtype for own in tower.parameters() if own.is_floating_point()), torch.float32)

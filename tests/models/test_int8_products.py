@@ -134,7 +134,7 @@ def test_many_rows_go_through_in_pieces_and_come_out_the_same(way: matmul.Produc
     x[5, 5] *= 60
     codes, scale = quantise_weight(_random(48, 64, seed=1))
     whole = matmul.linear(x, codes, scale, None, 6.0, way)
-    monkeypatch.setattr(matmul, "PIECE_ELEMENTS", 64 * 50)
+    monkeypatch.setattr(matmul, "CHUNK_ELEMENTS", 64 * 50)
     torch.testing.assert_close(matmul.linear(x, codes, scale, None, 6.0, way), whole, rtol=1e-6, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Attention that reads its matrices as tensors instead of calling layers, rebuilt on int8 layers: same inputs, same outputs.
+"""Int8 replacements of attention modules that read their matrices as tensors instead of calling layers: same inputs, same outputs.
 
 Legend: N batch, L queries, S keys, H heads, C channels of a head, W width (H x C).
 """
@@ -18,17 +18,16 @@ from torch.nn import functional as F
 from megakd.models.int8.linear import Int8Linear
 
 Make = Callable[[Tensor, nn.Parameter | None], Int8Linear]
+# New name in a module's state -> the name of the original's tensor that it is made of, where the two differ.
+_FUSED = {"in_proj.weight": "in_proj_weight", "in_proj.scale": "in_proj_weight", "in_proj.bias": "in_proj_bias"}
 
 
 class Int8MultiheadAttention(nn.Module):
-    """Replaces `nn.MultiheadAttention`, whose fused inference path this cannot enter. Attention weights are not returned."""
+    """Replaces `nn.MultiheadAttention`, without its fused inference path. Attention weights are not returned."""
 
-    # new name -> the original's, for names that changed
     ORIGINALS: ClassVar[dict[str, str]] = {
-        "in_proj.weight": "in_proj_weight",
-        "in_proj.scale": "in_proj_weight",
-        "in_proj.bias": "in_proj_bias",
-        **{f"{one}_proj.{part}": f"{one}_proj_weight" for one in "qkv" for part in ("weight", "scale")},
+        **_FUSED,
+        **{f"{letter}_proj.{part}": f"{letter}_proj_weight" for letter in "qkv" for part in ("weight", "scale")},
     }
 
     q_proj: Int8Linear
@@ -42,7 +41,7 @@ class Int8MultiheadAttention(nn.Module):
         if original.in_proj_weight is not None:
             self.in_proj: Int8Linear | None = make(original.in_proj_weight, original.in_proj_bias)
         else:
-            # queries and keys of different widths, as in CoCa's pooler; their bias is one tensor all the same
+            # Queries and keys of different widths, as in CoCa's pooler; their bias is still one tensor.
             self.in_proj = None
             self.q_proj, self.k_proj, self.v_proj = (
                 make(weight, None) for weight in (original.q_proj_weight, original.k_proj_weight, original.v_proj_weight)
@@ -61,14 +60,14 @@ class Int8MultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """As `nn.MultiheadAttention.forward`; `is_causal` is a hint there, and the mask is what counts."""
+        """As `nn.MultiheadAttention.forward`, where `is_causal` is only a hint beside the mask."""
         assert query.ndim == 3
         assert not need_weights
         assert attn_mask is not None or not is_causal
         same = key is query and value is query
         if not self.batch_first:
-            query, key, value = (one.transpose(0, 1) for one in (query, key, value))
-        q, k, v = (self._heads(one) for one in self._projected(query, key, value, same))
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        q, k, v = (_heads(x, self.num_heads) for x in self._projected(query, key, value, same))
         mask = _mask(attn_mask, key_padding_mask, q)
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
         out_NLW = self.out_proj(out.transpose(1, 2).flatten(2))
@@ -79,19 +78,15 @@ class Int8MultiheadAttention(nn.Module):
             q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
             if self.in_proj_bias is None:
                 return q, k, v
-            return tuple(one + bias.to(one.dtype) for one, bias in zip((q, k, v), self.in_proj_bias.chunk(3), strict=True))
+            return tuple(x + bias.to(x.dtype) for x, bias in zip((q, k, v), self.in_proj_bias.chunk(3), strict=True))
         if same:
             fused: Tensor = self.in_proj(query)
             return fused.chunk(3, dim=-1)
-        return tuple(self.in_proj.third(one, third) for third, one in enumerate((query, key, value)))
-
-    def _heads(self, x_NLW: Tensor) -> Tensor:
-        x_NLHC: Tensor = x_NLW.unflatten(-1, (self.num_heads, -1))  # type: ignore[no-untyped-call]
-        return x_NLHC.transpose(1, 2)
+        return tuple(self.in_proj.third(x, third) for third, x in enumerate((query, key, value)))
 
 
 def takes(module: nn.Module) -> bool:
-    """Whether an attention module is one that is rebuilt here, with options that open_clip's models can have."""
+    """Whether `rebuild` accepts an attention module: of these classes, with options that open_clip's models have."""
     if isinstance(module, nn.MultiheadAttention):
         return module.bias_k is None and module.bias_v is None and not module.add_zero_attn
     # With `scaled_cosine` the original multiplies four-dimensional tensors by torch.bmm, which refuses them.
@@ -99,7 +94,7 @@ def takes(module: nn.Module) -> bool:
 
 
 def rebuild(module: nn.Module, make: Make) -> nn.Module:
-    """The int8 attention for one that `takes` accepts."""
+    """The int8 attention in place of one that `takes` accepts."""
     if isinstance(module, nn.MultiheadAttention):
         return Int8MultiheadAttention(module, make)
     if isinstance(module, AttentionPool2d):
@@ -108,12 +103,17 @@ def rebuild(module: nn.Module, make: Make) -> nn.Module:
     return Int8Attention(module, make)
 
 
+def _heads(x_NLW: Tensor, heads: int) -> Tensor:
+    """(N, H, L, C)."""
+    x_NLHC: Tensor = x_NLW.unflatten(-1, (heads, -1))  # type: ignore[no-untyped-call]
+    return x_NLHC.transpose(1, 2)
+
+
 def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q_NHLC: Tensor) -> Tensor | None:
-    """Both masks as one to add, (N or 1, H or 1, L or 1, S). True of a boolean shuts out."""
+    """Both masks as one to add, (N or 1, H or 1, L or 1, S). True in a boolean mask excludes."""
     masks = []
     if attn_mask is not None:
-        heads = q_NHLC.shape[:2]
-        masks.append(attn_mask.unflatten(0, heads) if attn_mask.ndim == 3 else attn_mask[None, None])
+        masks.append(attn_mask.unflatten(0, q_NHLC.shape[:2]) if attn_mask.ndim == 3 else attn_mask[None, None])
     if key_padding_mask is not None:
         masks.append(key_padding_mask[:, None, None, :])
     added = [
@@ -124,13 +124,9 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q_NHLC: Ten
 
 
 class Int8Attention(nn.Module):
-    """Replaces open_clip's `Attention`, the one of its custom blocks."""
+    """Replaces open_clip's `Attention`, which its custom blocks have."""
 
-    ORIGINALS: ClassVar[dict[str, str]] = {
-        "in_proj.weight": "in_proj_weight",
-        "in_proj.scale": "in_proj_weight",
-        "in_proj.bias": "in_proj_bias",
-    }
+    ORIGINALS: ClassVar[dict[str, str]] = _FUSED
 
     def __init__(self, original: Attention, make: Make) -> None:
         super().__init__()
@@ -142,7 +138,7 @@ class Int8Attention(nn.Module):
         self.attn_drop, self.out_drop = original.attn_drop, original.out_drop
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        q, k, v = (one.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for one in self.in_proj(x).chunk(3, dim=-1))
+        q, k, v = (_heads(part, self.num_heads) for part in self.in_proj(x).chunk(3, dim=-1))
         mask = _mask(attn_mask, None, q)
         dropout = self.attn_drop.p if self.training else 0.0
         out_NHLC = F.scaled_dot_product_attention(self.ln_q(q), self.ln_k(k), v, mask, dropout_p=dropout)
@@ -167,7 +163,7 @@ class Int8AttentionPool2d(nn.Module):
         x_NSW = torch.cat([x_NSW.mean(dim=1, keepdim=True), x_NSW], dim=1)
         x_NSW = x_NSW + self.positional_embedding.to(x.dtype)
         projected = (self.q_proj(x_NSW[:, :1]), self.k_proj(x_NSW), self.v_proj(x_NSW))
-        q, k, v = (one.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for one in projected)
+        q, k, v = (_heads(part, self.num_heads) for part in projected)
         out_N1W = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         out: Tensor = self.c_proj(out_N1W)[:, 0]
         return out

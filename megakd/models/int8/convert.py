@@ -1,7 +1,7 @@
 """Towers in 8 bits: attention, MLPs and their projections as int8 matrices with a float32 scale a row.
 
-`quantise` converts a model in place, with values or on the meta device. `sources` then tells of which tensor of the original
-checkpoint every tensor of the converted model is made, so that a checkpoint can be read into it tensor by tensor:
+`quantise` converts a model in place, with values or on the meta device. `sources` then maps every tensor of the converted model to the
+tensor of the original checkpoint that it is made of, so that a checkpoint can be read into it tensor by tensor:
 
     originals = clip.state_dict()                    # or the names in a file
     quantise(clip)
@@ -29,8 +29,8 @@ __all__ = ["Int8Linear", "Report", "Source", "matrices", "quantise", "quantise_w
 
 log = logging.getLogger("megakd.models")
 
-LARGE = 1_000_000  # weights of a matrix whose staying behind is worth a line
-# To the joint space: 0.1 % of a giant's parameters, and their error would be the embedding's, unaveraged. In open_clip's and timm's names.
+LARGE = 1_000_000  # weights: a larger matrix that is not converted is named in the log
+# Projections to the joint space, in open_clip's and timm's names: 0.1 % of a giant's parameters, whose error would be the embedding's.
 JOINT = re.compile(r"(visual\.)?(proj|trunk\.head(\.fc)?|head\.(proj|mlp\.fc[12]))|(text\.)?(text_projection|proj(\.\d+)?)")
 PATCHES = re.compile(r"(.*\.)?(patch_embed|embeds|stem)(\..*)?|(visual\.)?conv1\.weight")
 POSITIONS = re.compile(r"(.*\.)?(positional_embedding|class_embedding|pos_embed\w*|cls_token|cls_emb|reg_token|latent|query|probe)")
@@ -39,7 +39,7 @@ Part = Literal["weight", "scale", "as it is"]
 
 @dataclass(frozen=True)
 class Source:
-    """Of what a tensor of a converted model is made: of `tensor` of the original's state, which may make others as well."""
+    """The tensor of the original's state that a tensor of a converted model is made of, and how."""
 
     tensor: str
     part: Part
@@ -54,9 +54,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did, in numbers of parameters. kept: matrices of at least a million weights that are neither int8 nor embeddings.
+    """Numbers of parameters after a conversion. kept: matrices of at least a million weights that are neither int8 nor embeddings.
 
-    product: how products are computed on the device that was named, None where each forward chooses.
+    product: how products are computed; None where each forward chooses.
     """
 
     int8: int
@@ -67,7 +67,7 @@ class Report:
 
     @property
     def fraction(self) -> float:
-        """Of the parameters that are not embeddings, how many are int8."""
+        """The int8 share of the parameters that are not embeddings."""
         return self.int8 / max(1, self.int8 + self.others)
 
 
@@ -82,9 +82,9 @@ def quantise(
     """Replace the linear layers and attentions of a tower, or of a whole open_clip model, by int8 ones, in place. Works on meta.
 
     threshold: activations with a magnitude of at least this stay in 16 bits (see `matmul.linear`); 0 for none.
-    device_of_products: chooses the way of products for this device now, instead of at each forward for the device at hand.
-    product: overrides that choice. migrated: layers have room for the factors of `migration`.
-    Large matrices that stay behind are named in the log, unexpected ones as a warning.
+    device_of_products: chooses how products are computed now, for this device, instead of at each forward. product: overrides that.
+    migrated: layers have room for the factors of `migration`.
+    Large matrices that are not converted are named in the log, unexpected ones as a warning.
     Raises ValueError for a negative threshold.
     """
     if threshold < 0:
@@ -100,7 +100,7 @@ def quantise(
 
 
 class _Conversion:
-    """One walk over a model. A layer that appears twice is converted once."""
+    """One walk over a model. A shared layer is converted once."""
 
     def __init__(self, root: nn.Module, threshold: float, product: matmul.Product | None, migrated: bool) -> None:
         self._settings = (threshold, product, migrated)
@@ -108,7 +108,7 @@ class _Conversion:
         self._done: dict[int, nn.Module] = {}
 
     def convert(self, parent: nn.Module, prefix: str) -> None:
-        # EVA's, BEiT's and Swin v2's attention then calls its layer and adds the bias, instead of reading the matrix.
+        # Makes the attention of EVA, BEiT and Swin v2 call its layer and add the bias, instead of reading the matrix.
         if hasattr(parent, "qkv_bias_separate"):
             parent.qkv_bias_separate = True  # type: ignore[assignment]
         for key, child in list(parent._modules.items()):
@@ -116,7 +116,7 @@ class _Conversion:
                 continue
             name = f"{prefix}{key}"
             if id(child) not in self._done:
-                self._done[id(child)] = child  # a circle ends here
+                self._done[id(child)] = child  # ends a cycle of modules
                 self._done[id(child)] = self._converted(parent, child, name)
             parent._modules[key] = self._done[id(child)]
 
@@ -125,7 +125,7 @@ class _Conversion:
             return child
         if attention.takes(child):
             return attention.rebuild(child, self._linear).train(child.training)
-        # The last one's fused inference path reads the matrices of its layers.
+        # These read matrices as tensors; TransformerEncoderLayer in its fused inference path.
         if isinstance(child, (nn.MultiheadAttention, attention.Attention, nn.TransformerEncoderLayer)):
             return child
         if type(child).forward in (nn.Linear.forward, TimmLinear.forward):
@@ -161,22 +161,21 @@ def _report(module: nn.Module, product: matmul.Product | None) -> Report:
 
 
 def sources(module: nn.Module) -> dict[str, Source]:
-    """For every name in the state of a converted model, what it is made of. Names of a model that was not converted give themselves."""
+    """What each tensor in the state of a converted model is made of; a tensor that was not converted, of itself."""
     parts: dict[str, Part] = {}
     originals: dict[str, str] = {}
-    for path, child in module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
+    named = [(f"{path}." if path else "", child) for path, child in module.named_modules(remove_duplicate=False)]
+    for prefix, child in named:
         if isinstance(child, Int8Linear):
-            parts[f"{prefix}weight"], parts[f"{prefix}scale"] = "weight", "scale"
+            parts |= {f"{prefix}weight": "weight", f"{prefix}scale": "scale"}
             originals[f"{prefix}scale"] = f"{prefix}weight"
-    for path, child in module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        originals.update({f"{prefix}{new}": f"{prefix}{old}" for new, old in getattr(child, "ORIGINALS", {}).items()})
+    for prefix, child in named:
+        originals |= {f"{prefix}{new}": f"{prefix}{old}" for new, old in getattr(child, "ORIGINALS", {}).items()}
     return {name: Source(originals.get(name, name), parts.get(name, "as it is")) for name in module.state_dict()}
 
 
 def matrices(module: nn.Module) -> dict[Int8Linear, str]:
-    """The layers of a converted model, in its order, with the names of the matrices in the original that they are made of."""
+    """The int8 layers of a converted model, in its order, each with the name of the original's matrix that it is made of."""
     made_of = sources(module)
     layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, Int8Linear)}
     return {layer: made_of[f"{path}.weight" if path else "weight"].tensor for path, layer in layers.items()}

@@ -11,7 +11,7 @@ from megakd.models.int8 import matmul
 
 
 def quantise_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 (O, I) and float32 scale (O,): the only way that weights become int8. A kernel (O, I, 1, 1) counts as a matrix."""
+    """int8 (O, I) and float32 scale (O,) of a matrix, or of a convolution's (O, I, 1, 1): the only way that weights become int8."""
     return matmul.quantise_rows(weight_OI.detach().flatten(1))
 
 
@@ -23,8 +23,8 @@ class Int8Linear(nn.Module):
     """x (..., I) -> (..., O) in x's type. `weight` is a parameter (O, I), `scale` a buffer (O,), `bias` the original's parameter.
 
     factor: None, or a buffer (I,) of powers of two by which the matrix was multiplied before it was rounded; activations are divided by
-    it, which is exact. stand_in: computes in the layer's place while `migration.Reference` is at work.
-    Moving the module to another type moves bias and factor: the scale stays float32.
+    it, which is exact. stand_in: computes in the layer's place inside `migration.Reference`.
+    `module.to(dtype)` casts bias and factor; the scale stays float32.
     """
 
     weight: nn.Parameter
@@ -50,11 +50,11 @@ class Int8Linear(nn.Module):
         self.weight = nn.Parameter(weight_OI, requires_grad=False)
         # A buffer: DeepSpeed rounds floating parameters to its own type when it partitions, and leaves buffers alone.
         self.register_buffer("scale", scale_O)
-        # No file has it, so it is not in the state.
+        # In no file, and so not in the state.
         self.register_buffer("factor", torch.ones(self.in_features, device=weight.device) if migrated else None, persistent=False)
         self.bias = bias
         self.threshold, self.product = threshold, product
-        # Where open_clip looks for the type of activations, which the matrix no longer tells.
+        # open_clip reads the type of activations here, as the matrix no longer has it.
         self.int8_original_dtype = weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
-"""The product of activations with an int8 matrix, and the one place that chooses how it is computed on which device.
+"""The product of activations with an int8 matrix, and the choice of how it is computed on which device.
 
 Three ways, all with weights of 8 bits and a float32 scale a row:
-- "dequantise": the matrix is widened to the activations' type, then an ordinary product. Activations keep their precision.
+- "dequantise": the matrix is cast to the activations' type for an ordinary product. Activations keep their precision.
 - "bitsandbytes": activations are quantised row by row, the product is of integers; bitsandbytes' kernels (LLM.int8, arXiv 2208.07339).
 - "int_mm": the same with torch's own `_int_mm` and plain torch operations around it.
 
-What a row becomes depends on that row alone, whatever lies beside it in the batch: each has its own scale, and outliers are elements, not
-columns of the batch. Infinite and NaN activations make their row not finite in every way.
+A row's result does not depend on the rest of the batch: each row has its own scale, and outliers are elements, not columns of the batch.
+Infinite and NaN activations make their row not finite in all three.
 
-Legend: M rows of activations (batch x tokens), I inputs, O outputs, C columns with outliers.
+Legend: M rows of activations (batch x tokens), I inputs, O outputs, C columns with outliers. A chunk: rows that are multiplied at once.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch.nn import functional as F
 Product = Literal["dequantise", "bitsandbytes", "int_mm"]
 
 LEVELS = 127  # symmetric: -128 is not used
-# Of integers at once: their 32 bits and the float32 beside them would be several times what the product itself takes.
-PIECE_ELEMENTS = 1 << 25
-FEWEST_ROWS = 32  # cuBLASLt multiplies integers from 17 rows up; fewer are filled up with zeros
+# Of a chunk's integer product: its 32 bits and the float32 beside them would take several times the memory of the product in x's type.
+CHUNK_ELEMENTS = 1 << 25
+FEWEST_ROWS = 32  # cuBLASLt multiplies integers from 17 rows up; fewer are padded with zeros
 
 
 def choose(device: torch.device) -> Product:
-    """The way that products are computed on a device, where nothing else is asked for.
+    """How products are computed on a device by default.
 
     CPU, one thread of an AMD EPYC with AVX512-VNNI, torch 2.14.1, bitsandbytes 0.50.2, milliseconds, the best of 10 on a machine that
     was shared. Rows x inputs -> outputs of the MLPs of ViT-bigG-14, for 2 images of 257 tokens and for 64 texts of 77; "plain" is an
@@ -47,9 +47,9 @@ def choose(device: torch.device) -> Product:
     OMP_NUM_THREADS=1 python -m timeit -n 1 -r 5 -s "import torch; from megakd.models.int8 import matmul as p;
     x = torch.randn(514, 1664); c, s = p.quantise_rows(torch.randn(8192, 1664))" "p.linear(x, c, s, None, 0.0, 'int_mm')"
 
-    A teacher on a CPU runs in fp32, so int_mm it is; a threshold of 6 with no column above it costs at most 30 % more.
-    Without VNNI torch's integer product is a scalar loop, so such a CPU dequantises. CUDA: not measured yet. bitsandbytes where it is
-    installed, since the int8 tensor cores have twice the rate of bf16; `product` of `convert.quantise` asks for another way.
+    A teacher on a CPU runs in fp32, hence int_mm; a threshold of 6 with no column above it costs at most 30 % more. Without VNNI torch's
+    integer product is a scalar loop, so such a CPU dequantises. CUDA is not measured yet: bitsandbytes where it is installed, since int8
+    tensor cores have twice the rate of bf16.
     """
     if device.type == "cuda" and bitsandbytes() is not None:
         return "bitsandbytes"
@@ -58,12 +58,12 @@ def choose(device: torch.device) -> Product:
     return "dequantise"
 
 
-def resolved(asked: str, device: torch.device) -> Product:
-    """The recipe's teacher.int8_product, "auto" as `choose` does. Raises ValueError for one that this machine does not have."""
-    found = choose(device) if asked == "auto" else cast(Product, asked)
-    if found == "bitsandbytes" and bitsandbytes() is None:
+def resolved(setting: str, device: torch.device) -> Product:
+    """The recipe's teacher.int8_product, "auto" by `choose`. Raises ValueError for one that this machine does not have."""
+    product = choose(device) if setting == "auto" else cast(Product, setting)
+    if product == "bitsandbytes" and bitsandbytes() is None:
         raise ValueError("teacher.int8_product = 'bitsandbytes': not installed; `pip install bitsandbytes`, or set it to auto")
-    return found
+    return product
 
 
 def linear(
@@ -71,15 +71,15 @@ def linear(
 ) -> Tensor:
     """x (..., I) times the transposed matrix plus bias: (..., O) in x's type.
 
-    threshold: activations with a magnitude of at least this are not quantised but multiplied in x's type; 0 quantises all.
-    It has no effect on "dequantise", which quantises none. product: None takes `choose(x.device)`.
+    threshold: activations with a magnitude of at least this are not quantised but multiplied in x's type; 0 quantises all. "dequantise"
+    quantises none. product: default `choose(x.device)`.
     """
     chosen = product or choose(x.device)
     x_MI = x.reshape(-1, x.shape[-1])
     if chosen == "dequantise" or not _takes_integers(x_MI, weight_OI):
-        product_MO = F.linear(x_MI, _widened(weight_OI, scale_O, x.dtype))
+        product_MO = F.linear(x_MI, _dequantised(weight_OI, scale_O, x.dtype))
     else:
-        product_MO = _in_pieces(x_MI, weight_OI, scale_O, threshold, chosen)
+        product_MO = _in_chunks(x_MI, weight_OI, scale_O, threshold, chosen)
     if bias_O is not None:
         product_MO = product_MO + bias_O.to(x.dtype)
     return product_MO.reshape(*x.shape[:-1], len(weight_OI))
@@ -97,54 +97,53 @@ def quantise_rows(values_MI: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def bitsandbytes() -> ModuleType | None:
-    """Imported at the first product that wants it (it takes seconds and looks for a GPU); None where it is not installed."""
+    """Imported at its first product (it takes seconds and looks for a GPU); None where it is not installed."""
     return importlib.import_module("bitsandbytes") if importlib.util.find_spec("bitsandbytes") is not None else None
 
 
 def _takes_integers(x_MI: Tensor, weight_OI: Tensor) -> bool:
-    """cuBLASLt multiplies integers of sizes that 8 divides. On meta, which measures memory, as on CUDA."""
-    if len(x_MI) == 0:
-        return False
-    return x_MI.device.type == "cpu" or (weight_OI.shape[0] % 8 == 0 and weight_OI.shape[1] % 8 == 0)
+    """cuBLASLt multiplies integers of sizes that 8 divides. The meta device, on which memory is planned, counts as CUDA."""
+    fits = x_MI.device.type == "cpu" or (weight_OI.shape[0] % 8 == 0 and weight_OI.shape[1] % 8 == 0)
+    return fits and len(x_MI) > 0
 
 
-def _widened(weight_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantised(weight_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiplied in float32 and rounded once: a scale rounded to bf16 would shift a whole row by up to 0.4 %."""
     if weight_OI.device.type == "cpu":
-        # 2 to 6 times faster there than one operation of mixed types (31 ms instead of 197 for 8192 x 1664 in bf16), which has no temporary
+        # 2 to 6 times as fast on a CPU as one operation of mixed types (31 ms instead of 197 for 8192 x 1664 in bf16), without temporary.
         return weight_OI.float().mul_(scale_O[:, None]).to(dtype)
     return torch.mul(weight_OI, scale_O[:, None], out=torch.empty(weight_OI.shape, dtype=dtype, device=weight_OI.device))
 
 
-def _in_pieces(x_MI: Tensor, weight_OI: Tensor, scale_O: Tensor, threshold: float, way: Product) -> Tensor:
-    rows = max(FEWEST_ROWS, PIECE_ELEMENTS // max(weight_OI.shape))
+def _in_chunks(x_MI: Tensor, weight_OI: Tensor, scale_O: Tensor, threshold: float, product: Product) -> Tensor:
+    rows = max(FEWEST_ROWS, CHUNK_ELEMENTS // max(weight_OI.shape))
     if len(x_MI) <= rows:
-        return _piece(x_MI, weight_OI, scale_O, threshold, way)
+        return _chunk(x_MI, weight_OI, scale_O, threshold, product)
     product_MO = x_MI.new_empty(len(x_MI), len(weight_OI))
-    end = rows if x_MI.device.type == "meta" else len(x_MI)  # one piece shows what all of them need
+    end = rows if x_MI.device.type == "meta" else len(x_MI)  # one chunk shows the memory that each needs
     for start in range(0, end, rows):
-        product_MO[start : start + rows] = _piece(x_MI[start : start + rows], weight_OI, scale_O, threshold, way)
+        product_MO[start : start + rows] = _chunk(x_MI[start : start + rows], weight_OI, scale_O, threshold, product)
     return product_MO
 
 
-def _piece(x_MI: Tensor, weight_OI: Tensor, scale_O: Tensor, threshold: float, way: Product) -> Tensor:
-    """One piece's product, in x's type."""
+def _chunk(x_MI: Tensor, weight_OI: Tensor, scale_O: Tensor, threshold: float, product: Product) -> Tensor:
+    """One chunk's product, in x's type."""
     outlier_MI = None
     regular_MI = x_MI
     if threshold > 0:
-        outlier_MI = x_MI.abs() >= threshold  # never true of NaN, which so stays and spoils its row
+        outlier_MI = x_MI.abs() >= threshold  # False for NaN, which stays and makes its row NaN
         regular_MI = x_MI.masked_fill(outlier_MI, 0.0)
     missing = FEWEST_ROWS - len(x_MI) if x_MI.device.type != "cpu" else 0
     if missing > 0:
         regular_MI = F.pad(regular_MI, (0, 0, 0, missing))
-    # A plan's machine may lack bitsandbytes, and in pieces of this size the two need nearly the same.
-    multiply = _bitsandbytes if way == "bitsandbytes" and x_MI.device.type != "meta" else _int_mm
+    # On meta: the planning machine may lack bitsandbytes, and for a chunk the two need nearly the same memory.
+    multiply = _bitsandbytes if product == "bitsandbytes" and x_MI.device.type != "meta" else _int_mm
     product_MO = multiply(regular_MI, weight_OI, scale_O)[: len(x_MI)]
     if outlier_MI is not None and x_MI.device.type != "meta":
         columns_C = outlier_MI.any(dim=0).nonzero().flatten()
         if len(columns_C):
             outlier_MC = x_MI[:, columns_C].where(outlier_MI[:, columns_C], 0.0)
-            product_MO = product_MO + F.linear(outlier_MC, _widened(weight_OI[:, columns_C], scale_O, x_MI.dtype))
+            product_MO = product_MO + F.linear(outlier_MC, _dequantised(weight_OI[:, columns_C], scale_O, x_MI.dtype))
     return product_MO
 
 
@@ -156,7 +155,7 @@ def _bitsandbytes(x_MI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
     narrow_MI = x_MI.half() if x_MI.device.type == "cuda" else x_MI
     x8_MI, absmax_M, _ = library.functional.int8_vectorwise_quant(narrow_MI.contiguous(), threshold=0.0)
     integers_MO = library.functional.int8_linear_matmul(x8_MI, weight_OI)
-    # Its kernels pass NaN by when they look for the largest.
+    # Its kernels ignore NaN when they look for the largest.
     absmax_M = torch.where(narrow_MI.abs().amax(dim=1).isfinite(), absmax_M, torch.nan)
     return torch.ops.bitsandbytes.int8_mm_dequant(integers_MO, absmax_M, scale_O * LEVELS, dtype=x_MI.dtype)  # type: ignore[no-any-return]
 
