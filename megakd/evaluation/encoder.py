@@ -1,4 +1,7 @@
-"""A trained student ready to encode: images, pixels or texts in, unit embeddings out."""
+"""A trained student ready to encode: images, pixels or texts in, unit embeddings out.
+
+Legend: n images or texts, D embedding width.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from open_clip.transform import PreprocessCfg
@@ -16,7 +19,6 @@ from torch import Tensor, nn
 from megakd.data.bad_samples import BadSample
 from megakd.data.caption_tokens import plain_captions
 from megakd.data.transforms import as_rgb, evaluation_pixels, normalise, rgb_image
-from megakd.export.clip_folder import MODEL
 from megakd.models import clip
 from megakd.models.casts import pixel_dtype
 from megakd.models.pretrained import LOCAL
@@ -24,14 +26,15 @@ from megakd.models.student import encode_images, encode_texts
 from megakd.recipe import Data, Model
 from megakd.recipe.chain import CLIP_CONFIG
 from megakd.runtime import watchdog
+from megakd.runtime.run_folder import MODEL
 
-# Legend: n images or texts, D embedding width.
+T = TypeVar("T")
 _MAX_PIXELS: int = Data.model_fields["max_pixels"].default
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """`clip` in evaluation mode on `device`, with the preprocessing and the tokenizer that belong to it. batch: encoded at once.
+    """`clip` in evaluation mode on `device`, with its preprocessing and tokenizer. batch: images or texts that are encoded at once.
 
     `encode_images` and `encode_texts` give unit rows, so that `images @ texts.T` are cosines; the model was trained on
     `scale * images @ texts.T + (bias or 0)` as logits.
@@ -45,7 +48,7 @@ class Encoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the pixels that the image tower takes."""
+        """The type of pixels that the image tower takes."""
         return pixel_dtype(getattr(self.clip, "visual", self.clip))
 
     @cached_property
@@ -55,13 +58,13 @@ class Encoder:
 
     @property
     def scale(self) -> float:
-        """What multiplies the cosines in the logits."""
+        """The factor of the cosines in the logits."""
         model: Any = self.clip
         return float(model.logit_scale.detach().exp())
 
     @property
     def bias(self) -> float | None:
-        """What is added to the logits; None for a model without, which a softmax loss trains."""
+        """Added to the logits; None for a model without, as a softmax loss trains."""
         bias: Any = getattr(self.clip, "logit_bias", None)
         return None if bias is None else float(bias.detach())
 
@@ -70,9 +73,12 @@ class Encoder:
 
         Raises ValueError naming the file for one that is missing, damaged or too large (data.max_pixels' default).
         """
-        pieces = [images[start : start + self.batch] for start in range(0, len(images), self.batch)]
-        rows = [self.encode_pixels(torch.stack([self._pixels(image) for image in piece])) for piece in pieces]
-        return torch.cat(rows) if rows else torch.zeros(0, self.width)
+        return self._encode(images, lambda batch: self.encode_pixels(torch.stack([self._pixels(image) for image in batch])))
+
+    def _encode(self, items: Sequence[T], encode: Callable[[Sequence[T]], Tensor]) -> Tensor:
+        """(n, D), in batches."""
+        batches = [items[start : start + self.batch] for start in range(0, len(items), self.batch)]
+        return torch.cat([encode(batch) for batch in batches]) if batches else torch.zeros(0, self.width)
 
     def _pixels(self, image: Image.Image | str | Path) -> Tensor:
         if isinstance(image, Image.Image):
@@ -91,12 +97,10 @@ class Encoder:
         return encode_images(self.clip, ready).float().cpu()
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """n texts -> unit rows (n, D), float32 on the CPU. What is longer than the context is cut, as in training."""
+        """n texts -> unit rows (n, D), float32 on the CPU. Texts longer than the context are cut, as in training."""
         watchdog.beat("evaluating")
         tokenize = plain_captions(self.tokenize)
-        pieces = [texts[start : start + self.batch] for start in range(0, len(texts), self.batch)]
-        rows = [encode_texts(self.clip, tokenize(list(piece)).to(self.device)).float().cpu() for piece in pieces]
-        return torch.cat(rows) if rows else torch.zeros(0, self.width)
+        return self._encode(texts, lambda batch: encode_texts(self.clip, tokenize(list(batch)).to(self.device)).float().cpu())
 
 
 def load_model(folder: str | Path, device: torch.device | str | None = None, *, batch: int = 64) -> Encoder:

@@ -16,26 +16,26 @@ KEY = "negatives"
 
 def negatives_of(own: dict[str, Any], where: str) -> dict[str, str]:
     """A sample's false captions by kind, {} where it has none. Raises ValueError for another form than {KIND: FALSE CAPTION}."""
-    found = own.get(KEY, {})
+    negatives = own.get(KEY, {})
     form = f'its .json needs {{"{KEY}": {{KIND: FALSE CAPTION, ...}}}}, a text for each kind; name several of one kind KIND_1, KIND_2'
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: its negatives are a {type(found).__name__}: {form}")
-    for kind, text in found.items():
+    if not isinstance(negatives, dict):
+        raise ValueError(f"{where}: its negatives are a {type(negatives).__name__}: {form}")
+    for kind, text in negatives.items():
         if not isinstance(text, str) or not text.strip():
-            held = "no text" if isinstance(text, str) else f"a {type(text).__name__}"
-            raise ValueError(f"{where}: its negative {kind!r} holds {held}: {form}")
-    return found
+            content = "no text" if isinstance(text, str) else f"a {type(text).__name__}"
+            raise ValueError(f"{where}: its negative {kind!r} holds {content}: {form}")
+    return negatives
 
 
 def margins(encoder: Encoder, image_ND: Tensor, captions: Sequence[str], negatives: Sequence[dict[str, str]]) -> dict[str, Tensor]:
-    """By kind of negative: how much nearer the true caption is than the false one, (n,) for the n samples that have one; NaN of a NaN."""
+    """By kind of negative, cosine of the true caption minus cosine of the false one, (n,) for the n samples that have one; NaN of a NaN."""
     true_N = (image_ND * encoder.encode_texts(captions)).sum(dim=1)
-    found = {}
+    by_kind = {}
     for kind in sorted({kind for own in negatives for kind in own}):
         rows = [index for index, own in enumerate(negatives) if kind in own]
         false_n = (image_ND[rows] * encoder.encode_texts([negatives[index][kind] for index in rows])).sum(dim=1)
-        found[kind] = true_N[torch.tensor(rows)] - false_n
-    return found
+        by_kind[kind] = true_N[torch.tensor(rows)] - false_n
+    return by_kind
 
 
 def choices(

@@ -1,4 +1,4 @@
-"""Evaluation results as text for people."""
+"""Evaluation results as a few lines of text, and as numbers for a monitor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megakd.vqa import evaluate
 
 
 def numbers(results: Mapping[str, Any]) -> dict[str, float]:
-    """Every score by its place, as "retrieval/NAME/image_to_text/R@1": what a monitor draws. Counts and shares, no settings."""
+    """Every score by its path, as "retrieval/NAME/image_to_text/R@1", for a monitor: fractions and counts of unreadable samples."""
     kinds = ("zero_shot", "retrieval", "hard_negatives", "vqa")
     return {path: value for kind in kinds for path, value in _leaves(kind, results.get(kind, {}))}
 
@@ -23,25 +23,26 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 def lines(results: dict[str, Any]) -> str:
-    """A few lines: one for each set, percentages."""
+    """A line for each set, in percent."""
     rows = [f"evaluation at step {results['step']}:"]
-    for name, found in results.get("zero_shot", {}).items():
-        rows.append(f"  zero-shot {name}: top-1 {found['top1']:.1%}, top-5 {found['top5']:.1%} of {found['images']} images{_lost(found)}")
-    for name, found in results.get("retrieval", {}).items():
-        both = "; ".join(
-            f"{label} " + " ".join(f"{cutoff} {value:.1%}" for cutoff, value in found[key].items())
-            for label, key in (("image to text", "image_to_text"), ("text to image", "text_to_image"))
+    for name, scores in results.get("zero_shot", {}).items():
+        top1, top5, images = scores["top1"], scores["top5"], scores["images"]
+        rows.append(f"  zero-shot {name}: top-1 {top1:.1%}, top-5 {top5:.1%} of {images} images{_lost(scores)}")
+    for name, scores in results.get("retrieval", {}).items():
+        recalls = "; ".join(
+            f"{key.replace('_', ' ')} " + " ".join(f"{cutoff} {value:.1%}" for cutoff, value in scores[key].items())
+            for key in ("image_to_text", "text_to_image")
         )
-        sizes = f"{found['pairs']} captions of {found['images']} images"
-        repeated = f", {found['repeated_captions']} captions repeat another" if found["repeated_captions"] else ""
-        rows.append(f"  retrieval {name} ({sizes}): {both}{repeated}{_lost(found)}")
-    for name, found in results.get("hard_negatives", {}).items():
-        kinds = ", ".join(f"{kind} {facts['accuracy']:.1%} of {facts['pairs']}{_lost(facts)}" for kind, facts in found.items())
+        sizes = f"{scores['pairs']} captions of {scores['images']} images"
+        repeated = f", {scores['repeated_captions']} captions repeat another" if scores["repeated_captions"] else ""
+        rows.append(f"  retrieval {name} ({sizes}): {recalls}{repeated}{_lost(scores)}")
+    for name, by_kind in results.get("hard_negatives", {}).items():
+        kinds = ", ".join(f"{kind} {scores['accuracy']:.1%} of {scores['pairs']}{_lost(scores)}" for kind, scores in by_kind.items())
         rows.append(f"  hard negatives {name} (chance 50%): {kinds}")
     if "vqa" in results:
         rows.append(evaluate.lines(results["vqa"]))
     return "\n".join(rows)
 
 
-def _lost(found: Mapping[str, Any]) -> str:
-    return f" ({found['unreadable']} could not be read and count as wrong)" if found["unreadable"] else ""
+def _lost(scores: Mapping[str, Any]) -> str:
+    return f" ({scores['unreadable']} could not be read and count as wrong)" if scores["unreadable"] else ""

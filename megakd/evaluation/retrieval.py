@@ -1,8 +1,8 @@
 """Image-to-text and text-to-image retrieval: how often is a right partner among the nearest 1, 5, 10?
 
-As CLIP_benchmark's zeroshot_retrieval.py: a text looks for its one image; an image for any of its texts, however many it has. Every
-query counts, and a query without a partner that could be read is a miss. A tie is a miss: of candidates as similar as the partner all
-come before it, where CLIP_benchmark leaves the order to `torch.topk`; other texts of the same image are no rivals.
+As CLIP_benchmark's zeroshot_retrieval.py: a text retrieves its one image; an image any of its texts. A query whose partner could not be
+read is a miss. A tie is a miss: candidates as similar as the partner rank before it, where CLIP_benchmark leaves the order to `torch.topk`;
+other texts of the same image are not candidates.
 """
 
 from __future__ import annotations

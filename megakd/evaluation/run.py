@@ -39,13 +39,13 @@ def evaluate(run: str | Path, checkpoint: str | Path | None = None, overrides: S
     >>> sorted(scores["retrieval"]["test"]["image_to_text"])
     ['R@1', 'R@10', 'R@5']
     """
-    with _joined() as world:
+    with _process_group() as world:
         return _scores(Path(run), checkpoint, overrides, world)[0]
 
 
 def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
     """`evaluate`, written to RUN/evaluation.json and printed."""
-    with _joined() as world:
+    with _process_group() as world:
         results, path = _scores(run, chosen, overrides, world)
         if world.is_main:
             run_folder.write_json(run / run_folder.EVALUATION, results)
@@ -53,8 +53,8 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _joined() -> Iterator[World]:
-    """The process group for a block: of one process where no launcher has started several."""
+def _process_group() -> Iterator[World]:
+    """For a block; of one process where no launcher has started several."""
     try:
         yield launch.start()
     finally:
@@ -62,7 +62,7 @@ def _joined() -> Iterator[World]:
 
 
 def _scores(run: Path, chosen: str | Path | None, overrides: Sequence[str], world: World) -> tuple[dict[str, Any], Path]:
-    """The scores, and the checkpoint that they are of."""
+    """The scores, and the checkpoint that they belong to."""
     if not (run / run_folder.RUN).is_file():
         raise ValueError(f"{run}: no run folder (it has no {run_folder.RUN}); give the --out of a training run, such as runs/smoke")
     recipe, _ = recipes.load(str(run / run_folder.RUN), overrides, to_compare=True)
@@ -74,10 +74,10 @@ def _scores(run: Path, chosen: str | Path | None, overrides: Sequence[str], worl
     if not sets:
         raise ValueError(f"{run}: its recipe names no evaluation set; add one with --set evaluation.retrieval.NAME=SHARDS")
     progress, weights = checkpoints.load_weights(path)
-    # The weights that the run started from may be gone; how their images were prepared still holds.
+    # The weights that the run started from may be gone, and only they tell how images are prepared.
     _, preprocess = clip.configuration(recipe.student, "student")
-    described = clip.resolve(recipe.student.model_copy(update={"pretrained": None}), "student")
-    description = dataclasses.replace(described, preprocess=preprocess)
+    without_weights = clip.resolve(recipe.student.model_copy(update={"pretrained": None}), "student")
+    description = dataclasses.replace(without_weights, preprocess=preprocess)
     built = clip.build(description, torch.device("cpu"), load_weights=False)
     _check_fits(path, built.clip, weights)
     clip_folder.load_clip(built.clip, weights)
@@ -87,7 +87,7 @@ def _scores(run: Path, chosen: str | Path | None, overrides: Sequence[str], worl
 
 
 def _newest(run: Path) -> Path:
-    """The newest sound checkpoint. Raises ValueError where there is none."""
+    """The newest valid checkpoint. Raises ValueError where there is none."""
     path = checkpoints.latest_valid(run, print)
     if path is not None:
         return path
@@ -99,10 +99,10 @@ def _newest(run: Path) -> Path:
 def _check_fits(path: Path, clip: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Raises ValueError where a checkpoint is of another student than the recipe's."""
     expected = {name: value.numel() for name, value in clip.state_dict().items()}
-    found = {name: value.numel() for name, value in clip_folder.clip_weights(weights).items()}
-    if odd := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+    saved = {name: value.numel() for name, value in clip_folder.clip_weights(weights).items()}
+    if odd := sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name)):
         raise ValueError(
             f"{path}: a checkpoint of another student than this run's recipe has: {len(odd)} tensors differ, {odd[0]} among them "
-            f"({expected.get(odd[0], 'none')} numbers in the recipe's, {found.get(odd[0], 'none')} in the checkpoint); "
+            f"({expected.get(odd[0], 'none')} numbers in the recipe's, {saved.get(odd[0], 'none')} in the checkpoint); "
             "give a checkpoint of this run, and no --set student.*"
         )

@@ -20,9 +20,8 @@ from megakd.recipe import Recipe
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
 
-# So many samples of a set are tried at the start, where the first ones cannot be read.
-_TRIED = 16
-# What the indexes know and no sample that is read will tell again.
+_TRIED = 16  # samples of a set that are read at the start, until one can be read
+# Reasons that only the indexes know: samples that are in no row of them.
 _LOST = ("truncated_tar", "unused_members")
 
 
@@ -46,15 +45,15 @@ def open_sets(recipe: Recipe, world: World) -> Sets:
     """
     sets = Sets()
 
-    def shards(patterns: str, key: str, needs: tuple[Slot, ...], look: Callable[[Sample], None]) -> ShardSet:
+    def shards(patterns: str, key: str, needs: tuple[Slot, ...], look: Callable[[Sample], object]) -> ShardSet:
         try:
-            found = ShardSet.open_set(
+            opened = ShardSet.open_set(
                 patterns, recipe.data, world.rank, world.size, lambda: collectives.barrier(world), captions="caption" in needs
             )
-            collectives.by_main(lambda: _try(found, needs, look), world)
+            collectives.by_main(lambda: _try(opened, needs, look), world)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
-        return found
+        return opened
 
     for name, folder in recipe.evaluation.zero_shot.items():
         key = f"evaluation.zero_shot.{name}"
@@ -67,8 +66,12 @@ def open_sets(recipe: Recipe, world: World) -> Sets:
     for name, patterns in recipe.evaluation.retrieval.items():
         sets.retrieval[name] = shards(patterns, f"evaluation.retrieval.{name}", ("image", "caption"), lambda _: None)
     for name, patterns in recipe.evaluation.hard_negatives.items():
-        key = f"evaluation.hard_negatives.{name}"
-        sets.hard_negatives[name] = shards(patterns, key, ("image", "caption", "json"), _negatives)
+        sets.hard_negatives[name] = shards(
+            patterns,
+            f"evaluation.hard_negatives.{name}",
+            ("image", "caption", "json"),
+            lambda sample: hard_negatives.negatives_of(labelled(sample, "json"), sample.where),
+        )
     return sets
 
 
@@ -81,27 +84,23 @@ def check_label(label: int, classes: ClassSet, where: str) -> None:
         )
 
 
-def _negatives(sample: Sample) -> None:
-    hard_negatives.negatives_of(labelled(sample, "json"), sample.where)
-
-
 def sets_of(recipe: Recipe) -> str:
-    """A checksum of what a recipe is scored on: scores of other sets are not taken for its own."""
+    """A checksum of the sets that a recipe is scored on, by which scores on other sets are recognised."""
     settings = recipe.evaluation.model_dump(mode="json", exclude={"every", "batch", "vqa_batch"})
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def lost_in(shards: ShardSet) -> BadCounter:
-    """Samples that are in no row of the set's indexes, as far as those know of them."""
+    """Samples that are in no row of the set's indexes, as far as these count them."""
     known = shards.known_bad
     lost = {reason: count for reason, count in known.counts.items() if reason in _LOST and count}
     return BadCounter(sum(lost.values()), lost, {reason: known.examples.get(reason, "") for reason in lost})
 
 
-def _try(shards: ShardSet, needs: tuple[Slot, ...], look: Callable[[Sample], None]) -> None:
-    """Read the first sample that can be read, with all that is needed of it. Rank 0 alone.
+def _try(shards: ShardSet, needs: tuple[Slot, ...], look: Callable[[Sample], object]) -> None:
+    """Read the first sample that can be read, with all that is needed of it. For rank 0.
 
-    Raises ValueError for one whose label is not what `look` wants, and when what cannot be read is already too much of the set.
+    Raises ValueError for a label that `look` refuses, and when too much of the set is known to be unreadable.
     """
     bad = lost_in(shards)
     for index in range(min(len(shards), _TRIED)):

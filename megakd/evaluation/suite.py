@@ -1,8 +1,8 @@
 """All evaluations that a recipe names, over all ranks, as one nested dict: what `evaluation.json` holds.
 
-Images are split over the ranks and what they give is gathered; every rank then scores the whole set, so that all return the same.
-A sample that cannot be read is wrong in every number of its set. Raises ValueError, on every rank, when more than
-data.max_bad_fraction of a set are unreadable, and when an embedding is not finite: no comparison with NaN becomes a score.
+Images are split over the ranks and their embeddings gathered; every rank then scores the whole set, so that all return the same.
+A sample that cannot be read counts as wrong in every score of its set. Raises ValueError, on every rank, when more than
+data.max_bad_fraction of a set are unreadable, and when an embedding is not finite.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["Sets", "Suite", "open_sets"]
 
 @dataclass
 class _Facts:
-    """What ranks have found out about the samples of a set, but for their embeddings. In the set's order.
+    """What ranks know of the samples of a set beside their embeddings, in the set's order.
 
     contents, captions, labels: of each readable sample. margins, repeated: by kind of hard negative, see `hard_negatives`.
     """
@@ -112,7 +112,8 @@ class Suite:
         first_image, image_of = _distinct(facts.contents)
         lines = [line for captions in facts.captions for line in captions]
         first_text, text_of = _distinct(lines)
-        image_of_T = torch.tensor(image_of, dtype=torch.int64).repeat_interleave(torch.tensor([len(own) for own in facts.captions]).long())
+        counts = torch.tensor([len(captions) for captions in facts.captions], dtype=torch.int64)
+        image_of_T = torch.tensor(image_of, dtype=torch.int64).repeat_interleave(counts)
         lost_images, lost_captions = _lost(facts, unreadable)
         both = retrieval.recalls(
             image_ND[first_image],
@@ -136,28 +137,28 @@ class Suite:
 
     def _hard_negatives(self, shards: ShardSet, key: str) -> dict[str, dict[str, float]]:
         def check(batch: EvaluationBatch) -> EvaluationBatch:
-            for index, own in [*zip(batch.index.tolist(), batch.json or [], strict=True), *_known_json(batch.unreadable)]:
-                hard_negatives.negatives_of(own, shards.where(index))
+            for index, content in [*zip(batch.index.tolist(), batch.json or [], strict=True), *_known_json(batch.unreadable)]:
+                hard_negatives.negatives_of(content, shards.where(index))
             return batch
 
         own = _Facts()
         for batch in self._batches(shards, ("pixels", "captions", "json"), own, check):
-            captions, negatives = batch.captions or [], [found.get(hard_negatives.KEY, {}) for found in batch.json or []]
+            captions, negatives = batch.captions or [], [content.get(hard_negatives.KEY, {}) for content in batch.json or []]
             image_nD = self._encode(batch)
-            for kind, margins in hard_negatives.margins(self._encoder, image_nD, captions, negatives).items():
-                own.margins.setdefault(kind, []).extend(margins.tolist())
-            for caption, found in zip(captions, negatives, strict=True):
-                for kind, text in found.items():
+            for kind, margin_n in hard_negatives.margins(self._encoder, image_nD, captions, negatives).items():
+                own.margins.setdefault(kind, []).extend(margin_n.tolist())
+            for caption, by_kind in zip(captions, negatives, strict=True):
+                for kind, text in by_kind.items():
                     own.repeated[kind] = own.repeated.get(kind, 0) + (text.strip() == caption.strip())
         facts, lost = self._everyones(own, shards, key)
-        known = [found.get(hard_negatives.KEY, {}) for _, found in _known_json(facts.unreadable)]
+        known = [content.get(hard_negatives.KEY, {}) for _, content in _known_json(facts.unreadable)]
         kinds = sorted(set(facts.margins).union(*known))
         if not kinds:
             raise ValueError(f'{key}: no sample has hard negatives; its .json members need {{"negatives": {{KIND: FALSE CAPTION}}}}')
         results = {}
         for kind in kinds:
             margins = _finite(torch.tensor(facts.margins.get(kind, []), dtype=torch.float64), f"{key}, {kind}: similarity")
-            wrong = lost - sum(kind not in found for found in known)
+            wrong = lost - sum(kind not in by_kind for by_kind in known)
             pairs = len(margins) + wrong
             results[kind] = {"accuracy": (margins > 0).sum().item() / pairs, "pairs": pairs, "unreadable": wrong}
             if repeated := facts.repeated.get(kind, 0):
@@ -171,7 +172,7 @@ class Suite:
         own: _Facts,
         check: Callable[[EvaluationBatch], EvaluationBatch] = lambda batch: batch,
     ) -> Iterator[EvaluationBatch]:
-        """This rank's batches; what is bad in them goes to `own`. check: may raise ValueError, which every rank then raises."""
+        """This rank's batches; their unreadable samples go to `own`. check: may raise ValueError, which every rank then raises."""
         world, encoder = self._world, self._encoder
         batches = evaluation_batches(
             shards,
@@ -190,10 +191,10 @@ class Suite:
                 yield batch
 
     def _everyones(self, own: _Facts, shards: ShardSet, key: str) -> tuple[_Facts, int]:
-        """The facts of all ranks in one, and how many samples could not be read. Raises ValueError when those are too many."""
+        """The facts of all ranks, and how many samples could not be read. Raises ValueError when those are too many."""
         facts = _Facts()
-        for found in collectives.everyones(own, self._world):
-            facts.merge(found)
+        for of_rank in collectives.everyones(own, self._world):
+            facts.merge(of_rank)
         facts.bad.merge(lost_in(shards))
         try:
             facts.bad.check(shards.data.max_bad_fraction, at_least=1)
@@ -209,10 +210,10 @@ class Suite:
         self._images += len(image_nD)
         return image_nD
 
-    def _gather(self, pieces: list[Tensor], what: str) -> Tensor:
+    def _gather(self, batches: list[Tensor], what: str) -> Tensor:
         """(N, D), of all ranks in rank order. Raises ValueError on every rank when one is not finite."""
-        here = torch.cat(pieces) if pieces else torch.zeros(0, self._encoder.width)
-        return _finite(collectives.gather_rows(here, self._world), what)
+        local = torch.cat(batches) if batches else torch.zeros(0, self._encoder.width)
+        return _finite(collectives.gather_rows(local, self._world), what)
 
 
 def _listed(values: Tensor | None) -> list[Any]:
@@ -230,24 +231,20 @@ def _finite(values: Tensor, what: str) -> Tensor:
 
 
 def _distinct(values: list[Any]) -> tuple[list[int], list[int]]:
-    """Where each different value comes first, and for each value the number of its own among those."""
-    number: dict[Any, int] = {}
-    first: list[int] = []
-    for place, value in enumerate(values):
-        if value not in number:
-            number[value] = len(first)
-            first.append(place)
-    return first, [number[value] for value in values]
+    """The index of each distinct value's first occurrence, and for each value the number of its distinct one."""
+    first: dict[Any, int] = {}
+    for index, value in enumerate(values):
+        first.setdefault(value, index)
+    number = {value: place for place, value in enumerate(first)}
+    return list(first.values()), [number[value] for value in values]
 
 
 def _known_json(unreadable: Iterable[Unreadable]) -> list[tuple[int, dict[str, Any]]]:
-    return [(one.sample, one.json) for one in unreadable if one.json is not None]
+    return [(sample.sample, sample.json) for sample in unreadable if sample.json is not None]
 
 
 def _lost(facts: _Facts, unreadable: int) -> tuple[int, int]:
     """Images and captions of a retrieval set that could not be read; one of each for a sample of which nothing is known."""
-    known = set(facts.contents)
-    contents = {one.content for one in facts.unreadable if one.content is not None} - known
-    nameless = unreadable - sum(one.content is not None for one in facts.unreadable)
-    captions = sum(len(one.caption.splitlines()) - 1 for one in facts.unreadable if one.caption is not None)
-    return len(contents) + nameless, unreadable + captions
+    contents = [sample.content for sample in facts.unreadable if sample.content is not None]
+    images = len(set(contents) - set(facts.contents)) + unreadable - len(contents)
+    return images, unreadable + sum(len(sample.caption.splitlines()) - 1 for sample in facts.unreadable if sample.caption is not None)

@@ -14,7 +14,7 @@ from megakd.evaluation.encoder import Encoder
 
 # Legend: n images, C classes, T templates, D embedding width.
 
-# Control signs, line and paragraph separators: other programs end a line at some of them, and then number the classes otherwise.
+# Control characters, line and paragraph separators: other programs end a line at some of them and would number the classes otherwise.
 _NO_TEXT = ("Cc", "Zl", "Zp")
 CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 
@@ -40,7 +40,7 @@ def read_class_set(folder: str, key: str) -> ClassSet:
 
 
 def _lines(path: Path, key: str) -> list[str]:
-    """The lines, of which the last ones may be empty: an empty line between names would give all that follow another number."""
+    """The lines without empty ones at the end. An empty line between names is refused: it would shift the numbers of all that follow."""
     if not path.is_file():
         raise ValueError(
             f"{key}: no {path.name} there; a zero-shot set has {CLASSES} (a name for each class, in the order of their numbers), "
@@ -75,9 +75,9 @@ def class_embeddings(encoder: Encoder, classes: ClassSet) -> Tensor:
 def accuracies(image_nD: Tensor, label_n: Tensor, class_CD: Tensor, lost: int = 0) -> dict[str, float]:
     """{"top1": ..., "top5": ..., "images": n + lost}, fractions of all images. Embeddings have to be finite.
 
-    lost: images that could not be read, on top of the rows: they count as wrong. Of classes that are equally near the one with the lower
-    number comes first, as the first of equals does in a stable sort: two pairs of ImageNet's classes share their names ("missile",
-    "sunglasses"), and a model that tells nothing apart scores what guessing one class scores.
+    lost: further images, which could not be read: they count as wrong. Of equally near classes the one with the lower number comes first,
+    as in a stable sort: two pairs of ImageNet's classes share their names ("missile", "sunglasses"), and a model that gives every class
+    the same score gets the accuracy of guessing one class.
     """
     scores_nC = image_nD @ class_CD.T
     own_n1, class_C = scores_nC.gather(1, label_n.unsqueeze(1)), torch.arange(len(class_CD), device=scores_nC.device)

@@ -10,42 +10,42 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megakd.models import clip
 from megakd.models.clip import ClipModel, ModelSpec
-from megakd.models.preprocessing import complete
+from megakd.models.patches import image_size
+from megakd.models.preprocessing import KEYS, complete
 from megakd.models.student import SCALARS
 from megakd.models.tokenizing import SAMPLES
 from megakd.recipe.chain import CLIP_CONFIG
 from megakd.runtime.files import atomic_folder
 
-# Of a run folder, what a finished run leaves of its student.
-MODEL = "model"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _TOWERS = "clip."
 
 
 def clip_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The towers' part of a checkpoint under open_clip's own names and shapes; the objectives' heads stay behind."""
+    """The towers of a checkpoint under open_clip's own names and shapes, without the objectives' heads."""
     own = {name.removeprefix(_TOWERS): value for name, value in weights.items() if name.startswith(_TOWERS)}
     return {name: value.reshape(()) if name in SCALARS else value for name, value in own.items()}
 
 
 def load_clip(clip: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put a checkpoint's towers into an open_clip model, strictly."""
+    """Load a checkpoint's towers into an open_clip model, strictly."""
     own = clip.state_dict()
-    found = clip_weights(weights)
-    # a model that has been in an engine's module has its scalars as vectors of one
-    clip.load_state_dict({name: value.reshape(own[name].shape) if name in SCALARS else value for name, value in found.items()})
+    towers = clip_weights(weights)
+    # `Student` makes the scalars of its model vectors of length 1.
+    clip.load_state_dict({name: value.reshape(own[name].shape) if name in SCALARS else value for name, value in towers.items()})
 
 
 def write_model(folder: Path, weights: dict[str, Tensor], built: ClipModel) -> None:
-    """Write configuration, fp32 weights and tokenizer. An earlier export in `folder` is replaced as a whole.
+    """Write configuration, fp32 weights and tokenizer. An earlier export in `folder` is replaced.
 
-    Before it gets its name the export is loaded by open_clip, and has to tokenise and embed as the trained model does. Raises ValueError
-    with what differs.
+    Before that open_clip loads the export, which has to tokenise and embed as the trained model does. Raises ValueError with what
+    differs.
     """
     with atomic_folder(folder) as partial:
         save_file(clip_weights(weights), partial / WEIGHTS_FILE)
@@ -55,7 +55,7 @@ def write_model(folder: Path, weights: dict[str, Tensor], built: ClipModel) -> N
 
 
 def rehearse(description: ModelSpec) -> None:
-    """Try what the end of a run will need of a model's description: its tokenizer and preprocessing written, and read by open_clip.
+    """Write a model's configuration and tokenizer as the end of a run will, and let open_clip read them.
 
     Raises ValueError with what would differ.
     """
@@ -69,12 +69,11 @@ def _write_description(folder: Path, description: ModelSpec) -> None:
     config = copy.deepcopy(description.config)
     inner: Any = getattr(description.tokenize, "tokenizer", None)
     if hasattr(inner, "save_pretrained"):
-        # open_clip reads a tokenizer from the folder itself as soon as this key is there, whatever it says.
+        # With this key, whatever its value, open_clip reads the tokenizer from the folder itself.
         config["text_cfg"]["hf_tokenizer_name"] = config["text_cfg"].get("hf_tokenizer_name") or "in this folder"
         inner.save_pretrained(folder)
-    preprocess = complete(description.preprocess, description.config)
-    content: dict[str, Any] = {"model_cfg": config, "preprocess_cfg": _plain(preprocess)}
-    (folder / CLIP_CONFIG).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    preprocess = _written(complete(description.preprocess, description.config))
+    (folder / CLIP_CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1), encoding="utf-8")
 
 
 def _check_tokenizer(folder: Path, description: ModelSpec) -> None:
@@ -91,18 +90,17 @@ def _check_tokenizer(folder: Path, description: ModelSpec) -> None:
 
 
 def _check_embeddings(folder: Path, weights: dict[str, Tensor], built: ClipModel) -> None:
-    """Raises ValueError where open_clip makes of the folder another model than the trained one, or prepares images otherwise."""
+    """Raises ValueError where the model that open_clip loads from the folder embeds or prepares images otherwise than the trained one."""
     description = built.description
     with torch.random.fork_rng(devices=[]):
         ours: Any = clip.build(description, torch.device("cpu"), load_weights=False).clip.eval()
         load_clip(ours, weights)
         theirs: Any = open_clip.create_model(f"local-dir:{folder}").eval()
-    expected = _plain(built.preprocess)
-    found = {key: theirs.visual.preprocess_cfg[key] for key in expected}
-    if {key: _listed(value) for key, value in found.items()} != {key: _listed(value) for key, value in expected.items()}:
-        raise ValueError(f"{folder}: open_clip prepares images with {found}, and the model was trained with {expected}")
-    size = built.preprocess.size
-    height, width = (size, size) if isinstance(size, int) else size
+    expected = _written(built.preprocess)
+    loaded = {key: theirs.visual.preprocess_cfg[key] for key in expected}
+    if any(_as_list(loaded[key]) != _as_list(expected[key]) for key in expected):
+        raise ValueError(f"{folder}: open_clip prepares images with {loaded}, and the model was trained with {expected}")
+    height, width = image_size(ours.visual)
     pixels = torch.linspace(-2, 2, 2 * 3 * height * width).reshape(2, 3, height, width).sin()
     tokens = description.tokenize(list(SAMPLES[:4]))
     with torch.no_grad():
@@ -120,9 +118,10 @@ def _check_embeddings(folder: Path, weights: dict[str, Tensor], built: ClipModel
             )
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-def _plain(preprocess: Any) -> dict[str, Any]:
-    return {key: preprocess.__dict__[key] for key in ("mean", "std", "interpolation", "resize_mode", "fill_color")}
+def _written(preprocess: PreprocessCfg) -> dict[str, Any]:
+    """What open_clip_config.json holds of the preprocessing: all but the size, which is the image tower's."""
+    return {key: getattr(preprocess, key) for key in (*KEYS, "fill_color")}

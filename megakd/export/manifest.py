@@ -1,4 +1,4 @@
-"""The files of a bundle: written as a whole or not at all, and read only when every one is as it was written."""
+"""The files of a bundle: written completely or not at all, and read only when every file is unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megakd.recipe import strict_json
 from megakd.runtime.files import atomic_folder, json_sha256, sha256
 from megakd.vqa.prompts import RULES
 
-# Format 1 says nothing of the prompt's rules and has no checksum of the manifest itself.
+# Format 1 lacks the prompt's rules and the checksum of the manifest itself.
 MANIFEST, FORMAT, FORMATS = "bundle.json", 2, (1, 2)
 PROJECTOR, ADAPTER, LANGUAGE, TOWER, TOKENIZER = "projector.safetensors", "adapter", "language", "tower", "tokenizer"
 _KEYS = {"format", "versions", "decoder", "max_length", "language", "tower", "files"}
@@ -24,32 +24,36 @@ _MOST_BYTES = 10_000_000  # of a manifest
 
 
 def write(folder: Path, fill: Callable[[Path], dict[str, Any]], check: Callable[[Path], None]) -> None:
-    """Make `folder` of what `fill` writes into an empty one, and of the manifest: what it returns, and all files' sizes and SHA-256.
+    """Make `folder` of the files that `fill` writes into an empty one, and of the manifest: what it returns, and files' sizes and SHA-256.
 
-    check: is given the finished folder under another name, and raises ValueError for one that should not be there. An earlier bundle is
-    replaced as a whole, after it. Raises ValueError for a folder that holds something else.
+    check: gets the finished folder under a temporary name, and raises ValueError to discard it; otherwise it replaces an earlier bundle.
+    Raises ValueError for a folder that holds something else.
     """
     if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder}: holds something else than a bundle; choose another folder, or empty this one")
     with atomic_folder(folder) as partial:
-        described = fill(partial)
-        _refuse_pieces(partial)
+        entries = fill(partial)
+        for path in partial.rglob("*.safetensors"):
+            with safe_open(path, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - no dict
+                    # as parameters are that ZeRO-3 has partitioned
+                    assert 0 not in weights.get_slice(name).get_shape(), f"{path.name}: {name} is empty"
         files = {
             path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in sorted(partial.rglob("*"))
             if path.is_file()
         }
-        content = {"format": FORMAT, **described, "files": files}
+        content = {"format": FORMAT, **entries, "files": files}
         content["sha256"] = json_sha256(content)
         (partial / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
         check(partial)
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest, complete and of the right types, after every file was compared with it; `prompt` is there in every format.
+    """The manifest, complete and of the right types, after every file was compared with it; `prompt` is added to format 1.
 
-    Raises ValueError naming the file: no bundle, another format, a manifest that was changed, a file that is missing or changed, or one
-    too many in a part.
+    Raises ValueError naming the file: no bundle, another format, a manifest that was changed, a file that is missing or changed, or an
+    unknown one in a part.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -62,10 +66,10 @@ def read(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder}: {name} is missing; a bundle is used whole: copy it again")
         if file.stat().st_size != known["bytes"] or sha256(file) != known["sha256"]:
             raise ValueError(f"{folder}: {name} is not what was written (size or SHA-256 differ); copy the bundle again")
-    # In a part's folder it would be read; beside them anything may lie.
+    # An unknown file in a part's folder would be read; beside the parts there may be any.
     for part in (ADAPTER, LANGUAGE, TOWER, TOKENIZER, PROJECTOR):
-        there = folder / part
-        for file in there.rglob("*") if there.is_dir() else [there]:
+        path = folder / part
+        for file in path.rglob("*") if path.is_dir() else [path]:
             name = file.relative_to(folder).as_posix()
             if file.is_file() and name not in files:
                 raise ValueError(f"{folder}: {name} was not written with it; move it elsewhere")
@@ -121,26 +125,21 @@ def _check_values(path: Path, manifest: dict[str, Any]) -> None:
 
 def _check_files(path: Path, manifest: dict[str, Any]) -> None:
     """Every part that the manifest speaks of is listed, and no other."""
-    listed, decoder = set(manifest["files"]), manifest["decoder"]
-    tower, language = manifest["tower"], manifest["language"]
+    listed, tower = set(manifest["files"]), manifest["tower"]
     expected = {f"{TOKENIZER}/tokenizer_config.json"}
-    parts = {TOKENIZER}
     if tower is not None:
         expected.add(PROJECTOR)
-        parts.add(PROJECTOR)
         if tower["inside"]:
             expected |= {f"{TOWER}/open_clip_config.json", f"{TOWER}/open_clip_model.safetensors"}
-            parts.add(TOWER)
-    if decoder.get("adapt") == "lora":
+    if manifest["decoder"].get("adapt") == "lora":
         expected |= {f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"}
-        parts.add(ADAPTER)
-    if language is None:
+    if manifest["language"] is None:
         expected.add(f"{LANGUAGE}/config.json")
-        parts.add(LANGUAGE)
         if not any(name.startswith(f"{LANGUAGE}/") and name.endswith(".safetensors") for name in listed):
             expected.add(f"{LANGUAGE}/model.safetensors")
     if missing := sorted(expected - listed):
         _damaged(path, f"files does not list {', '.join(missing)}")
+    parts = {name.split("/")[0] for name in expected}
     if foreign := sorted(name for name in listed if name.split("/")[0] not in parts):
         _damaged(path, f"files lists {foreign[0]}, which is no part of this bundle")
 
@@ -155,11 +154,3 @@ def _are_digests(values: Iterable[Any]) -> bool:
 
 def _damaged(path: Path, why: str) -> NoReturn:
     raise ValueError(f"{path}: damaged ({why}); copy the bundle again, or write it anew by resuming its run")
-
-
-def _refuse_pieces(folder: Path) -> None:
-    """What ZeRO-3 has taken in parts is empty here, and would be written without a word."""
-    for path in folder.rglob("*.safetensors"):
-        with safe_open(path, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - no dict
-                assert 0 not in opened.get_slice(name).get_shape(), f"{path.name}: {name} is empty"

@@ -1,4 +1,4 @@
-"""What a bundle knows by reference: a language model or a vision tower that its run did not change, with the SHA-256 of its files."""
+"""References of a bundle: a language model or a vision tower that its run did not change, with the SHA-256 of its files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 from megakd.export.manifest import MANIFEST, TOWER
 from megakd.models import clip
 from megakd.models.clip import ClipModel
-from megakd.models.pretrained import weights_file
+from megakd.models.pretrained import LOCAL, weights_file
 from megakd.recipe import Model
 from megakd.recipe.section import Section
 from megakd.runtime.files import sha256
@@ -21,34 +21,34 @@ S = TypeVar("S", bound=Section)
 
 
 def fingerprint(model: str) -> dict[str, str]:
-    """SHA-256 of a language model's configuration and weights, by file name. model: a folder, or a hub name whose files are here.
+    """SHA-256 of a language model's configuration and weights, by file name. model: a folder, or a hub name in the local cache.
 
-    Weights of gigabytes are read once for it. Raises ValueError when the model is not on this machine.
+    Reads all weights. Raises ValueError when the model is not on this machine.
     """
     folder = Path(model)
     if not folder.is_dir():
         try:
-            found = cached_file(model, "config.json", local_files_only=True)
+            config = cached_file(model, "config.json", local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"the language model {model!r} is not on this machine: put it where it was, or download it") from error
-        assert found is not None
-        folder = Path(found).parent
+        assert config is not None
+        folder = Path(config).parent
     files = [*folder.glob("config.json"), *folder.glob("*.safetensors")]
     return {path.name: sha256(path) for path in sorted(files)}
 
 
 def language_reference(model: str) -> dict[str, Any]:
-    found = fingerprint(model)
-    return {"model": str(Path(model).resolve()) if Path(model).is_dir() else model, "sha256": found}
+    return {"model": str(Path(model).resolve()) if Path(model).is_dir() else model, "sha256": fingerprint(model)}
 
 
 def referenced_language(folder: Path, reference: dict[str, Any]) -> str:
+    """The language model that a bundle refers to. Raises ValueError when it is not on this machine, or another one than then."""
     model = str(reference["model"])
     try:
-        found = fingerprint(model)
+        known = fingerprint(model)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    if found != reference["sha256"]:
+    if known != reference["sha256"]:
         raise ValueError(f"{folder}: its language model {model!r} is another one now (SHA-256 differs): put the one it was trained on back")
     return model
 
@@ -64,18 +64,17 @@ def tower_reference(description: clip.ModelSpec) -> dict[str, Any]:
 
 
 def _resolved(name: str | None) -> str | None:
-    """A file or folder by its whole path, as a bundle is read from anywhere; other names as they are."""
+    """A file or folder by its absolute path, as a bundle is read from anywhere; other names unchanged."""
     if name is None:
         return None
-    prefix = "local-dir:" if name.startswith("local-dir:") else ""
+    prefix = LOCAL if name.startswith(LOCAL) else ""
     path = Path(name.removeprefix(prefix))
     return f"{prefix}{path.resolve()}" if path.exists() else name
 
 
 def load_tower(folder: Path, known: dict[str, Any], device: torch.device) -> ClipModel:
-    settings = (
-        Model(model=f"local-dir:{folder / TOWER}") if known["inside"] else validated(Model, known["settings"], folder, "tower.settings")
-    )
+    inside = Model(model=f"{LOCAL}{folder / TOWER}")
+    settings = inside if known["inside"] else validated(Model, known["settings"], folder, "tower.settings")
     try:
         description = clip.resolve(settings, "tower")
     except ValueError as error:

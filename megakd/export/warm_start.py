@@ -19,11 +19,11 @@ from megakd.runtime.files import sha256
 
 
 def warm_start(folder: Path, decoder: DecoderModel, tower: clip.ModelSpec | None) -> None:
-    """Put the projector and the adapter of the bundle in `folder` into a decoder that was just built. tower: that it reads.
+    """Put the projector and the adapter of the bundle in `folder` into a decoder that was just built. tower: the one that it reads.
 
-    A bundle without adapter leaves a new one as it is: alignment trains the projector alone. The prompt may be another one, as in LLaVA's
-    two stages. Raises ValueError as `Bundle.load` does, and when the two decoders have other language models, projectors, adapters, or
-    towers, as far as the bundle knows its tower by reference: one that was trained in its run is gone on with as that run's model.
+    A bundle without an adapter leaves a new one unchanged: alignment trains only the projector. The prompts may differ, as in LLaVA's two
+    stages. Raises ValueError as `Bundle.load` does, and when the two decoders differ in language model, projector, adapter, or in the
+    vision tower where the bundle has it by reference; a tower that was trained in the bundle's run is not compared.
     """
     manifest, key = manifests.read(folder), f"decoder.start = {str(folder)!r}"
     _check_same_language(folder, manifest, decoder.settings, key)
@@ -50,7 +50,7 @@ def _check_same_language(folder: Path, manifest: dict[str, Any], settings: Decod
 
 
 def _check_same_view(manifest: dict[str, Any], settings: Decoder, tower: clip.ModelSpec, key: str) -> None:
-    """What a projector makes image tokens of means something for the tower, the block and the grid that it was trained on alone."""
+    """A projector fits only the tower, the block and the grid that it was trained on."""
     check_same_grid(manifest["decoder"], settings, key)
     known = manifest["tower"]
     if known is None or known["inside"]:
@@ -62,7 +62,7 @@ def _check_same_view(manifest: dict[str, Any], settings: Decoder, tower: clip.Mo
 
 
 def check_same_grid(before: Mapping[str, Any], settings: Decoder, key: str) -> None:
-    """Raises ValueError when a projector that was trained by the decoder settings `before` reads another block or another grid."""
+    """Raises ValueError when a projector trained with the decoder settings `before` would read another block or another grid."""
     for name in ("layer", "image_tokens"):
         was, now = before[name], getattr(settings, name)
         if was != now:

@@ -22,8 +22,9 @@ from megakd.runtime.console import RunConsole
 from megakd.runtime.files import write_text
 
 RUN, METRICS, EVALUATION = "run.json", "metrics.jsonl", "evaluation.json"
+MODEL, BUNDLE = "model", "bundle"  # a run's results: the student as open_clip's folder, the decoder as a bundle
 # What a run folder holds when something was trained in it.
-TRAINED = ("checkpoints/step_*", "model", "bundle")
+TRAINED = ("checkpoints/step_*", MODEL, BUNDLE)
 PACKAGES = ("megakd", "torch", "deepspeed", "open_clip_torch", "transformers", "triton")
 
 

@@ -34,7 +34,7 @@ from megakd.runtime.ds_config import DsConfig
 from megakd.runtime.engine import load_weights
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
-from megakd.runtime.run_folder import RunLog
+from megakd.runtime.run_folder import BUNDLE, RunLog
 from megakd.runtime.stopwatch import Stopwatch
 from megakd.training.tasks.base import StepPart, Task, loading
 from megakd.vqa import check, evaluate
@@ -68,7 +68,7 @@ class AnswerData:
     sets: dict[str, evaluate.Opened]
     notes: tuple[str, ...]
 
-    key, result = "answers.train", "bundle"
+    key, result = "answers.train", BUNDLE
 
     def signature(self, *, of_names: bool = False) -> int:
         return self.train.signature

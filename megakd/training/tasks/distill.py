@@ -31,7 +31,7 @@ from megakd.runtime.checkpoint import Progress
 from megakd.runtime.ds_config import DsConfig
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
-from megakd.runtime.run_folder import RunLog
+from megakd.runtime.run_folder import MODEL, RunLog
 from megakd.runtime.stopwatch import Stopwatch
 from megakd.teachers import build
 from megakd.teachers.base import Teacher, settings_of
@@ -54,7 +54,7 @@ class PairData:
     store: Store | None
     sets: Sets
 
-    result = clip_folder.MODEL
+    result = MODEL
 
     @property
     def key(self) -> str:
