@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from megakd.cli.options import Overrides
+from megakd.cli.options import Overrides, from_fields
+from megakd.teachers.embed_request import EmbedRequest
 
 
 def shapes(
@@ -51,13 +52,11 @@ def tokenizer(
     )
 
 
+@from_fields
 def embed(
     recipe: Annotated[str, typer.Option(help="name of a shipped recipe or a .toml file: its data, views, seed and teacher")],
-    out: Annotated[Path, typer.Option(help="folder of the store; what an interrupted job left there is kept")],
-    views: Annotated[int, typer.Option(help="augmented views of each image; epoch e of a training reads view e mod VIEWS")] = 1,
+    request: EmbedRequest,
     check: Annotated[bool, typer.Option("--check", help="recompute a random sample of the store that is there, and compare")] = False,
-    dtype: Annotated[str, typer.Option(help="bf16, or fp32 for twice the size")] = "bf16",
-    ds_config: Annotated[str | None, typer.Option("--ds_config", metavar="JSON", help="its micro-batch is embedded at once")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Write a recipe's teacher embeddings to a store that training reads instead of running the teacher (teacher.store)."""
@@ -65,6 +64,4 @@ def embed(
     from megakd.teachers import embed
 
     quiet_libraries()
-    if dtype not in ("bf16", "fp32"):
-        raise ValueError(f"--dtype {dtype}: bf16 or fp32")
-    embed.run(recipe, views, out, check=check, config=ds_config, overrides=overrides or [], dtype=dtype)  # type: ignore[arg-type]
+    embed.run(recipe, request, check=check, overrides=overrides or [])

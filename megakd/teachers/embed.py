@@ -14,7 +14,6 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -39,23 +38,12 @@ from megakd.runtime import collectives, ds_config, launch, precision, shared_fol
 from megakd.runtime.launch import World
 from megakd.teachers.base import LiveTeacher
 from megakd.teachers.build import live_teacher, open_store, store_key
+from megakd.teachers.embed_request import EmbedRequest
 
 SAMPLED = 256  # samples that a check recomputes: a defect of one in a hundred shows with 92 %
 # Rows of the tests' teacher, recomputed and rounded to bf16, are at .999997 and better; a flipped image's was seen at .87.
 WORST_COSINE = 0.999
 _SAY_SECONDS = 20.0
-
-
-@dataclass(frozen=True)
-class EmbedRequest:
-    """A store as the command line asks for it. part: samples a part, by default what suits the data."""
-
-    recipe: Recipe
-    views: int
-    out: Path
-    ds_config: str | None = None
-    dtype: StoreType = "bf16"
-    part: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,17 +56,15 @@ class Checked:
     where: str
 
 
-def run(recipe: str, views: int, out: Path, *, check: bool, config: str | None, overrides: list[str], dtype: StoreType) -> None:
+def run(recipe: str, request: EmbedRequest, *, check: bool, overrides: list[str]) -> None:
     """Make the store, or check the one that is there. Starts under torchrun, deepspeed and srun as well.
 
     Raises ValueError when recipe and store do not match, when another job writes it, when a check fails, when the disk is full.
     """
-    if views < 1:
-        raise ValueError(f"--views {views}: a store holds at least one view of each image")
-    request = EmbedRequest(recipes.load(recipe, overrides)[0], views, out, config, dtype)
+    loaded = recipes.load(recipe, overrides)[0]
     world = launch.start()
     try:
-        job = EmbedJob(request, world)
+        job = EmbedJob(loaded, request, world)
         if check:
             job.check()
         else:
@@ -88,10 +74,10 @@ def run(recipe: str, views: int, out: Path, *, check: bool, config: str | None, 
 
 
 class EmbedJob:
-    """One `megakd embed`, everything checked that needs no model."""
+    """One `megakd embed`, everything checked that needs no model. part: samples a part, by default what suits the data."""
 
-    def __init__(self, request: EmbedRequest, world: World) -> None:
-        self.request, self.world, self.recipe = request, world, request.recipe
+    def __init__(self, recipe: Recipe, request: EmbedRequest, world: World, part: int | None = None) -> None:
+        self.request, self.world, self.recipe, self._part_size = request, world, recipe, part
         if self.recipe.teacher is None:
             raise ValueError("the recipe has no [teacher]: there is nobody to embed the data; add the section")
         self.description = clip.resolve(self.recipe.teacher, "teacher")
@@ -131,8 +117,8 @@ class EmbedJob:
 
     def _layout(self) -> Layout:
         samples = len(self.shards)
-        part = self.request.part or writer.part_size(samples)
-        return Layout(samples, part, self.request.views, self.description.width, self.request.dtype)
+        part = self._part_size or writer.part_size(samples)
+        return Layout(samples, part, self.request.views, self.description.width, cast(StoreType, self.request.dtype))
 
     def _made(self) -> dict[str, Any]:
         """How the embeddings are computed: parts that were computed otherwise do not go into one store."""

@@ -45,7 +45,7 @@ def recipe(recipe_file: Path) -> Recipe:
 def reference(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of the world's 600 samples, two views each, that nobody disturbed."""
     out = tmp_path_factory.mktemp("reference") / "store"
-    EmbedJob(EmbedRequest(recipe, 2, out, part=16), ALONE).embed()
+    EmbedJob(recipe, EmbedRequest(out, 2), ALONE, part=16).embed()
     return out
 
 
@@ -55,7 +55,7 @@ def store(reference: Path, tmp_path: Path) -> Path:
 
 
 def job(recipe: Recipe, out: Path, views: int = 2, **more) -> EmbedJob:
-    return EmbedJob(EmbedRequest(recipe, views, out, part=16, **more), ALONE)
+    return EmbedJob(recipe, EmbedRequest(out, views, **more), ALONE, part=16)
 
 
 def changed(recipe: Recipe, *overrides: str) -> Recipe:

@@ -32,7 +32,7 @@ class Stores:
     def __init__(self, folder: Path, recipe_file: Path) -> None:
         recipe, _ = recipes.load(str(recipe_file), KD)
         for dtype in ("fp32", "bf16"):
-            EmbedJob(EmbedRequest(recipe, 2, folder / dtype, dtype=dtype, part=64), ALONE).embed()
+            EmbedJob(recipe, EmbedRequest(folder / dtype, 2, dtype), ALONE, part=64).embed()
         for name, missing in (("empty", range(PARTS)), ("partial", range(0, PARTS, 2))):
             shutil.copytree(folder / "fp32", folder / name)
             for number in missing:

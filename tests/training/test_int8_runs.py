@@ -104,7 +104,7 @@ def test_a_limit_that_is_lowered_lets_it_run_and_0_compares_nothing(model: str, 
 def test_a_store_is_compared_too(model: str, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def job(*more: str) -> EmbedJob:
         sets = _sets(model, "teacher.mode=replicated_int8", *more)
-        return EmbedJob(EmbedRequest(recipes.load(str(recipe_file), sets)[0], 1, tmp_path / "store"), ALONE)
+        return EmbedJob(recipes.load(str(recipe_file), sets)[0], EmbedRequest(tmp_path / "store"), ALONE)
 
     with pytest.raises(ValueError, match="in 8 bit it loses too much"):
         job().embed()

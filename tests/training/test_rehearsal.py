@@ -71,7 +71,7 @@ class Rehearsal:
         out = self.folder / f"store {kind}"
         if not out.exists():
             sets = [*self.teacher(kind), "evaluation.batch=50"]
-            embed.run(str(self.recipe), 1, out, check=False, config=None, overrides=sets, dtype="bf16")
+            embed.run(str(self.recipe), embed.EmbedRequest(out), check=False, overrides=sets)
         return out
 
 

@@ -77,12 +77,12 @@ def test_a_store_in_bf16_is_checked_and_is_no_store_for_float32(
     recipe, _ = recipes.load(str(recipe_file), [*TEACHER, "objectives.similarity=1.0", f"teacher.mode={mode}", "evaluation.batch=50"])
     world = start()
     try:
-        job = embed.EmbedJob(embed.EmbedRequest(recipe, 2, tmp_path / "store", None), world)
+        job = embed.EmbedJob(recipe, embed.EmbedRequest(tmp_path / "store", 2), world)
         assert job.embed().made["precision"] == "bf16"
         assert job.check(64).worst_cosine > 0.999
         monkeypatch.setenv(precision.VARIABLE, "fp32")
         with pytest.raises(StoreError, match="precision"):
-            embed.EmbedJob(embed.EmbedRequest(recipe, 2, tmp_path / "store", None), world).embed()
+            embed.EmbedJob(recipe, embed.EmbedRequest(tmp_path / "store", 2), world).embed()
     finally:
         stop()
 

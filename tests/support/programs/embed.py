@@ -14,7 +14,7 @@ if __name__ == "__main__":
     recipe, out, views, part, overrides = sys.argv[1:]
     world = launch.start()
     try:
-        EmbedJob(EmbedRequest(recipes.load(recipe, json.loads(overrides))[0], int(views), Path(out), part=int(part)), world).embed()
+        EmbedJob(recipes.load(recipe, json.loads(overrides))[0], EmbedRequest(Path(out), int(views)), world, part=int(part)).embed()
     except ValueError as error:
         print(f"error: {error}", flush=True)
         sys.exit(2)

@@ -55,7 +55,7 @@ def _run(what: str, arguments: list[str]) -> int:
     recipe, out, *overrides = arguments
     world = launch.start()
     try:
-        EmbedJob(EmbedRequest(recipes.load(recipe, overrides)[0], 2, Path(out), part=16), world).embed()
+        EmbedJob(recipes.load(recipe, overrides)[0], EmbedRequest(Path(out), 2), world, part=16).embed()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
