@@ -24,12 +24,12 @@ from megakd.recipe.load import load_recipe
 from megakd.runtime.exits import EXIT_USER_ERROR
 
 SHIPPED_DATA = "data/shapes"
-_LINES_KEPT = 400  # of a run's output: the message of one that fails is among them
-_LAUNCHERS = re.compile(r"\[20\d\d-\d\d-\d\d ")  # what DeepSpeed's launcher logs, with the time
+_LINES_KEPT = 400  # of a run's output, for the message of one that fails
+_LAUNCHERS = re.compile(r"\[20\d\d-\d\d-\d\d ")  # lines of DeepSpeed's launcher begin with the time
 
 
 class TrainingFailed(RuntimeError):
-    """A run that ended before its last step. code: see `runtime/exits.py`; 85 after a signal, and the same call goes on from there."""
+    """A run that ended before its last step. code: see `runtime/exits.py`; after 85, a signal, the same call resumes the run."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
@@ -63,7 +63,7 @@ def train(
     ['evaluation.json', 'run.json']
     """
     if not isinstance(recipe, Recipe):
-        load_recipe(recipe, overrides)  # its mistakes are known here, before processes start
+        load_recipe(recipe, overrides)  # raises for mistakes before processes start
     more = ["--resume", resume] if resume != "auto" else []
     more += ["--ds_config", str(ds_config)] if ds_config is not None else []
     output: deque[str] = deque(maxlen=_LINES_KEPT)
@@ -76,26 +76,26 @@ def train(
                 output.append(line)
             code = process.wait()
     if code:
-        message = _last_words(output)
+        # The run's message, without the launcher's lines after it.
+        lines = [line.rstrip() for line in output if line.strip() and not _LAUNCHERS.match(line)]
+        first = max((number for number, line in enumerate(lines) if line.startswith("error: ")), default=max(0, len(lines) - 20))
+        message = "\n".join(lines[first:]).removeprefix("error: ")
         if code == EXIT_USER_ERROR:
             raise ValueError(message)
         raise TrainingFailed(f"the run in {out} ended with exit code {code}: {message}", code)
     return Path(out)
 
 
-def _last_words(output: Sequence[str]) -> str:
-    """The message of a run that failed, without what the launcher says after it."""
-    lines = [line.rstrip() for line in output if line.strip() and not _LAUNCHERS.match(line)]
-    first = max((place for place, line in enumerate(lines) if line.startswith("error: ")), default=max(0, len(lines) - 20))
-    return "\n".join(lines[first:]).removeprefix("error: ")
-
-
-def run(recipe: str, folder: Path, overrides: Sequence[str]) -> int:
-    """As `train`, with this process's own output and the run's exit code: what a program does that makes several runs."""
+def run(recipe: str, folder: Path, overrides: Sequence[str], command: str) -> int:
+    """As `train`, writing to this process's own output. Returns the run's exit code. command: resumes it, for the message of a failure."""
     print(flush=True)
     process = _start(recipe, folder, overrides, [], None, None)
     with _ended_with(process):
-        return process.wait()
+        code = process.wait()
+    if code:
+        again = f"`{command}` again goes on from its last checkpoint"
+        print(f"the run in {folder} ended with exit code {code}; {again}", file=sys.stderr)
+    return code
 
 
 def write_recipe(recipe: Recipe, path: Path) -> Path:
@@ -106,7 +106,7 @@ def write_recipe(recipe: Recipe, path: Path) -> Path:
 
 
 def moved(shipped: str, data: Path) -> list[str]:
-    """Overrides that point a shipped recipe, whose files lie in data/shapes, to another folder."""
+    """Overrides that point a shipped recipe, whose files are in data/shapes, to another folder."""
     return list(_moved("", load_recipe(shipped).model_dump(mode="json"), str(data))) if str(data) != SHIPPED_DATA else []
 
 
@@ -121,11 +121,11 @@ def _moved(key: str, value: Any, data: str) -> Iterator[str]:
 def _start(
     recipe: str, folder: Path, overrides: Sequence[str], more: Sequence[str], ranks: int | None, output: int | None
 ) -> subprocess.Popen[str]:
-    """One rank a GPU or a CPU core (at most two)."""
+    """One rank a GPU; without a GPU one a CPU core, at most two."""
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--master_port", str(_free_port())]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     if not torch.cuda.is_available():
-        # Ranks of one thread: several OpenMP threads wait for each other by spinning, which a busy machine punishes tenfold.
+        # One thread a rank: OpenMP threads wait for each other by spinning, which is ten times as slow on a busy machine.
         ranks = ranks or min(2, len(os.sched_getaffinity(0)))
         environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     launcher += ["--num_accelerators", str(ranks)] if ranks else []
@@ -138,7 +138,7 @@ def _start(
 
 @contextlib.contextmanager
 def _ended_with(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Ctrl-C in the block ends the run as a signal does, after a checkpoint, and is raised again."""
+    """Ctrl-C in the block ends the run by SIGTERM, after a checkpoint, and is raised again."""
     try:
         yield
     except BaseException:
@@ -148,7 +148,7 @@ def _ended_with(process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 def _free_port() -> int:
-    """DeepSpeed's default is 29500, which a second run on the machine would find taken."""
+    """DeepSpeed's default, 29500, is taken where another run is on the machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

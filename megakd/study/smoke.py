@@ -1,15 +1,14 @@
-"""`megakd smoke`: the main job at the size of a laptop, with the comparison it exists for.
+"""`megakd smoke`: the main job at the size of a laptop, and the student with KD compared with the one without.
 
 1. Write the shapes world: clean pairs for the teacher, and other pairs half of whose captions are wrong, as on the web.
 2. Train the teacher, then for each seed the student with KD and the same student without: same data, steps and seed.
-3. Print the table. Every run is an ordinary one, started through the deepspeed launcher, and may be resumed or looked into.
+3. Print the table. Every run is an ordinary one, started through the deepspeed launcher, and may be resumed.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from megakd.data.shapes import write_world
 from megakd.runtime.console import plain
-from megakd.runtime.run_folder import read_metrics
+from megakd.runtime.run_folder import EVALUATION, MODEL, read_metrics
 from megakd.study import launcher
 
 TRAIN_PAIRS, TEST_PAIRS, CAPTION_NOISE = 20000, 2000, 0.5
@@ -28,25 +27,26 @@ WITHOUT_KD = "objectives.similarity=0.0"
 def run(seeds: int, out: Path, data: Path) -> int:
     """Run everything that is not done yet, print the table, write OUT/table.json. Returns 0, or the code of the run that failed."""
     start = time.perf_counter()
-    world = write_world(data, train=TRAIN_PAIRS, test=TEST_PAIRS, caption_noise=CAPTION_NOISE)
-    print(f"{data}: " + (f"written in {world.seconds:.1f} s" if world.written else "there already"), flush=True)
+    make_world(data, TRAIN_PAIRS, TEST_PAIRS)
     teacher = out / "teacher"
     jobs = {teacher: ("smoke_teacher", ["seed=0"])}
     for seed in range(seeds):
-        student = [f"seed={seed}", f"teacher.model=local-dir:{teacher / 'model'}"]
+        student = [f"seed={seed}", f"teacher.model=local-dir:{teacher / MODEL}"]
         jobs[out / f"kd_seed{seed}"] = ("smoke", student)
         jobs[out / f"no_kd_seed{seed}"] = ("smoke", [*student, WITHOUT_KD])
     for folder, (recipe, overrides) in jobs.items():
-        code = launcher.run(recipe, folder, [*overrides, *launcher.moved(recipe, data)])
-        if code:
-            print(
-                f"the run in {folder} ended with exit code {code}; `megakd smoke` again goes on from its last checkpoint", file=sys.stderr
-            )
+        if code := launcher.run(recipe, folder, [*overrides, *launcher.moved(recipe, data)], "megakd smoke"):
             return code
     rows = _rows(out, seeds)
     (out / "table.json").write_text(json.dumps({"rows": rows, "seeds": seeds}, indent=1) + "\n", encoding="utf-8")
     _show(rows, seeds, time.perf_counter() - start)
     return 0
+
+
+def make_world(data: Path, train: int, test: int) -> None:
+    """Write the shapes world to `data` unless it is there."""
+    world = write_world(data, train=train, test=test, caption_noise=CAPTION_NOISE)
+    print(f"{data}: " + (f"written in {world.seconds:.1f} s" if world.written else "there already"), flush=True)
 
 
 def _rows(out: Path, seeds: int) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def _rows(out: Path, seeds: int) -> list[dict[str, Any]]:
 
 
 def _scores(folder: Path) -> dict[str, float]:
-    scores = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    scores = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
     retrieval = scores["retrieval"]["test"]
     speeds = [row["images_per_second"] for row in read_metrics(folder) if "images_per_second" in row]
     return {

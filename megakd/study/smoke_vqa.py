@@ -4,7 +4,7 @@
 2. For each tower, a random one included: align a projector on captions, then adapt the decoder by LoRA on questions. The tower stays.
 3. The same decoder without a tower (blind) shows what the questions give away, the random tower what a projection of the pixels gives.
 
-Every run is an ordinary one: OUT/recipes/ holds the recipe of each, derived from the shipped ones, and names those that come first.
+Every run is an ordinary one: OUT/recipes/ holds its recipe, derived from a shipped one, which names the recipes that come before it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +19,14 @@ from typing import Any
 
 from rich.table import Table
 
-from megakd.data.shapes import write_world
+from megakd.recipe.chain import LANGUAGE
 from megakd.recipe.load import load_recipe
 from megakd.runtime.console import plain
+from megakd.runtime.run_folder import BUNDLE, EVALUATION, MODEL
 from megakd.study import launcher
-from megakd.study.smoke import CAPTION_NOISE, WITHOUT_KD, percent
+from megakd.study.smoke import WITHOUT_KD, make_world, percent
 
-# Eight minutes on two cores: a smaller world than `megakd smoke`'s, half the steps for its towers, which are judged by questions alone.
+# Eight minutes on two cores: a smaller world than `megakd smoke`'s, and half the steps for its towers, which only answer questions.
 TRAIN_PAIRS, TEST_PAIRS = 12000, 1000
 NO_SETS = ("evaluation.zero_shot={}", "evaluation.retrieval={}", "evaluation.hard_negatives={}")
 TEACHER, STUDENT = ("optim.steps=280", *NO_SETS), ("optim.steps=180", *NO_SETS)
@@ -49,17 +49,17 @@ class Recipes:
         """The recipe of a row's last run, which names all that come before it, and that run's folder."""
         name = f"{row.replace(' ', '_').replace(',', '').replace(chr(39), '')}_seed{seed}"
         decoder = self.derive("smoke_decoder", "decoder")
-        language = (f"seed={seed}", f"decoder.model={self.out}/decoder/bundle/language")
+        language = (f"seed={seed}", f"decoder.model={self.out}/decoder{LANGUAGE}")
         if row == "blind":
             return self.derive("vqa_blind", name, *language, f"decoder.recipe={decoder}"), self.out / name
         shared = (*language, *self._tower(row, seed))
         align = self.derive("vqa_align", f"{name}_align", *shared, f"decoder.recipe={decoder}")
-        start = f"decoder.start={self.out}/{name}_align/bundle"
+        start = f"decoder.start={self.out}/{name}_align/{BUNDLE}"
         return self.derive("vqa_lora", name, *shared, start, f"decoder.recipe={align}"), self.out / name
 
     def _tower(self, row: str, seed: int) -> tuple[str, ...]:
         teacher = self.derive("smoke_teacher", "teacher", *TEACHER)
-        model = f"local-dir:{self.out}/teacher/model"
+        model = f"local-dir:{self.out}/teacher/{MODEL}"
         if row == "teacher's tower":
             return f"student.model={model}", f"student.recipe={teacher}"
         if row == "random tower":
@@ -67,26 +67,22 @@ class Recipes:
         folder, without = ("kd", ()) if row == "student, KD" else ("no_kd", (WITHOUT_KD,))
         learned = (f"seed={seed}", f"teacher.model={model}", f"teacher.recipe={teacher}", *STUDENT, *without)
         student = self.derive("smoke", f"{folder}_seed{seed}", *learned)
-        return f"student.model=local-dir:{self.out}/{folder}_seed{seed}/model", f"student.recipe={student}"
+        return f"student.model=local-dir:{self.out}/{folder}_seed{seed}/{MODEL}", f"student.recipe={student}"
 
 
 def run(seeds: int, out: Path, data: Path) -> int:
     """Run everything that is not done yet, print the table, write OUT/table.json. Returns 0, or the code of the run that failed."""
     start = time.perf_counter()
-    world = write_world(data, train=TRAIN_PAIRS, test=TEST_PAIRS, caption_noise=CAPTION_NOISE)
-    print(f"{data}: " + (f"written in {world.seconds:.1f} s" if world.written else "there already"), flush=True)
+    make_world(data, TRAIN_PAIRS, TEST_PAIRS)
     recipes = Recipes(out, data)
     scores: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
     for seed in range(seeds):
-        # The teacher's row first: it is the teacher that the students' recipes wait for.
+        # The teacher's row first: the students' recipes need the teacher.
         for row in ("blind", "teacher's tower", "random tower", "student, no KD", "student, KD"):
             recipe, folder = recipes.of_row(row, seed)
-            code = launcher.run(recipe, folder, [])
-            if code:
-                again = "`megakd smoke --vqa` again goes on from its last checkpoint"
-                print(f"the run in {folder} ended with exit code {code}; {again}", file=sys.stderr)
+            if code := launcher.run(recipe, folder, [], "megakd smoke --vqa"):
                 return code
-            scores[row].append(json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["vqa"])
+            scores[row].append(json.loads((folder / EVALUATION).read_text(encoding="utf-8"))["vqa"])
     (out / "table.json").write_text(json.dumps({"seeds": seeds, "rows": scores}, indent=1) + "\n", encoding="utf-8")
     _show(scores, seeds, time.perf_counter() - start)
     return 0
