@@ -36,13 +36,3 @@ def margins(encoder: Encoder, image_ND: Tensor, captions: Sequence[str], negativ
         false_n = (image_ND[rows] * encoder.encode_texts([negatives[index][kind] for index in rows])).sum(dim=1)
         by_kind[kind] = true_N[torch.tensor(rows)] - false_n
     return by_kind
-
-
-def choices(
-    encoder: Encoder, image_ND: Tensor, captions: Sequence[str], negatives: Sequence[dict[str, str]]
-) -> dict[str, dict[str, float]]:
-    """By kind of negative: {"accuracy": fraction where the true caption wins, "pairs": how many}. Chance is 0.5; a tie is a loss."""
-    return {
-        kind: {"accuracy": (margin_n > 0).double().mean().item(), "pairs": len(margin_n)}
-        for kind, margin_n in margins(encoder, image_ND, captions, negatives).items()
-    }

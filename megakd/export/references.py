@@ -63,6 +63,12 @@ def tower_reference(description: clip.ModelSpec) -> dict[str, Any]:
     return {"settings": known | {"recipe": None}, "sha256": sha256(file)}
 
 
+def same_weights(settings: Model, reference: dict[str, Any]) -> bool:
+    """Whether the weights of a vision tower are on this machine and those that a bundle refers to."""
+    file = weights_file(settings, download=False)
+    return file is not None and sha256(file) == reference["sha256"]
+
+
 def _resolved(name: str | None) -> str | None:
     """A file or folder by its absolute path, as a bundle is read from anywhere; other names unchanged."""
     if name is None:
@@ -79,13 +85,11 @@ def load_tower(folder: Path, known: dict[str, Any], device: torch.device) -> Cli
         description = clip.resolve(settings, "tower")
     except ValueError as error:
         raise ValueError(f"{folder}: its vision tower cannot be found; put it where it was, or take a merged bundle: {error}") from error
-    if not known["inside"]:
-        file = weights_file(settings, download=False)
-        if file is None or sha256(file) != known["sha256"]:
-            raise ValueError(
-                f"{folder}: its vision tower ({settings.model or 'an architecture'}, {settings.pretrained}) is not here, or another one "
-                f"(SHA-256 differs): put the one it was trained with back"
-            )
+    if not known["inside"] and not same_weights(settings, known):
+        raise ValueError(
+            f"{folder}: its vision tower ({settings.model or 'an architecture'}, {settings.pretrained}) is not here, or another one "
+            f"(SHA-256 differs): put the one it was trained with back"
+        )
     built = clip.build(description, device)
     built.clip.eval().requires_grad_(False)
     return built

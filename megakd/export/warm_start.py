@@ -9,13 +9,11 @@ from typing import Any
 from megakd.export import manifest as manifests
 from megakd.export.bundle import load_projector
 from megakd.export.manifest import ADAPTER, LANGUAGE, PROJECTOR
-from megakd.export.references import fingerprint
+from megakd.export.references import fingerprint, same_weights
 from megakd.models import clip
-from megakd.models.pretrained import weights_file
 from megakd.models.vlm import lora
 from megakd.models.vlm.decoder import DecoderModel
 from megakd.recipe import Decoder
-from megakd.runtime.files import sha256
 
 
 def warm_start(folder: Path, decoder: DecoderModel, tower: clip.ModelSpec | None) -> None:
@@ -55,8 +53,7 @@ def _check_same_view(manifest: dict[str, Any], settings: Decoder, tower: clip.Mo
     known = manifest["tower"]
     if known is None or known["inside"]:
         return
-    file = weights_file(tower.settings, download=False)
-    if file is None or sha256(file) != known["sha256"]:
+    if not same_weights(tower.settings, known):
         before = known["settings"]["model"] or known["settings"]["pretrained"]
         raise ValueError(f"{key}: its projector was trained on another vision tower ({before!r}) than this run's: make that the student")
 

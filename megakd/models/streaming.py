@@ -23,7 +23,7 @@ from megakd.models import casts
 from megakd.models import clip as clip_models
 from megakd.models.int8 import convert as int8_towers
 from megakd.models.int8 import matmul
-from megakd.models.int8.linear import Int8Linear
+from megakd.models.int8.linear import Int8Linear, quantise_weight
 from megakd.models.int8.migration import Originals
 from megakd.models.matching import Match, errors_of
 from megakd.models.names import OLD_TEXT
@@ -82,12 +82,20 @@ def load(
     def open_match() -> Match:
         with torch.random.fork_rng(devices=[]), errors_of(description.role):
             torch.set_rng_state(rng_state)  # random weights come out the same each time
-            return Match(description.role, description.config, clip, expected, _weights(description, precision))
+            if description.settings.pretrained == clip_models.RANDOM:
+                drawn = clip_models.build(description, torch.device("cpu"), precision).clip
+                weights: Weights = InMemory(drawn.state_dict(), "random weights")
+            else:
+                weights = open_weights(weights_file(description.settings, download=True))
+            return Match(description.role, description.config, clip, expected, weights)
 
     on_main: list[Match] = []
     collectives.by_main(lambda: on_main.append(open_match()), world)
     match = on_main[0] if world.is_main else None
-    conversions = _as_they_are(clip) if int8 is None else _quantised(clip, int8)
+    if int8 is None:
+        conversions = [Conversion(name, (name,), lambda tensor: (tensor,)) for name in _Slots(clip).tensors]
+    else:
+        conversions = _quantised(clip, int8)
     if without_text:
         conversions = [conversion for conversion in conversions if not conversion.names[0].startswith(TEXT)]
     fill(clip, conversions, match, world, place)
@@ -98,13 +106,6 @@ def load(
         # Drawing billions of random weights anew takes minutes.
         originals = Originals(names, open_match, world, match if description.settings.pretrained == clip_models.RANDOM else None)
     return replace(built, originals=originals)
-
-
-def _weights(description: clip_models.ModelSpec, precision: Precision) -> Weights:
-    if description.settings.pretrained == clip_models.RANDOM:
-        drawn = clip_models.build(description, torch.device("cpu"), precision).clip
-        return InMemory(drawn.state_dict(), "random weights")
-    return open_weights(weights_file(description.settings, download=True))
 
 
 @contextlib.contextmanager
@@ -169,10 +170,6 @@ class Conversion:
     make: Callable[[Tensor], tuple[Tensor, ...]]
 
 
-def _as_they_are(model: nn.Module) -> list[Conversion]:
-    return [Conversion(name, (name,), lambda tensor: (tensor,)) for name in _Slots(model).tensors]
-
-
 def _quantised(model: nn.Module, int8: Int8) -> list[Conversion]:
     """Make the empty model int8. Returns how it is filled: a matrix of the file becomes an int8 matrix and its scales at once."""
     int8_towers.quantise(model, threshold=int8.outlier_threshold, product=int8.product, migrated=int8.migrated)
@@ -191,7 +188,7 @@ def _maker(parts: list[int8_towers.Part]) -> Callable[[Tensor], tuple[Tensor, ..
     def make(tensor: Tensor) -> tuple[Tensor, ...]:
         if all(part == "as it is" for part in parts):
             return tuple(tensor for _ in parts)
-        weight_OI, scale_O = int8_towers.quantise_weight(tensor)
+        weight_OI, scale_O = quantise_weight(tensor)
         return tuple({"weight": weight_OI, "scale": scale_O, "as it is": tensor}[part] for part in parts)
 
     return make

@@ -115,10 +115,10 @@ def test_hard_negatives_by_hand_and_a_tie_is_a_loss(encoder: Encoder) -> None:
     images = torch.eye(3)
     captions = ["a", "b", "c"]
     negatives = [{"swap": "b", "count": "aa"}, {"swap": "a"}, {"swap": "c", "count": "ac"}]
-    found = hard_negatives.choices(encoder, images, captions, negatives)
-    assert found == {
-        "swap": {"accuracy": pytest.approx(2 / 3), "pairs": 3},  # the third is the caption itself
-        "count": {"accuracy": 0.5, "pairs": 2},  # "aa" points where "a" does
+    margins = hard_negatives.margins(encoder, images, captions, negatives)
+    assert {kind: (margin > 0).tolist() for kind, margin in margins.items()} == {
+        "swap": [True, True, False],  # the third is the caption itself
+        "count": [False, True],  # "aa" points where "a" does
     }
 
 

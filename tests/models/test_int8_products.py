@@ -163,10 +163,12 @@ def test_the_recipes_threshold_reaches_every_layer() -> None:
     assert {(layer.threshold, layer.product) for layer in layers} == {(6.0, "int_mm")}
 
 
-def test_a_device_that_is_named_decides_once_and_the_report_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_that_is_resolved_for_a_device_decides_for_all_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "bitsandbytes", lambda: None)
     tower = nn.Sequential(nn.Linear(8, 8))
-    assert quantise(tower, device_of_products=torch.device("cuda")).product == "dequantise"
+    product = matmul.resolved("auto", torch.device("cuda"))
+    assert product == "dequantise"
+    quantise(tower, product=product)
     assert tower[0].product == "dequantise"
 
 

@@ -59,9 +59,13 @@ class MegakdBundle(lmms):  # type: ignore[misc]
         """One answer for each request, in order."""
         answers: list[str] = []
         for batch in self._batches(requests):
-            first = batch[0].args[1]
-            until, longest = _stops(first), _length(first)
-            answers += [_cut(answer, until) for answer in self._answer([self._query(request.args) for request in batch], longest)]
+            settings = batch[0].args[1]
+            until = settings.get("until") or []
+            stops = [until] if isinstance(until, str) else list(until)
+            for answer in self._answer([self._query(request.args) for request in batch], _length(settings)):
+                for stop in filter(None, stops):
+                    answer = answer.split(stop)[0]
+                answers.append(answer.strip())
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
@@ -139,11 +143,6 @@ class MegakdBundle(lmms):  # type: ignore[misc]
         return str(target(self.task_dict[task][split][number]) if callable(target) else target).strip()
 
 
-def _stops(settings: dict[str, Any]) -> list[str]:
-    until = settings.get("until") or []
-    return [until] if isinstance(until, str) else list(until)
-
-
 def _length(settings: dict[str, Any]) -> int:
     sampled = settings.get("do_sample")
     if sampled is None:  # where it is false, as in mmvet, the temperature does not matter
@@ -151,10 +150,3 @@ def _length(settings: dict[str, Any]) -> int:
     if sampled or (settings.get("num_beams") or 1) > 1:
         raise ValueError(f"generation_kwargs = {settings}: megakd answers greedily; set do_sample false, temperature 0 and num_beams 1")
     return int(settings.get("max_new_tokens") or settings.get("max_gen_toks") or _LONGEST)
-
-
-def _cut(answer: str, until: Sequence[str]) -> str:
-    """The answer before the first of the texts that end it."""
-    for stop in filter(None, until):
-        answer = answer.split(stop)[0]
-    return answer.strip()

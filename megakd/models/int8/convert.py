@@ -25,8 +25,6 @@ from torch import Tensor, nn
 from megakd.models.int8 import attention, matmul
 from megakd.models.int8.linear import Int8Linear, Int8PointwiseConv, quantise_weight
 
-__all__ = ["Int8Linear", "Report", "Source", "matrices", "quantise", "quantise_weight", "sources"]
-
 log = logging.getLogger("megakd.models")
 
 LARGE = 1_000_000  # weights: a larger matrix that is not converted is named in the log
@@ -54,16 +52,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Report:
-    """Numbers of parameters after a conversion. kept: matrices of at least a million weights that are neither int8 nor embeddings.
-
-    product: how products are computed; None where each forward chooses.
-    """
+    """Numbers of parameters after a conversion. kept: matrices of at least a million weights that are neither int8 nor embeddings."""
 
     int8: int
     embeddings: int
     others: int
     kept: dict[str, int]
-    product: matmul.Product | None
 
     @property
     def fraction(self) -> float:
@@ -75,24 +69,21 @@ def quantise(
     module: nn.Module,
     *,
     threshold: float = 0.0,
-    device_of_products: torch.device | None = None,
     product: matmul.Product | None = None,
     migrated: bool = False,
 ) -> Report:
     """Replace the linear layers and attentions of a tower, or of a whole open_clip model, by int8 ones, in place. Works on meta.
 
     threshold: activations with a magnitude of at least this stay in 16 bits (see `matmul.linear`); 0 for none.
-    device_of_products: chooses how products are computed now, for this device, instead of at each forward. product: overrides that.
-    migrated: layers have room for the factors of `migration`.
+    product: how products are computed; by default each forward chooses for its device. migrated: layers have room for the factors of
+    `migration`.
     Large matrices that are not converted are named in the log, unexpected ones as a warning.
     Raises ValueError for a negative threshold.
     """
     if threshold < 0:
         raise ValueError(f"outlier_threshold = {threshold}: a magnitude is at least 0; 0 quantises all activations, 6.0 is usual")
-    if product is None and device_of_products is not None:
-        product = matmul.choose(device_of_products)
     _Conversion(module, threshold, product, migrated).convert(module, "")
-    report = _report(module, product)
+    report = _report(module)
     for name, size in report.kept.items():
         expected = JOINT.fullmatch(name.removesuffix(".weight")) or PATCHES.fullmatch(name)
         log.log(logging.INFO if expected else logging.WARNING, "int8: %s stays in 16 bits (%.1f M parameters)", name, size / 1e6)
@@ -147,7 +138,7 @@ def _is_pointwise(module: nn.Module) -> bool:
     )
 
 
-def _report(module: nn.Module, product: matmul.Product | None) -> Report:
+def _report(module: nn.Module) -> Report:
     tables = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     counts = {"int8": 0, "embeddings": 0, "others": 0}
     kept = {}
@@ -157,7 +148,7 @@ def _report(module: nn.Module, product: matmul.Product | None) -> Report:
         counts[kind] += parameter.numel()
         if kind == "others" and parameter.ndim > 1 and parameter.numel() >= LARGE:
             kept[name] = parameter.numel()
-    return Report(**counts, kept=kept, product=product)
+    return Report(**counts, kept=kept)
 
 
 def sources(module: nn.Module) -> dict[str, Source]:

@@ -191,18 +191,13 @@ def _logits(model: Any, embedded: Tensor, doing: str, attend: Tensor | None = No
     return logits
 
 
-class _refused:
+@contextlib.contextmanager
+def _refused(doing: str) -> Iterator[None]:
     """Turns whatever a model's code raises into `_Fails`, with what it was doing."""
-
-    def __init__(self, doing: str) -> None:
-        self._doing = doing
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, _Cannot):
-            raise _Fails(f"it fails when it {self._doing} ({first_line(error)[:230]})") from error
+    try:
+        yield
+    except Exception as error:
+        raise _Fails(f"it fails when it {doing} ({first_line(error)[:230]})") from error
 
 
 def _same(one: Tensor, other: Tensor, scale: Tensor) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,12 @@ def resolve(settings: Decoder) -> DecoderSpec:
     architecture that does not parse, a tokenizer that is missing or larger than the vocabulary, adapters on layers that are not there.
     """
     tokenizer = _tokenizer(settings)
-    config = _own_architecture(settings.architecture, tokenizer) if settings.architecture is not None else _stored(settings.model or "")
+    if settings.architecture is not None:
+        config = _own_architecture(settings.architecture, tokenizer)
+    else:
+        remedy = "no configuration that transformers reads; check the name, the network, and that it needs no code of its own"
+        with _transformers_reads(f"decoder.model = {settings.model!r}: {remedy}"):
+            config = AutoConfig.from_pretrained(settings.model, trust_remote_code=False)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{source(settings)}: model_type {config.model_type!r} is no causal language model of transformers")
     vocabulary = _text_part(config, settings).vocab_size
@@ -54,8 +61,10 @@ def resolve(settings: Decoder) -> DecoderSpec:
         )
     if tokenizer.eos_token_id is None:
         raise ValueError("decoder.tokenizer has no end token, so that answers would have no end: name another")
-    if settings.quantise != "none":
-        _check_quantise(settings)
+    if settings.quantise != "none" and settings.model is None:
+        raise ValueError(f"decoder.quantise = {settings.quantise!r}: random weights of an architecture are not worth it; set it to 'none'")
+    if settings.quantise != "none" and importlib.util.find_spec("accelerate") is None:
+        raise ValueError(f"decoder.quantise = {settings.quantise!r} needs accelerate: `pip install accelerate`; or set it to 'none'")
     outline = _outline(config, settings)
     if settings.adapt == "lora":
         lora.check(settings.lora, outline)
@@ -103,11 +112,9 @@ def _tokenizer(settings: Decoder) -> PreTrainedTokenizerBase:
         raise ValueError(f"decoder.tokenizer = {name!r}: no such folder; `megakd shapes` writes one beside its shards")
     if settings.tokenizer is None:
         _check_folder(name)
-    try:
+    key = "decoder.tokenizer" if settings.tokenizer is not None else "decoder.model"
+    with _transformers_reads(f"{key} = {name!r}: no tokenizer of transformers"):
         return decoder_tokenizer.read(name)
-    except Exception as error:  # a folder of another kind fails in as many ways as there are tokenizer classes
-        key = "decoder.tokenizer" if settings.tokenizer is not None else "decoder.model"
-        raise ValueError(f"{key} = {name!r}: no tokenizer of transformers: {first_line(error)}") from error
 
 
 def _check_folder(name: str) -> None:
@@ -124,17 +131,6 @@ def _check_folder(name: str) -> None:
             f"decoder.model = {name!r}: no .safetensors in that folder; weights in other files could run code when they are read: "
             f"convert them where you trust them"
         )
-
-
-def _stored(name: str) -> PreTrainedConfig:
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # missing, offline, unknown model_type, code of its own: all are mistakes of this key
-        raise ValueError(
-            f"decoder.model = {name!r}: no configuration that transformers reads; check the name, the network, and that it needs no code "
-            f"of its own: {first_line(error)}"
-        ) from error
-    return config
 
 
 def _own_architecture(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -159,10 +155,8 @@ def _own_architecture(architecture: dict[str, Any], tokenizer: PreTrainedTokeniz
 
 
 def _configured(values: dict[str, Any]) -> PreTrainedConfig:
-    try:
+    with _transformers_reads("decoder.architecture"):
         config: PreTrainedConfig = AutoConfig.for_model(**values)
-    except Exception as error:  # transformers checks values in classes of its own and of huggingface_hub
-        raise ValueError(f"decoder.architecture: {first_line(error)}") from error
     return config
 
 
@@ -172,11 +166,8 @@ def _outline(config: PreTrainedConfig, settings: Decoder) -> PreTrainedModel:
     Raises ValueError for one that is more than a language model: of some transformers takes the text part (Llama 4), of others (Gemma 3)
     it makes every part, and a vision tower would be loaded, adapted and never used.
     """
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # sizes that do not divide, unknown activations: each model class has its own errors
-        raise ValueError(f"{source(settings)} does not give a model: {first_line(error)}") from error
+    with _transformers_reads(f"{source(settings)} does not give a model"), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     text = _text_part(model.config, settings)
     if text is not model.config:
         raise ValueError(
@@ -194,11 +185,13 @@ def _text_part(config: PreTrainedConfig, settings: Decoder) -> PreTrainedConfig:
         raise ValueError(f"{source(settings)}: model_type {config.model_type!r} has several language models: name one of them") from error
 
 
-def _check_quantise(settings: Decoder) -> None:
-    if settings.model is None:
-        raise ValueError(f"decoder.quantise = {settings.quantise!r}: random weights of an architecture are not worth it; set it to 'none'")
-    if importlib.util.find_spec("accelerate") is None:
-        raise ValueError(f"decoder.quantise = {settings.quantise!r} needs accelerate: `pip install accelerate`; or set it to 'none'")
+@contextlib.contextmanager
+def _transformers_reads(what: str) -> Iterator[None]:
+    """Whatever transformers raises inside is a mistake of the setting: its classes have as many kinds of error as there are of them."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
