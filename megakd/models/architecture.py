@@ -6,7 +6,6 @@ import math
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import timm
@@ -15,7 +14,6 @@ from open_clip.coca_model import MultimodalCfg
 from open_clip.hf_model import _POOLERS
 
 from megakd.recipe import texts
-from megakd.recipe.chain import CLIP_CONFIG
 
 REQUIRED = ("embed_dim", "vision_cfg", "text_cfg")
 TOP: dict[str, Any] = {
@@ -58,22 +56,6 @@ OF_HF = (
     *("hf_model_name", "hf_proj_type", "hf_pooler_type", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
     *("context_length", "vocab_size", "output_tokens"),
 )
-
-
-def read_config(folder: Path, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`model_cfg` and `preprocess_cfg` of a folder that open_clip loads. Raises ValueError that begins with `key` for any other file."""
-    path = folder / CLIP_CONFIG
-    return split_config(texts.parse_json(texts.read_text(path, f"{key}: {path}"), f"{key}: {path}"), f"{key}: {path}")
-
-
-def split_config(content: Any, named: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two parts of what an open_clip_config.json holds; raises as `read_config`."""
-    if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
-        raise ValueError(f"{named}: no configuration of open_clip: it has no table model_cfg; export the model with open_clip or megakd")
-    preprocess = content.get("preprocess_cfg") or {}
-    if not isinstance(preprocess, dict):
-        raise ValueError(f"{named}: preprocess_cfg = {texts.shown(preprocess)}: a table of mean, std, interpolation, resize_mode")
-    return content["model_cfg"], preprocess
 
 
 def check(config: Mapping[str, Any], named: str, *, written: bool) -> None:

@@ -29,9 +29,8 @@ from megakd.models.pretrained import HUB, LOCAL, RANDOM, WEIGHT_SUFFIXES
 from megakd.models.tokenizing import Tokenize, tokenizer
 from megakd.models.weight_kinds import recognise
 from megakd.models.weights import in_memory
-from megakd.recipe import Model
+from megakd.recipe import Model, texts
 from megakd.recipe.chain import CLIP_CONFIG
-from megakd.recipe.texts import nearest
 from megakd.runtime import precision as precisions
 from megakd.runtime.precision import Precision
 
@@ -105,29 +104,37 @@ def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str,
 
 def _configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """As `configuration`, unchecked; the preprocessing is None for an open_clip name, whose tag has it."""
-    if settings.architecture is not None:
-        config = copy.deepcopy(settings.architecture)
-        stored = config.pop("preprocess_cfg", {})
-        return architecture.split_config({"model_cfg": config, "preprocess_cfg": stored}, f"{role}.architecture")
     name = settings.model or ""
     key = f"{role}.model = {name!r}"
-    if name.startswith(LOCAL):
-        folder = Path(name.removeprefix(LOCAL))
-        if not (folder / CLIP_CONFIG).is_file():
+    content: Any
+    if settings.architecture is not None:
+        key = f"{role}.architecture"
+        config = copy.deepcopy(settings.architecture)
+        content = {"preprocess_cfg": config.pop("preprocess_cfg", {}), "model_cfg": config}
+    elif name.startswith(LOCAL):
+        path = Path(name.removeprefix(LOCAL)) / CLIP_CONFIG
+        if not path.is_file():
             raise ValueError(f"{key}: no {CLIP_CONFIG} in that folder; train that model first, or give another folder")
-        return architecture.read_config(folder, key)
-    if name.startswith(HUB):
+        key = f"{key}: {path}"
+        content = texts.read_json(path, key)
+    elif name.startswith(HUB):
         try:
             content = open_clip.factory._get_hf_config(name.removeprefix(HUB))
-        except (Exception, RecursionError) as error:
+        except Exception as error:
             raise ValueError(f"{key}: the hub gave no open_clip configuration ({error}); check the name and the network") from error
-        return architecture.split_config(content, key)
-    config = get_model_config(pretrained.open_clip_name(name))
-    if config is None:
-        near = ", ".join(nearest(name, open_clip.list_models(), most=3))
-        suggestion = f"nearest: {near}; " if near else ""
-        raise ValueError(f"{key}: open_clip has no such model; {suggestion}`open_clip.list_models()` lists all")
-    return config, None
+    else:
+        known: dict[str, Any] | None = get_model_config(pretrained.open_clip_name(name))
+        if known is None:
+            near = ", ".join(texts.nearest(name, open_clip.list_models(), most=3))
+            suggestion = f"nearest: {near}; " if near else ""
+            raise ValueError(f"{key}: open_clip has no such model; {suggestion}`open_clip.list_models()` lists all")
+        return known, None
+    if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
+        raise ValueError(f"{key}: no configuration of open_clip: it has no table model_cfg; export the model with open_clip or megakd")
+    preprocess = content.get("preprocess_cfg") or {}
+    if not isinstance(preprocess, dict):
+        raise ValueError(f"{key}: preprocess_cfg = {texts.shown(preprocess)}: a table of mean, std, interpolation, resize_mode")
+    return content["model_cfg"], preprocess
 
 
 def _check_weights(settings: Model, role: str) -> None:

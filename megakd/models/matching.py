@@ -121,7 +121,7 @@ def _check_activation(config: Mapping[str, Any], weights: Weights) -> None:
         kind = "QuickGELU" if quick else "GELU"
         log.warning("%s: no config.json beside it says which activation it was trained with; %s is assumed", weights.origin, kind)
         return
-    settings = texts.parse_json(texts.read_text(beside, str(beside)), str(beside))
+    settings = texts.read_json(beside, str(beside))
     for tower in ("vision_config", "text_config"):
         part = settings.get(tower) if isinstance(settings, dict) else None
         activation = part.get("hidden_act", "quick_gelu") if isinstance(part, dict) else "quick_gelu"  # transformers' default

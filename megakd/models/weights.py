@@ -125,7 +125,7 @@ def _header(path: Path) -> dict[str, _Place]:
 def _owners(path: Path) -> dict[str, str]:
     """Tensor -> the name of its file, of an index."""
     recognise(path)
-    content = texts.parse_json(texts.read_text(path, str(path)), str(path))
+    content = texts.read_json(path, str(path))
     owners = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(owners, dict) or not owners or not all(isinstance(file, str) for file in owners.values()):
         raise ValueError(f"{path}: no index of safetensors files: it has no table weight_map of tensors' names to files' names")

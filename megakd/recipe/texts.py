@@ -50,6 +50,11 @@ def read_text(path: Path, named: str) -> str:
         raise ValueError(f"{named}: byte {content[error.start]:#04x} in line {line} is not UTF-8; save the file as UTF-8") from None
 
 
+def read_json(path: Path, named: str) -> Any:
+    """The value in a file. Raises ValueError as `read_text` and `parse_json` do."""
+    return parse_json(read_text(path, named), named)
+
+
 def parse_json(text: str, named: str) -> Any:
     """The value in `text`. Raises ValueError that begins with `named` for what is no JSON, and for what no setting can mean."""
     try:

@@ -72,7 +72,7 @@ def read_file(path: str, named: str, examples: str) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError that begins with `named`; examples: where some are, for one that is missing."""
     if not texts.exists(Path(path)):
         raise ValueError(f"{named}: no such file; {examples}")
-    config = texts.parse_json(texts.read_text(Path(path), named), named)
+    config = texts.read_json(Path(path), named)
     if not isinstance(config, dict):
         raise ValueError(f"{named}: a DeepSpeed configuration is an object, this is a {type(config).__name__}")
     return config

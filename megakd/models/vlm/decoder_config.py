@@ -145,13 +145,8 @@ def _own_architecture(architecture: dict[str, Any], tokenizer: PreTrainedTokeniz
         if key not in known:  # transformers would keep it as an attribute that nothing reads
             near = ", ".join(nearest(key, known, most=3)) or "none"
             raise ValueError(f"decoder.architecture.{key}: {kind} has no such setting; nearest: {near}")
-    of_tokenizer = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    return _configured({**of_tokenizer, **architecture})
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return _configured({"vocab_size": len(tokenizer), **special, **architecture})
 
 
 def _configured(values: dict[str, Any]) -> PreTrainedConfig:

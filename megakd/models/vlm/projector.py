@@ -39,12 +39,9 @@ class Projector(nn.Module):
         self.first, self.activation, self.last = nn.Linear(patches.width, width), nn.GELU(), nn.Linear(width, width)
 
     def forward(self, visual_BVC: Tensor) -> Tensor:
-        pooled = self._pooled(visual_BVC.to(self.first.weight.dtype))
-        return self.last(self.activation(self.first(pooled)))  # type: ignore[no-any-return]
-
-    def _pooled(self, visual_BVC: Tensor) -> Tensor:
-        if not self._side:
-            return visual_BVC
-        assert self.patches.grid is not None
-        grid = visual_BVC.transpose(1, 2).unflatten(2, self.patches.grid)
-        return F.adaptive_avg_pool2d(grid, self._side).flatten(2).transpose(1, 2)
+        patches_BPC = visual_BVC.to(self.first.weight.dtype)
+        if self._side:
+            assert self.patches.grid is not None
+            grid_BChw = patches_BPC.transpose(1, 2).unflatten(2, self.patches.grid)
+            patches_BPC = F.adaptive_avg_pool2d(grid_BChw, self._side).flatten(2).transpose(1, 2)
+        return self.last(self.activation(self.first(patches_BPC)))  # type: ignore[no-any-return]
