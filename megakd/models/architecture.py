@@ -106,11 +106,11 @@ def _is_of(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         return isinstance(value, (list, tuple)) and len(value) == len(get_args(kind)) and all(map(_is_of, value, get_args(kind)))
     if kind in (int, float):
-        return _is_number(value) and (isinstance(value, int) if kind is int else math.isfinite(value))
+        return is_number(value) and (isinstance(value, int) if kind is int else math.isfinite(value))
     return isinstance(value, kind) or (kind is dict and value is None)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -125,7 +125,7 @@ def _type_name(kind: Any) -> str:
 
 def _limited(prefix: str, key: str, value: Any) -> Iterator[str]:
     numbers = value if isinstance(value, (list, tuple)) else [value]
-    if any(_is_number(number) and not 0 < number <= MOST[key] for number in numbers):
+    if any(is_number(number) and not 0 < number <= MOST[key] for number in numbers):
         yield f"{prefix}{key} = {texts.shown(value)}: above 0 and at most {MOST[key]}"
 
 

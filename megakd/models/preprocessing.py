@@ -12,6 +12,7 @@ import torch.distributed as dist
 from open_clip import get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
+from megakd.models.architecture import is_number
 from megakd.models.pretrained import config_of_tag, is_file, open_clip_name, tag_of, tag_of_file, twins
 from megakd.recipe import Model
 
@@ -102,16 +103,12 @@ def _check(preprocess: dict[str, Any], role: str) -> None:
         if value is None:
             continue
         numbers = value if isinstance(value, (list, tuple)) else ()
-        if len(numbers) != 3 or not all(_is_number(number) and (key == "mean" or number > 0) for number in numbers):
+        if len(numbers) != 3 or not all(is_number(each) and math.isfinite(each) and (key == "mean" or each > 0) for each in numbers):
             raise ValueError(f"{role}: preprocess_cfg.{key} = {value!r}: give three numbers, one a colour{', above 0' * (key == 'std')}")
     for key, known in (("interpolation", INTERPOLATIONS), ("resize_mode", RESIZE_MODES)):
         value = preprocess.get(key)
         if value is not None and value not in known:
             raise ValueError(f"{role}: preprocess_cfg.{key} = {value!r}: is one of {', '.join(known)}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _comparable(preprocess: dict[str, Any]) -> dict[str, Any]:

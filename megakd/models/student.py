@@ -68,14 +68,13 @@ class Head(nn.Module):
 
     def __init__(self, kind: str, student_width: int, teacher_width: int) -> None:
         super().__init__()
-        self.image = _projection(kind, student_width, teacher_width)
-        self.text = _projection(kind, student_width, teacher_width)
 
+        def projection() -> nn.Module:
+            if kind == "linear":
+                return nn.Linear(student_width, teacher_width, bias=False)
+            return nn.Sequential(nn.Linear(student_width, teacher_width), nn.GELU(), nn.Linear(teacher_width, teacher_width))
 
-def _projection(kind: str, width_in: int, width_out: int) -> nn.Module:
-    if kind == "linear":
-        return nn.Linear(width_in, width_out, bias=False)
-    return nn.Sequential(nn.Linear(width_in, width_out), nn.GELU(), nn.Linear(width_out, width_out))
+        self.image, self.text = projection(), projection()
 
 
 def normalised(embedding_BD: Tensor) -> Tensor:

@@ -218,7 +218,13 @@ def _language(description: DecoderSpec, device: torch.device, dtype: torch.dtype
         shown = ", ".join(sorted(map(str, missing))[:3])
         raise ValueError(f"decoder.model = {settings.model!r}: its weights do not fit its config.json ({shown}, ...)")
     if settings.quantise == "nf4" and device.type == "cpu":
-        _check_blocks(language)
+        # bitsandbytes 0.50 repacks weights for some CPUs at the first forward, and fails on rows that are no multiple of a block.
+        for name, module in language.named_modules():
+            if type(module).__name__ == "Linear4bit" and module.in_features % _BLOCK:
+                raise ValueError(
+                    f"decoder.quantise = 'nf4': {name} has {module.in_features} inputs, and on a CPU they must be a multiple of {_BLOCK}: "
+                    f"take 'int8' or 'none'"
+                )
     return language if settings.quantise != "none" else language.to(device)
 
 
@@ -232,16 +238,6 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _check_blocks(language: nn.Module) -> None:
-    """bitsandbytes 0.50 repacks weights for some CPUs at the first forward, and fails on rows that are no multiple of a block."""
-    for name, module in language.named_modules():
-        if type(module).__name__ == "Linear4bit" and int(module.in_features) % _BLOCK:  # type: ignore[arg-type]
-            raise ValueError(
-                f"decoder.quantise = 'nf4': {name} has {module.in_features} inputs, and on a CPU they must be a multiple of {_BLOCK}: take "
-                f"'int8' or 'none'"
-            )
 
 
 def _quantised(kind: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
