@@ -33,8 +33,8 @@ def answer(
 def run(bundle: Path, image: Path | None, question: str, max_new_tokens: int | None = None) -> None:
     """Print the answer to `question`, asked as sets with short answers are. image None: a question about no image.
 
-    max_new_tokens: default evaluation.answer_tokens'. Raises ValueError naming the folder or the file: no bundle or a damaged one, an image
-    that is missing or unreadable, an image for a decoder without eyes, a question that is empty or too long.
+    max_new_tokens: default evaluation.answer_tokens. Raises ValueError naming the folder or the file: no bundle or a damaged one, an image
+    that is missing or unreadable, an image for a decoder without a vision tower, a question that is empty or too long.
     """
     from megakd.evaluation.encoder import read_image
     from megakd.export.bundle import load_bundle

@@ -32,11 +32,11 @@ class GivenAnswer(NamedTuple):
 
 @dataclass(frozen=True)
 class AnswersLog:
-    """The answers of the set `name`, without a dot, in `folder`. identity: what they depend on. question_ids: of the set, in order."""
+    """Answers of the set `name`, without a dot, in `folder`. fingerprint: what they depend on. question_ids: of the set, in order."""
 
     folder: Path
     name: str
-    identity: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]
     question_ids: Sequence[str | int]
 
     @property
@@ -78,10 +78,10 @@ class AnswersLog:
         return [path for path in (self.path, *sorted(self.folder.glob(f"{self.name}.rank*.jsonl"))) if path.exists()]
 
     def _header(self) -> str:
-        return json.dumps(redacted({"answers_of": self.name, "key": self._key(), **self.identity}))
+        return json.dumps(redacted({"answers_of": self.name, "key": self._key(), **self.fingerprint}))
 
     def _key(self) -> str:
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()
 
     def _line(self, index: int, row: GivenAnswer) -> str:
         why = {} if row.unusable is None else {"unusable": row.unusable}

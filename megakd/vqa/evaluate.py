@@ -50,7 +50,7 @@ class Answerer:
     """A decoder with whole weights on this rank, in evaluation mode, and what turns questions into its answers.
 
     look: normalised pixels (B, 3, H, W) -> (B, V, C); None, with image_processor None, for a decoder that is shown no images.
-    identity: of weights and preprocessing, plain JSON; answers of another identity are asked anew.
+    fingerprint: of weights and preprocessing, plain JSON; answers of another fingerprint are asked anew.
     """
 
     decoder: GreedyDecoder
@@ -61,7 +61,7 @@ class Answerer:
     dtype: torch.dtype
     batch: int
     max_new_tokens: int
-    identity: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]
 
     def answers(self, prompts: PromptBatch) -> list[str]:
         """One answer a row."""
@@ -131,7 +131,7 @@ def evaluate(
     and when the decoder's logits are NaN; Interrupted when a signal comes.
     """
     results = {name: _evaluate_one(name, opened, answerer, world, folder, data, interruptions) for name, opened in sets.items()}
-    collectives.by_main(lambda: run_folder.write_json(folder / RESULTS, {"model": dict(answerer.identity), "sets": results}), world)
+    collectives.by_main(lambda: run_folder.write_json(folder / RESULTS, {"model": dict(answerer.fingerprint), "sets": results}), world)
     return results
 
 
@@ -140,7 +140,7 @@ def _evaluate_one(
 ) -> dict[str, Any]:
     questions = opened.questions
     ids = [questions[index].question_id for index in range(len(questions))]
-    journal = AnswersLog(folder / ANSWERS, name, _identity(opened, answerer), ids)
+    journal = AnswersLog(folder / ANSWERS, name, _fingerprint(opened, answerer), ids)
     # what could not be asked is tried again, as its image may have been repaired
     known = {index: row for index, row in collectives.by_main(journal.open, world).items() if row.unusable is None}
     missing = [index for index in range(len(questions)) if index not in known]
@@ -212,11 +212,11 @@ def _gathered(rows: dict[int, GivenAnswer], world: World) -> dict[int, GivenAnsw
     return {index: row for part in parts or [] for index, row in part.items()}
 
 
-def _identity(opened: Opened, answerer: Answerer) -> dict[str, Any]:
+def _fingerprint(opened: Opened, answerer: Answerer) -> dict[str, Any]:
     """What an answer depends on, which is neither the batch nor the ranks."""
     prompts = answerer.encoder
     return {
-        "model": dict(answerer.identity),
+        "model": dict(answerer.fingerprint),
         "questions": opened.questions.signature,
         "format": opened.source.format,
         "prompt": [prompts.settings.template, prompts.settings.instruction, prompts.image_tokens, prompts.max_length],

@@ -281,7 +281,7 @@ def _check_gradient(model: Any, embedded: Tensor) -> None:
 
 def _try_adapters(model: Any, lora: Lora) -> None:
     """Raises ValueError where the model's code does not use an adapter."""
-    linear = {name.rpartition(".")[2] for name in adapters.linear_layers(model)}
+    linear = adapters.leaf_names(adapters.linear_layers(model))
     adapted = adapters.with_lora(model, lora)
     token_embeddings = model.get_input_embeddings()
     ids = torch.randint(3, token_embeddings.weight.shape[0], (8, 12), generator=torch.Generator().manual_seed(2))
@@ -291,6 +291,6 @@ def _try_adapters(model: Any, lora: Lora) -> None:
     except Exception as error:  # code that does something else with a layer than call it
         raise ValueError(
             f"decoder.lora: {type(model).__name__} fails with adapters in its layers ({type(error).__name__}: {str(error)[:200]}): name "
-            f"others in decoder.lora.targets, of {sorted(linear)}"
+            f"others in decoder.lora.targets, of {linear}"
         ) from error
     adapters.refuse_unreached(watch.close(), adapted)

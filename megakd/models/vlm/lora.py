@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def check(settings: Lora, language: PreTrainedModel) -> None:
         return
     if not settings.targets:
         raise ValueError("decoder.lora.targets = []: name layers, write 'linear' for all, or set decoder.adapt to 'none'")
-    names = sorted({name.rpartition(".")[2] for name in linear_layers(language)})
+    names = leaf_names(linear_layers(language))
     for target in settings.targets:
         if target not in names:
             raise ValueError(f"decoder.lora.targets: {target!r} is no linear layer of this language model; it has {', '.join(names)}")
@@ -50,16 +50,21 @@ def linear_layers(language: PreTrainedModel) -> Iterator[str]:
             yield name
 
 
+def leaf_names(layers: Iterable[str]) -> list[str]:
+    """The last parts of layers' names, as `decoder.lora.targets` takes them."""
+    return sorted({name.rpartition(".")[2] for name in layers})
+
+
 def with_lora(language: PreTrainedModel, settings: Lora) -> Any:
     """`language` with adapters, its own weights frozen. Its outputs are unchanged: the second factor starts at zero."""
     from peft import LoraConfig, get_peft_model
 
-    leaves = sorted({name.rpartition(".")[2] for name in linear_layers(language)})
+    layers = sorted(linear_layers(language))
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=sorted(linear_layers(language)) if settings.targets == "linear" else list(settings.targets),
+        target_modules=layers if settings.targets == "linear" else list(settings.targets),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -68,7 +73,7 @@ def with_lora(language: PreTrainedModel, settings: Lora) -> Any:
     except ValueError as error:  # layers whose weight some classes read by themselves, Mamba's output projection for example
         if "lora_dropout" in str(error):  # of experts that are one tensor
             raise ValueError(f"decoder.lora.dropout = {settings.dropout}: peft has none for this model ({error}); set it to 0.0") from error
-        others = [leaf for leaf in leaves if repr(leaf) not in str(error)]
+        others = [leaf for leaf in leaf_names(layers) if repr(leaf) not in str(error)]
         raise ValueError(f"decoder.lora.targets: peft does not take them all ({error}); set them to {others}") from error
 
 
@@ -133,7 +138,7 @@ def refuse_unreached(reached: dict[str, bool], language: Any) -> None:
     unreached = [name for name, has_gradient in reached.items() if not has_gradient]
     if not unreached:
         return
-    others = sorted({name.rpartition(".")[2] for name in reached} - {name.rpartition(".")[2] for name in unreached})
+    others = [leaf for leaf in leaf_names(reached) if leaf not in leaf_names(unreached)]
     shown, name = ", ".join(unreached[:_SHOWN]), type(language.get_base_model()).__name__
     raise ValueError(
         f"decoder.lora.targets: no gradient reaches the adapters of {shown}{', ...' if len(unreached) > _SHOWN else ''} ({len(unreached)} "
