@@ -8,6 +8,7 @@ data.max_bad_fraction of a set are unreadable, and when an embedding is not fini
 from __future__ import annotations
 
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,8 +45,8 @@ class _Facts:
     contents: list[tuple[int, int]] = field(default_factory=list)
     captions: list[list[str]] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    margins: dict[str, list[float]] = field(default_factory=dict)
-    repeated: dict[str, int] = field(default_factory=dict)
+    margins: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    repeated: Counter[str] = field(default_factory=Counter)
 
     def merge(self, other: _Facts) -> None:
         self.bad.merge(other.bad)
@@ -53,10 +54,9 @@ class _Facts:
         self.contents += other.contents
         self.captions += other.captions
         self.labels += other.labels
+        self.repeated.update(other.repeated)
         for kind, margins in other.margins.items():
-            self.margins.setdefault(kind, []).extend(margins)
-        for kind, count in other.repeated.items():
-            self.repeated[kind] = self.repeated.get(kind, 0) + count
+            self.margins[kind] += margins
 
 
 class Suite:
@@ -146,10 +146,9 @@ class Suite:
             captions, negatives = batch.captions or [], [content.get(hard_negatives.KEY, {}) for content in batch.json or []]
             image_nD = self._encode(batch)
             for kind, margin_n in hard_negatives.margins(self._encoder, image_nD, captions, negatives).items():
-                own.margins.setdefault(kind, []).extend(margin_n.tolist())
+                own.margins[kind] += margin_n.tolist()
             for caption, by_kind in zip(captions, negatives, strict=True):
-                for kind, text in by_kind.items():
-                    own.repeated[kind] = own.repeated.get(kind, 0) + (text.strip() == caption.strip())
+                own.repeated.update(kind for kind, text in by_kind.items() if text.strip() == caption.strip())
         facts, lost = self._everyones(own, shards, key)
         known = [content.get(hard_negatives.KEY, {}) for _, content in _known_json(facts.unreadable)]
         kinds = sorted(set(facts.margins).union(*known))
@@ -157,12 +156,12 @@ class Suite:
             raise ValueError(f'{key}: no sample has hard negatives; its .json members need {{"negatives": {{KIND: FALSE CAPTION}}}}')
         results = {}
         for kind in kinds:
-            margins = _finite(torch.tensor(facts.margins.get(kind, []), dtype=torch.float64), f"{key}, {kind}: similarity")
+            margins = _finite(torch.tensor(facts.margins[kind], dtype=torch.float64), f"{key}, {kind}: similarity")
             wrong = lost - sum(kind not in by_kind for by_kind in known)
             pairs = len(margins) + wrong
             results[kind] = {"accuracy": (margins > 0).sum().item() / pairs, "pairs": pairs, "unreadable": wrong}
-            if repeated := facts.repeated.get(kind, 0):
-                results[kind]["same_as_caption"] = repeated
+            if facts.repeated[kind]:
+                results[kind]["same_as_caption"] = facts.repeated[kind]
         return results
 
     def _batches(
