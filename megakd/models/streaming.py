@@ -38,6 +38,8 @@ from megakd.runtime.precision import Precision
 BATCH_BYTES = 64 << 20
 TEXT = (*OLD_TEXT, "text.")  # in open_clip's two classes of models
 Place = Callable[[list[nn.Parameter]], None]
+# Tensor of the file -> the names in the model that are made of it -> as what part of it.
+Conversions = dict[str, dict[str, int8_towers.Part]]
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,16 @@ def load(
     on_main: list[Match] = []
     collectives.by_main(lambda: on_main.append(open_match()), world)
     match = on_main[0] if world.is_main else None
-    if int8 is None:
-        conversions = [Conversion(name, (name,), lambda tensor: (tensor,)) for name in _Slots(clip).tensors]
-    else:
-        conversions = _quantised(clip, int8)
-    if without_text:
-        conversions = [conversion for conversion in conversions if not conversion.names[0].startswith(TEXT)]
+    if int8 is not None:
+        int8_towers.quantise(clip, threshold=int8.outlier_threshold, product=int8.product, migrated=int8.migrated)
+        for layer in clip.modules():
+            if isinstance(layer, Int8Linear) and layer.factor is not None:
+                layer.factor = torch.ones(layer.in_features)  # in no file
+    conversions: Conversions = {}
+    unique = _Slots(clip).tensors  # without a tied tensor's second name
+    for name, source in int8_towers.sources(clip).items():
+        if name in unique and not (without_text and name.startswith(TEXT)):
+            conversions.setdefault(source.tensor, {})[name] = source.part
     fill(clip, conversions, match, world, place)
     originals = None
     if int8 is not None:
@@ -161,40 +167,7 @@ class _Slots:
         return new
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """How some tensors of a model are made: from `source` of the file, by `make`, which gives one value for each of `names`."""
-
-    source: str
-    names: tuple[str, ...]
-    make: Callable[[Tensor], tuple[Tensor, ...]]
-
-
-def _quantised(model: nn.Module, int8: Int8) -> list[Conversion]:
-    """Make the empty model int8. Returns how it is filled: a matrix of the file becomes an int8 matrix and its scales at once."""
-    int8_towers.quantise(model, threshold=int8.outlier_threshold, product=int8.product, migrated=int8.migrated)
-    for layer in model.modules():
-        if isinstance(layer, Int8Linear) and layer.factor is not None:
-            layer.factor = torch.ones(layer.in_features)  # no file fills it
-    parts: dict[str, dict[str, int8_towers.Part]] = {}  # tensor of the file -> names in the model -> part of it
-    unique = _Slots(model).tensors  # without a tied tensor's second name
-    for name, source in int8_towers.sources(model).items():
-        if name in unique:
-            parts.setdefault(source.tensor, {})[name] = source.part
-    return [Conversion(tensor, tuple(names), _maker(list(names.values()))) for tensor, names in parts.items()]
-
-
-def _maker(parts: list[int8_towers.Part]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    def make(tensor: Tensor) -> tuple[Tensor, ...]:
-        if all(part == "as it is" for part in parts):
-            return tuple(tensor for _ in parts)
-        weight_OI, scale_O = quantise_weight(tensor)
-        return tuple({"weight": weight_OI, "scale": scale_O, "as it is": tensor}[part] for part in parts)
-
-    return make
-
-
-def fill(model: nn.Module, conversions: list[Conversion], match: Match | None, world: World, place: Place | None = None) -> None:
+def fill(model: nn.Module, conversions: Conversions, match: Match | None, world: World, place: Place | None = None) -> None:
     """Give an empty model its values. A collective: every rank calls it with the same model and conversions.
 
     match: on the first rank, which alone reads; None on the others. place: what to do with parameters that have their values on the
@@ -207,7 +180,7 @@ def fill(model: nn.Module, conversions: list[Conversion], match: Match | None, w
         values: dict[str, Tensor] = {}
         collectives.by_main(functools.partial(_read, batch, match, slots, world, values), world)
         to_place: list[nn.Parameter] = []
-        for name in (name for conversion in batch for name in conversion.names):
+        for name in (name for parts in batch.values() for name in parts):
             old = slots.tensors[name]
             value = values.pop(name) if world.is_main else torch.empty(old.shape, dtype=old.dtype, device=world.device)
             new = slots.put(name, value)
@@ -236,25 +209,28 @@ def _compute_tables(module: nn.Module) -> None:
             setattr(module, key, table.to(tables[key].dtype))
 
 
-def _batches(conversions: list[Conversion], empty: Mapping[str, Tensor]) -> Iterator[list[Conversion]]:
-    batch: list[Conversion] = []
+def _batches(conversions: Conversions, empty: Mapping[str, Tensor]) -> Iterator[Conversions]:
+    batch: Conversions = {}
     size = 0
-    for conversion in conversions:
-        batch.append(conversion)
-        size += sum(empty[name].nbytes for name in conversion.names)
+    for source, parts in conversions.items():
+        batch[source] = parts
+        size += sum(empty[name].nbytes for name in parts)
         if size >= BATCH_BYTES:
             yield batch
-            batch, size = [], 0
+            batch, size = {}, 0
     if batch:
         yield batch
 
 
-def _read(batch: list[Conversion], match: Match | None, slots: _Slots, world: World, values: dict[str, Tensor]) -> None:
+def _read(batch: Conversions, match: Match | None, slots: _Slots, world: World, values: dict[str, Tensor]) -> None:
     """Put the batch's values into `values`, in the model's types, on the device."""
     assert match is not None
-    for conversion in batch:
-        made = conversion.make(match.read(conversion.source).to(world.device))
-        for name, value in zip(conversion.names, made, strict=True):
+    for source, parts in batch.items():
+        tensor = match.read(source).to(world.device)
+        made = {"as it is": tensor}
+        if set(parts.values()) != {"as it is"}:
+            made["weight"], made["scale"] = quantise_weight(tensor)
+        for name, part in parts.items():
             old = slots.tensors[name]
-            assert value.shape == old.shape, f"{name}: {tuple(value.shape)} made for {tuple(old.shape)}"
-            values[name] = value.to(old.dtype).contiguous()
+            assert made[part].shape == old.shape, f"{name}: {tuple(made[part].shape)} made for {tuple(old.shape)}"
+            values[name] = made[part].to(old.dtype).contiguous()
