@@ -23,7 +23,7 @@ from megakd.models import casts
 from megakd.models import clip as clip_models
 from megakd.models.int8 import convert as int8_towers
 from megakd.models.int8 import matmul
-from megakd.models.int8.linear import Int8Linear, quantise_weight
+from megakd.models.int8.linear import Int8Linear
 from megakd.models.int8.migration import Originals
 from megakd.models.matching import Match, errors_of
 from megakd.models.names import OLD_TEXT
@@ -226,10 +226,7 @@ def _read(batch: Conversions, match: Match | None, slots: _Slots, world: World, 
     """Put the batch's values into `values`, in the model's types, on the device."""
     assert match is not None
     for source, parts in batch.items():
-        tensor = match.read(source).to(world.device)
-        made = {"as it is": tensor}
-        if set(parts.values()) != {"as it is"}:
-            made["weight"], made["scale"] = quantise_weight(tensor)
+        made = int8_towers.parts_of(match.read(source).to(world.device), parts.values())
         for name, part in parts.items():
             old = slots.tensors[name]
             assert made[part].shape == old.shape, f"{name}: {tuple(made[part].shape)} made for {tuple(old.shape)}"

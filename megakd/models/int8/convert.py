@@ -1,12 +1,7 @@
 """Towers in 8 bits: attention, MLPs and their projections as int8 matrices with a float32 scale a row.
 
 `quantise` converts a model in place, with values or on the meta device. `sources` then maps every tensor of the converted model to the
-tensor of the original checkpoint that it is made of, so that a checkpoint can be read into it tensor by tensor:
-
-    originals = clip.state_dict()                    # or the names in a file
-    quantise(clip)
-    for name, source in sources(clip).items():
-        value = source.make(originals[source.tensor])    # equal bit for bit to clip.state_dict()[name]
+tensor of the original that it is made of, and `parts_of` makes it, so that a checkpoint can be read into the model tensor by tensor.
 
 Embeddings, norms, patch convolutions and the projections to the joint space stay as they are. Legend: O outputs, I inputs.
 """
@@ -15,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,12 +38,13 @@ class Source:
     tensor: str
     part: Part
 
-    def make(self, original: Tensor) -> Tensor:
-        """The converted model's tensor; int8 for "weight", float32 for "scale", the original itself otherwise."""
-        if self.part == "as it is":
-            return original
-        weight_OI, scale_O = quantise_weight(original)
-        return weight_OI if self.part == "weight" else scale_O
+
+def parts_of(original: Tensor, wanted: Iterable[Part]) -> dict[Part, Tensor]:
+    """Of a tensor of the original: "weight" int8 (O, I), "scale" float32 (O,), "as it is" the tensor itself. It is quantised if wanted."""
+    if set(wanted) == {"as it is"}:
+        return {"as it is": original}
+    weight_OI, scale_O = quantise_weight(original)
+    return {"weight": weight_OI, "scale": scale_O, "as it is": original}
 
 
 @dataclass(frozen=True)
