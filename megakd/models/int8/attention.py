@@ -36,7 +36,6 @@ class Int8MultiheadAttention(nn.Module):
 
     def __init__(self, original: nn.MultiheadAttention, make: Make) -> None:
         super().__init__()
-        assert takes(original)
         self.num_heads, self.dropout, self.batch_first = original.num_heads, original.dropout, original.batch_first
         if original.in_proj_weight is not None:
             self.in_proj: Int8Linear | None = make(original.in_proj_weight, original.in_proj_bias)
@@ -85,22 +84,14 @@ class Int8MultiheadAttention(nn.Module):
         return tuple(self.in_proj.third(x, third) for third, x in enumerate((query, key, value)))
 
 
-def takes(module: nn.Module) -> bool:
-    """Whether `rebuild` accepts an attention module: of these classes, with options that open_clip's models have."""
-    if isinstance(module, nn.MultiheadAttention):
-        return module.bias_k is None and module.bias_v is None and not module.add_zero_attn
-    # With `scaled_cosine` the original multiplies four-dimensional tensors by torch.bmm, which refuses them.
-    return isinstance(module, AttentionPool2d) or (isinstance(module, Attention) and not module.scaled_cosine)
-
-
-def rebuild(module: nn.Module, make: Make) -> nn.Module:
-    """The int8 attention in place of one that `takes` accepts."""
-    if isinstance(module, nn.MultiheadAttention):
+def rebuilt(module: nn.Module, make: Make) -> nn.Module | None:
+    """The int8 replacement of an attention module, with the options that open_clip's models have; None for any other module."""
+    if isinstance(module, nn.MultiheadAttention) and module.bias_k is None and module.bias_v is None and not module.add_zero_attn:
         return Int8MultiheadAttention(module, make)
     if isinstance(module, AttentionPool2d):
         return Int8AttentionPool2d(module, make)
-    assert isinstance(module, Attention)
-    return Int8Attention(module, make)
+    # With `scaled_cosine` the original multiplies four-dimensional tensors by torch.bmm, which refuses them.
+    return Int8Attention(module, make) if isinstance(module, Attention) and not module.scaled_cosine else None
 
 
 def _heads(x_NLW: Tensor, heads: int) -> Tensor:

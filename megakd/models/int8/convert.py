@@ -111,8 +111,8 @@ class _Conversion:
     def _converted(self, parent: nn.Module, child: nn.Module, name: str) -> nn.Module:
         if JOINT.fullmatch(name) or PATCHES.fullmatch(name):
             return child
-        if attention.takes(child):
-            return attention.rebuild(child, self._linear).train(child.training)
+        if (rebuilt := attention.rebuilt(child, self._linear)) is not None:
+            return rebuilt.train(child.training)
         # These read matrices as tensors; TransformerEncoderLayer in its fused inference path.
         if isinstance(child, (nn.MultiheadAttention, attention.Attention, nn.TransformerEncoderLayer)):
             return child
