@@ -43,7 +43,8 @@ class Match:
         Raises ValueError with the names that are missing, not of this model, or of another shape, and for weights whose own
         configuration names another activation than the model's.
         """
-        _check_activation(config, weights)
+        program = names.program(weights.shapes)
+        _check_activation(config, weights, program)
         self._floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
         self._model, self._expected, self._role = model, expected, role
         self._weights = names.as_open_clips(_from_apple(model, weights), expected)
@@ -58,7 +59,7 @@ class Match:
             "of another shape": listed(f"{name} {shapes[name]} instead of {expected[name]}" for name in misfits),
         }
         if summary := "; ".join(f"{kind}: {tensors}" for kind, tensors in problems.items() if tensors):
-            others = f" Its names are those of {foreign}." if (foreign := names.foreign(weights.shapes)) else ""
+            others = f" Its names are those of {program}." if program in names.FOREIGN.values() else ""
             raise ValueError(f"{weights.origin}: these are not the weights of this architecture. {summary}.{others}")
         for name, shape in expected.items():
             if name in shapes and shapes[name] != shape and name not in SCALARS:
@@ -108,13 +109,13 @@ class Match:
                 tensor.copy_(self.read(name))
 
 
-def _check_activation(config: Mapping[str, Any], weights: Weights) -> None:
+def _check_activation(config: Mapping[str, Any], weights: Weights, program: str | None) -> None:
     """Raises ValueError where a file, or the config.json beside it, tells which GELU it was trained with, and the model has the other."""
     quick = bool(config.get("quick_gelu"))
     remedy = "take the model's -quickgelu name, or quick_gelu = true in its architecture"
-    if names.is_openais(weights.shapes) and not quick:
+    if program == names.OPENAIS and not quick:
         raise ValueError(f"{weights.origin}: OpenAI's own weights, trained with QuickGELU, and this model has GELU: {remedy}")
-    if not names.is_transformers(weights.shapes) or "timm_model_name" in config["vision_cfg"]:
+    if program != names.TRANSFORMERS or "timm_model_name" in config["vision_cfg"]:
         return
     beside = Path(weights.origin).with_name("config.json")
     if not beside.is_file():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,9 @@ OLD_TEXT = ("text_projection", "positional_embedding", "token_embedding", "trans
 OPENAI = ("input_resolution", "context_length", "vocab_size")
 # Position counters that older versions of transformers saved; open_clip drops the first as well.
 DROPPED = re.compile(r"text\.transformer\.embeddings\.position_ids|(vision|text)_model\.embeddings\.position_ids|" + "|".join(OPENAI))
-TRANSFORMERS = ("vision_model.", "text_model.")
-FOREIGN = {("image_encoder.", "text_encoder."): "Apple's MobileCLIP", TRANSFORMERS: "transformers' CLIP or SigLIP"}
+OPENAIS, TRANSFORMERS = "OpenAI's CLIP", "transformers' CLIP or SigLIP"
+TRANSFORMERS_PREFIXES = ("vision_model.", "text_model.")
+FOREIGN = {("image_encoder.", "text_encoder."): "Apple's MobileCLIP", TRANSFORMERS_PREFIXES: TRANSFORMERS}
 LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -51,20 +52,12 @@ class Renamed:
         return part.make([self._weights.read(source) for source in part.sources])
 
 
-def is_transformers(names: Mapping[str, Shape]) -> bool:
-    """Whether transformers' CLIP or SigLIP wrote a file with these names."""
-    return any(name.startswith(TRANSFORMERS) for name in _unwrapped(names, {}).values())
-
-
-def foreign(names: Mapping[str, Shape]) -> str | None:
-    """Which program's names a file has, for a message; None for open_clip's and unknown ones."""
-    unwrapped = _unwrapped(names, {}).values()
+def program(names: Iterable[str]) -> str | None:
+    """Whose names a file has: `OPENAIS` for OpenAI's own files, a value of FOREIGN, or None for open_clip's and unknown ones."""
+    unwrapped = set(_unwrapped(names, {}).values())
+    if set(OPENAI) <= unwrapped:
+        return OPENAIS
     return next((program for prefixes, program in FOREIGN.items() if any(name.startswith(prefixes) for name in unwrapped)), None)
-
-
-def is_openais(names: Mapping[str, Shape]) -> bool:
-    """Whether a file has what OpenAI's own files have beside the weights."""
-    return set(OPENAI) <= set(_unwrapped(names, {}).values())
 
 
 def as_open_clips(weights: Weights, expected: Mapping[str, Shape]) -> Renamed:
@@ -74,14 +67,14 @@ def as_open_clips(weights: Weights, expected: Mapping[str, Shape]) -> Renamed:
     """
     names = _unwrapped(weights.shapes, expected)
     parts = {new: Part((old,), weights.shapes[old]) for old, new in names.items()}
-    if any(name.startswith(TRANSFORMERS) for name in parts):
+    if any(name.startswith(TRANSFORMERS_PREFIXES) for name in parts):
         parts = _from_transformers(parts, expected, weights.origin)
     if "positional_embedding" in parts and "positional_embedding" not in expected:
         parts = {f"text.{name}" if name.startswith(OLD_TEXT) else name: part for name, part in parts.items()}
     return Renamed(weights, {name: part for name, part in parts.items() if name in expected or not DROPPED.fullmatch(name)})
 
 
-def _unwrapped(shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> dict[str, str]:
+def _unwrapped(shapes: Iterable[str], expected: Mapping[str, Shape]) -> dict[str, str]:
     """The file's names -> the same without what wrappers added."""
     names = {name: name for name in shapes}
     while names and not any(name in expected for name in names.values()):
