@@ -37,7 +37,9 @@ def run(seeds: int, out: Path, data: Path) -> int:
     for folder, (recipe, overrides) in jobs.items():
         if code := launcher.run(recipe, folder, [*overrides, *launcher.moved(recipe, data)], "megakd smoke"):
             return code
-    rows = _rows(out, seeds)
+    kinds = {"teacher": ["teacher"]}
+    kinds |= {name: [f"{kind}_seed{seed}" for seed in range(seeds)] for name, kind in (("student, KD", "kd"), ("student, no KD", "no_kd"))}
+    rows = [{"model": name, "runs": [_scores(out / folder) for folder in folders]} for name, folders in kinds.items()]
     (out / "table.json").write_text(json.dumps({"rows": rows, "seeds": seeds}, indent=1) + "\n", encoding="utf-8")
     _show(rows, seeds, time.perf_counter() - start)
     return 0
@@ -47,13 +49,6 @@ def make_world(data: Path, train: int, test: int) -> None:
     """Write the shapes world to `data` unless it is there."""
     world = write_world(data, train=train, test=test, caption_noise=CAPTION_NOISE)
     print(f"{data}: " + (f"written in {world.seconds:.1f} s" if world.written else "there already"), flush=True)
-
-
-def _rows(out: Path, seeds: int) -> list[dict[str, Any]]:
-    kinds = {"teacher": [out / "teacher"]}
-    kinds["student, KD"] = [out / f"kd_seed{seed}" for seed in range(seeds)]
-    kinds["student, no KD"] = [out / f"no_kd_seed{seed}" for seed in range(seeds)]
-    return [{"model": name, "runs": [_scores(folder) for folder in folders]} for name, folders in kinds.items()]
 
 
 def _scores(folder: Path) -> dict[str, float]:

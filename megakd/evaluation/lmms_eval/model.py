@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +62,7 @@ class MegakdBundle(lmms):  # type: ignore[misc]
             settings = batch[0].args[1]
             until = settings.get("until") or []
             stops = [until] if isinstance(until, str) else list(until)
-            for answer in self._answer([self._query(request.args) for request in batch], _length(settings)):
+            for answer in self._answer([self._query(*request.args[:6]) for request in batch], _length(settings)):
                 for stop in filter(None, stops):
                     answer = answer.split(stop)[0]
                 answers.append(answer.strip())
@@ -78,8 +78,8 @@ class MegakdBundle(lmms):  # type: ignore[misc]
         results: list[Any] = []
         for start in range(0, len(requests), self.batch_size):
             batch = requests[start : start + self.batch_size]
-            queries = [self._query(request.args) for request in batch]
-            continuations = [self._continuation(request.args) for request in batch]
+            queries = [self._query(*request.args[:6]) for request in batch]
+            continuations = [self._continuation(*request.args[1:6]) for request in batch]
             losses = self._losses(queries, continuations)
             answers = self._answer(queries, max(count for _, count in losses))
             for (loss, count), answer, continuation in zip(losses, answers, continuations, strict=True):
@@ -130,16 +130,14 @@ class MegakdBundle(lmms):  # type: ignore[misc]
             while batch := list(itertools.islice(alike, self.batch_size)):
                 yield batch
 
-    def _query(self, arguments: Sequence[Any]) -> _Query:
-        text, _, visuals_of, number, task, split = arguments[:6]
-        visuals: list[Any] = (visuals_of(self.task_dict[task][split][number]) or []) if visuals_of is not None else []
+    def _query(self, text: str, _: Any, visuals_of: Callable[[Any], list[Any] | None] | None, number: int, task: str, split: str) -> _Query:
+        visuals = (visuals_of(self.task_dict[task][split][number]) or []) if visuals_of is not None else []
         if len(visuals) > 1 or not all(isinstance(visual, Image.Image) for visual in visuals):
             kinds = ", ".join(type(visual).__name__ for visual in visuals)
             raise ValueError(f"{task}: question {number} shows {len(visuals)} things ({kinds}): a megakd bundle takes one image, or none")
         return _Query(visuals[0].convert("RGB") if visuals else None, text, f"{task}: question {number}")
 
-    def _continuation(self, arguments: Sequence[Any]) -> str:
-        _, target, _, number, task, split = arguments[:6]
+    def _continuation(self, target: Any, _: Any, number: int, task: str, split: str) -> str:
         return str(target(self.task_dict[task][split][number]) if callable(target) else target).strip()
 
 
