@@ -113,7 +113,7 @@ def test_calibrated_int8_has_a_factor_an_input_and_its_products_temporaries_are_
 @pytest.mark.parametrize("rows", [5, 300, 3000])
 @pytest.mark.parametrize("migrated", [True, False])
 def test_what_an_int8_layer_holds_on_meta_is_what_it_holds_on_a_cpu(rows: int, migrated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "PIECE_ELEMENTS", 1 << 18)
+    monkeypatch.setattr(matmul, "CHUNK_ELEMENTS", 1 << 18)
     peaks = []
     for device in ("cpu", "meta"):
         layer = Int8Linear(torch.ones(512, 256, device=device), None, product="int_mm", migrated=migrated)

@@ -74,7 +74,7 @@ def test_evaluate_does_not_speak_of_random_weights(finished: Path) -> None:
 def test_open_clips_other_words_are_heard_while_a_model_is_built(caplog: pytest.LogCaptureFixture) -> None:
     from megakd.models import clip
 
-    with clip._expected_without_weights(), caplog.at_level(logging.WARNING):
+    with clip._without_warnings_of_random_weights(), caplog.at_level(logging.WARNING):
         logging.warning("No pretrained weights loaded for model 'x'. Model initialized randomly.")
         logging.warning("Multiple checkpoints found in /x: ['a', 'b']. Using 'a'.")
     assert [record.message[:20] for record in caplog.records] == ["Multiple checkpoints"]
