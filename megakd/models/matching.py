@@ -113,7 +113,7 @@ def _check_activation(config: Mapping[str, Any], weights: Weights, program: str 
     """Raises ValueError where a file, or the config.json beside it, tells which GELU it was trained with, and the model has the other."""
     quick = bool(config.get("quick_gelu"))
     remedy = "take the model's -quickgelu name, or quick_gelu = true in its architecture"
-    if program == names.OPENAIS and not quick:
+    if program == names.OPENAI and not quick:
         raise ValueError(f"{weights.origin}: OpenAI's own weights, trained with QuickGELU, and this model has GELU: {remedy}")
     if program != names.TRANSFORMERS or "timm_model_name" in config["vision_cfg"]:
         return

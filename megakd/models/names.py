@@ -20,11 +20,13 @@ WRAPPERS = ("module.", "_orig_mod.", "model.", "state_dict.", "student.", "clip.
 # These two also occur inside a name, where a part of the model was wrapped.
 INNER = ("module", "_orig_mod")
 OLD_TEXT = ("text_projection", "positional_embedding", "token_embedding", "transformer", "ln_final")
-# In OpenAI's own files beside the weights.
-OPENAI = ("input_resolution", "context_length", "vocab_size")
+# What OpenAI's own files have beside the weights.
+OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 # Position counters that older versions of transformers saved; open_clip drops the first as well.
-DROPPED = re.compile(r"text\.transformer\.embeddings\.position_ids|(vision|text)_model\.embeddings\.position_ids|" + "|".join(OPENAI))
-OPENAIS, TRANSFORMERS = "OpenAI's CLIP", "transformers' CLIP or SigLIP"
+DROPPED = re.compile(
+    r"text\.transformer\.embeddings\.position_ids|(vision|text)_model\.embeddings\.position_ids|" + "|".join(OPENAI_EXTRAS)
+)
+OPENAI, TRANSFORMERS = "OpenAI's CLIP", "transformers' CLIP or SigLIP"
 TRANSFORMERS_PREFIXES = ("vision_model.", "text_model.")
 FOREIGN = {("image_encoder.", "text_encoder."): "Apple's MobileCLIP", TRANSFORMERS_PREFIXES: TRANSFORMERS}
 LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)")
@@ -53,10 +55,10 @@ class Renamed:
 
 
 def program(names: Iterable[str]) -> str | None:
-    """Whose names a file has: `OPENAIS` for OpenAI's own files, a value of FOREIGN, or None for open_clip's and unknown ones."""
+    """Whose names a file has: `OPENAI` for OpenAI's own files, a value of FOREIGN, or None for open_clip's and unknown ones."""
     unwrapped = set(_unwrapped(names, {}).values())
-    if set(OPENAI) <= unwrapped:
-        return OPENAIS
+    if set(OPENAI_EXTRAS) <= unwrapped:
+        return OPENAI
     return next((program for prefixes, program in FOREIGN.items() if any(name.startswith(prefixes) for name in unwrapped)), None)
 
 
