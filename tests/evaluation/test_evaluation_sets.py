@@ -153,10 +153,7 @@ def test_hard_negatives_of_what_cannot_be_read_are_lost(tmp_path: Path) -> None:
     samples = [(picture(row), false(swap="99", other="98") if row % 2 else false(swap="99")) for row in range(6)]
     samples += [(b"", false(swap="99")), (b"damaged", false(other="98"))]
     found = negatives(tmp_path, samples, max_bad=0.5)
-    assert found == {
-        "other": {"accuracy": 3 / 4, "pairs": 4, "unreadable": 1},
-        "swap": {"accuracy": 6 / 7, "pairs": 7, "unreadable": 1},
-    }
+    assert found == {"other": {"accuracy": 3 / 4, "pairs": 4, "unreadable": 1}, "swap": {"accuracy": 6 / 7, "pairs": 7, "unreadable": 1}}
 
 
 def test_a_negative_that_is_the_caption_cannot_be_told_from_it_and_is_counted(tmp_path: Path) -> None:

@@ -69,10 +69,7 @@ LABELS: list[Damage] = [
     ("a byte order mark", lambda number, original: b"\xef\xbb\xbf" + original, SOUND),
     ("zeros before it", lambda number, original: b"00" + original, SOUND),
 ]
-SWAPS = (
-    *(b'["99 a", "98 b"]', b'{"text": "99 a"}', b"99", b"NaN", b'""', b'" \\n"', b"true", b"9" * 5000),
-    '"99 é"'.encode("latin-1"),
-)
+SWAPS = (*(b'["99 a", "98 b"]', b'{"text": "99 a"}', b"99", b"NaN", b'""', b'" \\n"', b"true", b"9" * 5000), '"99 é"'.encode("latin-1"))
 FALSE: list[Damage] = [
     _fixed("no json", None, REFUSE),
     *_each("json", REFUSE, b"", b"{", b"[]", b"null", b'"negatives"', b"[" * 90_000, b'{"negatives":' * 90_000, b"\xff\xfe{}"),

@@ -130,13 +130,7 @@ def slope_launches(monkeypatch: pytest.MonkeyPatch, variant: Variant) -> list[tu
 
 
 CARDS = {90: Card("wgmma.mma_async", 227 << 10), 80: Card("mma.sync", 163 << 10)}
-STATISTICS = [
-    Variant(),
-    Variant(hard_temperature=2.0),
-    Variant(static=True),
-    Variant(teachers=0),
-    Variant(teachers=0, static=True),
-]
+STATISTICS = [Variant(), Variant(hard_temperature=2.0), Variant(static=True), Variant(teachers=0), Variant(teachers=0, static=True)]
 SLOPES = [Variant(), Variant(hard_temperature=2.0), Variant(teachers=0), Variant(teachers=2)]
 # Bytes spilled, stored and loaded. Measured with Triton 3.8: 56 in the online statistics with a second normaliser on sm_90, 360 to 500
 # in the slope on sm_80, none elsewhere; with Triton 3.6 those statistics spill 352 on sm_80. A tile that does not fit spills thousands.
@@ -171,9 +165,7 @@ def test_slopes_use_the_matrix_units_and_hardly_spill(
 
 
 @pytest.mark.parametrize(
-    "variant",
-    [Variant(rows=129, widths=(200, 37)), Variant(dtype=torch.float32), Variant(dtype=torch.float16, static=True)],
-    ids=str,
+    "variant", [Variant(rows=129, widths=(200, 37)), Variant(dtype=torch.float32), Variant(dtype=torch.float16, static=True)], ids=str
 )
 def test_ragged_shapes_and_other_dtypes_compile(variant: Variant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     launches = statistics_launches(monkeypatch, variant)[:1] + slope_launches(monkeypatch, variant)

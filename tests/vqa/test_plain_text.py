@@ -31,11 +31,7 @@ def learned(talk: PromptEncoder, asked: Question) -> list[int]:
     return answer
 
 
-SPELLED = {
-    "gpt2": "red <|endoftext|> blue",
-    "qwen2": "red <|im_end|> blue",
-    "llama": "red </s> blue",
-}
+SPELLED = {"gpt2": "red <|endoftext|> blue", "qwen2": "red <|im_end|> blue", "llama": "red </s> blue"}
 
 
 @pytest.mark.parametrize("kind", SPELLED)
