@@ -19,7 +19,7 @@ from megakd.evaluation import run as evaluation_run
 from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_USER_ERROR
 from support.processes import python
-from support.runs import Finished, ds_config, events, train
+from support.runs import Finished, ds_config, events, megakd, train
 
 STEPS = 4
 
@@ -124,25 +124,28 @@ def test_an_exported_model_teaches_the_next_student(run: Path, recipe_file: Path
     assert not any(key.startswith("heads") for key in exported)
 
 
-def _refused(*arguments: str | Path) -> str:
-    found = _evaluate(*arguments)
+def _refused(found: Finished) -> str:
     assert found.code == EXIT_USER_ERROR, found.err
     assert "Traceback" not in found.err
     assert "initialized randomly" not in found.err
     return found.err
 
 
-def test_evaluate_says_in_one_message_what_is_wrong_with_a_run(run: Path, tmp_path: Path) -> None:
+def test_evaluate_says_in_one_message_what_is_wrong_with_a_run(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def evaluate_here(*arguments: str | Path) -> Finished:
+        capfd.readouterr()
+        return Finished(megakd("evaluate", *arguments), *capfd.readouterr())
+
     copied = tmp_path / "run"
     shutil.copytree(run, copied)
     scored = (copied / "evaluation.json").read_text()
     wider = "student.architecture.text_cfg.width=64"
-    assert "a checkpoint of another student than this run's recipe has" in _refused(copied, "--set", wider)
+    assert "a checkpoint of another student than this run's recipe has" in _refused(_evaluate(copied, "--set", wider))
     for saved in checkpoint.available(copied):
         weights = saved / "weights.safetensors"
         weights.write_bytes(weights.read_bytes()[:-9])
-    assert "checkpoints are damaged" in _refused(copied)
-    assert "no checkpoint there" in _refused(copied, "--checkpoint", tmp_path)
+    assert "checkpoints are damaged" in _refused(evaluate_here(copied))
+    assert "no checkpoint there" in _refused(evaluate_here(copied, "--checkpoint", tmp_path))
     shutil.rmtree(copied / "checkpoints")
-    assert "no checkpoint in it yet" in _refused(copied)
+    assert "no checkpoint in it yet" in _refused(evaluate_here(copied))
     assert (copied / "evaluation.json").read_text() == scored
