@@ -14,7 +14,7 @@ import pytest
 from megakd.runtime.launch import TORCH_VARIABLES
 from support import slurm_cluster as cluster
 from support.slurm_jobs import until
-from support.slurm_scripts import repository, shrunk
+from support.slurm_scripts import Script, repository, shrunk
 
 # pytest itself may run inside a SLURM job, or under torchrun; sbatch hands its environment on to the ranks
 FOREIGN = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_", *TORCH_VARIABLES)
@@ -58,21 +58,26 @@ def no_jobs_left(slurm: cluster.Cluster) -> Iterator[None]:
     """After a module, nothing of its jobs runs on."""
     yield
     subprocess.run(["scancel", "--user=root"], check=False)
-    until(lambda: not subprocess.run(["squeue", "-h"], capture_output=True, text=True, check=False).stdout.strip(), 60)
+    until(lambda: not subprocess.run(["squeue", "-h"], capture_output=True, text=True, check=False).stdout.strip())
 
 
 @pytest.fixture
 def plain_preemption(slurm: cluster.Cluster) -> Iterator[None]:
     """SLURM's default: a job that is preempted gets SIGTERM alone, not the signal it asked for by --signal."""
-    slurm.send_user_signal_at_preemption(False)
+    slurm.reconfigure(user_signal=False)
     yield
-    slurm.send_user_signal_at_preemption(True)
+    slurm.reconfigure()
+
+
+@pytest.fixture(scope="session")
+def _site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return repository(tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture(scope="module")
-def site(slurm: cluster.Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def site(slurm: cluster.Cluster, _site: Path) -> Iterator[Path]:
     """A folder like the repository to submit its scripts from; it is the working folder, its `python` the one of these tests."""
-    folder = repository(tmp_path_factory.mktemp("site"))
+    folder = _site
     with pytest.MonkeyPatch.context() as here:
         here.setenv("PATH", str(folder / "bin"), prepend=os.pathsep)
         for name, value in {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}.items():
@@ -81,6 +86,19 @@ def site(slurm: cluster.Cluster, tmp_path_factory: pytest.TempPathFactory) -> It
         yield folder
 
 
+@pytest.fixture(scope="session")
+def arguments(world: Path, _site: Path) -> list[str]:
+    return shrunk(world, _site)
+
+
+@pytest.fixture(scope="session")
+def _submitted() -> list[Script]:
+    return []
+
+
 @pytest.fixture(scope="module")
-def arguments(world: Path, site: Path) -> list[str]:
-    return shrunk(world, site)
+def undisturbed(site: Path, arguments: list[str], _submitted: list[Script]) -> Script:
+    """A run that nothing happens to, one for all files. It may be at work still: wait for it."""
+    if not _submitted:
+        _submitted.append(Script(site, "distill_vitbigG", *arguments))
+    return _submitted[0]

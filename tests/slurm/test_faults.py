@@ -17,9 +17,9 @@ from megakd.runtime import checkpoint
 from support.runs import curve, rows, settings
 from support.slurm_cluster import Cluster
 from support.slurm_jobs import job, until, wait
-from support.slurm_scripts import SMALL, Script, lost, scontrol, submit_higher
+from support.slurm_scripts import SMALL, Script, lost, preempted, scontrol, submit_higher
 
-pytestmark = [pytest.mark.usefixtures("no_jobs_left"), pytest.mark.timeout(800)]
+pytestmark = [pytest.mark.usefixtures("no_jobs_left"), pytest.mark.timeout(1500)]
 
 
 @dataclass(frozen=True)
@@ -43,29 +43,24 @@ class Disturbed:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(site: Path, arguments: list[str]) -> Script:
-    script = Script(site, "distill_vitbigG", *arguments)
-    assert wait(script.id, timeout=250)["JobState"] == "COMPLETED", script.log
-    return script
-
-
-@pytest.fixture(scope="module")
-def disturbed(slurm: Cluster, site: Path, arguments: list[str]) -> Disturbed:
+def disturbed(slurm: Cluster, site: Path, arguments: list[str], undisturbed: Script) -> Disturbed:
     """The same job preempted with and without its own signal, requeued, and robbed of a node; checkpoints as often as by default."""
+    ended = wait(undisturbed.id)  # or the preemptions would be its own
+    assert ended["JobState"] == "COMPLETED", undisturbed.log
     script, halfway = Script(site, "distill_vitbigG", *arguments), site / "halfway"
 
     def preempt() -> None:
-        submit_higher()
-        wait(script.id, ("PENDING",), 60)
-        shutil.copytree(script.run, halfway)
+        with preempted(script.id, site):
+            shutil.copytree(script.run, halfway)
 
     def preempt_plainly() -> None:
-        slurm.send_user_signal_at_preemption(False)
+        slurm.reconfigure(user_signal=False)
         submit_higher()
 
     def lose_a_node() -> None:
+        slurm.reconfigure(node_timeout=10)
         slurm.kill_node("node2")
-        wait(script.id, ("PENDING",), 90)
+        wait(script.id, ("PENDING",))
         slurm.start_node("node2")
 
     # Early, so that the last one comes well before the run's end on a busy machine too: a run that has ended takes no step again.
@@ -75,8 +70,8 @@ def disturbed(slurm: Cluster, site: Path, arguments: list[str]) -> Disturbed:
         _stop(script, "scontrol requeue", 24, lambda: scontrol("requeue", script.id)),
         _stop(script, "a node loses its power", 32, lose_a_node),
     ]
-    slurm.send_user_signal_at_preemption(True)
-    return Disturbed(script, wait(script.id, timeout=200), stops, halfway)
+    slurm.reconfigure()
+    return Disturbed(script, wait(script.id), stops, halfway)
 
 
 def _stop(script: Script, what: str, step: int, act: Callable[[], None]) -> Stop:
@@ -84,9 +79,9 @@ def _stop(script: Script, what: str, step: int, act: Callable[[], None]) -> Stop
     script.reach(step)
     starts, began, before = int(job(script.id)["Restarts"]), time.monotonic(), len(script.log)
     act()
-    wait(script.id, ("RUNNING",), 90, starts + 1)
+    wait(script.id, ("RUNNING",), restarts=starts + 1)
     running = time.monotonic()
-    until(lambda: re.search(rf"restart {starts + 1}\n(.*\n)*step ", script.log), 200)
+    until(lambda: re.search(rf"restart {starts + 1}\n(.*\n)*step ", script.log))
     training = time.monotonic()
     # From the log, which is appended to: metrics.jsonl forgets what is done again.
     lines = re.findall(r"^step (\d+)/.* seconds: (.*)$", script.log[: script.log.index(f"restart {starts + 1}\n")], re.MULTILINE)
@@ -122,7 +117,7 @@ def test_work_lost(disturbed: Disturbed) -> None:
 def test_the_run_goes_on_with_fewer_nodes(disturbed: Disturbed, undisturbed: Script, site: Path, arguments: list[str]) -> None:
     """The same samples in the same order; equal but for the rounding of sums in another order, in bf16 here."""
     one = Script(site, "distill_vitbigG", *arguments, "--out", disturbed.halfway, options=(*SMALL, "--nodes=1"))
-    assert wait(one.id, timeout=250)["JobState"] == "COMPLETED", one.log
+    assert wait(one.id)["JobState"] == "COMPLETED", one.log
     found, expected = rows(disturbed.halfway), rows(undisturbed.run)
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=0.02)
@@ -135,9 +130,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_same_command_goes_on(
     run = slurm.disk / "run"
     more = [*arguments, *settings("checkpoint.every=20", "checkpoint.keep=1"), "--out", run]
     full = Script(site, "distill_vitbigG", *more)
-    until(lambda: checkpoint.available(run), 200)
+    until(lambda: checkpoint.available(run))
     subprocess.run(["dd", "if=/dev/zero", f"of={slurm.disk / 'filler'}", "bs=4096"], capture_output=True, check=False)
-    ended = wait(full.id, timeout=200)
+    ended = wait(full.id)
     assert ended["JobState"] == "FAILED"
     assert ended["Restarts"] == "0"
     assert "No space left on device" in full.log
@@ -148,6 +143,6 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_same_command_goes_on(
     print(f"\n| the disk is full | {steps} | {seconds:.1f} |")
     subprocess.run(["mount", "-o", "remount,size=100m", slurm.disk], check=True)
     again = Script(site, "distill_vitbigG", *more)
-    assert wait(again.id, timeout=250)["JobState"] == "COMPLETED", again.log
+    assert wait(again.id)["JobState"] == "COMPLETED", again.log
     assert f"resuming from {saved}" in again.log
     assert curve(run) == curve(undisturbed.run)

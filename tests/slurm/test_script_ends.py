@@ -12,7 +12,7 @@ from megakd.runtime.launch import TORCH_VARIABLES
 from support.slurm_jobs import job, sbatch, until, wait
 from support.slurm_scripts import SMALL, Script, repository, submit_higher
 
-pytestmark = pytest.mark.usefixtures("no_jobs_left")
+pytestmark = [pytest.mark.usefixtures("no_jobs_left"), pytest.mark.timeout(900)]
 
 # The last argument of the script is its part. Once restarted, it is done at once. Signals are handled before the line that tests wait for,
 # and the first of two ranks to end waits until the other handles them too.
@@ -33,7 +33,7 @@ case $part in
         exit 85 ;;
     ends) exit 0 ;;
 esac
-for _ in {1..600}; do sleep 0.1; done
+for _ in {1..6000}; do sleep 0.1; done
 """
 
 

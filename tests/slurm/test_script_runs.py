@@ -16,7 +16,7 @@ from support.slurm_cluster import Cluster
 from support.slurm_jobs import job, sbatch, wait
 from support.slurm_scripts import SMALL, STEPS, Script, connections, lost, ranks_of, scontrol, send
 
-pytestmark = [pytest.mark.usefixtures("no_jobs_left"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.usefixtures("no_jobs_left"), pytest.mark.timeout(1500)]
 ONE = (*SMALL, "--nodes=1")
 
 
@@ -34,32 +34,28 @@ class Together:
 
 
 @pytest.fixture(scope="module")
-def together(slurm: Cluster, site: Path, arguments: list[str]) -> Together:
-    """A run whose folder a second job tries to take; one that reaches its time limit; two, a rank of which stops for ever or is killed."""
-    calm = Script(site, "distill_vitbigG", *arguments)
-    limited = Script(site, "distill_vitbigG", *arguments, options=(*SMALL, "--signal=USR1@119"))
-    limited.reach(5, 200)
+def together(slurm: Cluster, site: Path, arguments: list[str], undisturbed: Script) -> Together:
+    """A run that reaches its time limit, and whose folder a second job tries to take; two, a rank of which stops for ever or is killed."""
+    limited = Script(site, "distill_vitbigG", *arguments, options=(*SMALL, "--signal=USR1@239"))
+    endless = settings("optim.steps=100000")  # what ends them is not their last step
+    # Longer than KillWait: SLURM wakes the halted rank when the other has ended, and it must not come to its own limit before it is killed.
+    hung = Script(site, "distill_vitbigG", *arguments, *endless, *settings("watchdog.limit=30"))
+    crashed = Script(site, "distill_vitbigG", *arguments, *endless)
+    limited.reach(5)
     halted = list(ranks_of(slurm, limited).values())
     send(signal.SIGSTOP, halted)  # so short a run would be over before SLURM looks at time limits, every 30 s; its signal wakes the ranks
     reached = connections(halted[1])
-    minutes = int(job(limited.id)["RunTime"].split(":")[1])
-    scontrol("update", f"JobId={limited.id}", f"TimeLimit={minutes + 2}")
-    calm.reach(5)
-    holders = list(ranks_of(slurm, calm).values())
-    send(signal.SIGSTOP, holders)
-    intruder = Script(site, "distill_vitbigG", *arguments, "--out", calm.run, options=ONE)
-    wait(limited.id, ("PENDING",), 120)
-    scontrol("update", f"JobId={limited.id}", "TimeLimit=10")
-    refused = wait(intruder.id, timeout=150)
-    send(signal.SIGCONT, holders)
-    hung = Script(site, "distill_vitbigG", *arguments, *settings("watchdog.limit=10"))
-    crashed = Script(site, "distill_vitbigG", *arguments)
+    intruder = Script(site, "distill_vitbigG", *arguments, "--out", limited.run, options=ONE)
     for script, number in ((hung, signal.SIGSTOP), (crashed, signal.SIGKILL)):
-        script.reach(5, 200)
+        script.reach(5)
         send(number, [ranks_of(slurm, script)["node2"]])
-    answers = {script.id: wait(script.id, ("COMPLETED", "FAILED", "TIMEOUT"), 250) for script in (calm, limited, hung, crashed)}
-    answers[intruder.id] = refused
-    return Together(calm, limited, intruder, hung, crashed, answers, reached)
+    answers = {intruder.id: wait(intruder.id)}  # while the holders of its folder are halted
+    minutes = int(job(limited.id)["RunTime"].split(":")[1])
+    scontrol("update", f"JobId={limited.id}", f"TimeLimit={minutes + 4}")  # whose signal is due at once
+    wait(limited.id, ("PENDING", "RUNNING"), restarts=1)
+    scontrol("update", f"JobId={limited.id}", "TimeLimit=10")
+    answers |= {script.id: wait(script.id, ("COMPLETED", "FAILED", "TIMEOUT")) for script in (undisturbed, limited, hung, crashed)}
+    return Together(undisturbed, limited, intruder, hung, crashed, answers, reached)
 
 
 def test_the_script_distils_on_two_nodes_to_a_model_and_its_scores(together: Together) -> None:
@@ -133,7 +129,7 @@ def test_a_sweep_runs_each_combination_in_its_own_folder(
     for name, value in {"RECIPE": recipe_file, "TEACHERS": teacher, "MODE": "replicated", "SEEDS": "3 4", "WEIGHTS": "0.5 1.0"}.items():
         monkeypatch.setenv(name, str(value))
     id = sbatch(*ONE, "--array=0-3%2", "slurm/sweep.sh", "--ds_config", "ds_configs/smoke_cpu.json")
-    ends = [wait(f"{id}_{task}", timeout=250)["JobState"] for task in range(4)]
+    ends = [wait(f"{id}_{task}")["JobState"] for task in range(4)]
     assert ends == ["COMPLETED"] * 4, (site / f"sweep-{id}_0.log").read_text()
     found = [json.loads((site / "runs" / f"sweep-{id}" / str(task) / "run.json").read_text()) for task in range(4)]
     swept = [(run["recipe"]["teacher"]["model"], run["recipe"]["seed"], run["recipe"]["objectives"]["similarity"]) for run in found]
@@ -146,7 +142,7 @@ def test_the_vqa_script_adapts_a_decoder_to_a_bundle(site: Path, world: Path, ar
     decoder = f"{{ architecture = {TINY_LLAMA}, tokenizer = '{world}/tokenizer' }}"
     sets = settings(student, f"decoder={decoder}", *answering(world), "optim.steps=4", "optim.warmup=0", "evaluation.vqa={}")
     script = Script(site, "vqa_lora", *sets, options=ONE)
-    assert wait(script.id, timeout=200)["JobState"] == "COMPLETED", script.log
+    assert wait(script.id)["JobState"] == "COMPLETED", script.log
     assert "ZeRO 2, bf16" in script.log
     assert (script.run / "bundle" / "adapter" / "adapter_model.safetensors").is_file()
 
@@ -155,8 +151,8 @@ def test_the_vqa_script_adapts_a_decoder_to_a_bundle(site: Path, world: Path, ar
 def test_a_store_that_embed_wrote_is_the_trainings_teacher(site: Path, arguments: list[str]) -> None:
     shared = arguments[: arguments.index(f"optim.steps={STEPS}") - 1]
     embed = Script(site, "embed", *shared)
-    assert wait(embed.id, timeout=200)["JobState"] == "COMPLETED", embed.log
+    assert wait(embed.id)["JobState"] == "COMPLETED", embed.log
     assert "complete, 600 samples" in embed.log
     store = f"teacher.store={site}/stores/distill_vitbigG"
     dry = Script(site, "distill_vitbigG", *arguments, *settings(store), "--dry_run", options=ONE)
-    assert wait(dry.id, timeout=150)["JobState"] == "COMPLETED", dry.log
+    assert wait(dry.id)["JobState"] == "COMPLETED", dry.log

@@ -16,10 +16,10 @@ from megakd.jobs import status, submit
 from megakd.runtime import checkpoint
 from support.runs import NODE_LISTS, curve, megakd, rows, settings
 from support.slurm_cluster import Cluster
-from support.slurm_jobs import job, until, wait
-from support.slurm_scripts import submit_higher
+from support.slurm_jobs import until, wait
+from support.slurm_scripts import preempted
 
-pytestmark = pytest.mark.usefixtures("no_jobs_left")
+pytestmark = [pytest.mark.usefixtures("no_jobs_left"), pytest.mark.timeout(900)]
 LONG = ("optim.steps=500", "checkpoint.every=100000")
 TWO_NODES = ("--nodes", "2", "--gpus_per_node", "0", "--cpus_per_task", "1", "--mem", "1G", "--time", "15")
 
@@ -76,19 +76,18 @@ def test_a_preempted_run_goes_on_with_the_same_loss_curve(
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     options = (*TWO_NODES, "--python", tmp_path / "python", "--resume", resume)
-    slurm.send_user_signal_at_preemption(user_signal)
+    slurm.reconfigure(user_signal=user_signal)
     try:
         assert megakd("submit", "--recipe", recipe_file, *settings(*LONG), "--out", run, *options) == 0
         id = submitted(run)["job"]
-        until(lambda: len(rows(run)) >= 5, 120)
-        higher = submit_higher()
-        wait(id, ("PENDING",), 60)
-        saved = rows(run)[-1]["step"]
-        assert "PENDING again" in shown(run, capsys)[0]
+        until(lambda: len(rows(run)) >= 5)
+        with preempted(id, tmp_path) as higher:
+            saved = rows(run)[-1]["step"]
+            assert "PENDING again" in shown(run, capsys)[0]
         wait(higher)
-        ended = wait(id, timeout=150)
+        ended = wait(id)
     finally:
-        slurm.send_user_signal_at_preemption(True)
+        slurm.reconfigure()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
     assert 5 <= saved < 500
     assert curve(run) == curve(undisturbed)
@@ -128,12 +127,12 @@ def test_a_cancelled_run_is_not_requeued_and_ends_the_waiting(
     wanted = submit.Resources(nodes=2, gpus_per_node=0, tasks_per_node=1, time="15", signal_delay=60)
     top, runs = submit.requests(str(recipe_file), ["optim.steps=100000"], None, tmp_path / "run", "auto", [])
     jobs = submit.submit(top, runs, wanted, "slurm")
-    until(lambda: len(rows(tmp_path / "run")) >= 3, 120)
+    until(lambda: len(rows(tmp_path / "run")) >= 3)
     assert "RUNNING" in shown(tmp_path, capsys)[0]
     subprocess.run(["scancel", jobs[0].job_id], check=True)
     assert submit.wait(jobs, "slurm") == 1
     assert "ended as CANCELLED without a result" in capsys.readouterr().err
-    assert job(jobs[0].job_id)["Restarts"] == "0"
+    assert wait(jobs[0].job_id)["Restarts"] == "0"  # which is when its ranks have saved
     assert checkpoint.available(tmp_path / "run")
 
 
@@ -198,7 +197,7 @@ def test_an_array_is_one_job_with_a_run_folder_for_each_combination(
 ) -> None:
     """Held in the queue: its tasks' training is what the other tests run."""
     arrays = ("--array", "seed=0,1", "--array", "optim.lr=1e-3,1e-4")
-    options = ("--setup", "sleep 60", "--nodes", "2", "--gpus_per_node", "0")
+    options = ("--setup", "sleep 600", "--nodes", "2", "--gpus_per_node", "0")
     assert megakd("submit", "--recipe", recipe_file, "--out", tmp_path / "sweep", *arrays, *options) == 0
     runs = [tmp_path / "sweep" / f"seed={seed},optim.lr={lr}" for seed, lr in itertools.product("01", ("1e-3", "1e-4"))]
     ids = [submitted(run)["job"] for run in runs]
@@ -209,5 +208,5 @@ def test_an_array_is_one_job_with_a_run_folder_for_each_combination(
     listed = shown(tmp_path, capsys)
     assert [line.split()[0] for line in listed] == sorted(map(str, runs))
     subprocess.run(["scancel", main], check=True)
-    until(lambda: all(state.ended for state in cluster.states(ids).values()), 30)
+    until(lambda: all(state.ended for state in cluster.states(ids).values()))
     assert {found.job for found in status.find(tmp_path)} == set(ids)

@@ -24,9 +24,11 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "sinf
 NODES = ("node1", "node2")
 GPUS = 8
 NODE_PORT = 6818
+CONTROLLER_PORT = 7100  # of the first cluster on a machine; below those that Linux hands out to whoever connects
 NAMESPACES = ("--net", "--uts", "--mount", "--pid", "--fork", "--kill-child")
 
 # cred_expire: a requeued job waits that and a second more before it may start again; 120 s by default, 5 is the least.
+# Times after which SLURM takes a process or a node for dead are such that a busy machine stays below them.
 # config_overrides: the nodes have the CPUs and the memory that are written here, whatever the machine has.
 CONFIGURATION = """\
 ClusterName=throwaway
@@ -60,15 +62,15 @@ SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,sched_interval
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-KillWait=5
+KillWait=15
 MinJobAge=86400
 InactiveLimit=0
-BatchStartTimeout=10
-MessageTimeout=10
+BatchStartTimeout=60
+MessageTimeout=60
 SlurmctldTimeout=30
-SlurmdTimeout=10
+SlurmdTimeout={node_timeout}
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=25
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -123,7 +125,6 @@ class Cluster:
         self.disk = self.folder / "disk"  # of one megabyte, seen by all nodes
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._bridge, self._network = "", ""
-        self._port = _free_port()
 
     def environment(self) -> dict[str, str]:
         """What sbatch, submitit and the tests need to find this cluster."""
@@ -140,7 +141,7 @@ class Cluster:
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", self.disk], check=True)
             self._make_bridge()
             self._write_files()
-            self._start_daemons(time.monotonic() + 30)
+            self._start_daemons(time.monotonic() + 120)
         except BaseException:
             self.stop()
             raise
@@ -181,9 +182,10 @@ class Cluster:
         _ip("link", "add", self._link(node), "type", "veth", "peer", "name", "eth0", "netns", str(daemon.pid))
         _ip("link", "set", self._link(node), "master", self._bridge, "up")
 
-    def send_user_signal_at_preemption(self, yes: bool) -> None:
-        """Whether a job that is preempted gets the signal of its --signal at once, or SLURM's default, SIGTERM alone."""
-        self._write_configuration(yes)
+    def reconfigure(self, *, user_signal: bool = True, node_timeout: int = 60) -> None:
+        """user_signal: whether a job that is preempted gets the signal of its --signal at once, or SLURM's default, SIGTERM alone.
+        node_timeout: seconds without an answer after which a node is down."""
+        self._write_configuration(user_signal, node_timeout)
         subprocess.run(["scontrol", "reconfigure"], env=os.environ | self.environment(), check=True)
 
     def node_processes(self, node: str, pattern: str) -> list[int]:
@@ -221,18 +223,19 @@ class Cluster:
         sacct = self.folder / "bin" / "sacct"
         sacct.write_text(SACCT)
         sacct.chmod(0o755)
-        self._write_configuration(user_signal=True)
+        self._write_configuration()
 
-    def _write_configuration(self, user_signal: bool) -> None:
+    def _write_configuration(self, user_signal: bool = True, node_timeout: int = 60) -> None:
         hardware = f"Sockets=2 CoresPerSocket=32 ThreadsPerCore=1 RealMemory=1000000 Feature=a100,ib Gres=gpu:{GPUS} State=UNKNOWN"
         nodes = [f"NodeName={node} NodeHostname={node} NodeAddr={self.address(node)} Port={NODE_PORT} {hardware}" for node in NODES]
         text = CONFIGURATION.format(
             host=_host(),
             controller=f"{self._network}.254",
-            port=self._port,
+            port=CONTROLLER_PORT + int(self._bridge.removeprefix("slurmt")),
             node_port=NODE_PORT,
             folder=self.folder,
             preemption="SlurmctldParameters=preempt_send_user_signal" if user_signal else "",
+            node_timeout=node_timeout,
             nodes="\n".join(nodes),
         )
         (self.folder / "slurm.conf").write_text(text)
@@ -288,18 +291,13 @@ def _host() -> str:
     return socket.gethostname().split(".")[0]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _ip(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     return subprocess.run([_program("ip") or "ip", *arguments], check=check, capture_output=True, text=True)
 
 
 def _until(condition, what: str) -> None:
-    for _ in range(500):
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
         if condition():
             return
         time.sleep(0.01)

@@ -6,6 +6,8 @@ import subprocess
 import time
 from collections.abc import Callable
 
+# Seconds after which a wait is a failure: many times what it takes, as a busy machine is slow and not wrong.
+PATIENCE = 240
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 
 
@@ -15,14 +17,14 @@ def job(jid: str) -> dict[str, str]:
     return dict(field.split("=", 1) for field in shown.split() if "=" in field)
 
 
-def wait(jid: str, states: tuple[str, ...] = ENDED, timeout: float = 60, restarts: int | None = None) -> dict[str, str]:
+def wait(jid: str, states: tuple[str, ...] = ENDED, timeout: float = PATIENCE, restarts: int | None = None) -> dict[str, str]:
     """The job once it is in one of `states` (after at least `restarts` restarts). `sbatch --wait` looks only after 2, 10, 42, ... s."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         now = job(jid)
         if now["JobState"] in states and (restarts is None or int(now["Restarts"]) >= restarts):
             return now
-        time.sleep(0.1)
+        time.sleep(0.25)
     raise AssertionError(f"job {jid} is not in {states} after {timeout} s: {job(jid)}")
 
 
@@ -34,8 +36,9 @@ def sbatch(*arguments: object) -> str:
     return sent.stdout.strip()
 
 
-def until(condition: Callable[[], object], timeout: float = 30) -> None:
+def until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
+    """Wait for a fact."""
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, f"still waiting after {timeout} s"
-        time.sleep(0.1)
+        time.sleep(0.25)

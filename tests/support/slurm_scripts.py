@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shlex
 import signal
 import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megakd.runtime import checkpoint
 from support.runs import REPOSITORY, rows, settings
 from support.slurm_cluster import NODES, Cluster
-from support.slurm_jobs import sbatch, until
+from support.slurm_jobs import sbatch, until, wait
 
 STEPS = 100
 
@@ -77,13 +79,25 @@ class Script:
         found = rows(self.run)
         return found[-1]["step"] if found else 0
 
-    def reach(self, step: int, timeout: float = 200) -> None:
-        until(lambda: self.step() >= step, timeout)
+    def reach(self, step: int) -> None:
+        until(lambda: self.step() >= step)
 
 
-def submit_higher() -> str:
+def submit_higher(command: str = "sleep 1") -> str:
     """A job of the higher partition that wants both nodes: it preempts whatever runs there."""
-    return sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    return sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", command)
+
+
+@contextlib.contextmanager
+def preempted(id: str, folder: Path) -> Iterator[str]:
+    """While this lasts, job `id` waits in the queue for a higher one, whose id it gives."""
+    free = folder / f"{id}-may-go-on"
+    higher = submit_higher(f"until [ -e {shlex.quote(str(free))} ]; do sleep 0.1; done")
+    try:
+        wait(id, ("PENDING",))
+        yield higher
+    finally:
+        free.touch()
 
 
 def scontrol(*arguments: str) -> None:
