@@ -142,11 +142,11 @@ def _thin_png(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("size", [(1, 3_000_000), (3_000_000, 1), (1, 201), (4020, 20 - 1)])
 def test_thin_images_are_bad_before_they_are_decoded(size: tuple[int, int]) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(BadSample) as caught:
         decode(_thin_png(*size) if max(size) < 10**6 else bomb_png(*size), 50_000_000)
     assert caught.value.reason == "too_thin"
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])

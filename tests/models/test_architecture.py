@@ -82,11 +82,11 @@ def test_all_of_open_clips_own_are_sound() -> None:
     ],
 )
 def test_what_cannot_be_is_one_message_with_the_key(path: str, value: Any, told: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=r"^student") as raised:
         clip.resolve(Model(architecture=_changed(path, value)), "student")
     assert told in str(raised.value)
-    assert time.perf_counter() - start < 20, "nothing of that size was built"
+    assert time.process_time() - start < 20, "nothing of that size was built"
 
 
 def test_several_mistakes_are_told_at_once() -> None:
