@@ -1,4 +1,4 @@
-"""Image-text pairs to train on: shards -> batches of one view per tower, by the loader of `resumable`.
+"""Image-text pairs to train on: shards -> batches of one view per tower.
 
 1. A worker decodes each image once, crops it once and resizes it for every tower.
 2. Captions are tokenised as one list for every tokenizer.

@@ -77,7 +77,8 @@ def requests(
         key, equals, values = text.partition("=")
         if not equals or not values:
             raise ValueError(f"--array {text}: write KEY=VALUE,VALUE for example --array seed=0,1,2")
-        varied.append([f"{key}={value}" for value in values.split(",")])
+        # not at a comma inside of a list, a table or a shard pattern's braces
+        varied.append([f"{key}={value}" for value in re.split(r",(?![^\[{]*[\]}])", values)])
     runs: list[SubmitRequest] = []
     for combination in itertools.product(*varied):
         folder = top / ",".join(combination).replace("/", "_")

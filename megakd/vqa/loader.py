@@ -196,11 +196,11 @@ class _Prompts:
     image_processor: ImageProcessor | None
 
     def __getitems__(self, indices: list[int]) -> PromptBatch:
-        made = usable(
-            indices,
-            self.questions.read(indices, self.image_processor is not None),
-            lambda _, item: _encoded_question(item, self.image_processor, self._encoded),
-        )
+        def encode(question: Question, image: bool) -> Encoded:
+            return self.encoder.prompt(question.text, question.short, image)
+
+        items = self.questions.read(indices, self.image_processor is not None)
+        made = usable(indices, items, lambda _, item: _encoded_question(item, self.image_processor, encode))
         ids, attend, image_mask, _ = stack([row.encoded for row in made.rows], self.encoder.padding, left=True)
         pixels, has_image = _images(made.rows, self.image_processor)
         return PromptBatch(
@@ -214,9 +214,6 @@ class _Prompts:
             questions=[row.question for row in made.rows],
             unusable=[(index, f"{bad.reason}: {bad}") for index, bad in made.unusable],
         )
-
-    def _encoded(self, question: Question, image: bool) -> Encoded:
-        return self.encoder.prompt(question.text, question.short, image)
 
 
 def _encoded_question(

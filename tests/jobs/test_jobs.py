@@ -265,6 +265,10 @@ def test_an_array_is_the_product_of_its_values(recipe_file: Path, tmp_path: Path
     assert top == tmp_path / "a"
     assert [run.out.name for run in runs] == ["seed=0,name=x", "seed=0,name=y_z", "seed=1,name=x", "seed=1,name=y_z"]
     assert runs[3].overrides == ("optim.lr=1e-4", "seed=1", "name=y/z")
+    array = ["optim.betas=[0.9, 0.98],[0.8,0.9]", "data.train=s3://b/{00,01}.tar,/c/{0..9}.tar"]
+    varied = [run.overrides for run in submit.requests(str(recipe_file), [], None, tmp_path / "a", "auto", array)[1]]
+    assert varied[0] == ("optim.betas=[0.9, 0.98]", "data.train=s3://b/{00,01}.tar")
+    assert varied[3] == ("optim.betas=[0.8,0.9]", "data.train=/c/{0..9}.tar")
 
 
 def test_gpus_are_counted_from_slurms_words() -> None:
