@@ -43,7 +43,10 @@ class Work(NamedTuple):
 
 
 class Loss(NamedTuple):
+    """public: what `megakd_kernels.choose` knows it by."""
+
     title: str
+    public: str
     work: Work
     compute: Callable[[LossInputs, LossInputs, str, float], Tensor]
     has_maxima: bool = True
@@ -79,19 +82,11 @@ def _sigmoid(student: LossInputs, teacher: LossInputs, backend: str, scale_limit
 # losses form the student's and the teacher's logits twice (2 + 2 of each d) and two gradient products (2 + 2 of d_s). Sigmoid needs one
 # pass over the logits. Interactive has two directions with complete rows: logits once and the product with the anchors, 4 d each.
 LOSSES = {
-    "similarity": Loss("similarity KD + InfoNCE", Work((2, 2), (8, 4)), _similarity),
-    "kd": Loss("similarity KD", Work((2, 2), (8, 4)), _kd),
-    "contrastive": Loss("InfoNCE", Work((2, 0), (8, 0)), _contrastive),
-    "interactive": Loss("interactive KD", Work((4, 0), (8, 0)), _interactive, has_maxima=False, teacher_width_only=True),
-    "sigmoid": Loss("sigmoid KD", Work((2, 2), (6, 2)), _sigmoid, has_maxima=False),
-}
-# What `megakd_kernels.choose` knows them by.
-_PUBLIC = {
-    "similarity": "similarity_kd",
-    "kd": "similarity_kd",
-    "contrastive": "contrastive",
-    "interactive": "interactive_kd",
-    "sigmoid": "sigmoid_kd",
+    "similarity": Loss("similarity KD + InfoNCE", "similarity_kd", Work((2, 2), (8, 4)), _similarity),
+    "kd": Loss("similarity KD", "similarity_kd", Work((2, 2), (8, 4)), _kd),
+    "contrastive": Loss("InfoNCE", "contrastive", Work((2, 0), (8, 0)), _contrastive),
+    "interactive": Loss("interactive KD", "interactive_kd", Work((4, 0), (8, 0)), _interactive, has_maxima=False, teacher_width_only=True),
+    "sigmoid": Loss("sigmoid KD", "sigmoid_kd", Work((2, 2), (6, 2)), _sigmoid, has_maxima=False),
 }
 # The peers that compute less than the loss they are listed under, with the work they need.
 PARTIAL_WORK = {"liger": Work((2, 2), (6, 2))}
@@ -133,7 +128,7 @@ class LossCase(NamedTuple):
         def run(student: LossInputs, teacher: LossInputs) -> Tensor:
             # Asked beforehand: an error of the loss itself is a failure, and must not pass for a backend that is not there.
             try:
-                megakd_kernels.choose(_PUBLIC[self.loss], self.pairs, student.image.device, torch.float32, backend=backend)
+                megakd_kernels.choose(LOSSES[self.loss].public, self.pairs, student.image.device, torch.float32, backend=backend)
             except ValueError as error:
                 raise Unavailable(str(error)) from error
             return compute(student, teacher, backend, scale_limit)

@@ -51,17 +51,14 @@ class Limits:
         needed = case.matrix_bytes
         if needed > self.memory and (case.implementation == "compiled" or not self.tries_all):
             return f"out of memory (predicted: {needed / 1e9:.1f} GB)"
-        seconds = (FEWEST_ROUNDS + 1) * self._seconds(case)
+        # Of one call: from the size last measured, by the square of N, and never less than the matrix products alone.
+        pairs, last = self._known.get(case._replace(pairs=0), (case.pairs, 0.0))
+        seconds = (FEWEST_ROUNDS + 1) * max(case.flops("both") / self.matrix_rate, last * (case.pairs / pairs) ** 2)
         if case.implementation == "compiled":
             seconds += COMPILE_SECONDS
         if seconds > self.left():
             return f"skipped: time budget (needs about {seconds:.0f} s)"
         return None
-
-    def _seconds(self, case: LossCase) -> float:
-        """Of one call: from the size last measured, by the square of N, and never less than the matrix products alone."""
-        pairs, seconds = self._known.get(case._replace(pairs=0), (case.pairs, 0.0))
-        return max(case.flops("both") / self.matrix_rate, seconds * (case.pairs / pairs) ** 2)
 
 
 class Result(NamedTuple):
@@ -85,7 +82,10 @@ class Runner:
         turns = {case: _Turn(case, self._limits.refusal(case)) for case in cases}
         for case, turn in turns.items():
             if turn.status is None:
-                self._find(case, turn)
+                try:
+                    turn.function = case.function()
+                except Unavailable as error:
+                    turn.status = f"unavailable: {error}"
         live = [turn for turn in turns.values() if turn.status is None]
         if live:
             student, teacher = live[0].case.inputs(self._meter.device, self._dtype)
@@ -93,12 +93,6 @@ class Runner:
             self._take_rounds(live, student, teacher)
             del student, teacher
         return [turn.result(self._peaks(turn)) for turn in turns.values()]
-
-    def _find(self, case: LossCase, turn: _Turn) -> None:
-        try:
-            turn.function = case.function()
-        except Unavailable as error:
-            turn.status = f"unavailable: {error}"
 
     def _warm(self, live: list[_Turn], student: LossInputs, teacher: LossInputs) -> None:
         for turn in live:
@@ -167,12 +161,8 @@ class _Turn:
     def result(self, peaks: tuple[int | None, int | None]) -> Result:
         status = self.status or (OK if self.samples else "skipped: time budget")
         samples = [sample._replace(forward_bytes=peaks[0], both_bytes=peaks[1]) for sample in self.samples]
-        return Result(
-            self.case,
-            status,
-            samples if status == OK else [],
-            PEERS[self.case.implementation].note if self.case.implementation in PEERS else "",
-        )
+        peer = PEERS.get(self.case.implementation)
+        return Result(self.case, status, samples if status == OK else [], "" if peer is None else peer.note)
 
 
 def rows(result: Result, passes: Sequence[str], matrix_rate: float, run: Row) -> list[Row]:

@@ -58,11 +58,16 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
         _Number(where, share, " %", share >= OF_MATRIX_RATE) for where, row in large.items() for share in _float(row, "percent_of_matrix")
     ]
     largest = {where: row for where, row in ours.items() if where[1] == LARGEST_PAIRS}
-    memory = [_memory(where, by_name) for where, by_name in _places(rows, OURS, "eager").items() if where[1] == LESS_MEMORY_PAIRS]
+    memory = []
+    for where, by_name in _places(rows, OURS, "eager").items():
+        peaks = [*_float(by_name["eager"], "peak_mb"), *_float(by_name[OURS], "peak_mb")]
+        if where[1] == LESS_MEMORY_PAIRS and len(peaks) == 2:
+            ratio = peaks[0] / max(peaks[1], 1e-3)
+            memory.append(_Number(where, ratio, " x less", ratio >= LESS_MEMORY))
     return [
         _verdict(f"at least {FASTER_THAN_EAGER} x eager from N {FROM_PAIRS} on", _speed(rows, "eager", FASTER_THAN_EAGER, FROM_PAIRS)),
         _verdict("at least as fast as compiled at every N, within its spread", _speed(rows, "compiled", FASTER_THAN_COMPILED, 0)),
-        _verdict(f"at most 1/{LESS_MEMORY:.0f} of eager's memory at N {LESS_MEMORY_PAIRS}", [number for number in memory if number]),
+        _verdict(f"at most 1/{LESS_MEMORY:.0f} of eager's memory at N {LESS_MEMORY_PAIRS}", memory),
         _verdict(f"N {LARGEST_PAIRS} in less than {LARGEST_MB / 1e3:.0f} GB", _below(largest, "peak_mb", LARGEST_MB, " MB")),
         _verdict(f"N {LARGEST_PAIRS} in less than {LARGEST_MS:.0f} ms", _below(largest, "median_ms", LARGEST_MS, " ms")),
         _verdict(f"at least {OF_MATRIX_RATE:.0f} % of the matrix rate from N {MATRIX_PAIRS} on", shares),
@@ -82,14 +87,6 @@ def _speed(rows: list[Row], other: str, at_least: float, from_pairs: int) -> lis
             is_level = at_least == 1 and float(by_name[OURS]["median_ms"]) <= float(by_name[other]["p90_ms"])
             numbers.append(_Number(where, ratio, " x", ratio >= at_least or is_level))
     return numbers
-
-
-def _memory(where: Place, by_name: dict[str, Row]) -> _Number | None:
-    peaks = [*_float(by_name["eager"], "peak_mb"), *_float(by_name[OURS], "peak_mb")]
-    if len(peaks) < 2:
-        return None
-    ratio = peaks[0] / max(peaks[1], 1e-3)
-    return _Number(where, ratio, " x less", ratio >= LESS_MEMORY)
 
 
 def _below(rows: dict[Place, Row], name: str, limit: float, unit: str) -> list[_Number]:

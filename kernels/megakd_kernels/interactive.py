@@ -37,15 +37,10 @@ def interactive_kd(
 
     student, teacher: image (B, D), text (B, D), scale () or (1,), floating point. Both widths must be equal: project the student
     first. teacher.scale is checked like any other and otherwise unused.
-    Returns a float32 scalar, float64 where an input is float64; logits, statistics and sums are kept in the same dtype,
-    whatever the inputs' precision and whatever autocast says.
+    Returns a scalar. Its dtype, the precision inside, which tensors get gradients, their scale on several ranks, second derivatives,
+    determinism and group: as of `similarity_kd`. Gradients are accumulated in the forward pass, 4 N^2 D FLOPs a direction in all, and
+    cost none where no input requires one.
 
-    Gradients flow to student.image, student.text and student.scale, each only where it requires one; the teacher gets none. They
-    are accumulated in the forward pass, 4 N^2 D FLOPs a direction in all, and cost none where no input requires one.
-    A second derivative (create_graph=True) raises RuntimeError, except with eager on one process. Deterministic: the same inputs
-    give the same bits.
-
-    group, and the scale of the gradients on several ranks: see `similarity_kd`.
     backend: "eager" (plain autograd, N x N logits), "compiled" (the same by torch.compile), "chunked" (panels of `chunk` rows, never
     N x N), "triton" (the same panels, with the work between the two products in one kernel; CUDA, not float64) or "auto"
     (`dispatch.TABLE`). chunk: None fills panels of `PANEL_BYTES` (`panels`, `triton.one_pass`). ring: the teacher's rows go around

@@ -42,15 +42,11 @@ def sigmoid_kd(
     student, each teacher: image (B, D), text (B, D), scale () or (1,), bias likewise or None, floating point; widths D, scales and
     biases are each model's own. Several teachers come as a list (a tuple may be one model's embeddings). Without a teacher kd is 0;
     a part that was not asked for is 0 without a gradient. Where every teacher and the student hold the same numbers kd is exactly 0.
-    Returns float32 scalars, float64 where an input is float64; logits and sums are kept in the same dtype, whatever the inputs'
-    precision and whatever autocast says. Each term is exact to a few roundings of its largest logit, of any size.
+    Returns scalars. Their dtype, the precision inside, which tensors get gradients, their scale on several ranks, second derivatives,
+    determinism and group: as of `similarity_kd`; the bias is treated as the scale is. Each term is exact to a few roundings of its
+    largest logit, of any size. Gradients are accumulated in the forward pass: 6 D + 2 sum D_k FLOPs times N^2 for one part,
+    10 D + 2 sum D_k for both, and 4 N^2 D less for each where no input requires one.
 
-    Gradients flow to student.image, text, scale and bias, each only where it requires one; the teachers get none. They are
-    accumulated in the forward pass: 6 D + 2 sum D_k FLOPs times N^2 for one part, 10 D + 2 sum D_k for both, and 4 N^2 D less for
-    each where no input requires one. A second derivative (create_graph=True) raises RuntimeError, except with eager on one
-    process. Deterministic: the same inputs give the same bits.
-
-    group, and the scale of the gradients on several ranks: see `similarity_kd`; the bias is treated as the scale is.
     backend, chunk, ring: see `interactive_kd`; the ring takes the texts of student and teachers around, and the gradients back.
 
     Raises ValueError for a chunk out of range, an unknown backend, an empty list of teachers, and pairs of unequal shape; on

@@ -31,8 +31,7 @@ def run(rounds: int, workers: int, batch: int = 64, batches: int = 32, file: Pat
     workers: decoding processes of each side; batch: samples; batches: timed ones of all workers together.
     Raises ValueError when open_clip's environment cannot be set up and when a side fails, with its last lines.
     """
-    if not 1 <= workers <= material.SHARDS:
-        raise ValueError(f"--workers {workers}: open_clip's loader needs a shard for each worker; give 1 to {material.SHARDS}")
+    material.check_workers(workers)
     timed = -(-batches // workers) * workers  # batches come in turns of the workers: whole turns alone are timed
     with ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="megakd-bench-") as name:
         env, shards, folder = environment.set_up(), material.shards(environment.cache()), Path(name)

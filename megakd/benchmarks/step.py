@@ -62,7 +62,9 @@ def run(rounds: int, batch: int, steps: int, workers: int = 1, threads: int = 1,
     """
     with ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="megakd-bench-") as name:
         env, shards = environment.set_up(), material.shards(environment.cache())
-        _check(shards, batch, workers)
+        if batch > shards.samples:
+            raise ValueError(f"--batch {batch}: the benchmark's shards hold {shards.samples} pairs; ask for less")
+        material.check_workers(workers)
         weights = str(material.teacher_weights(environment.cache(), TEACHER))
         job = StepBenchmark(shards, {"model": TEACHER, "pretrained": weights}, {"model": STUDENT}, batch, steps, workers, threads)
         our_rounds: list[Timed] = []
@@ -92,13 +94,6 @@ def run(rounds: int, batch: int, steps: int, workers: int = 1, threads: int = 1,
     settings = {**models, "batch": batch, "steps": steps, "warm_up": WARM_UP, "workers": workers}
     more = {"share_beside_towers": beside, "seconds": parts, "processor_seconds": busy}
     comparison.report("bench step", "images/s", result, settings, comparison.conditions(env.versions, threads), notes, more, file)
-
-
-def _check(shards: Shards, batch: int, workers: int) -> None:
-    if batch > shards.samples:
-        raise ValueError(f"--batch {batch}: the benchmark's shards hold {shards.samples} pairs; ask for less")
-    if not 1 <= workers <= material.SHARDS:
-        raise ValueError(f"--workers {workers}: open_clip's loader needs a shard for each worker; give 1 to {material.SHARDS}")
 
 
 def measure_ours(job: StepBenchmark, folder: Path) -> Timed:

@@ -44,7 +44,6 @@ def run(
     pairs: int = 2,
     forwards: int = 3,
     threads: int = 1,
-    offload: bool = False,
     folder: Path | None = None,
     file: Path | None = None,
 ) -> list[dict[str, Any]]:
@@ -59,8 +58,20 @@ def run(
     with ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="megakd-bench-", dir=folder) as name:
         path = Path(name) / "weights.safetensors"
         write_random(model, path)
-        found = _measure(model, mode, ranks, pairs, forwards, threads, offload, path)
-    settings = {"model": model, "mode": mode, "ranks": ranks, "pairs": pairs, "forwards": forwards, "offload": offload}
+        asked = {"model": model, "mode": mode, "weights": str(path), "pairs": pairs, "forwards": forwards}
+        program = str(Path(__file__).with_name("teacher_load_side.py"))
+        torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        # megakd/benchmarks is first on a program's path otherwise; torchrun hands -P to no rank, so each gets it by --no-python.
+        command = [*torchrun, "--no-python", sys.executable, "-P", program, json.dumps(asked), name]
+        files = [path.parent / f"rank-{rank}.json" for rank in range(ranks)]
+
+        def all_there() -> list[dict[str, Any]] | None:
+            there = all(file.exists() for file in files)
+            return [json.loads(file.read_text(encoding="utf-8")) for file in files] if there else None
+
+        with running(command, path.parent, "teacher-load", threads) as child:
+            found = child.wait_for(all_there, SECONDS)
+    settings = {"model": model, "mode": mode, "ranks": ranks, "pairs": pairs, "forwards": forwards}
     _report(found, settings, comparison.conditions({"torch": torch.__version__}, threads), file)
     return found
 
@@ -85,23 +96,6 @@ def write_random(model: str, path: Path) -> None:
         return pool.repeat(-(-size // len(pool)))[:size].reshape(shape)
 
     weights.write(path, {key: (torch.bfloat16, shape) for key, shape in state.items()}, tensor)
-
-
-def _measure(model: str, mode: str, ranks: int, pairs: int, forwards: int, threads: int, offload: bool, path: Path) -> list[dict[str, Any]]:
-    settings = {"model": model, "mode": mode, "weights": str(path), "pairs": pairs, "forwards": forwards, "offload": offload}
-    program = str(Path(__file__).with_name("teacher_load_side.py"))
-    torchrun = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    # megakd/benchmarks is first on a program's path otherwise; torchrun hands -P to no rank, so each gets it by --no-python.
-    command = [*torchrun, "--no-python", sys.executable, "-P", program, json.dumps(settings), str(path.parent)]
-    files = [path.parent / f"rank-{rank}.json" for rank in range(ranks)]
-
-    def all_there() -> list[dict[str, Any]] | None:
-        if not all(file.exists() for file in files):
-            return None
-        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
-
-    with running(command, path.parent, "teacher-load", threads) as child:
-        return child.wait_for(all_there, SECONDS)
 
 
 def _report(found: list[dict[str, Any]], settings: dict[str, Any], where: dict[str, Any], file: Path | None) -> None:

@@ -23,19 +23,19 @@ from megakd.teachers import build
 from megakd.teachers.base import settings_of
 
 
-def description(model: str, pretrained: str, mode: str = "replicated", offload: bool = False) -> clip.ModelSpec:
+def description(model: str, pretrained: str, mode: str = "replicated") -> clip.ModelSpec:
     """Of a teacher whose tokenizer need not be here: the texts are random tokens."""
     config = open_clip.get_model_config(model)
     if config is None:
         raise ValueError(f"--model {model}: open_clip has no such model; `open_clip.list_models()` lists all")
-    settings = Teacher(model=model, pretrained=pretrained, mode=mode, offload=offload)
+    settings = Teacher(model=model, pretrained=pretrained, mode=mode)
     return clip.ModelSpec("teacher", settings, config, {}, lambda texts: torch.zeros(len(texts), 1))
 
 
 def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
     """Seconds, and gigabytes of this process: resident at the start, after loading, the peaks; read from files while loading."""
     read, start, began = _read_bytes(), _resident("VmRSS"), time.perf_counter()
-    described = description(settings["model"], settings["weights"], settings["mode"], settings["offload"])
+    described = description(settings["model"], settings["weights"], settings["mode"])
     teacher = build.load(described, world, streaming.Int8() if settings_of(described).int8 else None)
     collectives.barrier(world)
     found: dict[str, Any] = {

@@ -155,11 +155,14 @@ def _calls(clip: Any, pixels: Tensor, tokens: Tensor) -> list[tuple[Callable[[Te
 
 def _forms(clip: Any, pixels: Tensor, tokens: Tensor, partition: Settings) -> list[TowerForm]:
     """Of the image and the text tower as they are now."""
-    modules = [clip.visual, text_tower(clip)]
-    return [
-        _form(tower, _forward_peak(clip, call, given), partition)
-        for tower, (call, given) in zip(modules, _calls(clip, pixels, tokens), strict=True)
-    ]
+    forms = []
+    for tower, (call, given) in zip((clip.visual, text_tower(clip)), _calls(clip, pixels, tokens), strict=True):
+        watch = MemoryTracker("meta")
+        watch.ignore([*clip.parameters(), *clip.buffers(), given])
+        with torch.no_grad(), fused_attention(), watch:
+            call(given)
+        forms.append(_form(tower, watch.peak, partition))
+    return forms
 
 
 def student(recipe: Recipe, heads: Callable[[int], dict[str, nn.Module]], batch: Shares, *, bf16: bool, drop: bool) -> StudentCost:
@@ -243,14 +246,6 @@ def _form(tower: nn.Module, activations: int, partition: Settings) -> TowerForm:
         max((group[0].nbytes for group in groups if len(group) == 1), default=0),
         max((parameter.numel() for group in several for parameter in group), default=0),
     )
-
-
-def _forward_peak(module: nn.Module, call: Callable[[Tensor], Tensor], given: Tensor) -> int:
-    watch = MemoryTracker("meta")
-    watch.ignore([*module.parameters(), *module.buffers(), given])
-    with torch.no_grad(), fused_attention(), watch:
-        call(given)
-    return watch.peak
 
 
 def _step(module: nn.Module, inputs: Callable[[], Sequence[Tensor | None]], *, drop: bool) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from megakd.planning.cluster import GB
-from megakd.planning.modes import PlannedJob, Row
+from megakd.planning.modes import Row
 from megakd.planning.plan import MemoryPlan
 from megakd.runtime.console import plain
 
@@ -51,20 +51,17 @@ def _job(plan: MemoryPlan) -> list[str]:
     offload = " with offload" if zero.offload_optimizer or zero.offload_weights else ""
     teachers = "; ".join(f"{one.name}, {_billions(one.image.wide.numel + one.text.wide.numel)}" for one in job.teachers) or "none"
     frozen = f" trained and {_billions(sum(job.student.frozen))} not" if job.student.frozen else ""
+    batch = [f"batch {job.pairs} = {job.ranks} ranks x {job.rounds} x {job.local // job.rounds}"] if job.pairs else []
+    if job.questions:
+        batch.append(f"{job.questions} questions of answers.max_length tokens, over {job.ranks} ranks x {job.rounds}")
     losses = ", ".join(f"{name} by {backend}" for name, backend in job.backends.items())
     return [
-        f"{cluster.gpus} x {cluster.kind} of {cluster.memory:g} GB ({plan.cluster.usable / GB:.1f} usable), {cluster.per_node} a node; "
-        f"{_batch(job)}",
+        f"{cluster.gpus} x {cluster.kind} of {cluster.memory:g} GB ({cluster.usable / GB:.1f} usable), {cluster.per_node} a node; "
+        f"{'; '.join(batch)}",
         f"student: {job.student.name}, {_billions(job.student.numel)}{frozen}, ZeRO {zero.stage}{offload}, "
         f"{'bf16' if zero.element == 2 else 'fp32'}; teacher: {teachers}",
         f"losses: {losses or 'none over the similarity matrix'}",
     ]
-
-
-def _batch(job: PlannedJob) -> str:
-    pairs = [f"batch {job.pairs} = {job.ranks} ranks x {job.rounds} x {job.local // job.rounds}"] if job.pairs else []
-    questions = [f"{job.questions} questions of answers.max_length tokens, over {job.ranks} ranks x {job.rounds}"] if job.questions else []
-    return "; ".join(pairs + questions)
 
 
 def _student(row: Row) -> list[str]:

@@ -47,16 +47,16 @@ def live_teacher(
     recipe: Recipe,
     description: clip.ModelSpec,
     world: World,
-    shards: ShardSet | None = None,
+    shards: ShardSet,
     *,
-    without_text: bool = False,
-    piece: int | None = None,
+    piece: int,
     say: Callable[[str], None] = log.info,
+    without_text: bool = False,
 ) -> LiveTeacher:
     """The teacher of `description`, loaded as its `mode` says; in 8 bit, calibrated and compared with 16 bit. A collective.
 
-    shards: of the recipe's data; default: opened here. without_text: its images alone; no weight of the text tower is read.
-    piece: images in one forward of the comparison; default: evaluation.batch. say: where its outcome is told.
+    shards: of the recipe's data. piece: images in one forward of the comparison. say: where its outcome is told.
+    without_text: its images alone; no weight of the text tower is read.
     pretrained = "random" draws the same weights on every rank and at every start. Raises ValueError, on every rank, for weights that
     do not fit or cannot be read, for a DeepSpeed JSON that a partitioned teacher cannot use, and for 8 bit that lose too much.
     """
@@ -64,12 +64,11 @@ def live_teacher(
     torch.manual_seed(recipe.seed + 1)
     if not settings.int8:
         return load(description, world, without_text=without_text)
-    shards = shards or ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     product = matmul.resolved(settings.int8_product, world.device)
     int8 = streaming.Int8(settings.outlier_threshold, product, migrated=settings.calibration > 0)
     teacher = load(description, world, int8, without_text=without_text)
     source = StoredViews(shards, recipe.views, recipe.seed, TowerView(preprocessing(description), description.tokenize))
-    _Comparison(teacher, description.role, settings, source, world, piece or recipe.evaluation.batch, without_text).settle(say)
+    _Comparison(teacher, description.role, settings, source, world, piece, without_text).settle(say)
     return teacher
 
 

@@ -274,7 +274,7 @@ def test_embeddings_are_the_live_teachers_on_the_stored_views(recipe: Recipe, tm
     made = job(recipe, tmp_path / "store", dtype="fp32")
     made.embed()
     store = Store.open(tmp_path / "store")
-    teacher = embed.live_teacher(recipe, made.description, ALONE)
+    teacher = embed.live_teacher(recipe, made.description, ALONE, made.shards, piece=64)
     index, view = torch.tensor([0, 599, 16, 15, 300]), torch.tensor([1, 0, 1, 0, 1])
     pixels, tokens = made._source.see_all(index.numpy(), view.numpy())
     live = teacher.embed(embed.normalise(pixels, teacher.towers.preprocess, torch.float32), tokens)

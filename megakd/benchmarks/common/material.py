@@ -57,6 +57,11 @@ def shards(cache: Path) -> Shards:
     return Shards(folder, SHARDS * SAMPLES_A_SHARD)
 
 
+def check_workers(workers: int) -> None:
+    if not 1 <= workers <= SHARDS:
+        raise ValueError(f"--workers {workers}: open_clip's loader needs a shard for each worker; give 1 to {SHARDS}")
+
+
 def _write(folder: Path, number: int) -> None:
     rng = np.random.default_rng((1, number))
     count = write_tar(
