@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import logging
 import os
 import random
 import shutil
@@ -103,8 +104,14 @@ def verdict_of_command(code: int, error: str) -> str:
 def run_family(family: ModuleType, count: int, seed: int, folder: Path) -> Iterator[Result]:
     """The results of `count` mutants, drawn from `seed`."""
     draw = random.Random(f"{family.NAME}/{seed}")
-    for mutant in family.mutants(count, draw, folder):
-        yield _attempt(mutant, family.LIMIT)
+    log = logging.getLogger("megakd.data")  # what it says of each damaged sample is checked by its counts
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        for mutant in family.mutants(count, draw, folder):
+            yield _attempt(mutant, family.LIMIT)
+    finally:
+        log.setLevel(level)
 
 
 def _attempt(mutant: Mutant, limit: float) -> Result:

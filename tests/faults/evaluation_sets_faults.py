@@ -7,7 +7,6 @@ wrong, counted, and more than data.max_bad_fraction allows unless that is 1.
 from __future__ import annotations
 
 import json
-import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -142,7 +141,6 @@ def _sound(kind: str) -> Set:
 
 
 def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
-    logging.getLogger("megakd.data").setLevel(logging.ERROR)
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
         part, damages = draw.choice(OF_KIND[kind])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import io
 import json
-import logging
 import random
 import tarfile
 from collections.abc import Callable, Iterator
@@ -55,7 +54,6 @@ Mutate = Callable[[Original, random.Random], Mutation]
 
 
 def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
-    logging.getLogger("megakd.data").setLevel(logging.ERROR)
     for number in range(count):
         original = _original(random.Random(draw.random()))
         kind = draw.choice(list(_KINDS))
