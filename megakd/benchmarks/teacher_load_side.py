@@ -19,6 +19,7 @@ from megakd.recipe import Teacher
 from megakd.runtime import collectives, launch
 from megakd.runtime.files import write_text
 from megakd.runtime.launch import World
+from megakd.runtime.stopwatch import resident_gb
 from megakd.teachers import build
 from megakd.teachers.base import settings_of
 
@@ -34,7 +35,7 @@ def description(model: str, pretrained: str, mode: str = "replicated") -> clip.M
 
 def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
     """Seconds, and gigabytes of this process: resident at the start, after loading, the peaks; read from files while loading."""
-    read, start, began = _read_bytes(), _resident("VmRSS"), time.perf_counter()
+    read, start, began = _read_bytes(), resident_gb("VmRSS"), time.perf_counter()
     described = description(settings["model"], settings["weights"], settings["mode"])
     teacher = build.load(described, world, streaming.Int8() if settings_of(described).int8 else None)
     collectives.barrier(world)
@@ -42,8 +43,8 @@ def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
         "rank": world.rank,
         "load_seconds": time.perf_counter() - began,
         "start_gb": start,
-        "loaded_gb": _resident("VmRSS"),
-        "peak_loading_gb": _resident("VmHWM"),
+        "loaded_gb": resident_gb("VmRSS"),
+        "peak_loading_gb": resident_gb("VmHWM"),
         "read_gb": (_read_bytes() - read) / 1e9,
     }
     config = open_clip.get_model_config(settings["model"])
@@ -57,17 +58,10 @@ def measure(settings: dict[str, Any], world: World) -> dict[str, Any]:
         assert embedded.image.isfinite().all()
         assert embedded.text.isfinite().all()
         seconds.append(time.perf_counter() - began)
-    found |= {"forward_seconds": seconds, "embedded_gb": _resident("VmRSS"), "peak_gb": _resident("VmHWM")}
+    found |= {"forward_seconds": seconds, "embedded_gb": resident_gb("VmRSS"), "peak_gb": resident_gb("VmHWM")}
     if world.device.type == "cuda":
         found["peak_gpu_gb"] = torch.cuda.max_memory_allocated(world.device) / 1e9
     return found
-
-
-def _resident(field: str) -> float:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024 / 1e9
-    raise ValueError(f"/proc/self/status has no {field}: this benchmark needs Linux")
 
 
 def _read_bytes() -> int:

@@ -7,6 +7,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -49,6 +51,12 @@ class Stopwatch:
 
 def memory_gb(device: torch.device) -> float:
     """Peak memory of this process in GB: allocated on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else resident_gb("VmHWM")
+
+
+def resident_gb(field: Literal["VmRSS", "VmHWM"]) -> float:
+    """Resident memory of this process in GB, now or at its peak. getrusage's peak begins with that of the process that started it."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # where a sandbox keeps it to itself

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 
 import torch
 
+from megakd.runtime.stopwatch import resident_gb
 from megakd_kernels import similarity_kd
 from support.loss_cases import batch
 
 PAIRS = 8192
-
-
-def _peak_megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _step(backend: str, pairs: int) -> None:
@@ -27,9 +23,9 @@ def _growth(backend: str) -> float:
     """Peak resident megabytes of forward and backward at PAIRS beyond those of a small step. For a process of its own."""
     torch.set_num_threads(1)
     _step(backend, 64)
-    before = _peak_megabytes()
+    before = resident_gb("VmHWM")
     _step(backend, PAIRS)
-    return _peak_megabytes() - before
+    return (resident_gb("VmHWM") - before) * 1e9 / 2**20
 
 
 def test_chunked_needs_at_most_a_tenth_of_eagers_memory_at_8192_pairs():
