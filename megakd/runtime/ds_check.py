@@ -60,6 +60,9 @@ def check(config: dict[str, Any], named: str, *, frozen: bool = False) -> None:
     for section, package in MONITORS.items():
         if config.get(section, {}).get("enabled") and importlib.util.find_spec(package) is None:
             raise ValueError(f"{section}.enabled in {named}: its package is not installed: pip install {package}, or switch it off")
+    every = config.get("steps_per_print")
+    if isinstance(every, int) and every < 1:  # DeepSpeed divides by it in the first update
+        raise ValueError(f"steps_per_print = {every} in {named}: updates between two lines of DeepSpeed, at least 1; remove it for none")
     _by_deepspeed(config, named)
 
 

@@ -191,6 +191,8 @@ def _checked(config: dict[str, Any], recipe: Recipe) -> None:
         (_zero(2, overlap_com=True), ["zero_optimization.overlap_com", "did you mean 'zero_optimization.overlap_comm'"]),
         (_zero(2, reduce_bucket_size="5e8"), ["reduce_bucket_size = '5e8'", "an integer, without quotes"]),
         (_zero(2, reduce_bucket_size=10**15), ["reduce_bucket_size", "from 1 to"]),
+        ({"steps_per_print": 0}, ["steps_per_print = 0", "at least 1"]),
+        ({"steps_per_print": -1}, ["steps_per_print = -1", "at least 1"]),
         (_zero(1, offload_param={"device": "cpu"}), ["offload_param", "stage 3"]),
         (_zero(2, offload_optimizer={"device": "nvme"}), ["offload_optimizer.device = 'nvme'", "cpu or none"]),
         (_zero(2, cpu_offload=True), ["cpu_offload", "offload_optimizer"]),
