@@ -49,15 +49,18 @@ def _run(what: str, arguments: list[str]) -> int:
 
         return run_command(arguments)
     from megakd.recipe import load as recipes
-    from megakd.runtime import launch
+    from megakd.runtime import failures, launch
     from megakd.teachers.embed import EmbedJob, EmbedRequest
 
     recipe, out, *overrides = arguments
     world = launch.start()
     try:
         EmbedJob(recipes.load(recipe, overrides)[0], EmbedRequest(Path(out), 2), world, part=16).embed()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:  # as the verb explains it
+        explained = failures.explain(error)
+        if explained is None:
+            raise
+        print(f"error: {explained}", file=sys.stderr)
         return 2
     finally:
         launch.stop()
