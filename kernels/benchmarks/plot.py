@@ -41,7 +41,8 @@ def draw(csv: Path, rows: list[Row]) -> list[Path]:
         for line, loss in zip(axes, losses, strict=True):
             for axis, panel in zip(line, PANELS, strict=True):
                 _panel(axis, [row for row in shown if row["loss"] == loss], panel)
-            line[0].set_title(f"{LOSSES[loss].title}: {_widths(shown, loss)}", loc="left", fontsize=10, fontweight="bold")
+            _, _, student, teacher = next(place(row) for row in shown if row["loss"] == loss)
+            line[0].set_title(f"{LOSSES[loss].title}: widths {student}/{teacher}", loc="left", fontsize=10, fontweight="bold")
         figure.suptitle(_title(shown[-1]), fontsize=12)
         _legend(figure, axes.flat)
         paths.append(csv.with_name(f"{csv.stem}-teacher{width}.png"))
@@ -53,11 +54,6 @@ def _title(row: Row) -> str:
     threads = f", {row['threads']} thread{'s' * (row['threads'] != '1')}" if row["device"].startswith("CPU") else ""
     versions = f"torch {row['torch']}, triton {row['triton']}, {row['commit']}, {row['date'][:10]}"
     return f"{row['device']}{threads}, {row['dtype']}; medians, bars p10 to p90, x: out of memory\n{versions}"
-
-
-def _widths(rows: list[Row], loss: str) -> str:
-    _, _, student, teacher = next(place(row) for row in rows if row["loss"] == loss)
-    return f"widths {student}/{teacher}"
 
 
 def _panel(axis: Axes, rows: list[Row], panel: tuple[str, str, str]) -> None:

@@ -7,15 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, get_args
 
-from megakd.data.tar_members import Hole, Member
+from megakd.data.tar_members import BLOCK, Hole, Member
 
 Slot = Literal["image", "caption", "json", "cls"]
 SLOTS: tuple[Slot, ...] = get_args(Slot)
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"})
 # webdataset's rule: the key is the folder and the base name up to its first dot, the extension is the rest
 _NAME = re.compile(r"^((?:.*/|)[^./][^./]*)\.([^/]*)$", re.DOTALL)
+_NUMBER = re.compile(r"([0-9]{1,18})[^0-9]*$")  # the last of a key
 
 # Where a member's bytes are: (offset, size, sparse or not).
 BytesPlace = tuple[int, int, bool]
@@ -90,7 +92,6 @@ class SampleBuilder:
 
     def damage(self, hole: Hole) -> None:
         self._holes.append((hole, self._latest, None))
-        self.losses.why = self.losses.why or hole.why
 
     def finish(self) -> None:
         """Follow the links, drop what damage made incomplete, and count."""
@@ -178,13 +179,16 @@ class SampleBuilder:
         """The rows beside a hole that lack what most others have; sets the numbers of lost samples."""
         if not self._holes:
             return set()
-        near = {number for _, before, after in self._holes for number in (before, after) if number is not None and number >= 0}
-        undamaged = [row for number, row in enumerate(self.rows) if number not in near | empty]
         there = [row for number, row in enumerate(self.rows) if number not in empty]
         expected = {slot for slot in SLOTS if there and sum(slot in row.slots for row in there) * 2 >= len(there)} or {"image", "caption"}
         partial = {number for number, row in enumerate(self.rows) if number not in empty and not expected <= set(row.slots)}
         # apart: all images come first and then all captions, and a hole's neighbours tell nothing
-        apart = sum(later.start < earlier.end for earlier, later in zip(self.rows, self.rows[1:], strict=False)) * 10 > len(self.rows)
+        apart = sum(later.start < earlier.end for earlier, later in pairwise(self.rows)) * 10 > len(self.rows)
+        seams = [] if apart else [held for held in self._holes if held[0].seam and (partial & {*held[1:]} or self._skips_keys(*held))]
+        self._holes = [held for held in self._holes if not held[0].seam or held in seams]
+        self.losses.why = self._holes[0][0].why if self._holes else ""
+        near = {number for _, before, after in self._holes for number in (before, after) if number is not None and number >= 0}
+        undamaged = [row for number, row in enumerate(self.rows) if number not in near | empty]
         broken = partial & near if not apart else set()
         each = max(1, round(self._members / len(self.rows)) if self.rows else len(expected))
         wanted = expected | {"image", "caption"} if apart else expected
@@ -207,6 +211,14 @@ class SampleBuilder:
             guessed = 1
         self.losses.lost, self.losses.certain = certain + guessed, certain
         return broken
+
+    def _skips_keys(self, hole: Hole, before: int, after: int | None) -> bool:
+        """Whether the numbers in keys, which rise by one elsewhere, skip here as many as the hole has room for."""
+        found = [_NUMBER.search(row.key) for row in self.rows]
+        numbers = [int(match.group(1)) if match else 0 for match in found]
+        if after is None or before < 0 or not 0 < numbers[after] - numbers[before] - 1 <= (hole.end - hole.start) // (2 * BLOCK):
+            return False
+        return sum(later - earlier == 1 for earlier, later in pairwise(numbers)) >= 0.9 * (len(numbers) - 2)
 
     def _wholly_lost(self, hole: Hole, beside: set[int], footprint: int) -> int:
         """Samples of which a hole left no member, estimated by its bytes."""

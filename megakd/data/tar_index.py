@@ -68,7 +68,9 @@ def known(rows: IndexRows) -> Known:
     head = rows[0]
     report = json.loads(np.ascontiguousarray(rows[1 : 1 + int(head["json_offset"])]).tobytes()[: int(head["caption_size"])])
     missing = {name: (int(count), str(key)) for name, (count, key) in report.pop("missing").items()}
-    losses = Losses(**{**report["losses"], **{name: _pairs(report["losses"][name]) for name in ("dropped", "unused")}})
+    losses = Losses(**report["losses"])
+    for counts in (losses.dropped, losses.unused):
+        counts |= {name: (int(count), str(example)) for name, (count, example) in counts.items()}
     return Known(len(samples(rows)), **missing, losses=losses, expected=report["expected"], digest=int(head["json_size"]))
 
 
@@ -265,7 +267,3 @@ def _missing(table: IndexRows, rows: list[TarSample]) -> dict[str, tuple[int, st
         "empty_caption": pictured & captioned & (table["caption_size"] == 0),
     }
     return {name: (int(mask.sum()), rows[int(mask.argmax())].key if mask.any() else "") for name, mask in lacking.items()}
-
-
-def _pairs(counts: dict[str, list[Any]]) -> dict[str, tuple[int, str]]:
-    return {name: (int(count), str(example)) for name, (count, example) in counts.items()}

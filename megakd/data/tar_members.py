@@ -53,6 +53,7 @@ class Hole:
     """Bytes start .. end without a readable member. members: how many they held, None where that cannot be told.
 
     cut: the tar ends here, before its end marker. tail: zeros to the end of the file, more than any writer pads with.
+    seam: zeros as a writer ends an archive with; another archive was appended, unless the samples beside them tell of a loss.
     """
 
     start: int
@@ -61,6 +62,7 @@ class Hole:
     why: str
     cut: bool = False
     tail: bool = False
+    seam: bool = False
 
 
 def members(file: IO[bytes], length: int) -> Iterator[Member | Hole]:
@@ -76,6 +78,7 @@ def members(file: IO[bytes], length: int) -> Iterator[Member | Hole]:
                     yield Hole(at, length, None, f"zeros from byte {at} to the end", tail=True)
                 return
             if is_header(reader.block(end)) and _ends_archive(at, end):
+                yield Hole(at, end, None, f"zeros at byte {at}", seam=True)
                 at = end
                 continue
             next_start = reader.next_header(end)
@@ -256,7 +259,7 @@ def is_header(block: bytes) -> bool:
 
 
 def _ends_archive(at: int, end: int) -> bool:
-    """Whether zeros from `at` to `end` are a writer's end of an archive, to which another was appended."""
+    """Whether zeros from `at` to `end` can be a writer's end of an archive, to which another was appended."""
     return end - at == _MARKER or (end - at >= _MARKER and end % _RECORD == 0 and end - at < _MARKER + _RECORD)
 
 

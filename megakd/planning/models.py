@@ -15,7 +15,7 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from megakd.data.transforms import normalise
+from megakd.data.transforms import input_size, normalise
 from megakd.models import clip
 from megakd.models.int8 import matmul
 from megakd.models.int8.convert import quantise
@@ -177,7 +177,8 @@ def student(recipe: Recipe, heads: Callable[[int], dict[str, nn.Module]], batch:
     if built is not None and recipe.student is not None:
         width, name = built.description.width, name_of(recipe.student)
     with META:
-        module = _module(recipe, None if built is None else built.clip, heads(width)).train().to(dtype)
+        student = Student(None if built is None else built.clip, heads(width), recipe.student.max_scale if recipe.student else 1.0)
+        module = (vlm.learner(recipe, student) if recipe.decoder else student).train().to(dtype)
 
     def inputs(pairs: int, questions: int) -> list[Tensor | None]:
         given: list[Tensor | None] = [None, None] if built is None or not pairs else [*_inputs(built, pairs, dtype)]
@@ -206,26 +207,16 @@ def student(recipe: Recipe, heads: Callable[[int], dict[str, nn.Module]], batch:
     )  # fmt: skip
 
 
-def _module(recipe: Recipe, clip: Any, heads: dict[str, nn.Module]) -> nn.Module:
-    student = Student(clip, heads, 1.0 if recipe.student is None else recipe.student.max_scale)
-    return student if recipe.decoder is None else vlm.learner(recipe, student)
-
-
 def _inputs(built: clip.ClipModel, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Pixels (B, 3, H, W) and tokens (B, L) on meta."""
     tokens_BL = torch.empty(count, built.description.context_length, dtype=torch.int64, device=META)
-    return torch.empty(count, 3, *_size(built.preprocess), dtype=dtype, device=META), tokens_BL
-
-
-def _size(preprocess: PreprocessCfg) -> tuple[int, int]:
-    size = preprocess.size
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+    return torch.empty(count, 3, *input_size(built.preprocess), dtype=dtype, device=META), tokens_BL
 
 
 def _input_bytes(preprocess: PreprocessCfg, local: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Normalising the pixels of a rank: bytes at the peak, bytes that stay, and bytes of the pixels as the loader brings them."""
     watch = MemoryTracker("meta")
-    raw = torch.empty(local, 3, *_size(preprocess), dtype=torch.uint8, device=META)
+    raw = torch.empty(local, 3, *input_size(preprocess), dtype=torch.uint8, device=META)
     watch.ignore([raw])
     with watch:
         view = normalise(raw, preprocess, dtype)

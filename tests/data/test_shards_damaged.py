@@ -79,6 +79,21 @@ def test_tars_appended_to_each_other_are_read_to_the_last(tmp_path: Path) -> Non
     assert shards.known_bad.total == 0
 
 
+@pytest.mark.parametrize(("end", "kept"), [("000005.txt", [0, 1, 2, 6, 7, 8]), ("000005.jpg", [0, 1, 2, 5, 6, 7, 8])])
+def test_zeros_that_look_like_the_end_of_an_archive_are_damage_where_the_samples_beside_them_tell_of_it(
+    tmp_path: Path, end: str, kept: list[int]
+) -> None:
+    members = [member for number in range(9) for member in pair(f"{number:06d}", number)]
+    before = -(header_of(write_tar(tmp_path / "0.tar", members), end) + 512) % 10240
+    path = write_tar(tmp_path / "1.tar", [("about.md", bytes(before)), *members])
+    start, stop = header_of(path, "000003.jpg"), header_of(path, end)
+    spoil(path, start, bytes(stop - start))
+    assert stop % 10240 == 0
+    shards = open_set(path)
+    assert numbers(shards) == kept
+    assert shards.known_bad.counts == {"truncated_tar": 9 - len(kept)}
+
+
 @pytest.mark.parametrize("known_by", ["statistics", "neighbours"])
 def test_of_a_tar_that_is_cut_short_the_lost_samples_are_counted(tmp_path: Path, known_by: str) -> None:
     path = whole(tmp_path / "00000.tar", 8)

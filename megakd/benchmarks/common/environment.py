@@ -87,7 +87,8 @@ def _build(folder: Path) -> None:
     stamp.write_text(json.dumps({**_wanted(), "complete": False}), encoding="utf-8")
     no_venv = "this python cannot make virtual environments; install its venv module (Debian: python3-venv)"
     _run([sys.executable, "-m", "venv", str(folder)], folder, no_venv)
-    (_site(folder) / "megakd-host.pth").write_text("".join(f"{path}\n" for path in _host_packages()), encoding="utf-8")
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
+    (site / "megakd-host.pth").write_text("".join(f"{path}\n" for path in _host_packages()), encoding="utf-8")
     quick = ["--quiet", "--disable-pip-version-check", "--retries", "2", "--timeout", "20"]
     no_index = "pip needs a package index: check the network, the proxy (PIP_PROXY) or the mirror (PIP_INDEX_URL)"
     _run([str(_python(folder)), "-m", "pip", "install", *quick, *REQUIREMENTS], folder, no_index)
@@ -142,7 +143,3 @@ def _host_packages() -> list[str]:
 
 def _python(folder: Path) -> Path:
     return folder / "bin" / "python"
-
-
-def _site(folder: Path) -> Path:
-    return Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
