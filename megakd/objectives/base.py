@@ -31,6 +31,10 @@ class StepContext:
     group: ProcessGroup | None = None
     step: int = 0
 
+    def mean(self, losses: Sequence[Tensor]) -> Tensor:
+        """One loss a teacher, in their order, as one."""
+        return torch.stack(list(losses)).mean()
+
 
 class Objective(ABC):
     """One or several losses of the recipe's `[objectives]` that share their work. It is called once a step, on the whole batch of its rank.

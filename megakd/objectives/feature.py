@@ -37,7 +37,7 @@ class Feature(Objective):
         for place, teacher in enumerate(context.teachers):
             image_BD, text_BD = context.student.projected[head_name(name, place)]
             distances.append((_square_distance(image_BD, teacher.image) + _square_distance(text_BD, teacher.text)) / 2)
-        return {name: torch.stack(distances).mean()}
+        return {name: context.mean(distances)}
 
 
 def _square_distance(a_BD: Tensor, b_BD: Tensor) -> Tensor:
