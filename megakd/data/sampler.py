@@ -117,7 +117,7 @@ def _group_of(order: Order, epoch: int, place: int) -> tuple[int, int]:
 def _group(order: Order, epoch: int, group: int) -> NDArray[np.int64]:
     """The mixed samples of one group: (block * window,) int64, less where the short or the last blocks are."""
     blocks = _blocks(order, epoch)[0][group * order.window : (group + 1) * order.window]
-    samples = (blocks[:, None] * order.block + np.arange(order.block)).ravel()
+    samples = (blocks[:, None] * order.block + np.arange(min(order.block, order.samples))).ravel()
     samples = samples[samples < order.samples]
     mixed = samples[permutation(order.seed, "window", (epoch, group), len(samples))]
     mixed.flags.writeable = False  # shared by all callers through the cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -106,12 +106,13 @@ def _is_of(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         return isinstance(value, (list, tuple)) and len(value) == len(get_args(kind)) and all(map(_is_of, value, get_args(kind)))
     if kind in (int, float):
-        return is_number(value) and (isinstance(value, int) if kind is int else math.isfinite(value))
+        return is_number(value) and (kind is float or isinstance(value, int))
     return isinstance(value, kind) or (kind is dict and value is None)
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Finite, and an integer no larger than a float can be: JSON and Python hold longer ones, which `float` raises OverflowError for."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _type_name(kind: Any) -> str:

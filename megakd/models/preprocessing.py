@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -103,7 +102,7 @@ def _check(preprocess: dict[str, Any], role: str) -> None:
         if value is None:
             continue
         numbers = value if isinstance(value, (list, tuple)) else ()
-        if len(numbers) != 3 or not all(is_number(each) and math.isfinite(each) and (key == "mean" or each > 0) for each in numbers):
+        if len(numbers) != 3 or not all(is_number(each) and (key == "mean" or each > 0) for each in numbers):
             raise ValueError(f"{role}: preprocess_cfg.{key} = {value!r}: give three numbers, one a colour{', above 0' * (key == 'std')}")
     for key, known in (("interpolation", INTERPOLATIONS), ("resize_mode", RESIZE_MODES)):
         value = preprocess.get(key)

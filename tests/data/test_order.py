@@ -86,6 +86,11 @@ def test_fewer_samples_than_a_global_batch_is_an_error_that_names_both() -> None
         Order(63, 64, 0, 8, 8)
 
 
+@pytest.mark.parametrize("block", [10**9, 2**63 - 1])
+def test_a_block_larger_than_the_set_is_the_whole_set(block: int) -> None:
+    assert np.array_equal(Order(50, 8, 0, block, 256).indices(0, 96), Order(50, 8, 0, 50, 256).indices(0, 96))
+
+
 def test_a_large_set_costs_no_table_of_samples() -> None:
     order = Order(50_000_000, 4096, 0, 64, 256)
     indices = order.indices(3 * order.epoch_length - 2048, 4096)

@@ -61,3 +61,11 @@ def test_a_changed_manifest_is_refused(folder: Path, change: dict[str, object]) 
     edit_json(folder / "manifest.json", **change)
     with pytest.raises(StoreError, match="was changed after it was written"):
         Store.open(folder)
+
+
+@pytest.mark.parametrize("scale", [-1.0, 10**400, "14"])
+def test_a_scale_that_cannot_be_is_refused_where_no_checksum_tells(folder: Path, scale: object) -> None:
+    without_checks(folder)
+    edit_json(folder / "manifest.json", scale=scale)
+    with pytest.raises(StoreError, match="cannot be true: scale = "):
+        Store.open(folder)

@@ -58,6 +58,8 @@ def test_all_of_open_clips_own_are_sound() -> None:
         ("vision_cfg.layers", [3, 4, 6], "vision_cfg.layers = [3, 4, 6]: a list of 4 whole numbers or a whole number"),
         ("vision_cfg.layers", 10**9, "vision_cfg.layers = 1000000000: above 0 and at most"),
         ("vision_cfg.width", 10**30, "vision_cfg.width"),
+        ("vision_cfg.mlp_ratio", 10**400, "vision_cfg.mlp_ratio = 1000"),
+        ("init_logit_bias", -(10**400), "init_logit_bias = -1000"),
         ("vision_cfg.head_width", 48, "vision_cfg.width = 32: no multiple of head_width = 48"),
         ("vision_cfg.patch_size", 64, "vision_cfg.patch_size = 64: larger than the image"),
         ("vision_cfg.patch_size", 12, "vision_cfg.image_size = 32: no multiple of patch_size = 12"),

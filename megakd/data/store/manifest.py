@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,9 +126,9 @@ def _contradiction(manifest: Manifest) -> str | None:
         return f"key.data = {data!r}"
     if data.get("samples", layout.samples) != layout.samples:
         return f"layout.samples = {layout.samples}, of data with {data['samples']}"
-    bias = 0.0 if manifest.bias is None else manifest.bias
-    if not all(isinstance(value, float | int) and math.isfinite(value) for value in (manifest.scale, bias)) or not manifest.scale > 0:
-        return f"scale = {manifest.scale!r}, bias = {manifest.bias!r}"
+    scalars = (manifest.scale, 0.0 if manifest.bias is None else manifest.bias)
+    if not all(isinstance(value, float | int) and abs(value) <= sys.float_info.max for value in scalars) or manifest.scale <= 0:
+        return f"scale = {manifest.scale!r:.80}, bias = {manifest.bias!r:.80}"
     if manifest.parts and len(manifest.parts) != layout.parts:
         return f"{len(manifest.parts)} parts are listed of {layout.parts}"
     if any(not isinstance(part, dict) or not isinstance(part.get("sha256"), str) for part in manifest.parts):
