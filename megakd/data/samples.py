@@ -184,8 +184,7 @@ class SampleBuilder:
         partial = {number for number, row in enumerate(self.rows) if number not in empty and not expected <= set(row.slots)}
         # apart: all images come first and then all captions, and a hole's neighbours tell nothing
         apart = sum(later.start < earlier.end for earlier, later in pairwise(self.rows)) * 10 > len(self.rows)
-        seams = [] if apart else [held for held in self._holes if held[0].seam and (partial & {*held[1:]} or self._skips_keys(*held))]
-        self._holes = [held for held in self._holes if not held[0].seam or held in seams]
+        self._holes = [held for held in self._holes if not held[0].seam or (not apart and self._is_damage(*held))]
         self.losses.why = self._holes[0][0].why if self._holes else ""
         near = {number for _, before, after in self._holes for number in (before, after) if number is not None and number >= 0}
         undamaged = [row for number, row in enumerate(self.rows) if number not in near | empty]
@@ -212,11 +211,16 @@ class SampleBuilder:
         self.losses.lost, self.losses.certain = certain + guessed, certain
         return broken
 
-    def _skips_keys(self, hole: Hole, before: int, after: int | None) -> bool:
-        """Whether the numbers in keys, which rise by one elsewhere, skip here as many as the hole has room for."""
-        found = [_NUMBER.search(row.key) for row in self.rows]
-        numbers = [int(match.group(1)) if match else 0 for match in found]
-        if after is None or before < 0 or not 0 < numbers[after] - numbers[before] - 1 <= (hole.end - hole.start) // (2 * BLOCK):
+    def _is_damage(self, seam: Hole, before: int, after: int | None) -> bool:
+        """Whether samples were lost in zeros that look like the end of an archive: one beside them lacks what the next one away from them
+        has, or the numbers in keys, which rise by one elsewhere, skip here as many as there is room for."""
+        if after is None or before < 0:
+            return False
+        rows, slots = self.rows, [set(row.slots) for row in self.rows]
+        if (before > 0 and slots[before - 1] > slots[before]) or (after + 1 < len(rows) and slots[after + 1] > slots[after]):
+            return True
+        numbers = [int(match.group(1)) if (match := _NUMBER.search(row.key)) else 0 for row in rows]
+        if not 0 < numbers[after] - numbers[before] - 1 <= (seam.end - seam.start) // (2 * BLOCK):
             return False
         return sum(later - earlier == 1 for earlier, later in pairwise(numbers)) >= 0.9 * (len(numbers) - 2)
 

@@ -220,11 +220,11 @@ class _TarReader:
         """The hole from `start` to the next header; without one, to the zeros that end the file, or to its cut end."""
         if next_start is not None:
             return Hole(start, next_start, self._lost(start, next_start), why)
-        zeros = start + BLOCK
-        for at, blocks in self._chunks(start + BLOCK):
-            used = np.flatnonzero(blocks.any(axis=1))
-            if len(used):
-                zeros = at + (int(used[-1]) + 1) * BLOCK
+        counts = np.concatenate([np.zeros(0, np.int64), *(np.count_nonzero(used, axis=1) for _, used in self._chunks(start + BLOCK))])
+        rest = counts[::-1].cumsum()[::-1]  # bytes other than zero from each block on
+        zeros = start + BLOCK + BLOCK * int((rest > _NOISE).sum())
+        if self._length - zeros < _MARKER:
+            zeros = start + BLOCK + BLOCK * int((rest > 0).sum())
         cut = self._length - zeros < BLOCK or self._length % BLOCK != 0
         end = self._length if cut else zeros
         return Hole(start, end, self._lost(start, end), why, cut=cut)

@@ -74,9 +74,17 @@ def test_zeros_over_headers_are_no_end_and_what_they_cover_is_counted(tmp_path: 
 def test_tars_appended_to_each_other_are_read_to_the_last(tmp_path: Path) -> None:
     path, more = whole(tmp_path / "0.tar", 3), whole(tmp_path / "1.tar", 4, first=3)
     path.write_bytes(path.read_bytes() + more.read_bytes())
+    path.write_bytes(path.read_bytes() + write_tar(tmp_path / "2.tar", [*pair("7", 7)[:2], *pair("8", 8)[:2]]).read_bytes())  # no .json
     shards = open_set(path)
-    assert numbers(shards) == list(range(7))
+    assert numbers(shards) == list(range(9))
     assert shards.known_bad.total == 0
+
+
+def test_a_flipped_byte_behind_the_end_makes_the_hole_before_it_no_larger(tmp_path: Path) -> None:
+    path = whole(tmp_path / "0.tar", 3)
+    spoil(path, header_of(path, "000002.json"), b"\xff")
+    spoil(path, path.stat().st_size - 600, b"\x01")
+    assert open_set(path).known_bad.counts == {"truncated_tar": 1}
 
 
 @pytest.mark.parametrize(("end", "kept"), [("000005.txt", [0, 1, 2, 6, 7, 8]), ("000005.jpg", [0, 1, 2, 5, 6, 7, 8])])
