@@ -33,8 +33,7 @@ from megakd.export.manifest import ADAPTER, LANGUAGE, PROJECTOR, TOKENIZER, TOWE
 from megakd.export.references import language_reference, load_tower, referenced_language, tower_reference, validated
 from megakd.models.casts import pixel_dtype
 from megakd.models.clip import ClipModel
-from megakd.models.patches import image_size, patch_tokens
-from megakd.models.student import evaluating
+from megakd.models.patches import evaluating, image_size, patch_tokens
 from megakd.models.vlm import decoder_tokenizer, lora
 from megakd.models.vlm.decoder import DecoderModel, build, resolve
 from megakd.recipe import Decoder

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megakd.models import clip
+from megakd.models.casts import SCALARS
 from megakd.models.clip import ClipModel, ModelSpec
 from megakd.models.patches import image_size
 from megakd.models.preprocessing import KEYS, complete
-from megakd.models.student import SCALARS
 from megakd.models.tokenizing import SAMPLES
 from megakd.recipe.chain import CLIP_CONFIG
 from megakd.runtime.files import atomic_folder

@@ -16,8 +16,9 @@ import torch
 from open_clip.transformer import LayerNorm, LayerNormFp32
 from torch import Tensor, nn
 
-from megakd.models.student import SCALARS
 from megakd.runtime.precision import BatchNorm
+
+SCALARS = ("logit_scale", "logit_bias")  # of a model, beside its towers
 
 
 def to_bf16(clip: nn.Module) -> None:

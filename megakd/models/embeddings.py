@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # Legend: B local batch, D embedding width.
@@ -15,6 +17,8 @@ class Embeddings(NamedTuple):
     image, text: (B, D), L2-normalised. scale: (), multiplies the cosine ("temperature" would divide).
     bias: (), added to the logits by sigmoid-trained models (SigLIP), otherwise None.
     projected: outputs of the objectives' trained heads by objective name, each (image, text) in the teacher's width; empty for a teacher.
+    features: with B rows each, where an objective reads more. Of a student its heads' other outputs, as HEAD.OUTPUT; of a teacher the
+    patch tokens (B, V, C) of its blocks, as "patches.BLOCK".
     """
 
     image: Tensor
@@ -22,3 +26,12 @@ class Embeddings(NamedTuple):
     scale: Tensor
     bias: Tensor | None = None
     projected: dict[str, tuple[Tensor, Tensor]] = {}  # noqa: RUF012  (NamedTuple default; never mutated)
+    features: dict[str, Tensor] = {}  # noqa: RUF012
+
+    @classmethod
+    def joined(cls, parts: Sequence[Embeddings]) -> Embeddings:
+        """A teacher's embeddings of micro-batches as those of the whole batch."""
+        first = parts[0]
+        features = {name: torch.cat([part.features[name] for part in parts]) for name in first.features}
+        image, text = torch.cat([part.image for part in parts]), torch.cat([part.text for part in parts])
+        return first._replace(image=image, text=text, features=features)

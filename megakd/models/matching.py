@@ -15,7 +15,7 @@ from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from torch import Tensor, nn
 
 from megakd.models import names
-from megakd.models.student import SCALARS
+from megakd.models.casts import SCALARS
 from megakd.models.weight_kinds import check_values
 from megakd.models.weights import InMemory, Shape, Weights, listed
 from megakd.recipe import texts

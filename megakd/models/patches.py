@@ -5,9 +5,12 @@ Legend: B images, V patches, C the block's width, h x w the grid of patches (V =
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 from open_clip.modified_resnet import ModifiedResNet
@@ -16,7 +19,6 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from megakd.models.casts import pixel_dtype
-from megakd.models.student import evaluating
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")  # a ResNet's
 
@@ -44,16 +46,71 @@ def patch_tokens(visual: nn.Module, pixels: Tensor, layer: int) -> Tensor:
             f"images of {pixels.shape[-2]} x {pixels.shape[-1]} pixels: the vision tower takes {height} x {width}; resize them by its "
             f"own preprocessing"
         )
-    return _rows(visual, _output(visual, pixels, layer))
+    with TowerReader(visual, [layer], "decoder.layer") as reader:
+        embedded = visual(pixels)
+    return reader.tokens(embedded)[layer]
 
 
-def measure(visual: nn.Module, layer: int) -> Patches:
+class TowerReader:
+    """Patch tokens of several blocks, while the tower runs to its end inside the `with`; without blocks nothing is kept.
+
+    key: of the recipe, which names the blocks. Raises ValueError as `blocks` does.
+    """
+
+    def __init__(self, visual: Any, numbers: Collection[int], key: str = "blocks") -> None:
+        self._visual, self._read = visual, {number: blocks(visual, number, key) for number in sorted(set(numbers))}
+        self.outputs: dict[int, Tensor] = {}
+
+    def __enter__(self) -> Self:
+        self._handles = [block.register_forward_hook(partial(self._keep, number)) for number, block in self._read.items()]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, number: int, block: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.outputs[number] = output
+
+    def tokens(self, embedded: Any) -> dict[int, Tensor]:
+        """(B, V, C) of each block, by its number, as `patch_tokens`. embedded: what the tower gave.
+
+        Raises ValueError for a tower that learns and whose blocks are recomputed without a gradient.
+        """
+        last = embedded[0] if isinstance(embedded, tuple) else embedded
+        found = {}
+        for number, block in self._read.items():
+            output = self.outputs.pop(number)
+            learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in block.parameters())
+            if learns and not output.requires_grad:
+                raise ValueError(
+                    "this vision tower recomputes its blocks without handing out their gradients: set student.activation_checkpointing to "
+                    "false, or answers.tower to 'frozen'"
+                )
+            attached = _WithEnd.apply(output, last) if learns and last.requires_grad else output  # type: ignore[no-untyped-call]
+            found[number] = _rows(self._visual, attached)
+        return found
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a block: no dropout, and batch norm goes by its running statistics without updating them."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def measure(visual: nn.Module, layer: int, key: str = "decoder.layer") -> Patches:
     """The shape of what `patch_tokens` gives for this tower, measured with a blank image. Raises ValueError as `blocks` does."""
     height, width = image_size(visual)
     device = next(visual.parameters()).device
-    with torch.no_grad(), evaluating(visual):
-        output = _output(visual, torch.zeros(1, 3, height, width, device=device, dtype=pixel_dtype(visual)), layer)
-    _, count, channels = _rows(visual, output).shape
+    with torch.no_grad(), evaluating(visual), TowerReader(visual, [layer], key) as reader:
+        embedded = visual(torch.zeros(1, 3, height, width, device=device, dtype=pixel_dtype(visual)))
+        output = reader.outputs[layer]
+        _, count, channels = reader.tokens(embedded)[layer].shape
     if output.ndim == 4:
         h, w = output.shape[1:3] if _channels_last(visual) else output.shape[2:4]
         return Patches(count, channels, (h, w))
@@ -68,18 +125,18 @@ def image_size(visual: nn.Module) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def blocks(visual: nn.Module, layer: int) -> nn.Module:
-    """The block number `layer`, -1 being the last. Raises ValueError for a tower without blocks, or with fewer."""
+def blocks(visual: nn.Module, layer: int, key: str = "decoder.layer") -> nn.Module:
+    """The block number `layer`, -1 being the last. Raises ValueError, with the recipe's `key`, without blocks or with fewer."""
     every = _all_blocks(visual)
     if not -len(every) <= layer < len(every):
-        raise ValueError(f"decoder.layer = {layer}: the vision tower has {len(every)} blocks, {-len(every)} to {len(every) - 1}")
+        raise ValueError(f"{key} = {layer}: the vision tower has {len(every)} blocks, {-len(every)} to {len(every) - 1}")
     return every[layer]
 
 
 def _all_blocks(visual: nn.Module) -> list[nn.Module]:
     if isinstance(visual, VisionTransformer):
         if getattr(visual.patch_dropout, "prob", 0.0):
-            raise ValueError("vision_cfg.patch_dropout: a decoder reads all patches of an image, in their places; set it to 0")
+            raise ValueError("vision_cfg.patch_dropout: all patches of an image are read, in their places; set it to 0")
         return list(visual.transformer.resblocks)
     if isinstance(visual, ModifiedResNet):
         return [getattr(visual, name) for name in _STAGES]
@@ -94,24 +151,6 @@ def _all_blocks(visual: nn.Module) -> list[nn.Module]:
         f"a vision tower of class {type(visual).__name__} has no blocks that are known here: use an open_clip ViT or ResNet, or a timm "
         f"model with blocks or stages"
     )
-
-
-def _output(visual: nn.Module, pixels: Tensor, layer: int) -> Tensor:
-    block = blocks(visual, layer)
-    outputs: list[Tensor] = []
-    handle = block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    try:
-        embedded = visual(pixels)
-    finally:
-        handle.remove()
-    output, last = outputs[0], embedded[0] if isinstance(embedded, tuple) else embedded
-    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in block.parameters())
-    if learns and not output.requires_grad:
-        raise ValueError(
-            "this vision tower recomputes its blocks without handing out their gradients: set student.activation_checkpointing to false, "
-            "or answers.tower to 'frozen'"
-        )
-    return _WithEnd.apply(output, last) if learns and last.requires_grad else output  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _WithEnd(torch.autograd.Function):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megakd.models import casts
 from megakd.models import clip as clip_models
+from megakd.models.casts import SCALARS
 from megakd.models.int8 import convert as int8_towers
 from megakd.models.int8 import matmul
 from megakd.models.int8.linear import Int8Linear
@@ -28,7 +29,6 @@ from megakd.models.int8.migration import Originals
 from megakd.models.matching import Match, errors_of
 from megakd.models.names import OLD_TEXT
 from megakd.models.pretrained import weights_file
-from megakd.models.student import SCALARS
 from megakd.models.weights import InMemory, Weights, open_weights
 from megakd.runtime import collectives
 from megakd.runtime.launch import World

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megakd.models.embeddings import Embeddings
+from megakd.models.heads import ModelShape, ObjectiveHead
 from megakd.objectives import cost
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
@@ -41,11 +42,15 @@ class Objective(ABC):
 
     names: keys of `[objectives]` that it computes, in the recipe's order.
     backend: which implementation of `megakd_kernels` it calls; None where it calls none.
+    student_blocks, teacher_blocks: of the vision towers, whose patch tokens it reads: the student's through its head, and every teacher's
+    in `Embeddings.features`.
     state: tensors kept from step to step under names of its own, equal on every rank. They are saved with each checkpoint, and are there
     again, on the device, before the first step of a run that goes on.
     """
 
     backend: str | None = None
+    student_blocks: tuple[int, ...] = ()
+    teacher_blocks: tuple[int, ...] = ()
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         self.names, self.state = names, dict[str, Tensor]()
@@ -55,8 +60,11 @@ class Objective(ABC):
         """The active losses of this class in groups, of which one object computes each; all in one unless a subclass says otherwise."""
         return [names]
 
-    def head(self, student_width: int, teacher_width: int) -> nn.Module | None:
-        """A projection to train inside the engine, one for each teacher; outputs come back by their `head_name`. None for none."""
+    def head(self, student: ModelShape, teacher: ModelShape) -> ObjectiveHead | None:
+        """What to train inside the engine for a teacher; outputs come back by their `head_name`. None for none.
+
+        Raises ValueError naming the recipe's key when the shapes do not fit each other.
+        """
         return None
 
     def cost(self, shape: LossShape) -> LossCost:

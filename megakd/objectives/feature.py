@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megakd.models.student import Head
+from megakd.models.heads import Head, ModelShape
 from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.cost import LossCost, LossShape
@@ -26,8 +26,8 @@ class Feature(Objective):
         super().__init__(recipe, device, names)
         self._kind = recipe.feature.head
 
-    def head(self, student_width: int, teacher_width: int) -> nn.Module | None:
-        return Head(self._kind, student_width, teacher_width)
+    def head(self, student: ModelShape, teacher: ModelShape) -> Head:
+        return Head(self._kind, student.width, teacher.width)
 
     def cost(self, shape: LossShape) -> LossCost:
         return cost.rowwise(shape)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megakd.models.student import Head
+from megakd.models.heads import Head, ModelShape
 from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, head_name, kernel_options
 from megakd.objectives.cost import LossCost, LossShape
@@ -28,8 +28,8 @@ class Interactive(Objective):
         self._options = kernel_options(recipe, "interactive_kd", device)
         self.backend = self._options["backend"]
 
-    def head(self, student_width: int, teacher_width: int) -> nn.Module | None:
-        return Head(self._kind, student_width, teacher_width)
+    def head(self, student: ModelShape, teacher: ModelShape) -> Head:
+        return Head(self._kind, student.width, teacher.width)
 
     def cost(self, shape: LossShape) -> LossCost:
         return cost.of_kernel(cost.INTERACTIVE, self._options["backend"], shape)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megakd.models import clip
 from megakd.models.embeddings import Embeddings
+from megakd.models.heads import ModelShape, ObjectiveHead
+from megakd.models.patches import measure
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
@@ -31,7 +35,10 @@ def build(recipe: Recipe, device: torch.device) -> list[Objective]:
 
 
 class ObjectiveSet:
-    """The recipe's objectives with a positive weight, ready to be called on embeddings."""
+    """The recipe's objectives with a positive weight, ready to be called on embeddings.
+
+    student_blocks, teacher_blocks: of the vision towers, whose patch tokens are read, with the name of an objective that reads them.
+    """
 
     def __init__(self, recipe: Recipe, device: torch.device, group: ProcessGroup | None) -> None:
         """group: the ranks whose pairs form one batch; None is this process alone.
@@ -46,10 +53,15 @@ class ObjectiveSet:
                 f"objectives.{', objectives.'.join(in_need)}: needs a teacher, and the recipe has no [teacher]; "
                 f"add one or set the weight to 0"
             )
-        for name in self.weights:
-            if features := declaration(name).features:
-                raise ValueError(f"objectives.{name}: reads {', '.join(features)}, and the models hand over no outputs of blocks yet")
         self._objectives = build(recipe, device)
+        self.student_blocks = {block: part.names[0] for part in self._objectives for block in part.student_blocks}
+        self.teacher_blocks = {block: part.names[0] for part in self._objectives for block in part.teacher_blocks}
+        stored = [role for role, teacher in recipe.teachers().items() if teacher.store is not None and teacher.store_of == "all"]
+        if self.teacher_blocks and stored:
+            raise ValueError(
+                f"objectives.{next(iter(self.teacher_blocks.values()))}: reads the teacher's patch tokens, and {stored[0]}.store holds "
+                f"embeddings alone; set {stored[0]}.store_of to 'text', or take {stored[0]}.store out"
+            )
         self._device, self._group = device, group
         self.backends = {name: part.backend for part in self._objectives for name in part.names if part.backend is not None}
 
@@ -62,14 +74,27 @@ class ObjectiveSet:
                 f"with a sigmoid loss, or give a {model}.architecture of your own `init_logit_bias` (SigLIP starts at -10)"
             )
 
-    def heads(self, student_width: int, teacher_widths: Sequence[int]) -> dict[str, nn.Module]:
-        """The projections that the objectives train, one for each teacher, by name. They go into the engine with the student."""
+    def heads(self, student: ModelShape, teachers: Sequence[ModelShape]) -> dict[str, ObjectiveHead]:
+        """What the objectives train beside the towers, one for each teacher, by name. They go into the engine with the student."""
         built = {
-            head_name(part.names[0], place): part.head(student_width, width)
+            head_name(part.names[0], place): part.head(student, teacher)
             for part in self._objectives
-            for place, width in enumerate(teacher_widths)
+            for place, teacher in enumerate(teachers)
         }
         return {name: head for name, head in built.items() if head is not None}
+
+    def shapes(self, student: clip.ModelSpec, teachers: Sequence[clip.ModelSpec]) -> list[ModelShape]:
+        """What heads and losses must know of the student and of each teacher; nothing is built where the embeddings' widths say all.
+
+        Raises ValueError naming the key for a block that is not there.
+        """
+        asked = [("blocks", self.student_blocks), *(("teacher_blocks", self.teacher_blocks) for _ in teachers)]
+        shapes = []
+        for model, (key, readers) in zip((student, *teachers), asked, strict=True):
+            visual: Any = clip.on_meta(model).clip.visual if readers else None
+            found = {block: measure(visual, block, f"{model.role}: {name}.{key}") for block, name in readers.items()}
+            shapes.append(ModelShape(model.width, found))
+        return shapes
 
     def losses(self, student: Embeddings, teachers: Sequence[Embeddings], step: int = 0) -> dict[str, Tensor]:
         """Unweighted float32 scalars by objective name, in the order of `weights`. step: optimiser steps done before this one."""

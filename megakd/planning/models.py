@@ -6,7 +6,7 @@ Legend: B pairs of a micro-batch, L tokens of a caption.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megakd.data.transforms import input_size, normalise
 from megakd.models import clip
+from megakd.models.heads import ObjectiveHead
 from megakd.models.int8 import matmul
 from megakd.models.int8.convert import quantise
 from megakd.models.student import Student
@@ -165,10 +166,10 @@ def _forms(clip: Any, pixels: Tensor, tokens: Tensor, partition: Settings) -> li
     return forms
 
 
-def student(recipe: Recipe, heads: Callable[[int], dict[str, nn.Module]], batch: Shares, *, bf16: bool, drop: bool) -> StudentCost:
+def student(recipe: Recipe, heads: Mapping[str, ObjectiveHead], batch: Shares, *, bf16: bool, drop: bool) -> StudentCost:
     """Cost of what the recipe trains: the student with its heads, the decoder, or both; activation checkpointing included.
 
-    heads: from the student's width. drop: gradients leave as soon as they are there.
+    heads: on meta. drop: gradients leave as soon as they are there.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     built = None if recipe.student is None else _build(describe(recipe.student, "student"), "fp32")
@@ -177,7 +178,7 @@ def student(recipe: Recipe, heads: Callable[[int], dict[str, nn.Module]], batch:
     if built is not None and recipe.student is not None:
         width, name = built.description.width, name_of(recipe.student)
     with META:
-        student = Student(None if built is None else built.clip, heads(width), recipe.student.max_scale if recipe.student else 1.0)
+        student = Student(None if built is None else built.clip, heads, recipe.student.max_scale if recipe.student else 1.0)
         module = (vlm.learner(recipe, student) if recipe.decoder else student).train().to(dtype)
 
     def inputs(pairs: int, questions: int) -> list[Tensor | None]:

@@ -21,13 +21,11 @@ class Declaration:
     where: dotted name of the class, an `Objective` of `megakd/objectives/base.py`. Losses of one class that are active together may share
     their products.
     needs_bias: of student and teachers, the logit bias of models trained with a sigmoid loss.
-    features: outputs of blocks that it reads beside the embeddings, such as "visual.-2"; no model hands any over yet.
     """
 
     where: str
     needs_teacher: bool = True
     needs_bias: bool = False
-    features: tuple[str, ...] = ()
 
 
 _SOFTMAX, _SIGMOID = "megakd.objectives.softmax.Softmax", "megakd.objectives.sigmoid.Sigmoid"

@@ -7,6 +7,7 @@ Legend: B local batch, D embedding width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from megakd.models import clip, streaming
 from megakd.models.embeddings import Embeddings
+from megakd.models.patches import TowerReader
 from megakd.recipe import Teacher as Settings
 from megakd.runtime.launch import World
 
@@ -32,8 +34,11 @@ class Teacher(Protocol):
         """Type of the pixels that `embed` takes."""
         ...
 
-    def embed(self, pixels: Tensor, tokens: Tensor) -> Embeddings:
-        """Unit embeddings of a batch, without gradient. Every rank calls it equally often: a sharded teacher communicates in it."""
+    def embed(self, pixels: Tensor, tokens: Tensor, blocks: Collection[int] = ()) -> Embeddings:
+        """Unit embeddings of a batch, without gradient. Every rank calls it equally often: a sharded teacher communicates in it.
+
+        blocks: of the vision tower, whose patch tokens are among the features; nothing else is kept.
+        """
         ...
 
 
@@ -127,8 +132,15 @@ class LiveTeacher(ABC):
     def embed_texts(self, tokens: Tensor) -> Tensor:
         """(B, D) unit rows, without gradient."""
 
-    def embed(self, pixels: Tensor, tokens: Tensor) -> Embeddings:
-        return Embeddings(self.embed_images(pixels), self.embed_texts(tokens), self.scale, self.bias)
+    def embed(self, pixels: Tensor, tokens: Tensor, blocks: Collection[int] = ()) -> Embeddings:
+        image_BD, features = self.see(pixels, blocks)
+        return Embeddings(image_BD, self.embed_texts(tokens), self.scale, self.bias, features=features)
+
+    def see(self, pixels: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `embed_images`, with the patch tokens of `blocks`, as `Embeddings.features` has them."""
+        with TowerReader(getattr(self.towers.clip, "visual", None), blocks) as reader:
+            image_BD = self.embed_images(pixels)
+        return image_BD, {f"patches.{block}": tokens_BVC for block, tokens_BVC in reader.tokens(image_BD).items()}
 
 
 def settings_of(description: clip.ModelSpec) -> Settings:

@@ -6,7 +6,7 @@ Legend: B local batch, D embedding width, M misses of this rank.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -31,19 +31,28 @@ class TextStoredTeacher:
 
     def __init__(self, live: LiveTeacher, scale: float, bias: float | None, world: World, where: Callable[[int], str]) -> None:
         """where: 'shard: key' of a sample, for messages."""
-        self.width, self.dtype, self.embed_images = live.width, live.dtype, live.embed_images
+        self.width, self.dtype, self.see = live.width, live.dtype, live.see
         self._scale, self._bias = _scalars(scale, bias, world)
         self._world, self._where = world, where
 
-    def join(self, image_BD: Tensor, text_BD: Tensor, known_B: Tensor, index_B: Tensor, damaged_B: Tensor | None = None) -> Embeddings:
-        """What `embed_images` found, with a store's rows of text, valid where known_B, of the samples index_B; all but images on the CPU.
+    def join(
+        self,
+        seen: Sequence[tuple[Tensor, dict[str, Tensor]]],
+        text_BD: Tensor,
+        known_B: Tensor,
+        index_B: Tensor,
+        damaged_B: Tensor | None = None,
+    ) -> Embeddings:
+        """What `see` found of each micro-batch, with a store's rows of text, valid where known_B, of the samples index_B, on the CPU.
 
         Every rank calls it. Raises ValueError on every rank when a row is missing.
         """
         missing_M = index_B[~known_B]
         if total := sum(_misses(len(missing_M), self._world)):
             raise _missing(total, _damaged(damaged_B, self._world), missing_M, self._where)
-        return Embeddings(image_BD, text_BD.to(image_BD.device, image_BD.dtype, non_blocking=True), self._scale, self._bias)
+        text = text_BD.to(seen[0][0].device, seen[0][0].dtype, non_blocking=True).split([len(image_BD) for image_BD, _ in seen])
+        parts = [Embeddings(image, own, self._scale, self._bias, features=more) for (image, more), own in zip(seen, text, strict=True)]
+        return Embeddings.joined(parts)
 
 
 class StoredTeacher:
@@ -117,7 +126,7 @@ class StoredTeacher:
             count = len(index_M[asked])
             found = self._live.embed(*self._reread(index_M[asked], view_M[asked], self._live.dtype))
             parts.append(found._replace(image=found.image[:count], text=found.text[:count]))
-        return parts[0]._replace(image=torch.cat([part.image for part in parts]), text=torch.cat([part.text for part in parts]))
+        return Embeddings.joined(parts)
 
 
 def _scalars(scale: float, bias: float | None, world: World) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ from open_clip import CLIP
 from torch import Tensor, nn
 
 from megakd.models import clip, streaming
-from megakd.models.student import normalised
+from megakd.models.heads import normalised
 from megakd.recipe import Teacher as Settings
 from megakd.runtime import precision, zero3
 from megakd.runtime.launch import World

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megakd.models.student import Head, Student, embeddings, normalised
+from megakd.models.heads import Head
+from megakd.models.student import Student, embeddings, normalised
 from megakd.training.optim import decay_groups
 
 

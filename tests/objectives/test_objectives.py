@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megakd.models.embeddings import Embeddings
+from megakd.models.heads import ModelShape
 from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.set import ObjectiveSet, build, weighted_sum
@@ -112,10 +112,11 @@ def test_feature_is_two_minus_two_cosines_at_every_width(recipe_file: Path, widt
 @pytest.mark.parametrize(("kind", "tensors"), [("linear", 2), ("mlp", 8)])
 def test_a_head_projects_to_the_teachers_width_and_learns(recipe_file: Path, name: str, kind: str, tensors: int) -> None:
     objective = _objective(recipe_file, name, f"{name}.head={kind}")
-    head = objective.head(16, 24)
+    head = objective.head(ModelShape(16), ModelShape(24))
     assert head is not None
     student, teacher = _pair(1, 16, trained=True), _pair(5, 24)
-    projected = {name: (F.normalize(head.image(student.image), dim=-1), F.normalize(head.text(student.text), dim=-1))}
+    outputs = head.project(student.image, student.text, {})
+    projected = {name: (outputs["image"], outputs["text"])}
     _loss(objective, student._replace(projected=projected), teacher).backward()
     gradients = [parameter.grad for parameter in head.parameters()]
     assert len(gradients) == tensors
@@ -185,7 +186,7 @@ def test_several_teachers_give_the_mean_of_their_losses(recipe_file: Path, name:
 
 def test_the_task_builds_a_head_for_each_teacher_in_its_width(recipe_file: Path) -> None:
     objectives = ObjectiveSet(_recipe(recipe_file, "objectives.feature=1", "teacher.model=ViT-B-32"), CPU, None)
-    heads = objectives.heads(16, [24, 20])
+    heads = objectives.heads(ModelShape(16), [ModelShape(24), ModelShape(20)])
     assert {name: head.image.weight.shape for name, head in heads.items()} == {"feature": (24, 16), "feature1": (20, 16)}
 
 
@@ -218,7 +219,7 @@ def test_the_task_weighs_what_it_logs_unweighted(recipe_file: Path) -> None:
 def test_an_objective_of_weight_zero_is_left_out_with_its_head(recipe_file: Path) -> None:
     objectives = ObjectiveSet(_recipe(recipe_file, "objectives.feature=0.0"), CPU, None)
     assert not objectives.needs_teacher
-    assert objectives.heads(16, [24]) == {}
+    assert objectives.heads(ModelShape(16), [ModelShape(24)]) == {}
     assert set(objectives.losses(_pair(1, 16), [])) == {"contrastive"}
 
 
@@ -274,9 +275,3 @@ def test_an_objective_is_told_the_step_and_goes_on_with_its_state(drift: Objecti
 def test_the_state_of_an_objective_that_is_not_active_is_refused(recipe_file: Path) -> None:
     with pytest.raises(ValueError, match=r"objectives\.feature: the checkpoint has its state 'mean', and the recipe gives it no weight"):
         ObjectiveSet(_recipe(recipe_file), CPU, None).restore({"feature.mean": torch.zeros(4)})
-
-
-def test_features_that_no_model_hands_over_are_refused(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megakd.objectives.set.declaration", lambda name: replace(declaration(name), features=("visual.-2",)))
-    with pytest.raises(ValueError, match=r"objectives\.contrastive: reads visual\.-2, and the models hand over no outputs of blocks yet"):
-        ObjectiveSet(_recipe(recipe_file), CPU, None)

@@ -37,8 +37,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from megakd import recipe
-from megakd.models.patches import measure
-from megakd.models.student import evaluating
+from megakd.models.patches import evaluating, measure
 from megakd.models.vlm import IGNORED, decoder_tokenizer, lora
 from megakd.models.vlm.decoder_config import DecoderSpec, resolve
 from megakd.models.vlm.projector import Projector

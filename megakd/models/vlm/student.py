@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megakd.models.patches import patch_tokens
-from megakd.models.student import Student, evaluating
+from megakd.models.patches import evaluating, patch_tokens
+from megakd.models.student import Student
 from megakd.models.vlm.decoder import DecoderModel
 
 # Legend: B questions, L tokens of a conversation, V patches of the tower, C its width.

@@ -23,6 +23,7 @@ from megakd.export import clip_folder
 from megakd.models import clip
 from megakd.models.embeddings import Embeddings
 from megakd.models.fingerprint import computation, preprocessing
+from megakd.models.heads import ModelShape
 from megakd.models.student import Student, embeddings
 from megakd.objectives.set import ObjectiveSet
 from megakd.recipe import Recipe
@@ -43,7 +44,10 @@ AnyTeacher = Teacher | StoredTeacher | TextStoredTeacher
 
 @dataclass(frozen=True)
 class PairData:
-    """Image-text pairs in their order, the models' configurations, and the sets that the student's towers are scored on."""
+    """Image-text pairs in their order, the models' configurations, and the sets that the student's towers are scored on.
+
+    shapes: of the student and of each teacher.
+    """
 
     recipe: Recipe
     student: clip.ModelSpec
@@ -51,6 +55,7 @@ class PairData:
     shards: ShardSet
     order: Order
     teachers: dict[str, clip.ModelSpec]
+    shapes: list[ModelShape]
     store: Store | None
     sets: Sets
 
@@ -107,11 +112,12 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
         objectives.check_bias(model.role, model.has_bias)
     for description in teachers.values():
         computation(description, world.device)  # a product of int8 that this machine lacks
+    shapes = objectives.shapes(student, list(teachers.values()))
     shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
     store = build.open_stores(recipe, teachers, shards, world)
     collectives.by_main(lambda: clip_folder.rehearse(student), world)
-    return PairData(recipe, student, objectives, shards, order, teachers, store, open_sets(recipe, world))
+    return PairData(recipe, student, objectives, shards, order, teachers, shapes, store, open_sets(recipe, world))
 
 
 class Distill(Task):
@@ -130,8 +136,8 @@ class Distill(Task):
         self._preprocess = {role: preprocessing(model) for role, model in self._seen_by.items()}
 
     def extend(self, module: Student, device: torch.device) -> Student:
-        widths = [teacher.width for teacher in self._teachers.values()]
-        module.heads.update(self._data.objectives.heads(self._data.student.width, widths))
+        student, *teachers = self._data.shapes
+        module.heads.update(self._data.objectives.heads(student, teachers))  # type: ignore[attr-defined]
         self._towers = module.clip
         return module
 
@@ -164,12 +170,12 @@ class Distill(Task):
             stored = batch.stored
             return teacher.recall(stored.image, stored.text, stored.known, batch.index, batch.view, stored.damaged)
         size, (pixels, tokens) = self._config.micro_batch, self._view(batch, role, teacher.dtype)
+        blocks = self._data.objectives.teacher_blocks
         if isinstance(teacher, TextStoredTeacher):
             assert batch.stored is not None, "the loader was given the store"
-            image_BD = torch.cat([teacher.embed_images(micro_batch) for micro_batch in pixels.split(size)])
-            return teacher.join(image_BD, batch.stored.text, batch.stored.known, batch.index, batch.stored.damaged)
-        parts = [teacher.embed(*micro_batch) for micro_batch in zip(pixels.split(size), tokens.split(size), strict=True)]
-        return parts[0]._replace(image=torch.cat([part.image for part in parts]), text=torch.cat([part.text for part in parts]))
+            seen = [teacher.see(micro_batch, blocks) for micro_batch in pixels.split(size)]
+            return teacher.join(seen, batch.stored.text, batch.stored.known, batch.index, batch.stored.damaged)
+        return Embeddings.joined([teacher.embed(*part, blocks) for part in zip(pixels.split(size), tokens.split(size), strict=True)])
 
     def _view(self, batch: Batch, role: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return normalise(batch.pixels[role], self._preprocess[role], dtype), batch.tokens[role]
