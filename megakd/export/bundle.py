@@ -30,14 +30,17 @@ from megakd.data.transforms import as_rgb, evaluation_pixels, normalise
 from megakd.export import clip_folder
 from megakd.export import manifest as manifests
 from megakd.export.manifest import ADAPTER, LANGUAGE, PROJECTOR, TOKENIZER, TOWER
-from megakd.export.references import language_reference, load_tower, referenced_language, tower_reference, validated
+from megakd.export.references import language_reference, referenced_language, resolve_tower, tower_reference, validated
+from megakd.models import clip
 from megakd.models.casts import pixel_dtype
 from megakd.models.clip import ClipModel
 from megakd.models.patches import evaluating, image_size, patch_tokens
 from megakd.models.vlm import decoder_tokenizer, lora
-from megakd.models.vlm.decoder import DecoderModel, build, resolve
+from megakd.models.vlm.decoder import DecoderModel, DecoderSpec, build, resolve
 from megakd.recipe import Decoder
 from megakd.runtime import precision
+from megakd.runtime.files import json_sha256
+from megakd.runtime.precision import Precision
 from megakd.version import __version__
 from megakd.vqa.prompts import RULES, PromptEncoder, Stacked, stack
 
@@ -46,6 +49,21 @@ from megakd.vqa.prompts import RULES, PromptEncoder, Stacked, stack
 # Asked of a bundle that was just written, besides texts of its run: short, so that they fit any length.
 _QUESTIONS = ("what colour is it?", "is there a red circle?", "how many?")
 _ANSWER_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class BundleSpec:
+    """A bundle without its weights, which are on this machine and those that it was written with. tower: None where it reads none.
+
+    max_length, rules: as `Bundle` has them. sha256: of the manifest, and so of every file and reference.
+    """
+
+    folder: Path
+    decoder: DecoderSpec
+    tower: clip.ModelSpec | None
+    max_length: int
+    rules: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -156,21 +174,20 @@ class Bundle:
         Raises ValueError naming the file or the key: no bundle, a file missing or changed, a reference that leads nowhere or to another
         model.
         """
-        manifest = manifests.read(folder)
-        changed: dict[str, Any] = {"tokenizer": str(folder / TOKENIZER), "start": None, "recipe": None}
-        if manifest["language"] is None:
-            changed |= {"model": str(folder / LANGUAGE), "architecture": None}
-        else:
-            changed |= {"model": referenced_language(folder, manifest["language"])}
-        if quantise is not None:
-            changed["quantise"] = quantise
-        settings = validated(Decoder, {**manifest["decoder"], **changed}, folder, "decoder")
-        towers = None if manifest["tower"] is None else load_tower(folder, manifest["tower"], device)
-        decoder = build(resolve(settings), None if towers is None else towers.clip.visual, device, dtype)  # type: ignore[arg-type]
+        return cls.build(resolve_bundle(folder, quantise=quantise), device, dtype)
+
+    @classmethod
+    def build(cls, spec: BundleSpec, device: torch.device, dtype: torch.dtype, towers: Precision = "fp32") -> Bundle:
+        """As `load`, of a bundle that was resolved. towers: the type of the vision tower, see `clip.build`."""
+        folder, tower = spec.folder, None
+        if spec.tower is not None:
+            tower = clip.build(spec.tower, device, towers)
+            tower.clip.eval().requires_grad_(False)
+        decoder = build(spec.decoder, None if tower is None else tower.clip.visual, device, dtype)  # type: ignore[arg-type]
         if decoder.adapted:
             lora.load_adapter(decoder.language, folder / ADAPTER)
         load_projector(folder, decoder, str(folder))
-        return cls(decoder.eval(), towers, manifest["max_length"], manifest["prompt"])
+        return cls(decoder.eval(), tower, spec.max_length, spec.rules)
 
     def answer(
         self, images: Sequence[Image.Image | None], prompts: Sequence[str], max_new_tokens: int = 10, *, short: bool = False
@@ -208,6 +225,26 @@ class Bundle:
         pixels = normalise(torch.stack(rows).to(self.device), preprocess, pixel_dtype(visual))
         with evaluating(visual):
             return patch_tokens(visual, pixels, self.decoder.settings.layer)
+
+
+def resolve_bundle(folder: Path, *, quantise: str | None = None) -> BundleSpec:
+    """Everything of the bundle in `folder` but its weights, of which every byte is compared with what was written.
+
+    quantise: how its language model is to be held, other than it was trained. Raises ValueError as `Bundle.load` does.
+    """
+    manifest = manifests.read(folder)
+    changed: dict[str, Any] = {"tokenizer": str(folder / TOKENIZER), "start": None, "recipe": None}
+    if manifest["language"] is None:
+        changed |= {"model": str(folder / LANGUAGE), "architecture": None}
+    else:
+        changed |= {"model": referenced_language(folder, manifest["language"])}
+    if quantise is not None:
+        changed["quantise"] = quantise
+        if quantise != "none" and manifest["decoder"].get("adapt") == "full":  # its weights are all written, and frozen from here on
+            changed["adapt"] = "none"
+    settings = validated(Decoder, {**manifest["decoder"], **changed}, folder, "decoder")
+    tower = None if manifest["tower"] is None else resolve_tower(folder, manifest["tower"])
+    return BundleSpec(folder, resolve(settings), tower, manifest["max_length"], manifest["prompt"], json_sha256(manifest))
 
 
 def load_bundle(folder: str | Path, device: torch.device | str | None = None) -> Bundle:

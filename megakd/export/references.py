@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from pydantic import ValidationError
 from transformers.utils import cached_file
 
 from megakd.export.manifest import MANIFEST, TOWER
 from megakd.models import clip
-from megakd.models.clip import ClipModel
 from megakd.models.pretrained import LOCAL, weights_file
 from megakd.recipe import Model
 from megakd.recipe.section import Section
@@ -78,7 +76,8 @@ def _resolved(name: str | None) -> str | None:
     return f"{prefix}{path.resolve()}" if path.exists() else name
 
 
-def load_tower(folder: Path, known: dict[str, Any], device: torch.device) -> ClipModel:
+def resolve_tower(folder: Path, known: dict[str, Any]) -> clip.ModelSpec:
+    """The vision tower of a bundle, without its weights. Raises ValueError when it is not on this machine, or another one than then."""
     inside = Model(model=f"{LOCAL}{folder / TOWER}")
     settings = inside if known["inside"] else validated(Model, known["settings"], folder, "tower.settings")
     try:
@@ -90,9 +89,7 @@ def load_tower(folder: Path, known: dict[str, Any], device: torch.device) -> Cli
             f"{folder}: its vision tower ({settings.model or 'an architecture'}, {settings.pretrained}) is not here, or another one "
             f"(SHA-256 differs): put the one it was trained with back"
         )
-    built = clip.build(description, device)
-    built.clip.eval().requires_grad_(False)
-    return built
+    return description
 
 
 def validated(kind: type[S], values: dict[str, Any], folder: Path, key: str) -> S:

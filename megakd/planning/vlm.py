@@ -61,6 +61,11 @@ def learner(recipe: Recipe, student: Student) -> Learner:
             f"decoder.quantise = {recipe.decoder.quantise!r}: the plan counts no quantised language model yet; plan with "
             f"--set decoder.quantise=none, which needs more"
         )
+    if recipe.answers.teacher is not None:
+        raise ValueError(
+            f"answers.teacher.bundle = {recipe.answers.teacher.bundle!r}: the plan counts neither its weights nor "
+            f"its logits; plan without [answers.teacher], and add its weights' size"
+        )
     visual: Any = None if recipe.student is None else student.clip.visual
     reader = decoder.build(decoder.resolve(chain.decoder(recipe.decoder)), visual, META)
     tower_learns = recipe.answers.tower == "trained"

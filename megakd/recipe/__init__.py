@@ -17,9 +17,10 @@ from megakd.recipe.schema import (
     Watchdog,
 )
 from megakd.recipe.section import Section
-from megakd.recipe.vqa import Answers, Decoder, LearningRates, Lora, QuestionSource
+from megakd.recipe.vqa import Answers, AnswerTeacher, Decoder, LearningRates, Lora, QuestionSource
 
 __all__ = [
+    "AnswerTeacher",
     "Answers",
     "Checkpoint",
     "Data",

@@ -58,6 +58,7 @@ _REFUSED = (
     *(f"decoder.{key}" for key in ("model", "architecture", "tokenizer", "adapt", "quantise", "image_tokens", "layer", "template")),
     *("decoder.instruction", "decoder.start", *(f"decoder.lora.{key}" for key in ("rank", "alpha", "dropout", "targets"))),
     *("answers.train.*.format", "answers.train.*.split", "answers.weight", "answers.batch", "answers.tower"),
+    *(f"answers.teacher.{key}" for key in ("bundle", "weight", "divergence", "temperature", "quantise")),
     *(f"optim.{key}" for key in ("batch", "warmup", "schedule", "final_lr", "betas", "eps", "weight_decay")),
 )
 ON_RESUME: dict[str, Change] = {

@@ -97,6 +97,20 @@ class LearningRates(Section):
     decoder: PositiveFloat | None = Field(None, description="of the adapters, or of a language model trained whole; default: optim.lr")
 
 
+class AnswerTeacher(Section):
+    """A decoder that was trained before, frozen: its probabilities of the answers' tokens are learned beside the answers."""
+
+    bundle: str = Field(description="folder of its bundle (RUN/bundle), by any tower and of any size, but of the decoder's own vocabulary")
+    weight: PositiveFloat = Field(1.0, description="of the divergence (answer_kl) beside the answer loss and the objectives")
+    divergence: Literal["forward", "reverse", "js"] = Field(
+        "forward", description="forward: KL(teacher, student); reverse: KL(student, teacher); js: Jensen-Shannon's, symmetric"
+    )
+    temperature: PositiveFloat = Field(1.0, description="t, divides both models' logits; the divergence is multiplied by t squared")
+    quantise: Literal["none", "int8", "nf4"] | None = Field(
+        None, description="hold its language model's weights in 8 or 4 bit by bitsandbytes; default: as in its own run"
+    )
+
+
 class Answers(Section):
     """The decoder learns to answer. With active objectives alongside them, in the same step; without, alone."""
 
@@ -106,3 +120,4 @@ class Answers(Section):
     max_length: int = Field(512, gt=0, le=10**7, description="tokens of a conversation, image tokens included; further turns are dropped")
     tower: Literal["frozen", "trained"] = Field("frozen", description="whether the answers' gradient reaches the vision tower")
     lr: LearningRates = LearningRates()
+    teacher: AnswerTeacher | None = Field(None, description="a trained decoder whose answers' probabilities are learned, too")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megakd.data.bad_samples import BadCounter, BadSample
-from megakd.models.vlm import IGNORED
 from megakd.vqa.benchmarks.base import Question
+from megakd.vqa.loader import TeacherReader
 from megakd.vqa.prompts import PromptEncoder, SilentAnswer
 from megakd.vqa.sets import CaptionSet, Questions, QuestionSet
 
@@ -65,9 +65,9 @@ def try_training(questions: Questions, encoder: PromptEncoder, sees_images: bool
         except BadSample as bad:
             trial.bad.add(bad.reason, f"question {question.question_id!r} ({bad.detail})")
             continue
-        if not encoder.says([label for label in encoded.labels if label not in (IGNORED, encoder.end)]):
+        if not encoder.says([label for label in encoded.learned if label != encoder.end]):
             trial.unknown = (trial.unknown[0] + 1, trial.unknown[1] or f"question {question.question_id!r}, {question.answer[:80]!r}")
-        turns, kept = len(question.conversation), encoded.labels.count(encoder.end)
+        turns, kept = len(question.conversation), encoded.turns
         if kept < turns:
             trial.cut = (trial.cut[0] + 1, trial.cut[1] + turns - kept)
     trial.bad.check(max_bad_fraction, at_least=1, what="questions", key=key)
@@ -77,6 +77,35 @@ def try_training(questions: Questions, encoder: PromptEncoder, sees_images: bool
             f"({trial.unknown[1]}){_MUTE}"
         )
     return trial
+
+
+def try_teacher(
+    questions: Questions, encoder: PromptEncoder, teacher: TeacherReader, sees_images: bool, key: str, most: float
+) -> list[str]:
+    """Encode a part of what is to be learned as its teacher will read it. sees_images: whether the student is shown images.
+
+    Gives sentences for people. Raises ValueError when the teacher cannot be given more than `most` of what the student can.
+    """
+    bad, ignored = BadCounter(), TrialEncoding()
+    for question in _spread(questions):
+        try:
+            learned = encoder.training(question, _shown(questions, question, sees_images, ignored))
+        except BadSample:
+            continue
+        bad.seen += 1
+        try:
+            teacher.encoder.taught(question, learned, _shown(questions, question, teacher.image_processor is not None, ignored))
+        except BadSample as unlike:
+            bad.add(unlike.reason, f"question {question.question_id!r}: {unlike.detail}")
+    if not bad.total:
+        return []
+    found = f"{key}: {bad.total} of {bad.seen} questions looked at cannot be put to answers.teacher: {bad.by_reason()}; {bad.example}"
+    if bad.fraction > most:
+        raise ValueError(
+            f"{found}. That is more than data.max_bad_fraction = {most}: let decoder.template end as the teacher's does, "
+            f"{teacher.encoder.settings.template!r}; or lower answers.max_length where the teacher takes too few tokens"
+        )
+    return [f"{found}; they are replaced by others"]
 
 
 def try_prompts(questions: Questions, encoder: PromptEncoder, sees_images: bool, key: str, max_bad_fraction: float) -> TrialEncoding:

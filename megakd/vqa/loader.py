@@ -27,6 +27,7 @@ from megakd.vqa.sets import Questions, QuestionWithImage
 
 if TYPE_CHECKING:
     from open_clip.transform import PreprocessCfg
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,39 @@ class ImageProcessor:
 
     def pixels(self, image: bytes) -> NDArray[np.uint8]:
         """(3, H, W). Raises BadSample: corrupt_image, too_large."""
-        return evaluation_pixels(rgb_image(image, self.max_pixels), self.preprocess)
+        return self.pixels_of(self.decoded(image))
+
+    def decoded(self, image: bytes) -> Image.Image:
+        """In RGB. Raises as `pixels` does."""
+        return rgb_image(image, self.max_pixels)
+
+    def pixels_of(self, picture: Image.Image) -> NDArray[np.uint8]:
+        return evaluation_pixels(picture, self.preprocess)
 
     def blank(self) -> NDArray[np.uint8]:
         """(3, H, W) of zeros, in the place of a missing image."""
         return np.zeros((3, *input_size(self.preprocess)), np.uint8)
+
+
+@dataclass(frozen=True)
+class TeacherReader:
+    """How a teacher is given the student's questions: by its own prompts and its own tower's pixels; None where it sees nothing."""
+
+    encoder: PromptEncoder
+    image_processor: ImageProcessor | None
+
+
+class TeacherRows(NamedTuple):
+    """The questions of a batch as the teacher reads them, row by row; fields as `QuestionBatch` has them.
+
+    The k-th learned token of a row is the student's k-th, in another column.
+    """
+
+    pixels: torch.Tensor | None
+    ids_BL: torch.Tensor
+    attend_BL: torch.Tensor
+    image_mask_BL: torch.Tensor
+    labels_BL: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +108,18 @@ class QuestionBatch(EncodedBatch):
     """One rank's part of a global batch of conversations, padded on the right to its own longest; labels_BL int64 (-100: not learned).
 
     position: of the global batch's first question; next_position: what resumes after this batch. `index` has the replacements of bad
-    questions; row r was drawn at position + rank * B + r.
+    questions; row r was drawn at position + rank * B + r. teacher: None where no teacher reads along.
     """
 
     position: int
     next_position: int
     labels_BL: torch.Tensor
+    teacher: TeacherRows | None = None
+
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor], **changes: Any) -> Self:
+        if self.teacher is not None:
+            changes["teacher"] = TeacherRows(*(None if column is None else move(column) for column in self.teacher))  # type: ignore[arg-type]
+        return super()._moved(move, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +142,12 @@ def question_batches(
     order: Order,
     encoder: PromptEncoder,
     image_processor: ImageProcessor | None,
+    teacher: TeacherReader | None = None,
     **loading: Unpack[Loading],
 ) -> QuestionBatches:
-    """This rank's parts of the global batches from `start_position` on, without end. image_processor None: no image is read.
+    """This rank's parts of the global batches from `start_position` on, without end. image_processor None: the decoder is shown no image.
 
+    teacher: reads the same questions and images along; a question that it cannot be given is a bad one.
     The rows of all ranks, in rank order, are the same for every number of ranks and workers, padding aside. Raises what `ResumableBatches`
     does.
     """
@@ -118,7 +155,7 @@ def question_batches(
     def to_batch(position: int, next_position: int, index: torch.Tensor, columns: _QuestionColumns, bad: BadCounter) -> QuestionBatch:
         return QuestionBatch(position=position, next_position=next_position, index=index, bad=bad, **columns._asdict())
 
-    return ResumableBatches(_TrainingQuestions(questions, encoder, image_processor), order, to_batch, **loading)
+    return ResumableBatches(_TrainingQuestions(questions, encoder, image_processor, teacher), order, to_batch, **loading)
 
 
 def evaluation_questions(
@@ -150,6 +187,7 @@ class _QuestionColumns(NamedTuple):
     attend_BL: torch.Tensor
     image_mask_BL: torch.Tensor
     labels_BL: torch.Tensor
+    teacher: TeacherRows | None = None
 
 
 QuestionBatches = ResumableBatches[_QuestionColumns, QuestionBatch]
@@ -159,6 +197,7 @@ class _EncodedQuestion(NamedTuple):
     question: Question
     encoded: Encoded
     pixels: NDArray[np.uint8] | None  # None: no image, or none is shown to the decoder
+    teacher: _EncodedQuestion | None = None  # as the teacher reads it
 
 
 @dataclass(frozen=True)
@@ -166,6 +205,7 @@ class _TrainingQuestions(BatchSource[QuestionWithImage, list[_EncodedQuestion], 
     questions: Questions
     encoder: PromptEncoder
     image_processor: ImageProcessor | None
+    teacher: TeacherReader | None
 
     item_name = "question"
     contents = "sources"
@@ -176,17 +216,24 @@ class _TrainingQuestions(BatchSource[QuestionWithImage, list[_EncodedQuestion], 
         return len(self.questions)
 
     def read(self, indices: Sequence[int]) -> list[QuestionWithImage | BadSample]:
-        return self.questions.read(indices, self.image_processor is not None)
+        seen = self.image_processor is not None or (self.teacher is not None and self.teacher.image_processor is not None)
+        return self.questions.read(indices, seen)
 
     def allocate(self, count: int) -> list[_EncodedQuestion]:
         return []
 
     def fill(self, rows: list[_EncodedQuestion], row: int, position: int, index: int, item: QuestionWithImage) -> None:
-        rows.append(_encoded_question(item, self.image_processor, self.encoder.training))
+        rows.append(_encoded_question(item, self.image_processor, self.encoder.training, self.teacher))
 
     def collate(self, rows: list[_EncodedQuestion], positions: range, index_B: NDArray[np.int64]) -> _QuestionColumns:
         stacked = stack([row.encoded for row in rows], self.encoder.padding, left=False)
-        return _QuestionColumns(*_images(rows, self.image_processor), *stacked)
+        columns = _QuestionColumns(*_images(rows, self.image_processor), *stacked)
+        if self.teacher is None:
+            return columns
+        taught = [row.teacher for row in rows if row.teacher is not None]
+        pixels, _ = _images(taught, self.teacher.image_processor)
+        read = stack([row.encoded for row in taught], self.teacher.encoder.padding, left=False)
+        return columns._replace(teacher=TeacherRows(pixels, *read))
 
 
 @dataclass
@@ -217,12 +264,23 @@ class _Prompts:
 
 
 def _encoded_question(
-    item: QuestionWithImage, image_processor: ImageProcessor | None, encode: Callable[[Question, bool], Encoded]
+    item: QuestionWithImage,
+    image_processor: ImageProcessor | None,
+    encode: Callable[[Question, bool], Encoded],
+    teacher: TeacherReader | None = None,
 ) -> _EncodedQuestion:
     """Raises BadSample, with its place, for what cannot be read, seen or encoded."""
     with located(item.where):
-        pixels = None if image_processor is None or item.image is None else image_processor.pixels(item.image)
-        return _EncodedQuestion(item.question, encode(item.question, pixels is not None), pixels)
+        theirs = None if teacher is None else teacher.image_processor
+        seeing = image_processor or theirs
+        picture = None if seeing is None or item.image is None else seeing.decoded(item.image)
+        pixels = None if image_processor is None or picture is None else image_processor.pixels_of(picture)
+        row = _EncodedQuestion(item.question, encode(item.question, pixels is not None), pixels)
+        if teacher is None:
+            return row
+        seen = None if theirs is None or picture is None else theirs.pixels_of(picture)
+        taught = teacher.encoder.taught(item.question, row.encoded, seen is not None)
+        return row._replace(teacher=_EncodedQuestion(item.question, taught, seen))
 
 
 def _images(rows: list[_EncodedQuestion], image_processor: ImageProcessor | None) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -19,6 +19,7 @@ Legend: B questions of a local batch, L tokens of a conversation, P image tokens
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,12 +48,21 @@ class SilentAnswer(BadSample):
 
 
 class Encoded(NamedTuple):
-    """One conversation: L ids, L labels (-100: not learned); `image_tokens` of the ids, from `image_start` on, are image places."""
+    """One conversation: L ids, L labels (-100: not learned); `image_tokens` of the ids, from `image_start` on, are image places.
+
+    turns: of the conversation's, how many are in it with their answers.
+    """
 
     ids: list[int]
     labels: list[int]
     image_start: int
     image_tokens: int
+    turns: int = 0
+
+    @property
+    def learned(self) -> list[int]:
+        """The ids of all answers, with the end token after each."""
+        return [label for label in self.labels if label != IGNORED]
 
 
 class Stacked(NamedTuple):
@@ -69,7 +79,7 @@ class PromptEncoder:
     """Encodes questions for one decoder.
 
     tokenizer: with an end token. settings: the prompt's words. image_tokens: P, 0 without images. max_length: tokens of a conversation,
-    image tokens included. rules: see RULES.
+    image tokens included; limit: whose number that is, for messages. rules: see RULES.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -77,6 +87,7 @@ class PromptEncoder:
     image_tokens: int
     max_length: int
     rules: int = RULES
+    limit: str = "answers.max_length"
     _answers_part: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -84,7 +95,7 @@ class PromptEncoder:
             raise ValueError("the decoder's tokenizer has no end token, so that answers would have no end: name another decoder.tokenizer")
         if self.image_tokens >= self.max_length:
             raise ValueError(
-                f"an image becomes {self.image_tokens} tokens, and a conversation may have {self.max_length} (answers.max_length): "
+                f"an image becomes {self.image_tokens} tokens, and a conversation may have {self.max_length} ({self.limit}): "
                 f"raise that, or lower decoder.image_tokens"
             )
 
@@ -115,7 +126,7 @@ class PromptEncoder:
         answer that encodes to nothing, and for text that the tokenizer takes for a special token.
         """
         ids, places = self._head(image)
-        labels = [IGNORED] * len(ids)
+        labels, turns = [IGNORED] * len(ids), 0
         for turn, (text, answer) in enumerate(question.conversation):
             try:
                 self._check_characters(len(text) + len(answer))
@@ -127,7 +138,26 @@ class PromptEncoder:
                 raise
             ids += prompt + answer_ids
             labels += [IGNORED] * len(prompt) + answer_ids
-        return Encoded(ids, labels, len(self.start), places)
+            turns += 1
+        return Encoded(ids, labels, len(self.start), places, turns)
+
+    def taught(self, question: Question, learned: Encoded, image: bool) -> Encoded:
+        """The conversation as this decoder, a teacher, is given it: its own prompts and image places, the turns and answers of `learned`.
+
+        learned: what the student's encoder made of the question. The k-th answer token of both is the same one, at another place.
+        Raises BadSample where the answers' ids differ: too_long where not all turns fit; bad_text where one prompt's white space or last
+        word joins the answer and the other's does not.
+        """
+        own = self.training(dataclasses.replace(question, turns=question.conversation[: learned.turns]), image)
+        if own.turns < learned.turns:
+            raise BadSample("too_long", f"{learned.turns} turns, of which {own.turns} fit: {self.limit} = {self.max_length} tokens")
+        if own.learned != learned.learned:
+            raise BadSample(
+                "bad_text",
+                f"the answer is {learned.learned[:8]} after decoder.template, and {own.learned[:8]} after the teacher's, "
+                f"{self.settings.template!r}",
+            )
+        return own
 
     def prompt(self, text: str, short: bool, image: bool) -> Encoded:
         """The ids that stand before the answer in training; nothing is labelled.
@@ -211,11 +241,11 @@ class PromptEncoder:
     def _check_characters(self, characters: int) -> None:
         """Before a text is tokenised, as megabytes take a minute."""
         if characters > self.max_length * _CHARACTERS:
-            raise BadSample("too_long", f"{characters} characters, answers.max_length = {self.max_length} tokens")
+            raise BadSample("too_long", f"{characters} characters, {self.limit} = {self.max_length} tokens")
 
     def _check_length(self, tokens: int) -> None:
         if tokens > self.max_length:
-            raise BadSample("too_long", f"{tokens} tokens, answers.max_length = {self.max_length}")
+            raise BadSample("too_long", f"{tokens} tokens, {self.limit} = {self.max_length}")
 
 
 def stack(encoded: Sequence[Encoded], padding: int, left: bool) -> Stacked:

@@ -12,14 +12,14 @@ are used only inside the modules' forwards, so that ZeRO-3 gathers them. `genera
 answers differ in length would wait for each other.
 
 Legend: B questions of a local batch, L tokens of a conversation, P image tokens of one image, V patches of the tower, C its width,
-H the decoder's width, N learned tokens of the batch.
+H the decoder's width, N learned tokens of the batch, W rows of the output layer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ from megakd.models.vlm.projector import Projector
 
 __all__ = ["DecoderModel", "DecoderSpec", "build", "resolve"]
 
+# Of logits (N, W) of answer tokens, one a token: (N,), differentiable.
+Divergence = Callable[[Tensor], Tensor]
 _BLOCK = 64  # weights that share a scale in bitsandbytes' nf4
 
 
@@ -94,23 +96,40 @@ class DecoderModel(nn.Module):
         return hasattr(self.language, "peft_config")
 
     def forward(
-        self, visual_tokens_BVC: Tensor | None, ids_BL: Tensor, attend_BL: Tensor, image_mask_BL: Tensor, labels_BL: Tensor
+        self,
+        visual_tokens_BVC: Tensor | None,
+        ids_BL: Tensor,
+        attend_BL: Tensor,
+        image_mask_BL: Tensor,
+        labels_BL: Tensor,
+        divergence: Divergence | None = None,
     ) -> dict[str, Tensor]:
         """`answer_nll` (B,), float32: -log p summed over the learned tokens of each question; `answer_tokens` (B,): how many there are.
 
+        divergence: from a teacher's, of the logits of the learned tokens, row after row; its sums by question are `answer_kl` (B,).
         labels_BL: the ids where they are learned, -100 elsewhere; position t is predicted from those before it. attend_BL: False is
         padding. visual_tokens_BVC: of every row, None without a vision tower. A row without an image has a zero gradient there: all
         ranks run the same modules, whichever of them has images.
         Differentiated: the visual tokens, the projector, and of the language model what is trained.
         """
-        embeddings_BLH = self.embed(visual_tokens_BVC, ids_BL, image_mask_BL)
-        output = self.language(inputs_embeds=embeddings_BLH, attention_mask=attend_BL.long(), use_cache=False)
         learned_BL, next_BL = labels_BL[:, 1:] != IGNORED, labels_BL[:, 1:]
         # float32 for the learned tokens only: the logits of all B * L tokens, with a vocabulary of 152,000, fill the memory.
-        nll_N = F.cross_entropy(output.logits[:, :-1][learned_BL].float(), next_BL[learned_BL], reduction="none")
+        logits_NW = self.answer_logits(visual_tokens_BVC, ids_BL, attend_BL, image_mask_BL, labels_BL).float()
+        losses = {"answer_nll": F.cross_entropy(logits_NW, next_BL[learned_BL], reduction="none")}
+        if divergence is not None:
+            losses["answer_kl"] = divergence(logits_NW)
         row_N = learned_BL.nonzero()[:, 0]
-        nll_B = nll_N.new_zeros(len(ids_BL)).index_add(0, row_N, nll_N)
-        return {"answer_nll": nll_B, "answer_tokens": learned_BL.sum(dim=1).float()}
+        sums = {name: loss_N.new_zeros(len(ids_BL)).index_add(0, row_N, loss_N) for name, loss_N in losses.items()}
+        return {**sums, "answer_tokens": learned_BL.sum(dim=1).float()}
+
+    def answer_logits(
+        self, visual_tokens_BVC: Tensor | None, ids_BL: Tensor, attend_BL: Tensor, image_mask_BL: Tensor, labels_BL: Tensor
+    ) -> Tensor:
+        """(N, W) in the language model's type: what predicts each learned token, row after row; W, its output layer's rows."""
+        embeddings_BLH = self.embed(visual_tokens_BVC, ids_BL, image_mask_BL)
+        output = self.language(inputs_embeds=embeddings_BLH, attention_mask=attend_BL.long(), use_cache=False)
+        logits_NW: Tensor = output.logits[:, :-1][labels_BL[:, 1:] != IGNORED]
+        return logits_NW
 
     @torch.no_grad()
     def generate(

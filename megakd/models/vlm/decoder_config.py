@@ -37,6 +37,11 @@ class DecoderSpec:
     positions: int | None  # the longest sequence that the language model takes; None: no limit is known
     ends: tuple[int, ...]  # tokens that end an answer: the tokenizer's first, which is the one that is learned, then the model's own
 
+    @property
+    def rows(self) -> int:
+        """W, of the output layer; a model may have more than its tokenizer has words."""
+        return int(self.config.get_text_config().vocab_size)
+
 
 def resolve(settings: Decoder) -> DecoderSpec:
     """Configuration and tokenizer of the recipe's `[decoder]`.

@@ -13,23 +13,28 @@ from torch import Tensor, nn
 
 from megakd.models.patches import evaluating, patch_tokens
 from megakd.models.student import Student
-from megakd.models.vlm.decoder import DecoderModel
+from megakd.models.vlm.decoder import DecoderModel, Divergence
 
 # Legend: B questions, L tokens of a conversation, V patches of the tower, C its width.
 
 
 class QuestionInputs(NamedTuple):
-    """Questions as the decoder takes them. pixels: (B, 3, H, W), normalised; None without a tower. The others are (B, L)."""
+    """Questions as the decoder takes them. pixels: (B, 3, H, W), normalised; None without a tower. The others are (B, L).
+
+    divergence: from a teacher that has read these questions, see `DecoderModel.forward`.
+    """
 
     pixels: Tensor | None
     ids_BL: Tensor
     attend_BL: Tensor
     image_mask_BL: Tensor
     labels_BL: Tensor
+    divergence: Divergence | None = None
 
     def split(self, micro_batches: int) -> list[QuestionInputs]:
-        """One part for each micro-batch; their sizes differ by at most one."""
-        columns = [[None] * micro_batches if value is None else value.tensor_split(micro_batches) for value in self]
+        """One part for each micro-batch; their sizes differ by at most one. A teacher reads each part by itself."""
+        assert self.divergence is None
+        columns = [[None] * micro_batches if value is None else value.tensor_split(micro_batches) for value in self[:5]]
         return [QuestionInputs(*row) for row in zip(*columns, strict=True)]  # type: ignore[arg-type]
 
 
@@ -43,7 +48,7 @@ class VisionLanguageStudent(Student):
     def forward(  # type: ignore[override]
         self, pixels: Tensor | None = None, tokens: Tensor | None = None, questions: QuestionInputs | None = None
     ) -> dict[str, Tensor]:
-        """The student's outputs for the pairs, and the decoder's `answer_nll`, `answer_tokens`, each (B,), for the questions."""
+        """The student's outputs for the pairs, and the decoder's, each (B,), for the questions: see `DecoderModel.forward`."""
         outputs = super().forward(pixels, tokens) if pixels is not None and tokens is not None else {}
         if questions is not None:
             visual_BVC = None if questions.pixels is None else self.look(questions.pixels)

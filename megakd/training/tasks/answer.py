@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from megakd.models.student import Student
 from megakd.models.vlm import decoder, decoder_check, decoder_tokenizer, lora
 from megakd.models.vlm.decoder import DecoderModel, DecoderSpec
 from megakd.models.vlm.student import QuestionInputs, VisionLanguageStudent
-from megakd.objectives.answers import NAME, AnswerLoss
+from megakd.objectives.answers import DIVERGENCE, NAME, AnswerLoss
 from megakd.recipe import Answers, Recipe, chain
 from megakd.recipe import Decoder as Settings
-from megakd.runtime import collectives, precision
+from megakd.runtime import collectives, precision, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.ds_config import DsConfig
 from megakd.runtime.engine import load_weights
@@ -36,9 +36,11 @@ from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 from megakd.runtime.run_folder import BUNDLE, RunLog
 from megakd.runtime.stopwatch import Stopwatch
+from megakd.training.tasks import answer_teacher
+from megakd.training.tasks.answer_teacher import AnswerTeacherData, LanguageTeacher
 from megakd.training.tasks.base import StepPart, Task, loading
 from megakd.vqa import check, evaluate
-from megakd.vqa.loader import ImageProcessor, QuestionBatch, QuestionBatches, question_batches
+from megakd.vqa.loader import ImageProcessor, QuestionBatch, QuestionBatches, TeacherReader, TeacherRows, question_batches
 from megakd.vqa.prompts import PromptEncoder
 from megakd.vqa.sets import Mixture, open_mixture, question_order
 
@@ -63,6 +65,7 @@ class AnswerData:
     decoder: DecoderSpec
     outline: DecoderModel
     encoder: PromptEncoder
+    teacher: AnswerTeacherData | None
     train: Mixture
     order: Order
     sets: dict[str, evaluate.Opened]
@@ -77,7 +80,8 @@ class AnswerData:
         tower = "no tower" if self.student is None else f"{self.settings.tower} tower"
         batch, adapted = self.recipe.questions_in_a_step(), _ADAPTED[self.decoder.settings.adapt]
         weight = f"weight {self.settings.weight:g}"
-        return [f"questions: {len(self.train)}, batch {batch}, {weight}; {tower}; decoder: {adapted}", *self.notes]
+        taught = [] if self.teacher is None else [self.teacher.describe()]
+        return [f"questions: {len(self.train)}, batch {batch}, {weight}; {tower}; decoder: {adapted}", *taught, *self.notes]
 
     def preview(self, world: World) -> list[str]:
         first, outline, longest = self.train[0], self.outline, self.settings.max_length
@@ -86,6 +90,7 @@ class AnswerData:
             f"decoder: {self.decoder.settings.model or 'own architecture'}, {clip.parameters_in(outline.language):,} parameters with its "
             f"adapters, {learned:,} trained with the projector; an image becomes {outline.image_tokens} tokens, which leaves "
             f"{longest - outline.image_tokens} of {longest} to question and answer",
+            *([] if self.teacher is None else [self.teacher.describe()]),
             *self.notes,
             f"questions to learn: {len(self.train)}, for example {first.text!r} -> {first.answer!r}",
             *(f"questions to be judged by: {name}, {len(opened.questions)}" for name, opened in self.sets.items()),
@@ -115,15 +120,20 @@ def prepare(
     notes = [decoder_check.check(description, outline.plain)]
     if outline.adapted:
         notes.append(lora.coverage(outline.language))
+    teacher = None
+    if answers.teacher is not None:
+        teacher = answer_teacher.prepare(answers, answers.teacher, outline, recipe.data.max_pixels)
+        notes += teacher.notes
     if settings.start is not None and student is not None:
         before = chain.before(settings).model_dump() if to_come else manifest.read(Path(settings.start))["decoder"]
         check_same_grid(before, settings, f"decoder.start = {settings.start!r}")
     train = open_mixture(answers.train, "answers.train", recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     order = question_order(train, recipe.questions_in_a_step(), recipe.seed)
     sets = evaluate.open_sets(recipe, world)
-    notes += collectives.by_main(lambda: _tried_questions(recipe, encoder, bool(images), train, sets), world)
+    reader = None if teacher is None else teacher.reader
+    notes += collectives.by_main(lambda: _tried_questions(recipe, encoder, reader, bool(images), train, sets), world)
     said = tuple(filter(None, notes))
-    return AnswerData(recipe, answers, student, images, description, outline, encoder, train, order, sets, said)
+    return AnswerData(recipe, answers, student, images, description, outline, encoder, teacher, train, order, sets, said)
 
 
 def check_batch(recipe: Recipe, settings: Settings, config: DsConfig, world: World) -> None:
@@ -154,13 +164,20 @@ def _check_length(recipe: Recipe, answers: Answers, description: DecoderSpec) ->
 
 
 def _tried_questions(
-    recipe: Recipe, encoder: PromptEncoder, has_images: bool, train: Mixture, sets: dict[str, evaluate.Opened]
+    recipe: Recipe,
+    encoder: PromptEncoder,
+    teacher: TeacherReader | None,
+    has_images: bool,
+    train: Mixture,
+    sets: dict[str, evaluate.Opened],
 ) -> list[str]:
     """What the user should know of the questions' lengths and answers. Raises ValueError for sets of which too much is unusable."""
     most, notes = recipe.data.max_bad_fraction, list[str]()
     for name, part in train.sets.items():
         key = f"answers.train.{name}"
         notes += check.try_training(part, encoder, has_images, key, most).sentences(key, learned=True)
+        if teacher is not None:
+            notes += check.try_teacher(part, encoder, teacher, has_images, key, most)
     for name, opened in sets.items():
         key = f"evaluation.vqa.{name}"
         notes += check.try_prompts(opened.questions, encoder, has_images, key, most).sentences(key, learned=False)
@@ -180,8 +197,12 @@ class Answering(Task):
 
     def __init__(self, data: AnswerData, config: DsConfig, world: World) -> None:
         self._data, self._config, self._world, self._dtype = data, config, world, precision.dtype(config.precision)
-        self._loss = AnswerLoss(data.settings.weight, world)
+        self._loss, self._teacher = AnswerLoss(world), None
         self.weights, self.in_a_step = {NAME: data.settings.weight}, data.recipe.questions_in_a_step()
+        if data.teacher is not None:
+            watchdog.beat("loading answers.teacher")
+            self._teacher = LanguageTeacher(data.teacher, world.device)
+            self.weights |= {DIVERGENCE: data.teacher.settings.weight}
         self.rates = {_PARTS[name]: rate for name, rate in data.settings.lr.model_dump(exclude_none=True).items()}
         self._tower_learns = data.settings.tower == "trained"
         self.learns = ("decoder.", "clip.visual.") if self._tower_learns else ("decoder.",)
@@ -204,7 +225,8 @@ class Answering(Task):
     def open(self, progress: Progress) -> QuestionBatches:
         data, self._watch = self._data, lora.Watch(self._module)
         position = loading(data.recipe, self._world, progress.step * self.in_a_step)
-        return question_batches(data.train, data.order, data.encoder, data.image_processor, **position)
+        teacher = None if data.teacher is None else data.teacher.reader
+        return question_batches(data.train, data.order, data.encoder, data.image_processor, teacher, **position)
 
     def part(self, batch: QuestionBatch, clock: Stopwatch, step: int) -> StepPart:
         pixels = batch.pixels
@@ -212,8 +234,20 @@ class Answering(Task):
             pixels = normalise(pixels, self._data.image_processor.preprocess, self._dtype)
         questions = QuestionInputs(pixels, batch.ids_BL, batch.attend_BL, batch.image_mask_BL, batch.labels_BL)
         answer_tokens = self._loss.answer_tokens(batch.labels_BL)
-        inputs = [{"questions": micro_batch} for micro_batch in questions.split(self._config.micro_batches)]
-        return StepPart(inputs, lambda outputs: {NAME: self._loss.loss(outputs, answer_tokens)})
+        micro_batches = questions.split(self._config.micro_batches)
+        if self._teacher is not None and batch.teacher is not None:
+            with clock.part("teacher"):
+                columns = [[None] * len(micro_batches) if one is None else one.tensor_split(len(micro_batches)) for one in batch.teacher]
+                read = [self._teacher.read(TeacherRows(*rows)) for rows in zip(*columns, strict=True)]
+            micro_batches = [asked._replace(divergence=one) for asked, one in zip(micro_batches, read, strict=True)]
+        return StepPart([{"questions": asked} for asked in micro_batches], lambda outputs: self._loss.losses(outputs, answer_tokens))
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self._teacher is None else self._teacher.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        if self._teacher is not None:
+            self._teacher.check_same(state)
 
     def stepped(self) -> None:
         """Refuse adapters that no gradient reached on any rank: they would be trained in name alone."""

@@ -25,6 +25,7 @@ from megakd.models.embeddings import Embeddings
 from megakd.models.fingerprint import computation, preprocessing
 from megakd.models.heads import ModelShape
 from megakd.models.student import Student, embeddings
+from megakd.objectives.answers import DIVERGENCE
 from megakd.objectives.set import ObjectiveSet
 from megakd.recipe import Recipe
 from megakd.runtime import collectives, precision, watchdog
@@ -184,7 +185,8 @@ class Distill(Task):
         return self._data.objectives.state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self._data.objectives.restore(state)
+        """Without what `[answers]` has of its teacher."""
+        self._data.objectives.restore({name: value for name, value in state.items() if not name.startswith(f"{DIVERGENCE}.")})
 
     def evaluate(self, weights: dict[str, Tensor], step: int, folder: Path, interruptions: StopPoller) -> dict[str, Any]:
         """The student's towers on the recipe's image-text sets."""
