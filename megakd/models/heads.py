@@ -1,7 +1,7 @@
 """What objectives train beside the student's towers: projections of its embeddings and patch tokens, and what they read of the tower.
 
 Heads are inside the module that the engine trains, so they are synchronised, clipped and checkpointed like every other parameter.
-Legend: B local batch, D embedding width, V patches, C a block's width.
+Legend: B local batch, D embedding width, C a block's width, h x w its grid of patches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ObjectiveHead(nn.Module, ABC):
 
     @abstractmethod
     def project(self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Outputs by name, with B rows each, of the towers' embeddings as they come and of the patch tokens (B, V, C) of `blocks`.
+        """Outputs by name, with B rows each, of the towers' embeddings as they come and of the patch tokens (B, h, w, C) of `blocks`.
 
         "image" and "text" come to the objective as `Embeddings.projected`, others as `Embeddings.features`.
         """
@@ -49,7 +49,9 @@ class Head(ObjectiveHead):
 
 
 def projection(kind: str, inputs: int, outputs: int) -> nn.Module:
-    """kind: "linear", or "mlp" with one hidden layer."""
+    """kind: "none", "linear", or "mlp" with one hidden layer."""
+    if kind == "none":
+        return nn.Identity()
     if kind == "linear":
         return nn.Linear(inputs, outputs, bias=False)
     return nn.Sequential(nn.Linear(inputs, outputs), nn.GELU(), nn.Linear(outputs, outputs))

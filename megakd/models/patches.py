@@ -91,6 +91,11 @@ class TowerReader:
             found[number] = _rows(self._visual, attached)
         return found
 
+    def maps(self, embedded: Any) -> dict[int, Tensor]:
+        """(B, h, w, C) of each block: its tokens on their grid, which `measure` has found to be one. Raises ValueError as `tokens`."""
+        grids = {number: _grid(self._visual, output) for number, output in self.outputs.items()}
+        return {number: tokens_BVC.unflatten(1, grids[number]) for number, tokens_BVC in self.tokens(embedded).items()}  # type: ignore[arg-type]
+
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
@@ -111,12 +116,19 @@ def measure(visual: nn.Module, layer: int, key: str = "decoder.layer") -> Patche
         embedded = visual(torch.zeros(1, 3, height, width, device=device, dtype=pixel_dtype(visual)))
         output = reader.outputs[layer]
         _, count, channels = reader.tokens(embedded)[layer].shape
+    return Patches(count, channels, _grid(visual, output))
+
+
+def _grid(visual: nn.Module, output: Tensor) -> tuple[int, int] | None:
+    """(h, w) of a block's output; None for a sequence of tokens that are no squares of the image that the tower takes."""
     if output.ndim == 4:
         h, w = output.shape[1:3] if _channels_last(visual) else output.shape[2:4]
-        return Patches(count, channels, (h, w))
+        return h, w
+    height, width = image_size(visual)
+    count = _rows(visual, output).shape[1]
     h = round(math.sqrt(count * height / width))
     w = count // h if h else 0
-    return Patches(count, channels, (h, w) if h * w == count and h * width == w * height else None)
+    return (h, w) if h * w == count and h * width == w * height else None
 
 
 def image_size(visual: nn.Module) -> tuple[int, int]:

@@ -48,7 +48,7 @@ class Student(nn.Module):
         bias = getattr(self.clip, "logit_bias", None)
         if bias is not None:
             outputs["bias"] = exact(bias).reshape(())
-        patches = reader.tokens(image_BD)
+        patches = reader.maps(image_BD)
         for name, head in self.heads.items():
             outputs |= {f"{name}.{key}": value for key, value in head.project(image_BD, text_BD, patches).items()}
         return outputs

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megakd.models.heads import ModelShape
 from megakd_kernels.panels import chunk_rows
 
 FP32 = 4
@@ -52,7 +53,10 @@ class LossCost:
 
 @dataclass(frozen=True)
 class LossShape:
-    """pairs: N. widths: of the student and of all teachers in sum. elements: bytes of a number of their embeddings."""
+    """pairs: N. widths: of the student and of all teachers in sum. elements: bytes of a number of their embeddings.
+
+    models: the student and each teacher.
+    """
 
     pairs: int
     ranks: int
@@ -61,6 +65,7 @@ class LossShape:
     teachers: int
     ring: bool
     device: torch.device
+    models: tuple[ModelShape, ...] = ()
 
 
 def eager(shape: LossShape) -> LossCost:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megakd.models.heads import ObjectiveHead
+from megakd.models.heads import ModelShape, ObjectiveHead
 from megakd.objectives.cost import LossShape
 from megakd.objectives.set import ObjectiveSet
 from megakd.planning import models, rates, zero
@@ -79,15 +79,18 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     taught = recipe.teachers().values() if objectives.needs_teacher else ()
     teachers = tuple(models.teacher(settings, shares.micro, local, precision.of(device), teacher_settings, device) for settings in taught)
     heads: dict[str, ObjectiveHead] = {}
+    shapes: list[ModelShape] = []
     if recipe.student is not None:
         described = [models.describe(settings, role) for role, settings in recipe.teachers().items() if objectives.needs_teacher]
-        own, *others = objectives.shapes(models.describe(recipe.student, "student"), described)
+        shapes = objectives.shapes(models.describe(recipe.student, "student"), described)
         with models.META:
-            heads = objectives.heads(own, others)
+            heads = objectives.heads(shapes[0], shapes[1:])
     student = models.student(recipe, heads, shares, bf16=resolved.precision == "bf16", drop=student_zero.stage > 1)
     widths = [teacher.width for teacher in teachers]
     elements = (student.element, teacher_settings.element)
-    shape = LossShape(pairs, cluster.gpus, (student.width, sum(widths)), elements, len(teachers), recipe.kernels.ring, device)
+    shape = LossShape(
+        pairs, cluster.gpus, (student.width, sum(widths)), elements, len(teachers), recipe.kernels.ring, device, tuple(shapes)
+    )
     return PlannedJob(
         student, teachers, objectives.cost(shape), objectives.backends, student_zero, teacher_settings,
         pairs, cluster.gpus, questions, rounds, rates.gpu(cluster.kind), cluster.per_node,

@@ -7,11 +7,11 @@ README says how. Nothing else lists the losses: the trainer, the planner and the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from megakd.recipe.section import HeadKind, PositiveFloat, Section, Weight
+from megakd.recipe.section import Block, HeadKind, Positive, PositiveFloat, Section, Weight
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Objectives(Section):
         0.0, description="interactive contrastive learning, see [interactive]"
     )
     feature: Annotated[Weight, Declaration("megakd.objectives.feature.Feature")] = Field(0.0, description="feature KD, see [feature]")
+    patch: Annotated[Weight, Declaration("megakd.objectives.patch.Patch")] = Field(0.0, description="patch tokens' KD, see [patch]")
+    patch_relation: Annotated[Weight, Declaration("megakd.objectives.patch.PatchRelation")] = Field(
+        0.0, description="KD of the cosines between an image's patch tokens, see [patch_relation]"
+    )
 
     def active(self) -> dict[str, float]:
         """name -> weight of those with a positive one, in the order above."""
@@ -80,6 +84,34 @@ class Feature(Section):
     head: HeadKind = "linear"
 
 
+class PatchRelation(Section):
+    """Cosines between all patch tokens of an image: the student's are to be the teacher's, whatever the widths."""
+
+    blocks: list[Block] = Field([-2], min_length=1, description="of the student's vision tower; -1 is the last")
+    teacher_blocks: list[Block] | None = Field(None, description="of the teachers', one for each of blocks; default: the same numbers")
+
+    @model_validator(mode="after")
+    def _in_pairs(self) -> Self:
+        if self.teacher_blocks is not None and len(self.teacher_blocks) != len(self.blocks):
+            raise ValueError(
+                f"teacher_blocks = {self.teacher_blocks}: give one for each of blocks = {self.blocks}, which they are compared with"
+            )
+        if len(set(self.blocks)) != len(self.blocks):
+            raise ValueError(f"blocks = {self.blocks}: name each block once")
+        return self
+
+
+class Patch(PatchRelation):
+    """Dense feature KD: the student's projected patch tokens against the teacher's, on the smaller of the two grids."""
+
+    head: Literal["none", "linear", "mlp"] = Field("linear", description="projection of each pair's tokens to the teacher's width")
+    loss: Literal["cosine", "smooth_l1", "mse"] = Field("cosine", description="of a token; the latter two average over channels")
+    standardise: Literal["none", "channel", "phi_s"] = Field(
+        "none", description="the teacher's tokens: each channel to unit variance, or all alike by a rotation (PHI-S)"
+    )
+    statistics: Positive = Field(10, description="batches at the start of the run that the statistics of standardise come from")
+
+
 class ObjectiveSections(Section):
     """The part of a recipe that says what is learned from pairs: the weights, then one section for each loss that has options."""
 
@@ -87,6 +119,8 @@ class ObjectiveSections(Section):
     similarity: Similarity = Similarity()
     interactive: Interactive = Interactive()
     feature: Feature = Feature()
+    patch: Patch = Patch()
+    patch_relation: PatchRelation = PatchRelation()
 
 
 def keys() -> list[str]:

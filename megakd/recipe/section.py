@@ -16,6 +16,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 HeadKind = Annotated[
     Literal["linear", "mlp"], Field(description="projection of each modality to the teacher's width; mlp: with one hidden layer")
 ]
+Block = Annotated[int, Field(ge=-10_000, le=10_000)]
 if TYPE_CHECKING:
     TeacherMode = str
 else:

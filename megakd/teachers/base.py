@@ -140,7 +140,7 @@ class LiveTeacher(ABC):
         """As `embed_images`, with the patch tokens of `blocks`, as `Embeddings.features` has them."""
         with TowerReader(getattr(self.towers.clip, "visual", None), blocks) as reader:
             image_BD = self.embed_images(pixels)
-        return image_BD, {f"patches.{block}": tokens_BVC for block, tokens_BVC in reader.tokens(image_BD).items()}
+        return image_BD, {f"patches.{block}": map_BhwC for block, map_BhwC in reader.maps(image_BD).items()}
 
 
 def settings_of(description: clip.ModelSpec) -> Settings:

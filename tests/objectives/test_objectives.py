@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from megakd.models.embeddings import Embeddings
 from megakd.models.heads import ModelShape
+from megakd.models.patches import Patches
 from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.set import ObjectiveSet, build, weighted_sum
@@ -25,6 +26,8 @@ CPU = torch.device("cpu")
 NAMES = list(Objectives.model_fields)
 WITH_TEACHER = [name for name in NAMES if declaration(name).needs_teacher]
 HEADS = ("feature", "interactive")
+OF_PATCHES = ("patch", "patch_relation")
+BLOCKS = {-2: Patches(4, 6, (2, 2))}
 
 
 def _recipe(recipe_file: Path, *overrides: str) -> Recipe:
@@ -50,6 +53,12 @@ def _unit(seed: int, width: int) -> Tensor:
 def _pair(seed: int, width: int, scale: float = 20.0, *, trained: bool = False) -> Embeddings:
     tensors = (_unit(seed, width), _unit(seed + 1, width), torch.tensor(scale))
     return Embeddings(*(tensor.requires_grad_(trained) for tensor in tensors))
+
+
+def _maps(seed: int, places: int = 1) -> dict[str, Tensor]:
+    """Of a student's heads and of a teacher's block."""
+    names = ["patches.-2", *(f"{head_name(name, place)}.0" for name in OF_PATCHES for place in range(places))]
+    return {name: torch.randn(B, 2, 2, 6, generator=torch.Generator().manual_seed(seed + place)) for place, name in enumerate(names)}
 
 
 def _at_cosine(target_BD: Tensor, cosine: float) -> Tensor:
@@ -151,12 +160,14 @@ def test_sigmoid_similarity_is_cross_entropy_with_the_teachers_probabilities_les
 @pytest.mark.parametrize("name", NAMES)
 def test_the_teacher_gets_no_gradient(recipe_file: Path, name: str) -> None:
     student, teacher = _pair(1, 16, trained=True), _pair(5, 16, trained=False)
-    student = student._replace(projected=dict.fromkeys(HEADS, (student.image, student.text)))
+    maps = {name: value.requires_grad_() for name, value in _maps(1).items()}
+    student = student._replace(projected=dict.fromkeys(HEADS, (student.image, student.text)), features=maps)
+    teacher = teacher._replace(features=_maps(7))
     loss = _loss(_objective(recipe_file, name), student, teacher)
     assert loss.dtype == torch.float32
     assert loss.shape == ()
     loss.backward()
-    assert all(tensor.grad is None for tensor in (teacher.image, teacher.text, teacher.scale))
+    assert all(tensor.grad is None for tensor in (teacher.image, teacher.text, teacher.scale, *teacher.features.values()))
 
 
 def test_losses_of_one_matrix_come_from_one_pass_and_are_what_they_are_alone(recipe_file: Path) -> None:
@@ -172,14 +183,19 @@ def test_losses_of_one_matrix_come_from_one_pass_and_are_what_they_are_alone(rec
 @pytest.mark.parametrize("name", WITH_TEACHER)
 def test_several_teachers_give_the_mean_of_their_losses(recipe_file: Path, name: str) -> None:
     student, teachers = _pair(1, 16)._replace(bias=torch.tensor(-4.0)), [_pair(5, 24), _pair(7, 20, 35.0)]
-    teachers = [teacher._replace(bias=torch.tensor(-3.0)) for teacher in teachers]
+    teachers = [teacher._replace(bias=torch.tensor(-3.0), features=_maps(seed)) for seed, teacher in enumerate(teachers)]
     queries = [(_unit(9, width), _unit(10, width)) for width in (24, 20)]
     objective = _objective(recipe_file, name)
-    both = student._replace(projected={head_name(name, place): pair for place, pair in enumerate(queries)})
+    maps = _maps(11, places=2)
+    both = student._replace(projected={head_name(name, place): pair for place, pair in enumerate(queries)}, features=maps)
     (found,) = objective(StepContext(both, teachers)).values()
     alone = [
-        _loss(_objective(recipe_file, name), student._replace(projected={name: pair}), teacher)
-        for teacher, pair in zip(teachers, queries, strict=True)
+        _loss(
+            _objective(recipe_file, name),
+            student._replace(projected={name: pair}, features={f"{name}.0": maps.get(f"{head_name(name, place)}.0", torch.empty(0))}),
+            teacher,
+        )
+        for place, (teacher, pair) in enumerate(zip(teachers, queries, strict=True))
     ]
     torch.testing.assert_close(found, (alone[0] + alone[1]) / 2)
 
@@ -230,7 +246,8 @@ def test_an_objective_that_needs_a_teacher_is_refused_without_one(recipe_file: P
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_objective_costs_more_than_nothing_in_the_plan(recipe_file: Path, name: str) -> None:
-    shape = cost.LossShape(64, 4, (8, 16), (2, 2), 1, False, CPU)
+    models = ModelShape(8, BLOCKS), ModelShape(16, BLOCKS)
+    shape = cost.LossShape(64, 4, (8, 16), (2, 2), 1, False, CPU, models)
     of_one = _objective(recipe_file, name).cost(shape)
     assert of_one.memory > 0
     assert of_one.flops > 0

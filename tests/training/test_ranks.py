@@ -210,7 +210,7 @@ def test_every_objective_trains_the_same_whatever_computes_it_and_the_metrics_sa
     _assert_same_training(runs[name], runs["one_every"])
     for row in rows(runs[name]):
         assert row["losses"].keys() == Objectives.model_fields.keys()
-        assert row["backends"] == dict.fromkeys(row["losses"].keys() - {"feature"}, backend)
+        assert row["backends"] == dict.fromkeys(row["losses"].keys() - {"feature", "patch", "patch_relation"}, backend)
 
 
 def test_recomputing_activations_changes_nothing(runs: Runs) -> None:

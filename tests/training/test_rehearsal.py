@@ -26,6 +26,7 @@ MORE = ("PE-Core", "Swin", "MobileCLIP", "layer scales")
 PLACEMENTS = ("replicated", "replicated_int8", "zero3", "zero3_int8", "store")
 STAGES, PIECES = (1, 2, 3), (1, 2)
 REFUSED = {("CoCa", "zero3"), ("CoCa", "zero3_int8")}
+PATCHES = ("objectives.patch=1.0", "objectives.patch_relation=1.0", "patch.blocks=[-1]", "patch_relation.blocks=[-1]")
 LEARNED = ("objectives.similarity=1.0", "objectives.feature=1.0", "optim.steps=2", "optim.warmup=0", "optim.batch=8", "log.every=1")
 Case = tuple[str, str, int, int]
 
@@ -62,7 +63,7 @@ class Rehearsal:
         """Losses of the first step in float32."""
         if kind not in self._exact:
             out = self.folder / f"exact {kind}"
-            run = train(self.recipe, "--out", out, sets=(*self.teacher(kind), "optim.steps=1"))
+            run = train(self.recipe, "--out", out, sets=(*self.teacher(kind), *PATCHES, "optim.steps=1"))
             assert run.code == 0, run.err
             self._exact[kind] = rows(out)[0]["losses"]
         return self._exact[kind]
@@ -84,7 +85,7 @@ def _rehearse(rehearsal: Rehearsal, case: Case, out: Path, monkeypatch: pytest.M
     kind, placement, stage, pieces = case
     exact = rehearsal.exact(kind)
     monkeypatch.setenv(precision.VARIABLE, "bf16")
-    own = (f"teacher.mode={placement}",)
+    own = (f"teacher.mode={placement}", *PATCHES)
     if placement == "store":
         own = (f"teacher.store={rehearsal.store(kind)}", "teacher.store_miss=fail")
     config = ds_config(out.with_suffix(".json"), bf16={"enabled": True}, zero_optimization=zero(stage), gradient_accumulation_steps=pieces)
