@@ -75,7 +75,7 @@ class StudentCost:
     stay or that leave as soon as they are there, as asked for. input, raw: as in `TeacherCost`.
     flops: of one pair's forward; recomputed: whether the backward runs the blocks once more.
     frozen: elements of each weight that the engine holds and does not train. asked_flops: of one question's forward; asked_backward: how
-    often its backward costs as much.
+    often its backward costs as much. image_tokens: of one image in a question.
     """
 
     name: str
@@ -92,6 +92,7 @@ class StudentCost:
     frozen: tuple[int, ...]
     asked_flops: int
     asked_backward: int
+    image_tokens: int
 
     @property
     def numel(self) -> int:
@@ -205,6 +206,7 @@ def student(recipe: Recipe, heads: Mapping[str, ObjectiveHead], batch: Shares, *
     return StudentCost(
         name, tuple(trained), dtype.itemsize, forward, saved, backward, made, raw, flops, recomputed, width,
         tuple(frozen), asked_flops, BACKWARD_FLOPS if full else BACKWARD_FLOPS - 1,
+        module.answering.decoder.image_tokens if isinstance(module, vlm.Learner) else 0,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from megakd.objectives.cost import LossCost
 from megakd.planning import rates, zero
 from megakd.planning.models import BACKWARD_FLOPS, StudentCost, TeacherCost
+from megakd.planning.vlm import AnswerTeacherCost
 from megakd.recipe.placements import PLACEMENTS
 from megakd.teachers.base import TeacherMemory, TeacherShape
 from megakd.teachers.build import class_of
@@ -41,13 +42,14 @@ class Mode:
 
 
 STORE, NONE = "store", "no teacher"
+_NO_ANSWER_TEACHER = AnswerTeacherCost("", 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class PlannedJob:
     """What of a run is the same in every mode. student_zero and teacher_zero: how DeepSpeed is set for each.
 
-    pairs, questions: of a step, over all ranks; 0 where there are none. rounds: micro-batches of a step.
+    pairs, questions: of a step, over all ranks; 0 where there are none. rounds: micro-batches of a step. answer_teacher: of a decoder.
     """
 
     student: StudentCost
@@ -62,6 +64,7 @@ class PlannedJob:
     rounds: int
     gpu: rates.Gpu
     per_node: int
+    answer_teacher: AnswerTeacherCost | None = None
 
     @property
     def local(self) -> int:
@@ -117,7 +120,11 @@ def row(job: PlannedJob, mode: Mode) -> Row:
     teacher = _together([_teacher(job, mode, mode.placement, cost) for cost in job.teachers if mode.placement])
     student, of = job.student, zero.held(job.student.sizes, job.ranks, job.student_zero, job.student.frozen)
     batch = student.raw + sum(cost.raw for cost in job.teachers)
-    standing = of.weights + of.optimizer + of.standing + teacher.weights + batch
+    asked = _NO_ANSWER_TEACHER if job.answer_teacher is None else job.answer_teacher
+    batch += asked.raw
+    standing = of.weights + of.optimizer + of.standing + teacher.weights + asked.weights + batch
+    read = asked.logits - asked.logits // job.rounds + asked.activations  # the last micro-batch, beside the logits of the others
+    at_reading = max(teacher.input + teacher.activations + teacher.gathered, read)
     # Only losses over pairs need all micro-batches at once; those of answers add up.
     accumulated = job.rounds > 1 and job.pairs > 0
     backward = student.backward + (0 if of.keeps else of.gradients)
@@ -126,18 +133,19 @@ def row(job: PlannedJob, mode: Mode) -> Row:
     inputs = student.input if job.rounds > 1 else 0
     # From the second micro-batch on there are gradients already.
     forward = student.forward + (of.gradients if of.keeps and job.rounds > 1 else 0)
+    after = standing + asked.logits
     places = {
-        "teacher": standing + teacher.input + teacher.activations + teacher.gathered,
-        "student forward": standing + of.gathered + inputs + max(forward, student.input),
-        "loss": standing + of.gathered + inputs + at_loss + job.loss.memory,
-        "backward": standing + of.gathered + inputs + max(forward, backward, of.gradients + of.reducing),
-        "update": standing + of.updating,
+        "teacher": standing + at_reading,
+        "student forward": after + of.gathered + inputs + max(forward, student.input),
+        "loss": after + of.gathered + inputs + at_loss + job.loss.memory,
+        "backward": after + of.gathered + inputs + max(forward, backward, of.gradients + of.reducing),
+        "update": after + of.updating,
     }
     parts = {
         "student weights": of.weights, "gradients": max(of.gradients, of.standing), "optimizer": of.optimizer,
         "student activations": max(student.forward, student.saved), "student gathered": of.gathered,
-        "teacher weights": teacher.weights, "teacher gathered": teacher.gathered,
-        "teacher activations": teacher.activations + teacher.input,
+        "teacher weights": teacher.weights + asked.weights, "teacher gathered": teacher.gathered,
+        "teacher activations": max(teacher.activations + teacher.input, read),
         "loss": job.loss.memory, "batch": batch,
     }  # fmt: skip
     forwards, backwards = (2 * job.rounds if accumulated else job.rounds), job.rounds
@@ -149,7 +157,7 @@ def row(job: PlannedJob, mode: Mode) -> Row:
     passes = 1 + BACKWARD_FLOPS + student.recomputed + accumulated
     asked_passes = 1 + student.asked_backward + accumulated
     flops = {
-        "teacher": float(teacher.flops * job.local),
+        "teacher": float(teacher.flops * job.local) + asked.flops * job.questions / job.ranks,
         "student": float(student.flops * passes * job.local + student.asked_flops * asked_passes * job.questions / job.ranks),
         "loss": float(job.loss.flops),
     }

@@ -21,7 +21,7 @@ import torch
 from megakd.models.heads import ModelShape, ObjectiveHead
 from megakd.objectives.cost import LossShape
 from megakd.objectives.set import ObjectiveSet
-from megakd.planning import models, rates, zero
+from megakd.planning import models, rates, vlm, zero
 from megakd.planning.cluster import GB, IN_PIECES, OUTSIDE, Cluster
 from megakd.planning.modes import STORE, PlannedJob, Row, modes, row
 from megakd.recipe import Recipe
@@ -86,6 +86,10 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
         with models.META:
             heads = objectives.heads(shapes[0], shapes[1:])
     student = models.student(recipe, heads, shares, bf16=resolved.precision == "bf16", drop=student_zero.stage > 1)
+    answer_teacher = None
+    if recipe.answers is not None and recipe.answers.teacher is not None:
+        kind = precision.of(device)
+        answer_teacher = vlm.answer_teacher(recipe.answers, student.image_tokens, shares.asked, shares.asked_local, kind)
     widths = [teacher.width for teacher in teachers]
     elements = (student.element, teacher_settings.element)
     shape = LossShape(
@@ -93,7 +97,7 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     )
     return PlannedJob(
         student, teachers, objectives.cost(shape), objectives.backends, student_zero, teacher_settings,
-        pairs, cluster.gpus, questions, rounds, rates.gpu(cluster.kind), cluster.per_node,
+        pairs, cluster.gpus, questions, rounds, rates.gpu(cluster.kind), cluster.per_node, answer_teacher,
     )  # fmt: skip
 
 

@@ -49,7 +49,10 @@ def _job(plan: MemoryPlan) -> list[str]:
     job, cluster = plan.job, plan.cluster
     zero = job.student_zero
     offload = " with offload" if zero.offload_optimizer or zero.offload_weights else ""
-    teachers = "; ".join(f"{one.name}, {_billions(one.image.wide.numel + one.text.wide.numel)}" for one in job.teachers) or "none"
+    named = [f"{one.name}, {_billions(one.image.wide.numel + one.text.wide.numel)}" for one in job.teachers]
+    if job.answer_teacher is not None:
+        named.append(f"of answers {job.answer_teacher.name}, {_billions(job.answer_teacher.numel)}")
+    teachers = "; ".join(named) or "none"
     frozen = f" trained and {_billions(sum(job.student.frozen))} not" if job.student.frozen else ""
     batch = [f"batch {job.pairs} = {job.ranks} ranks x {job.rounds} x {job.local // job.rounds}"] if job.pairs else []
     if job.questions:

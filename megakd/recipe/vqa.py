@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megakd.recipe.section import Fraction, Name, Positive, PositiveFloat, Section
+from megakd.recipe.section import Fraction, Name, Positive, PositiveFloat, Section, Weight
 
 # A benchmark is one file of vqa/benchmarks: its name there is its format here. Names alone, nothing is imported.
 BENCHMARKS = tuple(
@@ -115,9 +115,15 @@ class Answers(Section):
     """The decoder learns to answer. With active objectives alongside them, in the same step; without, alone."""
 
     train: dict[Name, QuestionSource] = Field(min_length=1, description="by name; all are mixed in proportion to their size")
-    weight: PositiveFloat = Field(1.0, description="of the answer loss beside the objectives")
+    weight: Weight = Field(1.0, description="of the answer loss beside the objectives; 0 learns from [answers.teacher] alone")
     batch: Positive | None = Field(None, description="questions in one step, over all ranks; default: optim.batch")
     max_length: int = Field(512, gt=0, le=10**7, description="tokens of a conversation, image tokens included; further turns are dropped")
     tower: Literal["frozen", "trained"] = Field("frozen", description="whether the answers' gradient reaches the vision tower")
     lr: LearningRates = LearningRates()
     teacher: AnswerTeacher | None = Field(None, description="a trained decoder whose answers' probabilities are learned, too")
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> Answers:
+        if self.weight == 0 and self.teacher is None:
+            raise ValueError("weight = 0 without [answers.teacher]: nothing would be learned of the answers; give a weight above 0")
+        return self

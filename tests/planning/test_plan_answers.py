@@ -10,10 +10,12 @@ from PIL import Image
 from test_plan_measured import MODELS, Peaks
 
 from megakd.benchmarks import plan_check
+from megakd.export.bundle import Bundle
 from megakd.planning import plan as planner
 from megakd.planning import zero
 from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import load as recipes
+from support.decoders import make_decoder, make_towers
 from support.runs import REPOSITORY, answering, train
 
 STUDENT = MODELS[0]
@@ -44,6 +46,22 @@ def asking(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, 
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def taught(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """A teacher of answers that is wider than the student, with 9 tokens for an image in place of 16."""
+    towers = make_towers(world / "tokenizer")
+    architecture = {
+        "model_type": "llama", "hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768,
+        "vocab_size": 8192,
+    }  # fmt: skip
+    language = make_decoder(
+        world / "tokenizer", towers.clip.visual, architecture=architecture, adapt="none", image_tokens=9, template="{question}"
+    )
+    bundle = tmp_path_factory.mktemp("teacher") / "bundle"
+    Bundle(language, towers, LENGTH).save(bundle, tower_inside=True, language_inside=True)
+    return (f"answers.teacher.bundle={bundle}",)
+
+
 @pytest.mark.parametrize(
     ("sets", "micro"),
     [
@@ -57,15 +75,40 @@ def asking(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, 
 def test_every_place_of_a_step_with_answers_holds_what_the_plan_says(
     sets: tuple[str, ...], micro: int, asking: tuple[str, ...], recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    check_places((*sets, *asking), micro, recipe_file, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("micro", [16, 4])
+@pytest.mark.parametrize("kind", ["forward", "js"])
+def test_a_teacher_of_answers_is_counted_with_its_logits(
+    kind: str,
+    micro: int,
+    asking: tuple[str, ...],
+    taught: tuple[str, ...],
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sets = (STUDENT, "objectives.contrastive=0.0", *asking, *taught, f"answers.teacher.divergence={kind}")
+    check_places(sets, micro, recipe_file, tmp_path, monkeypatch)
+    found, alone = (planner.plan(*recipes.load(str(recipe_file), given), None, CPU).job for given in (sets, sets[:-2]))
+    assert alone.answer_teacher is None
+    assert found.answer_teacher is not None
+    assert found.answer_teacher.logits == QUESTIONS * (LENGTH - 16) * 8192 * 4
+    layer, length = 4 * 384 * 384 + 3 * 384 * 768, LENGTH - 16 + 9
+    assert found.answer_teacher.flops == pytest.approx(2 * length * (4 * (layer + 2 * length * 384) + 384 * 8192), rel=0.01)
+
+
+def check_places(sets: tuple[str, ...], micro: int, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To 15 %, counted by the lives of all tensors of the real program."""
     config = tmp_path / "config.json"
     config.write_text(f'{{"train_micro_batch_size_per_gpu": {micro}}}', encoding="utf-8")
     watch = MemoryTracker("cpu")
     peaks = Peaks(watch, monkeypatch)
     with watch:
-        done = train(recipe_file, "--ds_config", config, "--out", tmp_path / "run", sets=(*sets, *asking))
+        done = train(recipe_file, "--ds_config", config, "--out", tmp_path / "run", sets=sets)
     assert done.code == 0, done.err
-    plan = planner.plan(*recipes.load(str(recipe_file), (*sets, *asking)), str(config), CPU)
+    plan = planner.plan(*recipes.load(str(recipe_file), sets), str(config), CPU)
     places = {place: plan.rows[0].places[place] for place in peaks.bytes}
     assert peaks.bytes == pytest.approx(places, rel=plan_check.TOLERANCE)
 
@@ -123,3 +166,11 @@ def test_a_quantised_language_model_is_refused_with_what_can_be_planned(world: P
     recipe, origin = recipes.load("vqa_blind", ["decoder.quantise=nf4"])
     with pytest.raises(ValueError, match=r"plan with --set decoder\.quantise=none"):
         planner.plan(recipe, origin, zero1, planner.Cluster(8, 80))
+
+
+def test_a_quantised_teacher_of_answers_is_refused_too(asking: tuple[str, ...], taught: tuple[str, ...], recipe_file: Path) -> None:
+    sets = (STUDENT, "objectives.contrastive=0.0", *asking, *taught)
+    with pytest.raises(ValueError, match=r"answers\.teacher\.bundle = .* in int8, .* plan with --set answers\.teacher\.quantise=none"):
+        planner.plan(*recipes.load(str(recipe_file), (*sets, "answers.teacher.quantise=int8")), None, CPU)
+    with pytest.raises(ValueError, match=r"answers\.teacher\.bundle = 'nowhere': nowhere: no bundle"):
+        planner.plan(*recipes.load(str(recipe_file), (*sets, "answers.teacher.bundle=nowhere")), None, CPU)

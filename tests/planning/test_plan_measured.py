@@ -14,6 +14,7 @@ from megakd.planning import plan as planner
 from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import load as recipes
 from megakd.runtime.engine import Engine
+from megakd.training.tasks.answer_teacher import LanguageTeacher
 from megakd.training.tasks.distill import Distill
 from megakd.training.trainer import Trainer
 from support.runs import train
@@ -34,7 +35,8 @@ class Peaks:
 
     def __init__(self, watch: MemoryTracker, patch: pytest.MonkeyPatch) -> None:
         self.watch, self.bytes = watch, dict[str, int]()
-        for owner, method, place in ((Distill, "_teach", "teacher"), (Trainer, "_forward", "student forward"), (Trainer, "_losses", "loss"),
+        for owner, method, place in ((Distill, "_teach", "teacher"), (LanguageTeacher, "read", "teacher"),
+                                     (Trainer, "_forward", "student forward"), (Trainer, "_losses", "loss"),
                                      (Engine, "backward", "backward"), (Engine, "update", "update")):  # fmt: skip
             patch.setattr(owner, method, self._counted(getattr(owner, method), place))
 

@@ -259,3 +259,14 @@ def test_bad_settings_are_refused_with_the_key(
     done = train(recipe_file, "--out", tmp_path / "run", "--dry_run", sets=(*ALONE, *asking, *taught, *sets))
     assert done.code == EXIT_USER_ERROR
     assert message in done.err
+
+
+def test_the_teacher_alone_may_be_learned_from(
+    recipe_file: Path, asking: tuple[str, ...], taught: tuple[str, ...], run: Path, tmp_path: Path
+) -> None:
+    """Without a weight the answers' own loss is logged, and moves nothing."""
+    alone = ran(recipe_file, tmp_path / "run", *ALONE, *asking, *taught, "answers.weight=0", "optim.steps=1")
+    (row,) = rows(alone)
+    assert row["losses"] == rows(run)[0]["losses"]
+    assert row["loss"] == pytest.approx(RATE * row["losses"]["answer_kl"])
+    assert row["gradient_norm"] < rows(run)[0]["gradient_norm"]

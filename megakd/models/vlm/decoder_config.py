@@ -42,6 +42,12 @@ class DecoderSpec:
         """W, of the output layer; a model may have more than its tokenizer has words."""
         return int(self.config.get_text_config().vocab_size)
 
+    @property
+    def words(self) -> int:
+        """The tokenizer's largest id and 1."""
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+        return 1 + max(vocabulary.values())
+
 
 def resolve(settings: Decoder) -> DecoderSpec:
     """Configuration and tokenizer of the recipe's `[decoder]`.

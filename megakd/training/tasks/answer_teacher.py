@@ -90,7 +90,7 @@ def _shared_words(student: DecoderSpec, teacher: DecoderSpec, key: str) -> tuple
     """(words that both output layers have logits of, what is left out of them). Raises ValueError where a token is not the same word."""
     mine, theirs = student.tokenizer, teacher.tokenizer
     own, other = mine.get_vocab(), theirs.get_vocab()
-    words, rows = 1 + max(own.values()), (student.rows, teacher.rows)
+    words, rows = student.words, (student.rows, teacher.rows)
     if differing := {word for word in own.keys() | other.keys() if own.get(word) != other.get(word)}:
         first = min(differing, key=lambda word: (own.get(word, other.get(word)), word))
         problem = (
