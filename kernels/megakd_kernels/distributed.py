@@ -175,6 +175,49 @@ def gather_with_grad(local: Tensor, group: ProcessGroup | None = None) -> Tensor
     return gather_rows(local, ranks)
 
 
+class _GatherParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local_BD: Tensor, ranks: Ranks, dtype: torch.dtype) -> Tensor:
+        ctx.ranks, ctx.dtype = ranks, local_BD.dtype
+        return ranks.gather(local_BD).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.ranks.reduce_scatter(grad_ND).to(ctx.dtype), None, None
+
+
+class _AddParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, ranks: Ranks) -> Tensor:
+        ctx.world = ranks.world
+        return ranks.gather(part[None]).sum(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.world, None
+
+
+def gather_for_parts(local_BD: Tensor, ranks: Ranks, dtype: torch.dtype) -> Tensor:
+    """(B, ...) -> (N, ...) in `dtype`, for a loss of which each rank computes a part of its own; `add_parts` makes the whole of them.
+
+    Unlike with `gather_rows` the parts differ between ranks: the backward pass sums the gradients of all ranks, in `dtype`, and is a
+    collective. What travels forward is in the dtype of `local_BD`. The ranks have agreed on the shape already.
+    """
+    gathered: Tensor = local_BD.to(dtype) if ranks.world == 1 else _GatherParts.apply(local_BD, ranks, dtype)
+    return gathered
+
+
+def add_parts(part: Tensor, ranks: Ranks) -> Tensor:
+    """The sum over ranks of each one's part, equal on all. Times `world` backward: the MEAN over ranks is then the sum's gradient.
+
+    That holds for what a rank uses by itself, such as a scale, and for what was gathered by `gather_for_parts`.
+    """
+    total: Tensor = part if ranks.world == 1 else _AddParts.apply(part, ranks)
+    return total
+
+
 class Block(NamedTuple):
     """Columns that are here now. Column `first + m` of the matrix is row m of `tensors`, each (M, D)."""
 

@@ -66,23 +66,23 @@ def saved_once(ctx: Any) -> Any:
 
 
 class _Product(torch.autograd.Function):
-    """left @ right.T, in full precision in the backward pass too, where autograd's own product would follow the settings."""
+    """left @ right.mT, in full precision in the backward pass too, where autograd's own product would follow the settings."""
 
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
         ctx.save_for_backward(left, right)
         with full_precision(left.device):
-            return left @ right.T
+            return left @ right.mT
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         left, right = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        return product(grad, right.T) if needs[0] else None, product(grad.T, left.T) if needs[1] else None
+        return product(grad, right.mT) if needs[0] else None, product(grad.mT, left.mT) if needs[1] else None
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right.T, (M, D) by (N, D). Has derivatives of any order."""
+    """left @ right.mT, (M, D) by (N, D), or as many of each as the other in a batch. Has derivatives of any order."""
     output: Tensor = _Product.apply(left, right)
     return output
 

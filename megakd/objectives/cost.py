@@ -43,6 +43,22 @@ INTERACTIVE = LossFamily(4, 2, 1, (0, 8), (0, 8), (0, 2), 0)
 
 
 @dataclass(frozen=True)
+class LineFamily:
+    """A `lines.LineObjective`. whole and panels: (lines, N) of float32 at its peak, where all lines are kept and where they are formed
+    again; further: of those kept, for each teacher but the first. forward: FLOPs of a forward pass over N B, as multiples of the widths.
+    """
+
+    whole: int
+    further: int
+    panels: int
+    forward: tuple[int, int]
+
+
+STANDARDISED, DECOUPLED, DIST = LineFamily(9, 6, 6, (4, 4)), LineFamily(11, 8, 6, (4, 4)), LineFamily(23, 14, 14, (8, 8))
+GRADIENT = LineFamily(15, 8, 9, (12, 12))
+
+
+@dataclass(frozen=True)
 class LossCost:
     """Of one rank and step: bytes at the peak beside the embeddings, bytes sent, FLOPs."""
 
@@ -105,6 +121,38 @@ def of_kernel(of: LossFamily, backend: str, shape: LossShape) -> LossCost:
     statistics = 5 * FP32 * pairs * shape.ranks if of in (SOFTMAX_KD, SOFTMAX_HARD) else 0
     wire = round(part * (brought + home + statistics))
     return LossCost(panels + standing + own + statistics, wire, pairs * local * _weighted(of.blocked, shape.widths))
+
+
+def of_lines(of: LineFamily, whole: bool, shape: LossShape) -> LossCost:
+    """A loss that forms all lines of its own pairs, kept whole or in panels that the backward pass forms again."""
+    pairs, local, part = shape.pairs, shape.pairs // shape.ranks, (shape.ranks - 1) / shape.ranks
+    student, teachers = shape.widths
+    if whole:
+        panels = (of.whole + of.further * max(0, shape.teachers - 1)) * local
+    else:
+        panels = of.panels * chunk_rows(local, pairs, torch.float32, shape.device)
+    # image and text of all models in float32, the student's gradients, and what one panel adds to them
+    sides = 2 * FP32 * pairs * (student + teachers + student) + FP32 * pairs * student
+    wire = 2 * pairs * (FP32 * student + sum(width * element for width, element in zip(shape.widths, shape.elements, strict=True)))
+    forward, backward = _weighted(of.forward, shape.widths), 2 * of.forward[0] * student
+    flops = pairs * local * (forward * (1 if whole else 2) + backward)
+    return LossCost(panels * FP32 * pairs + sides, round(part * wire), flops)
+
+
+def relational(shape: LossShape, *, modalities: int, distance: bool, angle: bool) -> LossCost:
+    """`rkd`, always in panels that the backward pass forms again; distances are formed for their mean too."""
+    pairs, local, part, student = shape.pairs, shape.pairs // shape.ranks, (shape.ranks - 1) / shape.ranks, shape.widths[0]
+    teacher = shape.widths[1] // max(1, shape.teachers)
+    distances = 8 * chunk_rows(local, pairs, torch.float32, shape.device) * pairs
+    points = chunk_rows(local, pairs * max(pairs, student, teacher), torch.float32, shape.device)
+    lines = chunk_rows(pairs, pairs, torch.float32, shape.device)
+    # the losses of the angles, or the gradient of the rays
+    angles = points * pairs * max(3 * lines + student + teacher, 2 * lines + 3 * student + 2 * teacher)
+    sides = modalities * ((pairs + local) * sum(shape.widths) + 3 * pairs * student)
+    forward, backward = 2 * sum(shape.widths), 4 * student
+    flops = modalities * local * pairs * (distance * 2 * (2 * forward + backward) + angle * pairs * (2 * forward + backward))
+    wire = modalities * pairs * (FP32 * student + sum(width * element for width, element in zip(shape.widths, shape.elements, strict=True)))
+    return LossCost(FP32 * (max(distances * distance, angles * angle) + sides), round(part * wire), flops)
 
 
 def _weighted(counts: tuple[int, int], widths: tuple[int, int]) -> int:

@@ -86,8 +86,15 @@ class ObjectiveSet:
     def shapes(self, student: clip.ModelSpec, teachers: Sequence[clip.ModelSpec]) -> list[ModelShape]:
         """What heads and losses must know of the student and of each teacher; nothing is built where the embeddings' widths say all.
 
-        Raises ValueError naming the key for a block that is not there.
+        Raises ValueError naming the key for a block that is not there, and where embeddings of unlike width are compared as they are.
         """
+        for name in self.weights:
+            for teacher in teachers if declaration(name).one_width else ():
+                if teacher.width != student.width:
+                    raise ValueError(
+                        f"objectives.{name}: needs embeddings of one width, and the student's have {student.width} numbers "
+                        f"where those of {teacher.role} have {teacher.width}; give the student that embed_dim or set the weight to 0"
+                    )
         asked = [("blocks", self.student_blocks), *(("teacher_blocks", self.teacher_blocks) for _ in teachers)]
         shapes = []
         for model, (key, readers) in zip((student, *teachers), asked, strict=True):

@@ -21,11 +21,13 @@ class Declaration:
     where: dotted name of the class, an `Objective` of `megakd/objectives/base.py`. Losses of one class that are active together may share
     their products.
     needs_bias: of student and teachers, the logit bias of models trained with a sigmoid loss.
+    one_width: embeddings of student and teachers are compared as they are, number by number.
     """
 
     where: str
     needs_teacher: bool = True
     needs_bias: bool = False
+    one_width: bool = False
 
 
 _SOFTMAX, _SIGMOID = "megakd.objectives.softmax.Softmax", "megakd.objectives.sigmoid.Sigmoid"
@@ -49,6 +51,21 @@ class Objectives(Section):
     patch: Annotated[Weight, Declaration("megakd.objectives.patch.Patch")] = Field(0.0, description="patch tokens' KD, see [patch]")
     patch_relation: Annotated[Weight, Declaration("megakd.objectives.patch.PatchRelation")] = Field(
         0.0, description="KD of the cosines between an image's patch tokens, see [patch_relation]"
+    )
+    gradient: Annotated[Weight, Declaration("megakd.objectives.gradient.Gradient", one_width=True)] = Field(
+        0.0, description="InfoNCE's gradients in the embeddings, compared with the teacher's; for towers of one width"
+    )
+    rkd: Annotated[Weight, Declaration("megakd.objectives.rkd.Relational")] = Field(
+        0.0, description="distances and angles between a batch's embeddings are the teacher's, see [rkd]"
+    )
+    dist: Annotated[Weight, Declaration("megakd.objectives.dist.Dist")] = Field(
+        0.0, description="correlation of the softmaxes' rows and columns with the teacher's, see [dist]"
+    )
+    dkd: Annotated[Weight, Declaration("megakd.objectives.dkd.Decoupled")] = Field(
+        0.0, description="similarity-matrix KD with a weight for each pair's own match and one for all others, see [dkd]"
+    )
+    standardised: Annotated[Weight, Declaration("megakd.objectives.standardised.Standardised")] = Field(
+        0.0, description="similarity-matrix KD on z-scores, whatever the two logit scales, see [standardised]"
     )
 
     def active(self) -> dict[str, float]:
@@ -112,6 +129,54 @@ class Patch(PatchRelation):
     statistics: Positive = Field(10, description="batches at the start of the run that the statistics of standardise come from")
 
 
+class Relational(Section):
+    """Relational KD: distances and angles among the embeddings of a modality."""
+
+    on: Literal["image", "text", "both"] = Field("both", description="the embeddings compared; both: the mean of the two losses")
+    distance: Weight = Field(25.0, description="weight of the distances, each over their mean")
+    angle: Weight = Field(50.0, description="weight of the angles; N^3 work for N pairs, so 0 for batches beyond about a thousand")
+
+    @model_validator(mode="after")
+    def _compares_something(self) -> Self:
+        if not self.distance and not self.angle:
+            raise ValueError("distance and angle are both 0, and nothing is compared: give one a weight, or set objectives.rkd to 0")
+        return self
+
+
+class Dist(Section):
+    """DIST: correlation of the two towers' softmaxes, line by line."""
+
+    temperature: PositiveFloat = Field(1.0, description="divides both towers' logits")
+    beta: Weight = Field(1.0, description="weight of a softmax's own line")
+    gamma: Weight = Field(1.0, description="weight of the lines across")
+
+    @model_validator(mode="after")
+    def _compares_something(self) -> Self:
+        if not self.beta and not self.gamma:
+            raise ValueError("beta and gamma are both 0, and nothing is compared: give one a weight, or set objectives.dist to 0")
+        return self
+
+
+class Decoupled(Section):
+    """Decoupled KD: KL divergence of the two towers' softmaxes in two parts; the defaults are the authors' for CIFAR-100."""
+
+    temperature: PositiveFloat = Field(4.0, description="divides both towers' logits")
+    alpha: Weight = Field(1.0, description="weight of the probability that a pair matches")
+    beta: Weight = Field(8.0, description="weight of the softmax over all other pairs")
+
+    @model_validator(mode="after")
+    def _compares_something(self) -> Self:
+        if not self.alpha and not self.beta:
+            raise ValueError("alpha and beta are both 0, and nothing is compared: give one a weight, or set objectives.dkd to 0")
+        return self
+
+
+class Standardised(Section):
+    """Similarity-matrix KD on the z-scores of each row and column."""
+
+    temperature: PositiveFloat = Field(2.0, description="divides both towers' z-scores; the paper's base temperature")
+
+
 class ObjectiveSections(Section):
     """The part of a recipe that says what is learned from pairs: the weights, then one section for each loss that has options."""
 
@@ -121,6 +186,10 @@ class ObjectiveSections(Section):
     feature: Feature = Feature()
     patch: Patch = Patch()
     patch_relation: PatchRelation = PatchRelation()
+    rkd: Relational = Relational()
+    dist: Dist = Dist()
+    dkd: Decoupled = Decoupled()
+    standardised: Standardised = Standardised()
 
 
 def keys() -> list[str]:

@@ -182,9 +182,10 @@ def test_losses_of_one_matrix_come_from_one_pass_and_are_what_they_are_alone(rec
 
 @pytest.mark.parametrize("name", WITH_TEACHER)
 def test_several_teachers_give_the_mean_of_their_losses(recipe_file: Path, name: str) -> None:
-    student, teachers = _pair(1, 16)._replace(bias=torch.tensor(-4.0)), [_pair(5, 24), _pair(7, 20, 35.0)]
+    widths = (16, 16) if declaration(name).one_width else (24, 20)
+    student, teachers = _pair(1, 16)._replace(bias=torch.tensor(-4.0)), [_pair(5, widths[0]), _pair(7, widths[1], 35.0)]
     teachers = [teacher._replace(bias=torch.tensor(-3.0), features=_maps(seed)) for seed, teacher in enumerate(teachers)]
-    queries = [(_unit(9, width), _unit(10, width)) for width in (24, 20)]
+    queries = [(_unit(9, width), _unit(10, width)) for width in widths]
     objective = _objective(recipe_file, name)
     maps = _maps(11, places=2)
     both = student._replace(projected={head_name(name, place): pair for place, pair in enumerate(queries)}, features=maps)

@@ -244,7 +244,17 @@ def test_traffic_of_the_losses() -> None:
 @pytest.mark.parametrize("backend", ["eager", "chunked"])
 @pytest.mark.parametrize(
     "names",
-    [("similarity", "contrastive"), ("contrastive",), ("interactive",), ("feature",), ("sigmoid_similarity",), ("sigmoid_contrastive",)],
+    [
+        *[
+            ("similarity", "contrastive"),
+            ("contrastive",),
+            ("interactive",),
+            ("feature",),
+            ("sigmoid_similarity",),
+            ("sigmoid_contrastive",),
+        ],
+        *[("dist",), ("dkd",), ("standardised",), ("gradient",)],
+    ],
 )
 def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[str, ...], count: int) -> None:
     """N = 1536 on one rank, without any projection between the widths; to 15 %."""
