@@ -6,14 +6,19 @@ Legend: B local batch, D embedding width, C a block's width, h x w its grid of p
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakd.models.patches import Patches
+from megakd.runtime.precision import exact
+
+FIRST_SCALE = 1 / 0.07  # of a learned one, as CLIP's
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,10 @@ class ModelShape:
 
 
 class ObjectiveHead(nn.Module, ABC):
-    """blocks: of the student's vision tower, whose patch tokens it is given; -1 is the last."""
+    """blocks: of the student's vision tower, whose patch tokens it is given; -1 is the last. summary: for the run's first lines."""
 
     blocks: tuple[int, ...] = ()
+    summary: str = ""
 
     @abstractmethod
     def project(self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor]) -> dict[str, Tensor]:
@@ -38,23 +44,55 @@ class ObjectiveHead(nn.Module, ABC):
 
 
 class Head(ObjectiveHead):
-    """One projection for each modality, from the student's width to the teacher's; its outputs are of unit length."""
+    """One projection for each modality, from the student's width to the teacher's; its outputs are of unit length.
 
-    def __init__(self, kind: str, student_width: int, teacher_width: int) -> None:
+    max_scale: with a learned logit scale of its own, the output "scale", which is at most this.
+    """
+
+    def __init__(self, kind: str, student_width: int, teacher_width: int, max_scale: float | None = None) -> None:
         super().__init__()
         self.image, self.text = (projection(kind, student_width, teacher_width) for _ in range(2))
+        self.summary = kind if kind == "none" else f"{kind} {student_width} -> {teacher_width}"
+        self._max_scale = max_scale
+        if max_scale is not None:
+            self.log_scale = nn.Parameter(torch.full((1,), math.log(min(FIRST_SCALE, max_scale))))
 
     def project(self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        return {"image": normalised(self.image(image_BD)), "text": normalised(self.text(text_BD))}
+        outputs = {"image": normalised(self.image(image_BD)), "text": normalised(self.text(text_BD))}
+        return outputs if self._max_scale is None else outputs | {"scale": learned_scale(self.log_scale, self._max_scale)}
+
+
+def head_between(key: str, kind: str, student: ModelShape, teacher: ModelShape, max_scale: float | None = None) -> Head:
+    """kind: as the recipe's `key` asks; "auto" is "none" at equal widths and else "linear".
+
+    Raises ValueError for "none" at unlike widths.
+    """
+    if kind == "auto":
+        kind = "none" if student.width == teacher.width else "linear"
+    if kind == "none" and student.width != teacher.width:
+        raise ValueError(
+            f"{key} = 'none': the student's embeddings have {student.width} numbers and the teacher's {teacher.width}; set {key} to "
+            f"'linear' or 'mlp', or give the student an architecture with embed_dim = {teacher.width}"
+        )
+    return Head(kind, student.width, teacher.width, max_scale)
 
 
 def projection(kind: str, inputs: int, outputs: int) -> nn.Module:
-    """kind: "none", "linear", or "mlp" with one hidden layer."""
+    """kind: "none", which changes nothing; "linear"; or "mlp" with one hidden layer."""
     if kind == "none":
         return nn.Identity()
     if kind == "linear":
         return nn.Linear(inputs, outputs, bias=False)
     return nn.Sequential(nn.Linear(inputs, outputs), nn.GELU(), nn.Linear(outputs, outputs))
+
+
+def learned_scale(log_scale: Tensor, max_scale: float) -> Tensor:
+    """(), float32, also in a bf16 engine: exp(log_scale), at most `max_scale`. log_scale: a parameter of one number."""
+    # Clamped in value, not in gradient: above the bound a hard clamp would have no gradient and the scale would stay there.
+    log_scale = exact(log_scale).reshape(())
+    excess = (log_scale - math.log(max_scale)).clamp(min=0).detach()
+    scale = (log_scale - excess).exp()
+    return scale - (scale - max_scale).clamp(min=0).detach()  # exp rounds: exp(log(100)) may be 100.00001
 
 
 def normalised(embedding_BD: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ because ZeRO-3 gathers parameters only in hooks of `forward`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from megakd.models.casts import SCALARS
 from megakd.models.embeddings import Embeddings
-from megakd.models.heads import ObjectiveHead, normalised
+from megakd.models.heads import ObjectiveHead, learned_scale, normalised
 from megakd.models.patches import TowerReader
 from megakd.runtime.precision import exact, of_towers
 
@@ -44,7 +43,8 @@ class Student(nn.Module):
         with TowerReader(getattr(self.clip, "visual", None), blocks) as reader:
             image_BD = self.clip.encode_image(pixels)  # type: ignore[operator]
         text_BD = self.clip.encode_text(tokens)  # type: ignore[operator]
-        outputs: dict[str, Tensor] = {"image": normalised(image_BD), "text": normalised(text_BD), "scale": self._scale()}
+        scale = learned_scale(self.clip.logit_scale, self.max_scale)  # type: ignore[arg-type]
+        outputs: dict[str, Tensor] = {"image": normalised(image_BD), "text": normalised(text_BD), "scale": scale}
         bias = getattr(self.clip, "logit_bias", None)
         if bias is not None:
             outputs["bias"] = exact(bias).reshape(())
@@ -52,13 +52,6 @@ class Student(nn.Module):
         for name, head in self.heads.items():
             outputs |= {f"{name}.{key}": value for key, value in head.project(image_BD, text_BD, patches).items()}
         return outputs
-
-    def _scale(self) -> Tensor:
-        # Clamped in value, not in gradient: above the bound a hard clamp would have no gradient and the scale would stay there.
-        log_scale = exact(self.clip.logit_scale).reshape(())  # type: ignore[arg-type]
-        excess = (log_scale - math.log(self.max_scale)).clamp(min=0).detach()
-        scale = (log_scale - excess).exp()
-        return scale - (scale - self.max_scale).clamp(min=0).detach()  # exp rounds: exp(log(100)) may be 100.00001
 
 
 def embeddings(outputs: dict[str, Tensor]) -> Embeddings:

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from megakd.models.heads import Head, ModelShape
+from megakd.models.heads import Head, ModelShape, head_between
 from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.cost import LossCost, LossShape
@@ -27,7 +27,7 @@ class Feature(Objective):
         self._kind = recipe.feature.head
 
     def head(self, student: ModelShape, teacher: ModelShape) -> Head:
-        return Head(self._kind, student.width, teacher.width)
+        return head_between(f"{self.names[0]}.head", self._kind, student, teacher)
 
     def cost(self, shape: LossShape) -> LossCost:
         return cost.rowwise(shape)

@@ -7,7 +7,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from megakd.models.heads import Head, ModelShape
+from megakd.models.embeddings import Embeddings
+from megakd.models.heads import Head, ModelShape, head_between
 from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, head_name, kernel_options
 from megakd.objectives.cost import LossCost, LossShape
@@ -19,17 +20,21 @@ from megakd_kernels import interactive_kd
 class Interactive(Objective):
     """Interactive contrastive learning (ICL of CLIP-KD, arXiv 2307.12732), see `megakd_kernels.interactive_kd`.
 
-    The student's own logit scale multiplies the cosines. A head of its own brings the student to the teacher's width.
+    A head of its own brings the student to the teacher's width. The cosines are multiplied by the student's logit scale, by the number
+    that `interactive.scale` is, or by a scale that the head learns beside the student's, as in the authors' code; there it is its logarithm
+    that multiplies.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         super().__init__(recipe, device, names)
-        self._kind = recipe.interactive.head
+        assert recipe.student is not None, "a recipe with objectives has a student"
+        self._kind, self._scale = recipe.interactive.head, recipe.interactive.scale
+        self._max_scale = recipe.student.max_scale if self._scale == "own" else None
         self._options = kernel_options(recipe, "interactive_kd", device)
         self.backend = self._options["backend"]
 
     def head(self, student: ModelShape, teacher: ModelShape) -> Head:
-        return Head(self._kind, student.width, teacher.width)
+        return head_between(f"{self.names[0]}.head", self._kind, student, teacher, self._max_scale)
 
     def cost(self, shape: LossShape) -> LossCost:
         return cost.of_kernel(cost.INTERACTIVE, self._options["backend"], shape)
@@ -37,6 +42,13 @@ class Interactive(Objective):
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
         (name,), student, losses = self.names, context.student, []
         for place, teacher in enumerate(context.teachers):
-            image_BD, text_BD = student.projected[head_name(name, place)]
-            losses.append(interactive_kd(student._replace(image=image_BD, text=text_BD), teacher, group=context.group, **self._options))
+            head = head_name(name, place)
+            image_BD, text_BD = student.projected[head]
+            queries = student._replace(image=image_BD, text=text_BD, scale=self._scale_of(student, head))
+            losses.append(interactive_kd(queries, teacher, group=context.group, **self._options))
         return {name: context.mean(losses)}
+
+    def _scale_of(self, student: Embeddings, head: str) -> Tensor:
+        if self._scale == "student":
+            return student.scale
+        return student.features[f"{head}.scale"] if self._scale == "own" else student.scale.new_tensor(self._scale)

@@ -83,6 +83,12 @@ class ObjectiveSet:
         }
         return {name: head for name, head in built.items() if head is not None}
 
+    def outline(self, student: ModelShape, teachers: Sequence[ModelShape]) -> str:
+        """What the heads do, for the run's first lines; empty where none has anything to say. Raises ValueError as `Objective.head`."""
+        with torch.device("meta"):
+            heads = self.heads(student, teachers)
+        return ", ".join(f"{name} {head.summary}" for name, head in heads.items() if head.summary)
+
     def shapes(self, student: clip.ModelSpec, teachers: Sequence[clip.ModelSpec]) -> list[ModelShape]:
         """What heads and losses must know of the student and of each teacher; nothing is built where the embeddings' widths say all.
 

@@ -7,11 +7,11 @@ README says how. Nothing else lists the losses: the trainer, the planner and the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from megakd.recipe.section import Block, HeadKind, Positive, PositiveFloat, Section, Weight
+from megakd.recipe.section import Block, HeadKind, Positive, PositiveFloat, Section, StudentScale, Weight
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,14 @@ class Similarity(Section):
 class Interactive(Section):
     """Interactive contrastive learning: projected student embeddings as queries among the teacher's of the other modality."""
 
-    head: HeadKind = "linear"
+    head: HeadKind = "auto"
+    scale: StudentScale = "student"
 
 
 class Feature(Section):
     """Feature KD: squared distance of the projected student embedding to the teacher's, both normalised."""
 
-    head: HeadKind = "linear"
+    head: HeadKind = "auto"
 
 
 class PatchRelation(Section):
@@ -190,6 +191,19 @@ class ObjectiveSections(Section):
     dist: Dist = Dist()
     dkd: Decoupled = Decoupled()
     standardised: Standardised = Standardised()
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=ObjectiveSections)
+
+
+def with_heads_of(earlier: ObjectiveSections, recipe: AnyRecipe) -> AnyRecipe:
+    """`recipe` with the heads that `earlier`, which a run has begun with, names where `recipe` leaves their kind to "auto"."""
+    kept: dict[str, Section] = {}
+    for name in ObjectiveSections.model_fields:
+        began, section = getattr(earlier, name), getattr(recipe, name)
+        if getattr(section, "head", None) == "auto" != began.head:
+            kept[name] = section.model_copy(update={"head": began.head})
+    return recipe.model_copy(update=kept) if kept else recipe
 
 
 def keys() -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from megakd.recipe.placements import MODES
 
@@ -14,7 +14,26 @@ Positive = Annotated[int, Field(gt=0, le=MOST)]
 NonNegative = Annotated[int, Field(ge=0, le=MOST)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 HeadKind = Annotated[
-    Literal["linear", "mlp"], Field(description="projection of each modality to the teacher's width; mlp: with one hidden layer")
+    Literal["auto", "none", "linear", "mlp"],
+    Field(
+        description="projection of each modality to the teacher's width; none: the student's own embeddings, in the teacher's space; "
+        "mlp: with one hidden layer; auto: none at equal widths, else linear"
+    ),
+]
+
+
+def _is_a_students_scale(value: Any) -> Any:
+    """One message for a value that is neither a name nor a number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value not in ("student", "own") and not (number and 0 < value <= 1e6):
+        raise ValueError("give 'student', 'own' or a number above 0 and up to 1e6")
+    return value
+
+
+StudentScale = Annotated[
+    float | Literal["student", "own"],
+    BeforeValidator(_is_a_students_scale),
+    Field(description="logit scale of the student's cosines; student: its learned one; own: a further one, learned beside the head"),
 ]
 Block = Annotated[int, Field(ge=-10_000, le=10_000)]
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ metrics.jsonl    a row each `log.every` steps and one for each event; a resumed 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 from megakd.recipe import Recipe
 from megakd.recipe.credentials import redacted
 from megakd.recipe.load import differences, load, refused, told
+from megakd.recipe.objectives import with_heads_of
 from megakd.runtime import environment
 from megakd.runtime.console import RunConsole
 from megakd.runtime.files import write_text
@@ -113,17 +115,25 @@ def _earlier_jobs(run: Path) -> list[dict[str, Any]]:
     return [job for job in jobs if isinstance(job, dict)] if isinstance(jobs, list) else []
 
 
-def check_resume(run: Path, resume: str, recipe: Recipe) -> None:
-    """Raise ValueError when `--resume` names no checkpoint, or when something was trained in `run` by another recipe."""
+def check_resume(run: Path, resume: str, recipe: Recipe) -> Recipe:
+    """The recipe that goes on: with the heads that the run has where `recipe` leaves their kind to "auto".
+
+    Raises ValueError when `--resume` names no checkpoint, or when something was trained in `run` by another recipe.
+    """
     if resume not in ("auto", "none") and not Path(resume).is_dir():
         raise ValueError(f"--resume {resume}: give auto, none, or the folder of a checkpoint (RUN/checkpoints/step_00000500)")
     path = run / RUN
+    if resume not in ("auto", "none"):  # perhaps of another run, whose weights decide what fits where its run.json cannot be read
+        with contextlib.suppress(ValueError):
+            recipe = with_heads_of(load(str(Path(resume).absolute().parent.parent / RUN), to_compare=True)[0], recipe)
     if resume == "none" or not path.exists():
-        return
+        return recipe
     try:
         earlier, _ = load(str(path), to_compare=True)
     except ValueError as error:
         raise ValueError(f"--out {run}: {error}\nchoose another --out, or --resume none to set that run aside") from error
+    if _trained(run):
+        recipe = with_heads_of(earlier, recipe)
     if (problems := refused(earlier, recipe)) and _trained(run):
         # with what may change, as that makes it another recipe as well
         lines = problems + [line for line in differences(earlier, recipe) if not any(known.startswith(line) for known in problems)]
@@ -133,6 +143,7 @@ def check_resume(run: Path, resume: str, recipe: Recipe) -> None:
             "choose another --out, or give the recipe that run was started with (RUN/run.json is one), "
             "or --resume none to set that run aside"
         )
+    return recipe
 
 
 def _trained(run: Path) -> bool:

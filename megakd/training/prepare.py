@@ -6,7 +6,7 @@ A recipe may name another that trains what it starts from: a teacher, a student,
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megakd.export import manifest
@@ -72,14 +72,14 @@ def prepare(request: RunRequest, world: World, to_come: frozenset[str] = frozens
     for teacher in recipe.teachers().values():
         class_of(teacher.placement).check(teacher)
     collectives.by_main(lambda: files.check_place(request.out, "--out"), world)
-    run_folder.check_resume(request.out, request.resume, recipe)
+    recipe = run_folder.check_resume(request.out, request.resume, recipe)
     student = None if recipe.student is None else _student(recipe.student, "student" in to_come)
     tasks: list[TaskData] = []
     if recipe.objectives.active() and student is not None:
         tasks.append(distill.prepare(recipe, world, student, to_come="teacher" in to_come))
     if recipe.answers is not None and recipe.decoder is not None:
         tasks.append(answer.prepare(recipe, recipe.answers, recipe.decoder, config, world, student, to_come="decoder" in to_come))
-    return PreparedRun(request, config, config_name, student, tuple(tasks))
+    return PreparedRun(replace(request, recipe=recipe), config, config_name, student, tuple(tasks))
 
 
 def _student(settings: Student, is_to_come: bool) -> clip.ModelSpec:

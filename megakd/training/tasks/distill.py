@@ -47,7 +47,7 @@ AnyTeacher = Teacher | StoredTeacher | TextStoredTeacher
 class PairData:
     """Image-text pairs in their order, the models' configurations, and the sets that the student's towers are scored on.
 
-    shapes: of the student and of each teacher.
+    shapes: of the student and of each teacher. heads: what the objectives train beside the towers, in words.
     """
 
     recipe: Recipe
@@ -57,6 +57,7 @@ class PairData:
     order: Order
     teachers: dict[str, clip.ModelSpec]
     shapes: list[ModelShape]
+    heads: str
     store: Store | None
     sets: Sets
 
@@ -72,7 +73,8 @@ class PairData:
     def describe(self) -> list[str]:
         teacher = ", ".join(map(_called, self.teachers.values())) or "none"
         objectives = ", ".join(f"{weight:g} {name}" for name, weight in self.objectives.weights.items())
-        return [f"data: {len(self.shards)} pairs; teacher: {teacher}; objectives: {objectives}"]
+        heads = [f"heads: {self.heads}"] if self.heads else []
+        return [f"data: {len(self.shards)} pairs; teacher: {teacher}; objectives: {objectives}", *heads]
 
     def preview(self, world: World) -> list[str]:
         built = {role: clip.on_meta(description) for role, description in {"student": self.student, **self.teachers}.items()}
@@ -113,12 +115,13 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
         objectives.check_bias(model.role, model.has_bias)
     for description in teachers.values():
         computation(description, world.device)  # a product of int8 that this machine lacks
-    shapes = objectives.shapes(student, list(teachers.values()))
+    own, *others = shapes = objectives.shapes(student, list(teachers.values()))
+    heads = objectives.outline(own, others)
     shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
     store = build.open_stores(recipe, teachers, shards, world)
     collectives.by_main(lambda: clip_folder.rehearse(student), world)
-    return PairData(recipe, student, objectives, shards, order, teachers, shapes, store, open_sets(recipe, world))
+    return PairData(recipe, student, objectives, shards, order, teachers, shapes, heads, store, open_sets(recipe, world))
 
 
 class Distill(Task):

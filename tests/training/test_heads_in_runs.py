@@ -1,0 +1,70 @@
+"""Heads of objectives in whole runs: what is chosen and said, what a run from before goes on with, micro-batches and ZeRO-3."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megakd.runtime import checkpoint
+from megakd.runtime.exits import EXIT_USER_ERROR
+from support.runs import TEACHER, curve, ds_config, ran, train, zero
+
+STEPS = ("optim.steps=3", "checkpoint.every=1", "checkpoint.keep=9", "optim.warmup=0")
+OF_ONE_WIDTH = (TEACHER[0].replace("embed_dim = 24", "embed_dim = 16"), TEACHER[1], *STEPS)
+TAUGHT = ("objectives.feature=0.5", "objectives.interactive=0.5")
+
+
+def _heads(run: Path) -> dict[str, tuple[int, ...]]:
+    weights = checkpoint.load_weights(checkpoint.available(run)[-1])[1]
+    return {name: tuple(value.shape) for name, value in weights.items() if name.startswith("heads.")}
+
+
+def _back_to_the_first_step(run: Path) -> None:
+    for path in checkpoint.available(run)[1:]:
+        shutil.rmtree(path)
+
+
+def test_at_one_width_a_run_has_no_heads_says_so_and_learns_its_own_scale(recipe_file: Path, tmp_path: Path) -> None:
+    sets = (*OF_ONE_WIDTH, *TAUGHT, "interactive.scale=own")
+    finished = train(recipe_file, "--out", tmp_path / "run", sets=sets)
+    assert finished.code == 0, finished.err
+    assert "heads: interactive none, feature none" in finished.out
+    assert _heads(tmp_path / "run") == {"heads.interactive.log_scale": (1,)}
+    first, last = (checkpoint.load_weights(checkpoint.available(tmp_path / "run")[at])[1]["heads.interactive.log_scale"] for at in (0, -1))
+    assert first != last
+    parted = ds_config(tmp_path / "parted.json", train_micro_batch_size_per_gpu=4, zero_optimization=zero(3))
+    pieces = ran(recipe_file, tmp_path / "pieces", *sets, config=parted)
+    for row, expected in zip(curve(pieces), curve(tmp_path / "run"), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_that_began_with_heads_goes_on_with_them_where_the_recipe_leaves_it_open(recipe_file: Path, tmp_path: Path) -> None:
+    """Every run.json from before the kind could be left open names it."""
+    run = ran(recipe_file, tmp_path / "run", *OF_ONE_WIDTH, *TAUGHT, "feature.head=linear", "interactive.head=mlp")
+    whole, heads = curve(run), _heads(run)
+    shutil.copytree(run, tmp_path / "began")
+    _back_to_the_first_step(run)
+    finished = train(recipe_file, "--out", run, sets=(*OF_ONE_WIDTH, *TAUGHT))
+    assert finished.code == 0, finished.err
+    assert "heads: interactive mlp 16 -> 16, feature linear 16 -> 16" in finished.out
+    assert curve(run) == whole
+    assert _heads(run) == heads != {}
+    assert json.loads((run / "run.json").read_text())["recipe"]["feature"]["head"] == "linear"
+    elsewhere = train(
+        recipe_file, "--out", tmp_path / "other", "--resume", checkpoint.available(tmp_path / "began")[0], sets=(*OF_ONE_WIDTH, *TAUGHT)
+    )
+    assert elsewhere.code == 0, elsewhere.err
+    assert curve(tmp_path / "other") == whole[1:]
+    refused = train(recipe_file, "--out", run, sets=(*OF_ONE_WIDTH, *TAUGHT, "feature.head=none"))
+    assert refused.code == EXIT_USER_ERROR
+    assert "feature.head: 'linear' -> 'none'" in refused.err
+
+
+def test_no_head_between_unlike_widths_ends_a_run_before_it_starts(recipe_file: Path, tmp_path: Path) -> None:
+    finished = train(recipe_file, "--out", tmp_path / "run", sets=(*TEACHER, *STEPS, *TAUGHT, "feature.head=none"))
+    assert finished.code == EXIT_USER_ERROR
+    assert "feature.head = 'none': the student's embeddings have 16 numbers and the teacher's 24" in finished.err
+    assert not checkpoint.available(tmp_path / "run")
