@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megakd.models.masking import Masked
 from megakd.models.patches import Patches
 from megakd.runtime.precision import exact
 
@@ -30,9 +31,14 @@ class ModelShape:
 
 
 class ObjectiveHead(nn.Module, ABC):
-    """blocks: of the student's vision tower, whose patch tokens it is given; -1 is the last. summary: for the run's first lines."""
+    """blocks: of the student's vision tower, whose patch tokens it is given; -1 is the last. summary: for the run's first lines.
+
+    view: how the images that it is given embeddings of are masked; None: the whole ones. What differs costs the tower a further forward,
+    one for all heads of an equal view. Patch tokens are always of whole images.
+    """
 
     blocks: tuple[int, ...] = ()
+    view: Masked | None = None
     summary: str = ""
 
     @abstractmethod

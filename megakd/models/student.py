@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megakd.models.casts import SCALARS
 from megakd.models.embeddings import Embeddings
 from megakd.models.heads import ObjectiveHead, learned_scale, normalised
+from megakd.models.masking import Masked
 from megakd.models.patches import TowerReader
 from megakd.runtime.precision import exact, of_towers
 
@@ -49,8 +50,12 @@ class Student(nn.Module):
         if bias is not None:
             outputs["bias"] = exact(bias).reshape(())
         patches = reader.maps(image_BD)
+        seen: dict[Masked | None, Tensor] = {None: image_BD}
         for name, head in self.heads.items():
-            outputs |= {f"{name}.{key}": value for key, value in head.project(image_BD, text_BD, patches).items()}
+            if head.view is not None and head.view not in seen:
+                with head.view.applied(self.clip.visual, pixels) as masked:  # type: ignore[arg-type]
+                    seen[head.view] = self.clip.encode_image(masked)  # type: ignore[operator]
+            outputs |= {f"{name}.{key}": value for key, value in head.project(seen[head.view], text_BD, patches).items()}
         return outputs
 
 

@@ -1,4 +1,4 @@
-"""`feature`: the projected student embedding learns to point where the teacher's does."""
+"""`feature`: the projected student embedding learns to point where the teacher's does. `masked_feature`: also from a part of the image."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from megakd.models.heads import Head, ModelShape, head_between
+from megakd.models.masking import Masked
 from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
 
 
-@final
 class Feature(Objective):
     """Mean over the batch and the two modalities of |projected student - teacher|^2, both of unit length: 2 - 2 cosine.
 
@@ -38,6 +38,24 @@ class Feature(Objective):
             image_BD, text_BD = context.student.projected[head_name(name, place)]
             distances.append((_square_distance(image_BD, teacher.image) + _square_distance(text_BD, teacher.text)) / 2)
         return {name: context.mean(distances)}
+
+
+@final
+class MaskedFeature(Feature):
+    """The same, where the student's image embedding is of a randomly masked image, the teacher's of the whole one. Texts are not masked.
+
+    The tower embeds the masked images in a further forward; other objectives see whole ones. In the authors' code the masked embedding is
+    overwritten by that of the whole image, so that it trains on `feature`. Source: MFD of CLIP-KD (arXiv 2307.12732).
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
+        super().__init__(recipe, device, names)
+        self._kind, self._view = recipe.masked_feature.head, Masked(recipe.masked_feature.ratio)
+
+    def head(self, student: ModelShape, teacher: ModelShape) -> Head:
+        head = super().head(student, teacher)
+        head.view = self._view
+        return head
 
 
 def _square_distance(a_BD: Tensor, b_BD: Tensor) -> Tensor:

@@ -48,6 +48,9 @@ class Objectives(Section):
         0.0, description="interactive contrastive learning, see [interactive]"
     )
     feature: Annotated[Weight, Declaration("megakd.objectives.feature.Feature")] = Field(0.0, description="feature KD, see [feature]")
+    masked_feature: Annotated[Weight, Declaration("megakd.objectives.feature.MaskedFeature")] = Field(
+        0.0, description="feature KD from masked images, see [masked_feature]"
+    )
     patch: Annotated[Weight, Declaration("megakd.objectives.patch.Patch")] = Field(0.0, description="patch tokens' KD, see [patch]")
     patch_relation: Annotated[Weight, Declaration("megakd.objectives.patch.PatchRelation")] = Field(
         0.0, description="KD of the cosines between an image's patch tokens, see [patch_relation]"
@@ -99,6 +102,13 @@ class Interactive(Section):
 class Feature(Section):
     """Feature KD: squared distance of the projected student embedding to the teacher's, both normalised."""
 
+    head: HeadKind = "auto"
+
+
+class MaskedFeature(Section):
+    """Feature KD where the student sees a part of the image alone, and the teacher all of it."""
+
+    ratio: float = Field(0.75, gt=0.0, lt=1.0, allow_inf_nan=False, description="share of an image's patches that is masked, at random")
     head: HeadKind = "auto"
 
 
@@ -185,6 +195,7 @@ class ObjectiveSections(Section):
     similarity: Similarity = Similarity()
     interactive: Interactive = Interactive()
     feature: Feature = Feature()
+    masked_feature: MaskedFeature = MaskedFeature()
     patch: Patch = Patch()
     patch_relation: PatchRelation = PatchRelation()
     rkd: Relational = Relational()

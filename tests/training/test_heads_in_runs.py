@@ -68,3 +68,15 @@ def test_no_head_between_unlike_widths_ends_a_run_before_it_starts(recipe_file: 
     assert finished.code == EXIT_USER_ERROR
     assert "feature.head = 'none': the student's embeddings have 16 numbers and the teacher's 24" in finished.err
     assert not checkpoint.available(tmp_path / "run")
+
+
+def test_masked_images_are_drawn_anew_each_step_and_again_where_a_run_goes_on(recipe_file: Path, tmp_path: Path) -> None:
+    sets = (*TEACHER, *STEPS, "optim.lr=1e-9", "objectives.masked_feature=1.0", "objectives.contrastive=0.0", "data.block=1")
+    parted = ds_config(tmp_path / "parted.json", train_micro_batch_size_per_gpu=4, zero_optimization=zero(3))
+    run = ran(recipe_file, tmp_path / "run", *sets, config=parted)
+    whole = curve(run)
+    _back_to_the_first_step(run)
+    assert curve(ran(recipe_file, run, *sets, config=parted)) == whole
+    masked = [step[1] for step in whole]
+    whole_images = [step[1] for step in curve(ran(recipe_file, tmp_path / "whole", *(one.replace("masked_", "") for one in sets)))]
+    assert all(a != b for a, b in zip(masked, whole_images, strict=True))

@@ -207,9 +207,10 @@ def test_a_second_teacher_and_eight_bits_change_what_is_learned(runs: Runs) -> N
 
 @pytest.mark.parametrize(("name", "backend"), [("one_every", "eager"), ("two_every_chunked", "chunked"), ("two_every_ring", "chunked")])
 def test_every_objective_trains_the_same_whatever_computes_it_and_the_metrics_say_what_did(runs: Runs, name: str, backend: str) -> None:
+    """All that draw nothing: masks, as dropout, are others on other ranks."""
     _assert_same_training(runs[name], runs["one_every"])
     for row in rows(runs[name]):
-        assert row["losses"].keys() == Objectives.model_fields.keys()
+        assert row["losses"].keys() == Objectives.model_fields.keys() - {"masked_feature"}
         assert row["backends"] == dict.fromkeys(row["losses"].keys() - {"feature", "patch", "patch_relation"}, backend)
 
 
