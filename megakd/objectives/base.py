@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -16,7 +16,7 @@ from megakd.models.heads import ModelShape, ObjectiveHead
 from megakd.objectives import cost
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
-from megakd_kernels import choose
+from megakd_kernels import SimilarityLoss, choose
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,38 @@ class StepContext:
     """What an objective is called with: this rank's part of one step's batch of pairs.
 
     teachers: in the recipe's order, none where no active objective needs one. group: the ranks whose pairs form one batch, None for this
-    process alone. step: optimiser steps done before this one.
+    process alone. step: optimiser steps done before this one. weights: of the teachers, not all 0; none given: all alike.
     """
 
     student: Embeddings
     teachers: Sequence[Embeddings] = ()
     group: ProcessGroup | None = None
     step: int = 0
+    weights: Sequence[float] = ()
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether all teachers have the same weight."""
+        return len(set(self.weights)) < 2
 
     def mean(self, losses: Sequence[Tensor]) -> Tensor:
-        """One loss a teacher, in their order, as one."""
-        return torch.stack(list(losses)).mean()
+        """One loss a teacher, in their order, as one: their mean by the teachers' weights."""
+        if self.is_equal:
+            return torch.stack(list(losses)).mean()
+        total = sum(self.weights)
+        return torch.stack([loss * (weight / total) for loss, weight in zip(losses, self.weights, strict=True)]).sum()
+
+    def kd(
+        self, teachers: Sequence[Embeddings], loss: Callable[[Sequence[Embeddings], bool], SimilarityLoss], hard: bool
+    ) -> SimilarityLoss:
+        """A loss of `megakd_kernels` that averages its teachers: one call, or where their weights differ one call for each.
+
+        teachers: all of the context or none. loss: of some teachers, and whether with its hard part, which is computed once.
+        """
+        if self.is_equal or not teachers:
+            return loss(teachers, hard)
+        parts = [loss([teacher], hard and place == 0) for place, teacher in enumerate(teachers)]
+        return SimilarityLoss(self.mean([part.kd for part in parts]), parts[0].hard)
 
 
 class Objective(ABC):

@@ -6,7 +6,7 @@ kernels/README.md. Legend: N pairs of all ranks, B of one, c rows of a panel, D 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -153,6 +153,18 @@ def relational(shape: LossShape, *, modalities: int, distance: bool, angle: bool
     flops = modalities * local * pairs * (distance * 2 * (2 * forward + backward) + angle * pairs * (2 * forward + backward))
     wire = modalities * pairs * (FP32 * student + sum(width * element for width, element in zip(shape.widths, shape.elements, strict=True)))
     return LossCost(FP32 * (max(distances * distance, angles * angle) + sides), round(part * wire), flops)
+
+
+def one_by_one(of: LossFamily, backend: str, shape: LossShape) -> LossCost:
+    """A call of `megakd_kernels` for each teacher, as where their weights differ: the student's product is formed in each.
+
+    Beside the memory of one call: of eager five matrices for each further teacher wait for the backward; else the student's gradients.
+    """
+    alone = replace(shape, teachers=1, widths=(shape.widths[0], shape.widths[1] // shape.teachers))
+    each, further = of_kernel(of, backend, alone), shape.teachers - 1
+    by_panels = further * of.home * FP32 * shape.pairs * shape.widths[0]
+    waiting = 5 * further * FP32 * shape.pairs**2 if backend in ("eager", "compiled") else by_panels
+    return LossCost(each.memory + waiting, shape.teachers * each.wire, shape.teachers * each.flops)
 
 
 def _weighted(counts: tuple[int, int], widths: tuple[int, int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megakd.models.heads import ModelShape, ObjectiveHead
 from megakd.models.patches import measure
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.cost import LossCost, LossShape
+from megakd.objectives.teacher_scale import TeacherScales
 from megakd.recipe import Recipe
 from megakd.recipe.objectives import declaration
 
@@ -56,12 +58,14 @@ class ObjectiveSet:
         self._objectives = build(recipe, device)
         self.student_blocks = {block: part.names[0] for part in self._objectives for block in part.student_blocks}
         self.teacher_blocks = {block: part.names[0] for part in self._objectives for block in part.teacher_blocks}
-        stored = [role for role, teacher in recipe.teachers().items() if teacher.store is not None and teacher.store_of == "all"]
+        stored = [role for role, teacher in recipe.weighted_teachers().items() if teacher.store is not None and teacher.store_of == "all"]
         if self.teacher_blocks and stored:
             raise ValueError(
                 f"objectives.{next(iter(self.teacher_blocks.values()))}: reads the teacher's patch tokens, and {stored[0]}.store holds "
                 f"embeddings alone; set {stored[0]}.store_of to 'text', or take {stored[0]}.store out"
             )
+        self._scales = TeacherScales(recipe)
+        self._teacher_weights = [settings.weight for settings in recipe.weighted_teachers().values()]
         self._device, self._group = device, group
         self.backends = {name: part.backend for part in self._objectives for name in part.names if part.backend is not None}
 
@@ -111,7 +115,10 @@ class ObjectiveSet:
 
     def losses(self, student: Embeddings, teachers: Sequence[Embeddings], step: int = 0) -> dict[str, Tensor]:
         """Unweighted float32 scalars by objective name, in the order of `weights`. step: optimiser steps done before this one."""
-        context, losses = StepContext(student, teachers, self._group, step), dict[str, Tensor]()
+        losses = dict[str, Tensor]()
+        context = StepContext(student, teachers, self._group, step)
+        if teachers:
+            context = replace(context, teachers=self._scales(teachers), weights=self._teacher_weights)
         for objective in self._objectives:
             losses |= objective(context)
         return {name: losses[name] for name in self.weights}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
+from megakd.models.embeddings import Embeddings
 from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, kernel_options
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
-from megakd_kernels import BiasedPair, sigmoid_kd
+from megakd_kernels import SimilarityLoss, sigmoid_kd
 
 CONTRASTIVE, SIMILARITY = "sigmoid_contrastive", "sigmoid_similarity"
 _COSTS = {(CONTRASTIVE,): cost.SIGMOID_HARD, (SIMILARITY,): cost.SIGMOID_KD, (CONTRASTIVE, SIMILARITY): cost.SIGMOID_BOTH}
@@ -28,11 +30,15 @@ class Sigmoid(Objective):
         super().__init__(recipe, device, names)
         self._options = kernel_options(recipe, "sigmoid_kd", device)
         self.backend = self._options["backend"]
+        self._weighs_alike = recipe.weighs_teachers_alike()
 
     def cost(self, shape: LossShape) -> LossCost:
-        return cost.of_kernel(_COSTS[self.names], self._options["backend"], shape)
+        counted = cost.of_kernel if self._weighs_alike or SIMILARITY not in self.names else cost.one_by_one
+        return counted(_COSTS[self.names], self._options["backend"], shape)
 
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
-        teachers: list[BiasedPair] = list(context.teachers) if SIMILARITY in self.names else []
-        loss = sigmoid_kd(context.student, teachers or None, hard=CONTRASTIVE in self.names, group=context.group, **self._options)
+        def loss_of(teachers: Sequence[Embeddings], hard: bool) -> SimilarityLoss:
+            return sigmoid_kd(context.student, [*teachers] or None, hard=hard, group=context.group, **self._options)
+
+        loss = context.kd(context.teachers if SIMILARITY in self.names else (), loss_of, CONTRASTIVE in self.names)
         return {name: {SIMILARITY: loss.kd, CONTRASTIVE: loss.hard}[name] for name in self.names}

@@ -76,12 +76,12 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     student_zero = zero.Settings.of(resolved, precision.dtype(resolved.precision).itemsize)
     partitioned = zero3.settings(None if recipe.teacher is None else recipe.teacher.ds_config)
     teacher_settings = zero.Settings.of(partitioned, precision.dtype(precision.of(device)).itemsize)
-    taught = recipe.teachers().values() if objectives.needs_teacher else ()
+    taught = recipe.weighted_teachers().values() if objectives.needs_teacher else ()
     teachers = tuple(models.teacher(settings, shares.micro, local, precision.of(device), teacher_settings, device) for settings in taught)
     heads: dict[str, ObjectiveHead] = {}
     shapes: list[ModelShape] = []
     if recipe.student is not None:
-        described = [models.describe(settings, role) for role, settings in recipe.teachers().items() if objectives.needs_teacher]
+        described = [models.describe(settings, role) for role, settings in recipe.weighted_teachers().items() if objectives.needs_teacher]
         shapes = objectives.shapes(models.describe(recipe.student, "student"), described)
         with models.META:
             heads = objectives.heads(shapes[0], shapes[1:])

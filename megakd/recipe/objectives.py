@@ -88,7 +88,8 @@ def declaration(name: str) -> Declaration:
 class Similarity(Section):
     """Similarity-matrix KD: KL divergence of the two towers' softmaxes over rows and columns."""
 
-    temperature: PositiveFloat = Field(1.0, description="divides both towers' logits")
+    temperature: PositiveFloat = Field(1.0, description="divides the student's logits; the loss is multiplied by its square")
+    teacher_temperature: PositiveFloat | None = Field(None, description="divides the teacher's logits; default: temperature")
     student_scale: PositiveFloat | None = Field(None, description="fixed logit scale; default: the learned one")
 
 

@@ -21,6 +21,7 @@ from megakd.recipe.section import (
     NonNegative,
     Positive,
     PositiveFloat,
+    Scale,
     Section,
     SetName,
     TeacherMode,
@@ -115,6 +116,10 @@ class Student(Model):
 
 
 class Teacher(Model):
+    scale: Scale | None = Field(None, description="logit scale that objectives see in place of the teacher's own; MobileCLIP2 takes 70, 60")
+    weight: Weight = Field(
+        1.0, description="of this teacher's losses beside other teachers', normalised to sum 1; 0: left out, and not loaded"
+    )
     mode: TeacherMode = Field(
         "replicated",
         description="; ".join(f"{name}: {placement.summary}" for name, placement in PLACEMENTS.items())
@@ -259,7 +264,7 @@ class Sources(Section):
     views: Views = Views()
     student: Student | None = Field(None, description="absent: a decoder that learns from text alone, the blind control")
     teacher: Teacher | None = None
-    ensemble: dict[Name, Teacher] = Field(default_factory=dict, description="further teachers by name; the losses of all are averaged")
+    ensemble: dict[Name, Teacher] = Field(default_factory=dict, description="further teachers by name; losses are means over all by weight")
 
 
 class Recipe(ObjectiveSections, Sources):
@@ -287,12 +292,23 @@ class Recipe(ObjectiveSections, Sources):
         first = {} if self.teacher is None else {"teacher": self.teacher}
         return first | {f"ensemble.{name}": teacher for name, teacher in self.ensemble.items()}
 
+    def weighted_teachers(self) -> dict[str, Teacher]:
+        """Those of `teachers` that have a weight: no other is loaded."""
+        return {role: teacher for role, teacher in self.teachers().items() if teacher.weight > 0}
+
+    def weighs_teachers_alike(self) -> bool:
+        """Whether the losses are plain means over the teachers."""
+        return len({teacher.weight for teacher in self.weighted_teachers().values()}) < 2
+
     @model_validator(mode="after")
     def _something_to_learn(self) -> Recipe:
         if self.ensemble and self.teacher is None:
             raise ValueError("[ensemble] holds teachers beside [teacher], and there is no [teacher]: name one of them so")
         if self.ensemble and any(teacher.store is not None for teacher in self.teachers().values()):
             raise ValueError("a store replays one teacher's augmentations: teacher.store works without [ensemble] alone")
+        if self.teacher is not None and not self.weighted_teachers():
+            weights = ", ".join(f"{role}.weight = {teacher.weight:g}" for role, teacher in self.teachers().items())
+            raise ValueError(f"{weights}: no teacher has a weight; give one a weight above 0, or take [teacher] out")
         active = self.objectives.active()
         if not active and self.answers is None:
             raise ValueError("objectives: every weight is 0 and there are no [answers]: nothing would be learned; give one a weight")

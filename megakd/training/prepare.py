@@ -118,7 +118,10 @@ def _before(request: RunRequest, waiting: tuple[Path, ...]) -> list[RunRequest]:
 def _missing(recipe: Recipe) -> list[tuple[str, str, Path]]:
     """(role, recipe, run folder) of what the recipe starts from, has a recipe for, and is not there."""
     roles: list[tuple[str, str, Path]] = []
-    models = {"teacher": recipe.teacher if recipe.objectives.in_need_of_a_teacher() else None, "student": recipe.student}
+    models = {
+        "teacher": recipe.weighted_teachers().get("teacher") if recipe.objectives.in_need_of_a_teacher() else None,
+        "student": recipe.student,
+    }
     for role, settings in models.items():
         if settings is not None and settings.recipe is not None:
             folder = Path((settings.model or "").removeprefix("local-dir:"))

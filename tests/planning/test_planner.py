@@ -240,7 +240,7 @@ def test_traffic_of_the_losses() -> None:
     assert by_blocks.flops == 32 * 8 * (8 * 8 + 4 * 16)
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0, 1.0), (1.0, 2.0, 4.0)], ids=["one", "three", "three of unlike weight"])
 @pytest.mark.parametrize("backend", ["eager", "chunked"])
 @pytest.mark.parametrize(
     "names",
@@ -257,10 +257,13 @@ def test_traffic_of_the_losses() -> None:
         *[("dist",), ("dkd",), ("standardised",), ("gradient",)],
     ],
 )
-def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[str, ...], count: int) -> None:
+def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[str, ...], weights: tuple[float, ...]) -> None:
     """N = 1536 on one rank, without any projection between the widths; to 15 %."""
-    pairs, width = 1536, 64
-    described = recipe(objectives=dict.fromkeys(names, 1.0), kernels={"backend": backend}, optim={"steps": 1, "batch": pairs, "lr": 1.0})
+    pairs, width, count = 1536, 64, len(weights)
+    others = {f"further{place}": {"model": "ViT-B-32", "weight": weight} for place, weight in enumerate(weights[1:])}
+    teachers_of = {"teacher": {"model": "ViT-B-32", "weight": weights[0]}, "ensemble": others}
+    optim = {"steps": 1, "batch": pairs, "lr": 1.0}
+    described = recipe(objectives=dict.fromkeys(names, 1.0), kernels={"backend": backend}, optim=optim, **teachers_of)
     objectives = ObjectiveSet(described, torch.device("cpu"), None)
 
     def towers(learns: bool) -> Embeddings:

@@ -76,6 +76,17 @@ def test_training_from_an_exact_store_has_the_losses_of_the_live_teacher(run, st
         assert row["losses"] == pytest.approx(expected["losses"], rel=1e-5)
 
 
+def test_another_scale_reads_the_same_store(run, stores: Stores, live: Path) -> None:
+    told = ("teacher.scale=40", "teacher.store_miss=fail", "optim.steps=3")
+    out, finished = run("scaled", stores("fp32", *told))
+    assert finished.code == 0, finished.err
+    of_live, _ = run("scaled_live", stores("empty", "teacher.scale=40", "optim.steps=3"))
+    for row, expected in zip(rows(out), rows(of_live), strict=True):
+        assert row["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert rows(out)[0]["losses"]["feature"] == pytest.approx(rows(live)[0]["losses"]["feature"], rel=1e-5)
+    assert rows(out)[0]["losses"]["similarity"] != pytest.approx(rows(live)[0]["losses"]["similarity"], rel=1e-2)
+
+
 def test_training_from_a_bf16_store_has_them_within_rounding(run, stores: Stores, live: Path) -> None:
     out, finished = run("bf16", stores("bf16"))
     assert finished.code == 0, finished.err

@@ -34,6 +34,7 @@ from support.runs import (
 )
 
 STEPS, BETA1 = 4, 0.9
+WEIGHTED = (*ENSEMBLE, "ensemble.second.weight=3", "teacher.scale=30", "similarity.teacher_temperature=0.5")
 KEPT = ("checkpoint.every=1", "checkpoint.keep=9", f"optim.steps={STEPS}", "optim.clip=0.0", "optim.warmup=0")
 
 
@@ -76,6 +77,7 @@ def runs(recipe_file: Path, evaluations: tuple[str, ...], world: Path, tmp_path_
     alone("one_every", (*every, "kernels.backend=eager"))
     alone("one_int8", (*kd, "teacher.mode=replicated_int8"))
     alone("one_ensemble", (*kd, *ENSEMBLE))
+    alone("one_weighted", (*kd, *WEIGHTED, "kernels.backend=chunked"))
     decoder = (f"decoder.architecture={TINY_LLAMA}", f"decoder.tokenizer={world}/tokenizer")
     alongside = (*KD, *KEPT, *decoder, *answering(world), "decoder.lora.dropout=0.0", "answers.tower=trained")
     alone("one_alongside", alongside)
@@ -99,6 +101,7 @@ def runs(recipe_file: Path, evaluations: tuple[str, ...], world: Path, tmp_path_
         "two_zero3": arguments("two_zero3", (*kd, "teacher.mode=zero3"), "--ds_config", stages[2]),
         "two_zero3_int8": arguments("two_zero3_int8", (*kd, "teacher.mode=zero3_int8"), "--ds_config", micro_stages[0]),
         "two_ensemble": arguments("two_ensemble", (*kd, *ENSEMBLE, "ensemble.second.mode=zero3")),
+        "two_weighted": arguments("two_weighted", (*kd, *WEIGHTED), "--ds_config", micro_stages[0]),
         "two_every_chunked": arguments("two_every_chunked", (*every, "kernels.backend=chunked")),
         "two_every_ring": arguments("two_every_ring", (*every, "kernels.ring=true"), "--ds_config", micro_stages[0]),
         "two_from_one": arguments("two_from_one", kd),
@@ -182,7 +185,10 @@ def test_accumulation_over_micro_batches_is_exact(runs: Runs, name: str) -> None
     _assert_same_training(runs[name], runs["one"])
 
 
-@pytest.mark.parametrize(("name", "reference"), [("two_zero3", "one"), ("two_zero3_int8", "one_int8"), ("two_ensemble", "one_ensemble")])
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("two_zero3", "one"), ("two_zero3_int8", "one_int8"), ("two_ensemble", "one_ensemble"), ("two_weighted", "one_weighted")],
+)
 def test_a_partitioned_teacher_beside_any_student_teaches_as_a_replicated_one(runs: Runs, name: str, reference: str) -> None:
     assert [outcome.get("code") for outcome in runs.outcomes[name]] == [0, 0], runs.outcomes[name]
     _assert_same_training(runs[name], runs[reference])
@@ -201,6 +207,7 @@ def test_answers_train_on_two_partitioned_ranks_as_on_one(runs: Runs, name: str,
 def test_a_second_teacher_and_eight_bits_change_what_is_learned(runs: Runs) -> None:
     """Or the tests above would compare runs without them."""
     assert losses(runs["one_ensemble"]) != losses(runs["one"]) != losses(runs["one_int8"])
+    assert losses(runs["one_weighted"]) != losses(runs["one_ensemble"])
     assert losses(runs["one_int8"]) == pytest.approx(losses(runs["one"]), rel=0.01)
 
 

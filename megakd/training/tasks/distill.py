@@ -74,7 +74,17 @@ class PairData:
         teacher = ", ".join(map(_called, self.teachers.values())) or "none"
         objectives = ", ".join(f"{weight:g} {name}" for name, weight in self.objectives.weights.items())
         heads = [f"heads: {self.heads}"] if self.heads else []
-        return [f"data: {len(self.shards)} pairs; teacher: {teacher}; objectives: {objectives}", *heads]
+        return [f"data: {len(self.shards)} pairs; teacher: {teacher}; objectives: {objectives}", *heads, *self._weighted()]
+
+    def _weighted(self) -> list[str]:
+        """Which teachers are left out, and what those count for that are not."""
+        weights = {role: settings.weight for role, settings in self.recipe.weighted_teachers().items()}
+        left_out = [role for role in self.recipe.teachers() if role not in weights]
+        lines = [f"not loaded, as their weight is 0: {', '.join(left_out)}"] if left_out and self.teachers else []
+        if self.teachers and not self.recipe.weighs_teachers_alike():
+            shares = ", ".join(f"{role} {weight / sum(weights.values()):.3g}" for role, weight in weights.items())
+            lines.append(f"shares of the teachers in each loss: {shares}")
+        return lines
 
     def preview(self, world: World) -> list[str]:
         built = {role: clip.on_meta(description) for role, description in {"student": self.student, **self.teachers}.items()}
@@ -85,7 +95,7 @@ class PairData:
         ) as batches:
             batch = next(batches)
         first = f"first batch of this rank: {len(batch)} pairs, bad: {batch.bad.by_reason() or 'none'}"
-        parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}"]
+        parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}", *self._weighted()]
         return parts + [_shapes(role, model, batch.pixels[role][:2], batch.tokens[role][:2]) for role, model in built.items()]
 
     def start(self, config: DsConfig, world: World, log: RunLog) -> Distill:
@@ -110,7 +120,7 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
     """
     objectives = ObjectiveSet(recipe, world.device, dist.group.WORLD if world.size > 1 else None)
     use_teacher = objectives.needs_teacher and not to_come
-    teachers = {role: clip.resolve(settings, role) for role, settings in recipe.teachers().items() if use_teacher}
+    teachers = {role: clip.resolve(settings, role) for role, settings in recipe.weighted_teachers().items() if use_teacher}
     for model in (student, *teachers.values()):
         objectives.check_bias(model.role, model.has_bias)
     for description in teachers.values():
