@@ -17,6 +17,7 @@ from megakd.models.heads import ModelShape, ObjectiveHead
 from megakd.models.patches import measure
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.cost import LossCost, LossShape
+from megakd.objectives.teacher_scale import NAME as SCALES
 from megakd.objectives.teacher_scale import TeacherScales
 from megakd.recipe import Recipe
 from megakd.recipe.objectives import declaration
@@ -64,7 +65,8 @@ class ObjectiveSet:
                 f"objectives.{next(iter(self.teacher_blocks.values()))}: reads the teacher's patch tokens, and {stored[0]}.store holds "
                 f"embeddings alone; set {stored[0]}.store_of to 'text', or take {stored[0]}.store out"
             )
-        self._scales = TeacherScales(recipe)
+        self._scales = TeacherScales(recipe, group)
+        self.logged = tuple(f"{SCALES}.{role}" for role in self._scales.matched if self.needs_teacher)
         self._teacher_weights = [settings.weight for settings in recipe.weighted_teachers().values()]
         self._device, self._group = device, group
         self.backends = {name: part.backend for part in self._objectives for name in part.names if part.backend is not None}
@@ -118,29 +120,37 @@ class ObjectiveSet:
         losses = dict[str, Tensor]()
         context = StepContext(student, teachers, self._group, step)
         if teachers:
-            context = replace(context, teachers=self._scales(teachers), weights=self._teacher_weights)
+            context = replace(context, teachers=self._scales(student, teachers), weights=self._teacher_weights)
         for objective in self._objectives:
             losses |= objective(context)
         return {name: losses[name] for name in self.weights}
 
     def cost(self, shape: LossShape) -> LossCost:
-        """Of all active objectives on one rank in one step."""
-        costs = [objective.cost(shape) for objective in self._objectives]
-        return LossCost(sum(one.memory for one in costs), sum(one.wire for one in costs), sum(one.flops for one in costs))
+        """Of all active objectives on one rank in one step. Scales are matched before a loss is computed, and keep no memory."""
+        costs, scales = [objective.cost(shape) for objective in self._objectives], self._scales.cost(shape)
+        memory = max(sum(one.memory for one in costs), scales.memory)
+        return LossCost(memory, sum(one.wire for one in (*costs, scales)), sum(one.flops for one in (*costs, scales)))
+
+    def values(self) -> dict[str, Tensor]:
+        """Scalars by the names in `logged`: what the last step's losses went by, equal on every rank."""
+        return {f"{SCALES}.{role}": value for role, value in self._scales.values().items()} if self.logged else {}
 
     def state(self) -> dict[str, Tensor]:
-        """Copies on the CPU of what objectives keep from step to step, as OBJECTIVE.NAME: what a checkpoint has of them."""
-        kept = {f"{part.names[0]}.{name}": value for part in self._objectives for name, value in part.state.items()}
+        """Copies on the CPU of what objectives keep from step to step, as OBJECTIVE.NAME, and of matched scales, as teacher_scale.ROLE."""
+        owners = {**{part.names[0]: part.state for part in self._objectives}, SCALES: self._scales.state}
+        kept = {f"{owner}.{name}": value for owner, state in owners.items() for name, value in state.items()}
         return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in kept.items()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Give each objective what `state` returned. Raises ValueError for that of an objective which is not active."""
-        owners = {part.names[0]: part for part in self._objectives}
+        """Give each objective what `state` returned. Raises ValueError for that of one which the recipe does not have."""
+        owners = {part.names[0]: part.state for part in self._objectives}
+        if self._scales.matched:
+            owners[SCALES] = self._scales.state
         for key, value in state.items():
             owner, _, name = key.partition(".")
             if owner not in owners:
                 raise ValueError(f"objectives.{owner}: the checkpoint has its state {name!r}, and the recipe gives it no weight")
-            owners[owner].state[name] = value.to(self._device)
+            owners[owner][name] = value.to(self._device)
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -13,6 +13,7 @@ from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, kernel_options
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
+from megakd.recipe.section import MATCHED
 from megakd_kernels import SimilarityLoss
 from megakd_kernels.similarity import similarity_kd
 
@@ -37,6 +38,7 @@ class Softmax(Objective):
         self._fixed_scale = recipe.similarity.student_scale if SIMILARITY in names else None
         self._options = kernel_options(recipe, "similarity_kd" if SIMILARITY in names else "contrastive", device)
         self.backend = self._options["backend"]
+        self._are_matched = any(settings.scale == MATCHED for settings in recipe.weighted_teachers().values())
         self._scale_limit: float | None = None
         self._weighs_alike = recipe.weighs_teachers_alike()
 
@@ -54,7 +56,8 @@ class Softmax(Objective):
         student, teachers = context.student, list(context.teachers) if SIMILARITY in self.names else []
         if self._sharpened != 1:  # b / u = (t / u) b / t
             teachers = [teacher._replace(scale=teacher.scale * self._sharpened) for teacher in teachers]
-        if self._scale_limit is None:  # once: teachers are frozen, and reading a scale waits for the device
+        # Once: teachers are frozen, and reading a scale waits for the device. Those of matched scales differ in every step.
+        if self._scale_limit is None and not (teachers and self._are_matched):
             scales = [self._fixed_scale or self._max_scale, *(float(teacher.scale) for teacher in teachers)]
             self._scale_limit = 1.001 * max(scales)  # for the rounding of exp and of the products
         if self._fixed_scale is not None:

@@ -22,12 +22,14 @@ class Declaration:
     their products.
     needs_bias: of student and teachers, the logit bias of models trained with a sigmoid loss.
     one_width: embeddings of student and teachers are compared as they are, number by number.
+    compares_rows: with a teacher's softmaxes over the rows of the similarity matrix, whose entropy its scale can be matched by.
     """
 
     where: str
     needs_teacher: bool = True
     needs_bias: bool = False
     one_width: bool = False
+    compares_rows: bool = False
 
 
 _SOFTMAX, _SIGMOID = "megakd.objectives.softmax.Softmax", "megakd.objectives.sigmoid.Sigmoid"
@@ -37,7 +39,9 @@ class Objectives(Section):
     """name = weight; 0 leaves an objective out."""
 
     contrastive: Annotated[Weight, Declaration(_SOFTMAX, needs_teacher=False)] = Field(0.0, description="CLIP's InfoNCE, without a teacher")
-    similarity: Annotated[Weight, Declaration(_SOFTMAX)] = Field(0.0, description="similarity-matrix KD, see [similarity]")
+    similarity: Annotated[Weight, Declaration(_SOFTMAX, compares_rows=True)] = Field(
+        0.0, description="similarity-matrix KD, see [similarity]"
+    )
     sigmoid_contrastive: Annotated[Weight, Declaration(_SIGMOID, needs_teacher=False, needs_bias=True)] = Field(
         0.0, description="SigLIP's loss, without a teacher; for models with a logit bias"
     )
@@ -55,16 +59,16 @@ class Objectives(Section):
     patch_relation: Annotated[Weight, Declaration("megakd.objectives.patch.PatchRelation")] = Field(
         0.0, description="KD of the cosines between an image's patch tokens, see [patch_relation]"
     )
-    gradient: Annotated[Weight, Declaration("megakd.objectives.gradient.Gradient", one_width=True)] = Field(
+    gradient: Annotated[Weight, Declaration("megakd.objectives.gradient.Gradient", one_width=True, compares_rows=True)] = Field(
         0.0, description="InfoNCE's gradients in the embeddings, compared with the teacher's; for towers of one width"
     )
     rkd: Annotated[Weight, Declaration("megakd.objectives.rkd.Relational")] = Field(
         0.0, description="distances and angles between a batch's embeddings are the teacher's, see [rkd]"
     )
-    dist: Annotated[Weight, Declaration("megakd.objectives.dist.Dist")] = Field(
+    dist: Annotated[Weight, Declaration("megakd.objectives.dist.Dist", compares_rows=True)] = Field(
         0.0, description="correlation of the softmaxes' rows and columns with the teacher's, see [dist]"
     )
-    dkd: Annotated[Weight, Declaration("megakd.objectives.dkd.Decoupled")] = Field(
+    dkd: Annotated[Weight, Declaration("megakd.objectives.dkd.Decoupled", compares_rows=True)] = Field(
         0.0, description="similarity-matrix KD with a weight for each pair's own match and one for all others, see [dkd]"
     )
     standardised: Annotated[Weight, Declaration("megakd.objectives.standardised.Standardised")] = Field(
@@ -78,6 +82,10 @@ class Objectives(Section):
     def in_need_of_a_teacher(self) -> list[str]:
         """Names of the active ones that compare the student with a teacher."""
         return [name for name in self.active() if declaration(name).needs_teacher]
+
+    def that_compare_rows(self) -> list[str]:
+        """Names of the active ones that read a teacher's softmaxes over rows."""
+        return [name for name in self.active() if declaration(name).compares_rows]
 
 
 def declaration(name: str) -> Declaration:

@@ -6,13 +6,15 @@ read and compared in `load.py`; the losses are in `objectives.py`, the sections 
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megakd.recipe.objectives import ObjectiveSections
+from megakd.recipe.objectives import ObjectiveSections, declaration
 from megakd.recipe.placements import INT8, INT8_MODES, MODES, PLACEMENTS
 from megakd.recipe.section import (
+    MATCHED,
     FloatPair,
     FloatTriple,
     Fraction,
@@ -116,7 +118,14 @@ class Student(Model):
 
 
 class Teacher(Model):
-    scale: Scale | None = Field(None, description="logit scale that objectives see in place of the teacher's own; MobileCLIP2 takes 70, 60")
+    scale: Scale = Field(
+        None,
+        description="logit scale that objectives see in place of the teacher's own: a number (MobileCLIP2 takes 70 and 60), or matched: "
+        "the one at which its rows have a given entropy",
+    )
+    entropy: PositiveFloat | None = Field(
+        None, description="matched: mean entropy in nats of a batch's rows, image to texts; default: the student's at its current scale"
+    )
     weight: Weight = Field(
         1.0, description="of this teacher's losses beside other teachers', normalised to sum 1; 0: left out, and not loaded"
     )
@@ -166,6 +175,8 @@ class Teacher(Model):
                 f"{key} is for int8 weights, and mode is {self.mode!r}: set mode to {INT8_MODES}, or {key} to "
                 f"{type(self).model_fields[key].default}"
             )
+        if self.entropy is not None and self.scale != MATCHED:
+            raise ValueError(f"entropy = {self.entropy:g} is what a matched scale aims at: set scale to 'matched', or take entropy out")
         if self.int8_product == "dequantise" and self.outlier_threshold:
             raise ValueError(
                 "int8_product = 'dequantise' multiplies all activations in 16 bit: set outlier_threshold to 0, or int8_product to int_mm"
@@ -316,6 +327,23 @@ class Recipe(ObjectiveSections, Sources):
             raise ValueError(f"objectives.{next(iter(active))}: there is no [student] to learn it")
         if active and self.data.train is None:
             raise ValueError(f"data.train: missing; objectives.{next(iter(active))} learns from image-text shards")
+        return self
+
+    @model_validator(mode="after")
+    def _scales_can_be_matched(self) -> Recipe:
+        matched = {role: teacher for role, teacher in self.weighted_teachers().items() if teacher.scale == MATCHED}
+        if matched and not self.objectives.that_compare_rows():
+            reading = ", ".join(name for name in type(self.objectives).model_fields if declaration(name).compares_rows)
+            raise ValueError(
+                f"{next(iter(matched))}.scale = 'matched': no active objective compares rows of the similarity matrix, whose entropy it "
+                f"matches; give one of objectives.{{{reading}}} a weight, or set the scale to a number"
+            )
+        for role, teacher in matched.items():
+            if teacher.entropy is not None and teacher.entropy >= math.log(self.optim.batch):
+                raise ValueError(
+                    f"{role}.entropy = {teacher.entropy:g}: a row of optim.batch = {self.optim.batch} pairs has less than "
+                    f"log {self.optim.batch} = {math.log(self.optim.batch):.4g} nats; lower it"
+                )
         return self
 
     @model_validator(mode="after")

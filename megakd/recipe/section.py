@@ -46,11 +46,23 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=100)]
 SetName = Annotated[str, Field(min_length=1, max_length=100)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Scale = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]  # of logits
+MATCHED = "matched"
 # A list in TOML becomes a fixed-length tuple; strict mode alone would refuse the list.
 FloatPair = Annotated[tuple[float, float], Field(strict=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 FloatTriple = Annotated[tuple[Number, Number, Number], Field(strict=False)]
+
+
+def _is_a_scale(value: Any) -> Any:
+    """One message for a value that is neither of the two."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value not in (None, MATCHED) and not (number and 0 < value <= MOST_SCALE):
+        raise ValueError(f"a number above 0 and up to {MOST_SCALE:g}, or {MATCHED!r}")
+    return value
+
+
+MOST_SCALE = 1e6  # of logits in float32
+Scale = Annotated[float | Literal["matched"] | None, BeforeValidator(_is_a_scale)]
 
 
 class Section(BaseModel):

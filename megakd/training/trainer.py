@@ -191,7 +191,8 @@ class Trainer:
     def _announce(self, added: list[dict[str, Tensor]], outputs: dict[str, Tensor], batches: Batches) -> collectives.Pending:
         """Start telling the other ranks how this step stands; the backward runs meanwhile. added: losses that add up to the step's."""
         values = [torch.stack([losses[name].detach() for losses in added]).sum().float() for name in self._weights]
-        values_V = torch.stack([*values, *(outputs[name].detach().float() for name in self._logged)])
+        found = {**outputs, **{name: value for task in self.tasks for name, value in task.values().items()}}
+        values_V = torch.stack([*values, *(found[name].detach().float() for name in self._logged)])
         wrong = (~values_V.isfinite()).any().float().reshape(1)
         flags = [float(bool(self._stop)), float(bool(self._log.failure))]
         counts = torch.tensor([*flags, *map(float, self._bad_in(batches).to_list())], device=values_V.device)
@@ -223,7 +224,7 @@ class Trainer:
             "losses": losses,
             "backends": {name: backend for task in self.tasks for name, backend in task.backends.items()},
             "lr": learning_rate(self.recipe.optim, step - 1),
-            **logged,
+            **_grouped(logged),
             "gradient_norm": self.engine.gradient_norm,
             "images_per_second": images_per_second,
             "memory_gb": memory_gb(self.world.device),
@@ -233,3 +234,15 @@ class Trainer:
         self._log.row(row, self.recipe.optim.steps)
         flat = {"loss": total, **losses, "lr": row["lr"], "images_per_second": images_per_second, **logged}
         self.engine.monitor(flat, step * self.recipe.samples_in_a_step())
+
+
+def _grouped(values: dict[str, float]) -> dict[str, Any]:
+    """GROUP.NAME as an entry of a table GROUP."""
+    grouped: dict[str, Any] = {}
+    for key, value in values.items():
+        group, _, name = key.partition(".")
+        if name:
+            grouped.setdefault(group, {})[name] = value
+        else:
+            grouped[group] = value
+    return grouped

@@ -34,7 +34,13 @@ from support.runs import (
 )
 
 STEPS, BETA1 = 4, 0.9
-WEIGHTED = (*ENSEMBLE, "ensemble.second.weight=3", "teacher.scale=30", "similarity.teacher_temperature=0.5")
+WEIGHTED = (
+    *ENSEMBLE,
+    "ensemble.second.weight=3",
+    "teacher.scale=30",
+    "ensemble.second.scale=matched",
+    "similarity.teacher_temperature=0.5",
+)
 KEPT = ("checkpoint.every=1", "checkpoint.keep=9", f"optim.steps={STEPS}", "optim.clip=0.0", "optim.warmup=0")
 
 
@@ -151,6 +157,7 @@ def _assert_same_training(run: Path, reference: Path) -> None:
         assert row["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
         assert row.get("scale", 0.0) == pytest.approx(expected.get("scale", 0.0), rel=1e-6)
+        assert row.get("teacher_scale", {}) == pytest.approx(expected.get("teacher_scale", {}), rel=1e-5)
     mine, theirs = _gradients(run), _gradients(reference)
     assert mine.keys() == theirs.keys()
     largest = max(value.abs().max() for value in theirs.values())

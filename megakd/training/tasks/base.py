@@ -65,7 +65,7 @@ class Task(ABC):
 
     weights: of its losses, by name; backends: which implementation computes them, where there are several.
     adds_up: whether the losses of micro-batches add up to those of the batch, as sums over samples do. Others take two forwards, see
-    `accumulation`. logged: outputs of the module, scalars, that are logged beside the losses.
+    `accumulation`. logged: outputs of the module, and names in `values`, scalars, that are logged beside the losses.
     items, in_a_step: what its data are, for messages, and how many of them a step takes over all ranks.
     learns: prefixes of the parameters' names that it trains. rates: learning rates other than the recipe's, by such prefixes.
     """
@@ -94,6 +94,10 @@ class Task(ABC):
     @abstractmethod
     def part(self, batch: Any, clock: Stopwatch, step: int) -> StepPart:
         """What the step number `step` (from 0) makes of `batch`, which is on the device. A collective."""
+
+    def values(self) -> dict[str, Tensor]:
+        """Scalars that the last losses went by, on the device and equal on every rank, for `logged`; GROUP.NAME is logged in a group."""
+        return {}
 
     def stepped(self) -> None:  # noqa: B027 - most have nothing to look at
         """After the first step of this start; every rank calls it. Raises ValueError for what only a backward shows."""

@@ -28,6 +28,7 @@ from megakd.models.student import Student, embeddings
 from megakd.objectives.answers import DIVERGENCE
 from megakd.objectives.set import ObjectiveSet
 from megakd.recipe import Recipe
+from megakd.recipe.section import MATCHED
 from megakd.runtime import collectives, precision, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.ds_config import DsConfig
@@ -77,13 +78,23 @@ class PairData:
         return [f"data: {len(self.shards)} pairs; teacher: {teacher}; objectives: {objectives}", *heads, *self._weighted()]
 
     def _weighted(self) -> list[str]:
-        """Which teachers are left out, and what those count for that are not."""
+        """Which teachers are left out, what those count for that are not, and at which scales that are not their own."""
         weights = {role: settings.weight for role, settings in self.recipe.weighted_teachers().items()}
         left_out = [role for role in self.recipe.teachers() if role not in weights]
         lines = [f"not loaded, as their weight is 0: {', '.join(left_out)}"] if left_out and self.teachers else []
         if self.teachers and not self.recipe.weighs_teachers_alike():
             shares = ", ".join(f"{role} {weight / sum(weights.values()):.3g}" for role, weight in weights.items())
             lines.append(f"shares of the teachers in each loss: {shares}")
+        for role in self.teachers:
+            settings = self.recipe.teachers()[role]
+            reference = "of the student's" if settings.entropy is None else f"of {settings.entropy:g} nats"
+            if settings.scale is not None:
+                how = (
+                    f"where its rows have the entropy {reference}"
+                    if settings.scale == MATCHED
+                    else f"{settings.scale:g} in place of its own"
+                )
+                lines.append(f"logit scale of {role}: {how}")
         return lines
 
     def preview(self, world: World) -> list[str]:
@@ -138,12 +149,11 @@ class Distill(Task):
     """The pairs of a run. teachers: by role, live or from their store."""
 
     adds_up = False
-    logged = ("scale",)
     items = "samples"
 
     def __init__(self, data: PairData, teachers: Mapping[str, AnyTeacher], config: DsConfig, world: World) -> None:
         self.weights, self.backends = data.objectives.weights, data.objectives.backends
-        self.in_a_step = data.recipe.optim.batch
+        self.logged, self.in_a_step = ("scale", *data.objectives.logged), data.recipe.optim.batch
         self._data, self._teachers, self._config, self._world = data, teachers, config, world
         live = {role: data.teachers[role] for role, teacher in teachers.items() if not isinstance(teacher, StoredTeacher)}
         self._seen_by = {"student": data.student, **live}  # models that are shown the pairs themselves
@@ -193,6 +203,9 @@ class Distill(Task):
 
     def _view(self, batch: Batch, role: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return normalise(batch.pixels[role], self._preprocess[role], dtype), batch.tokens[role]
+
+    def values(self) -> dict[str, Tensor]:
+        return self._data.objectives.values()
 
     def state(self) -> dict[str, Tensor]:
         return self._data.objectives.state()
