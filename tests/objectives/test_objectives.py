@@ -180,8 +180,9 @@ def test_losses_of_one_matrix_come_from_one_pass_and_are_what_they_are_alone(rec
             torch.testing.assert_close(loss, _loss(_objective(recipe_file, name), student, teacher))
 
 
+@pytest.mark.parametrize("weights", [(), (0.5, 1.5)])
 @pytest.mark.parametrize("name", WITH_TEACHER)
-def test_several_teachers_give_the_mean_of_their_losses(recipe_file: Path, name: str) -> None:
+def test_several_teachers_give_the_mean_of_their_losses_by_weight(recipe_file: Path, name: str, weights: tuple[float, ...]) -> None:
     widths = (16, 16) if declaration(name).one_width else (24, 20)
     student, teachers = _pair(1, 16)._replace(bias=torch.tensor(-4.0)), [_pair(5, widths[0]), _pair(7, widths[1], 35.0)]
     teachers = [teacher._replace(bias=torch.tensor(-3.0), features=_maps(seed)) for seed, teacher in enumerate(teachers)]
@@ -189,7 +190,7 @@ def test_several_teachers_give_the_mean_of_their_losses(recipe_file: Path, name:
     objective = _objective(recipe_file, name)
     maps = _maps(11, places=2)
     both = student._replace(projected={head_name(name, place): pair for place, pair in enumerate(queries)}, features=maps)
-    (found,) = objective(StepContext(both, teachers)).values()
+    (found,) = objective(StepContext(both, teachers, weights=weights)).values()
     alone = [
         _loss(
             _objective(recipe_file, name),
@@ -198,7 +199,8 @@ def test_several_teachers_give_the_mean_of_their_losses(recipe_file: Path, name:
         )
         for place, (teacher, pair) in enumerate(zip(teachers, queries, strict=True))
     ]
-    torch.testing.assert_close(found, (alone[0] + alone[1]) / 2)
+    share = 0.25 if weights else 0.5
+    torch.testing.assert_close(found, share * alone[0] + (1 - share) * alone[1])
 
 
 def test_the_task_builds_a_head_for_each_teacher_in_its_width(recipe_file: Path) -> None:

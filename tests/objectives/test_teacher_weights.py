@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megakd.models.embeddings import Embeddings
-from megakd.objectives.base import StepContext, head_name
+from megakd.objectives.base import StepContext
 from megakd.objectives.set import ObjectiveSet, build
 from megakd.recipe import Objectives, Recipe
 from megakd.recipe import load as recipes
-from megakd.recipe.objectives import declaration
 from megakd_kernels.reference import sigmoid_kd_reference, similarity_kd_reference
 from support.runs import ENSEMBLE, KD, TEACHER, curve, train
 
@@ -22,7 +21,6 @@ from support.runs import ENSEMBLE, KD, TEACHER, curve, train
 B = 13
 CPU = torch.device("cpu")
 UPSTREAM = 2.5
-WITH_TEACHER = [name for name in Objectives.model_fields if declaration(name).needs_teacher]
 WEIGHTS = (0.5, 1.5)
 
 
@@ -59,24 +57,6 @@ def test_the_mean_of_teachers_of_equal_weight_has_the_bits_of_a_plain_mean() -> 
         assert torch.equal(StepContext(_student(), weights=weights).mean(losses), torch.stack(losses).mean())
     found = StepContext(_student(), weights=(1.0, 2.0, 5.0)).mean(losses)
     torch.testing.assert_close(found, (losses[0] + 2 * losses[1] + 5 * losses[2]) / 8)
-
-
-@pytest.mark.parametrize("name", WITH_TEACHER)
-def test_every_objective_weighs_its_teachers(recipe_file: Path, name: str) -> None:
-    """Whatever the weights' sum is, the loss is the weighted mean of what each teacher gives alone."""
-    student, teachers = _student(), _teachers()
-    queries = [(_pair(9, width).image, _pair(10, width).image) for width in (24, 20)]
-
-    def loss(of: list[int], weights: tuple[float, ...]) -> Tensor:
-        (objective,) = build(_recipe(recipe_file, *_alone(name)), CPU)
-        projected = {head_name(name, place): queries[number] for place, number in enumerate(of)}
-        context = StepContext(student._replace(projected=projected), [teachers[number] for number in of], weights=weights)
-        return objective(context)[name]
-
-    share = WEIGHTS[0] / sum(WEIGHTS)
-    torch.testing.assert_close(loss([0, 1], WEIGHTS), share * loss([0], (1.0,)) + (1 - share) * loss([1], (1.0,)))
-    torch.testing.assert_close(loss([0, 1], (10.0, 30.0)), loss([0, 1], WEIGHTS))
-    assert torch.equal(loss([0, 1], (2.0, 2.0)), loss([0, 1], ()))
 
 
 @pytest.mark.parametrize("backend", ["eager", "chunked"])
