@@ -6,7 +6,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -91,6 +91,9 @@ class SampleBuilder:
             self._place(key, extension, slot, member)
 
     def damage(self, hole: Hole) -> None:
+        match = _NAME.match(hole.name)
+        if match is not None and match.group(1) in self._row_of:  # a sample that is here, and shows what it lacks
+            hole = replace(hole, members=0)
         self._holes.append((hole, self._latest, None))
 
     def finish(self) -> None:

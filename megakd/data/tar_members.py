@@ -63,6 +63,7 @@ class Hole:
     cut: bool = False
     tail: bool = False
     seam: bool = False
+    name: str = ""  # of the one member in it, where its header is whole
 
 
 def members(file: IO[bytes], length: int) -> Iterator[Member | Hole]:
@@ -96,7 +97,7 @@ def members(file: IO[bytes], length: int) -> Iterator[Member | Hole]:
             if next_start is None and reader.is_noise(at):
                 return
             if next_start is None and isinstance(error, _Beyond):
-                yield Hole(at, length, 1, str(error), cut=True)
+                yield Hole(at, length, 1, str(error), cut=True, name=error.name)
                 return
             yield (hole := reader.hole(at, next_start, f"damaged header at byte {at} ({error})"))
             if hole.cut:
@@ -141,7 +142,11 @@ def _member(info: tarfile.TarInfo, at: int, after: int) -> Member:
 
 
 class _Beyond(tarfile.HeaderError):
-    """A member ends behind the end of the file."""
+    """The member `name` ends behind the end of the file."""
+
+    def __init__(self, name: str, end: int, length: int) -> None:
+        super().__init__(f"{name!r} ends at byte {end} of {length}")
+        self.name = name
 
 
 class _TarReader:
@@ -168,7 +173,7 @@ class _TarReader:
         if after > self._length:
             # of the last member the padding may be missing, its bytes may not
             if info.issparse() or info.offset_data + info.size > self._length:
-                raise _Beyond(f"{info.name!r} ends at byte {after} of {self._length}")
+                raise _Beyond(info.name, after, self._length)
             after = self._length
         return info, after
 

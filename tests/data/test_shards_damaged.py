@@ -117,6 +117,16 @@ def test_of_a_tar_that_is_cut_short_the_lost_samples_are_counted(tmp_path: Path,
         open_shards([str(path), *map(str, others)], max_bad_fraction=0.05)
 
 
+def test_a_member_that_is_cut_short_is_not_counted_again_beside_its_sample(tmp_path: Path) -> None:
+    """All .json come first, then all images: those that are missing show in the samples that are there."""
+    members = [member for number in range(8) for member in pair(f"{number:06d}", number)]
+    kinds = ["json", "jpg", "txt"]
+    path = write_tar(tmp_path / "00000.tar", sorted(members, key=lambda member: kinds.index(member[0].rpartition(".")[2])))
+    path.write_bytes(path.read_bytes()[: header_of(path, "000001.jpg") + 700])
+    shards = open_set(path, whole(tmp_path / "00001.tar", 8), whole(tmp_path / "00002.tar", 8))
+    assert shards.known_bad.counts == {"missing_image": 7, "missing_caption": 1}
+
+
 def test_links_inside_the_tar_are_followed_and_others_counted(tmp_path: Path) -> None:
     path = whole(tmp_path / "0.tar", 2)
     add(path, "hard.jpg", kind=tarfile.LNKTYPE, target="000001.jpg")
