@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -10,10 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from megakd.export.bundle import Bundle
+from megakd.recipe import load as recipes
 from megakd.runtime import checkpoint, precision
 from megakd.runtime.exits import EXIT_USER_ERROR
+from megakd.vqa.benchmarks.base import Question
+from megakd.vqa.sets import QuestionWithImage, open_mixture, question_order
 from support.runs import KD, TRAIN, answering, ds_config, losses, ran, rows, run_ranks, settings, train, zero
 
 STEPS = ("optim.steps=4", "optim.warmup=0", "checkpoint.every=1", "checkpoint.keep=9", "optim.clip=0.0", "optim.lr=1e-2")
@@ -144,14 +150,59 @@ def test_beside_the_pairs_it_is_exact_in_pieces_too(
     assert again == tmp_path / "whole"
 
 
-def test_a_teacher_that_is_the_student_teaches_nothing(recipe_file: Path, asking: tuple[str, ...], run: Path, tmp_path: Path) -> None:
-    """Its own bundle, before it moves: the divergence of the first step is 0, and the gradient is that of the answers alone."""
-    start = [item for item in asking if not item.startswith(("decoder.architecture", "decoder.tokenizer"))]
-    frozen = f"student.model=local-dir:{run}/bundle/tower"
+@pytest.fixture(scope="module")
+def going_on(
+    recipe_file: Path, asking: tuple[str, ...], run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, tuple[str, ...]]:
+    """A recipe and overrides by which the student of `run` does one more step."""
     text = recipe_file.read_text(encoding="utf-8")
-    own = tmp_path / "own.toml"
+    own = tmp_path_factory.mktemp("going_on") / "own.toml"
     own.write_text(text[: text.index("[student]")] + "[student]\n" + text[text.index("[objectives]") :], encoding="utf-8")
-    sets = (*ALONE, *start, frozen, f"decoder.model={run}/bundle/language", f"decoder.start={run}/bundle", "optim.steps=1")
+    kept = [item for item in asking if not item.startswith(("decoder.architecture", "decoder.tokenizer"))]
+    start = (f"student.model=local-dir:{run}/bundle/tower", f"decoder.model={run}/bundle/language", f"decoder.start={run}/bundle")
+    return own, (*ALONE, *kept, *start, "optim.steps=1")
+
+
+def answer_probabilities(bundle: Bundle, question: Question, image: Image.Image | None) -> Tensor:
+    """(N, 86) in float64, at temperature 2: of a question by itself, without padding, from the ids that the bundle's prompts give."""
+    encoded = bundle.prompts.training(question, image is not None)
+    ids_BL, labels = torch.tensor([encoded.ids]), torch.tensor(encoded.labels)
+    image_mask_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
+    image_mask_BL[0, encoded.image_start : encoded.image_start + encoded.image_tokens] = True
+    with torch.no_grad():
+        embeddings = bundle.decoder.embed(bundle.look([image]), ids_BL, image_mask_BL)
+        logits_LW = bundle.decoder.language(inputs_embeds=embeddings).logits[0].double()
+    places = [place for place, label in enumerate(labels.tolist()) if label != -100]
+    assert labels[places].tolist()[-1] == bundle.prompts.end
+    return (logits_LW[[place - 1 for place in places], :86] / 2).softmax(dim=1)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+def test_the_loss_of_a_step_is_that_of_its_questions_one_by_one(
+    kind: str, going_on: tuple[Path, tuple[str, ...]], taught: tuple[str, ...], teacher: Path, run: Path, tmp_path: Path
+) -> None:
+    """Both bundles asked by themselves, p log(p / q) summed in float64, over the answers' tokens of the first batch."""
+    recipe, sets = going_on
+    found = rows(ran(recipe, tmp_path / "run", *sets, *taught, f"answers.teacher.divergence={kind}"))[0]["losses"]
+    settings, _ = recipes.load(str(tmp_path / "run" / "run.json"))
+    assert settings.answers is not None
+    train = open_mixture(settings.answers.train, "answers.train", settings.data, 0, 1, lambda: None)
+    first = question_order(train, 8, settings.seed).indices(0, 8).tolist()
+    student, larger = (Bundle.load(folder, torch.device("cpu")) for folder in (run / "bundle", teacher))
+    total = torch.zeros(())
+    tokens = 0
+    for asked in train.read(first, True):
+        assert isinstance(asked, QuestionWithImage)
+        image = None if asked.image is None else Image.open(io.BytesIO(asked.image))
+        q, p = (answer_probabilities(bundle, asked.question, image) for bundle in (student, larger))
+        one, other = (p, q) if kind == "forward" else (q, p)
+        total, tokens = total + 4 * (one * (one / other).log()).sum(), tokens + len(q)
+    assert found["answer_kl"] == pytest.approx(total.item() / tokens, rel=1e-4)
+
+
+def test_a_teacher_that_is_the_student_teaches_nothing(going_on: tuple[Path, tuple[str, ...]], run: Path, tmp_path: Path) -> None:
+    """Its own bundle, before it moves: the divergence of the first step is 0, and the gradient is that of the answers alone."""
+    own, sets = going_on
     for kind in ("forward", "reverse", "js"):
         more = (f"answers.teacher.bundle={run}/bundle", f"answers.teacher.divergence={kind}", "answers.teacher.weight=100.0")
         taught = ran(own, tmp_path / kind, *sets, *more)
