@@ -7,7 +7,7 @@ With p = softmax(b / t) of the teacher's logits b, q = softmax(a / t) of the stu
     js        (KL(p, m) + KL(q, m)) / 2        GKD, arXiv 2306.13649, with beta = 1/2
 
 The gradient at the logits falls with 1 / t^2 for all three at a high temperature, so that all three have the factor: the weight beside the
-hard loss means the same at every temperature. The published code of MiniLLM and GKD (and TRL's, which has a temperature) has none.
+hard loss means the same at every temperature. TRL's GKDTrainer, which divides by a temperature too, has no such factor.
 
 The sequences are the recipe's answers, not the student's own: what is generated on the fly is another method (GKD's lambda is 0 here).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from megakd.recipe import Decoder, Model
+from megakd.recipe import AnswerTeacher, Decoder, Model
 from megakd.recipe import load as recipes
 
 M = TypeVar("M", bound=Model)
@@ -44,10 +44,10 @@ def decoder(settings: Decoder) -> Decoder:
     return settings.model_copy(update={**source, "quantise": "none" if earlier.model is None else settings.quantise})
 
 
-def before(settings: Decoder) -> Decoder:
-    """`[decoder]` of the recipe that `settings` name. Raises ValueError when it has none."""
+def before(settings: Decoder | AnswerTeacher, key: str = "decoder") -> Decoder:
+    """`[decoder]` of the recipe that `settings`, the section `key`, name. Raises ValueError when it has none."""
     assert settings.recipe is not None
     first = recipes.load(settings.recipe)[0].decoder
     if first is None:
-        raise ValueError(f"decoder.recipe = {settings.recipe!r}: has no [decoder], and so trains none: name another recipe")
+        raise ValueError(f"{key}.recipe = {settings.recipe!r}: has no [decoder], and so trains none: name another recipe")
     return first

@@ -109,6 +109,15 @@ class AnswerTeacher(Section):
     quantise: Literal["none", "int8", "nf4"] | None = Field(
         None, description="hold its language model's weights in 8 or 4 bit by bitsandbytes; default: as in its own run"
     )
+    recipe: str | None = Field(None, description="recipe that trains the teacher first when `bundle` is not there yet")
+
+    @model_validator(mode="after")
+    def _bundle_of_a_run(self) -> AnswerTeacher:
+        if self.recipe is not None and Path(self.bundle).name != "bundle":
+            raise ValueError(
+                f"recipe = {self.recipe!r} trains into a run folder: bundle must be 'RUN/bundle' of that run, not {self.bundle!r}"
+            )
+        return self
 
 
 class Answers(Section):

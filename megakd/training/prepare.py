@@ -63,7 +63,8 @@ class PreparedRun:
 def prepare(request: RunRequest, world: World, to_come: frozenset[str] = frozenset()) -> PreparedRun:
     """Check everything that needs no model. Raises ValueError with key, value, file and remedy.
 
-    to_come: of "teacher", "student" and "decoder" those that another recipe is about to train, so that they need not be there yet.
+    to_come: of "teacher", "student", "decoder" and "answers.teacher" those that another recipe is about to train, so that they need not
+    be there yet.
     """
     recipe = request.recipe
     raw, config_name = ds_config.read(request.ds_config, precision.of(world.device))
@@ -78,7 +79,7 @@ def prepare(request: RunRequest, world: World, to_come: frozenset[str] = frozens
     if recipe.objectives.active() and student is not None:
         tasks.append(distill.prepare(recipe, world, student, to_come="teacher" in to_come))
     if recipe.answers is not None and recipe.decoder is not None:
-        tasks.append(answer.prepare(recipe, recipe.answers, recipe.decoder, config, world, student, to_come="decoder" in to_come))
+        tasks.append(answer.prepare(recipe, recipe.answers, recipe.decoder, config, world, student, to_come))
     return PreparedRun(replace(request, recipe=recipe), config, config_name, student, tuple(tasks))
 
 
@@ -100,7 +101,7 @@ def prerequisites(request: RunRequest) -> list[RunRequest]:
 
 
 def to_come(request: RunRequest) -> frozenset[str]:
-    """Which of "teacher", "student" and "decoder" is not there yet and has a recipe that trains it."""
+    """Which of "teacher", "student", "decoder" and "answers.teacher" is not there yet and has a recipe that trains it."""
     return frozenset(role for role, _, _ in _missing(request.recipe))
 
 
@@ -132,4 +133,7 @@ def _missing(recipe: Recipe) -> list[tuple[str, str, Path]]:
         folder = Path(decoder.start) if decoder.start is not None else Path(decoder.model or "").parent
         if not (folder / manifest.MANIFEST).is_file():
             roles.append(("decoder", decoder.recipe, folder.parent))
+    teacher = None if recipe.answers is None else recipe.answers.teacher
+    if teacher is not None and teacher.recipe is not None and not (Path(teacher.bundle) / manifest.MANIFEST).is_file():
+        roles.append(("answers.teacher", teacher.recipe, Path(teacher.bundle).parent))
     return roles

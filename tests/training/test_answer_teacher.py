@@ -321,3 +321,26 @@ def test_the_teacher_alone_may_be_learned_from(
     assert row["losses"] == rows(run)[0]["losses"]
     assert row["loss"] == pytest.approx(RATE * row["losses"]["answer_kl"])
     assert row["gradient_norm"] < rows(run)[0]["gradient_norm"]
+
+
+def test_a_teacher_that_is_not_there_yet_is_trained_first(
+    recipe_file: Path, asking: tuple[str, ...], world: Path, teacher: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first.json"
+    recorded = json.loads((teacher.parent / "run.json").read_text(encoding="utf-8"))["recipe"]
+    first.write_text(json.dumps({"recipe": recorded}), encoding="utf-8")
+    sets = (*ALONE, *asking, "optim.steps=1", f"answers.teacher.bundle={tmp_path}/large/bundle", f"answers.teacher.recipe={first}")
+    dry = train(recipe_file, "--out", tmp_path / "run", "--dry_run", sets=sets)
+    assert dry.code == 0, dry.err
+    assert f"teacher of answers: {tmp_path}/large/bundle, which recipe '{first}' trains first" in dry.out
+    assert f"would run first: {first} into {tmp_path}/large" in dry.out
+    other = train(recipe_file, "--dry_run", sets=(*sets, other_tokenizer(world, tmp_path / "tokenizer", swapped)))
+    assert other.code == EXIT_USER_ERROR
+    assert f"answers.teacher.recipe = '{first}': its vocabulary is not the decoder's (2 words differ" in other.err
+    nothing = train(recipe_file, "--dry_run", sets=(*sets, f"answers.teacher.recipe={recipe_file}"))
+    assert f"answers.teacher.recipe = '{recipe_file}': has no [decoder], and so trains none" in nothing.err
+    misplaced = train(recipe_file, "--dry_run", sets=(*sets, "answers.teacher.bundle=elsewhere"))
+    assert "bundle must be 'RUN/bundle' of that run, not 'elsewhere'" in misplaced.err
+    run = ran(recipe_file, tmp_path / "run", *sets)
+    assert json.loads((tmp_path / "large" / "bundle" / "bundle.json").read_text(encoding="utf-8"))["decoder"]["image_tokens"] == 9
+    assert rows(run)[0]["losses"]["answer_kl"] > 0

@@ -101,14 +101,22 @@ class AnswerData:
 
 
 def prepare(
-    recipe: Recipe, answers: Answers, settings: Settings, config: DsConfig, world: World, student: clip.ModelSpec | None, *, to_come: bool
+    recipe: Recipe,
+    answers: Answers,
+    settings: Settings,
+    config: DsConfig,
+    world: World,
+    student: clip.ModelSpec | None,
+    to_come: frozenset[str],
 ) -> AnswerData:
-    """answers, settings: `[answers]` and `[decoder]` of the recipe. to_come: another recipe is about to train the decoder.
+    """answers, settings: `[answers]` and `[decoder]` of the recipe. to_come: of "decoder" and "answers.teacher" those that another recipe
+    is about to train.
 
     Raises ValueError, on every rank, for a decoder, a tower, questions and a DeepSpeed configuration that do not fit each other.
     """
     check_batch(recipe, settings, config, world)
-    description = decoder.resolve(chain.decoder(settings) if to_come else settings)
+    awaited = "decoder" in to_come
+    description = decoder.resolve(chain.decoder(settings) if awaited else settings)
     visual: Any = None
     images = None
     if student is not None:
@@ -121,11 +129,13 @@ def prepare(
     if outline.adapted:
         notes.append(lora.coverage(outline.language))
     teacher = None
-    if answers.teacher is not None:
+    if answers.teacher is not None and "answers.teacher" in to_come:
+        notes.append(answer_teacher.check_to_come(answers.teacher, description))
+    elif answers.teacher is not None:
         teacher = answer_teacher.prepare(answers, answers.teacher, outline, recipe.data.max_pixels)
         notes += teacher.notes
     if settings.start is not None and student is not None:
-        before = chain.before(settings).model_dump() if to_come else manifest.read(Path(settings.start))["decoder"]
+        before = chain.before(settings).model_dump() if awaited else manifest.read(Path(settings.start))["decoder"]
         check_same_grid(before, settings, f"decoder.start = {settings.start!r}")
     train = open_mixture(answers.train, "answers.train", recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     order = question_order(train, recipe.questions_in_a_step(), recipe.seed)

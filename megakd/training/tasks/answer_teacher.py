@@ -23,7 +23,7 @@ from megakd.models.vlm import decoder, decoder_tokenizer
 from megakd.models.vlm.decoder import DecoderModel, DecoderSpec
 from megakd.objectives.answer_divergence import TokenDivergence
 from megakd.objectives.answers import DIVERGENCE
-from megakd.recipe import Answers, AnswerTeacher
+from megakd.recipe import Answers, AnswerTeacher, chain
 from megakd.runtime import precision
 from megakd.vqa.loader import ImageProcessor, TeacherReader, TeacherRows
 from megakd.vqa.prompts import PromptEncoder
@@ -86,6 +86,14 @@ def prepare(answers: Answers, settings: AnswerTeacher, student: DecoderModel, ma
     return AnswerTeacherData(settings, spec, outline, TeacherReader(encoder, eyes), words, notes)
 
 
+def check_to_come(settings: AnswerTeacher, student: DecoderSpec) -> str:
+    """What is known of a teacher whose recipe is about to train it, for people. Raises ValueError for a vocabulary that will not be the
+    student's, and for a recipe that trains no decoder."""
+    key = f"answers.teacher.recipe = {settings.recipe!r}"
+    _shared_words(student, decoder.resolve(chain.decoder(chain.before(settings, "answers.teacher"))), key)
+    return f"teacher of answers: {settings.bundle}, which recipe {settings.recipe!r} trains first"
+
+
 def _shared_words(student: DecoderSpec, teacher: DecoderSpec, key: str) -> tuple[int, tuple[str, ...]]:
     """(words that both output layers have logits of, what is left out of them). Raises ValueError where a token is not the same word."""
     mine, theirs = student.tokenizer, teacher.tokenizer
@@ -112,7 +120,7 @@ def _shared_words(student: DecoderSpec, teacher: DecoderSpec, key: str) -> tuple
             f"answers.teacher: compared over the tokenizer's {words} words; what is past them is padding and left out: {padding}",
         )
     raise ValueError(
-        f"{key}: its vocabulary is not the decoder's ({problem}), and logits are compared word by word: name a bundle of the same tokenizer"
+        f"{key}: its vocabulary is not the decoder's ({problem}), and logits are compared word by word: name one of the same tokenizer"
     )
 
 
