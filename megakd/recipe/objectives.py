@@ -51,6 +51,9 @@ class Objectives(Section):
     interactive: Annotated[Weight, Declaration("megakd.objectives.interactive.Interactive")] = Field(
         0.0, description="interactive contrastive learning, see [interactive]"
     )
+    cross: Annotated[Weight, Declaration("megakd.objectives.interactive.Cross")] = Field(
+        0.0, description="the same queries learn the teacher's distribution over its own embeddings, see [cross]"
+    )
     feature: Annotated[Weight, Declaration("megakd.objectives.feature.Feature")] = Field(0.0, description="feature KD, see [feature]")
     masked_feature: Annotated[Weight, Declaration("megakd.objectives.feature.MaskedFeature")] = Field(
         0.0, description="feature KD from masked images, see [masked_feature]"
@@ -106,6 +109,10 @@ class Interactive(Section):
 
     head: HeadKind = "auto"
     scale: StudentScale = "student"
+
+
+class Cross(Interactive):
+    """Cross-KD: as [interactive], with the softmax of the teacher's own embedding in place of the pair's label."""
 
 
 class Feature(Section):
@@ -203,6 +210,7 @@ class ObjectiveSections(Section):
     objectives: Objectives = Objectives()
     similarity: Similarity = Similarity()
     interactive: Interactive = Interactive()
+    cross: Cross = Cross()
     feature: Feature = Feature()
     masked_feature: MaskedFeature = MaskedFeature()
     patch: Patch = Patch()

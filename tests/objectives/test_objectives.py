@@ -25,7 +25,7 @@ B = 12
 CPU = torch.device("cpu")
 NAMES = list(Objectives.model_fields)
 WITH_TEACHER = [name for name in NAMES if declaration(name).needs_teacher]
-HEADS = ("feature", "masked_feature", "interactive")
+HEADS = ("feature", "masked_feature", "interactive", "cross")
 OF_PATCHES = ("patch", "patch_relation")
 BLOCKS = {-2: Patches(4, 6, (2, 2))}
 

@@ -18,7 +18,7 @@ from megakd.recipe import load as recipes
 
 B = 12
 CPU = torch.device("cpu")
-PROJECTED = ("interactive", "feature", "masked_feature")
+PROJECTED = ("interactive", "cross", "feature", "masked_feature")
 
 
 def _recipe(recipe_file: Path, *overrides: str) -> Recipe:
@@ -60,7 +60,7 @@ def test_no_head_between_unlike_widths_is_refused_with_both_and_the_remedy(recip
 def test_the_first_lines_name_the_head_of_each_objective_and_teacher(recipe_file: Path) -> None:
     objectives = ObjectiveSet(_recipe(recipe_file, *(f"objectives.{name}=1" for name in PROJECTED), "feature.head=mlp"), CPU, None)
     shapes = [ModelShape(16), ModelShape(16), ModelShape(24)]
-    said = "interactive none, interactive1 linear 16 -> 24, feature mlp 16 -> 16, feature1 mlp 16 -> 24"
+    said = "interactive none, interactive1 linear 16 -> 24, cross none, cross1 linear 16 -> 24, feature mlp 16 -> 16, feature1 mlp 16 -> 24"
     said += ", masked_feature none, masked_feature1 linear 16 -> 24"
     assert objectives.outline(shapes[0], shapes[1:]) == said
     assert ObjectiveSet(_recipe(recipe_file, "objectives.similarity=1"), CPU, None).outline(shapes[0], shapes[1:]) == ""

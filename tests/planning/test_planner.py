@@ -249,6 +249,7 @@ def test_traffic_of_the_losses() -> None:
             ("similarity", "contrastive"),
             ("contrastive",),
             ("interactive",),
+            ("cross",),
             ("feature",),
             ("masked_feature",),
             ("sigmoid_similarity",),
@@ -271,7 +272,7 @@ def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[st
         return Embeddings(image, text, torch.tensor(10.0).requires_grad_(learns), torch.tensor(-5.0).requires_grad_(learns))
 
     student, teachers = towers(True), [towers(False) for _ in range(count)]
-    if names[0] in ("interactive", "feature", "masked_feature"):
+    if names[0] in ("interactive", "cross", "feature", "masked_feature"):
         student = student._replace(projected={head_name(names[0], place): (student.image, student.text) for place in range(count)})
     watch = MemoryTracker("cpu")
     watch.ignore(tensor for tower in (student, *teachers) for tensor in tower[:4])  # type: ignore[list-item]
