@@ -22,8 +22,8 @@ class Gradient(LineObjective):
 
     N makes g each pair's own and not the mean's share, and the square is summed over the width, so neither the batch nor the width
     changes the weight. The authors' code compares the gradients of the two directions one by one, the paper those of their mean, which
-    is what is meant here; the code's are divided by N and averaged over the width, hence its weight of 1e8, and pass through a tensor
-    of N x D x N.
+    is what is meant here; the code's are divided by N and averaged over the width, and pass through a tensor of N x D x N. Its weight of
+    1e8, at N = 1,024 and D = 512, is between 0.7 and 1.5 here: 0.7 where both directions' differences are the same.
     Source: GD of CLIP-KD (arXiv 2307.12732).
     """
 

@@ -96,6 +96,15 @@ def test_it_is_the_published_code_which_holds_all_rays_and_angles_at_once(recipe
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
 
 
+def test_no_tensor_holds_a_matrix_of_all_points_by_all(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, width = 40, 6
+    monkeypatch.setitem(panels.PANEL_BYTES, "cpu", 5 * count * 4)
+    student, teacher = pairs(count, width, 12.0, 1, torch.float32), pairs(count, width, 25.0, 2, torch.float32)
+    with Watch() as watch:
+        measure(called(_relational(recipe_file, "text")), student, [teacher])
+    assert watch.elements == count * width
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_coinciding_points_have_finite_gradients_unlike_in_the_published_code(recipe_file: Path, count: int) -> None:
     student, teacher = pairs(count, 6, 12.0, 1, torch.float32), pairs(count, 9, 25.0, 2, torch.float32)

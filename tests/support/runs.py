@@ -99,7 +99,13 @@ EVERY_OBJECTIVE = (
     "patch={ blocks = [-1], standardise = 'phi_s', statistics = 2, loss = 'smooth_l1' }",
     "objectives.patch_relation=0.5",
     "patch_relation.blocks=[-1]",
+    "objectives.rkd=0.05",
+    "objectives.dist=0.5",
+    "objectives.dkd=0.2",
+    "objectives.standardised=0.5",
 )
+# It asks for towers of one width, which those above are not. The weight keeps rounding, all that a key's bias gets, below eps.
+GRADIENT = (TEACHER[0].replace("embed_dim = 24", "embed_dim = 16"), TEACHER[1], "objectives.gradient=0.01")
 KD = (*TEACHER, "objectives.similarity=2.0", "objectives.feature=0.5")
 
 

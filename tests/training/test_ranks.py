@@ -21,6 +21,7 @@ from support.forked import fork
 from support.runs import (
     ENSEMBLE,
     EVERY_OBJECTIVE,
+    GRADIENT,
     KD,
     TINY_LLAMA,
     answering,
@@ -81,6 +82,7 @@ def runs(recipe_file: Path, evaluations: tuple[str, ...], world: Path, tmp_path_
     alone("one_mlp", (*kd, "feature.head=mlp"))
     every = (*EVERY_OBJECTIVE, *KEPT)
     alone("one_every", (*every, "kernels.backend=eager"))
+    alone("one_gradient", (*GRADIENT, *KEPT))
     alone("one_int8", (*kd, "teacher.mode=replicated_int8"))
     alone("one_ensemble", (*kd, *ENSEMBLE))
     alone("one_weighted", (*kd, *WEIGHTED, "kernels.backend=chunked"))
@@ -110,6 +112,7 @@ def runs(recipe_file: Path, evaluations: tuple[str, ...], world: Path, tmp_path_
         "two_weighted": arguments("two_weighted", (*kd, *WEIGHTED), "--ds_config", micro_stages[0]),
         "two_every_chunked": arguments("two_every_chunked", (*every, "kernels.backend=chunked")),
         "two_every_ring": arguments("two_every_ring", (*every, "kernels.ring=true"), "--ds_config", micro_stages[0]),
+        "two_gradient": arguments("two_gradient", (*GRADIENT, *KEPT, "kernels.backend=chunked"), "--ds_config", micro_stages[0]),
         "two_from_one": arguments("two_from_one", kd),
         "poisoned": arguments("poisoned", ("checkpoint.every=2", "optim.steps=6")),
         "odd_batch": arguments("odd_batch", ("optim.batch=15",)),
@@ -225,7 +228,12 @@ def test_every_objective_trains_the_same_whatever_computes_it_and_the_metrics_sa
     named = {setting.split("=")[0].removeprefix("objectives.") for setting in EVERY_OBJECTIVE if setting.startswith("objectives.")}
     for row in rows(runs[name]):
         assert row["losses"].keys() == named | {"contrastive"}
-        assert row["backends"] == dict.fromkeys(row["losses"].keys() - {"feature", "patch", "patch_relation"}, backend)
+        assert row["backends"] == dict.fromkeys(row["losses"].keys() - {"feature", "patch", "patch_relation", "rkd"}, backend)
+
+
+def test_gradient_distillation_trains_the_same_on_two_ranks_in_micro_batches(runs: Runs) -> None:
+    _assert_same_training(runs["two_gradient"], runs["one_gradient"])
+    assert all(row["losses"]["gradient"] > 0 for row in rows(runs["one_gradient"]))
 
 
 def test_recomputing_activations_changes_nothing(runs: Runs) -> None:
