@@ -67,7 +67,7 @@ def _scores(run: Path, chosen: str | Path | None, overrides: Sequence[str], worl
         raise ValueError(f"{run}: no run folder (it has no {run_folder.RUN}); give the --out of a training run, such as runs/smoke")
     recipe, _ = recipes.load(str(run / run_folder.RUN), overrides, to_compare=True)
     recipes.check_given(recipe.evaluation, str(run / run_folder.RUN), "evaluation.")
-    if recipe.student is None or not recipe.objectives.active():
+    if recipe.student is None or not recipe.active():
         raise ValueError(f"{run}: a run of answers alone is scored at its end; `megakd answer {run}/bundle` asks its decoder")
     path = collectives.by_main(lambda: Path(chosen) if chosen else _newest(run), world)
     sets = open_sets(recipe, world)

@@ -26,7 +26,7 @@ from megakd.recipe.objectives import declaration
 def build(recipe: Recipe, device: torch.device) -> list[Objective]:
     """The active objectives, in the order of the recipe's keys. Raises ValueError for a forced backend that cannot run on `device`."""
     by_class: dict[str, tuple[str, ...]] = {}
-    for name in recipe.objectives.active():
+    for name in recipe.active():
         where = declaration(name).where
         by_class[where] = (*by_class.get(where, ()), name)
     built: list[Objective] = []
@@ -48,8 +48,8 @@ class ObjectiveSet:
 
         Raises ValueError when an objective needs what the recipe's models do not have, and for a backend that cannot run.
         """
-        self.weights = recipe.objectives.active()
-        in_need = recipe.objectives.in_need_of_a_teacher()
+        self.weights = recipe.active()
+        in_need = recipe.in_need_of_a_teacher()
         self.needs_teacher = bool(in_need)
         if in_need and recipe.teacher is None:
             raise ValueError(
@@ -67,8 +67,7 @@ class ObjectiveSet:
             )
         self._scales = TeacherScales(recipe, group)
         self.logged = tuple(f"{SCALES}.{role}" for role in self._scales.matched if self.needs_teacher)
-        self._teacher_weights = [settings.weight for settings in recipe.weighted_teachers().values()]
-        self._device, self._group = device, group
+        self._recipe, self._device, self._group = recipe, device, group
         self.backends = {name: part.backend for part in self._objectives for name in part.names if part.backend is not None}
 
     def check_bias(self, model: str, has_bias: bool) -> None:
@@ -120,10 +119,14 @@ class ObjectiveSet:
         losses = dict[str, Tensor]()
         context = StepContext(student, teachers, self._group, step)
         if teachers:
-            context = replace(context, teachers=self._scales(student, teachers), weights=self._teacher_weights)
+            context = replace(context, teachers=self._scales(student, teachers), weights=self._recipe.teacher_weights(step))
         for objective in self._objectives:
             losses |= objective(context)
         return {name: losses[name] for name in self.weights}
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Of each loss in the step number `step`, from 0; `weights` has the largest over the run."""
+        return {name: self._recipe.value_at(f"objectives.{name}", step) for name in self.weights}
 
     def cost(self, shape: LossShape) -> LossCost:
         """Of all active objectives on one rank in one step. Scales are matched before a loss is computed, and keep no memory."""

@@ -12,7 +12,7 @@ from megakd.models.embeddings import Embeddings
 from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, kernel_options
 from megakd.objectives.cost import LossCost, LossShape
-from megakd.recipe import Recipe
+from megakd.recipe import Recipe, Similarity
 from megakd.recipe.section import MATCHED
 from megakd_kernels import SimilarityLoss
 from megakd_kernels.similarity import similarity_kd
@@ -33,13 +33,15 @@ class Softmax(Objective):
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         super().__init__(recipe, device, names)
         assert recipe.student is not None, "a recipe with objectives has a student"
-        self._temperature, self._max_scale = recipe.similarity.temperature, recipe.student.max_scale
-        self._sharpened = self._temperature / (recipe.similarity.teacher_temperature or self._temperature)
+        self._recipe, self._max_scale = recipe, recipe.student.max_scale
         self._fixed_scale = recipe.similarity.student_scale if SIMILARITY in names else None
         self._options = kernel_options(recipe, "similarity_kd" if SIMILARITY in names else "contrastive", device)
         self.backend = self._options["backend"]
+        moving = [key for key in ("similarity.temperature", "similarity.teacher_temperature") if key in recipe.schedules]
+        if moving and self.backend == "compiled":
+            raise ValueError(f"kernels.backend = 'compiled': would compile anew for each value of schedules.{moving[0]}; choose another")
         self._are_matched = any(settings.scale == MATCHED for settings in recipe.weighted_teachers().values())
-        self._scale_limit: float | None = None
+        self._largest: float | None = None
         self._weighs_alike = recipe.weighs_teachers_alike()
 
     @classmethod
@@ -54,12 +56,16 @@ class Softmax(Objective):
 
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
         student, teachers = context.student, list(context.teachers) if SIMILARITY in self.names else []
-        if self._sharpened != 1:  # b / u = (t / u) b / t
-            teachers = [teacher._replace(scale=teacher.scale * self._sharpened) for teacher in teachers]
+        options: Similarity = self._recipe.section_at("similarity", context.step)
+        sharpened = options.temperature / (options.teacher_temperature or options.temperature)
         # Once: teachers are frozen, and reading a scale waits for the device. Those of matched scales differ in every step.
-        if self._scale_limit is None and not (teachers and self._are_matched):
-            scales = [self._fixed_scale or self._max_scale, *(float(teacher.scale) for teacher in teachers)]
-            self._scale_limit = 1.001 * max(scales)  # for the rounding of exp and of the products
+        if self._largest is None and not (teachers and self._are_matched):
+            self._largest = max([0.0, *(float(teacher.scale) for teacher in teachers)])
+        limit = None
+        if self._largest is not None:  # a little more, for the rounding of exp and of the products
+            limit = 1.001 * max(self._fixed_scale or self._max_scale, sharpened * self._largest)
+        if sharpened != 1:  # b / u = (t / u) b / t
+            teachers = [teacher._replace(scale=teacher.scale * sharpened) for teacher in teachers]
         if self._fixed_scale is not None:
             student = student._replace(scale=student.scale.new_tensor(self._fixed_scale))
 
@@ -67,9 +73,9 @@ class Softmax(Objective):
             return similarity_kd(
                 student,
                 [*these] or None,
-                temperature=self._temperature,
+                temperature=options.temperature,
                 hard=hard,
-                scale_limit=self._scale_limit,
+                scale_limit=limit,
                 group=context.group,
                 **self._options,
             )

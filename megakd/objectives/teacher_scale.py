@@ -73,15 +73,17 @@ class TeacherScales:
             return list(teachers)
         ranks, of_student, scaled = Ranks.of(self._group), None, list[Embeddings]()
         for (role, settings), teacher in zip(self._settings.items(), teachers, strict=True):
-            scale: Tensor | float | str | None = settings.scale
-            if scale == MATCHED and settings.entropy is None:
+            scale = teacher.scale
+            if isinstance(settings.scale, float):
+                scale = scale.new_full((), settings.scale)
+            elif settings.scale == MATCHED and settings.entropy is not None:
+                scale = self._match(role, teacher, scale.new_full((), settings.entropy, dtype=torch.float64), ranks)
+            elif settings.scale == MATCHED:
                 if of_student is None:
-                    own = student.scale.detach() if self._student_scale is None else student.scale.new_tensor(self._student_scale)
+                    own = student.scale.detach() if self._student_scale is None else student.scale.new_full((), self._student_scale)
                     of_student, _ = row_entropy(student, own, ranks)
                 scale = self._match(role, teacher, of_student, ranks)
-            elif scale == MATCHED:
-                scale = self._match(role, teacher, teacher.scale.new_tensor(settings.entropy, dtype=torch.float64), ranks)
-            scaled.append(teacher if scale is None else teacher._replace(scale=torch.as_tensor(scale).to(teacher.scale)))
+            scaled.append(teacher._replace(scale=scale.to(teacher.scale.dtype)))
         return scaled
 
     def _match(self, role: str, teacher: Embeddings, target: Tensor, ranks: Ranks) -> Tensor:

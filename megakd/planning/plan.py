@@ -68,7 +68,7 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     raw, config_name = ds_config.read(config, precision.of(device))
     resolved = ds_config.resolve(raw, recipe, cluster.gpus, config_name=config_name, recipe_name=recipe_name)
     ds_check.check(resolved, config_name)
-    rounds, pairs = resolved.micro_batches, recipe.optim.batch if recipe.objectives.active() else 0
+    rounds, pairs = resolved.micro_batches, recipe.optim.batch if recipe.active() else 0
     questions = recipe.questions_in_a_step()
     local, asked = pairs // cluster.gpus, math.ceil(questions / cluster.gpus)
     shares = models.Shares(local // rounds, local, math.ceil(asked / rounds), asked)

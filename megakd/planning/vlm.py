@@ -167,6 +167,6 @@ def learner(recipe: Recipe, student: Student) -> Learner:
     reader = decoder.build(decoder.resolve(chain.decoder(recipe.decoder)), visual, META)
     tower_learns = recipe.answers.tower == "trained"
     answering = VisionLanguageStudent(student, reader, recipe.decoder.layer, tower_learns=tower_learns)
-    if not recipe.objectives.active():
+    if not recipe.active():
         freeze_all_but(answering, "decoder.", *(("clip.visual.",) if tower_learns else ()))
     return Learner(answering, recipe.answers.max_length, recipe.answers.teacher)

@@ -1,6 +1,8 @@
 """What is learned: the sections of a recipe. See `schema.py` for its whole tree."""
 
 from megakd.recipe.objectives import Feature, Interactive, Objectives, Similarity
+from megakd.recipe.optim import Optim
+from megakd.recipe.schedules import Schedule
 from megakd.recipe.schema import (
     Checkpoint,
     Data,
@@ -8,7 +10,6 @@ from megakd.recipe.schema import (
     Kernels,
     Log,
     Model,
-    Optim,
     Preprocess,
     Recipe,
     Student,
@@ -38,6 +39,7 @@ __all__ = [
     "Preprocess",
     "QuestionSource",
     "Recipe",
+    "Schedule",
     "Section",
     "Similarity",
     "Student",

@@ -201,6 +201,9 @@ def refused(old: Recipe, new: Recipe) -> list[str]:
             lines.append(f"{key}: {before!r} -> {after!r}")
         elif key == "optim.steps" and new.optim.schedule != "constant":
             lines.append(f"{key}: {before!r} -> {after!r} (with schedule = {new.optim.schedule!r} the rate of every step depends on it)")
+        elif key == "optim.steps":
+            open_ended = [name for name, schedule in new.schedules.items() if schedule.end is not None and schedule.to_step is None]
+            lines += [f"{key}: {before!r} -> {after!r} (schedules.{name} moves until then: give it a to_step)" for name in open_ended[:1]]
     return lines
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from megakd.recipe.section import Block, HeadKind, Positive, PositiveFloat, Section, StudentScale, Weight
+from megakd.recipe.section import SCHEDULED_TEMPERATURE, Block, HeadKind, Positive, PositiveFloat, Section, StudentScale, Weight
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,6 @@ class Objectives(Section):
         0.0, description="similarity-matrix KD on z-scores, whatever the two logit scales, see [standardised]"
     )
 
-    def active(self) -> dict[str, float]:
-        """name -> weight of those with a positive one, in the order above."""
-        return {name: weight for name, weight in self if weight > 0}
-
-    def in_need_of_a_teacher(self) -> list[str]:
-        """Names of the active ones that compare the student with a teacher."""
-        return [name for name in self.active() if declaration(name).needs_teacher]
-
-    def that_compare_rows(self) -> list[str]:
-        """Names of the active ones that read a teacher's softmaxes over rows."""
-        return [name for name in self.active() if declaration(name).compares_rows]
-
 
 def declaration(name: str) -> Declaration:
     """What the field `name` of `Objectives` declares."""
@@ -99,8 +87,12 @@ def declaration(name: str) -> Declaration:
 class Similarity(Section):
     """Similarity-matrix KD: KL divergence of the two towers' softmaxes over rows and columns."""
 
-    temperature: PositiveFloat = Field(1.0, description="divides the student's logits; the loss is multiplied by its square")
-    teacher_temperature: PositiveFloat | None = Field(None, description="divides the teacher's logits; default: temperature")
+    temperature: Annotated[PositiveFloat, SCHEDULED_TEMPERATURE] = Field(
+        1.0, description="divides the student's logits; the loss is multiplied by its square"
+    )
+    teacher_temperature: Annotated[PositiveFloat | None, SCHEDULED_TEMPERATURE] = Field(
+        None, description="divides the teacher's logits; default: temperature"
+    )
     student_scale: PositiveFloat | None = Field(None, description="fixed logit scale; default: the learned one")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from megakd.recipe import objectives
+from megakd.recipe.schedules import Schedule
 
 Change = Literal["free", "told", "refused"]
 
@@ -55,6 +56,7 @@ _REFUSED = (
     *(f"student.{key}" for key in ("model", "architecture", "pretrained", "tokenizer", "max_scale", *_PREPROCESS)),
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_REFUSED),
     *objectives.keys(),
+    *(f"schedules.*.{key}" for key in Schedule.model_fields),
     *(f"decoder.{key}" for key in ("model", "architecture", "tokenizer", "adapt", "quantise", "image_tokens", "layer", "template")),
     *("decoder.instruction", "decoder.start", *(f"decoder.lora.{key}" for key in ("rank", "alpha", "dropout", "targets"))),
     *("answers.train.*.format", "answers.train.*.split", "answers.weight", "answers.batch", "answers.tower"),

@@ -1,20 +1,23 @@
 """A recipe says what is learned: data, models, objectives, optimisation. One frozen, typed tree; no other module has defaults.
 
 How a run is carried out (ZeRO stage, precision, micro-batch, monitors) is in the DeepSpeed JSON, see `runtime/ds_config.py`. Recipes are
-read and compared in `load.py`; the losses are in `objectives.py`, the sections about questions in `vqa.py`.
+read and compared in `load.py`; the losses are in `objectives.py`, what of them moves over a run in `schedules.py`, AdamW in `optim.py`, the
+sections about questions in `vqa.py`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megakd.recipe.objectives import ObjectiveSections, declaration
+from megakd.recipe.objectives import declaration
 from megakd.recipe.placements import INT8, INT8_MODES, MODES, PLACEMENTS
+from megakd.recipe.schedules import ScheduledSections
 from megakd.recipe.section import (
     MATCHED,
+    SCHEDULED_WEIGHT,
     FloatPair,
     FloatTriple,
     Fraction,
@@ -126,7 +129,7 @@ class Teacher(Model):
     entropy: PositiveFloat | None = Field(
         None, description="matched: mean entropy in nats of a batch's rows, image to texts; default: the student's at its current scale"
     )
-    weight: Weight = Field(
+    weight: Annotated[Weight, SCHEDULED_WEIGHT] = Field(
         1.0, description="of this teacher's losses beside other teachers', normalised to sum 1; 0: left out, and not loaded"
     )
     mode: TeacherMode = Field(
@@ -195,29 +198,6 @@ class Kernels(Section):
     ring: bool = Field(False, description="pass texts around the ranks instead of gathering them: for batches that do not fit")
 
 
-class Optim(Section):
-    """AdamW, its schedule, and the length of the run."""
-
-    steps: Positive = Field(description="optimiser steps of the whole run")
-    batch: Positive = Field(description="global batch: pairs in one optimiser step, over all ranks")
-    lr: PositiveFloat = Field(description="peak learning rate: after the warm-up")
-    warmup: NonNegative = Field(0, description="steps of linear warm-up")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="of the learning rate after the warm-up")
-    final_lr: Fraction = Field(0.0, description="learning rate at the end of the cosine, as a fraction of lr")
-    betas: FloatPair = Field((0.9, 0.98), description="decay of AdamW's averages of the gradient and of its square")
-    eps: PositiveFloat = Field(1e-6, description="AdamW's addend to the root of the second average")
-    weight_decay: Weight = Field(0.2, description="on matrices alone: norms, biases, embeddings' scales have none")
-    clip: Weight = Field(1.0, description="largest global gradient norm; 0 does not clip")
-
-    @model_validator(mode="after")
-    def _betas_decay_and_warmup_fits(self) -> Optim:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas = {list(self.betas)}: give two decays of at least 0 and below 1, for example [0.9, 0.98]")
-        if self.warmup >= self.steps:
-            raise ValueError(f"warmup = {self.warmup} does not end before steps = {self.steps}: lower warmup or raise steps")
-        return self
-
-
 class Evaluation(Section):
     """Evaluation sets by name; shard patterns are written as in data.train."""
 
@@ -278,13 +258,12 @@ class Sources(Section):
     ensemble: dict[Name, Teacher] = Field(default_factory=dict, description="further teachers by name; losses are means over all by weight")
 
 
-class Recipe(ObjectiveSections, Sources):
+class Recipe(ScheduledSections, Sources):
     """Everything that is learned, and from what."""
 
     kernels: Kernels = Kernels()
     decoder: Decoder | None = None
     answers: Answers | None = None
-    optim: Optim
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
@@ -292,7 +271,7 @@ class Recipe(ObjectiveSections, Sources):
 
     def samples_in_a_step(self) -> int:
         """Pairs, or questions where nothing is learned from pairs; over all ranks."""
-        return self.optim.batch if self.objectives.active() else self.questions_in_a_step()
+        return self.optim.batch if self.active() else self.questions_in_a_step()
 
     def questions_in_a_step(self) -> int:
         """Over all ranks; 0 where nothing is learned from answers."""
@@ -304,12 +283,17 @@ class Recipe(ObjectiveSections, Sources):
         return first | {f"ensemble.{name}": teacher for name, teacher in self.ensemble.items()}
 
     def weighted_teachers(self) -> dict[str, Teacher]:
-        """Those of `teachers` that have a weight: no other is loaded."""
-        return {role: teacher for role, teacher in self.teachers().items() if teacher.weight > 0}
+        """Those of `teachers` that have a weight in some step: no other is loaded."""
+        return {role: teacher for role, teacher in self.teachers().items() if self.peak(f"{role}.weight") > 0}
+
+    def teacher_weights(self, step: int) -> list[float]:
+        """Of `weighted_teachers`, in the step number `step`."""
+        return [self.value_at(f"{role}.weight", step) for role in self.weighted_teachers()]
 
     def weighs_teachers_alike(self) -> bool:
-        """Whether the losses are plain means over the teachers."""
-        return len({teacher.weight for teacher in self.weighted_teachers().values()}) < 2
+        """Whether the losses are plain means over the teachers in every step."""
+        roles = self.weighted_teachers()
+        return len(roles) < 2 or (len(set(self.teacher_weights(0))) == 1 and not any(f"{role}.weight" in self.schedules for role in roles))
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> Recipe:
@@ -320,7 +304,11 @@ class Recipe(ObjectiveSections, Sources):
         if self.teacher is not None and not self.weighted_teachers():
             weights = ", ".join(f"{role}.weight = {teacher.weight:g}" for role, teacher in self.teachers().items())
             raise ValueError(f"{weights}: no teacher has a weight; give one a weight above 0, or take [teacher] out")
-        active = self.objectives.active()
+        moves = [schedule for key, schedule in self.schedules.items() if key.removesuffix(".weight") in self.teachers()]
+        for step in (0, *(end for one in moves for end in (one.from_step, one.to_step or self.optim.steps))):
+            if moves and not any(self.teacher_weights(step)):
+                raise ValueError(f"schedules: at step {step} the weight of every teacher is 0; keep one of them above 0 in each step")
+        active = self.active()
         if not active and self.answers is None:
             raise ValueError("objectives: every weight is 0 and there are no [answers]: nothing would be learned; give one a weight")
         if active and self.student is None:
@@ -332,7 +320,7 @@ class Recipe(ObjectiveSections, Sources):
     @model_validator(mode="after")
     def _scales_can_be_matched(self) -> Recipe:
         matched = {role: teacher for role, teacher in self.weighted_teachers().items() if teacher.scale == MATCHED}
-        if matched and not self.objectives.that_compare_rows():
+        if matched and not any(declaration(name).compares_rows for name in self.active()):
             reading = ", ".join(name for name in type(self.objectives).model_fields if declaration(name).compares_rows)
             raise ValueError(
                 f"{next(iter(matched))}.scale = 'matched': no active objective compares rows of the similarity matrix, whose entropy it "
@@ -356,7 +344,7 @@ class Recipe(ObjectiveSections, Sources):
         if self.answers is not None and self.answers.tower == "trained" and self.student is None:
             raise ValueError("answers.tower = 'trained': there is no [student], and so no tower")
         clip_sets = [kind for kind in ("zero_shot", "retrieval", "hard_negatives") if getattr(self.evaluation, kind)]
-        if clip_sets and not self.objectives.active():
+        if clip_sets and not self.active():
             raise ValueError(f"evaluation.{clip_sets[0]}: without an objective the student's text tower is not trained: take the set out")
         return self
 
@@ -371,6 +359,6 @@ class Recipe(ObjectiveSections, Sources):
             raise ValueError("answers.lr.decoder: decoder.adapt = 'none' trains nothing of the language model; take the rate out")
         if rates.projector is not None and not sees:
             raise ValueError("answers.lr.projector: without [student] the decoder has no projector; take the rate out")
-        if rates.tower is not None and not (sees and (self.answers.tower == "trained" or self.objectives.active())):
+        if rates.tower is not None and not (sees and (self.answers.tower == "trained" or self.active())):
             raise ValueError("answers.lr.tower: nothing trains the vision tower: take the rate out, or set answers.tower to 'trained'")
         return self

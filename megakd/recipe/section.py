@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -47,6 +48,16 @@ SetName = Annotated[str, Field(min_length=1, max_length=100)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 MATCHED = "matched"
+
+
+@dataclass(frozen=True)
+class Schedulable:
+    """Marks a number that `[schedules]` may move over a run, see `schedules.py`. above_zero: whether 0 is none of its values."""
+
+    above_zero: bool
+
+
+SCHEDULED_WEIGHT, SCHEDULED_TEMPERATURE = Schedulable(above_zero=False), Schedulable(above_zero=True)
 # A list in TOML becomes a fixed-length tuple; strict mode alone would refuse the list.
 FloatPair = Annotated[tuple[float, float], Field(strict=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]

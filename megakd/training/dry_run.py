@@ -21,6 +21,7 @@ def show(plan: PreparedRun, world: World) -> str:
         f"DeepSpeed configuration ({plan.config_name}):\n{_indented(plan.config)}",
         f"run folder: {plan.request.out}",
         f"would run: {_outline(plan, world)}",
+        *(f"scheduled: {line}" for line in plan.request.recipe.scheduled()),
     ]
     return "\n".join([*parts, *(line for task in plan.tasks for line in task.preview(world))])
 
@@ -29,8 +30,8 @@ def _outline(plan: PreparedRun, world: World) -> str:
     recipe, config = plan.request.recipe, plan.config
     accumulation = f"{world.size} ranks x {config.micro_batches} x {config.micro_batch}"
     seen = recipe.optim.steps * recipe.samples_in_a_step()
-    learned = "pairs" if recipe.objectives.active() else "questions"
-    objectives = ", ".join(f"{weight:g} {name}" for name, weight in recipe.objectives.active().items()) or "answers"
+    learned = "pairs" if recipe.active() else "questions"
+    objectives = ", ".join(f"{weight:g} {name}" for name, weight in recipe.active().items()) or "answers"
     how = f"ZeRO {config.stage}, {config.precision}; {objectives}"
     return f"{recipe.optim.steps} steps of batch {recipe.optim.batch} = {accumulation}, {seen:,} {learned} in all; {how}"
 

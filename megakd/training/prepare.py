@@ -76,7 +76,7 @@ def prepare(request: RunRequest, world: World, to_come: frozenset[str] = frozens
     recipe = run_folder.check_resume(request.out, request.resume, recipe)
     student = None if recipe.student is None else _student(recipe.student, "student" in to_come)
     tasks: list[TaskData] = []
-    if recipe.objectives.active() and student is not None:
+    if recipe.active() and student is not None:
         tasks.append(distill.prepare(recipe, world, student, to_come="teacher" in to_come))
     if recipe.answers is not None and recipe.decoder is not None:
         tasks.append(answer.prepare(recipe, recipe.answers, recipe.decoder, config, world, student, to_come))
@@ -120,7 +120,7 @@ def _missing(recipe: Recipe) -> list[tuple[str, str, Path]]:
     """(role, recipe, run folder) of what the recipe starts from, has a recipe for, and is not there."""
     roles: list[tuple[str, str, Path]] = []
     models = {
-        "teacher": recipe.weighted_teachers().get("teacher") if recipe.objectives.in_need_of_a_teacher() else None,
+        "teacher": recipe.weighted_teachers().get("teacher") if recipe.in_need_of_a_teacher() else None,
         "student": recipe.student,
     }
     for role, settings in models.items():

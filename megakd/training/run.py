@@ -137,9 +137,10 @@ class Run:
             how += f" ({precision.VARIABLE}={forced})"
         if config.accumulates_in_bf16:
             how += " (gradients add up in bf16, as data_types.grad_accum_dtype says: fp32 loses nothing)"
-        if recipe.objectives.active():
+        if recipe.active():
             how += f", batch {recipe.optim.batch} = {self.world.size} ranks x {config.micro_batches} x {config.micro_batch}"
-        return "\n".join([f"{recipe.optim.steps} steps, {how}", *(line for task in self.plan.tasks for line in task.describe())])
+        lines = [f"scheduled: {line}" for line in recipe.scheduled()] + [line for task in self.plan.tasks for line in task.describe()]
+        return "\n".join([f"{recipe.optim.steps} steps, {how}", *lines])
 
     def _finish(self) -> None:
         """What was trained is written before it is scored: an evaluation may take hours, and fail."""

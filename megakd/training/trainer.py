@@ -66,7 +66,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, world: World, engine: Engine, tasks: Sequence[Task], log: RunLog, stop: StopRequest) -> None:
         self.recipe, self.world, self.engine, self.tasks = recipe, world, engine, tasks
-        self._weights = {name: weight for task in tasks for name, weight in task.weights.items()}
+        self._names = [name for task in tasks for name in task.weights]
         self._logged = [name for task in tasks for name in task.logged]
         self._log, self._stop = log, stop
         self.clock = Stopwatch(world.device)
@@ -131,7 +131,7 @@ class Trainer:
         if last and not all(task.adds_up for task in self.tasks):
             with torch.no_grad(), self.engine.unmoved_buffers():
                 cache = GradCache([self._forward(parts, step, number) for number in range(last + 1)])
-            losses, total = self._losses(parts, cache.leaves)
+            losses, total = self._losses(parts, cache.leaves, step)
             pending = self._announce([losses], cache.leaves, batches)
             cache.backward(total)
 
@@ -142,7 +142,7 @@ class Trainer:
             if cache is not None:
                 total = cache.surrogate(outputs, number)
             else:
-                losses, total = self._losses(parts, outputs)
+                losses, total = self._losses(parts, outputs, step)
                 added.append(losses)
                 if number == last:
                     pending = self._announce(added, outputs, batches)
@@ -182,15 +182,18 @@ class Trainer:
         with self.clock.part("student"):
             return self.engine.forward(**inputs)
 
-    def _losses(self, parts: list[StepPart], outputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    def _weights(self, step: int) -> dict[str, float]:
+        return {name: weight for task in self.tasks for name, weight in task.weights_at(step).items()}
+
+    def _losses(self, parts: list[StepPart], outputs: dict[str, Tensor], step: int) -> tuple[dict[str, Tensor], Tensor]:
         """The losses by name, and their weighted sum."""
         with self.clock.part("loss"):
             losses = {name: loss for part in parts for name, loss in part.losses(outputs).items()}
-            return losses, weighted_sum(losses, self._weights)
+            return losses, weighted_sum(losses, self._weights(step))
 
     def _announce(self, added: list[dict[str, Tensor]], outputs: dict[str, Tensor], batches: Batches) -> collectives.Pending:
         """Start telling the other ranks how this step stands; the backward runs meanwhile. added: losses that add up to the step's."""
-        values = [torch.stack([losses[name].detach() for losses in added]).sum().float() for name in self._weights]
+        values = [torch.stack([losses[name].detach() for losses in added]).sum().float() for name in self._names]
         found = {**outputs, **{name: value for task in self.tasks for name, value in task.values().items()}}
         values_V = torch.stack([*values, *(found[name].detach().float() for name in self._logged)])
         wrong = (~values_V.isfinite()).any().float().reshape(1)
@@ -200,7 +203,7 @@ class Trainer:
 
     def _agree(self, pending: collectives.Pending, batches: Batches) -> StepSummary:
         wrong, *values = pending.read()
-        names = [*self._weights, *self._logged]
+        names = [*self._names, *self._logged]
         means, (stop, log_failed, *counts) = values[: len(names)], values[len(names) :]
         bad = BadSamples.from_list([int(count) for count in counts], self._bad_in(batches))
         return StepSummary(dict(zip(names, means, strict=True)), wrong == 0, stop > 0, log_failed > 0, bad)
@@ -215,8 +218,9 @@ class Trainer:
 
     def _write_row(self, step: int, summary: StepSummary, images_per_second: float, elapsed: float) -> None:
         logged = {name: summary.values[name] for name in self._logged}
-        losses = {name: summary.values[name] for name in self._weights}
-        total = sum(weight * losses[name] for name, weight in self._weights.items())
+        losses = {name: summary.values[name] for name in self._names}
+        total = sum(weight * losses[name] for name, weight in self._weights(step - 1).items())
+        scheduled = {f"scheduled.{key}": self.recipe.value_at(key, step - 1) for key in self.recipe.schedules}
         seconds = self.clock.read()
         row: dict[str, Any] = {
             "step": step,
@@ -224,7 +228,7 @@ class Trainer:
             "losses": losses,
             "backends": {name: backend for task in self.tasks for name, backend in task.backends.items()},
             "lr": learning_rate(self.recipe.optim, step - 1),
-            **_grouped(logged),
+            **_grouped({**logged, **scheduled}),
             "gradient_norm": self.engine.gradient_norm,
             "images_per_second": images_per_second,
             "memory_gb": memory_gb(self.world.device),
@@ -232,7 +236,7 @@ class Trainer:
             "bad_samples": self._bad.counts,
         }
         self._log.row(row, self.recipe.optim.steps)
-        flat = {"loss": total, **losses, "lr": row["lr"], "images_per_second": images_per_second, **logged}
+        flat = {"loss": total, **losses, "lr": row["lr"], "images_per_second": images_per_second, **logged, **scheduled}
         self.engine.monitor(flat, step * self.recipe.samples_in_a_step())
 
 

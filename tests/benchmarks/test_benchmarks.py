@@ -132,7 +132,7 @@ def test_our_recipe_is_a_valid_one(tmp_path: Path) -> None:
     recipe, _ = load(str(side_by_side.write_recipe(job.recipe(), tmp_path / "recipe.json")))
     assert isinstance(recipe, Recipe)
     assert recipe.student.architecture == TINY
-    assert recipe.objectives.active() == {"contrastive": 1.0, "similarity": 1.0}
+    assert recipe.active() == {"contrastive": 1.0, "similarity": 1.0}
     assert (recipe.log.every, recipe.views.crop_scale, recipe.views.flip) == (1, (0.9, 1.0), 0.0)
 
 

@@ -137,7 +137,7 @@ def test_a_teacher_of_weight_zero_is_not_loaded_and_the_run_says_so(recipe_file:
     assert "not loaded, as their weight is 0: ensemble.second" in shown.out
     assert "ensemble.second:" not in shown.out
     weighted = train(recipe_file, "--dry_run", sets=(*short, *ENSEMBLE, "ensemble.second.weight=3"))
-    assert "shares of the teachers in each loss: teacher 0.25, ensemble.second 0.75" in weighted.out
+    assert "shares of the teachers in each loss of the first step: teacher 0.25, ensemble.second 0.75" in weighted.out
 
 
 @pytest.mark.parametrize(

@@ -208,14 +208,18 @@ class Answering(Task):
     def __init__(self, data: AnswerData, config: DsConfig, world: World) -> None:
         self._data, self._config, self._world, self._dtype = data, config, world, precision.dtype(config.precision)
         self._loss, self._teacher = AnswerLoss(world), None
-        self.weights, self.in_a_step = {NAME: data.settings.weight}, data.recipe.questions_in_a_step()
+        self.weights, self.in_a_step = {NAME: data.recipe.peak("answers.weight")}, data.recipe.questions_in_a_step()
         if data.teacher is not None:
             watchdog.beat("loading answers.teacher")
             self._teacher = LanguageTeacher(data.teacher, world.device)
-            self.weights |= {DIVERGENCE: data.teacher.settings.weight}
+            self.weights |= {DIVERGENCE: data.recipe.peak("answers.teacher.weight")}
         self.rates = {_PARTS[name]: rate for name, rate in data.settings.lr.model_dump(exclude_none=True).items()}
         self._tower_learns = data.settings.tower == "trained"
         self.learns = ("decoder.", "clip.visual.") if self._tower_learns else ("decoder.",)
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        keys = {NAME: "answers.weight", DIVERGENCE: "answers.teacher.weight"}
+        return {name: self._data.recipe.value_at(keys[name], step) for name in self.weights}
 
     def extend(self, module: Student, device: torch.device) -> VisionLanguageStudent:
         description, settings = self._data.decoder, self._data.decoder.settings
@@ -248,7 +252,8 @@ class Answering(Task):
         if self._teacher is not None and batch.teacher is not None:
             with clock.part("teacher"):
                 columns = [[None] * len(micro_batches) if one is None else one.tensor_split(len(micro_batches)) for one in batch.teacher]
-                read = [self._teacher.read(TeacherRows(*rows)) for rows in zip(*columns, strict=True)]
+                temperature = self._data.recipe.value_at("answers.teacher.temperature", step)
+                read = [self._teacher.read(TeacherRows(*rows), temperature) for rows in zip(*columns, strict=True)]
             micro_batches = [asked._replace(divergence=one) for asked, one in zip(micro_batches, read, strict=True)]
         return StepPart([{"questions": asked} for asked in micro_batches], lambda outputs: self._loss.losses(outputs, answer_tokens))
 
@@ -302,7 +307,7 @@ class Answering(Task):
 
     def write(self, weights: dict[str, Tensor], folder: Path) -> None:
         recipe, student = self._data.recipe, self._data.student
-        trained = bool(recipe.objectives.active()) or self._tower_learns
+        trained = bool(recipe.active()) or self._tower_learns
         towers, loaded = None, False
         texts = [text for one in check.examples(self._data.train, _COMPARED) for text in (one.text, one.answer)]
         with self._in_float32(weights) as module:

@@ -144,15 +144,18 @@ class LanguageTeacher:
         self._visual: Any = None if bundle.towers is None else bundle.towers.clip.visual
         self._dtype, self._device = precision.dtype(kind), device
 
-    def read(self, rows: TeacherRows) -> TokenDivergence:
-        """What the student's logits of these questions' answer tokens are compared with. It holds the logits of answer tokens alone."""
+    def read(self, rows: TeacherRows, temperature: float) -> TokenDivergence:
+        """What the student's logits of these questions' answer tokens are compared with. It holds the logits of answer tokens alone.
+
+        temperature: of this step, in place of the settings'.
+        """
         eyes, visual_BVC = self._data.reader.image_processor, None
         with torch.no_grad(), precision.of_towers(self._device):
             if eyes is not None and rows.pixels is not None:
                 pixels = normalise(rows.pixels, eyes.preprocess, self._dtype)
                 visual_BVC = patch_tokens(self._visual, pixels, self._decoder.settings.layer)
             logits_NU = self._decoder.answer_logits(visual_BVC, *rows[1:])
-        return TokenDivergence(self._data.settings, logits_NU, self._data.words)
+        return TokenDivergence(self._data.settings.model_copy(update={"temperature": temperature}), logits_NU, self._data.words)
 
     def state(self) -> dict[str, Tensor]:
         """Which teacher it is, for a checkpoint."""

@@ -63,7 +63,7 @@ class StepPart:
 class Task(ABC):
     """A task in a run that has started.
 
-    weights: of its losses, by name; backends: which implementation computes them, where there are several.
+    weights: of its losses, by name, where they move the largest; backends: which implementation computes them, where there are several.
     adds_up: whether the losses of micro-batches add up to those of the batch, as sums over samples do. Others take two forwards, see
     `accumulation`. logged: outputs of the module, and names in `values`, scalars, that are logged beside the losses.
     items, in_a_step: what its data are, for messages, and how many of them a step takes over all ranks.
@@ -94,6 +94,10 @@ class Task(ABC):
     @abstractmethod
     def part(self, batch: Any, clock: Stopwatch, step: int) -> StepPart:
         """What the step number `step` (from 0) makes of `batch`, which is on the device. A collective."""
+
+    def weights_at(self, step: int) -> Mapping[str, float]:
+        """Of its losses in the step number `step`, from 0."""
+        return self.weights
 
     def values(self) -> dict[str, Tensor]:
         """Scalars that the last losses went by, on the device and equal on every rank, for `logged`; GROUP.NAME is logged in a group."""

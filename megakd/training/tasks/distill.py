@@ -79,12 +79,12 @@ class PairData:
 
     def _weighted(self) -> list[str]:
         """Which teachers are left out, what those count for that are not, and at which scales that are not their own."""
-        weights = {role: settings.weight for role, settings in self.recipe.weighted_teachers().items()}
+        weights = dict(zip(self.recipe.weighted_teachers(), self.recipe.teacher_weights(0), strict=True))
         left_out = [role for role in self.recipe.teachers() if role not in weights]
         lines = [f"not loaded, as their weight is 0: {', '.join(left_out)}"] if left_out and self.teachers else []
         if self.teachers and not self.recipe.weighs_teachers_alike():
             shares = ", ".join(f"{role} {weight / sum(weights.values()):.3g}" for role, weight in weights.items())
-            lines.append(f"shares of the teachers in each loss: {shares}")
+            lines.append(f"shares of the teachers in each loss of the first step: {shares}")
         for role in self.teachers:
             settings = self.recipe.teachers()[role]
             reference = "of the student's" if settings.entropy is None else f"of {settings.entropy:g} nats"
@@ -203,6 +203,9 @@ class Distill(Task):
 
     def _view(self, batch: Batch, role: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return normalise(batch.pixels[role], self._preprocess[role], dtype), batch.tokens[role]
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        return self._data.objectives.weights_at(step)
 
     def values(self) -> dict[str, Tensor]:
         return self._data.objectives.values()
