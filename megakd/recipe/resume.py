@@ -46,6 +46,7 @@ TOLD = {
     "optim.clip": _FROM_HERE,
     "optim.steps": "with a constant schedule every step is what it would have been with this number from the start",
     "answers.max_length": f"other conversations fit, {_FROM_HERE}",
+    "answers.teacher.bundle": "it has to be the same teacher, which is checked by its SHA-256",
     "answers.lr.tower": _FROM_HERE,
     "answers.lr.projector": _FROM_HERE,
     "answers.lr.decoder": _FROM_HERE,
@@ -60,7 +61,7 @@ _REFUSED = (
     *(f"decoder.{key}" for key in ("model", "architecture", "tokenizer", "adapt", "quantise", "image_tokens", "layer", "template")),
     *("decoder.instruction", "decoder.start", *(f"decoder.lora.{key}" for key in ("rank", "alpha", "dropout", "targets"))),
     *("answers.train.*.format", "answers.train.*.split", "answers.weight", "answers.batch", "answers.tower"),
-    *(f"answers.teacher.{key}" for key in ("bundle", "weight", "divergence", "temperature", "quantise")),
+    *(f"answers.teacher.{key}" for key in ("weight", "divergence", "temperature", "quantise")),
     *(f"optim.{key}" for key in ("batch", "warmup", "schedule", "final_lr", "betas", "eps", "weight_decay")),
 )
 ON_RESUME: dict[str, Change] = {

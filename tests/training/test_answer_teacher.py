@@ -91,13 +91,16 @@ def test_the_run_holds_the_students_weights_alone(run: Path, teacher: Path) -> N
 def test_it_is_resumed_bit_for_bit_and_by_the_same_teacher_alone(
     recipe_file: Path, asking: tuple[str, ...], taught: tuple[str, ...], run: Path, teacher: Path, tmp_path: Path
 ) -> None:
+    """Wherever its folder lies by then."""
     own = tmp_path / "teacher"
     shutil.copytree(teacher, own)
     sets = (*ALONE, *asking, *taught, f"answers.teacher.bundle={own}")
-    ran(recipe_file, tmp_path / "run", *sets)
+    ran(recipe_file, tmp_path / "run", *ALONE, *asking, *taught)
     for folder in sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[2:]:
         shutil.rmtree(folder)
-    ran(recipe_file, tmp_path / "run", *sets)
+    moved = train(recipe_file, "--out", tmp_path / "run", sets=sets)
+    assert moved.code == 0, moved.err
+    assert f"answers.teacher.bundle: {str(teacher)!r} -> {str(own)!r}: it has to be the same teacher" in moved.out
     assert curve(tmp_path / "run") == curve(run)
     assert all(torch.equal(value, step_of(run, 4)[0][name]) for name, value in step_of(tmp_path / "run", 4)[0].items())
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
