@@ -1,7 +1,7 @@
 """What objectives train beside the student's towers: projections of its embeddings and patch tokens, and what they read of the tower.
 
 Heads are inside the module that the engine trains, so they are synchronised, clipped and checkpointed like every other parameter.
-Legend: B local batch, D embedding width, C a block's width, h x w its grid of patches.
+Legend: B local batch, D embedding width, T a teacher's, F both together, C a block's width, h x w its grid of patches.
 """
 
 from __future__ import annotations
@@ -35,37 +35,70 @@ class ObjectiveHead(nn.Module, ABC):
 
     view: how the images that it is given embeddings of are masked; None: the whole ones. What differs costs the tower a further forward,
     one for all heads of an equal view. Patch tokens are always of whole images.
+    teacher_width: of the teacher whose embeddings it is given, which come from outside the engine's module; 0: none.
     """
 
     blocks: tuple[int, ...] = ()
     view: Masked | None = None
+    teacher_width: int = 0
     summary: str = ""
 
     @abstractmethod
-    def project(self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    def project(
+        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor], teacher: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Outputs by name, with B rows each, of the towers' embeddings as they come and of the patch tokens (B, h, w, C) of `blocks`.
 
-        "image" and "text" come to the objective as `Embeddings.projected`, others as `Embeddings.features`.
+        teacher: its embeddings of the same images and texts, (B, teacher_width), of unit length; None where the head reads none.
+        "image" and "text" come to the objective as `Embeddings.projected`, others, a "scale" () among them, as `Embeddings.features`.
         """
 
 
-class Head(ObjectiveHead):
-    """One projection for each modality, from the student's width to the teacher's; its outputs are of unit length.
+class ScaledHead(ObjectiveHead):
+    """max_scale: with a learned logit scale of its own, the output "scale", which is at most this; None: without."""
 
-    max_scale: with a learned logit scale of its own, the output "scale", which is at most this.
-    """
-
-    def __init__(self, kind: str, student_width: int, teacher_width: int, max_scale: float | None = None) -> None:
+    def __init__(self, max_scale: float | None) -> None:
         super().__init__()
-        self.image, self.text = (projection(kind, student_width, teacher_width) for _ in range(2))
-        self.summary = kind if kind == "none" else f"{kind} {student_width} -> {teacher_width}"
         self._max_scale = max_scale
         if max_scale is not None:
             self.log_scale = nn.Parameter(torch.full((1,), math.log(min(FIRST_SCALE, max_scale))))
 
-    def project(self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        outputs = {"image": normalised(self.image(image_BD)), "text": normalised(self.text(text_BD))}
-        return outputs if self._max_scale is None else outputs | {"scale": learned_scale(self.log_scale, self._max_scale)}
+    def outputs(self, image_BD: Tensor, text_BD: Tensor) -> dict[str, Tensor]:
+        """At unit length, with the scale."""
+        rows = {"image": normalised(image_BD), "text": normalised(text_BD)}
+        return rows if self._max_scale is None else rows | {"scale": learned_scale(self.log_scale, self._max_scale)}
+
+
+class Head(ScaledHead):
+    """One projection for each modality, from the student's width to the teacher's."""
+
+    def __init__(self, kind: str, student_width: int, teacher_width: int, max_scale: float | None = None) -> None:
+        super().__init__(max_scale)
+        self.image, self.text = (projection(kind, student_width, teacher_width) for _ in range(2))
+        self.summary = kind if kind == "none" else f"{kind} {student_width} -> {teacher_width}"
+
+    def project(
+        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor], teacher: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        return self.outputs(self.image(image_BD), self.text(text_BD))
+
+
+class FusionHead(ScaledHead):
+    """The student's unit embedding and the teacher's side by side, by a linear map for each modality to the student's width."""
+
+    def __init__(self, student_width: int, teacher_width: int, max_scale: float | None = None) -> None:
+        super().__init__(max_scale)
+        self.image, self.text = (nn.Linear(student_width + teacher_width, student_width) for _ in range(2))
+        self.teacher_width = teacher_width
+        self.summary = f"fusion {student_width} + {teacher_width} -> {student_width}"
+
+    def project(
+        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor], teacher: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        assert teacher is not None, "the task hands over what `teacher_width` asks for"
+        both = zip((image_BD, text_BD), teacher, strict=True)
+        image_BF, text_BF = (torch.cat([normalised(own_BD), taught_BT.to(own_BD.dtype)], dim=1) for own_BD, taught_BT in both)
+        return self.outputs(self.image(image_BF), self.text(text_BF))
 
 
 def head_between(key: str, kind: str, student: ModelShape, teacher: ModelShape, max_scale: float | None = None) -> Head:

@@ -35,9 +35,10 @@ class Student(nn.Module):
         self.heads: Mapping[str, ObjectiveHead] = nn.ModuleDict(heads)  # type: ignore[assignment]
         self.max_scale = max_scale
 
-    def forward(self, pixels: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    def forward(self, pixels: Tensor, tokens: Tensor, taught: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, Tensor]:
         """Outputs by name, a flat dict of tensors so that gradients can be cached for each; `embeddings` makes `Embeddings` of them.
 
+        taught: (image, text) embeddings of its teacher for each head that reads some, by the head's name.
         Scale and bias are float32, also in a bf16 engine, and the scale is at most `max_scale`.
         """
         blocks = [block for head in self.heads.values() for block in head.blocks]
@@ -51,11 +52,12 @@ class Student(nn.Module):
             outputs["bias"] = exact(bias).reshape(())
         patches = reader.maps(image_BD)
         seen: dict[Masked | None, Tensor] = {None: image_BD}
+        given = taught or {}
         for name, head in self.heads.items():
             if head.view is not None and head.view not in seen:
                 with head.view.applied(self.clip.visual, pixels) as masked:  # type: ignore[arg-type]
                     seen[head.view] = self.clip.encode_image(masked)  # type: ignore[operator]
-            outputs |= {f"{name}.{key}": value for key, value in head.project(seen[head.view], text_BD, patches).items()}
+            outputs |= {f"{name}.{key}": value for key, value in head.project(seen[head.view], text_BD, patches, given.get(name)).items()}
         return outputs
 
 

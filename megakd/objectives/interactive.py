@@ -1,4 +1,7 @@
-"""`interactive` and `cross`: the student's projected embeddings as queries among the teacher's embeddings of the other modality."""
+"""`interactive`, `cross`, `augmented_feature`: the student meets the teacher's embeddings in one space, at a scale that may be its own.
+
+In the first two its projected embeddings are queries among the teacher's of the other modality, in the last both models are fused into one.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +12,60 @@ import torch
 from torch import Tensor
 
 from megakd.models.embeddings import Embeddings
-from megakd.models.heads import Head, ModelShape, head_between
+from megakd.models.heads import FusionHead, Head, ModelShape, head_between
 from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, head_name, kernel_options
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
+from megakd.recipe.objectives import AugmentedFeature as FusedSettings
 from megakd.recipe.objectives import Interactive as Settings
-from megakd_kernels import interactive_kd
+from megakd_kernels import contrastive, interactive_kd
 from megakd_kernels.similarity import similarity_kd
 
 
-class _AmongTeachers(Objective):
-    """A head brings the student to the teacher's width. Its cosines with the teacher's are multiplied by the student's logit scale, by the
-    number that the key `scale` is, or by a scale that the head learns beside the student's, as in CLIP-KD's code; there it is the scale's
-    logarithm that multiplies.
+class _Scaled(Objective):
+    """The cosines are multiplied by the student's logit scale, by the number that the key `scale` is, or by a scale that the head learns
+    beside the student's, as in CLIP-KD's code; there it is the scale's logarithm that multiplies.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...], settings: Settings, kernel: str) -> None:
+    def __init__(
+        self, recipe: Recipe, device: torch.device, names: tuple[str, ...], settings: Settings | FusedSettings, kernel: str
+    ) -> None:
         super().__init__(recipe, device, names)
         assert recipe.student is not None, "a recipe with objectives has a student"
-        self._kind, self._scale = settings.head, settings.scale
-        self._max_scale = recipe.student.max_scale if self._scale == "own" else None
-        self._options = kernel_options(recipe, kernel, device)
-        self.backend = self._options["backend"]
+        self.scale, self._bound = settings.scale, recipe.student.max_scale
+        self.options = kernel_options(recipe, kernel, device)
+        self.backend = self.options["backend"]
 
-    def head(self, student: ModelShape, teacher: ModelShape) -> Head:
-        return head_between(f"{self.names[0]}.head", self._kind, student, teacher, self._max_scale)
+    @property
+    def max_scale(self) -> float | None:
+        """Of the head's own scale; None without one."""
+        return self._bound if self.scale == "own" else None
 
-    def queries(self, student: Embeddings, place: int) -> Embeddings:
-        """The student in the space of the teacher at `place`."""
+    @property
+    def scale_limit(self) -> float:
+        """What no scale exceeds, for kernels; with room for the rounding of exp and of the products."""
+        return 1.001 * (self.scale if isinstance(self.scale, int | float) else self._bound)
+
+    def projected(self, student: Embeddings, place: int) -> Embeddings:
+        """The student as the head for the teacher at `place` hands it over, with the scale."""
         head = head_name(self.names[0], place)
         image_BD, text_BD = student.projected[head]
         scale = student.scale
-        if self._scale != "student":
-            scale = student.features[f"{head}.scale"] if self._scale == "own" else scale.new_tensor(self._scale)
+        if self.scale != "student":
+            scale = student.features[f"{head}.scale"] if self.scale == "own" else scale.new_tensor(self.scale)
         return student._replace(image=image_BD, text=text_BD, scale=scale)
+
+
+class _AmongTeachers(_Scaled):
+    """A head brings the student to the teacher's width."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...], settings: Settings, kernel: str) -> None:
+        super().__init__(recipe, device, names, settings, kernel)
+        self._kind = settings.head
+
+    def head(self, student: ModelShape, teacher: ModelShape) -> Head:
+        return head_between(f"{self.names[0]}.head", self._kind, student, teacher, self.max_scale)
 
 
 @final
@@ -54,11 +76,11 @@ class Interactive(_AmongTeachers):
         super().__init__(recipe, device, names, recipe.interactive, "interactive_kd")
 
     def cost(self, shape: LossShape) -> LossCost:
-        return cost.of_kernel(cost.INTERACTIVE, self._options["backend"], shape)
+        return cost.of_kernel(cost.INTERACTIVE, self.options["backend"], shape)
 
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
         losses = [
-            interactive_kd(self.queries(context.student, place), teacher, group=context.group, **self._options)
+            interactive_kd(self.projected(context.student, place), teacher, group=context.group, **self.options)
             for place, teacher in enumerate(context.teachers)
         ]
         return {self.names[0]: context.mean(losses)}
@@ -77,7 +99,7 @@ class Cross(_AmongTeachers):
 
     def cost(self, shape: LossShape) -> LossCost:
         """Two calls for each teacher; of eager four matrices of each further one wait for the backward."""
-        backend, count = self._options["backend"], max(1, shape.teachers)
+        backend, count = self.options["backend"], max(1, shape.teachers)
         width = shape.widths[1] // count
         one = cost.of_kernel(cost.SOFTMAX_KD, backend, replace(shape, teachers=1, widths=(width, width)))
         waiting = 4 * (2 * count - 1) * cost.FP32 * shape.pairs**2 if backend in ("eager", "compiled") else 0
@@ -86,14 +108,41 @@ class Cross(_AmongTeachers):
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
         losses = []
         for place, teacher in enumerate(context.teachers):
-            queries = self.queries(context.student, place)
+            queries = self.projected(context.student, place)
             exchanged = teacher._replace(image=teacher.text, text=teacher.image)
             ways = ((queries.image, teacher), (queries.text, exchanged))
             parts = [
                 similarity_kd(
-                    queries._replace(image=own, text=taught.text), taught, directions=(0.5, 0.0), group=context.group, **self._options
+                    queries._replace(image=own, text=taught.text), taught, directions=(0.5, 0.0), group=context.group, **self.options
                 )
                 for own, taught in ways
             ]
             losses.append(parts[0].kd + parts[1].kd)
+        return {self.names[0]: context.mean(losses)}
+
+
+@final
+class AugmentedFeature(_Scaled):
+    """InfoNCE of images and texts in each of which student and teacher are fused: F u_i = W [u_i; r_i] + b, of unit length.
+
+    The fusion is trained, a map for each modality and teacher to the student's width. u_i is the student's own embedding; in the authors'
+    code it is the projected one where the widths differ, which their map does not fit. Source: AFD of CLIP-KD (arXiv 2307.12732).
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
+        super().__init__(recipe, device, names, recipe.augmented_feature, "contrastive")
+
+    def head(self, student: ModelShape, teacher: ModelShape) -> FusionHead:
+        return FusionHead(student.width, teacher.width, self.max_scale)
+
+    def cost(self, shape: LossShape) -> LossCost:
+        """A call for each teacher; of eager two matrices of each further one wait for the backward."""
+        backend, count = self.options["backend"], max(1, shape.teachers)
+        one = cost.of_kernel(cost.SOFTMAX_HARD, backend, replace(shape, teachers=1, widths=(shape.widths[0], 0)))
+        waiting = 2 * (count - 1) * cost.FP32 * shape.pairs**2 if backend in ("eager", "compiled") else 0
+        return LossCost(one.memory + waiting, count * one.wire, count * one.flops)
+
+    def __call__(self, context: StepContext) -> dict[str, Tensor]:
+        fused = [self.projected(context.student, place) for place in range(len(context.teachers))]
+        losses = [contrastive(one, scale_limit=self.scale_limit, group=context.group, **self.options) for one in fused]
         return {self.names[0]: context.mean(losses)}

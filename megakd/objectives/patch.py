@@ -37,7 +37,9 @@ class PatchHead(ObjectiveHead):
         self._grids = [common_grid(own, other, key) for own, other in shapes]
         self.pairs = nn.ModuleList(projection(kind, own.width, other.width) for own, other in shapes)
 
-    def project(self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    def project(
+        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor], teacher: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         parts = zip(self.blocks, self._grids, self.pairs, strict=True)
         return {str(place): project(on_grid(patches[block], grid)) for place, (block, grid, project) in enumerate(parts)}
 

@@ -88,6 +88,10 @@ class ObjectiveSet:
         }
         return {name: head for name, head in built.items() if head is not None}
 
+    def by_head(self, teachers: Sequence[Embeddings]) -> dict[str, Embeddings]:
+        """The teacher of each head, by the head's name in `heads`."""
+        return {head_name(part.names[0], place): teacher for part in self._objectives for place, teacher in enumerate(teachers)}
+
     def outline(self, student: ModelShape, teachers: Sequence[ModelShape]) -> str:
         """What the heads do, for the run's first lines; empty where none has anything to say. Raises ValueError as `Objective.head`."""
         with torch.device("meta"):

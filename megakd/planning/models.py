@@ -182,8 +182,10 @@ def student(recipe: Recipe, heads: Mapping[str, ObjectiveHead], batch: Shares, *
         student = Student(None if built is None else built.clip, heads, recipe.student.max_scale if recipe.student else 1.0)
         module = (vlm.learner(recipe, student) if recipe.decoder else student).train().to(dtype)
 
-    def inputs(pairs: int, questions: int) -> list[Tensor | None]:
-        given: list[Tensor | None] = [None, None] if built is None or not pairs else [*_inputs(built, pairs, dtype)]
+    def inputs(pairs: int, questions: int) -> list[Any]:
+        given: list[Any] = [None, None] if built is None or not pairs else [*_inputs(built, pairs, dtype)]
+        reading = {name: head.teacher_width for name, head in heads.items() if head.teacher_width}
+        given.append({name: [torch.empty(pairs, width, dtype=dtype, device=META) for _ in range(2)] for name, width in reading.items()})
         if not isinstance(module, vlm.Learner):
             return given
         ids_BL = torch.empty(questions, module.length, dtype=torch.int64, device=META)
@@ -200,7 +202,7 @@ def student(recipe: Recipe, heads: Mapping[str, ObjectiveHead], batch: Shares, *
     made = raw = 0
     if built is not None:
         made, _, raw = _input_bytes(built.preprocess, batch.local + batch.asked_local, dtype)
-    raw += sum(one.nbytes for one in given if one is not None and one.dtype == torch.int64)
+    raw += sum(one.nbytes for one in given if isinstance(one, Tensor) and one.dtype == torch.int64)
     trained, frozen = ([p.numel() for p in module.parameters() if p.requires_grad is learned] for learned in (True, False))
     full = recipe.decoder is not None and recipe.decoder.adapt == "full"
     return StudentCost(
@@ -242,7 +244,7 @@ def _form(tower: nn.Module, activations: int, partition: Settings) -> TowerForm:
     )
 
 
-def _step(module: nn.Module, inputs: Callable[[], Sequence[Tensor | None]], *, drop: bool) -> tuple[int, int, int]:
+def _step(module: nn.Module, inputs: Callable[[], Sequence[Any]], *, drop: bool) -> tuple[int, int, int]:
     """Bytes beside weights: peak of the forward, held after it, peak of the backward."""
     watch = MemoryTracker("meta")
     watch.ignore([*module.parameters(), *module.buffers()])
@@ -264,7 +266,7 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _flops(call: Callable[..., object], one: Sequence[Tensor | None]) -> int:
+def _flops(call: Callable[..., object], one: Sequence[Any]) -> int:
     """Of one sample's forward: 2 a multiply-add of products and convolutions, attention's included (as products, on meta)."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call(*one)

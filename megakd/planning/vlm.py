@@ -8,6 +8,7 @@ layer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,16 @@ class Learner(nn.Module):
         self.words = answering.decoder.description.words
         self.register_buffer("taught_1V", torch.empty(1, self.words), persistent=False)
 
-    def forward(self, pixels: Tensor | None, tokens: Tensor | None, seen: Tensor | None, ids_BL: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        pixels: Tensor | None,
+        tokens: Tensor | None,
+        taught: Mapping[str, tuple[Tensor, Tensor]],
+        seen: Tensor | None,
+        ids_BL: Tensor,
+    ) -> dict[str, Tensor]:
         """As `VisionLanguageStudent.forward`. seen: the questions' images, None for a decoder without eyes."""
-        outputs = {} if pixels is None or tokens is None else Student.forward(self.answering, pixels, tokens)
+        outputs = {} if pixels is None or tokens is None else Student.forward(self.answering, pixels, tokens, taught)
         reader = self.answering.decoder
         visual_BVC = None if seen is None else self.answering.look(seen)
         row_N = torch.empty(len(ids_BL) * _learned(self.length, reader.image_tokens), dtype=torch.int64, device=META)

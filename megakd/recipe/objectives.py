@@ -51,12 +51,15 @@ class Objectives(Section):
     interactive: Annotated[Weight, Declaration("megakd.objectives.interactive.Interactive")] = Field(
         0.0, description="interactive contrastive learning, see [interactive]"
     )
-    cross: Annotated[Weight, Declaration("megakd.objectives.interactive.Cross")] = Field(
+    cross: Annotated[Weight, Declaration("megakd.objectives.interactive.Cross", compares_rows=True)] = Field(
         0.0, description="the same queries learn the teacher's distribution over its own embeddings, see [cross]"
     )
     feature: Annotated[Weight, Declaration("megakd.objectives.feature.Feature")] = Field(0.0, description="feature KD, see [feature]")
     masked_feature: Annotated[Weight, Declaration("megakd.objectives.feature.MaskedFeature")] = Field(
         0.0, description="feature KD from masked images, see [masked_feature]"
+    )
+    augmented_feature: Annotated[Weight, Declaration("megakd.objectives.interactive.AugmentedFeature")] = Field(
+        0.0, description="InfoNCE of embeddings that are fused with the teacher's, see [augmented_feature]"
     )
     patch: Annotated[Weight, Declaration("megakd.objectives.patch.Patch")] = Field(0.0, description="patch tokens' KD, see [patch]")
     patch_relation: Annotated[Weight, Declaration("megakd.objectives.patch.PatchRelation")] = Field(
@@ -118,6 +121,12 @@ class MaskedFeature(Section):
 
     ratio: float = Field(0.75, gt=0.0, lt=1.0, allow_inf_nan=False, description="share of an image's patches that is masked, at random")
     head: HeadKind = "auto"
+
+
+class AugmentedFeature(Section):
+    """Augmented feature distillation: InfoNCE where each embedding is a trained fusion of the student's and the teacher's."""
+
+    scale: StudentScale = "own"
 
 
 class PatchRelation(Section):
@@ -205,6 +214,7 @@ class ObjectiveSections(Section):
     cross: Cross = Cross()
     feature: Feature = Feature()
     masked_feature: MaskedFeature = MaskedFeature()
+    augmented_feature: AugmentedFeature = AugmentedFeature()
     patch: Patch = Patch()
     patch_relation: PatchRelation = PatchRelation()
     rkd: Relational = Relational()

@@ -58,7 +58,8 @@ def _pair(seed: int, width: int, scale: float = 20.0, *, trained: bool = False) 
 def _maps(seed: int, places: int = 1) -> dict[str, Tensor]:
     """Of a student's heads and of a teacher's block."""
     names = ["patches.-2", *(f"{head_name(name, place)}.0" for name in OF_PATCHES for place in range(places))]
-    return {name: torch.randn(B, 2, 2, 6, generator=torch.Generator().manual_seed(seed + place)) for place, name in enumerate(names)}
+    maps = {name: torch.randn(B, 2, 2, 6, generator=torch.Generator().manual_seed(seed + place)) for place, name in enumerate(names)}
+    return maps | {f"{head_name('augmented_feature', place)}.scale": torch.tensor(14.0 + place) for place in range(places)}
 
 
 def _at_cosine(target_BD: Tensor, cosine: float) -> Tensor:
@@ -161,7 +162,7 @@ def test_sigmoid_similarity_is_cross_entropy_with_the_teachers_probabilities_les
 def test_the_teacher_gets_no_gradient(recipe_file: Path, name: str) -> None:
     student, teacher = _pair(1, 16, trained=True), _pair(5, 16, trained=False)
     maps = {name: value.requires_grad_() for name, value in _maps(1).items()}
-    student = student._replace(projected=dict.fromkeys(HEADS, (student.image, student.text)), features=maps)
+    student = student._replace(projected=dict.fromkeys((*HEADS, "augmented_feature"), (student.image, student.text)), features=maps)
     teacher = teacher._replace(features=_maps(7))
     loss = _loss(_objective(recipe_file, name), student, teacher)
     assert loss.dtype == torch.float32
@@ -194,7 +195,10 @@ def test_several_teachers_give_the_mean_of_their_losses_by_weight(recipe_file: P
     alone = [
         _loss(
             _objective(recipe_file, name),
-            student._replace(projected={name: pair}, features={f"{name}.0": maps.get(f"{head_name(name, place)}.0", torch.empty(0))}),
+            student._replace(
+                projected={name: pair},
+                features={f"{name}{end}": maps.get(f"{head_name(name, place)}{end}", torch.empty(0)) for end in (".0", ".scale")},
+            ),
             teacher,
         )
         for place, (teacher, pair) in enumerate(zip(teachers, queries, strict=True))

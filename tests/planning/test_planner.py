@@ -252,6 +252,7 @@ def test_traffic_of_the_losses() -> None:
             ("cross",),
             ("feature",),
             ("masked_feature",),
+            ("augmented_feature",),
             ("sigmoid_similarity",),
             ("sigmoid_contrastive",),
         ],
@@ -272,14 +273,25 @@ def test_memory_of_the_losses_is_that_of_real_ones(backend: str, names: tuple[st
         return Embeddings(image, text, torch.tensor(10.0).requires_grad_(learns), torch.tensor(-5.0).requires_grad_(learns))
 
     student, teachers = towers(True), [towers(False) for _ in range(count)]
-    if names[0] in ("interactive", "cross", "feature", "masked_feature"):
-        student = student._replace(projected={head_name(names[0], place): (student.image, student.text) for place in range(count)})
+    heads = [head_name(names[0], place) for place in range(count)]
+    scales = {f"{head}.scale": student.scale for head in heads}
+    student = student._replace(projected=dict.fromkeys(heads, (student.image, student.text)), features=scales)
     watch = MemoryTracker("cpu")
     watch.ignore(tensor for tower in (student, *teachers) for tensor in tower[:4])  # type: ignore[list-item]
     with watch:
         sum(objectives.losses(student, teachers).values()).backward()
     shape = LossShape(pairs, 1, (width, count * width), (4, 4), count, False, torch.device("cpu"))
     assert objectives.cost(shape).memory == pytest.approx(watch.peak, rel=0.15)
+
+
+def test_heads_are_planned_with_what_they_read_and_masked_images_with_their_forward() -> None:
+    """ViT-S-32 and ViT-B-32, widths 384 and 512: both fusions with their biases, and an own scale. Of 49 patches 12 are seen."""
+    weights = {"contrastive": 1.0, "feature": 1.0}
+    plain, fused, masked = (planned(objectives={**weights, **more}) for more in ({}, {"augmented_feature": 1.0}, {"masked_feature": 1.0}))
+    assert fused.job.student.numel - plain.job.student.numel == 2 * ((384 + 512) * 384 + 384) + 1
+    assert fused.job.student.flops - plain.job.student.flops == 2 * 2 * (384 + 512) * 384
+    further = masked.job.student.flops - plain.job.student.flops
+    assert further == vit_flops(384, 12, 13, 384) + 2 * 49 * 3 * 32 * 32 * 384 + 2 * 2 * 384 * 512
 
 
 def test_the_report_names_every_mode_and_the_json_holds_every_number(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

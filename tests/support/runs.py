@@ -95,6 +95,8 @@ EVERY_OBJECTIVE = (
     "objectives.sigmoid_similarity=0.7",
     "objectives.interactive=0.5",
     "objectives.feature=0.5",
+    "objectives.cross=0.3",
+    "objectives.augmented_feature=0.3",
     "objectives.patch=0.5",
     "patch={ blocks = [-1], standardise = 'phi_s', statistics = 2, loss = 'smooth_l1' }",
     "objectives.patch_relation=0.5",

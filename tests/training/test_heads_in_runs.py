@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_USER_ERROR
-from support.runs import TEACHER, curve, ds_config, ran, train, zero
+from support.runs import ENSEMBLE, TEACHER, curve, ds_config, ran, train, zero
 
 STEPS = ("optim.steps=3", "checkpoint.every=1", "checkpoint.keep=9", "optim.warmup=0")
 OF_ONE_WIDTH = (TEACHER[0].replace("embed_dim = 24", "embed_dim = 16"), TEACHER[1], *STEPS)
@@ -80,3 +81,19 @@ def test_masked_images_are_drawn_anew_each_step_and_again_where_a_run_goes_on(re
     masked = [step[1] for step in whole]
     whole_images = [step[1] for step in curve(ran(recipe_file, tmp_path / "whole", *(one.replace("masked_", "") for one in sets)))]
     assert all(a != b for a, b in zip(masked, whole_images, strict=True))
+
+
+def test_a_fusion_with_each_teacher_learns_the_same_in_micro_batches_under_zero3(recipe_file: Path, tmp_path: Path) -> None:
+    sets = (*TEACHER, *ENSEMBLE, *STEPS, "objectives.augmented_feature=1.0", "objectives.cross=0.5", "cross.scale=30.0")
+    whole = ran(recipe_file, tmp_path / "whole", *sets)
+    parted = ds_config(tmp_path / "parted.json", train_micro_batch_size_per_gpu=4, zero_optimization=zero(3))
+    pieces = ran(recipe_file, tmp_path / "pieces", *sets, config=parted)
+    for row, expected in zip(curve(pieces), curve(whole), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+    of_fusion = {"image.bias": (16,), "image.weight": (16, 40), "log_scale": (1,), "text.bias": (16,), "text.weight": (16, 40)}
+    found = _heads(whole)
+    assert {name: found[f"heads.augmented_feature.{name}"] for name in of_fusion} == of_fusion
+    assert found["heads.augmented_feature1.image.weight"] == (16, 36)
+    weights = [checkpoint.load_weights(checkpoint.available(run)[-1])[1] for run in (whole, pieces)]
+    for name, value in weights[0].items():
+        assert torch.allclose(weights[1][name], value, rtol=1e-5, atol=1e-5), name

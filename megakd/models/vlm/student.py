@@ -6,6 +6,7 @@ images. Without an active objective there are no pairs; a blind run has no stude
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -46,10 +47,14 @@ class VisionLanguageStudent(Student):
         self.decoder, self._layer, self._tower_learns = decoder, layer, tower_learns
 
     def forward(  # type: ignore[override]
-        self, pixels: Tensor | None = None, tokens: Tensor | None = None, questions: QuestionInputs | None = None
+        self,
+        pixels: Tensor | None = None,
+        tokens: Tensor | None = None,
+        taught: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        questions: QuestionInputs | None = None,
     ) -> dict[str, Tensor]:
         """The student's outputs for the pairs, and the decoder's, each (B,), for the questions: see `DecoderModel.forward`."""
-        outputs = super().forward(pixels, tokens) if pixels is not None and tokens is not None else {}
+        outputs = super().forward(pixels, tokens, taught) if pixels is not None and tokens is not None else {}
         if questions is not None:
             visual_BVC = None if questions.pixels is None else self.look(questions.pixels)
             outputs |= self.decoder(visual_BVC, *questions[1:])

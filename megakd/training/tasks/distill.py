@@ -161,7 +161,9 @@ class Distill(Task):
 
     def extend(self, module: Student, device: torch.device) -> Student:
         student, *teachers = self._data.shapes
-        module.heads.update(self._data.objectives.heads(student, teachers))  # type: ignore[attr-defined]
+        heads = self._data.objectives.heads(student, teachers)
+        module.heads.update(heads)  # type: ignore[attr-defined]
+        self._taught = [name for name, head in heads.items() if head.teacher_width]
         self._towers = module.clip
         return module
 
@@ -183,7 +185,12 @@ class Distill(Task):
             teachers = [self._teach(batch, role, teacher) for role, teacher in self._teachers.items()]
         whole = self._view(batch, "student", precision.dtype(self._config.precision))
         views = [tensor.tensor_split(self._config.micro_batches) for tensor in whole]
-        inputs = [{"pixels": pixels, "tokens": tokens} for pixels, tokens in zip(*views, strict=True)]
+        inputs: list[dict[str, Any]] = [{"pixels": pixels, "tokens": tokens} for pixels, tokens in zip(*views, strict=True)]
+        if self._taught:
+            by_head, rows = self._data.objectives.by_head(teachers), [len(one["pixels"]) for one in inputs]
+            parts = {name: zip(by_head[name].image.split(rows), by_head[name].text.split(rows), strict=True) for name in self._taught}
+            for given in inputs:
+                given["taught"] = {name: next(pairs) for name, pairs in parts.items()}
         return StepPart(inputs, lambda outputs: self._data.objectives.losses(embeddings(outputs), teachers, step))
 
     def _teach(self, batch: Batch, role: str, teacher: AnyTeacher) -> Embeddings:
