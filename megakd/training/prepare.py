@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megakd.export import manifest
 from megakd.models import clip
-from megakd.recipe import Recipe, Student, chain
+from megakd.recipe import Recipe, Student, chain, texts
 from megakd.recipe import load as recipes
 from megakd.runtime import collectives, ds_check, ds_config, files, precision, run_folder
 from megakd.runtime.ds_config import DsConfig
@@ -134,6 +134,6 @@ def _missing(recipe: Recipe) -> list[tuple[str, str, Path]]:
         if not (folder / manifest.MANIFEST).is_file():
             roles.append(("decoder", decoder.recipe, folder.parent))
     teacher = None if recipe.answers is None else recipe.answers.teacher
-    if teacher is not None and teacher.recipe is not None and not (Path(teacher.bundle) / manifest.MANIFEST).is_file():
+    if teacher is not None and teacher.recipe is not None and not texts.exists(Path(teacher.bundle) / manifest.MANIFEST):
         roles.append(("answers.teacher", teacher.recipe, Path(teacher.bundle).parent))
     return roles

@@ -297,6 +297,7 @@ def test_a_dry_run_says_what_teaches_and_what_is_padding(
     ("sets", "message"),
     [
         (("answers.teacher.bundle=nowhere/bundle",), "answers.teacher.bundle = 'nowhere/bundle': nowhere/bundle: no bundle"),
+        (("answers.teacher.bundle=" + "x" * 300,), f"answers.teacher.bundle = '{'x' * 300}': [Errno 36] File name too long"),
         (
             ("answers.max_length=86",),
             "a conversation has 91, and the teacher takes 90 (max_position_embeddings); set answers.max_length to 85",

@@ -70,7 +70,7 @@ def prepare(answers: Answers, settings: AnswerTeacher, student: DecoderModel, ma
         spec = resolve_bundle(Path(settings.bundle), quantise=settings.quantise)
         visual: Any = None if spec.tower is None else clip.on_meta(spec.tower).clip.visual
         outline = decoder.build(spec.decoder, visual, torch.device("meta"))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{key}: {error}") from error
     words, notes = _shared_words(student.description, spec.decoder, key)
     positions, longest = spec.decoder.positions, answers.max_length - student.image_tokens + outline.image_tokens
