@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from megakd.recipe.chain import CLIP_CONFIG
 from megakd.runtime.files import atomic_folder
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
-_TOWERS = "clip."
+HEADS_FILE = "heads.safetensors"
+_TOWERS, _HEADS = "clip.", "heads."
 
 
 def clip_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -41,14 +43,19 @@ def load_clip(clip: nn.Module, weights: dict[str, Tensor]) -> None:
     clip.load_state_dict({name: value.reshape(own[name].shape) if name in SCALARS else value for name, value in towers.items()})
 
 
-def write_model(folder: Path, weights: dict[str, Tensor], built: ClipModel) -> None:
+def write_model(folder: Path, weights: dict[str, Tensor], built: ClipModel, heads: Mapping[str, Any] | None = None) -> None:
     """Write configuration, fp32 weights and tokenizer. An earlier export in `folder` is replaced.
 
+    heads: what is known of each of the objectives' heads, by its name: their weights are written, too, as HEAD.PARAMETER, with `heads` as
+    JSON in that file's metadata. Nothing of open_clip's reads it.
     Before that open_clip loads the export, which has to tokenise and embed as the trained model does. Raises ValueError with what
     differs.
     """
     with atomic_folder(folder) as partial:
         save_file(clip_weights(weights), partial / WEIGHTS_FILE)
+        if heads is not None:
+            kept = {name.removeprefix(_HEADS): value for name, value in weights.items() if name.startswith(_HEADS)}
+            save_file(kept, partial / HEADS_FILE, {"heads": json.dumps(heads)})
         _write_description(partial, built.description)
         _check_tokenizer(partial, built.description)
         _check_embeddings(partial, weights, built)

@@ -35,6 +35,7 @@ class PatchHead(ObjectiveHead):
         self.blocks = tuple(own for own, _ in pairs)
         shapes = [(student.patches[own], teacher.patches[other]) for own, other in pairs]
         self._grids = [common_grid(own, other, key) for own, other in shapes]
+        self.summary = "" if kind == "none" else ", ".join(f"{kind} {own.width} -> {other.width}" for own, other in shapes)
         self.pairs = nn.ModuleList(projection(kind, own.width, other.width) for own, other in shapes)
 
     def project(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from megakd.objectives.teacher_scale import NAME as SCALES
 from megakd.objectives.teacher_scale import TeacherScales
 from megakd.recipe import Recipe
 from megakd.recipe.objectives import declaration
+
+OfTeacher = TypeVar("OfTeacher")
 
 
 def build(recipe: Recipe, device: torch.device) -> list[Objective]:
@@ -88,9 +90,11 @@ class ObjectiveSet:
         }
         return {name: head for name, head in built.items() if head is not None}
 
-    def by_head(self, teachers: Sequence[Embeddings]) -> dict[str, Embeddings]:
-        """The teacher of each head, by the head's name in `heads`."""
-        return {head_name(part.names[0], place): teacher for part in self._objectives for place, teacher in enumerate(teachers)}
+    def by_head(self, teachers: Sequence[OfTeacher]) -> dict[str, tuple[str, OfTeacher]]:
+        """Objective and teacher of each head, by the head's name in `heads`; teachers: in the recipe's order, or what is known of each."""
+        return {
+            head_name(part.names[0], place): (part.names[0], teacher) for part in self._objectives for place, teacher in enumerate(teachers)
+        }
 
     def outline(self, student: ModelShape, teachers: Sequence[ModelShape]) -> str:
         """What the heads do, for the run's first lines; empty where none has anything to say. Raises ValueError as `Objective.head`."""

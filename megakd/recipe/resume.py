@@ -32,7 +32,7 @@ _FREE = (
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_FREE),
     *(f"evaluation.{key}" for key in ("every", "batch", "zero_shot", "retrieval", "hard_negatives", "vqa_batch", "answer_tokens")),
     *(f"evaluation.vqa.*.{key}" for key in ("format", "questions", "annotations", "images", "image_name", "split")),
-    *("checkpoint.every", "checkpoint.keep", "log.every", "watchdog.limit"),
+    *("checkpoint.every", "checkpoint.keep", "export.heads", "log.every", "watchdog.limit"),
 )
 # With what the run says about it.
 TOLD = {

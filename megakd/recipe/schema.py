@@ -222,6 +222,10 @@ class Checkpoint(Section):
     keep: Positive = Field(2, description="newest checkpoints that stay on disk")
 
 
+class Export(Section):
+    heads: bool = Field(False, description="keep what the objectives trained beside the towers, in model/heads.safetensors")
+
+
 class Log(Section):
     every: Positive = Field(10, description="steps between rows of metrics.jsonl")
 
@@ -266,6 +270,7 @@ class Recipe(ScheduledSections, Sources):
     answers: Answers | None = None
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    export: Export = Export()
     log: Log = Log()
     watchdog: Watchdog = Watchdog()
 
@@ -315,6 +320,8 @@ class Recipe(ScheduledSections, Sources):
             raise ValueError(f"objectives.{next(iter(active))}: there is no [student] to learn it")
         if active and self.data.train is None:
             raise ValueError(f"data.train: missing; objectives.{next(iter(active))} learns from image-text shards")
+        if self.export.heads and not self.in_need_of_a_teacher():
+            raise ValueError("export.heads = true: no active objective reads a teacher, so no head is trained; take it out")
         return self
 
     @model_validator(mode="after")

@@ -6,9 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
+from safetensors import safe_open
 
+import megakd
 from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_USER_ERROR
 from support.runs import ENSEMBLE, TEACHER, curve, ds_config, ran, train, zero
@@ -97,3 +100,31 @@ def test_a_fusion_with_each_teacher_learns_the_same_in_micro_batches_under_zero3
     weights = [checkpoint.load_weights(checkpoint.available(run)[-1])[1] for run in (whole, pieces)]
     for name, value in weights[0].items():
         assert torch.allclose(weights[1][name], value, rtol=1e-5, atol=1e-5), name
+
+
+def test_heads_are_exported_beside_the_model_where_the_recipe_asks_for_them(recipe_file: Path, tmp_path: Path) -> None:
+    sets = (*TEACHER, *STEPS, *TAUGHT, "feature.head=mlp", "interactive.scale=own", "export.heads=true")
+    run = ran(recipe_file, tmp_path / "run", *sets)
+    weights = checkpoint.load_weights(checkpoint.available(run)[-1])[1]
+    with safe_open(run / "model" / "heads.safetensors", "pt") as file:
+        known = json.loads(file.metadata()["heads"])
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    assert {f"heads.{name}" for name in kept} == {name for name in weights if name.startswith("heads.")} != set()
+    assert all(torch.equal(value, weights[f"heads.{name}"]) for name, value in kept.items())
+    shared = {"student_width": 16, "teacher_width": 24, "teacher": "teacher", "teacher_model": None, "teacher_pretrained": "random"}
+    assert known == {
+        "interactive": {"objective": "interactive", "kind": "linear 16 -> 24", **shared},
+        "feature": {"objective": "feature", "kind": "mlp 16 -> 24", **shared},
+    }
+    alone = open_clip.create_model(f"local-dir:{run / 'model'}").state_dict()
+    assert all(torch.equal(alone[name.removeprefix("clip.")], weights[name]) for name in weights if name.startswith("clip.visual."))
+    assert megakd.load_model(run).encode_texts(["a red circle"]).shape == (1, 16)
+
+
+def test_no_heads_are_exported_unasked_or_where_none_is_trained(recipe_file: Path, tmp_path: Path) -> None:
+    run = ran(recipe_file, tmp_path / "run", *TEACHER, *STEPS, *TAUGHT)
+    assert not (run / "model" / "heads.safetensors").exists()
+    for objective in ("objectives.feature=0.0", "objectives.similarity=1.0"):
+        finished = train(recipe_file, "--out", tmp_path / "none", sets=(*TEACHER, "export.heads=true", objective))
+        assert finished.code == EXIT_USER_ERROR
+        assert "export.heads = true: no" in finished.err

@@ -138,6 +138,8 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
         computation(description, world.device)  # a product of int8 that this machine lacks
     own, *others = shapes = objectives.shapes(student, list(teachers.values()))
     heads = objectives.outline(own, others)
+    if recipe.export.heads and teachers and not heads:
+        raise ValueError(f"export.heads = true: none of objectives.{', objectives.'.join(objectives.weights)} has a head; take it out")
     shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
     store = build.open_stores(recipe, teachers, shards, world)
@@ -164,6 +166,7 @@ class Distill(Task):
         heads = self._data.objectives.heads(student, teachers)
         module.heads.update(heads)  # type: ignore[attr-defined]
         self._taught = [name for name, head in heads.items() if head.teacher_width]
+        self._heads = {name: head.summary for name, head in heads.items()}
         self._towers = module.clip
         return module
 
@@ -188,7 +191,8 @@ class Distill(Task):
         inputs: list[dict[str, Any]] = [{"pixels": pixels, "tokens": tokens} for pixels, tokens in zip(*views, strict=True)]
         if self._taught:
             by_head, rows = self._data.objectives.by_head(teachers), [len(one["pixels"]) for one in inputs]
-            parts = {name: zip(by_head[name].image.split(rows), by_head[name].text.split(rows), strict=True) for name in self._taught}
+            of = {name: by_head[name][1] for name in self._taught}
+            parts = {name: zip(one.image.split(rows), one.text.split(rows), strict=True) for name, one in of.items()}
             for given in inputs:
                 given["taught"] = {name: next(pairs) for name, pairs in parts.items()}
         return StepPart(inputs, lambda outputs: self._data.objectives.losses(embeddings(outputs), teachers, step))
@@ -238,7 +242,21 @@ class Distill(Task):
 
     def write(self, weights: dict[str, Tensor], folder: Path) -> None:
         built = clip.ClipModel(self._towers, self._data.student, self._preprocess["student"])
-        clip_folder.write_model(folder / self._data.result, weights, built)
+        heads = self._heads_in_words() if self._data.recipe.export.heads else None
+        clip_folder.write_model(folder / self._data.result, weights, built, heads)
+
+    def _heads_in_words(self) -> dict[str, dict[str, Any]]:
+        """What a reader of exported heads must know: for which objective and teacher each is, and its kind with the widths."""
+        own, *_ = self._data.shapes
+        by_head, known = self._data.objectives.by_head(list(self._data.teachers.values())), dict[str, dict[str, Any]]()
+        for name, kind in self._heads.items():
+            objective, teacher = by_head[name]
+            settings = teacher.settings
+            known[name] = {
+                "objective": objective, "kind": kind, "student_width": own.width, "teacher_width": teacher.width,
+                "teacher": teacher.role, "teacher_model": settings.model, "teacher_pretrained": settings.pretrained,
+            }  # fmt: skip
+        return known
 
 
 def _called(description: clip.ModelSpec) -> str:
