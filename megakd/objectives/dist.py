@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megakd.objectives import cost
 from megakd.objectives.lines import LineObjective, Lines, Matrix, unit_about_mean
-from megakd.recipe import Recipe
+from megakd.recipe.objectives import Dist as Options
 
 # Legend: c lines of a panel, N pairs of all ranks.
 
@@ -27,15 +27,11 @@ class Dist(LineObjective):
 
     family = cost.DIST
 
-    def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
-        super().__init__(recipe, device, names)
-        self._options = recipe.dist
-
     def prepared(self, matrix: Matrix) -> Matrix:
-        return matrix.normalised(self._options.temperature)
+        return matrix.normalised(self.options().temperature)
 
     def compare(self, own: Lines, taught: Lines, part: slice) -> Tensor:
-        options = self._options
+        options: Options = self.options()
         student, teacher = (lines.log_softmaxes(part, options.temperature) for lines in (own, taught))
         inter_c, intra_c = (_uncorrelated(*pair) for pair in zip(student, teacher, strict=True))
         return (options.beta * inter_c + options.gamma * intra_c) * options.temperature**2

@@ -10,7 +10,7 @@ from torch.nn.functional import kl_div, logsigmoid
 
 from megakd.objectives import cost
 from megakd.objectives.lines import LineObjective, Lines
-from megakd.recipe import Recipe
+from megakd.recipe.objectives import Decoupled as Options
 
 # Legend: c lines of a panel, N pairs of all ranks.
 
@@ -27,12 +27,9 @@ class Decoupled(LineObjective):
 
     family = cost.DECOUPLED
 
-    def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
-        super().__init__(recipe, device, names)
-        self._options = recipe.dkd
-
     def compare(self, own: Lines, taught: Lines, part: slice) -> Tensor:
-        options, positives_c1 = self._options, own.positives(part)
+        options: Options = self.options()
+        positives_c1 = own.positives(part)
         student, teacher = (_split(lines.logits(part, options.temperature), positives_c1) for lines in (own, taught))
         target_c, others_c = (
             kl_div(log_p, log_q, reduction="none", log_target=True).sum(1) for log_p, log_q in zip(student, teacher, strict=True)

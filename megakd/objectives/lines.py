@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,6 +143,7 @@ class LineObjective(Objective):
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         super().__init__(recipe, device, names)
+        self._recipe, self._step = recipe, 0
         self._whole = kernel_options(recipe, "similarity_kd", device)["backend"] in ("eager", "compiled")
         self.backend = "eager" if self._whole else "chunked"
 
@@ -150,7 +151,7 @@ class LineObjective(Objective):
         return cost.of_lines(self.family, self._whole, shape)
 
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
-        (name,) = self.names
+        (name,), self._step = self.names, context.step
         student, teachers = matrices(context, whole=self._whole)
         student = self.prepared(student)
         losses = []
@@ -163,6 +164,10 @@ class LineObjective(Objective):
             ]
             losses.append(add_parts(sums[0] + sums[1], student.ranks) / (2 * len(student.rows.all_ND)))
         return {name: context.mean(losses)}
+
+    def options(self) -> Any:
+        """Those of the recipe's section of the objective's name, in this step."""
+        return self._recipe.section_at(self.names[0], self._step)
 
     def prepared(self, matrix: Matrix) -> Matrix:
         """What `compare` needs of one model's whole matrix; nothing unless a subclass says otherwise."""

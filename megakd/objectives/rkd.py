@@ -14,6 +14,7 @@ from megakd.objectives.base import Objective, StepContext
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.objectives.lines import agreed, by_panels
 from megakd.recipe import Recipe
+from megakd.recipe.objectives import Relational as Options
 from megakd_kernels.distributed import Ranks, add_parts, gather_for_parts
 from megakd_kernels.panels import chunk_rows, chunks
 from megakd_kernels.precision import product
@@ -37,14 +38,16 @@ class Relational(Objective):
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         super().__init__(recipe, device, names)
-        self._options = recipe.rkd
+        self._recipe = recipe
         self._sides = ("image", "text") if recipe.rkd.on == "both" else (recipe.rkd.on,)
 
     def cost(self, shape: LossShape) -> LossCost:
-        return cost.relational(shape, modalities=len(self._sides), distance=self._options.distance > 0, angle=self._options.angle > 0)
+        distance, angle = (self._recipe.peak(f"rkd.{kind}") > 0 for kind in ("distance", "angle"))
+        return cost.relational(shape, modalities=len(self._sides), distance=distance, angle=angle)
 
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
-        (name,), options = self.names, self._options
+        (name,) = self.names
+        options: Options = self._recipe.section_at(name, context.step)
         ranks, dtype = agreed(context)
         student = {side: Points.of(getattr(context.student, side), ranks, dtype) for side in self._sides}
         losses = []
@@ -54,7 +57,7 @@ class Relational(Objective):
                 with torch.no_grad():
                     taught = Points.of(getattr(teacher, side), ranks, dtype)
                 pairs = len(own.all_ND)
-                if options.distance:
+                if options.distance or not options.angle:  # one of them, also in a step in which schedules have both at 0
                     parts.append(options.distance * _of_distances(own, taught, ranks) / pairs**2)
                 if options.angle:
                     parts.append(options.angle * _of_angles(own, taught) / pairs**3)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from typing import final
 
-import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
 from megakd.objectives import cost
 from megakd.objectives.lines import LineObjective, Lines, unit_about_mean
-from megakd.recipe import Recipe
 
 # Legend: c lines of a panel, N pairs of all ranks.
 
@@ -28,14 +26,11 @@ class Standardised(LineObjective):
 
     family = cost.STANDARDISED
 
-    def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
-        super().__init__(recipe, device, names)
-        self._temperature = recipe.standardised.temperature
-
     def compare(self, own: Lines, taught: Lines, part: slice) -> Tensor:
-        log_p_cN, log_q_cN = (_z_scores(lines.cosines(part)).div(self._temperature).log_softmax(1) for lines in (own, taught))
+        temperature: float = self.options().temperature
+        log_p_cN, log_q_cN = (_z_scores(lines.cosines(part)).div(temperature).log_softmax(1) for lines in (own, taught))
         divergence_c: Tensor = kl_div(log_p_cN, log_q_cN, reduction="none", log_target=True).sum(1)
-        return divergence_c * self._temperature**2
+        return divergence_c * temperature**2
 
 
 def _z_scores(values_cN: Tensor) -> Tensor:

@@ -11,7 +11,18 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from megakd.recipe.section import SCHEDULED_TEMPERATURE, Block, HeadKind, Positive, PositiveFloat, Section, StudentScale, Weight
+from megakd.recipe.section import (
+    SCHEDULED_TEMPERATURE,
+    Block,
+    HeadKind,
+    Positive,
+    PositiveFloat,
+    ScheduledTemperature,
+    ScheduledWeight,
+    Section,
+    StudentScale,
+    Weight,
+)
 
 
 @dataclass(frozen=True)
@@ -90,9 +101,7 @@ def declaration(name: str) -> Declaration:
 class Similarity(Section):
     """Similarity-matrix KD: KL divergence of the two towers' softmaxes over rows and columns."""
 
-    temperature: Annotated[PositiveFloat, SCHEDULED_TEMPERATURE] = Field(
-        1.0, description="divides the student's logits; the loss is multiplied by its square"
-    )
+    temperature: ScheduledTemperature = Field(1.0, description="divides the student's logits; the loss is multiplied by its square")
     teacher_temperature: Annotated[PositiveFloat | None, SCHEDULED_TEMPERATURE] = Field(
         None, description="divides the teacher's logits; default: temperature"
     )
@@ -161,8 +170,8 @@ class Relational(Section):
     """Relational KD: distances and angles among the embeddings of a modality."""
 
     on: Literal["image", "text", "both"] = Field("both", description="the embeddings compared; both: the mean of the two losses")
-    distance: Weight = Field(25.0, description="weight of the distances, each over their mean")
-    angle: Weight = Field(50.0, description="weight of the angles; N^3 work for N pairs, so 0 for batches beyond about a thousand")
+    distance: ScheduledWeight = Field(25.0, description="weight of the distances, each over their mean")
+    angle: ScheduledWeight = Field(50.0, description="weight of the angles; N^3 work for N pairs, so 0 for batches beyond about a thousand")
 
     @model_validator(mode="after")
     def _compares_something(self) -> Self:
@@ -174,9 +183,9 @@ class Relational(Section):
 class Dist(Section):
     """DIST: correlation of the two towers' softmaxes, line by line."""
 
-    temperature: PositiveFloat = Field(1.0, description="divides both towers' logits")
-    beta: Weight = Field(1.0, description="weight of a softmax's own line")
-    gamma: Weight = Field(1.0, description="weight of the lines across")
+    temperature: ScheduledTemperature = Field(1.0, description="divides both towers' logits")
+    beta: ScheduledWeight = Field(1.0, description="weight of a softmax's own line")
+    gamma: ScheduledWeight = Field(1.0, description="weight of the lines across")
 
     @model_validator(mode="after")
     def _compares_something(self) -> Self:
@@ -188,9 +197,9 @@ class Dist(Section):
 class Decoupled(Section):
     """Decoupled KD: KL divergence of the two towers' softmaxes in two parts; the defaults are the authors' for CIFAR-100."""
 
-    temperature: PositiveFloat = Field(4.0, description="divides both towers' logits")
-    alpha: Weight = Field(1.0, description="weight of the probability that a pair matches")
-    beta: Weight = Field(8.0, description="weight of the softmax over all other pairs")
+    temperature: ScheduledTemperature = Field(4.0, description="divides both towers' logits")
+    alpha: ScheduledWeight = Field(1.0, description="weight of the probability that a pair matches")
+    beta: ScheduledWeight = Field(8.0, description="weight of the softmax over all other pairs")
 
     @model_validator(mode="after")
     def _compares_something(self) -> Self:
@@ -202,7 +211,7 @@ class Decoupled(Section):
 class Standardised(Section):
     """Similarity-matrix KD on the z-scores of each row and column."""
 
-    temperature: PositiveFloat = Field(2.0, description="divides both towers' z-scores; the paper's base temperature")
+    temperature: ScheduledTemperature = Field(2.0, description="divides both towers' z-scores; the paper's base temperature")
 
 
 class ObjectiveSections(Section):

@@ -1,7 +1,7 @@
 """Weights and temperatures that move over a run: `[schedules]`, by the dotted names of the keys whose values they stand in for.
 
-A field is schedulable where its type is marked so, by SCHEDULED_WEIGHT or SCHEDULED_TEMPERATURE of `section.py`; the weights in
-`[objectives]` all are. What reads it asks `Recipe.value_at`, or `section_at` for an objective's options, in each step.
+A field is schedulable where its type is `ScheduledWeight` or `ScheduledTemperature` of `section.py`; the weights in `[objectives]` all are.
+What reads it asks `Recipe.value_at`, or `section_at` for an objective's options, in each step.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ sections about questions in `vqa.py`.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,7 +17,6 @@ from megakd.recipe.placements import INT8, INT8_MODES, MODES, PLACEMENTS
 from megakd.recipe.schedules import ScheduledSections
 from megakd.recipe.section import (
     MATCHED,
-    SCHEDULED_WEIGHT,
     FloatPair,
     FloatTriple,
     Fraction,
@@ -27,6 +26,7 @@ from megakd.recipe.section import (
     Positive,
     PositiveFloat,
     Scale,
+    ScheduledWeight,
     Section,
     SetName,
     TeacherMode,
@@ -129,7 +129,7 @@ class Teacher(Model):
     entropy: PositiveFloat | None = Field(
         None, description="matched: mean entropy in nats of a batch's rows, image to texts; default: the student's at its current scale"
     )
-    weight: Annotated[Weight, SCHEDULED_WEIGHT] = Field(
+    weight: ScheduledWeight = Field(
         1.0, description="of this teacher's losses beside other teachers', normalised to sum 1; 0: left out, and not loaded"
     )
     mode: TeacherMode = Field(

@@ -58,6 +58,8 @@ class Schedulable:
 
 
 SCHEDULED_WEIGHT, SCHEDULED_TEMPERATURE = Schedulable(above_zero=False), Schedulable(above_zero=True)
+ScheduledWeight = Annotated[Weight, SCHEDULED_WEIGHT]
+ScheduledTemperature = Annotated[PositiveFloat, SCHEDULED_TEMPERATURE]
 # A list in TOML becomes a fixed-length tuple; strict mode alone would refuse the list.
 FloatPair = Annotated[tuple[float, float], Field(strict=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]

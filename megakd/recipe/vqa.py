@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megakd.recipe.section import SCHEDULED_TEMPERATURE, SCHEDULED_WEIGHT, Fraction, Name, Positive, PositiveFloat, Section, Weight
+from megakd.recipe.section import SCHEDULED_WEIGHT, Fraction, Name, Positive, PositiveFloat, ScheduledTemperature, ScheduledWeight, Section
 
 # A benchmark is one file of vqa/benchmarks: its name there is its format here. Names alone, nothing is imported.
 BENCHMARKS = tuple(
@@ -107,9 +107,7 @@ class AnswerTeacher(Section):
     divergence: Literal["forward", "reverse", "js"] = Field(
         "forward", description="forward: KL(teacher, student); reverse: KL(student, teacher); js: Jensen-Shannon's, symmetric"
     )
-    temperature: Annotated[PositiveFloat, SCHEDULED_TEMPERATURE] = Field(
-        1.0, description="t, divides both models' logits; the divergence is multiplied by t squared"
-    )
+    temperature: ScheduledTemperature = Field(1.0, description="t, divides both models' logits; the divergence is multiplied by t squared")
     quantise: Literal["none", "int8", "nf4"] | None = Field(
         None, description="hold its language model's weights in 8 or 4 bit by bitsandbytes; default: as in its own run"
     )
@@ -128,9 +126,7 @@ class Answers(Section):
     """The decoder learns to answer. With active objectives alongside them, in the same step; without, alone."""
 
     train: dict[Name, QuestionSource] = Field(min_length=1, description="by name; all are mixed in proportion to their size")
-    weight: Annotated[Weight, SCHEDULED_WEIGHT] = Field(
-        1.0, description="of the answer loss beside the objectives; 0 learns from [answers.teacher] alone"
-    )
+    weight: ScheduledWeight = Field(1.0, description="of the answer loss beside the objectives; 0 learns from [answers.teacher] alone")
     batch: Positive | None = Field(None, description="questions in one step, over all ranks; default: optim.batch")
     max_length: int = Field(512, gt=0, le=10**7, description="tokens of a conversation, image tokens included; further turns are dropped")
     tower: Literal["frozen", "trained"] = Field("frozen", description="whether the answers' gradient reaches the vision tower")
