@@ -36,11 +36,13 @@ class ObjectiveHead(nn.Module, ABC):
     view: how the images that it is given embeddings of are masked; None: the whole ones. What differs costs the tower a further forward,
     one for all heads of an equal view. Patch tokens are always of whole images.
     teacher_width: of the teacher whose embeddings it is given, which come from outside the engine's module; 0: none.
+    has_scale: whether it learns a logit scale, its output "scale".
     """
 
     blocks: tuple[int, ...] = ()
     view: Masked | None = None
     teacher_width: int = 0
+    has_scale: bool = False
     summary: str = ""
 
     @abstractmethod
@@ -59,7 +61,7 @@ class ScaledHead(ObjectiveHead):
 
     def __init__(self, max_scale: float | None) -> None:
         super().__init__()
-        self._max_scale = max_scale
+        self._max_scale, self.has_scale = max_scale, max_scale is not None
         if max_scale is not None:
             self.log_scale = nn.Parameter(torch.full((1,), math.log(min(FIRST_SCALE, max_scale))))
 

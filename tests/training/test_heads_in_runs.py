@@ -14,7 +14,7 @@ from safetensors import safe_open
 import megakd
 from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_USER_ERROR
-from support.runs import ENSEMBLE, TEACHER, curve, ds_config, ran, train, zero
+from support.runs import ENSEMBLE, TEACHER, TINY_LLAMA, answering, curve, ds_config, losses, ran, rows, train, zero
 
 STEPS = ("optim.steps=3", "checkpoint.every=1", "checkpoint.keep=9", "optim.warmup=0")
 OF_ONE_WIDTH = (TEACHER[0].replace("embed_dim = 24", "embed_dim = 16"), TEACHER[1], *STEPS)
@@ -39,6 +39,9 @@ def test_at_one_width_a_run_has_no_heads_says_so_and_learns_its_own_scale(recipe
     assert _heads(tmp_path / "run") == {"heads.interactive.log_scale": (1,)}
     first, last = (checkpoint.load_weights(checkpoint.available(tmp_path / "run")[at])[1]["heads.interactive.log_scale"] for at in (0, -1))
     assert first != last
+    logged = [row["interactive"]["scale"] for row in rows(tmp_path / "run")]
+    assert logged[0] == pytest.approx(1 / 0.07)
+    assert len(set(logged)) == len(logged)
     parted = ds_config(tmp_path / "parted.json", train_micro_batch_size_per_gpu=4, zero_optimization=zero(3))
     pieces = ran(recipe_file, tmp_path / "pieces", *sets, config=parted)
     for row, expected in zip(curve(pieces), curve(tmp_path / "run"), strict=True):
@@ -128,3 +131,11 @@ def test_no_heads_are_exported_unasked_or_where_none_is_trained(recipe_file: Pat
         finished = train(recipe_file, "--out", tmp_path / "none", sets=(*TEACHER, "export.heads=true", objective))
         assert finished.code == EXIT_USER_ERROR
         assert "export.heads = true: no" in finished.err
+
+
+def test_heads_that_read_their_teacher_and_masked_images_train_beside_answers(recipe_file: Path, world: Path, tmp_path: Path) -> None:
+    decoder = (f"decoder.architecture={TINY_LLAMA}", f"decoder.tokenizer={world}/tokenizer", *answering(world), "decoder.lora.dropout=0.0")
+    sets = (*TEACHER, *STEPS, *decoder, "answers.tower=trained", "objectives.augmented_feature=1.0", "objectives.masked_feature=1.0")
+    run = ran(recipe_file, tmp_path / "run", *sets, config=ds_config(tmp_path / "micro.json", train_micro_batch_size_per_gpu=8))
+    assert rows(run)[0]["losses"].keys() == {"contrastive", "masked_feature", "augmented_feature", "answer"}
+    assert all(loss > 0 for loss in losses(run))

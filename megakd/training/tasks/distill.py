@@ -167,6 +167,7 @@ class Distill(Task):
         module.heads.update(heads)  # type: ignore[attr-defined]
         self._taught = [name for name, head in heads.items() if head.teacher_width]
         self._heads = {name: head.summary for name, head in heads.items()}
+        self.logged = (*self.logged, *(f"{name}.scale" for name, head in heads.items() if head.has_scale))
         self._towers = module.clip
         return module
 
