@@ -40,7 +40,7 @@ VERBS: tuple[Callable[..., None], ...] = (
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)
-for verb in (bench.step, bench.loader, bench.teacher_load, bench.teacher_speed, bench.cached):
+for verb in (bench.step, bench.loader, bench.teacher_load, bench.teacher_speed, bench.cached, bench.objectives):
     benchmarks.command(verb.__name__.replace("_", "-"))(verb)
 benchmarks.command("plan")(bench.plan_check)
 app.add_typer(benchmarks, name="bench")

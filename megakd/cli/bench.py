@@ -82,6 +82,18 @@ def cached(
     benchmark.run(rounds, batch, steps, workers, threads, json)
 
 
+def objectives(
+    pairs: Annotated[list[int] | None, typer.Option(min=2, help="pairs of a batch; repeatable; default: 1024 and 8192")] = None,
+    rounds: Rounds = 3,
+    only: Annotated[list[str] | None, typer.Option(help="an objective; repeatable; default: all")] = None,
+    json: Json = None,
+) -> None:
+    """Milliseconds and memory of each objective, by the ways to compute it, beside open_clip's distillation loss."""
+    from megakd.benchmarks import objectives as benchmark
+
+    benchmark.run(pairs or [1024, 8192], rounds, only or [], json)
+
+
 def plan_check(json: Json = None) -> None:
     """What `megakd plan` predicts against what runs on this machine take."""
     from megakd.benchmarks import plan_check as benchmark

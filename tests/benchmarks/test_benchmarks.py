@@ -20,7 +20,7 @@ from open_clip.loss import DistillClipLoss
 from PIL import Image
 from torch.nn import functional as F
 
-from megakd.benchmarks import loader, loader_side, teacher_speed
+from megakd.benchmarks import loader, loader_side, objectives, teacher_speed
 from megakd.benchmarks import step as benchmark
 from megakd.benchmarks.common import comparison, environment, material, side_by_side
 from megakd.benchmarks.common.children import environ, running
@@ -29,9 +29,11 @@ from megakd.benchmarks.common.logs import Step, open_clip_steps, our_steps, shar
 from megakd.benchmarks.common.material import Shards
 from megakd.models.embeddings import Embeddings
 from megakd.models.int8 import matmul
+from megakd.models.patches import Patches
 from megakd.objectives.set import ObjectiveSet
-from megakd.recipe import Recipe
+from megakd.recipe import Objectives, Recipe
 from megakd.recipe.load import load
+from megakd_kernels import panels
 
 # Two lines of open_clip 3.3.0, joined from pieces: as in the file, each is one line.
 OPEN_CLIP_LOG = (
@@ -298,3 +300,28 @@ def test_bigg_in_int8_is_faster_and_half_as_large_on_a_gpu() -> None:
     assert chosen["speed_ratio"] >= 1.3
     assert chosen["memory_ratio"] <= 0.55
     assert chosen["worst_cosine"] >= 0.999
+
+
+def test_every_objective_is_timed_by_each_way_to_compute_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = objectives.run([48], 1, ["contrastive + similarity", "dist", "patch"], tmp_path / "found.json")
+    found = [(row.objective, row.backend) for row in rows]
+    assert found[0] == (objectives.OPEN_CLIP, "eager")
+    both, dist = ([(name, backend) for backend in ("eager", "chunked")] for name in (objectives.BOTH, "dist"))
+    assert found[1:] == [*both, ("patch", "torch"), *dist]
+    assert all(len(row.seconds) == 1 and row.bytes > 0 for row in rows)
+    assert "48 pairs" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["rows"]) == len(rows)
+    with pytest.raises(ValueError, match="--only simmilarity: no objective is called so; there are contrastive"):
+        objectives.run([48], 1, ["simmilarity"])
+
+
+def test_no_objective_stores_the_matrix_of_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At widths that are small beside it, in panels of a sixty-fourth of it."""
+    pairs, narrow = 512, {-2: Patches(1, 16, (1, 1))}
+    monkeypatch.setitem(panels.PANEL_BYTES, "cpu", 4 * pairs**2 // 64)
+    monkeypatch.setattr(objectives, "WIDTHS", (16, 24))
+    monkeypatch.setattr(objectives, "BLOCKS", (narrow, narrow))
+    rows = objectives.measure(pairs, 1, [name for name in Objectives.model_fields if name != "rkd"], torch.device("cpu"))
+    most = {row.objective: row.bytes / (4 * pairs**2) for row in rows if row.backend != "eager"}
+    assert most.keys() == {name for name in Objectives.model_fields if name != "rkd"}
+    assert max(most.values()) < 1, most
