@@ -27,11 +27,10 @@ class Dist(LineObjective):
 
     family = cost.DIST
 
-    def prepared(self, matrix: Matrix) -> Matrix:
-        return matrix.normalised(self.options().temperature)
+    def prepared(self, matrix: Matrix, options: Options) -> Matrix:
+        return matrix.normalised(options.temperature)
 
-    def compare(self, own: Lines, taught: Lines, part: slice) -> Tensor:
-        options: Options = self.options()
+    def compare(self, own: Lines, taught: Lines, options: Options, part: slice) -> Tensor:
         student, teacher = (lines.log_softmaxes(part, options.temperature) for lines in (own, taught))
         inter_c, intra_c = (_uncorrelated(*pair) for pair in zip(student, teacher, strict=True))
         return (options.beta * inter_c + options.gamma * intra_c) * options.temperature**2

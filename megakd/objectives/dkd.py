@@ -27,8 +27,7 @@ class Decoupled(LineObjective):
 
     family = cost.DECOUPLED
 
-    def compare(self, own: Lines, taught: Lines, part: slice) -> Tensor:
-        options: Options = self.options()
+    def compare(self, own: Lines, taught: Lines, options: Options, part: slice) -> Tensor:
         positives_c1 = own.positives(part)
         student, teacher = (_split(lines.logits(part, options.temperature), positives_c1) for lines in (own, taught))
         target_c, others_c = (

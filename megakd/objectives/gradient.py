@@ -29,10 +29,10 @@ class Gradient(LineObjective):
 
     family = cost.GRADIENT
 
-    def prepared(self, matrix: Matrix) -> Matrix:
+    def prepared(self, matrix: Matrix, options: None) -> Matrix:
         return matrix.normalised()
 
-    def compare(self, own: Lines, taught: Lines, part: slice) -> Tensor:
+    def compare(self, own: Lines, taught: Lines, options: None, part: slice) -> Tensor:
         student_cD, teacher_cD = (_gradients(lines, part) for lines in (own, taught))
         return (student_cD - teacher_cD).square().sum(1)
 

@@ -23,6 +23,7 @@ from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, kernel_options
 from megakd.objectives.cost import LineFamily, LossCost, LossShape
 from megakd.recipe import Recipe
+from megakd.recipe.objectives import ObjectiveSections
 from megakd_kernels.distributed import Ranks, add_parts, agree, gather_for_parts
 from megakd_kernels.panels import chunk_rows, chunks
 from megakd_kernels.precision import product
@@ -143,7 +144,7 @@ class LineObjective(Objective):
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         super().__init__(recipe, device, names)
-        self._recipe, self._step = recipe, 0
+        self._recipe = recipe
         self._whole = kernel_options(recipe, "similarity_kd", device)["backend"] in ("eager", "compiled")
         self.backend = "eager" if self._whole else "chunked"
 
@@ -151,29 +152,29 @@ class LineObjective(Objective):
         return cost.of_lines(self.family, self._whole, shape)
 
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
-        (name,), self._step = self.names, context.step
+        (name,) = self.names
+        options = self._recipe.section_at(name, context.step) if name in ObjectiveSections.model_fields else None
         student, teachers = matrices(context, whole=self._whole)
-        student = self.prepared(student)
+        student = self.prepared(student, options)
         losses = []
         for matrix in teachers:
             with torch.no_grad():
-                teacher = self.prepared(matrix)
+                teacher = self.prepared(matrix, options)
             sums = [
-                by_panels(partial(self.compare, own, taught), len(own.own_BD), own.chunk).sum()
+                by_panels(partial(self.compare, own, taught, options), len(own.own_BD), own.chunk).sum()
                 for own, taught in ((student.rows, teacher.rows), (student.columns, teacher.columns))
             ]
             losses.append(add_parts(sums[0] + sums[1], student.ranks) / (2 * len(student.rows.all_ND)))
         return {name: context.mean(losses)}
 
-    def options(self) -> Any:
-        """Those of the recipe's section of the objective's name, in this step."""
-        return self._recipe.section_at(self.names[0], self._step)
-
-    def prepared(self, matrix: Matrix) -> Matrix:
+    def prepared(self, matrix: Matrix, options: Any) -> Matrix:
         """What `compare` needs of one model's whole matrix; nothing unless a subclass says otherwise."""
         return matrix
 
     @abstractmethod
-    def compare(self, own: Lines, taught: Lines, part: slice) -> Tensor:
-        """(c,), the loss of each of these lines of the student's matrix against the same of the teacher's."""
+    def compare(self, own: Lines, taught: Lines, options: Any, part: slice) -> Tensor:
+        """(c,), the loss of each of these lines of the student's matrix against the same of the teacher's.
+
+        options: the section of the recipe that is named as the objective, as it is in this step; None without one.
+        """
         ...

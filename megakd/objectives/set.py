@@ -112,7 +112,7 @@ class ObjectiveSet:
                 if teacher.width != student.width:
                     raise ValueError(
                         f"objectives.{name}: needs embeddings of one width, and the student's have {student.width} numbers "
-                        f"where those of {teacher.role} have {teacher.width}; give the student that embed_dim or set the weight to 0"
+                        f"where those of {teacher.role} have {teacher.width}; give the student that embed_dim, or set the weight to 0"
                     )
         asked = [("blocks", self.student_blocks), *(("teacher_blocks", self.teacher_blocks) for _ in teachers)]
         shapes = []

@@ -10,6 +10,7 @@ from torch.nn.functional import kl_div
 
 from megakd.objectives import cost
 from megakd.objectives.lines import LineObjective, Lines, unit_about_mean
+from megakd.recipe.objectives import Standardised as Options
 
 # Legend: c lines of a panel, N pairs of all ranks.
 
@@ -26,11 +27,10 @@ class Standardised(LineObjective):
 
     family = cost.STANDARDISED
 
-    def compare(self, own: Lines, taught: Lines, part: slice) -> Tensor:
-        temperature: float = self.options().temperature
-        log_p_cN, log_q_cN = (_z_scores(lines.cosines(part)).div(temperature).log_softmax(1) for lines in (own, taught))
+    def compare(self, own: Lines, taught: Lines, options: Options, part: slice) -> Tensor:
+        log_p_cN, log_q_cN = (_z_scores(lines.cosines(part)).div(options.temperature).log_softmax(1) for lines in (own, taught))
         divergence_c: Tensor = kl_div(log_p_cN, log_q_cN, reduction="none", log_target=True).sum(1)
-        return divergence_c * temperature**2
+        return divergence_c * options.temperature**2
 
 
 def _z_scores(values_cN: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megakd.models.embeddings import Embeddings
+from megakd.objectives.base import StepContext
 from megakd.objectives.set import ObjectiveSet
 from megakd.planning.models import describe
 from megakd.recipe import load as recipes
@@ -17,7 +18,7 @@ from megakd.recipe.objectives import declaration
 from megakd_kernels import panels
 from support import matrix_objectives as references
 from support.loss_cases import Watch
-from support.matrix_objectives import CPU, called, measure, objective, pairs
+from support.matrix_objectives import CPU, called, gradients, measure, objective, pairs, trained
 
 # Legend: N pairs, D width.
 N = 14
@@ -65,6 +66,20 @@ def test_value_and_gradient_are_those_of_the_formula_in_float64(recipe_file: Pat
     for ours, expected in zip(found.gradients, true.gradients, strict=True):
         _close(ours, expected, 1e-9)
     assert name == "standardised" or true.gradients[2].abs() > 1e-4
+
+
+@pytest.mark.usefixtures("small_panels")
+@pytest.mark.parametrize("name", [name for name in BY_LINE if "temperature" in OPTIONS[name][0]])
+def test_panels_are_formed_again_at_the_temperature_of_their_own_step(recipe_file: Path, name: str) -> None:
+    """Also where the objective has been called for another step before the backward pass."""
+    moving = f'schedules.{name}.temperature={{ shape = "linear", end = 3.0, to_step = 4 }}'
+    scheduled = objective(str(recipe_file), name, f"{name}.temperature=1.0", moving, *WAYS["panels"])
+    student, teacher = trained(pairs(N, 6, 12.0, 1)), pairs(N, 9, 25.0, 2)
+    (early,), (_late,) = (scheduled(StepContext(student, [teacher], step=step)).values() for step in (2, 5))
+    (2.5 * early).backward()
+    alone = objective(str(recipe_file), name, f"{name}.temperature=2.0", *WAYS["panels"])
+    for found, expected in zip(gradients(student), measure(called(alone), student, [teacher]).gradients, strict=True):
+        assert torch.equal(found, expected)
 
 
 @EACH
