@@ -89,7 +89,7 @@ PUBLIC = {
     "open_clip": ("open_clip", "open_clip.transform"),
     "peft": ("peft",),
     "submitit": ("submitit", "submitit.helpers"),
-    "timm": ("timm", "timm.layers"),
+    "timm": ("timm", "timm.data", "timm.layers"),
     "transformers": ("transformers", "transformers.utils"),
 }
 PRIVATE = re.compile(r"_(?!_)|ds_(id|numel|opt|param|persist|shape|status|tensor)")

@@ -22,10 +22,10 @@ from open_clip import get_model_config, list_pretrained_tags_by_model
 from open_clip.transform import PreprocessCfg
 from torch import nn
 
-from megakd.models import architecture, casts, preprocessing, pretrained
+from megakd.models import architecture, casts, image_only, preprocessing, pretrained
 from megakd.models.int8.migration import Originals
 from megakd.models.matching import Match, errors_of
-from megakd.models.pretrained import HUB, LOCAL, RANDOM, WEIGHT_SUFFIXES
+from megakd.models.pretrained import HUB, LOCAL, RANDOM, TIMM, WEIGHT_SUFFIXES
 from megakd.models.tokenizing import Tokenize, tokenizer
 from megakd.models.weight_kinds import recognise
 from megakd.models.weights import in_memory
@@ -58,8 +58,14 @@ class ModelSpec:
         return self.config.get("init_logit_bias") is not None
 
     @property
+    def has_text(self) -> bool:
+        """Whether it has a text tower: timm's models see images alone."""
+        return "text_cfg" in self.config
+
+    @property
     def context_length(self) -> int:
-        return int(self.config["text_cfg"].get("context_length", 77))
+        """Tokens of a text, 0 without a text tower."""
+        return int(self.config["text_cfg"].get("context_length", 77)) if self.has_text else 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ def resolve(settings: Model, role: str) -> ModelSpec:
     """
     config, preprocess = configuration(settings, role)
     _check_weights(settings, role)
-    description = ModelSpec(role, settings, config, preprocess, tokenizer(settings, config, role))
+    tokenize = tokenizer(settings, config, role) if "text_cfg" in config else image_only.no_words
+    description = ModelSpec(role, settings, config, preprocess, tokenize)
     if settings.architecture is not None or ":" in (settings.model or ""):
         # Mistakes that `architecture.check` does not know show when the model is built, here without memory for its weights.
         with torch.random.fork_rng(devices=[]):
@@ -95,6 +102,8 @@ def resolve(settings: Model, role: str) -> ModelSpec:
 
 def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """open_clip's `model_cfg` and `preprocess_cfg` of a model, without its tokenizer. Raises ValueError as `resolve` does."""
+    if (settings.model or "").startswith(TIMM):
+        return image_only.configuration(settings, role)
     config, stored = _configuration(settings, role)
     named = f"{role}.architecture" if settings.architecture is not None else f"{role}.model = {settings.model!r}: model_cfg"
     architecture.check(config, named, written=settings.architecture is not None)
@@ -121,13 +130,15 @@ def _configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str
         try:
             content = open_clip.factory._get_hf_config(name.removeprefix(HUB))
         except Exception as error:
-            raise ValueError(f"{key}: the hub gave no open_clip configuration ({error}); check the name and the network") from error
+            raise ValueError(
+                f"{key}: the hub gave no open_clip configuration ({error}); check the name and the network{_of_images_alone(role)}"
+            ) from error
     else:
         known: dict[str, Any] | None = get_model_config(pretrained.open_clip_name(name))
         if known is None:
             near = ", ".join(texts.nearest(name, open_clip.list_models(), most=3))
             suggestion = f"nearest: {near}; " if near else ""
-            raise ValueError(f"{key}: open_clip has no such model; {suggestion}`open_clip.list_models()` lists all")
+            raise ValueError(f"{key}: open_clip has no such model; {suggestion}`open_clip.list_models()` lists all{_of_images_alone(role)}")
         return known, None
     if not isinstance(content, dict) or not isinstance(content.get("model_cfg"), dict):
         raise ValueError(f"{key}: no configuration of open_clip: it has no table model_cfg; export the model with open_clip or megakd")
@@ -137,8 +148,16 @@ def _configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str
     return content["model_cfg"], preprocess
 
 
+def _of_images_alone(role: str) -> str:
+    example = "; teachers of images alone are timm's, for example 'timm:vit_base_patch14_reg4_dinov2'"
+    return "" if role == "student" else example
+
+
 def _check_weights(settings: Model, role: str) -> None:
     weights, name = settings.pretrained, settings.model or ""
+    if name.startswith(TIMM):
+        image_only.check_weights(settings, role)
+        return
     if weights == RANDOM:
         return
     if ":" in name:
@@ -205,7 +224,9 @@ def _initialise_text_projection(clip: nn.Module) -> None:
 
 
 def _architecture(description: ModelSpec, device: torch.device) -> nn.Module:
-    """As open_clip makes it from a folder without weights: one way for every source of a configuration."""
+    """As open_clip makes it from a folder without weights: one way for every source of a configuration that has a text tower."""
+    if not description.has_text:
+        return image_only.ImageModel(description.config["vision_cfg"]).to(device)
     with tempfile.TemporaryDirectory() as folder, _without_warnings_of_random_weights():
         config = {"model_cfg": description.config, "preprocess_cfg": description.preprocess}
         (Path(folder) / CLIP_CONFIG).write_text(json.dumps(config), encoding="utf-8")

@@ -14,7 +14,8 @@ from torch import Tensor
 class Embeddings(NamedTuple):
     """A batch of image-text pairs as one model sees them.
 
-    image, text: (B, D), L2-normalised. scale: (), multiplies the cosine ("temperature" would divide).
+    image, text: (B, D), L2-normalised; text is (B, 0) of a teacher that sees images alone, and its scale NaN.
+    scale: (), multiplies the cosine ("temperature" would divide).
     bias: (), added to the logits by sigmoid-trained models (SigLIP), otherwise None.
     projected: outputs of the objectives' trained heads by objective name, each (image, text) in the teacher's width; empty for a teacher.
     features: with B rows each, where an objective reads more. Of a student its heads' other outputs, as HEAD.OUTPUT; of a teacher the
@@ -27,6 +28,10 @@ class Embeddings(NamedTuple):
     bias: Tensor | None = None
     projected: dict[str, tuple[Tensor, Tensor]] = {}  # noqa: RUF012  (NamedTuple default; never mutated)
     features: dict[str, Tensor] = {}  # noqa: RUF012
+
+    @property
+    def has_text(self) -> bool:
+        return self.text.shape[1] > 0
 
     @classmethod
     def joined(cls, parts: Sequence[Embeddings]) -> Embeddings:

@@ -24,10 +24,14 @@ FIRST_SCALE = 1 / 0.07  # of a learned one, as CLIP's
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a head or a loss must know of a model. width: D. patches: of the blocks that an objective reads, by its number of them."""
+    """What a head or a loss must know of a model. width: D. patches: of the blocks that an objective reads, by its number of them.
+
+    has_text: whether it has a text tower.
+    """
 
     width: int
     patches: Mapping[int, Patches] = field(default_factory=dict)
+    has_text: bool = True
 
 
 class ObjectiveHead(nn.Module, ABC):
@@ -72,17 +76,21 @@ class ScaledHead(ObjectiveHead):
 
 
 class Head(ScaledHead):
-    """One projection for each modality, from the student's width to the teacher's."""
+    """One projection for each modality, from the student's width to the teacher's.
 
-    def __init__(self, kind: str, student_width: int, teacher_width: int, max_scale: float | None = None) -> None:
+    text: False for a teacher without a text tower, and texts then are of width 0, as that teacher's.
+    """
+
+    def __init__(self, kind: str, student_width: int, teacher_width: int, max_scale: float | None = None, *, text: bool = True) -> None:
         super().__init__(max_scale)
-        self.image, self.text = (projection(kind, student_width, teacher_width) for _ in range(2))
+        self.image = projection(kind, student_width, teacher_width)
+        self.text = projection(kind, student_width, teacher_width) if text else None
         self.summary = kind if kind == "none" else f"{kind} {student_width} -> {teacher_width}"
 
     def project(
         self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor], teacher: tuple[Tensor, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        return self.outputs(self.image(image_BD), self.text(text_BD))
+        return self.outputs(self.image(image_BD), text_BD[:, :0] if self.text is None else self.text(text_BD))
 
 
 class FusionHead(ScaledHead):
@@ -115,7 +123,7 @@ def head_between(key: str, kind: str, student: ModelShape, teacher: ModelShape, 
             f"{key} = 'none': the student's embeddings have {student.width} numbers and the teacher's {teacher.width}; set {key} to "
             f"'linear' or 'mlp', or give the student an architecture with embed_dim = {teacher.width}"
         )
-    return Head(kind, student.width, teacher.width, max_scale)
+    return Head(kind, student.width, teacher.width, max_scale, text=teacher.has_text)
 
 
 def projection(kind: str, inputs: int, outputs: int) -> nn.Module:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megakd.models import names
 from megakd.models.casts import SCALARS
+from megakd.models.image_only import SAVED_ONCE, ImageModel
 from megakd.models.weight_kinds import check_values
 from megakd.models.weights import InMemory, Shape, Weights, listed
 from megakd.recipe import texts
@@ -47,7 +48,7 @@ class Match:
         _check_activation(config, weights, program)
         self._floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
         self._model, self._expected, self._role = model, expected, role
-        self._weights = names.as_open_clips(_from_apple(model, weights), expected)
+        self._weights = names.as_open_clips(_by_open_clips_layout(model, weights, expected), expected)
         shapes = self._weights.shapes
         absent = expected.keys() - shapes.keys()
         # A model for a sigmoid loss started from weights without a bias: open_clip begins at 0.
@@ -60,6 +61,8 @@ class Match:
         }
         if summary := "; ".join(f"{kind}: {tensors}" for kind, tensors in problems.items() if tensors):
             others = f" Its names are those of {program}." if program in names.FOREIGN.values() else ""
+            if isinstance(model, ImageModel):
+                others = f" timm converts some files as it reads them: for such {SAVED_ONCE}."
             raise ValueError(f"{weights.origin}: these are not the weights of this architecture. {summary}.{others}")
         for name, shape in expected.items():
             if name in shapes and shapes[name] != shape and name not in SCALARS:
@@ -131,6 +134,15 @@ def _check_activation(config: Mapping[str, Any], weights: Weights, program: str 
             raise ValueError(
                 f"{weights.origin}: {beside.name} says hidden_act = {activation!r} in {tower}, and this model has another: {told}"
             )
+
+
+def _by_open_clips_layout(model: nn.Module, weights: Weights, expected: Mapping[str, Shape]) -> Weights:
+    """Files that hold a model in another way than as towers of a CLIP."""
+    if isinstance(model, ImageModel):
+        cfg: Mapping[str, Any] = model.visual.trunk.pretrained_cfg  # type: ignore[assignment]
+        classifier = cfg.get("classifier") or ()
+        return names.as_trunk(weights, expected, (classifier,) if isinstance(classifier, str) else tuple(classifier))
+    return _from_apple(model, weights)
 
 
 def _from_apple(model: nn.Module, weights: Weights) -> Weights:

@@ -30,6 +30,7 @@ OPENAI, TRANSFORMERS = "OpenAI's CLIP", "transformers' CLIP or SigLIP"
 TRANSFORMERS_PREFIXES = ("vision_model.", "text_model.")
 FOREIGN = {("image_encoder.", "text_encoder."): "Apple's MobileCLIP", TRANSFORMERS_PREFIXES: TRANSFORMERS}
 LAYER = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)")
+TRUNK = "visual.trunk."  # where open_clip and a teacher of images alone have timm's model
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -74,6 +75,20 @@ def as_open_clips(weights: Weights, expected: Mapping[str, Shape]) -> Renamed:
     if "positional_embedding" in parts and "positional_embedding" not in expected:
         parts = {f"text.{name}" if name.startswith(OLD_TEXT) else name: part for name, part in parts.items()}
     return Renamed(weights, {name: part for name, part in parts.items() if name in expected or not DROPPED.fullmatch(name)})
+
+
+def as_trunk(weights: Weights, expected: Mapping[str, Shape], classifiers: tuple[str, ...]) -> Weights:
+    """Weights under timm's own names as those of a model that is this trunk alone; what only training reads is left out.
+
+    classifiers: names of its last layers. Weights without one name of the trunk are returned as they are.
+    """
+    bare = {name.removeprefix(TRUNK): shape for name, shape in expected.items()}
+    names = _unwrapped(weights.shapes, bare)
+    if not bare.keys() & set(names.values()):
+        return weights
+    parts = {new: Part((old,), weights.shapes[old]) for old, new in names.items()}
+    unused = {name for name in parts if name not in bare and (name == "mask_token" or name.rpartition(".")[0] in classifiers)}
+    return Renamed(weights, {f"{TRUNK}{name}": part for name, part in parts.items() if name not in unused})
 
 
 def _unwrapped(shapes: Iterable[str], expected: Mapping[str, Shape]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from megakd.models.casts import pixel_dtype
+from megakd.models.image_only import ImageTower
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")  # a ResNet's
 
@@ -152,7 +153,7 @@ def _all_blocks(visual: nn.Module) -> list[nn.Module]:
         return list(visual.transformer.resblocks)
     if isinstance(visual, ModifiedResNet):
         return [getattr(visual, name) for name in _STAGES]
-    if isinstance(visual, TimmModel):
+    if isinstance(visual, TimmModel | ImageTower):
         trunk: Any = visual.trunk
         for name in ("blocks", "stages", "layers"):
             if isinstance(getattr(trunk, name, None), nn.Sequential | nn.ModuleList):
@@ -195,5 +196,6 @@ def _rows(visual: nn.Module, output: Tensor) -> Tensor:
 
 
 def _channels_last(visual: nn.Module) -> bool:
-    """timm's Swin has (B, h, w, C), the convolutional towers (B, C, h, w)."""
-    return str(getattr(getattr(visual, "trunk", None), "output_fmt", "NCHW")).endswith("NHWC")
+    """timm's Swin and SAM have (B, h, w, C), the convolutional towers (B, C, h, w)."""
+    trunk = getattr(visual, "trunk", None)
+    return type(trunk).__name__ == "VisionTransformerSAM" or str(getattr(trunk, "output_fmt", "NCHW")).endswith("NHWC")

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import timm
 from huggingface_hub import try_to_load_from_cache
 from open_clip import download_pretrained, get_model_config, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.pretrained import _clean_tag, download_pretrained_from_hf
@@ -19,7 +20,7 @@ from megakd.runtime.files import sha256
 
 RANDOM = "random"
 WEIGHT_SUFFIXES = (".safetensors", *PICKLED_SUFFIXES)
-LOCAL, HUB = "local-dir:", "hf-hub:"
+LOCAL, HUB, TIMM = "local-dir:", "hf-hub:", "timm:"
 QUICKGELU = "-quickgelu"
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # As open_clip prefers them; a folder with other names has to have one file.
@@ -56,10 +57,25 @@ def config_of_tag(name: str, tag: str) -> dict[str, Any] | None:
 
 
 def tag_of(settings: Model) -> dict[str, Any] | None:
-    """open_clip's description of the tag that `settings` name; None where they name a file, a folder or nothing."""
+    """open_clip's description of the tag that `settings` name, of timm's as far as open_clip can fetch it; None where they name a file, a
+    folder or nothing.
+    """
+    if (settings.model or "").startswith(TIMM):
+        return _tag_of_timm(settings)
     if settings.model is None or ":" in settings.model or settings.pretrained is None:
         return None
     return get_pretrained_cfg(open_clip_name(settings.model), settings.pretrained) or None
+
+
+def _tag_of_timm(settings: Model) -> dict[str, Any] | None:
+    """None also for a tag whose weights are in no file of timm's own in the hub."""
+    name = f"{(settings.model or '').removeprefix(TIMM)}.{settings.pretrained}"
+    if settings.pretrained in (None, RANDOM) or name not in timm.list_pretrained(name.partition(".")[0]):
+        return None
+    tag = timm.get_pretrained_cfg(name)
+    assert tag is not None, "listed by timm"
+    plain = tag.hf_hub_id and str(tag.custom_load) != "hf" and not tag.hf_hub_filename
+    return {"hf_hub": f"{tag.hf_hub_id}/model.safetensors"} if plain else None
 
 
 def tag_of_file(settings: Model) -> str | None:
@@ -134,6 +150,8 @@ def weights_file(settings: Model, *, download: bool) -> Path | None:
         file = _cached(repository, (f"{Path(weights).stem}.safetensors", weights) if weights else _HUB_FILES)
     elif is_file(pretrained):
         file = Path(pretrained)
+    elif name.startswith(TIMM) and Path(pretrained).is_dir():
+        file = in_folder(Path(pretrained))
     if file is None and download:
         raise ValueError(f"there are no weights for {name} {pretrained}")
     return file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import torch
@@ -16,6 +16,7 @@ from megakd.models.heads import ModelShape, ObjectiveHead
 from megakd.objectives import cost
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
+from megakd.recipe.objectives import declaration
 from megakd_kernels import SimilarityLoss, choose
 
 
@@ -37,6 +38,12 @@ class StepContext:
     def is_equal(self) -> bool:
         """Whether all teachers have the same weight."""
         return len(set(self.weights)) < 2
+
+    def with_text(self) -> StepContext:
+        """The same with those teachers alone that have a text tower, whose weights keep their proportions."""
+        places = [place for place, teacher in enumerate(self.teachers) if teacher.has_text]
+        weights = [self.weights[place] for place in places] if self.weights else ()
+        return replace(self, teachers=[self.teachers[place] for place in places], weights=weights)
 
     def mean(self, losses: Sequence[Tensor]) -> Tensor:
         """One loss a teacher, in their order, as one: their mean by the teachers' weights."""
@@ -63,6 +70,7 @@ class Objective(ABC):
 
     names: keys of `[objectives]` that it computes, in the recipe's order.
     backend: which implementation of `megakd_kernels` it calls; None where it calls none.
+    needs_text: of its teachers, a text tower; it is not called with others, has no head for them, and places count those it is called with.
     student_blocks, teacher_blocks: of the vision towers, whose patch tokens it reads: the student's through its head, and every teacher's
     in `Embeddings.features`.
     state: tensors kept from step to step under names of its own, equal on every rank. They are saved with each checkpoint, and are there
@@ -75,6 +83,7 @@ class Objective(ABC):
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         self.names, self.state = names, dict[str, Tensor]()
+        self.needs_text = any(declaration(name).needs_text for name in names)
 
     @classmethod
     def shared(cls, recipe: Recipe, names: tuple[str, ...]) -> list[tuple[str, ...]]:

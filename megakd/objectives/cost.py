@@ -83,6 +83,14 @@ class LossShape:
     device: torch.device
     models: tuple[ModelShape, ...] = ()
 
+    def with_text(self) -> LossShape:
+        """The same with those teachers alone that have a text tower."""
+        if all(model.has_text for model in self.models):
+            return self
+        student, *teachers = (model for model in self.models if model.has_text)
+        widths = (self.widths[0], sum(teacher.width for teacher in teachers))
+        return replace(self, widths=widths, teachers=len(teachers), models=(student, *teachers))
+
 
 def eager(shape: LossShape) -> LossCost:
     """For a loss that nobody has counted: what KD on softmaxes over the whole matrix costs."""

@@ -16,7 +16,9 @@ from megakd.recipe import Recipe
 
 
 class Feature(Objective):
-    """Mean over the batch and the two modalities of |projected student - teacher|^2, both of unit length: 2 - 2 cosine.
+    """Mean over the batch and the teacher's modalities of |projected student - teacher|^2, both of unit length: 2 - 2 cosine.
+
+    A teacher that sees images alone has one modality, whose mean is not halved.
 
     The square is summed over the width, not averaged: a mean over D would divide the loss's weight by D (CLIP-KD compensates
     with a weight of 2000 at one width). Source: FD of CLIP-KD (arXiv 2307.12732), in that form.
@@ -36,7 +38,8 @@ class Feature(Objective):
         (name,), distances = self.names, []
         for place, teacher in enumerate(context.teachers):
             image_BD, text_BD = context.student.projected[head_name(name, place)]
-            distances.append((_square_distance(image_BD, teacher.image) + _square_distance(text_BD, teacher.text)) / 2)
+            distance = _square_distance(image_BD, teacher.image)
+            distances.append((distance + _square_distance(text_BD, teacher.text)) / 2 if teacher.has_text else distance)
         return {name: context.mean(distances)}
 
 

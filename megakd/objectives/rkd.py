@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, final
 
@@ -40,6 +41,7 @@ class Relational(Objective):
         super().__init__(recipe, device, names)
         self._recipe = recipe
         self._sides = ("image", "text") if recipe.rkd.on == "both" else (recipe.rkd.on,)
+        self.needs_text = "text" in self._sides
 
     def cost(self, shape: LossShape) -> LossCost:
         distance, angle = (self._recipe.peak(f"rkd.{kind}") > 0 for kind in ("distance", "angle"))
@@ -48,7 +50,9 @@ class Relational(Objective):
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
         (name,) = self.names
         options: Options = self._recipe.section_at(name, context.step)
-        ranks, dtype = agreed(context)
+        # The ranks compare the shapes of pairs, and a teacher of images alone has no texts; nothing else reads them here.
+        paired = [teacher if teacher.has_text else teacher._replace(text=teacher.image) for teacher in context.teachers]
+        ranks, dtype = agreed(replace(context, teachers=paired))
         student = {side: Points.of(getattr(context.student, side), ranks, dtype) for side in self._sides}
         losses = []
         for teacher in context.teachers:

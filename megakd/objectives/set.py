@@ -22,7 +22,7 @@ from megakd.objectives.teacher_scale import TeacherScales
 from megakd.recipe import Recipe
 from megakd.recipe.objectives import declaration
 
-OfTeacher = TypeVar("OfTeacher")
+OfTeacher = TypeVar("OfTeacher", Embeddings, ModelShape, clip.ModelSpec)
 
 
 def build(recipe: Recipe, device: torch.device) -> list[Objective]:
@@ -72,6 +72,12 @@ class ObjectiveSet:
         self._recipe, self._device, self._group = recipe, device, group
         self.backends = {name: part.backend for part in self._objectives for name in part.names if part.backend is not None}
 
+    @property
+    def of_texts(self) -> list[str]:
+        """Names of those that compare with a teacher's texts, and so leave a teacher of images alone out."""
+        named = {name for part in self._objectives if part.needs_text for name in part.names}
+        return [name for name in self.weights if name in named and declaration(name).needs_teacher]
+
     def check_bias(self, model: str, has_bias: bool) -> None:
         """Raises ValueError when an objective needs the logit bias of a sigmoid-trained model that `model` has not."""
         in_need = sorted(name for name in self.weights if declaration(name).needs_bias)
@@ -86,14 +92,16 @@ class ObjectiveSet:
         built = {
             head_name(part.names[0], place): part.head(student, teacher)
             for part in self._objectives
-            for place, teacher in enumerate(teachers)
+            for place, teacher in enumerate(_read_by(part, teachers))
         }
         return {name: head for name, head in built.items() if head is not None}
 
     def by_head(self, teachers: Sequence[OfTeacher]) -> dict[str, tuple[str, OfTeacher]]:
         """Objective and teacher of each head, by the head's name in `heads`; teachers: in the recipe's order, or what is known of each."""
         return {
-            head_name(part.names[0], place): (part.names[0], teacher) for part in self._objectives for place, teacher in enumerate(teachers)
+            head_name(part.names[0], place): (part.names[0], teacher)
+            for part in self._objectives
+            for place, teacher in enumerate(_read_by(part, teachers))
         }
 
     def outline(self, student: ModelShape, teachers: Sequence[ModelShape]) -> str:
@@ -105,10 +113,18 @@ class ObjectiveSet:
     def shapes(self, student: clip.ModelSpec, teachers: Sequence[clip.ModelSpec]) -> list[ModelShape]:
         """What heads and losses must know of the student and of each teacher; nothing is built where the embeddings' widths say all.
 
-        Raises ValueError naming the key for a block that is not there, and where embeddings of unlike width are compared as they are.
+        Raises ValueError naming the key for a block that is not there, where embeddings of unlike width are compared as they are, and for
+        an objective without a teacher whose texts it can read.
         """
+        with_text = [teacher for teacher in teachers if teacher.has_text]
+        if self.of_texts and teachers and not with_text:
+            of_images = ", ".join(f"{teacher.role} ({teacher.settings.model})" for teacher in teachers)
+            raise ValueError(
+                f"objectives.{self.of_texts[0]}: compares the student's texts with a teacher's, and {of_images} sees images alone; set its "
+                f"weight to 0 and learn by feature, patch or patch_relation, or add a teacher with a text tower ([ensemble])"
+            )
         for name in self.weights:
-            for teacher in teachers if declaration(name).one_width else ():
+            for teacher in with_text if declaration(name).one_width else ():
                 if teacher.width != student.width:
                     raise ValueError(
                         f"objectives.{name}: needs embeddings of one width, and the student's have {student.width} numbers "
@@ -119,7 +135,7 @@ class ObjectiveSet:
         for model, (key, readers) in zip((student, *teachers), asked, strict=True):
             visual: Any = clip.on_meta(model).clip.visual if readers else None
             found = {block: measure(visual, block, f"{model.role}: {name}.{key}") for block, name in readers.items()}
-            shapes.append(ModelShape(model.width, found))
+            shapes.append(ModelShape(model.width, found, model.has_text))
         return shapes
 
     def losses(self, student: Embeddings, teachers: Sequence[Embeddings], step: int = 0) -> dict[str, Tensor]:
@@ -129,7 +145,7 @@ class ObjectiveSet:
         if teachers:
             context = replace(context, teachers=self._scales(student, teachers), weights=self._recipe.teacher_weights(step))
         for objective in self._objectives:
-            losses |= objective(context)
+            losses |= objective(context.with_text() if objective.needs_text else context)
         return {name: losses[name] for name in self.weights}
 
     def weights_at(self, step: int) -> dict[str, float]:
@@ -138,7 +154,7 @@ class ObjectiveSet:
 
     def cost(self, shape: LossShape) -> LossCost:
         """Of all active objectives on one rank in one step. Scales are matched before a loss is computed, and keep no memory."""
-        costs, scales = [objective.cost(shape) for objective in self._objectives], self._scales.cost(shape)
+        costs, scales = [part.cost(shape.with_text() if part.needs_text else shape) for part in self._objectives], self._scales.cost(shape)
         memory = max(sum(one.memory for one in costs), scales.memory)
         return LossCost(memory, sum(one.wire for one in (*costs, scales)), sum(one.flops for one in (*costs, scales)))
 
@@ -162,6 +178,11 @@ class ObjectiveSet:
             if owner not in owners:
                 raise ValueError(f"objectives.{owner}: the checkpoint has its state {name!r}, and the recipe gives it no weight")
             owners[owner][name] = value.to(self._device)
+
+
+def _read_by(objective: Objective, teachers: Sequence[OfTeacher]) -> list[OfTeacher]:
+    """The teachers that an objective is called with, in their order."""
+    return [teacher for teacher in teachers if teacher.has_text or not objective.needs_text]
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

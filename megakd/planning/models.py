@@ -46,11 +46,13 @@ class Tower:
 
 @dataclass(frozen=True)
 class TeacherCost:
-    """input: bytes of normalised pixels of the rank's whole batch and, while they are made, of the temporaries."""
+    """text: None of a teacher that sees images alone.
+
+    input: bytes of normalised pixels of the rank's whole batch and, while they are made, of the temporaries."""
 
     name: str
     image: Tower
-    text: Tower
+    text: Tower | None
     width: int
     element: int
     input: int
@@ -137,7 +139,10 @@ def teacher(
     wide = _forms(clip, pixels, tokens, partition)
     int8 = settings if isinstance(settings, Teacher) else Teacher(model="any", pretrained="any")
     quantise(clip, threshold=int8.outlier_threshold, product=_product(int8, device), migrated=int8.calibration > 0)
-    image, text = (Tower(one, other, count) for one, other, count in zip(wide, _forms(clip, pixels, tokens, partition), flops, strict=True))
+    image, *texts = (
+        Tower(one, other, count) for one, other, count in zip(wide, _forms(clip, pixels, tokens, partition), flops, strict=True)
+    )
+    text = texts[0] if texts else None
     made, kept, raw = _input_bytes(built.preprocess, local, dtype)
     return TeacherCost(name_of(settings), image, text, description.width, dtype.itemsize, max(made, kept), raw + tokens[0].nbytes * local)
 
@@ -152,13 +157,16 @@ def _product(settings: Teacher, device: torch.device | None) -> matmul.Product:
 
 
 def _calls(clip: Any, pixels: Tensor, tokens: Tensor) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
-    return [(clip.encode_image, pixels), (clip.encode_text, tokens)]
+    """Of the towers that it has, the image's first."""
+    return [(clip.encode_image, pixels), *([(clip.encode_text, tokens)] if hasattr(clip, "encode_text") else [])]
 
 
 def _forms(clip: Any, pixels: Tensor, tokens: Tensor, partition: Settings) -> list[TowerForm]:
-    """Of the image and the text tower as they are now."""
+    """Of the image tower, and of the text tower where there is one, as they are now."""
     forms = []
-    for tower, (call, given) in zip((clip.visual, text_tower(clip)), _calls(clip, pixels, tokens), strict=True):
+    calls = _calls(clip, pixels, tokens)
+    towers = [clip.visual, *(text_tower(clip) for _ in calls[1:])]
+    for tower, (call, given) in zip(towers, calls, strict=True):
         watch = MemoryTracker("meta")
         watch.ignore([*clip.parameters(), *clip.buffers(), given])
         with torch.no_grad(), fused_attention(), watch:

@@ -105,6 +105,8 @@ def modes(job: PlannedJob) -> list[Mode]:
         for int8 in ((False, True) if placement.int8 else (False,))
         for offload in ((False, True) if "offload" in placement.options else (False,))
     ]
+    if any(cost.text is None for cost in job.teachers):
+        return whole  # a store holds pairs
     return [*whole, *(replace(mode, text=False) for mode in whole), Mode(STORE)]
 
 
@@ -174,7 +176,7 @@ def _together(held: list[_Held]) -> _Held:
 
 
 def _teacher(job: PlannedJob, mode: Mode, placement: str, cost: TeacherCost) -> _Held:
-    towers = [cost.image, cost.text] if mode.text else [cost.image]
+    towers = [cost.image, *([cost.text] if mode.text and cost.text is not None else [])]
     forms, of = [tower.int8 if mode.int8 else tower.wide for tower in towers], job.teacher_zero
     shape = TeacherShape(forms, job.ranks, 1 if mode.int8 else cost.element, mode.offload, of.prefetch, of.live)
     memory = class_of(placement).memory(shape)

@@ -49,7 +49,7 @@ def _job(plan: MemoryPlan) -> list[str]:
     job, cluster = plan.job, plan.cluster
     zero = job.student_zero
     offload = " with offload" if zero.offload_optimizer or zero.offload_weights else ""
-    named = [f"{one.name}, {_billions(one.image.wide.numel + one.text.wide.numel)}" for one in job.teachers]
+    named = [f"{one.name}, {_billions(one.image.wide.numel + (one.text.wide.numel if one.text else 0))}" for one in job.teachers]
     if job.answer_teacher is not None:
         named.append(f"of answers {job.answer_teacher.name}, {_billions(job.answer_teacher.numel)}")
     teachers = "; ".join(named) or "none"

@@ -34,6 +34,7 @@ class Declaration:
     needs_bias: of student and teachers, the logit bias of models trained with a sigmoid loss.
     one_width: embeddings of student and teachers are compared as they are, number by number.
     compares_rows: with a teacher's softmaxes over the rows of the similarity matrix, whose entropy its scale can be matched by.
+    needs_text: of the teachers it is called with, a text tower; others are left out of it.
     """
 
     where: str
@@ -41,6 +42,7 @@ class Declaration:
     needs_bias: bool = False
     one_width: bool = False
     compares_rows: bool = False
+    needs_text: bool = True
 
 
 _SOFTMAX, _SIGMOID = "megakd.objectives.softmax.Softmax", "megakd.objectives.sigmoid.Sigmoid"
@@ -65,15 +67,19 @@ class Objectives(Section):
     cross: Annotated[Weight, Declaration("megakd.objectives.interactive.Cross", compares_rows=True)] = Field(
         0.0, description="the same queries learn the teacher's distribution over its own embeddings, see [cross]"
     )
-    feature: Annotated[Weight, Declaration("megakd.objectives.feature.Feature")] = Field(0.0, description="feature KD, see [feature]")
-    masked_feature: Annotated[Weight, Declaration("megakd.objectives.feature.MaskedFeature")] = Field(
+    feature: Annotated[Weight, Declaration("megakd.objectives.feature.Feature", needs_text=False)] = Field(
+        0.0, description="feature KD, see [feature]"
+    )
+    masked_feature: Annotated[Weight, Declaration("megakd.objectives.feature.MaskedFeature", needs_text=False)] = Field(
         0.0, description="feature KD from masked images, see [masked_feature]"
     )
     augmented_feature: Annotated[Weight, Declaration("megakd.objectives.interactive.AugmentedFeature")] = Field(
         0.0, description="InfoNCE of embeddings that are fused with the teacher's, see [augmented_feature]"
     )
-    patch: Annotated[Weight, Declaration("megakd.objectives.patch.Patch")] = Field(0.0, description="patch tokens' KD, see [patch]")
-    patch_relation: Annotated[Weight, Declaration("megakd.objectives.patch.PatchRelation")] = Field(
+    patch: Annotated[Weight, Declaration("megakd.objectives.patch.Patch", needs_text=False)] = Field(
+        0.0, description="patch tokens' KD, see [patch]"
+    )
+    patch_relation: Annotated[Weight, Declaration("megakd.objectives.patch.PatchRelation", needs_text=False)] = Field(
         0.0, description="KD of the cosines between an image's patch tokens, see [patch_relation]"
     )
     gradient: Annotated[Weight, Declaration("megakd.objectives.gradient.Gradient", one_width=True, compares_rows=True)] = Field(

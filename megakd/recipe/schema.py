@@ -90,11 +90,16 @@ class Preprocess(Section):
 
 
 class Model(Section):
-    """A CLIP-style pair of towers: `model` names one (open_clip, `hf-hub:`, `local-dir:`), `architecture` describes one."""
+    """A CLIP-style pair of towers: `model` names one (open_clip, `hf-hub:`, `local-dir:`), `architecture` describes one.
 
-    model: str | None = Field(None, description="open_clip name, hf-hub:ORG/NAME or local-dir:FOLDER")
+    A teacher may also be a timm model (`timm:`), which sees images alone.
+    """
+
+    model: str | None = Field(
+        None, description="open_clip name, hf-hub:ORG/NAME or local-dir:FOLDER; of a teacher of images alone timm:NAME"
+    )
     architecture: dict[str, Any] | None = Field(None, description="an open_clip model configuration: embed_dim, vision_cfg, text_cfg")
-    pretrained: str | None = Field(None, description="open_clip's pretrained tag, or a .safetensors/.pt file")
+    pretrained: str | None = Field(None, description="open_clip's pretrained tag (timm's for timm:NAME), or a .safetensors/.pt file")
     tokenizer: str | None = Field(None, description="folder of a Hugging Face tokenizer; default: the model's own")
     preprocess: Preprocess | str | None = Field(
         None,

@@ -6,6 +6,7 @@ Legend: B local batch, D embedding width.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -98,7 +99,10 @@ class LiveTeacher(ABC):
     def __init__(self, built: clip.ClipModel) -> None:
         self.towers, self.dtype = built, built.dtype
         model: Any = built.clip
-        self.scale = model.logit_scale.detach().float().exp().reshape(())
+        self.has_text = built.description.has_text
+        # Of images alone there are no logits, and a loss that asks for them all the same ends the run as not finite.
+        nothing = torch.tensor(math.nan)
+        self.scale = model.logit_scale.detach().float().exp().reshape(()) if self.has_text else nothing
         bias = getattr(model, "logit_bias", None)
         self.bias = None if bias is None else bias.detach().float().reshape(())
 
@@ -130,11 +134,12 @@ class LiveTeacher(ABC):
 
     @abstractmethod
     def embed_texts(self, tokens: Tensor) -> Tensor:
-        """(B, D) unit rows, without gradient."""
+        """(B, D) unit rows, without gradient. Not called of a teacher without a text tower."""
 
     def embed(self, pixels: Tensor, tokens: Tensor, blocks: Collection[int] = ()) -> Embeddings:
         image_BD, features = self.see(pixels, blocks)
-        return Embeddings(image_BD, self.embed_texts(tokens), self.scale, self.bias, features=features)
+        text_BD = self.embed_texts(tokens) if self.has_text else image_BD[:, :0]
+        return Embeddings(image_BD, text_BD, self.scale, self.bias, features=features)
 
     def see(self, pixels: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """As `embed_images`, with the patch tokens of `blocks`, as `Embeddings.features` has them."""

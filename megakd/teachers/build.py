@@ -61,6 +61,7 @@ def live_teacher(
     do not fit or cannot be read, for a DeepSpeed JSON that a partitioned teacher cannot use, and for 8 bit that lose too much.
     """
     settings = settings_of(description)
+    images_alone = without_text or not description.has_text
     torch.manual_seed(recipe.seed + 1)
     if not settings.int8:
         return load(description, world, without_text=without_text)
@@ -68,7 +69,7 @@ def live_teacher(
     int8 = streaming.Int8(settings.outlier_threshold, product, migrated=settings.calibration > 0)
     teacher = load(description, world, int8, without_text=without_text)
     source = StoredViews(shards, recipe.views, recipe.seed, TowerView(preprocessing(description), description.tokenize))
-    _Comparison(teacher, description.role, settings, source, world, piece, without_text).settle(say)
+    _Comparison(teacher, description.role, settings, source, world, piece, images_alone).settle(say)
     return teacher
 
 
@@ -96,7 +97,7 @@ class _Comparison:
     source: StoredViews
     world: World
     piece: int
-    without_text: bool
+    images_alone: bool
 
     def settle(self, say: Callable[[str], None]) -> None:
         """Calibrate, where the recipe asks for it, compare, and say the outcome. A collective; raises ValueError on every rank."""
@@ -172,7 +173,7 @@ class _Comparison:
             rows = slice(start, start + self.piece)
             pixels = normalise(seen.pixels[rows, 0].to(self.world.device), self.source.tower.preprocess, self.teacher.dtype)
             images.append(self.teacher.embed_images(pixels))
-            if not self.without_text:
+            if not self.images_alone:
                 texts.append(self.teacher.embed_texts(seen.tokens[rows].to(self.world.device)))
         return torch.cat(images), torch.cat(texts) if texts else None
 

@@ -29,7 +29,7 @@ from megakd.data.store.reader import Layout, Manifest, Store, StoreError, StoreT
 from megakd.data.store.views import Seen, StoredViews
 from megakd.data.store.writer import StoreLock
 from megakd.data.transforms import TowerView, normalise
-from megakd.models import clip
+from megakd.models import clip, image_only
 from megakd.models.embeddings import Embeddings
 from megakd.models.fingerprint import computation, preprocessing
 from megakd.recipe import Recipe
@@ -81,6 +81,8 @@ class EmbedJob:
         if self.recipe.teacher is None:
             raise ValueError("the recipe has no [teacher]: there is nobody to embed the data; add the section")
         self.description = clip.resolve(self.recipe.teacher, "teacher")
+        if not self.description.has_text:
+            raise ValueError(f"teacher.model: {image_only.no_store(self.recipe.teacher, 'teacher')}")
         self.images = images_a_forward(self.recipe, request.ds_config, world)
         self.shards = ShardSet.open(self.recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
         self._tower = TowerView(preprocessing(self.description), self.description.tokenize)

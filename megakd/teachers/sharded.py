@@ -79,7 +79,7 @@ class ShardedTeacher(LiveTeacher):
         text = None
         if without_text:
             _forget_text(model)
-        else:
+        elif description.has_text:
             text = Partitioned(text_tower(model), config)
         return cls(built, Partitioned(model.visual, config), text)
 
@@ -113,7 +113,7 @@ class ShardedTeacher(LiveTeacher):
         return normalised(self._image(pixels))
 
     def embed_texts(self, tokens: Tensor) -> Tensor:
-        assert self._text is not None, "this teacher was built without its text tower: its texts come from a store"
+        assert self._text is not None, "this teacher was built without a text tower"
         return normalised(self._text(tokens))
 
 

@@ -74,6 +74,8 @@ class PairData:
     def describe(self) -> list[str]:
         teacher = ", ".join(map(_called, self.teachers.values())) or "none"
         objectives = ", ".join(f"{weight:g} {name}" for name, weight in self.objectives.weights.items())
+        if blind := [role for role, model in self.teachers.items() if not model.has_text]:
+            teacher += f"; {', '.join(blind)}: images alone, without a part in {', '.join(self.objectives.of_texts) or 'texts'}"
         heads = [f"heads: {self.heads}"] if self.heads else []
         return [f"data: {len(self.shards)} pairs; teacher: {teacher}; objectives: {objectives}", *heads, *self._weighted()]
 
@@ -133,7 +135,8 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
     use_teacher = objectives.needs_teacher and not to_come
     teachers = {role: clip.resolve(settings, role) for role, settings in recipe.weighted_teachers().items() if use_teacher}
     for model in (student, *teachers.values()):
-        objectives.check_bias(model.role, model.has_bias)
+        if model.has_text:
+            objectives.check_bias(model.role, model.has_bias)
     for description in teachers.values():
         computation(description, world.device)  # a product of int8 that this machine lacks
     own, *others = shapes = objectives.shapes(student, list(teachers.values()))
@@ -268,9 +271,10 @@ def _called(description: clip.ModelSpec) -> str:
 
 
 def _shapes(role: str, model: clip.ClipModel, pixels: Tensor, tokens: Tensor) -> str:
+    calls = {"pixels": (pixels, model.clip.encode_image, torch.float32)}
+    if model.description.has_text:
+        calls["tokens"] = (tokens, model.clip.encode_text, tokens.dtype)
     with torch.no_grad():
-        image = model.clip.encode_image(pixels.to("meta", torch.float32))  # type: ignore[operator]
-        text = model.clip.encode_text(tokens.to("meta"))  # type: ignore[operator]
-    shapes = [tuple(tensor.shape[1:]) for tensor in (pixels, image, tokens, text)]
-    count = clip.parameters_in(model.clip)
-    return f"{role}: {count:,} parameters; pixels {shapes[0]} -> {shapes[1]}, tokens {shapes[2]} -> {shapes[3]}"
+        read = {kind: (given, call(given.to("meta", dtype))) for kind, (given, call, dtype) in calls.items()}  # type: ignore[operator]
+    shapes = ", ".join(f"{kind} {tuple(given.shape[1:])} -> {tuple(embedded.shape[1:])}" for kind, (given, embedded) in read.items())
+    return f"{role}: {clip.parameters_in(model.clip):,} parameters; {shapes}"

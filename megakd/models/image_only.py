@@ -1,0 +1,177 @@
+"""Teachers that see images alone: a timm model, `teacher.model = "timm:NAME"`, with its own size, mean, std and pooling.
+
+DINOv2 and DINOv3, SAM's encoder, SigLIP's vision tower, InternViT, C-RADIO and AIMv2 are timm models. One is described as a CLIP without a
+`text_cfg`, so that weights are read, quantised, partitioned and counted as those of every other teacher.
+Legend: B images, D width of the pooled output.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from megakd.models import preprocessing
+from megakd.models.pretrained import RANDOM, TIMM, WEIGHT_SUFFIXES, in_folder, is_file, tag_of
+from megakd.models.weight_kinds import recognise
+from megakd.recipe import Model, Teacher, texts
+
+# Classes of timm whose layers are quantised and partitioned as tests have it; others run replicated in 16 bits.
+KNOWN = ("ConvNeXt", "Eva", "FastVit", "SwinTransformer", "VisionTransformer", "VisionTransformerSAM")
+SAVED_ONCE = "save the state_dict of timm.create_model(NAME, pretrained=True) once, as a .safetensors file, and give that file"
+_RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}  # of timm's crop modes
+
+
+class ImageTower(nn.Module):
+    """A timm model without a classifier, pooled as its authors do. image_size: (H, W)."""
+
+    def __init__(self, name: str, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.image_size = image_size
+        self.trunk = timm.create_model(name, num_classes=0)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, D) of (B, 3, H, W)."""
+        return self.trunk(pixels)  # type: ignore[no-any-return]
+
+
+class ImageModel(nn.Module):
+    """Stands where open_clip's models do, without a text tower, a logit scale or a bias."""
+
+    def __init__(self, vision: dict[str, Any]) -> None:
+        """vision: the `vision_cfg` of `configuration`."""
+        super().__init__()
+        self.visual = ImageTower(vision["timm_model_name"], tuple(vision["image_size"]))
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self.visual(pixels)  # type: ignore[no-any-return]
+
+
+def no_words(captions: list[str]) -> Tensor:
+    """(n, 0): what a model without a text tower reads of n captions."""
+    return torch.zeros((len(captions), 0), dtype=torch.long)
+
+
+def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `clip.configuration`, without `text_cfg`: the preprocessing is that of timm's tag.
+
+    Raises ValueError naming the key: an unknown name, no teacher, keys that are for texts, and a class whose layers the mode does not know.
+    """
+    name, key = (settings.model or "").removeprefix(TIMM), f"{role}.model = {settings.model!r}"
+    if not isinstance(settings, Teacher):
+        raise ValueError(
+            f"{key}: has no text tower, and only a teacher can be without one; for a student with timm's tower give {role}.architecture "
+            f"with vision_cfg.timm_model_name and a text_cfg"
+        )
+    base, _, tag = name.partition(".")
+    if tag and timm.is_model(base):
+        raise ValueError(f"{key}: write the tag as {role}.pretrained = {tag!r}, and {role}.model = '{TIMM}{base}'")
+    if not timm.is_model(name):
+        near = ", ".join(texts.nearest(name, timm.list_models(), most=3))
+        raise ValueError(f"{key}: timm has no such model; {f'nearest: {near}; ' if near else ''}`timm.list_models()` lists all")
+    if settings.tokenizer is not None:
+        raise ValueError(f"{role}.tokenizer = {settings.tokenizer!r}: {settings.model} has no text tower to read its words; take it out")
+    if settings.scale is not None:
+        raise ValueError(f"{role}.scale = {settings.scale!r}: {settings.model} has no text tower, and so no logits to scale; take it out")
+    if settings.store is not None:
+        raise ValueError(f"{role}.store = {settings.store!r}: {no_store(settings, role)}")
+    data = resolve_data_config(pretrained_cfg=_pretrained_cfg(settings, role))
+    channels, height, width = data["input_size"]
+    if channels != 3:
+        raise ValueError(f"{key}: takes images of {channels} channels; choose one for 3, red, green and blue")
+    own_tag = _tag(settings)
+    tagged = f"{name}.{own_tag}" if own_tag else name
+    kind, embed_dim = _outline(tagged, (height, width), key)
+    if settings.mode != "replicated" and kind not in KNOWN:
+        raise ValueError(
+            f"{role}.mode = {settings.mode!r}: layers of timm's {kind} are not known in 8 bit or partitioned; set it to 'replicated', or "
+            f"take a model of class {', '.join(KNOWN)}"
+        )
+    stored = {key: data[key] for key in ("mean", "std", "interpolation")} | {"resize_mode": _RESIZE_MODES.get(data["crop_mode"])}
+    unnamed = settings.model_copy(update={"preprocess": None}) if isinstance(settings.preprocess, str) else settings
+    config = {"embed_dim": embed_dim, "vision_cfg": {"timm_model_name": tagged, "image_size": [height, width]}}
+    return config, preprocessing.chosen(unnamed, role, stored)
+
+
+def check_weights(settings: Model, role: str) -> None:
+    """Raises ValueError for `pretrained` that names neither random weights, a tag of timm that can be read, a file nor a folder."""
+    weights, name = settings.pretrained, (settings.model or "").removeprefix(TIMM)
+    key = f"{role}.pretrained = {weights!r}"
+    if weights is None:
+        raise ValueError(f"{role}.pretrained: missing; a teacher needs weights: a tag, a file, or 'random' if that is really meant")
+    if weights == RANDOM:
+        return
+    if is_file(weights) or Path(weights).is_dir():
+        try:
+            file = in_folder(Path(weights)) if Path(weights).is_dir() else Path(weights)
+            if file is None:
+                raise ValueError("a folder without weights (model.safetensors)")
+            recognise(file)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+        return
+    if weights not in (known := _tags(name)):
+        kinds = ", ".join(WEIGHT_SUFFIXES)
+        raise ValueError(f"{key}: neither a file ({kinds}), a folder nor a tag of timm's {name}; tags: {', '.join(known) or 'none'}")
+    if tag_of(settings) is None:
+        raise ValueError(
+            f"{key}: timm has its weights from elsewhere than its repositories in the hub: {SAVED_ONCE}, with "
+            f"{role}.preprocess = {weights!r}"
+        )
+
+
+def no_store(settings: Model, role: str) -> str:
+    """Why a store cannot hold this teacher, and what to do."""
+    return f"{settings.model} has no text tower, and a store holds embeddings of pairs; run this {role} beside the student, without a store"
+
+
+def _tags(name: str) -> list[str]:
+    return [known.partition(".")[2] for known in timm.list_pretrained(name)]
+
+
+def _tag(settings: Model) -> str | None:
+    """timm's tag of the weights, or that whose preprocessing a recipe names for weights of a file."""
+    named = settings.preprocess if isinstance(settings.preprocess, str) else settings.pretrained
+    return named if named in _tags((settings.model or "").removeprefix(TIMM)) else None
+
+
+def _pretrained_cfg(settings: Model, role: str) -> dict[str, Any]:
+    """timm's description of the weights. Raises ValueError where a file does not tell which tag's preprocessing is its own."""
+    name, tag = (settings.model or "").removeprefix(TIMM), _tag(settings)
+    tags, weights, preprocess = _tags(name), settings.pretrained or "", settings.preprocess
+    if isinstance(preprocess, str) and tag is None:
+        raise ValueError(f"{role}.preprocess = {preprocess!r}: no tag of timm's {name}; tags: {', '.join(tags) or 'none'}")
+    told = preprocess is not None and (isinstance(preprocess, str) or None not in preprocess.model_dump().values())
+    if (is_file(weights) or Path(weights).is_dir()) and not told:
+        ways = [resolve_data_config(pretrained_cfg=_cfg(f"{name}.{tag}")) for tag in tags]
+        if len({tuple(way[key] for key in ("input_size", "mean", "std", "interpolation")) for way in ways}) > 1:
+            raise ValueError(
+                f"{role}.pretrained = {weights!r}: the tags of {name} were trained with different preprocessing, and a file does not say "
+                f"its own: set {role}.preprocess to the tag whose it is: {', '.join(tags)}"
+            )
+    return _cfg(f"{name}.{tag}" if tag else name)
+
+
+def _cfg(name: str) -> dict[str, Any]:
+    """timm's description of a tag, or of a model's first one; empty where it has none."""
+    found = timm.get_pretrained_cfg(name)
+    return {} if found is None else found.to_dict()
+
+
+@functools.cache
+def _outline(name: str, image_size: tuple[int, int], key: str) -> tuple[str, int]:
+    """timm's class and D, from a model without weights. Raises ValueError for one that gives no row an image."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+        try:
+            tower = ImageTower(name, image_size).eval()
+            pooled = tower(torch.empty(1, 3, *image_size))
+        except Exception as error:  # timm's constructors raise whatever a number inside them does
+            raise ValueError(f"{key}: timm gives no model of images: {type(error).__name__}: {error}") from error
+    if not isinstance(pooled, Tensor) or pooled.ndim != 2:
+        raise ValueError(f"{key}: gives no embedding of an image, one row; choose a model with a pooled output")
+    return type(tower.trunk).__name__, int(pooled.shape[1])
