@@ -208,7 +208,7 @@ def test_dkd_is_the_published_code_until_that_takes_the_logarithm_of_zero(recipe
             _close(ours, theirs, 1e-5)
 
 
-def test_standardised_is_the_published_code_with_the_papers_deviation(recipe_file: Path) -> None:
+def test_standardised_is_the_published_code_but_for_the_deviation_over_n(recipe_file: Path) -> None:
     """Theirs divides the square by N - 1, which is another temperature, t * sqrt(N / (N - 1)) of ours, and adds 1e-7."""
     temperature = 1.3
 
