@@ -82,6 +82,7 @@ def runs(recipe_file: Path, evaluations: tuple[str, ...], world: Path, tmp_path_
     alone("one_mlp", (*kd, "feature.head=mlp"))
     every = (*EVERY_OBJECTIVE, *KEPT)
     alone("one_every", (*every, "kernels.backend=eager"))
+    alone("one_every_int8", (*every, "teacher.mode=replicated_int8"))
     alone("one_gradient", (*GRADIENT, *KEPT))
     alone("one_int8", (*kd, "teacher.mode=replicated_int8"))
     alone("one_ensemble", (*kd, *ENSEMBLE))
@@ -111,6 +112,12 @@ def runs(recipe_file: Path, evaluations: tuple[str, ...], world: Path, tmp_path_
         "two_ensemble": arguments("two_ensemble", (*kd, *ENSEMBLE, "ensemble.second.mode=zero3")),
         "two_weighted": arguments("two_weighted", (*kd, *WEIGHTED), "--ds_config", micro_stages[0]),
         "two_every_chunked": arguments("two_every_chunked", (*every, "kernels.backend=chunked")),
+        **{
+            f"two_every_zero{stage}": arguments(
+                f"two_every_zero{stage}", (*every, "teacher.mode=zero3_int8"), "--ds_config", stages[stage - 1]
+            )
+            for stage in (2, 3)
+        },
         "two_every_ring": arguments("two_every_ring", (*every, "kernels.ring=true"), "--ds_config", micro_stages[0]),
         "two_gradient": arguments("two_gradient", (*GRADIENT, *KEPT, "kernels.backend=chunked"), "--ds_config", micro_stages[0]),
         "two_from_one": arguments("two_from_one", kd),
@@ -197,7 +204,14 @@ def test_accumulation_over_micro_batches_is_exact(runs: Runs, name: str) -> None
 
 @pytest.mark.parametrize(
     ("name", "reference"),
-    [("two_zero3", "one"), ("two_zero3_int8", "one_int8"), ("two_ensemble", "one_ensemble"), ("two_weighted", "one_weighted")],
+    [
+        ("two_zero3", "one"),
+        ("two_zero3_int8", "one_int8"),
+        ("two_ensemble", "one_ensemble"),
+        ("two_weighted", "one_weighted"),
+        ("two_every_zero2", "one_every_int8"),
+        ("two_every_zero3", "one_every_int8"),
+    ],
 )
 def test_a_partitioned_teacher_beside_any_student_teaches_as_a_replicated_one(runs: Runs, name: str, reference: str) -> None:
     assert [outcome.get("code") for outcome in runs.outcomes[name]] == [0, 0], runs.outcomes[name]
