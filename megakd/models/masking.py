@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from megakd.models.patches import image_size
@@ -45,8 +44,9 @@ class Masked:
         for norm in norms:
             norm.track_running_stats = False
         try:
-            if isinstance(visual, VisionTransformer):
-                handle = visual.patch_dropout.register_forward_hook(self._without_masked)
+            tokens = getattr(visual, "patch_dropout", None)  # of open_clip's ViT, also where it drops nothing
+            if isinstance(tokens, nn.Module):
+                handle = tokens.register_forward_hook(self._without_masked)
                 try:
                     yield pixels
                 finally:
