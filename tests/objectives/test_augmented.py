@@ -94,6 +94,7 @@ def test_each_head_is_given_its_own_teacher(recipe_file: Path) -> None:
     }
     teachers = [pairs(B, T, 40.0, 2), pairs(B, T + 1, 40.0, 3)]
     by_head = objectives.by_head(teachers)
-    assert [by_head[name] is teacher for name, teacher in zip(("augmented_feature", "augmented_feature1"), teachers, strict=True)] == [
-        True
-    ] * 2
+    for name, teacher in zip(("augmented_feature", "augmented_feature1"), teachers, strict=True):
+        objective_of, own = by_head[name]
+        assert objective_of == "augmented_feature"
+        assert own is teacher
