@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from open_clip.loss import DistillClipLoss
+from open_clip import DistillClipLoss
 from rich.table import Table
 from torch import Tensor
 
