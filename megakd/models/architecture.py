@@ -71,7 +71,7 @@ def check(config: Mapping[str, Any], named: str, *, written: bool) -> None:
 
 def _problems(config: Mapping[str, Any], written: bool) -> Iterator[str]:
     for key in REQUIRED:
-        if key not in config:
+        if key not in config or (config[key] is None and TOP[key] is dict):
             yield f"{key}: missing; an open_clip model configuration has embed_dim, vision_cfg and text_cfg"
     yield from _typed(config, TOP, "")
     of_parts: list[str] = []

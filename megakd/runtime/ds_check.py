@@ -74,6 +74,10 @@ def _check_zero(zero: dict[str, Any], named: str, frozen: bool) -> None:
         if isinstance(zero.get(key), (int, float)) and not 1 <= zero[key] <= LARGEST_BUCKET:
             raise ValueError(f"zero_optimization.{key} = {shown(zero[key])} in {named}: elements of a buffer, from 1 to {LARGEST_BUCKET}")
     stage = zero.get("stage", 0)
+    if stage in (1, 2) and isinstance(size := zero.get("allgather_bucket_size"), (int, float)) and size % 2:
+        raise ValueError(
+            f"zero_optimization.allgather_bucket_size = {shown(size)} in {named}: DeepSpeed takes even numbers of elements alone"
+        )
     if stage != 3 and (idle := [key for key in zero if key.startswith("stage3_")]):
         raise ValueError(
             f"zero_optimization.{idle[0]} in {named}: stage 3 alone reads it, and the stage is {stage}: remove it"

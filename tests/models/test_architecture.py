@@ -55,6 +55,7 @@ def test_all_of_open_clips_own_are_sound() -> None:
         ("vision_cfg.width", True, "vision_cfg.width = True: a whole number is needed"),
         ("vision_cfg.no_ln_pre", "true", "vision_cfg.no_ln_pre = 'true': true or false, without quotes, is needed"),
         ("vision_cfg.layers", 0, "vision_cfg.layers = 0: above 0"),
+        ("text_cfg", None, "text_cfg: missing; an open_clip model configuration has"),
         ("vision_cfg.layers", [3, 4, 6], "vision_cfg.layers = [3, 4, 6]: a list of 4 whole numbers or a whole number"),
         ("vision_cfg.layers", 10**9, "vision_cfg.layers = 1000000000: above 0 and at most"),
         ("vision_cfg.width", 10**30, "vision_cfg.width"),

@@ -192,6 +192,7 @@ def _checked(config: dict[str, Any], recipe: Recipe) -> None:
         (_zero(2, reduce_bucket_size="5e8"), ["reduce_bucket_size = '5e8'", "an integer, without quotes"]),
         (_zero(2, reduce_bucket_size=10**15), ["reduce_bucket_size", "from 1 to"]),
         ({"steps_per_print": 0}, ["steps_per_print = 0", "at least 1"]),
+        (_zero(1, allgather_bucket_size=100_001), ["allgather_bucket_size = 100001", "even"]),
         ({"steps_per_print": -1}, ["steps_per_print = -1", "at least 1"]),
         (_zero(1, offload_param={"device": "cpu"}), ["offload_param", "stage 3"]),
         (_zero(2, offload_optimizer={"device": "nvme"}), ["offload_optimizer.device = 'nvme'", "cpu or none"]),
