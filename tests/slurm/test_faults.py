@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from megakd.runtime import checkpoint
 from support.runs import curve, rows, settings
 from support.slurm_cluster import Cluster
 from support.slurm_jobs import job, until, wait
-from support.slurm_scripts import SMALL, Script, lost, preempted, scontrol, submit_higher
+from support.slurm_scripts import SMALL, Script, lost, preempted, ranks_of, scontrol, send, submit_higher
 
 pytestmark = [pytest.mark.usefixtures("no_jobs_left"), pytest.mark.timeout(1500)]
 
@@ -58,19 +59,20 @@ def disturbed(slurm: Cluster, site: Path, arguments: list[str], undisturbed: Scr
         submit_higher()
 
     def lose_a_node() -> None:
+        # Halted, as the run would be over in five seconds, and one that has ended takes no step again.
+        send(signal.SIGSTOP, ranks_of(slurm, script).values())
         slurm.reconfigure(node_timeout=10)
         slurm.kill_node("node2")
         wait(script.id, ("PENDING",))
+        slurm.reconfigure()  # a busy machine is not lost another time
         slurm.start_node("node2")
 
-    # Early, so that the last one comes well before the run's end on a busy machine too: a run that has ended takes no step again.
-    stops = [
+    stops = [  # early, so that the run has not ended before one on a busy machine
         _stop(script, "preemption, the job's own signal", 8, preempt),
         _stop(script, "preemption, SIGTERM alone", 16, preempt_plainly),
         _stop(script, "scontrol requeue", 24, lambda: scontrol("requeue", script.id)),
         _stop(script, "a node loses its power", 32, lose_a_node),
     ]
-    slurm.reconfigure()
     return Disturbed(script, wait(script.id), stops, halfway)
 
 
@@ -81,7 +83,8 @@ def _stop(script: Script, what: str, step: int, act: Callable[[], None]) -> Stop
     act()
     wait(script.id, ("RUNNING",), restarts=starts + 1)
     running = time.monotonic()
-    until(lambda: re.search(rf"restart {starts + 1}\n(.*\n)*step ", script.log))
+    trains = re.compile(rf"restart {starts + 1}\n(.*\n)*step ")
+    until(lambda: trains.search(script.log), tell=lambda: f"{what}: {job(script.id)}\n{script.log[-4000:]}")
     training = time.monotonic()
     # From the log, which is appended to: metrics.jsonl forgets what is done again.
     lines = re.findall(r"^step (\d+)/.* seconds: (.*)$", script.log[: script.log.index(f"restart {starts + 1}\n")], re.MULTILINE)

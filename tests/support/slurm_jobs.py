@@ -36,9 +36,9 @@ def sbatch(*arguments: object) -> str:
     return sent.stdout.strip()
 
 
-def until(condition: Callable[[], object], timeout: float = PATIENCE) -> None:
-    """Wait for a fact."""
+def until(condition: Callable[[], object], timeout: float = PATIENCE, tell: Callable[[], str] = str) -> None:
+    """Wait for a fact. tell: what a failure shows of the state."""
     end = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < end, f"still waiting after {timeout} s"
+        assert time.monotonic() < end, f"still waiting after {timeout} s\n{tell()}"
         time.sleep(0.25)

@@ -17,7 +17,7 @@ from pathlib import Path
 from megakd.runtime import checkpoint
 from support.runs import REPOSITORY, rows, settings
 from support.slurm_cluster import NODES, Cluster
-from support.slurm_jobs import sbatch, until, wait
+from support.slurm_jobs import job, sbatch, until, wait
 
 STEPS = 100
 
@@ -80,7 +80,7 @@ class Script:
         return found[-1]["step"] if found else 0
 
     def reach(self, step: int) -> None:
-        until(lambda: self.step() >= step)
+        until(lambda: self.step() >= step, tell=lambda: f"step {self.step()} of {step}: {job(self.id)}\n{self.log[-4000:]}")
 
 
 def submit_higher(command: str = "sleep 1") -> str:
