@@ -36,7 +36,7 @@ def top(
 
 # In the order of --help.
 VERBS: tuple[Callable[..., None], ...] = (
-    data.shapes, data.tokenizer, runs.evaluate, data.embed, runs.plan, runs.submit, runs.jobs, runs.smoke, vqa.answer,
+    data.shapes, data.tokenizer, runs.evaluate, data.embed, runs.plan, runs.submit, runs.jobs, runs.smoke, runs.study, vqa.answer,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)

@@ -19,11 +19,10 @@ from typing import Any
 
 from rich.table import Table
 
-from megakd.recipe.chain import LANGUAGE
-from megakd.recipe.load import load_recipe
 from megakd.runtime.console import plain
-from megakd.runtime.run_folder import BUNDLE, EVALUATION, MODEL
+from megakd.runtime.run_folder import EVALUATION
 from megakd.study import launcher
+from megakd.study.recipes import Recipes
 from megakd.study.smoke import WITHOUT_KD, make_world, percent
 
 # Eight minutes on two cores: a smaller world than `megakd smoke`'s, and half the steps for its towers, which only answer questions.
@@ -34,40 +33,21 @@ ROWS = ("blind", "random tower", "student, no KD", "student, KD", "teacher's tow
 FAMILIES = ("colour", "shape", "size", "position", "count", "existence", "relation")
 
 
-class Recipes:
-    """Derives the recipes of all runs under `out` and writes them to OUT/recipes/; each is named by its run's folder."""
-
-    def __init__(self, out: Path, data: Path) -> None:
-        self.out, self._data = out, data
-
-    def derive(self, shipped: str, folder: str, *overrides: str) -> str:
-        """The path of the recipe for the run OUT/folder."""
-        recipe = load_recipe(shipped, [*launcher.moved(shipped, self._data), *overrides])
-        return str(launcher.write_recipe(recipe, self.out / "recipes" / f"{folder}.json"))
-
-    def of_row(self, row: str, seed: int) -> tuple[str, Path]:
-        """The recipe of a row's last run, which names all that come before it, and that run's folder."""
-        name = f"{row.replace(' ', '_').replace(',', '').replace(chr(39), '')}_seed{seed}"
-        decoder = self.derive("smoke_decoder", "decoder")
-        language = (f"seed={seed}", f"decoder.model={self.out}/decoder{LANGUAGE}")
-        if row == "blind":
-            return self.derive("vqa_blind", name, *language, f"decoder.recipe={decoder}"), self.out / name
-        shared = (*language, *self._tower(row, seed))
-        align = self.derive("vqa_align", f"{name}_align", *shared, f"decoder.recipe={decoder}")
-        start = f"decoder.start={self.out}/{name}_align/{BUNDLE}"
-        return self.derive("vqa_lora", name, *shared, start, f"decoder.recipe={align}"), self.out / name
-
-    def _tower(self, row: str, seed: int) -> tuple[str, ...]:
-        teacher = self.derive("smoke_teacher", "teacher", *TEACHER)
-        model = f"local-dir:{self.out}/teacher/{MODEL}"
-        if row == "teacher's tower":
-            return f"student.model={model}", f"student.recipe={teacher}"
-        if row == "random tower":
-            return f"student.model={model}", f"student.recipe={teacher}", "student.pretrained=random"
-        folder, without = ("kd", ()) if row == "student, KD" else ("no_kd", (WITHOUT_KD,))
-        learned = (f"seed={seed}", f"teacher.model={model}", f"teacher.recipe={teacher}", *STUDENT, *without)
-        student = self.derive("smoke", f"{folder}_seed{seed}", *learned)
-        return f"student.model=local-dir:{self.out}/{folder}_seed{seed}/{MODEL}", f"student.recipe={student}"
+def recipe_of(row: str, seed: int, recipes: Recipes) -> tuple[str, Path]:
+    """The recipe of a row's last run, which names all that come before it, and that run's folder."""
+    name = f"{row.replace(' ', '_').replace(',', '').replace(chr(39), '')}_seed{seed}"
+    folder = recipes.out / name
+    if row == "blind":
+        return recipes.blind(name, seed), folder
+    teacher = recipes.derive("smoke_teacher", "teacher", *TEACHER)
+    if row == "teacher's tower":
+        return recipes.readout(name, seed, recipes.trained("student", "teacher", teacher)), folder
+    if row == "random tower":
+        return recipes.readout(name, seed, (*recipes.trained("student", "teacher", teacher), "student.pretrained=random")), folder
+    kind, without = ("kd", ()) if row == "student, KD" else ("no_kd", (WITHOUT_KD,))
+    learned = (f"seed={seed}", *recipes.trained("teacher", "teacher", teacher), *STUDENT, *without)
+    student = recipes.derive("smoke", f"{kind}_seed{seed}", *learned)
+    return recipes.readout(name, seed, recipes.trained("student", f"{kind}_seed{seed}", student)), folder
 
 
 def run(seeds: int, out: Path, data: Path) -> int:
@@ -79,7 +59,7 @@ def run(seeds: int, out: Path, data: Path) -> int:
     for seed in range(seeds):
         # The teacher's row first: the students' recipes need the teacher.
         for row in ("blind", "teacher's tower", "random tower", "student, no KD", "student, KD"):
-            recipe, folder = recipes.of_row(row, seed)
+            recipe, folder = recipe_of(row, seed, recipes)
             if code := launcher.run(recipe, folder, [], "megakd smoke --vqa"):
                 return code
             scores[row].append(json.loads((folder / EVALUATION).read_text(encoding="utf-8"))["vqa"])

@@ -11,7 +11,8 @@ import pytest
 
 from megakd.recipe import load
 from megakd.study import launcher
-from megakd.study.smoke_vqa import ROWS, Recipes
+from megakd.study.recipes import Recipes
+from megakd.study.smoke_vqa import ROWS, recipe_of
 from megakd.training.prepare import RunRequest, prerequisites
 
 
@@ -19,7 +20,7 @@ def test_the_recipe_of_a_vqa_row_names_all_runs_that_come_before_it(tmp_path: Pa
     recipes = Recipes(tmp_path / "out", tmp_path / "world")
     found = {}
     for row in ROWS:
-        recipe, folder = recipes.of_row(row, 1)
+        recipe, folder = recipe_of(row, 1, recipes)
         loaded, name = load.load(recipe)
         assert loaded.answers is not None
         assert str(loaded.answers.train["shapes"].questions).startswith(f"{tmp_path}/world/questions/")
