@@ -314,6 +314,11 @@ class Recipe(ScheduledSections, Sources):
         if self.teacher is not None and not self.weighted_teachers():
             weights = ", ".join(f"{role}.weight = {teacher.weight:g}" for role, teacher in self.teachers().items())
             raise ValueError(f"{weights}: no teacher has a weight; give one a weight above 0, or take [teacher] out")
+        if self.teacher is not None and not self.ensemble and (self.teacher.weight != 1.0 or "teacher.weight" in self.schedules):
+            raise ValueError(
+                "teacher.weight: weights are normalised over the teachers, and [teacher] is the only one; take it out, and weigh its "
+                "losses in [objectives]"
+            )
         moves = [schedule for key, schedule in self.schedules.items() if key.removesuffix(".weight") in self.teachers()]
         for step in (0, *(end for one in moves for end in (one.from_step, one.to_step or self.optim.steps))):
             if moves and not any(self.teacher_weights(step)):
@@ -330,7 +335,14 @@ class Recipe(ScheduledSections, Sources):
         return self
 
     @model_validator(mode="after")
-    def _scales_can_be_matched(self) -> Recipe:
+    def _scales_are_read(self) -> Recipe:
+        given = [role for role, teacher in self.weighted_teachers().items() if teacher.scale is not None]
+        needing = self.in_need_of_a_teacher()
+        if given and needing and not any(declaration(name).compares_rows or declaration(name).needs_bias for name in needing):
+            raise ValueError(
+                f"{given[0]}.scale: objectives.{{{', '.join(needing)}}} read embeddings and patches alone, and no teacher's scale; "
+                "take it out"
+            )
         matched = {role: teacher for role, teacher in self.weighted_teachers().items() if teacher.scale == MATCHED}
         if matched and not any(declaration(name).compares_rows for name in self.active()):
             reading = ", ".join(name for name in type(self.objectives).model_fields if declaration(name).compares_rows)

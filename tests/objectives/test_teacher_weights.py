@@ -148,6 +148,12 @@ def test_a_teacher_of_weight_zero_is_not_loaded_and_the_run_says_so(recipe_file:
             "teacher.weight = 0, ensemble.second.weight = 0: no teacher has a weight",
         ),
         (("teacher.weight=0",), "teacher.weight = 0: no teacher has a weight; give one a weight above 0, or take [teacher] out"),
+        (("teacher.weight=2",), "teacher.weight: weights are normalised over the teachers, and [teacher] is the only one; take it out"),
+        (("schedules.teacher.weight={ shape = 'linear', end = 2.0 }",), "teacher.weight: weights are normalised over the teachers"),
+        (
+            ("teacher.scale=70", "objectives.similarity=0", "objectives.feature=1", "objectives.patch=1"),
+            "teacher.scale: objectives.{feature, patch} read embeddings and patches alone, and no teacher's scale; take it out",
+        ),
         (("teacher.weight=-1",), "teacher.weight = -1: Input should be greater than or equal to 0"),
         (("teacher.scale=0",), "teacher.scale = 0"),
         (("teacher.scale=1e30",), "teacher.scale = 1e+30"),
