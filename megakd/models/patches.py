@@ -146,6 +146,12 @@ def blocks(visual: nn.Module, layer: int, key: str = "decoder.layer") -> nn.Modu
     return every[layer]
 
 
+def number_of(visual: nn.Module, layer: int, key: str) -> int:
+    """The block's number from 0, whichever way it was counted. Raises ValueError as `blocks` does."""
+    blocks(visual, layer, key)
+    return layer % len(_all_blocks(visual))
+
+
 def _all_blocks(visual: nn.Module) -> list[nn.Module]:
     if isinstance(visual, VisionTransformer):
         if getattr(visual.patch_dropout, "prob", 0.0):

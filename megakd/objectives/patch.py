@@ -51,7 +51,7 @@ class _OfBlocks(Objective):
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...], settings: Settings) -> None:
         super().__init__(recipe, device, names)
         self.student_blocks = tuple(settings.blocks)
-        self.teacher_blocks = tuple(settings.teacher_blocks or settings.blocks)
+        self.teacher_blocks = tuple(settings.read_blocks)
         self.blocks = list(zip(self.student_blocks, self.teacher_blocks, strict=True))
 
     def maps(self, context: StepContext, place: int) -> Iterator[tuple[int, Tensor, Tensor]]:

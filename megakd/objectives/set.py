@@ -13,13 +13,14 @@ from torch.distributed import ProcessGroup
 
 from megakd.models import clip
 from megakd.models.embeddings import Embeddings
+from megakd.models.grids import averaged_shape
 from megakd.models.heads import ModelShape, ObjectiveHead
 from megakd.models.patches import measure
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.objectives.teacher_scale import NAME as SCALES
 from megakd.objectives.teacher_scale import TeacherScales
-from megakd.recipe import Recipe
+from megakd.recipe import Recipe, Teacher
 from megakd.recipe.objectives import declaration
 
 OfTeacher = TypeVar("OfTeacher", Embeddings, ModelShape, clip.ModelSpec)
@@ -61,11 +62,13 @@ class ObjectiveSet:
         self._objectives = build(recipe, device)
         self.student_blocks = {block: part.names[0] for part in self._objectives for block in part.student_blocks}
         self.teacher_blocks = {block: part.names[0] for part in self._objectives for block in part.teacher_blocks}
-        stored = [role for role, teacher in recipe.weighted_teachers().items() if teacher.store is not None and teacher.store_of == "all"]
-        if self.teacher_blocks and stored:
+        stored = {role: one for role, one in recipe.weighted_teachers().items() if one.store is not None and one.store_of == "all"}
+        without = [role for role, teacher in stored.items() if teacher.patch_grid is None]
+        if self.teacher_blocks and without:
             raise ValueError(
-                f"objectives.{next(iter(self.teacher_blocks.values()))}: reads the teacher's patch tokens, and {stored[0]}.store holds "
-                f"embeddings alone; set {stored[0]}.store_of to 'text', or take {stored[0]}.store out"
+                f"objectives.{next(iter(self.teacher_blocks.values()))}: reads the teacher's patch tokens, and {without[0]}.store holds "
+                f"embeddings alone where {without[0]}.patch_grid is not given; set it to a grid to average patch tokens to, and make the "
+                f"store with `megakd embed`, set {without[0]}.store_of to 'text', or take {without[0]}.store out"
             )
         self._scales = TeacherScales(recipe, group)
         self.logged = tuple(f"{SCALES}.{role}" for role in self._scales.matched if self.needs_teacher)
@@ -135,6 +138,8 @@ class ObjectiveSet:
         for model, (key, readers) in zip((student, *teachers), asked, strict=True):
             visual: Any = clip.on_meta(model).clip.visual if readers else None
             found = {block: measure(visual, block, f"{model.role}: {name}.{key}") for block, name in readers.items()}
+            grid = model.settings.patch_grid if isinstance(model.settings, Teacher) else None
+            found = {block: averaged_shape(patches, grid, f"{model.role}.patch_grid") for block, patches in found.items()}
             shapes.append(ModelShape(model.width, found, model.has_text))
         return shapes
 

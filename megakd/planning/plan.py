@@ -26,11 +26,15 @@ from megakd.planning.cluster import GB, IN_PIECES, OUTSIDE, Cluster
 from megakd.planning.modes import STORE, PlannedJob, Row, modes, row
 from megakd.recipe import Recipe
 from megakd.runtime import ds_check, ds_config, precision, zero3
+from megakd.teachers.build import patch_store
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A row a teacher mode. asked: the recipe's own mode. recommended: a mode's name, or None where nothing fits; why: a sentence."""
+    """A row a teacher mode. asked: the recipe's own mode. recommended: a mode's name, or None where nothing fits; why: a sentence.
+
+    stored: what a million pairs take of a disk in a store with patch tokens, in words; None where the recipe asks for none.
+    """
 
     job: PlannedJob
     cluster: Cluster
@@ -38,6 +42,7 @@ class MemoryPlan:
     asked: str
     recommended: str | None
     why: str
+    stored: str | None
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**asdict(one), "mode": one.mode.name, "bytes": one.bytes, "fits": one.fits(self.cluster.usable)} for one in self.rows]
@@ -46,7 +51,7 @@ class MemoryPlan:
         }
         return {
             "cluster": {**asdict(self.cluster), "usable_bytes": self.cluster.usable}, "job": asdict(self.job), "modes": rows,
-            "asked": self.asked, "recommended": self.recommended, "why": self.why, "assumptions": assumptions,
+            "asked": self.asked, "recommended": self.recommended, "why": self.why, "stored": self.stored, "assumptions": assumptions,
         }  # fmt: skip
 
 
@@ -60,7 +65,9 @@ def plan(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster)
     job = job_of(recipe, recipe_name, config, cluster)
     rows = [row(job, mode) for mode in modes(job)]
     recommended, why = recommend(rows, cluster)
-    return MemoryPlan(job, cluster, rows, asked(recipe, rows), recommended, why)
+    settings = recipe.weighted_teachers().get("teacher") if job.teachers else None
+    layout = None if settings is None else patch_store(recipe, models.describe(settings, "teacher"), 10**6)
+    return MemoryPlan(job, cluster, rows, asked(recipe, rows), recommended, why, None if layout is None else str(layout))
 
 
 def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster) -> PlannedJob:

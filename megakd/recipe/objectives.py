@@ -150,6 +150,11 @@ class PatchRelation(Section):
     blocks: list[Block] = Field([-2], min_length=1, description="of the student's vision tower; -1 is the last")
     teacher_blocks: list[Block] | None = Field(None, description="of the teachers', one for each of blocks; default: the same numbers")
 
+    @property
+    def read_blocks(self) -> list[int]:
+        """Of the teachers' vision towers, one for each of `blocks`."""
+        return self.teacher_blocks or self.blocks
+
     @model_validator(mode="after")
     def _in_pairs(self) -> Self:
         if self.teacher_blocks is not None and len(self.teacher_blocks) != len(self.blocks):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megakd.recipe.objectives import declaration
+from megakd.recipe.objectives import PatchRelation, declaration
 from megakd.recipe.placements import INT8, INT8_MODES, MODES, PLACEMENTS
 from megakd.recipe.schedules import ScheduledSections
 from megakd.recipe.section import (
@@ -20,6 +20,7 @@ from megakd.recipe.section import (
     FloatPair,
     FloatTriple,
     Fraction,
+    GridSize,
     Int8Product,
     Name,
     NonNegative,
@@ -152,6 +153,11 @@ class Teacher(Model):
     )
     offload: bool = Field(False, description="zero3: keep this rank's part in CPU memory between uses")
     ds_config: str | None = Field(None, description="zero3: the teacher's DeepSpeed JSON; default: as ds_configs/teacher_zero3.json")
+    patch_grid: GridSize | None = Field(
+        None,
+        description="rows and columns that its patch tokens are averaged to, by area; default: the tower's own; a store has patch tokens "
+        "with it alone",
+    )
     store: str | None = Field(None, description="folder of embeddings that `megakd embed` wrote: read instead of running the teacher")
     store_of: Literal["all", "text"] = Field(
         "all", description="text: only texts come from the store; images are freshly augmented and the text tower is not loaded"
@@ -299,6 +305,12 @@ class Recipe(ScheduledSections, Sources):
     def teacher_weights(self, step: int) -> list[float]:
         """Of `weighted_teachers`, in the step number `step`."""
         return [self.value_at(f"{role}.weight", step) for role in self.weighted_teachers()]
+
+    def teacher_blocks(self) -> dict[int, str]:
+        """Blocks of the teachers' vision towers whose patch tokens active objectives read, each with the name of one that does."""
+        sections = {name: getattr(self, name, None) for name in self.active()}
+        reading = {name: section for name, section in sections.items() if isinstance(section, PatchRelation)}
+        return {block: name for name, section in reading.items() for block in section.read_blocks}
 
     def weighs_teachers_alike(self) -> bool:
         """Whether the losses are plain means over the teachers in every step."""

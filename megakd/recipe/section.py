@@ -37,6 +37,7 @@ StudentScale = Annotated[
     Field(description="logit scale of the student's cosines; student: its learned one; own: a further one, learned beside the head"),
 ]
 Block = Annotated[int, Field(ge=-10_000, le=10_000)]
+GridSide = Annotated[int, Field(gt=0, le=10_000)]
 if TYPE_CHECKING:
     TeacherMode = str
 else:
@@ -62,6 +63,7 @@ ScheduledWeight = Annotated[Weight, SCHEDULED_WEIGHT]
 ScheduledTemperature = Annotated[PositiveFloat, SCHEDULED_TEMPERATURE]
 # A list in TOML becomes a fixed-length tuple; strict mode alone would refuse the list.
 FloatPair = Annotated[tuple[float, float], Field(strict=False)]
+GridSize = Annotated[tuple[GridSide, GridSide], Field(strict=False)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 FloatTriple = Annotated[tuple[Number, Number, Number], Field(strict=False)]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megakd.models import clip, streaming
 from megakd.models.embeddings import Embeddings
+from megakd.models.grids import averaged
 from megakd.models.patches import TowerReader
 from megakd.recipe import Teacher as Settings
 from megakd.runtime.launch import World
@@ -142,10 +143,11 @@ class LiveTeacher(ABC):
         return Embeddings(image_BD, text_BD, self.scale, self.bias, features=features)
 
     def see(self, pixels: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `embed_images`, with the patch tokens of `blocks`, as `Embeddings.features` has them."""
+        """As `embed_images`, with the patch tokens of `blocks`, as `Embeddings.features` has them; on `patch_grid` where it is given."""
         with TowerReader(getattr(self.towers.clip, "visual", None), blocks) as reader:
             image_BD = self.embed_images(pixels)
-        return image_BD, {f"patches.{block}": map_BhwC for block, map_BhwC in reader.maps(image_BD).items()}
+        grid = settings_of(self.towers.description).patch_grid if blocks else None
+        return image_BD, {f"patches.{block}": averaged(map_BhwC, grid) for block, map_BhwC in reader.maps(image_BD).items()}
 
 
 def settings_of(description: clip.ModelSpec) -> Settings:

@@ -11,7 +11,7 @@ import logging
 import math
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,14 +20,17 @@ import torch
 from torch import Tensor
 
 from megakd.data.shards import ShardSet
-from megakd.data.store.reader import Store, differences, made_as_wanted
+from megakd.data.store.manifest import PatchLayout
+from megakd.data.store.reader import Layout, Store, StoreError, differences, made_as_wanted
 from megakd.data.store.views import Seen, StoredViews
 from megakd.data.transforms import TowerView, normalise
 from megakd.models import clip, streaming
 from megakd.models.fingerprint import computation, fingerprint, preprocessing
+from megakd.models.grids import averaged_shape
 from megakd.models.int8 import matmul
 from megakd.models.int8.agreement import Agreement, agreement
 from megakd.models.int8.migration import METHOD, Reference, migrate
+from megakd.models.patches import measure, number_of
 from megakd.recipe import Recipe
 from megakd.recipe import Teacher as Settings
 from megakd.recipe.credentials import redacted
@@ -36,6 +39,7 @@ from megakd.runtime import collectives, precision, watchdog, zero3
 from megakd.runtime.launch import World
 from megakd.teachers.base import LiveTeacher, settings_of
 from megakd.teachers.cached import StoredTeacher, StoreMiss, TextStoredTeacher
+from megakd.teachers.embed_request import EmbedRequest
 
 log = logging.getLogger("megakd.teachers")
 COMPARED = 64  # pairs that go through a teacher in 8 and in 16 bit
@@ -222,13 +226,55 @@ def open_store(
     return collectives.by_main(opened, world)
 
 
+def patch_layout(recipe: Recipe, description: clip.ModelSpec) -> tuple[PatchLayout | None, dict[int, int]]:
+    """What a store of this teacher has of patch tokens, None for nothing; and the store's number of each block that objectives read.
+
+    Raises ValueError, naming the key, for a block that is not there and for a grid that is not one of the teacher's averages.
+    """
+    grid, role, readers = settings_of(description).patch_grid, description.role, recipe.teacher_blocks()
+    if grid is None or not readers:
+        return None, {}
+    visual: Any = clip.on_meta(description).clip.visual
+    numbers, widths = dict[int, int](), dict[int, int]()
+    for block, name in readers.items():
+        key = f"{role}: {name}.teacher_blocks"
+        numbers[block] = number_of(visual, block, key)
+        widths[numbers[block]] = averaged_shape(measure(visual, block, key), grid, f"{role}.patch_grid").width
+    return PatchLayout(grid, widths), numbers
+
+
+def patch_store(recipe: Recipe, description: clip.ModelSpec, samples: int) -> Layout | None:
+    """Of what `megakd embed` writes for so many samples unless it is told otherwise; None without patch tokens, or without a text tower."""
+    patches, _ = patch_layout(recipe, description) if description.has_text else (None, {})
+    return None if patches is None else Layout(samples, samples, EmbedRequest.views, description.width, "bf16", patches)
+
+
+def _asked(store: Store, recipe: Recipe, description: clip.ModelSpec) -> dict[int, int]:
+    """`Store.asked` for the recipe's objectives. Raises StoreError, on every rank alike, where the store does not hold that."""
+    wanted, numbers = patch_layout(recipe, description)
+    held = store.layout.patches
+    if wanted is None or (held is not None and held.grid == wanted.grid and wanted.widths.keys() <= held.widths.keys()):
+        return numbers
+    remedy = "make one by this recipe with `megakd embed` in another folder, or set teacher.store_of to 'text'"
+    if held is not None and held.grid != wanted.grid:
+        remedy = f"set teacher.patch_grid to {list(held.grid)}, or {remedy}"
+    raise StoreError(
+        f"{store.folder}: objectives.{next(iter(recipe.teacher_blocks().values()))} reads {wanted}, and this store holds "
+        f"{'embeddings alone' if held is None else held}; {remedy}"
+    )
+
+
 def open_stores(recipe: Recipe, teachers: Mapping[str, clip.ModelSpec], shards: ShardSet, world: World) -> Store | None:
-    """The store that the recipe names for its teacher, as `open_store`; None without one, or when no objective uses the teacher."""
+    """The store that the recipe names for its teacher, as `open_store`; None without one, or when no objective uses the teacher.
+
+    Raises StoreError also where it lacks patch tokens that objectives read.
+    """
     settings, description = recipe.teacher, teachers.get("teacher")
     if settings is None or settings.store is None or description is None:
         return None
     text_alone = settings.store_of == "text"
-    return open_store(Path(settings.store), recipe, description, shards, world, settings.store_miss, text_alone)
+    store = open_store(Path(settings.store), recipe, description, shards, world, settings.store_miss, text_alone)
+    return store if text_alone else replace(store, asked=_asked(store, recipe, description))
 
 
 def stored_teacher(

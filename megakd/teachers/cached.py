@@ -6,7 +6,8 @@ Legend: B local batch, D embedding width, M misses of this rank.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -86,23 +87,33 @@ class StoredTeacher:
         self._live: Teacher | None = None
 
     def recall(
-        self, image_BD: Tensor, text_BD: Tensor, known_B: Tensor, index_B: Tensor, view_B: Tensor, damaged_B: Tensor | None = None
+        self,
+        image_BD: Tensor,
+        text_BD: Tensor,
+        known_B: Tensor,
+        index_B: Tensor,
+        view_B: Tensor,
+        damaged_B: Tensor | None = None,
+        patches: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> Embeddings:
         """Unit embeddings of a batch, without gradient; every rank calls it for its part of the batch. All arguments are on the CPU.
 
         image_BD, text_BD: a store's rows, valid where known_B (bool); index_B, view_B: which sample and view each row is.
         damaged_B: (bool) which of the unknown ones are in the store, but not as they were written; for what is said about them.
+        patches: patch tokens (B, h, w, C) by the blocks that are asked for, on the grid on which the live teacher gives them.
         Raises ValueError on every rank when a row is missing and misses are to fail.
         """
         missing_M = (~known_B).nonzero().flatten()
         counts = _misses(len(missing_M), self._world)
-        image, text = (rows.to(self._world.device, self.dtype, non_blocking=True) for rows in (image_BD, text_BD))
+        stored = {"image": image_BD, "text": text_BD, **{f"patches.{block}": map_BhwC for block, map_BhwC in patches.items()}}
+        found = {name: rows.to(self._world.device, self.dtype, non_blocking=True) for name, rows in stored.items()}
         if any(counts):
             self._refuse_or_say(counts, _damaged(damaged_B, self._world), index_B[missing_M])
-            live = self._teach(index_B[missing_M], view_B[missing_M], max(counts))
+            live = self._teach(index_B[missing_M], view_B[missing_M], max(counts), tuple(patches))
             where = missing_M.to(self._world.device)
-            image[where], text[where] = live.image.to(self.dtype), live.text.to(self.dtype)
-        return Embeddings(image, text, self._scale, self._bias)
+            for name, rows in {"image": live.image, "text": live.text, **live.features}.items():
+                found[name][where] = rows.to(self.dtype)
+        return Embeddings(found.pop("image"), found.pop("text"), self._scale, self._bias, features=found)
 
     def _refuse_or_say(self, counts: list[int], damaged: int, index_M: Tensor) -> None:
         total = sum(counts)
@@ -116,7 +127,7 @@ class StoredTeacher:
         self.misses += total
         self.damaged += damaged
 
-    def _teach(self, index_M: Tensor, view_M: Tensor, most: int) -> Embeddings:
+    def _teach(self, index_M: Tensor, view_M: Tensor, most: int, blocks: tuple[int, ...]) -> Embeddings:
         """The live teacher's embeddings of M samples. Every rank makes as many calls as the one with `most` samples needs."""
         if self._live is None:
             self._live = self._build()
@@ -124,8 +135,9 @@ class StoredTeacher:
         for start in range(0, most, self._piece):
             asked = slice(start, start + self._piece)
             count = len(index_M[asked])
-            found = self._live.embed(*self._reread(index_M[asked], view_M[asked], self._live.dtype))
-            parts.append(found._replace(image=found.image[:count], text=found.text[:count]))
+            found = self._live.embed(*self._reread(index_M[asked], view_M[asked], self._live.dtype), blocks)
+            features = {name: rows[:count] for name, rows in found.features.items()}
+            parts.append(found._replace(image=found.image[:count], text=found.text[:count], features=features))
         return Embeddings.joined(parts)
 
 

@@ -1,6 +1,9 @@
 """`megakd embed`: a teacher's embeddings of the training set, V views of each image and one of each caption, into a store.
 
-1. `store_key` says what they depend on; rank 0 holds the store's lock and lists the parts that are not there yet.
+With `teacher.patch_grid` also the patch tokens of each view that the recipe's objectives read, averaged to that grid.
+
+1. `store_key` says what they depend on; rank 0 says the store's size, holds its lock, lists the parts that are not there yet, and compares
+   them with what is free on the disk.
 2. Each rank takes every world-th of those, embeds them and renames them into place: killed at any moment, the same command goes on.
 3. Rank 0 writes the checksums. `check` reads all values again and recomputes a random sample of them.
 
@@ -13,7 +16,7 @@ import contextlib
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -37,7 +40,7 @@ from megakd.recipe import load as recipes
 from megakd.runtime import collectives, ds_config, launch, precision, shared_folder
 from megakd.runtime.launch import World
 from megakd.teachers.base import LiveTeacher
-from megakd.teachers.build import live_teacher, open_store, store_key
+from megakd.teachers.build import live_teacher, open_store, patch_layout, store_key
 from megakd.teachers.embed_request import EmbedRequest
 
 SAMPLED = 256  # samples that a check recomputes: a defect of one in a hundred shows with 92 %
@@ -83,6 +86,15 @@ class EmbedJob:
         self.description = clip.resolve(self.recipe.teacher, "teacher")
         if not self.description.has_text:
             raise ValueError(f"teacher.model: {image_only.no_store(self.recipe.teacher, 'teacher')}")
+        self._patches, _ = patch_layout(self.recipe, self.description)
+        readers = list(self.recipe.teacher_blocks().values())
+        if self.recipe.teacher.patch_grid is not None and not readers:
+            raise ValueError(
+                f"teacher.patch_grid = {list(self.recipe.teacher.patch_grid)}: no active objective reads patch tokens, so there is "
+                f"no block to store them of; give objectives.patch or objectives.patch_relation a weight, or take the grid out"
+            )
+        if readers and self._patches is None:
+            self._say(f"objectives.{readers[0]} reads patch tokens, which this store will not hold: that needs teacher.patch_grid")
         self.images = images_a_forward(self.recipe, request.ds_config, world)
         self.shards = ShardSet.open(self.recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
         self._tower = TowerView(preprocessing(self.description), self.description.tokenize)
@@ -106,11 +118,13 @@ class EmbedJob:
     def _begin(self, held: contextlib.ExitStack) -> tuple[Manifest | None, list[int]]:
         """Rank 0's work: take the lock, and find the manifest that is there and the numbers of the parts that are not."""
         folder, layout = self.request.out, self._layout()
+        self._say(f"{folder}: {layout}")
         held.enter_context(StoreLock(folder))
         self._key = store_key(self.recipe, self.description, self.shards)
         found = writer.existing(folder, self._key, self._made(), layout)
         todo = list(range(layout.parts)) if found is None else writer.parts_to_do(folder, found)
         self._say(f"{folder}: {layout.parts - len(todo)} of {layout.parts} parts are there")
+        writer.check_room(folder, layout, todo)
         return found, todo
 
     def _say(self, text: str) -> None:
@@ -118,9 +132,9 @@ class EmbedJob:
             print(text, flush=True)
 
     def _layout(self) -> Layout:
-        samples = len(self.shards)
-        part = self._part_size or writer.part_size(samples)
-        return Layout(samples, part, self.request.views, self.description.width, cast(StoreType, self.request.dtype))
+        samples, dtype = len(self.shards), cast(StoreType, self.request.dtype)
+        layout = writer.in_parts(Layout(samples, samples, self.request.views, self.description.width, dtype, self._patches))
+        return layout if self._part_size is None else replace(layout, part=self._part_size)
 
     def _made(self) -> dict[str, Any]:
         """How the embeddings are computed: parts that were computed otherwise do not go into one store."""
@@ -143,7 +157,9 @@ class EmbedJob:
                 open_part = _Part(layout, chunk.number)
             open_part.add(seen.index, found)
             if chunk.last:
-                writer.write_part(folder, manifest, chunk.number, open_part.image_NVD, open_part.text_ND, open_part.known_N)
+                writer.write_part(
+                    folder, manifest, chunk.number, open_part.image_NVD, open_part.text_ND, open_part.known_N, open_part.patches
+                )
             images += len(seen.index) * layout.views * world.size
             if time.monotonic() - said > _SAY_SECONDS:
                 said = time.monotonic()
@@ -170,7 +186,7 @@ class EmbedJob:
                     yield mine[place], seen, found
 
     def _forward(self, teacher: LiveTeacher, seen: Seen | None) -> Embeddings:
-        """image (n * V, D) and text (n, D) of a chunk, on the CPU; of one blank pair where there is nothing to embed."""
+        """image (n * V, D), text (n, D) and patch tokens (n * V, h, w, C) of a chunk, on the CPU; of a blank pair for no sample."""
         if seen is None or len(seen.index) == 0:
             height, width, _ = self._tower.train_pixels
             pixels, tokens = torch.zeros((1, 3, height, width), dtype=torch.uint8), self._tower.tokenize([""]).long()
@@ -178,8 +194,10 @@ class EmbedJob:
             pixels, tokens = seen.pixels.flatten(0, 1), seen.tokens
         device = self.world.device
         normalised = normalise(pixels.to(device, non_blocking=True), self._tower.preprocess, teacher.dtype)
-        found = teacher.embed(normalised, tokens.to(device, non_blocking=True))
-        return found._replace(image=found.image.cpu(), text=found.text.cpu())
+        blocks = () if self._patches is None else tuple(self._patches.widths)
+        found = teacher.embed(normalised, tokens.to(device, non_blocking=True), blocks)
+        features = {name: rows.cpu() for name, rows in found.features.items()}
+        return found._replace(image=found.image.cpu(), text=found.text.cpu(), features=features)
 
     def check(self, sampled: int = SAMPLED) -> Checked:
         """Read every value again, and recompute a random sample of them.
@@ -190,6 +208,10 @@ class EmbedJob:
         store = open_store(folder, self.recipe, self.description, self.shards, world)
         if store.layout.views != self.request.views:
             raise StoreError(f"{folder}: this store holds {store.layout.views} views of each image, not --views {self.request.views}")
+        if store.layout.patches != self._patches:
+            held, wanted = (f"{one or 'no patch tokens'}" for one in (store.layout.patches, self._patches))
+            raise StoreError(f"{folder}: this store holds {held}, and the recipe's teacher.patch_grid and objectives ask for {wanted}")
+        store.asked = {} if self._patches is None else {block: block for block in self._patches.widths}
         self._check_values(store)
         # a share for each rank of samples that every rank draws alike
         seed = cast(int, collectives.share(random.SystemRandom().getrandbits(64), world))
@@ -199,7 +221,7 @@ class EmbedJob:
         asked = [chunks[rank :: world.size] for rank in range(world.size)]
         teacher = self._teacher()
         compared = [_compared(store, seen, found) for _, seen, found in self._run(teacher, asked, store.layout.views)]
-        rows = collectives.gather_rows(torch.cat(compared) if compared else torch.zeros((0, 3), dtype=torch.float64), world)
+        rows = collectives.gather_rows(torch.cat(compared) if compared else torch.zeros((0, 4), dtype=torch.float64), world)
         return self._judge(store, rows, len(chosen))
 
     def _check_values(self, store: Store) -> None:
@@ -219,12 +241,13 @@ class EmbedJob:
             )
 
     def _judge(self, store: Store, rows: Tensor, samples: int) -> Checked:
-        """rows: (number, 3), sample, view (-1 is the caption) and cosine of each row that was compared."""
+        """rows: (number, 4), as `_compared` of all ranks."""
         if len(rows) == 0:
             raise StoreError(f"{store.folder}: none of {samples} samples could be read to be compared; are the shards still readable?")
-        index, view, cosine = rows[int(rows[:, 2].argmin())].tolist()
+        index, view, block, cosine = rows[int(rows[:, 3].argmin())].tolist()
         where = f"{self.shards.where(int(index))}, {'caption' if view < 0 else f'view {int(view)}'}"
-        checked = Checked(samples, float(rows[:, 2].mean()), cosine, where)
+        where += f", patch tokens of block {int(block)}" if block >= 0 else ""
+        checked = Checked(samples, float(rows[:, 3].mean()), cosine, where)
         numbers = f"cosine mean {checked.mean_cosine:.6f}, worst {cosine:.6f} ({where})"
         if not cosine >= WORST_COSINE:
             raise StoreError(
@@ -260,6 +283,7 @@ class _Part:
         self.image_NVD = torch.zeros(shapes["image"], dtype=layout.torch_dtype)
         self.text_ND = torch.zeros(shapes["text"], dtype=layout.torch_dtype)
         self.known_N = torch.zeros(shapes["known"], dtype=torch.bool)
+        self.patches = {name: torch.zeros(shapes[name], dtype=layout.torch_dtype) for name in layout.patch_tensors}
 
     def add(self, index_n: Tensor, found: Embeddings) -> None:
         """Rows of samples that could be used; the others stay unknown."""
@@ -269,18 +293,27 @@ class _Part:
         self.image_NVD[rows] = found.image.view(len(rows), *self.image_NVD.shape[1:]).to(self.image_NVD.dtype)
         self.text_ND[rows] = found.text.to(self.text_ND.dtype)
         self.known_N[rows] = True
+        for name, map_NVhwC in self.patches.items():
+            map_NVhwC[rows] = found.features[name].view(len(rows), *map_NVhwC.shape[1:]).to(map_NVhwC.dtype)
 
 
 def _compared(store: Store, seen: Seen, found: Embeddings) -> Tensor:
-    """(rows, 3) float64: sample, view (-1 for the caption), cosine of what was recomputed to what is stored, where both are there."""
+    """(rows, 4) float64: sample, view (-1 for the caption), block (-1 for an embedding), cosine of what was recomputed to what is stored.
+
+    Where both are there. Patch tokens of a view are compared as one vector.
+    """
     count, views = len(seen.index), store.layout.views
     if count == 0:
-        return torch.zeros((0, 3), dtype=torch.float64)
+        return torch.zeros((0, 4), dtype=torch.float64)
     index_R = seen.index.repeat_interleave(views)
     view_R = torch.arange(views).repeat(count)
     stored = store.read(index_R.numpy(), view_R.numpy())
     image = F.cosine_similarity(found.image.double(), stored.image.double())
     text = F.cosine_similarity(found.text.double(), stored.text[::views].double())
-    rows = [torch.stack([index_R, view_R, image], 1)[stored.known]]
-    rows += [torch.stack([seen.index, torch.full((count,), -1), text], 1)[stored.known[::views]]]
+    none_R, none_B = torch.full((count * views,), -1), torch.full((count,), -1)
+    rows = [torch.stack([index_R, view_R, none_R, image], 1)[stored.known]]
+    rows += [torch.stack([seen.index, none_B, none_B, text], 1)[stored.known[::views]]]
+    for block, map_RhwC in stored.patches.items():
+        cosine = F.cosine_similarity(found.features[f"patches.{block}"].double().flatten(1), map_RhwC.double().flatten(1))
+        rows.append(torch.stack([index_R, view_R, torch.full_like(none_R, block), cosine], 1)[stored.known])
     return torch.cat(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from faults import damage
 from faults.campaign import Mutant, SilentFault, mutants_of_copies
 from megakd.data.store import writer
+from megakd.data.store.manifest import PatchLayout
 from megakd.data.store.reader import Layout, Manifest, Store, StoredRows, StoreType
 from support import safetensors_files, stores
 
@@ -23,6 +24,7 @@ SAMPLES, PART, VIEWS, WIDTH = 40, 16, 2, 8
 KEY = {"seed": 3, "weights": {"name": "x", "sha256": "1"}, "views": {"flip": 0.5}, "data": {"samples": SAMPLES, "signature": 5}}
 MADE = {"precision": "fp32", "int8": False}
 SCALE, BIAS = 14.25, -10.0
+PATCHES, ASKED = PatchLayout((1, 2), {3: 4, 11: 6}), {-1: 11, 3: 3}
 
 
 @dataclass(frozen=True)
@@ -31,29 +33,36 @@ class Original:
 
     folder: Path
     formerly: bool
+    asked: dict[int, int]  # blocks whose patch tokens are read
     rows: list[StoredRows]  # of every sample, by view
 
 
 def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
-    kinds: tuple[tuple[StoreType, bool], ...] = (("bf16", False), ("fp32", False), ("bf16", True), ("fp32", True))
+    kinds: tuple[tuple[StoreType, bool, PatchLayout | None], ...] = (
+        *(("bf16", False, None), ("fp32", False, None), ("bf16", True, None), ("fp32", True, None)),
+        *(("bf16", False, PATCHES), ("fp32", False, PATCHES)),
+    )
     originals = [_original(folder / f"original_{number}", *kind) for number, kind in enumerate(kinds)]
     return mutants_of_copies(count, draw, folder, originals, _damaged, _attempt)
 
 
-def _original(folder: Path, dtype: StoreType, formerly: bool) -> Original:
+def _original(folder: Path, dtype: StoreType, formerly: bool, patches: PatchLayout | None) -> Original:
     torch.manual_seed(7)
-    layout = Layout(SAMPLES, PART, VIEWS, WIDTH, dtype)
+    layout = Layout(SAMPLES, PART, VIEWS, WIDTH, dtype, patches)
     (folder / "parts").mkdir(parents=True)
     manifest = writer.start(folder, Manifest(KEY, MADE, layout, SCALE, BIAS))
     for number in range(layout.parts):
         count = layout.count(number)
         known = torch.arange(count) % 7 != 3
         image = F.normalize(torch.randn(count, VIEWS, WIDTH), dim=-1) * known[:, None, None]
-        writer.write_part(folder, manifest, number, image, F.normalize(torch.randn(count, WIDTH), dim=-1) * known[:, None], known)
+        text = F.normalize(torch.randn(count, WIDTH), dim=-1) * known[:, None]
+        blocks = {name: torch.randn(count, VIEWS, *shape) for name, shape in layout.patch_tensors.items()}
+        writer.write_part(folder, manifest, number, image, text, known, blocks)
     writer.finish(folder, manifest)
     if formerly:
         stores.without_checks(folder)
-    return Original(folder, formerly, _read(Store.open(folder)))
+    asked = {} if patches is None else ASKED
+    return Original(folder, formerly, asked, _read(replace(Store.open(folder), asked=asked)))
 
 
 def _read(store: Store) -> list[StoredRows]:
@@ -112,6 +121,9 @@ def _files(store: Path, path: Path, parts: list[Path], draw: random.Random) -> s
 def _attempt(original: Original, mutant: Path) -> str:
     store = Store.open(mutant)
     store.check_matches(KEY)
+    if original.asked and store.layout.patches != PATCHES:
+        raise SilentFault(f"{store.layout.patches}")
+    store.asked = original.asked
     # Of format 1 nothing says which scale was written.
     if not original.formerly and (store.manifest.scale, store.manifest.bias) != (SCALE, BIAS):
         raise SilentFault(f"scale {store.manifest.scale}, bias {store.manifest.bias}")
@@ -123,6 +135,9 @@ def _attempt(original: Original, mutant: Path) -> str:
             mine, theirs = (getattr(rows, name)[found.known].float() for rows in (found, truth))
             if not torch.equal(mine, theirs):
                 raise SilentFault(f"view {number}: {name} rows are not what was written")
+        for block, map_BhwC in found.patches.items():
+            if not torch.equal(map_BhwC[found.known], truth.patches[block][found.known]):
+                raise SilentFault(f"view {number}: patch tokens of block {block} are not what was written")
         lost = truth.known & ~found.known
         said = found.damaged.clone()
         for part in range(store.layout.parts):

@@ -27,13 +27,25 @@ def values(layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return image, torch.randn((layout.samples, layout.width), generator=generator) * known[:, None], known
 
 
+def patch_values(layout: Layout) -> dict[str, torch.Tensor]:
+    """(samples, V, h, w, C) of each block of a whole set, by its name."""
+    generator, known = torch.Generator().manual_seed(1), values(layout)[2]
+    return {
+        name: torch.randn((layout.samples, layout.views, *shape), generator=generator) * known[:, None, None, None, None]
+        for name, shape in layout.patch_tensors.items()
+    }
+
+
 def write(folder: Path, manifest: Manifest = MANIFEST) -> Path:
     folder.mkdir(exist_ok=True)
     writer.start(folder, manifest)
     image, text, known = values(manifest.layout)
+    patches = patch_values(manifest.layout)
     for number in range(manifest.layout.parts):
         rows = slice(number * manifest.layout.part, (number + 1) * manifest.layout.part)
-        writer.write_part(folder, manifest, number, image[rows], text[rows], known[rows])
+        writer.write_part(
+            folder, manifest, number, image[rows], text[rows], known[rows], {name: one[rows] for name, one in patches.items()}
+        )
     writer.finish(folder, manifest)
     return folder
 

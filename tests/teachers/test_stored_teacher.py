@@ -194,7 +194,7 @@ class Live:
     def __init__(self) -> None:
         self.calls: list[int] = []
 
-    def embed(self, pixels: torch.Tensor, tokens: torch.Tensor) -> Embeddings:
+    def embed(self, pixels: torch.Tensor, tokens: torch.Tensor, blocks: tuple[int, ...] = ()) -> Embeddings:
         self.calls.append(len(pixels))
         return Embeddings(pixels, tokens, torch.tensor(1.0))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch
 from megakd.recipe.texts import flat
 from megakd.runtime.files import json_sha256
 
-FORMAT = 2
+FORMAT, WITH_PATCHES = 2, 3  # of embeddings alone, and with patch tokens
 MANIFEST = "manifest.json"
 INTEGER_PRODUCTS = ("int_mm", "bitsandbytes")
 StoreType = Literal["bf16", "fp32"]
@@ -28,6 +29,29 @@ class StoreError(ValueError):
     """A store that cannot be read or written; the message says which file, why, and what to do."""
 
 
+def amount(number: int) -> str:
+    """Bytes for people: "2,890 GB", "12.3 MB"."""
+    size, unit = next(((number / size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB")) if number >= size), (number / 1e3, "kB"))
+    return f"{size:,.0f} {unit}" if size >= 100 else f"{size:.3g} {unit}"
+
+
+@dataclass(frozen=True)
+class PatchLayout:
+    """Patch tokens of each view of an image. grid: (h, w), of all blocks; widths: C by the block's number in the vision tower, from 0."""
+
+    grid: tuple[int, int]
+    widths: dict[int, int]
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, int, int]]:
+        """Names in a part, in the order of the blocks, with (h, w, C)."""
+        return {f"patches.{block}": (*self.grid, self.widths[block]) for block in sorted(self.widths)}
+
+    def __str__(self) -> str:
+        blocks = ", ".join(f"{block} (width {self.widths[block]})" for block in sorted(self.widths))
+        return f"patch tokens of block{'s' if len(self.widths) > 1 else ''} {blocks} on {self.grid[0]} x {self.grid[1]}"
+
+
 @dataclass(frozen=True)
 class Layout:
     """Part p holds the samples [p * part, (p + 1) * part), the last one fewer."""
@@ -37,6 +61,7 @@ class Layout:
     views: int
     width: int
     dtype: StoreType
+    patches: PatchLayout | None = None
 
     @property
     def parts(self) -> int:
@@ -48,11 +73,50 @@ class Layout:
 
     def shapes(self, number: int) -> dict[str, tuple[int, ...]]:
         count = self.count(number)
-        return {"image": (count, self.views, self.width), "text": (count, self.width), "known": (count,)}
+        patches = {name: (count, self.views, *shape) for name, shape in self.patch_tensors.items()}
+        return {"image": (count, self.views, self.width), "text": (count, self.width), "known": (count,), **patches}
+
+    @property
+    def patch_tensors(self) -> dict[str, tuple[int, int, int]]:
+        """As `PatchLayout.tensors`; empty without patch tokens."""
+        return {} if self.patches is None else self.patches.tensors
+
+    @property
+    def checks(self) -> int:
+        """Numbers of `reader.row_checks` for a sample."""
+        return self.views * (1 + len(self.patch_tensors)) + 1
+
+    @property
+    def sample_bytes(self) -> int:
+        """Of a sample's values in a part, and of their checks in its header."""
+        numbers = self.width + self.views * (self.width + sum(map(math.prod, self.patch_tensors.values())))
+        return numbers * self.torch_dtype.itemsize + 1 + math.ceil(self.checks * 16 / 3)
+
+    def __str__(self) -> str:
+        """For people: what is stored, and how much of a disk it takes."""
+        patches = "" if self.patches is None else f" and {self.patches}"
+        size = amount(self.samples * self.sample_bytes)
+        return f"{self.samples:,} samples, {self.views} views each, width {self.width}{patches}, {self.dtype}: {size}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return _TORCH[self.dtype]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; without `patches` where there are none, as older versions wrote it."""
+        plain = {name: value for name, value in vars(self).items() if name != "patches"}
+        if self.patches is not None:
+            widths = {str(block): width for block, width in sorted(self.patches.widths.items())}
+            plain["patches"] = {"grid": list(self.patches.grid), "widths": widths}
+        return plain
+
+    @classmethod
+    def of_json(cls, plain: dict[str, Any]) -> Layout:
+        """Raises ValueError, KeyError or TypeError for what is none; numbers that cannot be are found in `_contradiction`."""
+        if "patches" not in plain:
+            return cls(**plain)
+        (h, w), widths = plain["patches"]["grid"], plain["patches"]["widths"]
+        return cls(**{**plain, "patches": PatchLayout((h, w), {int(block): width for block, width in widths.items()})})
 
 
 @dataclass(frozen=True)
@@ -72,7 +136,7 @@ class Manifest:
     @property
     def digest(self) -> str:
         """In each part's header, by which parts of another store are known."""
-        return hashlib.sha256(json.dumps([self.key, self.made, asdict(self.layout)], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.key, self.made, self.layout.to_json()], sort_keys=True).encode()).hexdigest()
 
     @property
     def seed(self) -> int:
@@ -80,7 +144,8 @@ class Manifest:
         return int(self.key["seed"])
 
     def to_json(self) -> dict[str, Any]:
-        content = {"format": FORMAT, **asdict(self), "parts": list(self.parts)}
+        version = FORMAT if self.layout.patches is None else WITH_PATCHES
+        content = {"format": version, **vars(self), "layout": self.layout.to_json(), "parts": list(self.parts)}
         return {**content, "sha256": json_sha256(content)}
 
 
@@ -93,11 +158,11 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version, checksum = content["format"], content.pop("sha256", None)
-        if version not in (1, FORMAT):
-            raise StoreError(f"{path}: format {version}, this version reads format 1 and {FORMAT}; make the store anew")
-        if (version == FORMAT or checksum is not None) and checksum != json_sha256(content):
+        if version not in (1, FORMAT, WITH_PATCHES):
+            raise StoreError(f"{path}: format {version}, this version reads format 1 to {WITH_PATCHES}; make the store anew")
+        if (version != 1 or checksum is not None) and checksum != json_sha256(content):
             raise StoreError(f"{path}: was changed after it was written; {remedy}")
-        layout = Layout(**content["layout"])
+        layout = Layout.of_json(content["layout"])
         manifest = Manifest(content["key"], content["made"], layout, content["scale"], content["bias"], tuple(content["parts"]))
         problem = _contradiction(manifest)
     except StoreError:
@@ -117,6 +182,9 @@ def _contradiction(manifest: Manifest) -> str | None:
             return f"layout.{name} = {value!r}"
     if layout.dtype not in _TORCH:
         return f"layout.dtype = {layout.dtype!r}"
+    patches = layout.patch_tensors.values()
+    if any(type(number) is not int or not 1 <= number <= _LARGEST for shape in patches for number in shape):
+        return f"layout.patches = {layout.patches}"
     if layout.parts > _MOST_PARTS or max(layout.part, layout.views, layout.width) > _LARGEST:
         return f"{layout.parts} parts of {layout.part} samples, {layout.views} views of width {layout.width}"
     if not isinstance(key, dict) or not isinstance(manifest.made, dict) or type(key.get("seed")) is not int:

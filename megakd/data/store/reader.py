@@ -2,15 +2,16 @@
 
     STORE/
         manifest.json               `key`: all that the embeddings depend on; `layout`; the parts with their checksums once all are there
-        parts/000000.safetensors    samples [0, N): image (N, V, D), text (N, D), known (N,) of uint8
+        parts/000000.safetensors    samples [0, N): image (N, V, D), text (N, D), known (N,) of uint8, and where patch tokens are
+                                    stored patches.BLOCK (N, V, h, w, C) of each block, numbered from 0, averaged to the grid h x w
         lock                        held by the job that writes, see `writer`
 
 A part is one file, complete or absent, whose header names its store. Files are mapped into memory, so that the ranks and workers of a node
-share one page cache, and rows are read alone. A part's header has the CRC-32 of each row, of the V images and then of the text with its
-byte of `known`; parts of format 1 have none and are compared with their SHA-256 at a process's first read. A row that is not as it was
-written counts as damaged, and is used as if the store lacked it.
+share one page cache, and rows are read alone, patch tokens where they are asked for. A part's header has the CRC-32 of each row, of the V
+images, then of the text with its byte of `known`, then of each block's V views; parts of format 1 have none and are compared with their
+SHA-256 at a process's first read. A row that is not as it was written counts as damaged, and is used as if the store lacked it.
 
-Legend: N samples of a part, V views, D embedding width, B rows asked for.
+Legend: N samples of a part, V views, D embedding width, B rows asked for, h x w a grid of patches, C a block's width.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import json
 import math
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,12 +46,16 @@ _LARGEST_HEADER = 1 << 26  # ours have some 100 KB; a damaged length must not ma
 
 
 class StoredRows(NamedTuple):
-    """Of B samples: image and text (B, D) in the store's type, zeros where not known; known and damaged (B,) bool."""
+    """Of B samples: image and text (B, D) in the store's type, zeros where not known; known and damaged (B,) bool.
+
+    patches: (B, h, w, C) likewise, by the keys of `Store.asked`.
+    """
 
     image: Tensor
     text: Tensor
     known: Tensor
     damaged: Tensor
+    patches: dict[int, Tensor] = {}  # noqa: RUF012  (NamedTuple default; never mutated)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ def part_path(folder: Path, number: int) -> Path:
 def read_part(folder: Path, manifest: Manifest, number: int) -> PartFile:
     """The header of a part, checked against the file's length and the manifest. Raises StoreError naming the file and its defect."""
     path, layout = part_path(folder, number), manifest.layout
-    shapes, types = layout.shapes(number), {"image": _HEADER[layout.dtype], "text": _HEADER[layout.dtype], "known": "U8"}
+    shapes = layout.shapes(number)
+    types = {name: "U8" if name == "known" else _HEADER[layout.dtype] for name in shapes}
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -89,12 +95,14 @@ def read_part(folder: Path, manifest: Manifest, number: int) -> PartFile:
         raise StoreError(f"{path}: its tensors are {described}, not those of the manifest's layout")
     if (expected := begin + max(end for _, end in spans.values())) != size:
         raise StoreError(f"{path}: {size} bytes instead of {expected}")
-    # save_file sorts tensors of one type by name, image before text: swapped, they would be read as each other
+    # save_file sorts tensors of one type by name, such as image before text: swapped, they would be read as each other
     bytes_of = {"BF16": 2, "F32": 4, "U8": 1}
     lengths = {name: math.prod(shape) * bytes_of[types[name]] for name, shape in shapes.items()}
     ordered = sorted(spans.values())
     tiled = [0, *(end for _, end in ordered)] == [*(first for first, _ in ordered), size - begin]
-    if not tiled or any(end - first != lengths[name] for name, (first, end) in spans.items()) or spans["image"] > spans["text"]:
+    valued = sorted(name for name in spans if name != "known")
+    swapped = sorted(valued, key=lambda name: spans[name]) != valued
+    if not tiled or any(end - first != lengths[name] for name, (first, end) in spans.items()) or swapped:
         raise StoreError(f"{path}: its tensors do not lie where they were written: {spans}")
     listed = manifest.parts[number]["sha256"] if manifest.parts else facts.sha256
     if owner != (manifest.digest, number, listed):
@@ -111,39 +119,44 @@ def _header(file: BinaryIO) -> tuple[int, dict[str, Any], dict[str, Any]]:
 
 
 def _checks(note: Mapping[str, Any], layout: Layout, number: int) -> NDArray[np.int32] | None:
-    """(N, V + 1) from a part's note; None for one of format 1. Raises ValueError where they are of another number."""
+    """As `row_checks`, from a part's note; None for one of format 1. Raises ValueError where they are of another number."""
     if "checks" not in note:
         return None
-    return np.frombuffer(base64.b64decode(note["checks"], validate=True), "<i4").reshape(layout.count(number), layout.views + 1)
+    return np.frombuffer(base64.b64decode(note["checks"], validate=True), "<i4").reshape(layout.count(number), layout.checks)
 
 
 def map_part(folder: Path, manifest: Manifest, number: int, facts: PartFile) -> dict[str, NDArray[Any]]:
-    """The part's arrays, mapped read-only: image (N, V, D) and text (N, D) of float32 or of bf16 bits as int16, known (N,) uint8.
+    """The part's arrays by the names of `Layout.shapes`, mapped read-only: of float32 or of bf16 bits as int16, known of uint8.
 
-    And read, where the part has them, checks (N, V + 1) of int32.
+    And read, where the part has them, checks of int32, as `row_checks`.
     """
     path, layout = part_path(folder, number), manifest.layout
-    types: dict[str, Any] = {"image": _NUMPY[layout.dtype], "text": _NUMPY[layout.dtype], "known": np.uint8}
+    values: Any = _NUMPY[layout.dtype]
     arrays: dict[str, NDArray[Any]] = {
-        name: np.memmap(path, types[name], "r", offset=facts.offsets[name], shape=shape) for name, shape in layout.shapes(number).items()
+        name: np.memmap(path, np.uint8 if name == "known" else values, "r", offset=facts.offsets[name], shape=shape)
+        for name, shape in layout.shapes(number).items()
     }
     with path.open("rb") as file:
         checks = _checks(_header(file)[2], layout, number)
     return arrays if checks is None else {**arrays, "checks": checks}
 
 
-def row_checks(image_NVD: NDArray[Any], text_ND: NDArray[Any], known_N: NDArray[Any]) -> NDArray[np.int32]:
-    """CRC-32 of each row, (N, V + 1): of the views' bytes, and of the text's with its byte of `known`."""
-    texts = [zlib.crc32(bytes([known]), zlib.crc32(row.tobytes())) for row, known in zip(text_ND, known_N.tolist(), strict=True)]
-    images = [[zlib.crc32(view.tobytes()) for view in views] for views in image_NVD]
-    rows = [[*views, text] for views, text in zip(images, texts, strict=True)]
-    return np.array(rows, "<u4").reshape(len(rows), image_NVD.shape[1] + 1).view("<i4")
+def row_checks(
+    image_NVD: NDArray[Any], text_ND: NDArray[Any], known_N: NDArray[Any], patches: Sequence[NDArray[Any]] = ()
+) -> NDArray[np.int32]:
+    """CRC-32 of each row, (N, V + 1 + V * blocks): of the views' bytes, of the text's with its byte of `known`, of each block's views.
+
+    patches: (N, V, h, w, C) of each block.
+    """
+    texts = [[zlib.crc32(bytes([known]), zlib.crc32(row.tobytes()))] for row, known in zip(text_ND, known_N.tolist(), strict=True)]
+    images, *blocks = ([[zlib.crc32(view.tobytes()) for view in views] for views in values] for values in (image_NVD, *patches))
+    return np.concatenate([np.array(part, "<u4") for part in (images, texts, *blocks)], axis=1).view("<i4")
 
 
 def content_digest(arrays: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 of a part's values: image, text and known, one after the other."""
+    """SHA-256 of a part's values: image, text and known, one after the other, then patch tokens in the order of their names."""
     digest = hashlib.sha256()
-    for name in ("image", "text", "known"):
+    for name in ("image", "text", "known", *sorted(name for name in arrays if name.startswith("patches."))):
         digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()
 
@@ -159,12 +172,14 @@ class Store:
     """A store for reading. Cheap to pickle and to fork: parts are mapped where they are first needed.
 
     parts: the whole ones, by number. Unknown are samples of the others, and those that could not be read when the store was made.
+    asked: blocks whose patch tokens `read` gives, as objectives count them, with their numbers in the store.
     """
 
     folder: Path
     manifest: Manifest
     parts: dict[int, PartFile]
     defects: list[str]  # why the other parts cannot be used
+    asked: dict[int, int] = field(default_factory=dict)
     _maps: OrderedDict[int, dict[str, NDArray[Any]]] = field(default_factory=OrderedDict)
     _compared: dict[int, bool] = field(default_factory=dict)  # parts without checks: whether they are as they were written
 
@@ -214,6 +229,8 @@ class Store:
         """For people: what is used, and what is not there."""
         layout, known = self.layout, sum(part.known for part in self.parts.values())
         lines = [f"teacher's embeddings from {self.folder}: {known} of {layout.samples} samples, {layout.views} views each, {layout.dtype}"]
+        if layout.patches is not None:
+            lines[0] += f"; {layout.patches}" + ("" if self.asked else ", which no objective reads")
         if self.manifest.made.get("outlier_threshold") and "product" not in self.manifest.made:
             lines += ["made by an older version with an outlier_threshold: samples depended on their neighbours in the batch, by up to 3 %"]
         if self.defects:
@@ -237,6 +254,9 @@ class Store:
         layout, count = self.layout, len(index_B)
         image_BD = torch.zeros((count, layout.width), dtype=layout.torch_dtype)
         text_BD, known_B, damaged_B = torch.zeros_like(image_BD), torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
+        named = {block: f"patches.{number}" for block, number in self.asked.items()}
+        of_blocks = [(place, key, shape) for place, (key, shape) in enumerate(layout.patch_tensors.items()) if key in named.values()]
+        patches = {key: torch.zeros((count, *shape), dtype=layout.torch_dtype) for _, key, shape in of_blocks}
         part_B = index_B // layout.part
         for number in np.unique(part_B).tolist():
             if number not in self.parts:
@@ -245,16 +265,20 @@ class Store:
             rows = np.flatnonzero(part_B == number)
             inside, view = index_B[rows] - number * layout.part, view_B[rows]
             image, text, known = arrays["image"][inside, view], arrays["text"][inside], arrays["known"][inside]
+            maps = {key: arrays[key][inside, view] for key in patches}
             if "checks" in arrays:
-                checks = np.stack([arrays["checks"][inside, view], arrays["checks"][inside, -1]], 1)
-                sound = (row_checks(image[:, None], text, known) == checks).all(axis=1)
+                columns: list[Any] = [view, layout.views, *(layout.views * (1 + place) + 1 + view for place, _, _ in of_blocks)]
+                checks = np.stack([arrays["checks"][inside, column] for column in columns], 1)
+                sound = (row_checks(image[:, None], text, known, [one[:, None] for one in maps.values()]) == checks).all(axis=1)
             else:
                 sound = np.full(len(rows), self._as_written(number, arrays))
             damaged_B[torch.from_numpy(rows[~sound])] = True
             used = sound & (known == 1)
             where = torch.from_numpy(rows[used])
             image_BD[where], text_BD[where], known_B[where] = to_tensor(image[used]), to_tensor(text[used]), True
-        return StoredRows(image_BD, text_BD, known_B, damaged_B)
+            for key, map_RhwC in maps.items():
+                patches[key][where] = to_tensor(map_RhwC[used])
+        return StoredRows(image_BD, text_BD, known_B, damaged_B, {block: patches[key] for block, key in named.items()})
 
     def _as_written(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> bool:
         """Of a part without checks, which is read whole once a process."""

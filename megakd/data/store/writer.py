@@ -12,8 +12,11 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megakd.data.store.manifest import MANIFEST, Layout, Manifest, StoreError, differences, made_as_wanted, read_manifest
+from megakd.data.store.manifest import MANIFEST, Layout, Manifest, StoreError, amount, differences, made_as_wanted, read_manifest
 from megakd.data.store.reader import NOTE, PARTS, content_digest, part_path, read_part, row_checks
 from megakd.runtime.files import atomic_file, clear, sync
 from megakd.runtime.locks import LOCK, FolderLock
@@ -30,11 +33,32 @@ log = logging.getLogger("megakd.data")
 
 # Small parts keep hundreds of ranks busy and lose little to a kill; 4096 samples with four views of 1024 bf16 numbers are 42 MB.
 _LARGEST_PART, _SMALLEST_PART, _PARTS_AT_LEAST = 4096, 64, 256
+_MOST_BYTES = 256 << 20  # of a part with patch tokens: a rank holds one in memory, and safetensors copies it to write it
 
 
 def part_size(samples: int) -> int:
     """Samples a part: a function of the data alone, so that any number of ranks writes the same store."""
     return max(_SMALLEST_PART, min(_LARGEST_PART, -(-samples // _PARTS_AT_LEAST)))
+
+
+def in_parts(layout: Layout) -> Layout:
+    """The same of one part in parts as `part_size` says, with patch tokens smaller ones where they would not fit into memory."""
+    part = part_size(layout.samples)
+    return replace(layout, part=part if layout.patches is None else max(1, min(part, _MOST_BYTES // layout.sample_bytes)))
+
+
+def check_room(folder: Path, layout: Layout, numbers: Iterable[int]) -> None:
+    """Raises StoreError where the parts of these numbers are larger than what is free on the folder's disk.
+
+    A file system that does not say its size is believed to have room.
+    """
+    needed, disk = sum(layout.count(number) for number in numbers) * layout.sample_bytes, shutil.disk_usage(folder)
+    if disk.total and needed > disk.free:
+        patches = "" if layout.patches is None else ", a smaller teacher.patch_grid"
+        raise StoreError(
+            f"{folder}: {amount(needed)} are to be written and {amount(disk.free)} are free there: make room, choose another "
+            f"--out, or fewer --views{patches}"
+        )
 
 
 class StoreLock(FolderLock):
@@ -61,7 +85,8 @@ def existing(folder: Path, key: dict[str, Any], made: dict[str, Any], layout: La
         return None
     before = made_as_wanted(manifest.made, made)
     mine, theirs = (
-        {**one, "made": how, "layout": vars(shape)} for one, how, shape in ((manifest.key, before, manifest.layout), (key, made, layout))
+        {**one, "made": how, "layout": shape.to_json()}
+        for one, how, shape in ((manifest.key, before, manifest.layout), (key, made, layout))
     )
     if lines := differences(mine, theirs):
         raise StoreError(f"{folder}: a store of other embeddings is there:\n  " + "\n  ".join(lines) + "\nchoose another --out")
@@ -90,8 +115,16 @@ def parts_to_do(folder: Path, manifest: Manifest) -> list[int]:
     return numbers
 
 
-def write_part(folder: Path, manifest: Manifest, number: int, image_NVD: Tensor, text_ND: Tensor, known_N: Tensor) -> None:
-    """Write a part to the disk, values cast to the store's type; known_N: bool.
+def write_part(
+    folder: Path,
+    manifest: Manifest,
+    number: int,
+    image_NVD: Tensor,
+    text_ND: Tensor,
+    known_N: Tensor,
+    patches: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Write a part to the disk, values cast to the store's type; known_N: bool. patches: (N, V, h, w, C) by `PatchLayout.tensors`.
 
     Raises StoreError when the disk is full or not writable; the parts written before are untouched.
     """
@@ -99,11 +132,13 @@ def write_part(folder: Path, manifest: Manifest, number: int, image_NVD: Tensor,
         "image": image_NVD.to(manifest.layout.torch_dtype).contiguous(),
         "text": text_ND.to(manifest.layout.torch_dtype).contiguous(),
         "known": known_N.to(torch.uint8).contiguous(),
+        **{name: values.to(manifest.layout.torch_dtype).contiguous() for name, values in patches.items()},
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert shapes == manifest.layout.shapes(number), f"part {number}: {shapes}"
     bits = {name: (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy() for name, tensor in tensors.items()}
-    checks = base64.b64encode(row_checks(bits["image"], bits["text"], bits["known"]).tobytes()).decode()
+    blocks = [bits[name] for name in manifest.layout.patch_tensors]
+    checks = base64.b64encode(row_checks(bits["image"], bits["text"], bits["known"], blocks).tobytes()).decode()
     note = {"store": manifest.digest, "number": number, "known": int(known_N.sum()), "sha256": content_digest(bits), "checks": checks}
     path = part_path(folder, number)
     try:

@@ -109,6 +109,10 @@ class PairData:
             batch = next(batches)
         first = f"first batch of this rank: {len(batch)} pairs, bad: {batch.bad.by_reason() or 'none'}"
         parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}", *self._weighted()]
+        if self.store is not None:
+            parts.append(self.store.outline())
+        elif "teacher" in self.teachers and (layout := build.patch_store(self.recipe, self.teachers["teacher"], len(shards))) is not None:
+            parts.append(f"a store of the teacher by `megakd embed`, for each of its --views: {layout}")
         return parts + [_shapes(role, model, batch.pixels[role][:2], batch.tokens[role][:2]) for role, model in built.items()]
 
     def start(self, config: DsConfig, world: World, log: RunLog) -> Distill:
@@ -207,7 +211,7 @@ class Distill(Task):
             assert batch.stored is not None, "the loader was given the store"
             assert batch.view is not None
             stored = batch.stored
-            return teacher.recall(stored.image, stored.text, stored.known, batch.index, batch.view, stored.damaged)
+            return teacher.recall(stored.image, stored.text, stored.known, batch.index, batch.view, stored.damaged, stored.patches)
         size, (pixels, tokens) = self._config.micro_batch, self._view(batch, role, teacher.dtype)
         blocks = self._data.objectives.teacher_blocks
         if isinstance(teacher, TextStoredTeacher):
