@@ -19,7 +19,7 @@ class Embeddings(NamedTuple):
     bias: (), added to the logits by sigmoid-trained models (SigLIP), otherwise None.
     projected: outputs of the objectives' trained heads by objective name, each (image, text) in the teacher's width; empty for a teacher.
     features: with B rows each, where an objective reads more. Of a student its heads' other outputs, as HEAD.OUTPUT; of a teacher the
-    patch tokens (B, h, w, C) of its blocks on their grid, as "patches.BLOCK".
+    patch tokens (B, h, w, C) of its blocks on their grid, or averaged to `teacher.patch_grid`, as "patches.BLOCK".
     """
 
     image: Tensor
