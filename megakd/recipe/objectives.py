@@ -82,6 +82,9 @@ class Objectives(Section):
     patch_relation: Annotated[Weight, Declaration("megakd.objectives.patch.PatchRelation", needs_text=False)] = Field(
         0.0, description="KD of the cosines between an image's patch tokens, see [patch_relation]"
     )
+    attention: Annotated[Weight, Declaration("megakd.objectives.attention.AttentionTransfer", needs_text=False)] = Field(
+        0.0, description="attention transfer: maps of where in an image the vision tower looks, see [attention]"
+    )
     gradient: Annotated[Weight, Declaration("megakd.objectives.gradient.Gradient", one_width=True, compares_rows=True)] = Field(
         0.0, description="InfoNCE's gradients in the embeddings, compared with the teacher's; for towers of one width"
     )
@@ -177,6 +180,14 @@ class Patch(PatchRelation):
     statistics: Positive = Field(10, description="batches at the start of the run that the statistics of standardise come from")
 
 
+class Attention(PatchRelation):
+    """Attention transfer: how strongly each patch of an image is represented, compared with the teacher's."""
+
+    loss: Literal["squared", "norm", "kl"] = Field(
+        "squared", description="of two maps: squared or plain L2 distance at unit norm, or the KL divergence from the teacher's at unit sum"
+    )
+
+
 class Relational(Section):
     """Relational KD: distances and angles among the embeddings of a modality."""
 
@@ -237,6 +248,7 @@ class ObjectiveSections(Section):
     augmented_feature: AugmentedFeature = AugmentedFeature()
     patch: Patch = Patch()
     patch_relation: PatchRelation = PatchRelation()
+    attention: Attention = Attention()
     rkd: Relational = Relational()
     dist: Dist = Dist()
     dkd: Decoupled = Decoupled()

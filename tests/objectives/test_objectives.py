@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 NAMES = list(Objectives.model_fields)
 WITH_TEACHER = [name for name in NAMES if declaration(name).needs_teacher]
 HEADS = ("feature", "masked_feature", "interactive", "cross")
-OF_PATCHES = ("patch", "patch_relation")
+OF_PATCHES = ("patch", "patch_relation", "attention")
 BLOCKS = {-2: Patches(4, 6, (2, 2))}
 
 
@@ -59,6 +59,7 @@ def _maps(seed: int, places: int = 1) -> dict[str, Tensor]:
     """Of a student's heads and of a teacher's block."""
     names = ["patches.-2", *(f"{head_name(name, place)}.0" for name in OF_PATCHES for place in range(places))]
     maps = {name: torch.randn(B, 2, 2, 6, generator=torch.Generator().manual_seed(seed + place)) for place, name in enumerate(names)}
+    maps |= {name: map_BhwC[..., :1].square() for name, map_BhwC in maps.items() if name.startswith("attention")}
     return maps | {f"{head_name('augmented_feature', place)}.scale": torch.tensor(14.0 + place) for place in range(places)}
 
 

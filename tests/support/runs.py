@@ -101,6 +101,8 @@ EVERY_OBJECTIVE = (
     "patch={ blocks = [-1], standardise = 'phi_s', statistics = 2, loss = 'smooth_l1' }",
     "objectives.patch_relation=0.5",
     "patch_relation.blocks=[-1]",
+    "objectives.attention=0.5",
+    "attention={ blocks = [-1], loss = 'kl' }",
     "objectives.rkd=0.05",
     "objectives.dist=0.5",
     "objectives.dkd=0.2",

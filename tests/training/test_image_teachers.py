@@ -17,7 +17,7 @@ from support.runs import TEACHER, TRAIN, losses, rows, run_ranks, settings, trai
 
 PATCHES = ("patch.blocks=[-1]", "patch_relation.blocks=[-1]", "patch.teacher_blocks=[-2]")
 OF_IMAGES = ("objectives.contrastive=0", "objectives.feature=1.0", "objectives.masked_feature=0.5", "objectives.patch=1.0", *PATCHES)
-OF_IMAGES += ("objectives.patch_relation=1.0", "optim.steps=2", "optim.warmup=0")
+OF_IMAGES += ("objectives.patch_relation=1.0", "objectives.attention=1.0", "attention.blocks=[-1]", "optim.steps=2", "optim.warmup=0")
 BESIDE = ("ensemble.seen.model=timm:megakd_tiny_dinov3", "ensemble.seen.pretrained=random")
 
 
@@ -36,7 +36,7 @@ def test_a_teacher_of_images_alone_teaches_in_every_placement(kind: str, recipe_
         found_by[mode] = first["losses"]
     assert "teacher: images alone, without a part in texts" in run.out
     for mode, found in found_by.items():
-        assert list(found) == ["feature", "masked_feature", "patch", "patch_relation"]
+        assert list(found) == ["feature", "masked_feature", "patch", "patch_relation", "attention"]
         for name, value in found.items():
             # To random weights images are nearly alike, and 8 bit moves what tells them apart.
             most = 0.05 if mode.endswith("int8") else 1e-5

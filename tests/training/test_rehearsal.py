@@ -27,6 +27,7 @@ PLACEMENTS = ("replicated", "replicated_int8", "zero3", "zero3_int8", "store")
 STAGES, PIECES = (1, 2, 3), (1, 2)
 REFUSED = {("CoCa", "zero3"), ("CoCa", "zero3_int8")}
 PATCHES = ("objectives.patch=1.0", "objectives.patch_relation=1.0", "patch.blocks=[-1]", "patch_relation.blocks=[-1]")
+PATCHES += ("objectives.attention=1.0", "attention={ blocks = [-1], loss = 'kl' }")
 LEARNED = ("objectives.similarity=1.0", "objectives.feature=1.0", "optim.steps=2", "optim.warmup=0", "optim.batch=8", "log.every=1")
 Case = tuple[str, str, int, int]
 

@@ -1,0 +1,102 @@
+"""`attention`: where the student's vision tower looks is to be where the teacher's does, as one map an image and block.
+
+Legend: B local batch, h x w a grid of patches, V = h * w of the smaller one, C a block's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megakd.models.grids import common_grid, on_grid
+from megakd.models.heads import ModelShape, ObjectiveHead
+from megakd.objectives.base import Objective, StepContext, head_name
+from megakd.objectives.cost import FP32, LossCost, LossShape
+from megakd.recipe import Recipe
+
+
+class AttentionHead(ObjectiveHead):
+    """For each pair of a student's and a teacher's block the student's map, (B, h, w, 1), on the smaller grid; nothing is trained.
+
+    Raises ValueError, naming the recipe's key, for grids that do not fit each other.
+    """
+
+    def __init__(self, pairs: list[tuple[int, int]], student: ModelShape, teacher: ModelShape) -> None:
+        super().__init__()
+        self.blocks = tuple(own for own, _ in pairs)
+        self._grids = [common_grid(student.patches[own], teacher.patches[other], "attention.blocks") for own, other in pairs]
+
+    def project(
+        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor], teacher: tuple[Tensor, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        parts = zip(self.blocks, self._grids, strict=True)
+        return {str(place): on_grid(activation_map(patches[block]), grid) for place, (block, grid) in enumerate(parts)}
+
+
+def activation_map(tokens_BhwC: Tensor) -> Tensor:
+    """(B, h, w, 1) in float32: the mean of squares over channels. Its size is left to `_distance`, so the mean is as good as the sum."""
+    return tokens_BhwC.float().square().mean(-1, keepdim=True)
+
+
+@final
+class AttentionTransfer(Objective):
+    """Distance of the two towers' maps, each normalised over the patches of its image; mean over images and pairs of blocks.
+
+    Zagoruyko and Komodakis, arXiv 1612.03928: maps of sums of squares over channels, at unit L2 norm. Maps are made on each tower's own
+    grid and then interpolated, as they say, not the tokens. Their formula (2) has beta/2 times the norm of the difference for each block,
+    their code the mean over images and patches of its square: a loss that falls with the number of patches, which this one does not.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
+        super().__init__(recipe, device, names)
+        settings = recipe.attention
+        self._loss = settings.loss
+        self.student_blocks = tuple(settings.blocks)
+        self.teacher_blocks = tuple(settings.teacher_blocks or settings.blocks)
+        self._pairs = list(zip(self.student_blocks, self.teacher_blocks, strict=True))
+
+    def head(self, student: ModelShape, teacher: ModelShape) -> AttentionHead:
+        return AttentionHead(self._pairs, student, teacher)
+
+    def __call__(self, context: StepContext) -> dict[str, Tensor]:
+        (name,), losses = self.names, []
+        for place, teacher in enumerate(context.teachers):
+            head, parts = head_name(name, place), []
+            for number, block in enumerate(self.teacher_blocks):
+                student_Bhw1 = context.student.features[f"{head}.{number}"]
+                h, w = student_Bhw1.shape[1:3]
+                with torch.no_grad():
+                    teacher_Bhw1 = on_grid(activation_map(teacher.features[f"patches.{block}"]), (h, w))
+                parts.append(_distance(student_Bhw1.flatten(1), teacher_Bhw1.flatten(1), self._loss))
+            losses.append(torch.stack(parts).mean())
+        return {name: context.mean(losses)}
+
+    def cost(self, shape: LossShape) -> LossCost:
+        """The teachers' tokens as they come and the student's in float32; for one pair of blocks at a time the teacher's squares, or the
+        gradients of the student's squares.
+        """
+        local, student, kept, made, flops = shape.pairs // shape.ranks, shape.models[0], 0, 0, 0
+        copies = [int(element < FP32) for element in shape.elements]
+        for teacher in shape.models[1:]:
+            for own, other in self._pairs:
+                mine, theirs = student.patches[own], teacher.patches[other]
+                numbers, taught = mine.count * mine.width, theirs.count * theirs.width
+                kept += local * (taught * shape.elements[1] + FP32 * numbers * copies[0])
+                made = max(made, local * FP32 * max(4 * numbers, taught * (1 + copies[1])))
+                flops += local * (6 * numbers + 2 * taught)
+        return LossCost(kept + made, 0, flops)
+
+
+def _distance(own_BV: Tensor, other_BV: Tensor, loss: str) -> Tensor:
+    """Mean over images. Of maps that are nowhere negative."""
+    own_BV, other_BV = own_BV.float(), other_BV.float()
+    if loss == "kl":
+        own_BV, other_BV = (F.normalize(part, p=1.0, dim=1) for part in (own_BV, other_BV))
+        log_own_BV = own_BV.clamp(min=torch.finfo(own_BV.dtype).tiny).log()  # a softmax may have come to 0
+        return F.kl_div(log_own_BV, other_BV, reduction="batchmean")
+    difference_BV = F.normalize(own_BV, dim=1) - F.normalize(other_BV, dim=1)
+    return torch.linalg.vector_norm(difference_BV, dim=1).mean() if loss == "norm" else difference_BV.square().sum(1).mean()
