@@ -76,18 +76,14 @@ class AttentionTransfer(Objective):
         return {name: context.mean(losses)}
 
     def cost(self, shape: LossShape) -> LossCost:
-        """The teachers' tokens as they come and the student's in float32; for one pair of blocks at a time the teacher's squares, or the
-        gradients of the student's squares.
-        """
-        local, student, kept, made, flops = shape.pairs // shape.ranks, shape.models[0], 0, 0, 0
-        copies = [int(element < FP32) for element in shape.elements]
+        """The teachers' tokens as they come, and the squares of one block's at a time; what heads hold is counted with the student."""
+        local, kept, made, flops = shape.pairs // shape.ranks, 0, 0, 0
         for teacher in shape.models[1:]:
-            for own, other in self._pairs:
-                mine, theirs = student.patches[own], teacher.patches[other]
-                numbers, taught = mine.count * mine.width, theirs.count * theirs.width
-                kept += local * (taught * shape.elements[1] + FP32 * numbers * copies[0])
-                made = max(made, local * FP32 * max(4 * numbers, taught * (1 + copies[1])))
-                flops += local * (6 * numbers + 2 * taught)
+            for _, other in self._pairs:
+                numbers = local * teacher.patches[other].count * teacher.patches[other].width
+                kept += numbers * shape.elements[1]
+                made = max(made, numbers * FP32 * (1 + (shape.elements[1] < FP32)))
+                flops += 2 * numbers
         return LossCost(kept + made, 0, flops)
 
 
