@@ -244,8 +244,8 @@ def patch_layout(recipe: Recipe, description: clip.ModelSpec) -> tuple[PatchLayo
 
 
 def patch_store(recipe: Recipe, description: clip.ModelSpec, samples: int) -> Layout | None:
-    """Of what `megakd embed` writes for so many samples unless it is told otherwise; None without patch tokens, or without a text tower."""
-    patches, _ = patch_layout(recipe, description) if description.has_text else (None, {})
+    """Of what `megakd embed` writes for so many samples by default; None for what has no store, or one without patch tokens."""
+    patches, _ = patch_layout(recipe, description) if description.has_text and not recipe.ensemble else (None, {})
     return None if patches is None else Layout(samples, samples, EmbedRequest.views, description.width, "bf16", patches)
 
 

@@ -23,7 +23,7 @@ from megakd.teachers import embed
 from megakd.teachers.embed import EmbedJob, EmbedRequest
 from support import PROGRAMS
 from support.processes import python
-from support.runs import TRAIN, losses, rows, run_ranks, settings, train, wait_for
+from support.runs import ENSEMBLE, TRAIN, losses, rows, run_ranks, settings, train, wait_for
 
 ALONE = World(0, 1, torch.device("cpu"))
 PROGRAM = PROGRAMS / "embed.py"
@@ -219,6 +219,15 @@ def test_patch_tokens_that_cannot_be_stored_are_one_message(recipe_file: Path, t
     with pytest.raises(ValueError, match=told):
         _job(recipe_file, tmp_path / "store", *sets)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_teacher_of_an_ensemble_has_a_grid_of_its_own(recipe_file: Path) -> None:
+    blocks = ("patch.blocks=[0]", "patch_relation.blocks=[0]", "patch_relation.teacher_blocks=[0]")
+    fits = train(recipe_file, "--dry_run", sets=(*TEACHER, *ENSEMBLE, "ensemble.second.patch_grid=[1, 1]", *blocks))
+    assert (fits.code, "a store of the teacher" in fits.out) == (0, False), fits.err
+    refused = train(recipe_file, "--dry_run", sets=(*TEACHER, *ENSEMBLE, "ensemble.second.patch_grid=[3, 3]", *blocks))
+    assert refused.code == 2
+    assert "ensemble.second.patch_grid = [3, 3]: the teacher's grid has 2 x 2 patches alone" in refused.err
 
 
 @pytest.mark.parametrize("value", ["[2]", "[2, 0]", "[2.0, 2]", "[true, 2]", "2"])
