@@ -29,7 +29,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 PROGRAM = PROGRAMS / "embed.py"
 # 5 x 5 patches on 2 x 2 cells, whose borders cut patches; the student's 4 x 4 are brought to the same.
 TEACHER = (
-    "teacher.architecture={ embed_dim = 24, vision_cfg = { image_size = 80, patch_size = 16, width = 32, layers = 2, head_width = 16 }, "
+    "teacher.architecture={ embed_dim = 24, vision_cfg = { image_size = 40, patch_size = 8, width = 32, layers = 2, head_width = 16 }, "
     "text_cfg = { context_length = 24, width = 32, heads = 2, layers = 1 } }",
     "teacher.pretrained=random",
     "teacher.patch_grid=[2, 2]",
