@@ -56,7 +56,7 @@ class AttentionTransfer(Objective):
         settings = recipe.attention
         self._loss = settings.loss
         self.student_blocks = tuple(settings.blocks)
-        self.teacher_blocks = tuple(settings.teacher_blocks or settings.blocks)
+        self.teacher_blocks = tuple(settings.read_blocks)
         self._pairs = list(zip(self.student_blocks, self.teacher_blocks, strict=True))
 
     def head(self, student: ModelShape, teacher: ModelShape) -> AttentionHead:

@@ -91,7 +91,7 @@ class EmbedJob:
         if self.recipe.teacher.patch_grid is not None and not readers:
             raise ValueError(
                 f"teacher.patch_grid = {list(self.recipe.teacher.patch_grid)}: no active objective reads patch tokens, so there is "
-                f"no block to store them of; give objectives.patch or objectives.patch_relation a weight, or take the grid out"
+                f"no block to store them of; give one that does, such as objectives.patch, a weight, or take the grid out"
             )
         if readers and self._patches is None:
             self._say(f"objectives.{readers[0]} reads patch tokens, which this store will not hold: that needs teacher.patch_grid")
