@@ -29,6 +29,7 @@ TEACHERS = {"weak": 70, "middle": 280, "strong": 1000}  # steps of training; all
 NO_KD = "no KD"
 # CLIP-KD's weight of 2000 for a mean over D = 64 widths is 2000 * 2 / 64 of the sum that `feature` is.
 FEATURE = 62.5
+ATTENTION = 111.0  # attention transfer's 1,000 for a mean over V = 9 patches is 1,000 / 9 of the sum that `attention` is
 METHODS: dict[str, dict[str, Any]] = {
     NO_KD: {},
     "similarity": {"objectives.similarity": 1.0},
@@ -46,6 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "CLIP-KD": {"objectives.similarity": 1.0, "objectives.interactive": 1.0, "objectives.feature": FEATURE},
     "patch": {"objectives.patch": 1.0},
     "patch_relation": {"objectives.patch_relation": 1.0},
+    "attention": {"objectives.attention": ATTENTION},
     "similarity + patch": {"objectives.similarity": 1.0, "objectives.patch": 1.0},
 }
 WITH_PATCHES = ("similarity", "similarity + patch")
