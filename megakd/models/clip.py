@@ -25,7 +25,7 @@ from torch import nn
 from megakd.models import architecture, casts, image_only, preprocessing, pretrained
 from megakd.models.int8.migration import Originals
 from megakd.models.matching import Match, errors_of
-from megakd.models.pretrained import HUB, LOCAL, RANDOM, TIMM, WEIGHT_SUFFIXES
+from megakd.models.pretrained import HUB, LOCAL, RANDOM, WEIGHT_SUFFIXES
 from megakd.models.tokenizing import Tokenize, tokenizer
 from megakd.models.weight_kinds import recognise
 from megakd.models.weights import in_memory
@@ -59,7 +59,7 @@ class ModelSpec:
 
     @property
     def has_text(self) -> bool:
-        """Whether it has a text tower: timm's models see images alone."""
+        """Whether it has a text tower: timm's and transformers' models see images alone."""
         return "text_cfg" in self.config
 
     @property
@@ -102,7 +102,7 @@ def resolve(settings: Model, role: str) -> ModelSpec:
 
 def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """open_clip's `model_cfg` and `preprocess_cfg` of a model, without its tokenizer. Raises ValueError as `resolve` does."""
-    if (settings.model or "").startswith(TIMM):
+    if image_only.names_one(settings):
         return image_only.configuration(settings, role)
     config, stored = _configuration(settings, role)
     named = f"{role}.architecture" if settings.architecture is not None else f"{role}.model = {settings.model!r}: model_cfg"
@@ -149,13 +149,13 @@ def _configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str
 
 
 def _of_images_alone(role: str) -> str:
-    example = "; teachers of images alone are timm's, for example 'timm:vit_base_patch14_reg4_dinov2'"
+    example = "; teachers of images alone are timm's, for example 'timm:vit_base_patch14_reg4_dinov2', or 'transformers:FOLDER'"
     return "" if role == "student" else example
 
 
 def _check_weights(settings: Model, role: str) -> None:
     weights, name = settings.pretrained, settings.model or ""
-    if name.startswith(TIMM):
+    if image_only.names_one(settings):
         image_only.check_weights(settings, role)
         return
     if weights == RANDOM:

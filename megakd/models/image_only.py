@@ -1,4 +1,5 @@
-"""Teachers that see images alone: a timm model, `teacher.model = "timm:NAME"`, with its own size, mean, std and pooling.
+"""Teachers that see images alone: a timm model, `teacher.model = "timm:NAME"`, with its own size, mean, std and pooling, or a vision tower
+of transformers, `"transformers:FOLDER"` (`transformers_tower.py`).
 
 DINOv2 and DINOv3, SAM's encoder, SigLIP's vision tower, InternViT, C-RADIO and AIMv2 are timm models. One is described as a CLIP without a
 `text_cfg`, so that weights are read, quantised, partitioned and counted as those of every other teacher.
@@ -16,8 +17,9 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from megakd.models import preprocessing
-from megakd.models.pretrained import RANDOM, TIMM, WEIGHT_SUFFIXES, in_folder, is_file, tag_of
+from megakd.models import preprocessing, transformers_tower
+from megakd.models.pretrained import OF_TRANSFORMERS, RANDOM, TIMM, WEIGHT_SUFFIXES, in_folder, is_file, tag_of
+from megakd.models.transformers_tower import TransformersTower
 from megakd.models.weight_kinds import recognise
 from megakd.recipe import Model, Teacher, texts
 
@@ -46,10 +48,19 @@ class ImageModel(nn.Module):
     def __init__(self, vision: dict[str, Any]) -> None:
         """vision: the `vision_cfg` of `configuration`."""
         super().__init__()
-        self.visual = ImageTower(vision["timm_model_name"], tuple(vision["image_size"]))
+        self.visual: ImageTower | TransformersTower
+        if "transformers" in vision:
+            self.visual = TransformersTower(vision)
+        else:
+            self.visual = ImageTower(vision["timm_model_name"], tuple(vision["image_size"]))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.visual(pixels)  # type: ignore[no-any-return]
+
+
+def names_one(settings: Model) -> bool:
+    """Whether `model` names a model that sees images alone."""
+    return (settings.model or "").startswith((TIMM, OF_TRANSFORMERS))
 
 
 def no_words(captions: list[str]) -> Tensor:
@@ -58,7 +69,7 @@ def no_words(captions: list[str]) -> Tensor:
 
 
 def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """As `clip.configuration`, without `text_cfg`: the preprocessing is that of timm's tag.
+    """As `clip.configuration`, without `text_cfg`: the preprocessing is that of timm's tag, or of the folder of transformers.
 
     Raises ValueError naming the key: an unknown name, no teacher, keys that are for texts, and a class whose layers the mode does not know.
     """
@@ -68,18 +79,20 @@ def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str,
             f"{key}: has no text tower, and only a teacher can be without one; for a student with timm's tower give {role}.architecture "
             f"with vision_cfg.timm_model_name and a text_cfg"
         )
-    base, _, tag = name.partition(".")
-    if tag and timm.is_model(base):
-        raise ValueError(f"{key}: write the tag as {role}.pretrained = {tag!r}, and {role}.model = '{TIMM}{base}'")
-    if not timm.is_model(name):
-        near = ", ".join(texts.nearest(name, timm.list_models(), most=3))
-        raise ValueError(f"{key}: timm has no such model; {f'nearest: {near}; ' if near else ''}`timm.list_models()` lists all")
     if settings.tokenizer is not None:
         raise ValueError(f"{role}.tokenizer = {settings.tokenizer!r}: {settings.model} has no text tower to read its words; take it out")
     if settings.scale is not None:
         raise ValueError(f"{role}.scale = {settings.scale!r}: {settings.model} has no text tower, and so no logits to scale; take it out")
     if settings.store is not None:
         raise ValueError(f"{role}.store = {settings.store!r}: {no_store(settings, role)}")
+    if name.startswith(OF_TRANSFORMERS):
+        return _of_transformers(settings, name.removeprefix(OF_TRANSFORMERS), role)
+    base, _, tag = name.partition(".")
+    if tag and timm.is_model(base):
+        raise ValueError(f"{key}: write the tag as {role}.pretrained = {tag!r}, and {role}.model = '{TIMM}{base}'")
+    if not timm.is_model(name):
+        near = ", ".join(texts.nearest(name, timm.list_models(), most=3))
+        raise ValueError(f"{key}: timm has no such model; {f'nearest: {near}; ' if near else ''}`timm.list_models()` lists all")
     data = resolve_data_config(pretrained_cfg=_pretrained_cfg(settings, role))
     channels, height, width = data["input_size"]
     if channels != 3:
@@ -98,14 +111,34 @@ def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str,
     return config, preprocessing.chosen(unnamed, role, stored)
 
 
+def _of_transformers(settings: Teacher, name: str, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    key = f"{role}.model = {settings.model!r}"
+    if isinstance(settings.preprocess, str):
+        raise ValueError(f"{role}.preprocess = {settings.preprocess!r}: names a tag; for {settings.model} give {transformers_tower.TABLE}")
+    given = settings.preprocess is not None and None not in settings.preprocess.model_dump().values()
+    vision, embed_dim, stored = transformers_tower.described(name, key, whole_preprocessing=given)
+    return {"embed_dim": embed_dim, "vision_cfg": vision}, preprocessing.chosen(settings, role, stored)
+
+
 def check_weights(settings: Model, role: str) -> None:
-    """Raises ValueError for `pretrained` that names neither random weights, a tag of timm that can be read, a file nor a folder."""
+    """Raises ValueError for `pretrained` that names neither random weights, a tag of timm that can be read, a file nor a folder; for a
+    model of transformers, that names any weights but its own, or whose folder has none that can be read.
+    """
     weights, name = settings.pretrained, (settings.model or "").removeprefix(TIMM)
     key = f"{role}.pretrained = {weights!r}"
-    if weights is None:
-        raise ValueError(f"{role}.pretrained: missing; a teacher needs weights: a tag, a file, or 'random' if that is really meant")
     if weights == RANDOM:
         return
+    if name.startswith(OF_TRANSFORMERS):
+        if weights:
+            raise ValueError(f"{key}: {settings.model!r} brings its own weights; remove one of the two keys")
+        folder = name.removeprefix(OF_TRANSFORMERS)
+        if transformers_tower.is_folder(folder):
+            if (file := in_folder(Path(folder))) is None:
+                raise ValueError(f"{role}.model = {settings.model!r}: the folder has a configuration but no weights (model.safetensors)")
+            recognise(file)
+        return
+    if weights is None:
+        raise ValueError(f"{role}.pretrained: missing; a teacher needs weights: a tag, a file, or 'random' if that is really meant")
     if is_file(weights) or Path(weights).is_dir():
         try:
             file = in_folder(Path(weights)) if Path(weights).is_dir() else Path(weights)

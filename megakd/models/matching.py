@@ -14,9 +14,10 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from torch import Tensor, nn
 
-from megakd.models import names
+from megakd.models import names, transformers_tower
 from megakd.models.casts import SCALARS
 from megakd.models.image_only import SAVED_ONCE, ImageModel
+from megakd.models.transformers_tower import TransformersTower
 from megakd.models.weight_kinds import check_values
 from megakd.models.weights import InMemory, Shape, Weights, listed
 from megakd.recipe import texts
@@ -61,7 +62,7 @@ class Match:
         }
         if summary := "; ".join(f"{kind}: {tensors}" for kind, tensors in problems.items() if tensors):
             others = f" Its names are those of {program}." if program in names.FOREIGN.values() else ""
-            if isinstance(model, ImageModel):
+            if isinstance(model, ImageModel) and "timm_model_name" in config["vision_cfg"]:
                 others = f" timm converts some files as it reads them: for such {SAVED_ONCE}."
             raise ValueError(f"{weights.origin}: these are not the weights of this architecture. {summary}.{others}")
         for name, shape in expected.items():
@@ -118,7 +119,7 @@ def _check_activation(config: Mapping[str, Any], weights: Weights, program: str 
     remedy = "take the model's -quickgelu name, or quick_gelu = true in its architecture"
     if program == names.OPENAI and not quick:
         raise ValueError(f"{weights.origin}: OpenAI's own weights, trained with QuickGELU, and this model has GELU: {remedy}")
-    if program != names.TRANSFORMERS or "timm_model_name" in config["vision_cfg"]:
+    if program != names.TRANSFORMERS or {"timm_model_name", "transformers"} & config["vision_cfg"].keys():
         return
     beside = Path(weights.origin).with_name("config.json")
     if not beside.is_file():
@@ -138,6 +139,8 @@ def _check_activation(config: Mapping[str, Any], weights: Weights, program: str 
 
 def _by_open_clips_layout(model: nn.Module, weights: Weights, expected: Mapping[str, Shape]) -> Weights:
     """Files that hold a model in another way than as towers of a CLIP."""
+    if isinstance(model, ImageModel) and isinstance(model.visual, TransformersTower):
+        return transformers_tower.renamed(weights, expected, names.TRUNK)
     if isinstance(model, ImageModel):
         cfg: Mapping[str, Any] = model.visual.trunk.pretrained_cfg  # type: ignore[assignment]
         classifier = cfg.get("classifier") or ()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megakd.models.casts import pixel_dtype
 from megakd.models.image_only import ImageTower
+from megakd.models.transformers_tower import TransformersTower
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")  # a ResNet's
 
@@ -159,6 +160,8 @@ def _all_blocks(visual: nn.Module) -> list[nn.Module]:
         return list(visual.transformer.resblocks)
     if isinstance(visual, ModifiedResNet):
         return [getattr(visual, name) for name in _STAGES]
+    if isinstance(visual, TransformersTower):
+        return visual.blocks()
     if isinstance(visual, TimmModel | ImageTower):
         trunk: Any = visual.trunk
         for name in ("blocks", "stages", "layers"):
@@ -197,11 +200,15 @@ def _rows(visual: nn.Module, output: Tensor) -> Tensor:
         if not visual.transformer.batch_first:
             output = output.transpose(0, 1)
         return output[:, 1:]
+    if isinstance(visual, TransformersTower):
+        return output[:, visual.prefix_tokens :]
     trunk: Any = visual.trunk
     return output[:, getattr(trunk, "num_prefix_tokens", 0) :]
 
 
 def _channels_last(visual: nn.Module) -> bool:
-    """timm's Swin and SAM have (B, h, w, C), the convolutional towers (B, C, h, w)."""
+    """timm's Swin and both SAM have (B, h, w, C), the convolutional towers (B, C, h, w)."""
+    if isinstance(visual, TransformersTower):
+        return True
     trunk = getattr(visual, "trunk", None)
     return type(trunk).__name__ == "VisionTransformerSAM" or str(getattr(trunk, "output_fmt", "NCHW")).endswith("NHWC")

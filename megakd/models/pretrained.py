@@ -13,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from open_clip import download_pretrained, get_model_config, get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.pretrained import _clean_tag, download_pretrained_from_hf
 
+from megakd.models import transformers_tower
 from megakd.models.weight_kinds import PICKLED_SUFFIXES
 from megakd.models.weights import INDEX_SUFFIX, shards
 from megakd.recipe import Model
@@ -20,7 +21,7 @@ from megakd.runtime.files import sha256
 
 RANDOM = "random"
 WEIGHT_SUFFIXES = (".safetensors", *PICKLED_SUFFIXES)
-LOCAL, HUB, TIMM = "local-dir:", "hf-hub:", "timm:"
+LOCAL, HUB, TIMM, OF_TRANSFORMERS = "local-dir:", "hf-hub:", "timm:", "transformers:"
 QUICKGELU = "-quickgelu"
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # As open_clip prefers them; a folder with other names has to have one file.
@@ -145,6 +146,12 @@ def weights_file(settings: Model, *, download: bool) -> Path | None:
         file = in_folder(Path(name.removeprefix(LOCAL)))
     elif name.startswith(HUB):
         file = _cached(name.removeprefix(HUB), _HUB_FILES)
+    elif name.startswith(OF_TRANSFORMERS):
+        source = name.removeprefix(OF_TRANSFORMERS)
+        if transformers_tower.is_folder(source):
+            file = in_folder(Path(source))
+        else:
+            file = transformers_tower.weights_file(source, download=download)
     elif tag and tag.get("hf_hub"):
         repository, weights = os.path.split(tag["hf_hub"])
         file = _cached(repository, (f"{Path(weights).stem}.safetensors", weights) if weights else _HUB_FILES)

@@ -93,11 +93,11 @@ class Preprocess(Section):
 class Model(Section):
     """A CLIP-style pair of towers: `model` names one (open_clip, `hf-hub:`, `local-dir:`), `architecture` describes one.
 
-    A teacher may also be a timm model (`timm:`), which sees images alone.
+    A teacher may also be a timm model (`timm:`) or a vision tower of transformers (`transformers:`), which see images alone.
     """
 
     model: str | None = Field(
-        None, description="open_clip name, hf-hub:ORG/NAME or local-dir:FOLDER; of a teacher of images alone timm:NAME"
+        None, description="open_clip name, hf-hub:ORG/NAME, local-dir:FOLDER; a teacher of images alone: timm:NAME, transformers:FOLDER"
     )
     architecture: dict[str, Any] | None = Field(None, description="an open_clip model configuration: embed_dim, vision_cfg, text_cfg")
     pretrained: str | None = Field(None, description="open_clip's pretrained tag (timm's for timm:NAME), or a .safetensors/.pt file")

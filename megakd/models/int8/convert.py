@@ -26,8 +26,11 @@ log = logging.getLogger("megakd.models")
 LARGE = 1_000_000  # weights: a larger matrix that is not converted is named in the log
 # Projections to the joint space, in open_clip's and timm's names: 0.1 % of a giant's parameters, whose error would be the embedding's.
 JOINT = re.compile(r"(visual\.)?(proj|trunk\.head(\.fc)?|head\.(proj|mlp\.fc[12]))|(text\.)?(text_projection|proj(\.\d+)?)")
-PATCHES = re.compile(r"(.*\.)?(patch_embed|embeds|stem)(\..*)?|(visual\.)?conv1\.weight")
-POSITIONS = re.compile(r"(.*\.)?(positional_embedding|class_embedding|pos_embed\w*|cls_token|cls_emb|reg_token|latent|query|probe)")
+PATCHES = re.compile(r"(.*\.)?(patch_embed(ding)?s?|embeds|stem)(\..*)?|(visual\.)?conv1\.weight")
+POSITIONS = re.compile(
+    r"(.*\.)?(positional_embedding|position_embeddings|class_embedding|pos_embed\w*|cls_token|cls_emb|reg_token|register_tokens|mask_token"
+    r"|latent|query|probe)"
+)
 Part = Literal["weight", "scale", "as it is"]
 
 

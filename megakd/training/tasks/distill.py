@@ -77,10 +77,10 @@ class PairData:
         if blind := [role for role, model in self.teachers.items() if not model.has_text]:
             teacher += f"; {', '.join(blind)}: images alone, without a part in {', '.join(self.objectives.of_texts) or 'texts'}"
         heads = [f"heads: {self.heads}"] if self.heads else []
-        return [f"data: {len(self.shards)} pairs; teacher: {teacher}; objectives: {objectives}", *heads, *self._weighted()]
+        return [f"data: {len(self.shards)} pairs; teacher: {teacher}; objectives: {objectives}", *heads, *self._of_teachers()]
 
-    def _weighted(self) -> list[str]:
-        """Which teachers are left out, what those count for that are not, and at which scales that are not their own."""
+    def _of_teachers(self) -> list[str]:
+        """Which teachers are left out, what those count for that are not, how transformers' give embeddings, and scales not their own."""
         weights = dict(zip(self.recipe.weighted_teachers(), self.recipe.teacher_weights(0), strict=True))
         left_out = [role for role in self.recipe.teachers() if role not in weights]
         lines = [f"not loaded, as their weight is 0: {', '.join(left_out)}"] if left_out and self.teachers else []
@@ -90,6 +90,8 @@ class PairData:
         for role in self.teachers:
             settings = self.recipe.teachers()[role]
             reference = "of the student's" if settings.entropy is None else f"of {settings.entropy:g} nats"
+            if pooled := self.teachers[role].config["vision_cfg"].get("pooled"):
+                lines.append(f"{role}: the embedding of an image is the {pooled}")
             if settings.scale is not None:
                 how = (
                     f"where its rows have the entropy {reference}"
@@ -108,7 +110,7 @@ class PairData:
         ) as batches:
             batch = next(batches)
         first = f"first batch of this rank: {len(batch)} pairs, bad: {batch.bad.by_reason() or 'none'}"
-        parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}", *self._weighted()]
+        parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}", *self._of_teachers()]
         if self.store is not None:
             parts.append(self.store.outline())
         elif "teacher" in self.teachers and (layout := build.patch_store(self.recipe, self.teachers["teacher"], len(shards))) is not None:
