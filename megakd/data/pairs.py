@@ -86,6 +86,7 @@ def train_batches(
     sizes = list(dict.fromkeys(view.train_pixels for view in towers.values()))
     tokenizers = {view.tokens: view.tokenize for view in towers.values()}
     pixels_of = {name: sizes.index(view.train_pixels) for name, view in towers.items()}
+    captions = any(view.reads_captions for view in towers.values())
     tokens_of = {name: list(tokenizers).index(view.tokens) for name, view in towers.items()}
 
     def to_batch(position: int, next_position: int, index: torch.Tensor, columns: _PairColumns, bad: BadCounter) -> Batch:
@@ -93,7 +94,7 @@ def train_batches(
         tokens = {name: columns.tokens[number] for name, number in tokens_of.items()}
         return Batch(position, next_position, index, pixels, tokens, bad, columns.view, columns.stored)
 
-    source = _TrainingPairs(shards, order, views, sizes, list(tokenizers.values()), store, replay)
+    source = _TrainingPairs(shards, order, views, sizes, list(tokenizers.values()), store, replay, captions)
     return ResumableBatches(source, order, to_batch, **loading)
 
 
@@ -125,6 +126,7 @@ class _TrainingPairs(BatchSource[Sample, _PairRows, _PairColumns]):
     tokenizers: list[Tokenize]
     store: Store | None
     replay: bool
+    captions: bool
 
     item_name = "sample"
     contents = "shards"
@@ -135,7 +137,7 @@ class _TrainingPairs(BatchSource[Sample, _PairRows, _PairColumns]):
         return len(self.shards)
 
     def read(self, indices: Sequence[int]) -> Iterable[Sample | BadSample]:
-        return self.shards.read_each(list(indices), ("image", "caption"))
+        return self.shards.read_each(list(indices), ("image", "caption") if self.captions else ("image",))
 
     def allocate(self, count: int) -> _PairRows:
         return _PairRows([torch.empty((count, 3, height, width), dtype=torch.uint8) for height, width, _ in self.sizes], [""] * count)
@@ -161,7 +163,7 @@ class _TrainingPairs(BatchSource[Sample, _PairRows, _PairColumns]):
 
 
 def decoded(sample: Sample, max_pixels: int) -> tuple[Image.Image, str]:
-    """The image in RGB, and its caption. Raises BadSample, with the sample's place."""
+    """The image in RGB, and its caption, "" where none was asked for. Raises BadSample, with the sample's place."""
     with located(sample.where):
-        text = caption(sample.members["caption"])
+        text = caption(sample.members["caption"]) if "caption" in sample.members else ""
         return rgb_image(sample.members["image"], max_pixels), text

@@ -38,13 +38,14 @@ class Student(nn.Module):
     def forward(self, pixels: Tensor, tokens: Tensor, taught: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, Tensor]:
         """Outputs by name, a flat dict of tensors so that gradients can be cached for each; `embeddings` makes `Embeddings` of them.
 
+        tokens: (B, 0) of images without captions; the text tower then does nothing, and texts are (B, 0) as well.
         taught: (image, text) embeddings of its teacher for each head that reads some, by the head's name.
         Scale and bias are float32, also in a bf16 engine, and the scale is at most `max_scale`.
         """
         blocks = [block for head in self.heads.values() for block in head.blocks]
         with TowerReader(getattr(self.clip, "visual", None), blocks) as reader:
             image_BD = self.clip.encode_image(pixels)  # type: ignore[operator]
-        text_BD = self.clip.encode_text(tokens)  # type: ignore[operator]
+        text_BD = self.clip.encode_text(tokens) if tokens.shape[1] else image_BD[:, :0]  # type: ignore[operator]
         scale = learned_scale(self.clip.logit_scale, self.max_scale)  # type: ignore[arg-type]
         outputs: dict[str, Tensor] = {"image": normalised(image_BD), "text": normalised(text_BD), "scale": scale}
         bias = getattr(self.clip, "logit_bias", None)

@@ -70,6 +70,7 @@ class Objective(ABC):
 
     names: keys of `[objectives]` that it computes, in the recipe's order.
     backend: which implementation of `megakd_kernels` it calls; None where it calls none.
+    reads_text: the student's texts, where one of its teachers has some to compare them with.
     needs_text: of its teachers, a text tower; it is not called with others, has no head for them, and places count those it is called with.
     student_blocks, teacher_blocks: of the vision towers, whose patch tokens it reads: the student's through its head, and every teacher's
     in `Embeddings.features`.
@@ -83,7 +84,7 @@ class Objective(ABC):
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         self.names, self.state = names, dict[str, Tensor]()
-        self.needs_text = any(declaration(name).needs_text for name in names)
+        self.needs_text = self.reads_text = any(declaration(name).needs_text for name in names)
 
     @classmethod
     def shared(cls, recipe: Recipe, names: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -26,7 +26,7 @@ class Feature(Objective):
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         super().__init__(recipe, device, names)
-        self._kind = recipe.feature.head
+        self._kind, self.reads_text = recipe.feature.head, True
 
     def head(self, student: ModelShape, teacher: ModelShape) -> Head:
         return head_between(f"{self.names[0]}.head", self._kind, student, teacher)

@@ -41,7 +41,7 @@ class Relational(Objective):
         super().__init__(recipe, device, names)
         self._recipe = recipe
         self._sides = ("image", "text") if recipe.rkd.on == "both" else (recipe.rkd.on,)
-        self.needs_text = "text" in self._sides
+        self.needs_text = self.reads_text = "text" in self._sides
 
     def cost(self, shape: LossShape) -> LossCost:
         distance, angle = (self._recipe.peak(f"rkd.{kind}") > 0 for kind in ("distance", "angle"))

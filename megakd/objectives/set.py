@@ -81,6 +81,11 @@ class ObjectiveSet:
         named = {name for part in self._objectives if part.needs_text for name in part.names}
         return [name for name in self.weights if name in named and declaration(name).needs_teacher]
 
+    def reads_texts(self, teachers: Sequence[OfTeacher]) -> bool:
+        """Whether any of them reads the student's texts; where none does, its text tower has no gradient."""
+        of_both = any(teacher.has_text for teacher in teachers)
+        return any(part.needs_text or (part.reads_text and of_both) for part in self._objectives)
+
     def check_bias(self, model: str, has_bias: bool) -> None:
         """Raises ValueError when an objective needs the logit bias of a sigmoid-trained model that `model` has not."""
         in_need = sorted(name for name in self.weights if declaration(name).needs_bias)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megakd.data.bad_samples import BadCounter, usable
 from megakd.data.pairs import decoded
+from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.stream import WorkerStream, reported
 from megakd.data.transforms import TowerView, draw_stored, train_pixels
@@ -59,7 +60,8 @@ class StoredViews:
                 pixels[len(texts), number] = train_pixels(image, augmentation, self.tower.train_pixels)
             texts.append(text)
 
-        made = usable(range(len(index_N)), self.shards.read_each(index_N.tolist(), ("image", "caption")), to_row)
+        needs: tuple[Slot, ...] = ("image", "caption") if self.tower.reads_captions else ("image",)
+        made = usable(range(len(index_N)), self.shards.read_each(index_N.tolist(), needs), to_row)
         tokens = self.tower.tokenize(texts or [""]).long()[: len(texts)]  # a tokenizer may not take an empty list
         return Seen(torch.from_numpy(index_N[made.index_of_row].astype(np.int64)), torch.from_numpy(pixels[: len(texts)]), tokens, made.bad)
 

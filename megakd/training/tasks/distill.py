@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from megakd.data.pairs import Batch, TrainBatches, train_batches
@@ -24,6 +25,7 @@ from megakd.models import clip
 from megakd.models.embeddings import Embeddings
 from megakd.models.fingerprint import computation, preprocessing
 from megakd.models.heads import ModelShape
+from megakd.models.image_only import no_words
 from megakd.models.student import Student, embeddings
 from megakd.objectives.answers import DIVERGENCE
 from megakd.objectives.set import ObjectiveSet
@@ -48,7 +50,8 @@ AnyTeacher = Teacher | StoredTeacher | TextStoredTeacher
 class PairData:
     """Image-text pairs in their order, the models' configurations, and the sets that the student's towers are scored on.
 
-    shapes: of the student and of each teacher. heads: what the objectives train beside the towers, in words.
+    shapes: of the student and of each teacher. heads: what the objectives train beside the towers, in words. texts: whether an objective
+    reads the student's. captions: whether a teacher or an objective reads them.
     """
 
     recipe: Recipe
@@ -59,6 +62,8 @@ class PairData:
     teachers: dict[str, clip.ModelSpec]
     shapes: list[ModelShape]
     heads: str
+    texts: bool
+    captions: bool
     store: Store | None
     sets: Sets
 
@@ -77,7 +82,19 @@ class PairData:
         if blind := [role for role, model in self.teachers.items() if not model.has_text]:
             teacher += f"; {', '.join(blind)}: images alone, without a part in {', '.join(self.objectives.of_texts) or 'texts'}"
         heads = [f"heads: {self.heads}"] if self.heads else []
-        return [f"data: {len(self.shards)} pairs; teacher: {teacher}; objectives: {objectives}", *heads, *self._of_teachers()]
+        first = f"data: {len(self.shards)} pairs; teacher: {teacher}; objectives: {objectives}"
+        return [first, *heads, *self._of_texts(), *self._of_teachers()]
+
+    def _of_texts(self) -> list[str]:
+        """Whether captions are left unread, and the student's text tower without a gradient."""
+        if self.texts:
+            return []
+        unread = "" if self.captions else " and captions are not read"
+        return [f"no objective reads the student's texts: nothing but weight decay moves its text tower{unread}"]
+
+    def views(self, preprocess: Mapping[str, PreprocessCfg], models: Mapping[str, clip.ModelSpec]) -> dict[str, TowerView]:
+        """What the loader makes of a sample for each model."""
+        return {role: TowerView(preprocess[role], model.tokenize if self.captions else no_words) for role, model in models.items()}
 
     def _of_teachers(self) -> list[str]:
         """Which teachers are left out, what those count for that are not, how transformers' give embeddings, and scales not their own."""
@@ -103,14 +120,14 @@ class PairData:
 
     def preview(self, world: World) -> list[str]:
         built = {role: clip.on_meta(description) for role, description in {"student": self.student, **self.teachers}.items()}
-        views = {role: TowerView(model.preprocess, model.description.tokenize) for role, model in built.items()}
+        views = self.views({role: model.preprocess for role, model in built.items()}, {"student": self.student, **self.teachers})
         shards, order, of = self.shards, self.order, self.recipe.views
         with train_batches(
             shards, order, of, views, rank=world.rank, world=world.size, start_position=0, workers=0, pin_memory=False
         ) as batches:
             batch = next(batches)
         first = f"first batch of this rank: {len(batch)} pairs, bad: {batch.bad.by_reason() or 'none'}"
-        parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}", *self._of_teachers()]
+        parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}", *self._of_texts(), *self._of_teachers()]
         if self.store is not None:
             parts.append(self.store.outline())
         elif "teacher" in self.teachers and (layout := build.patch_store(self.recipe, self.teachers["teacher"], len(shards))) is not None:
@@ -149,11 +166,13 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
     heads = objectives.outline(own, others)
     if recipe.export.heads and teachers and not heads:
         raise ValueError(f"export.heads = true: none of objectives.{', objectives.'.join(objectives.weights)} has a head; take it out")
-    shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
+    texts = to_come or objectives.reads_texts(others)
+    captions = texts or any(teacher.has_text for teacher in others)
+    shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world), captions=captions)
     order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
     store = build.open_stores(recipe, teachers, shards, world)
     collectives.by_main(lambda: clip_folder.rehearse(student), world)
-    return PairData(recipe, student, objectives, shards, order, teachers, shapes, heads, store, open_sets(recipe, world))
+    return PairData(recipe, student, objectives, shards, order, teachers, shapes, heads, texts, captions, store, open_sets(recipe, world))
 
 
 class Distill(Task):
@@ -188,7 +207,7 @@ class Distill(Task):
 
     def open(self, progress: Progress) -> TrainBatches:
         data, recipe = self._data, self._data.recipe
-        towers = {role: TowerView(self._preprocess[role], model.tokenize) for role, model in self._seen_by.items()}
+        towers = data.views(self._preprocess, self._seen_by)
         replay = all(settings.store_of == "all" for settings in recipe.teachers().values())
         position = loading(recipe, self._world, progress.position)
         return train_batches(data.shards, data.order, recipe.views, towers, store=data.store, replay=replay, **position)
@@ -278,7 +297,7 @@ def _called(description: clip.ModelSpec) -> str:
 
 def _shapes(role: str, model: clip.ClipModel, pixels: Tensor, tokens: Tensor) -> str:
     calls = {"pixels": (pixels, model.clip.encode_image, torch.float32)}
-    if model.description.has_text:
+    if model.description.has_text and tokens.shape[1]:
         calls["tokens"] = (tokens, model.clip.encode_text, tokens.dtype)
     with torch.no_grad():
         read = {kind: (given, call(given.to("meta", dtype))) for kind, (given, call, dtype) in calls.items()}  # type: ignore[operator]
