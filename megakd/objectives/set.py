@@ -86,6 +86,10 @@ class ObjectiveSet:
         of_both = any(teacher.has_text for teacher in teachers)
         return any(part.needs_text or (part.reads_text and of_both) for part in self._objectives)
 
+    def reads_captions(self, teachers: Sequence[OfTeacher]) -> bool:
+        """Whether captions are tokenised: for an objective, or for a teacher's own text tower, which runs with its other one."""
+        return self.reads_texts(teachers) or any(teacher.has_text for teacher in teachers)
+
     def check_bias(self, model: str, has_bias: bool) -> None:
         """Raises ValueError when an objective needs the logit bias of a sigmoid-trained model that `model` has not."""
         in_need = sorted(name for name in self.weights if declaration(name).needs_bias)

@@ -175,10 +175,12 @@ def _forms(clip: Any, pixels: Tensor, tokens: Tensor, partition: Settings) -> li
     return forms
 
 
-def student(recipe: Recipe, heads: Mapping[str, ObjectiveHead], batch: Shares, *, bf16: bool, drop: bool) -> StudentCost:
+def student(
+    recipe: Recipe, heads: Mapping[str, ObjectiveHead], batch: Shares, *, bf16: bool, drop: bool, captions: bool = True
+) -> StudentCost:
     """Cost of what the recipe trains: the student with its heads, the decoder, or both; activation checkpointing included.
 
-    heads: on meta. drop: gradients leave as soon as they are there.
+    heads: on meta. drop: gradients leave as soon as they are there. captions: False where none is read, and the text tower does nothing.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
     built = None if recipe.student is None else _build(describe(recipe.student, "student"), "fp32")
@@ -191,7 +193,7 @@ def student(recipe: Recipe, heads: Mapping[str, ObjectiveHead], batch: Shares, *
         module = (vlm.learner(recipe, student) if recipe.decoder else student).train().to(dtype)
 
     def inputs(pairs: int, questions: int) -> list[Any]:
-        given: list[Any] = [None, None] if built is None or not pairs else [*_inputs(built, pairs, dtype)]
+        given: list[Any] = [None, None] if built is None or not pairs else [*_inputs(built, pairs, dtype, captions)]
         reading = {name: head.teacher_width for name, head in heads.items() if head.teacher_width}
         given.append({name: [torch.empty(pairs, width, dtype=dtype, device=META) for _ in range(2)] for name, width in reading.items()})
         if not isinstance(module, vlm.Learner):
@@ -220,9 +222,9 @@ def student(recipe: Recipe, heads: Mapping[str, ObjectiveHead], batch: Shares, *
     )  # fmt: skip
 
 
-def _inputs(built: clip.ClipModel, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Pixels (B, 3, H, W) and tokens (B, L) on meta."""
-    tokens_BL = torch.empty(count, built.description.context_length, dtype=torch.int64, device=META)
+def _inputs(built: clip.ClipModel, count: int, dtype: torch.dtype, captions: bool = True) -> tuple[Tensor, Tensor]:
+    """Pixels (B, 3, H, W) and tokens (B, L), or (B, 0) without captions, on meta."""
+    tokens_BL = torch.empty(count, built.description.context_length if captions else 0, dtype=torch.int64, device=META)
     return torch.empty(count, 3, *input_size(built.preprocess), dtype=dtype, device=META), tokens_BL
 
 

@@ -92,7 +92,8 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
         shapes = objectives.shapes(models.describe(recipe.student, "student"), described)
         with models.META:
             heads = objectives.heads(shapes[0], shapes[1:])
-    student = models.student(recipe, heads, shares, bf16=resolved.precision == "bf16", drop=student_zero.stage > 1)
+    captions = not shapes or objectives.reads_captions(shapes[1:])
+    student = models.student(recipe, heads, shares, bf16=resolved.precision == "bf16", drop=student_zero.stage > 1, captions=captions)
     answer_teacher = None
     if recipe.answers is not None and recipe.answers.teacher is not None:
         kind = precision.of(device)

@@ -348,19 +348,19 @@ class Recipe(ScheduledSections, Sources):
 
     @model_validator(mode="after")
     def _scales_are_read(self) -> Recipe:
-        given = [role for role, teacher in self.weighted_teachers().items() if teacher.scale is not None]
-        needing = self.in_need_of_a_teacher()
-        if given and needing and not any(declaration(name).compares_rows or declaration(name).needs_bias for name in needing):
-            raise ValueError(
-                f"{given[0]}.scale: objectives.{{{', '.join(needing)}}} read embeddings and patches alone, and no teacher's scale; "
-                "take it out"
-            )
         matched = {role: teacher for role, teacher in self.weighted_teachers().items() if teacher.scale == MATCHED}
         if matched and not any(declaration(name).compares_rows for name in self.active()):
             reading = ", ".join(name for name in type(self.objectives).model_fields if declaration(name).compares_rows)
             raise ValueError(
                 f"{next(iter(matched))}.scale = 'matched': no active objective compares rows of the similarity matrix, whose entropy it "
                 f"matches; give one of objectives.{{{reading}}} a weight, or set the scale to a number"
+            )
+        given = [role for role, teacher in self.weighted_teachers().items() if teacher.scale not in (None, MATCHED)]
+        needing = self.in_need_of_a_teacher()
+        if given and needing and not any(declaration(name).compares_rows or declaration(name).needs_bias for name in needing):
+            raise ValueError(
+                f"{given[0]}.scale: objectives.{{{', '.join(needing)}}} read embeddings and patches alone, and no teacher's scale; "
+                "take it out"
             )
         for role, teacher in matched.items():
             if teacher.entropy is not None and teacher.entropy >= math.log(self.optim.batch):

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 import support.image_teachers  # noqa: F401  (registers the models)
+from megakd.planning import models
+from megakd.planning import plan as planner
+from megakd.recipe import load as recipes
 from support.runs import TEACHER, TRAIN, losses, rows, run_ranks, settings, train
 
 TAUGHT = ("teacher.model=timm:test_vit", "teacher.pretrained=random", "objectives.contrastive=0", "objectives.feature=1.0")
@@ -63,6 +66,16 @@ def test_an_int8_teacher_is_calibrated_and_compared_on_them(recipe_file: Path, i
     run = train(recipe_file, "--out", tmp_path / "run", sets=(*TAUGHT, *int8))
     assert run.code == 0, run.err
     assert "outliers moved into the weights by 8 pairs" in run.out
+
+
+def test_the_plan_leaves_the_text_tower_out_of_a_step(recipe_file: Path) -> None:
+    def planned(*sets: str) -> models.StudentCost:
+        return planner.job_of(recipes.load(str(recipe_file), [*TAUGHT, *sets])[0], "tiny", None, planner.Cluster(1, 80)).student
+
+    bare, paired = planned(), planned("objectives.contrastive=1.0")
+    assert bare.sizes == paired.sizes
+    assert bare.flops < paired.flops
+    assert bare.forward < paired.forward
 
 
 def test_an_objective_on_texts_refuses_them_by_name(recipe_file: Path, images: str, tmp_path: Path) -> None:
