@@ -27,6 +27,7 @@ Reason = Literal[
     "read_error",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
+OF_CAPTIONS: tuple[Reason, ...] = ("missing_caption", "empty_caption")  # those that the indexes of shards know
 # truncated_tar: lost in a damaged tar. unused_members: a sample's members are there and none can be used.
 
 log = logging.getLogger("megakd.data")
@@ -70,6 +71,11 @@ class BadCounter:
         self.seen += other.seen
         for reason, count in other.counts.items():
             self.add(reason, other.examples.get(reason, ""), count)
+
+    def without(self, *reasons: Reason) -> BadCounter:
+        """Where what they say makes no sample unusable."""
+        counts = {reason: count for reason, count in self.counts.items() if reason not in reasons}
+        return BadCounter(self.seen, counts, {reason: example for reason, example in self.examples.items() if reason in counts})
 
     @property
     def total(self) -> int:

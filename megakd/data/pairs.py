@@ -73,12 +73,14 @@ def train_batches(
     *,
     store: Store | None = None,
     replay: bool = True,
+    captions: bool = True,
     **loading: Unpack[Loading],
 ) -> TrainBatches:
     """This rank's parts of the global batches from `start_position` on, without end. Raises what `ResumableBatches` does.
 
     store: read its rows, and replay its augmentations instead of fresh ones, a function of (its seed, sample, epoch mod its views).
     replay: False keeps augmentations fresh, where only the store's texts are of use.
+    captions: False reads none, for towers that all have `no_words` for a tokenizer.
     The parts of all ranks, in rank order, are the same global batch bit for bit for every number of ranks and workers.
     """
     if not towers:
@@ -86,7 +88,6 @@ def train_batches(
     sizes = list(dict.fromkeys(view.train_pixels for view in towers.values()))
     tokenizers = {view.tokens: view.tokenize for view in towers.values()}
     pixels_of = {name: sizes.index(view.train_pixels) for name, view in towers.items()}
-    captions = any(view.reads_captions for view in towers.values())
     tokens_of = {name: list(tokenizers).index(view.tokens) for name, view in towers.items()}
 
     def to_batch(position: int, next_position: int, index: torch.Tensor, columns: _PairColumns, bad: BadCounter) -> Batch:

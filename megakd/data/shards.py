@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.data import tar_index
-from megakd.data.bad_samples import BadCounter, BadSample, Reason
+from megakd.data.bad_samples import OF_CAPTIONS, BadCounter, BadSample, Reason
 from megakd.data.patterns import expand, expand_with_stats
 from megakd.data.samples import Slot
 from megakd.data.storage import Reader, Stat, shown
@@ -75,6 +75,8 @@ class ShardSet:
             shards = cls.open_set(data.train, data, rank, world, barrier, captions=captions)
         except ValueError as error:
             raise ValueError(f"data.train: {error}") from error
+        if not captions:
+            shards.known_bad = shards.known_bad.without(*OF_CAPTIONS)
         if shards.known_bad.total >= shards.known_bad.seen:
             needed = "both an image and a caption" if captions else "an image"
             read_from = f"Captions are read from .{data.caption} members (data.caption). " if captions else ""
@@ -89,7 +91,7 @@ class ShardSet:
     def open_set(
         cls, patterns: str | list[str], data: Data, rank: int, world: int, barrier: Callable[[], None], *, captions: bool = False
     ) -> ShardSet:
-        """Any set; `data` gives caption, cache and max_pixels. captions: whether a sample needs one.
+        """Any set; `data` gives caption, cache and max_pixels. captions: missing ones are logged.
 
         Each rank indexes the shards [rank::world], waits at the barrier, then loads all, and builds those that are still missing where the
         ranks do not share a disk. Rank 0 logs what is lost or not used, at every start.
@@ -112,9 +114,9 @@ class ShardSet:
         except OSError as error:
             raise ValueError(f"a shard cannot be read: {error}; {_UNREADABLE}") from error
         names, samples = [name for name, _ in named], [known.samples for known in indexes]
-        bad = _known_bad(names, indexes, captions)
+        bad = _known_bad(names, indexes)
         if rank == 0:
-            _log_losses(patterns, bad, names, indexes)
+            _log_losses(patterns, bad, names, indexes, captions)
         if sum(samples) == 0:
             lost = f"; {bad.by_reason()}, for example {bad.example}" if bad.total else ""
             raise ValueError(f"{patterns!r}: {len(named)} shards, but not one sample in them (the first is {shown(named[0][0])}){lost}")
@@ -252,7 +254,7 @@ def _index(name: str, stat: Stat, data: Data, load: Callable[..., IndexRows | No
     return tar_index.build(name, stat, data.caption, data.cache) if rows is None else rows
 
 
-def _known_bad(names: list[str], indexes: list[Known], captions: bool) -> BadCounter:
+def _known_bad(names: list[str], indexes: list[Known]) -> BadCounter:
     """Counts over the samples that the indexes have, and those that they know to be lost."""
     sound = [known.samples for known in indexes if not known.losses.why]
     elsewhere = round(sum(sound) / len(sound)) if sound else None
@@ -261,9 +263,8 @@ def _known_bad(names: list[str], indexes: list[Known], captions: bool) -> BadCou
         lost = known.lost(elsewhere, alike=len(set(sound)) == 1)
         fewer = "its _stats.json tells of more samples; remove that file if some were taken out on purpose"
         counts: list[tuple[Reason, int, str]] = [("truncated_tar", lost, known.losses.why or fewer)]
-        counts += [("missing_image", *known.missing_image)]
-        if captions:
-            counts += [("missing_caption", *known.missing_caption), ("empty_caption", *known.empty_caption)]
+        counts += [("missing_image", *known.missing_image), ("missing_caption", *known.missing_caption)]
+        counts += [("empty_caption", *known.empty_caption)]
         counts += [("unused_members", count, f"{example}, {why}") for why, (count, example) in known.losses.dropped.items()]
         for reason, count, example in counts:
             bad.add(reason, f"{shown(name)}: {shown(example)}", count)
@@ -271,8 +272,10 @@ def _known_bad(names: list[str], indexes: list[Known], captions: bool) -> BadCou
     return bad
 
 
-def _log_losses(patterns: str | list[str], bad: BadCounter, names: list[str], indexes: list[Known]) -> None:
+def _log_losses(patterns: str | list[str], bad: BadCounter, names: list[str], indexes: list[Known], captions: bool) -> None:
     for reason, count in bad.counts.items():
+        if reason in OF_CAPTIONS and not captions:
+            continue
         log.warning("%r: %d of %d samples cannot be used, %s: %s", patterns, count, bad.seen, reason, bad.examples[reason])
     unused: dict[str, tuple[int, str]] = {}
     for name, known in zip(names, indexes, strict=True):

@@ -72,11 +72,6 @@ class TowerView:
         object.__setattr__(self, "tokenize", plain_captions(self.tokenize))
 
     @property
-    def reads_captions(self) -> bool:
-        """False of a model of images alone, whose tokens are (B, 0)."""
-        return self.tokenize([""]).shape[1] > 0
-
-    @property
     def train_pixels(self) -> tuple[int, int, int]:
         """(H, W, resampling filter): all that training pixels depend on, as a random crop is squashed in every resize mode."""
         return (*input_size(self.preprocess), int(_filter(self.preprocess)))

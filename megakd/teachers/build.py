@@ -72,7 +72,8 @@ def live_teacher(
     product = matmul.resolved(settings.int8_product, world.device)
     int8 = streaming.Int8(settings.outlier_threshold, product, migrated=settings.calibration > 0)
     teacher = load(description, world, int8, without_text=without_text)
-    source = StoredViews(shards, recipe.views, recipe.seed, TowerView(preprocessing(description), description.tokenize))
+    tower = TowerView(preprocessing(description), description.tokenize)
+    source = StoredViews(shards, recipe.views, recipe.seed, tower, captions=description.has_text)
     _Comparison(teacher, description.role, settings, source, world, piece, images_alone).settle(say)
     return teacher
 

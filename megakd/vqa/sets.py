@@ -259,6 +259,6 @@ def _open_captions(source: QuestionSource, key: str, data: Data, rank: int, worl
             )
     if source.images is None or not is_shards(source.images):
         raise ValueError(f"images = {source.images!r}: format = 'captions' needs image-text shards, as '/data/{{00000..00099}}.tar'")
-    shards = ShardSet.open_set(source.images, data, rank, world, barrier, captions=True)
+    shards = ShardSet.open_set(source.images, data, rank, world, barrier)
     shards.known_bad.check(data.max_bad_fraction, at_least=1)
     return CaptionSet(key, shards)

@@ -40,12 +40,13 @@ class Seen:
 
 @dataclass(frozen=True)
 class StoredViews:
-    """Samples in a store's augmentations, for one tower. Pickled to workers, as their dataset."""
+    """Samples in a store's augmentations, for one tower. Pickled to workers, as their dataset. captions: False for one of images alone."""
 
     shards: ShardSet
     views: Views
     seed: int
     tower: TowerView
+    captions: bool = True
 
     def see(self, index_N: NDArray[np.int64], view_NV: NDArray[np.int64]) -> Seen:
         """The usable ones of the samples `index_N`, each in its views `view_NV`."""
@@ -60,7 +61,7 @@ class StoredViews:
                 pixels[len(texts), number] = train_pixels(image, augmentation, self.tower.train_pixels)
             texts.append(text)
 
-        needs: tuple[Slot, ...] = ("image", "caption") if self.tower.reads_captions else ("image",)
+        needs: tuple[Slot, ...] = ("image", "caption") if self.captions else ("image",)
         made = usable(range(len(index_N)), self.shards.read_each(index_N.tolist(), needs), to_row)
         tokens = self.tower.tokenize(texts or [""]).long()[: len(texts)]  # a tokenizer may not take an empty list
         return Seen(torch.from_numpy(index_N[made.index_of_row].astype(np.int64)), torch.from_numpy(pixels[: len(texts)]), tokens, made.bad)

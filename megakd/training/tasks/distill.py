@@ -123,7 +123,16 @@ class PairData:
         views = self.views({role: model.preprocess for role, model in built.items()}, {"student": self.student, **self.teachers})
         shards, order, of = self.shards, self.order, self.recipe.views
         with train_batches(
-            shards, order, of, views, rank=world.rank, world=world.size, start_position=0, workers=0, pin_memory=False
+            shards,
+            order,
+            of,
+            views,
+            captions=self.captions,
+            rank=world.rank,
+            world=world.size,
+            start_position=0,
+            workers=0,
+            pin_memory=False,
         ) as batches:
             batch = next(batches)
         first = f"first batch of this rank: {len(batch)} pairs, bad: {batch.bad.by_reason() or 'none'}"
@@ -210,7 +219,8 @@ class Distill(Task):
         towers = data.views(self._preprocess, self._seen_by)
         replay = all(settings.store_of == "all" for settings in recipe.teachers().values())
         position = loading(recipe, self._world, progress.position)
-        return train_batches(data.shards, data.order, recipe.views, towers, store=data.store, replay=replay, **position)
+        shards, order, of = data.shards, data.order, recipe.views
+        return train_batches(shards, order, of, towers, store=data.store, replay=replay, captions=data.captions, **position)
 
     def part(self, batch: Batch, clock: Stopwatch, step: int) -> StepPart:
         with clock.part("teacher"):
