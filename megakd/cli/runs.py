@@ -116,7 +116,7 @@ def study(
 ) -> None:
     """Compare objectives on the shapes world: zero-shot, retrieval, and what a decoder reads from each student's tower.
 
-    Two CPU cores take about an hour for `methods` with three seeds. The same command goes on with what is not done yet.
+    A seed of `methods` takes about half an hour on two CPU cores. The same command goes on with what is not done yet.
     """
     from megakd.study import methods
 

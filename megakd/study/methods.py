@@ -105,13 +105,19 @@ def run(study: str, seeds: int, out: Path, data: Path, at_once: int) -> int:
         if failed := launcher.run_together(jobs, at_once):
             print(f"{len(failed)} runs failed; `megakd study {study}` again goes on from their last checkpoints", flush=True)
             return 1
+    lines = write_table(study, cells, out)
+    print("", *lines, f"\n{len(cells)} cells, {time.perf_counter() - start:.0f} s; written to {out / study}.md and .json", sep="\n")
+    return 0
+
+
+def write_table(study: str, cells: Sequence[Cell], out: Path) -> list[str]:
+    """The lines of a study's table, from the scores of finished cells, which are written to OUT/STUDY.md and OUT/STUDY.json."""
     scores = {cell: _scores(out, cell) for cell in cells}
     lines = _methods(scores) if study == "methods" else _patches(scores)
     (out / f"{study}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     rows = [{"method": cell.method, "teacher": cell.teacher, "seed": cell.seed, **scores[cell]} for cell in cells]
     (out / f"{study}.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
-    print("", *lines, f"\n{len(cells)} cells, {time.perf_counter() - start:.0f} s; written to {out / study}.md and .json", sep="\n")
-    return 0
+    return lines
 
 
 def student_recipe(cell: Cell, recipes: Recipes, teachers: dict[str, str]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,6 @@ from support.stores import LAYOUT, MANIFEST, UNUSABLE, patch_values, values, wri
 
 PATCHES = PatchLayout((2, 3), {10: 4, 2: 6})
 WITH_PATCHES = replace(MANIFEST, layout=replace(LAYOUT, patches=PATCHES))
-Usage = collections.namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
@@ -137,14 +136,14 @@ def test_parts_with_patch_tokens_stay_small_enough_for_memory() -> None:
     assert writer.in_parts(replace(giant, views=4096)).part == 1
 
 
-def test_a_store_that_the_disk_has_no_room_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout, one_part = WITH_PATCHES.layout, 8 * WITH_PATCHES.layout.sample_bytes
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: Usage(10**9, 0, one_part))
-    writer.check_room(tmp_path, layout, [3])
-    writer.check_room(tmp_path, layout, [5])  # of 3 samples
+def test_a_store_that_the_disk_has_no_room_for_is_refused(tmp_path: Path) -> None:
+    layout = WITH_PATCHES.layout
+    most = int(0.6 * shutil.disk_usage(tmp_path).free / layout.sample_bytes)  # samples of a part: one fits and two do not
+    large = replace(layout, samples=most + most // 2, part=most)
+    writer.check_room(tmp_path, large, [0])
+    writer.check_room(tmp_path, large, [1])  # half a part
     with pytest.raises(
-        StoreError, match=r"[\d.]+ kB are to be written and [\d.]+ kB are free there: make room.*a smaller teacher\.patch_grid"
+        StoreError, match=r"[\d.,]+ [kMG]B are to be written and [\d.,]+ [kMG]B are free there: make room.*a smaller teacher\.patch_grid"
     ):
-        writer.check_room(tmp_path, layout, [3, 5])
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: Usage(0, 0, 0))  # a file system that does not tell
-    writer.check_room(tmp_path, layout, range(layout.parts))
+        writer.check_room(tmp_path, replace(large, samples=2 * most), [0, 1])
+    writer.check_room(Path("/proc"), large, [0, 1])  # a file system that does not tell

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megakd.models.embeddings import Embeddings
 from megakd.models.grids import on_grid
 from megakd.models.heads import ModelShape
 from megakd.models.patches import Patches
@@ -20,6 +19,7 @@ from megakd.objectives.set import ObjectiveSet
 from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import Recipe
 from megakd.recipe import load as recipes
+from support.features import draw, embeddings_with
 
 # Legend: B images, h x w a grid of patches, V of them, C a block's width.
 CPU = torch.device("cpu")
@@ -31,16 +31,6 @@ def _recipe(recipe_file: Path, *overrides: str) -> Recipe:
     return recipes.load(str(recipe_file), (*TEACHER, *overrides))[0]
 
 
-def _draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _seen(**features: Tensor) -> Embeddings:
-    """features: with "__" for the point in a name."""
-    named = {name.replace("__", "."): value for name, value in features.items()}
-    return Embeddings(_draw(1, 3, 4), _draw(2, 3, 4), torch.tensor(1.0), features=named)
-
-
 def _shape(block: Patches) -> ModelShape:
     return ModelShape(4, {-2: block})
 
@@ -48,11 +38,11 @@ def _shape(block: Patches) -> ModelShape:
 def _loss(objectives: ObjectiveSet, own_BhwC: Tensor, *others: Tensor) -> Tensor:
     """Of the student's tokens through its heads, as a step computes it."""
     shapes = [_shape(Patches(part.shape[1] * part.shape[2], part.shape[3], (part.shape[1], part.shape[2]))) for part in (own_BhwC, *others)]
-    outputs = {"image": _draw(1, 3, 4), "text": _draw(2, 3, 4), "scale": torch.tensor(1.0)}
+    outputs = {"image": draw(1, 3, 4), "text": draw(2, 3, 4), "scale": torch.tensor(1.0)}
     for key, head in objectives.heads(shapes[0], shapes[1:]).items():
         made = head.project(outputs["image"], outputs["text"], {-2: own_BhwC})
         outputs |= {f"{key}.{name}": value for name, value in made.items()}
-    return objectives.losses(embeddings(outputs), [_seen(**{"patches__-2": other}) for other in others])["attention"]
+    return objectives.losses(embeddings(outputs), [embeddings_with(**{"patches__-2": other}) for other in others])["attention"]
 
 
 def _reference(own_BhwC: Tensor, other_BhwC: Tensor, loss: str) -> Tensor:
@@ -72,7 +62,7 @@ def _reference(own_BhwC: Tensor, other_BhwC: Tensor, loss: str) -> Tensor:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_it_is_its_formula_whatever_the_widths_and_so_is_its_gradient(recipe_file: Path, loss: str) -> None:
     objectives = ObjectiveSet(_recipe(recipe_file, f"attention.loss={loss}"), CPU, None)
-    own, other = _draw(3, 3, 2, 4, 6).requires_grad_(), _draw(4, 3, 2, 4, 9)
+    own, other = draw(3, 3, 2, 4, 6).requires_grad_(), draw(4, 3, 2, 4, 9)
     found = _loss(objectives, own, other)
     wanted = _reference(exact := own.detach().double().requires_grad_(), other, loss)
     assert found.dtype == torch.float32
@@ -85,7 +75,7 @@ def test_it_is_its_formula_whatever_the_widths_and_so_is_its_gradient(recipe_fil
 
 def test_squared_is_the_authors_code_times_the_number_of_patches(recipe_file: Path) -> None:
     """`at` and `at_loss` of szagoruyko/attention-transfer, on (B, C, h, w)."""
-    own, other = _draw(3, 3, 2, 4, 6), _draw(4, 3, 2, 4, 9)
+    own, other = draw(3, 3, 2, 4, 6), draw(4, 3, 2, 4, 9)
     own_BV, other_BV = (F.normalize(part.permute(0, 3, 1, 2).pow(2).mean(1).view(3, -1)) for part in (own, other))
     theirs = (own_BV - other_BV).pow(2).mean()
     found = _loss(ObjectiveSet(_recipe(recipe_file), CPU, None), own, other)
@@ -94,7 +84,7 @@ def test_squared_is_the_authors_code_times_the_number_of_patches(recipe_file: Pa
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_student_that_is_its_teacher_loses_nothing_and_has_a_finite_gradient(recipe_file: Path, loss: str) -> None:
-    same = _draw(3, 3, 2, 4, 6).requires_grad_()
+    same = draw(3, 3, 2, 4, 6).requires_grad_()
     found = _loss(ObjectiveSet(_recipe(recipe_file, f"attention.loss={loss}"), CPU, None), same, same.detach())
     assert found.item() == pytest.approx(0, abs=1e-6)
     found.backward()
@@ -106,14 +96,14 @@ def test_a_student_that_is_its_teacher_loses_nothing_and_has_a_finite_gradient(r
 @pytest.mark.parametrize("loss", LOSSES)
 def test_maps_of_zeros_and_in_bf16_stay_finite(recipe_file: Path, loss: str) -> None:
     objectives = ObjectiveSet(_recipe(recipe_file, f"attention.loss={loss}"), CPU, None)
-    own = (300 * _draw(3, 3, 2, 4, 6)).bfloat16().requires_grad_()  # squares beyond what float16 holds
+    own = (300 * draw(3, 3, 2, 4, 6)).bfloat16().requires_grad_()  # squares beyond what float16 holds
     found = _loss(objectives, own, torch.zeros(3, 2, 4, 6, dtype=torch.bfloat16))
     found.backward()
     assert found.isfinite()
     assert own.grad is not None
     assert own.grad.isfinite().all()
     none = torch.zeros(3, 2, 4, 6, requires_grad=True)
-    found = _loss(objectives, none, _draw(4, 3, 2, 4, 6))
+    found = _loss(objectives, none, draw(4, 3, 2, 4, 6))
     found.backward()
     assert found.isfinite()
     assert none.grad is not None
@@ -123,7 +113,7 @@ def test_maps_of_zeros_and_in_bf16_stay_finite(recipe_file: Path, loss: str) -> 
 def test_maps_are_made_on_each_towers_own_grid_and_then_brought_to_the_smaller_one(recipe_file: Path) -> None:
     """Tokens that cancel each other in a mean are strong where they stand, and so is the map."""
     objectives = ObjectiveSet(_recipe(recipe_file), CPU, None)
-    fine, coarse = _draw(3, 3, 4, 8, 6), _draw(4, 3, 2, 4, 9)
+    fine, coarse = draw(3, 3, 4, 8, 6), draw(4, 3, 2, 4, 9)
     small = on_grid(activation_map(fine), (2, 4))
     own_BV, other_BV = (F.normalize(part.flatten(1)) for part in (small, coarse.square().sum(-1)))
     wanted = (own_BV - other_BV).square().sum(1).mean()
@@ -135,13 +125,13 @@ def test_maps_are_made_on_each_towers_own_grid_and_then_brought_to_the_smaller_o
 
 def test_blocks_are_averaged_in_pairs_and_teachers_by_their_weights(recipe_file: Path) -> None:
     second = ("ensemble.second.model=ViT-B-32", "ensemble.second.pretrained=random", "ensemble.second.weight=3")
-    own, others = _draw(3, 3, 2, 4, 6), [_draw(4, 3, 2, 4, 6), _draw(5, 3, 4, 8, 9)]
+    own, others = draw(3, 3, 2, 4, 6), [draw(4, 3, 2, 4, 6), draw(5, 3, 4, 8, 9)]
     parts = [_loss(ObjectiveSet(_recipe(recipe_file), CPU, None), own, other) for other in others]
     found = _loss(ObjectiveSet(_recipe(recipe_file, *second), CPU, None), own, *others)
     torch.testing.assert_close(found, (parts[0] + 3 * parts[1]) / 4)
     pairs = ObjectiveSet(_recipe(recipe_file, "attention.blocks=[0, -1]", "attention.teacher_blocks=[3, -2]"), CPU, None)
-    student = _seen(attention__0=activation_map(own), attention__1=activation_map(2 - own))
-    teacher = _seen(**{"patches__3": others[0], "patches__-2": others[1]})
+    student = embeddings_with(attention__0=activation_map(own), attention__1=activation_map(2 - own))
+    teacher = embeddings_with(**{"patches__3": others[0], "patches__-2": others[1]})
     again = [_loss(ObjectiveSet(_recipe(recipe_file), CPU, None), *two) for two in ((own, others[0]), (2 - own, others[1]))]
     torch.testing.assert_close(pairs.losses(student, [teacher])["attention"], (again[0] + again[1]) / 2)
 
@@ -174,10 +164,10 @@ def test_bad_settings_are_one_message_each(recipe_file: Path, sets: tuple[str, .
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_planner_counts_what_the_loss_holds(recipe_file: Path, dtype: torch.dtype) -> None:
     objectives = ObjectiveSet(_recipe(recipe_file), CPU, None)
-    other, own = _draw(4, 64, 16, 16, 48).to(dtype), activation_map(_draw(3, 64, 8, 8, 24)).requires_grad_()
+    other, own = draw(4, 64, 16, 16, 48).to(dtype), activation_map(draw(3, 64, 8, 8, 24)).requires_grad_()
     with MemoryTracker("cpu") as watch:
         watch.ignore([own, other])
-        objectives.losses(_seen(attention__0=own), [_seen(**{"patches__-2": other})])["attention"].backward()
+        objectives.losses(embeddings_with(attention__0=own), [embeddings_with(**{"patches__-2": other})])["attention"].backward()
     models = _shape(Patches(64, 24, (8, 8))), _shape(Patches(256, 48, (16, 16)))
     shape = LossShape(64, 1, (4, 4), (dtype.itemsize, dtype.itemsize), 1, False, CPU, models)
     assert objectives.cost(shape).memory - other.nbytes == pytest.approx(watch.peak, rel=0.1)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megakd.models.embeddings import Embeddings
 from megakd.models.grids import on_grid
 from megakd.models.heads import ModelShape
 from megakd.models.patches import Patches
@@ -20,6 +19,7 @@ from megakd.objectives.set import ObjectiveSet
 from megakd.objectives.standardise import Standardiser, hadamard, phi_s
 from megakd.recipe import Recipe
 from megakd.recipe import load as recipes
+from support.features import draw, embeddings_with
 
 CPU = torch.device("cpu")
 TEACHER = ("teacher.model=ViT-B-32", "teacher.pretrained=random", "objectives.contrastive=0")
@@ -28,16 +28,6 @@ WIDE, NARROW = Patches(16, 12, (4, 4)), Patches(16, 8, (4, 4))
 
 def _recipe(recipe_file: Path, *overrides: str) -> Recipe:
     return recipes.load(str(recipe_file), (*TEACHER, *overrides))[0]
-
-
-def _draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _embeddings(**features: Tensor) -> Embeddings:
-    """features: with "__" for the point in a name."""
-    named = {name.replace("__", "."): value for name, value in features.items()}
-    return Embeddings(_draw(1, 3, 4), _draw(2, 3, 4), torch.tensor(1.0), features=named)
 
 
 def _reference(own: Tensor, other: Tensor, loss: str) -> Tensor:
@@ -54,8 +44,8 @@ def _reference(own: Tensor, other: Tensor, loss: str) -> Tensor:
 @pytest.mark.parametrize("loss", ["cosine", "mse", "smooth_l1"])
 def test_patch_is_its_formula_and_so_is_its_gradient(recipe_file: Path, loss: str) -> None:
     objectives = ObjectiveSet(_recipe(recipe_file, "objectives.patch=1", f"patch.loss={loss}"), CPU, None)
-    own, other = _draw(3, 3, 2, 4, 6).requires_grad_(), 2 * _draw(4, 3, 2, 4, 6)
-    found = objectives.losses(_embeddings(patch__0=own), [_embeddings(**{"patches__-2": other})])["patch"]
+    own, other = draw(3, 3, 2, 4, 6).requires_grad_(), 2 * draw(4, 3, 2, 4, 6)
+    found = objectives.losses(embeddings_with(patch__0=own), [embeddings_with(**{"patches__-2": other})])["patch"]
     wanted = _reference(exact := own.detach().double().requires_grad_(), other, loss)
     assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
     found.backward(torch.tensor(2.5))
@@ -68,8 +58,8 @@ def test_patch_relation_is_its_formula_whatever_the_widths(recipe_file: Path, mo
     """In parts of two images and a rest of one."""
     monkeypatch.setattr("megakd.objectives.patch._RELATION_BYTES", 2 * 4 * 8**2)
     objectives = ObjectiveSet(_recipe(recipe_file, "objectives.patch_relation=1"), CPU, None)
-    own, other = _draw(3, 3, 2, 4, 6).requires_grad_(), _draw(4, 3, 2, 4, 9)
-    found = objectives.losses(_embeddings(patch_relation__0=own), [_embeddings(**{"patches__-2": other})])["patch_relation"]
+    own, other = draw(3, 3, 2, 4, 6).requires_grad_(), draw(4, 3, 2, 4, 9)
+    found = objectives.losses(embeddings_with(patch_relation__0=own), [embeddings_with(**{"patches__-2": other})])["patch_relation"]
     exact = own.detach().double().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     for a, b in zip(exact.flatten(1, 2), other.double().flatten(1, 2), strict=True):
@@ -88,17 +78,17 @@ def test_patch_relation_is_its_formula_whatever_the_widths(recipe_file: Path, mo
 @pytest.mark.parametrize("name", ["patch", "patch_relation"])
 def test_a_student_that_is_its_teacher_loses_nothing(recipe_file: Path, name: str) -> None:
     objectives = ObjectiveSet(_recipe(recipe_file, f"objectives.{name}=1"), CPU, None)
-    same = _draw(3, 3, 2, 4, 6)
-    student = _embeddings()._replace(features={f"{name}.0": same})
-    assert objectives.losses(student, [_embeddings(**{"patches__-2": same})])[name].item() == pytest.approx(0, abs=1e-6)
+    same = draw(3, 3, 2, 4, 6)
+    student = embeddings_with()._replace(features={f"{name}.0": same})
+    assert objectives.losses(student, [embeddings_with(**{"patches__-2": same})])[name].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_several_blocks_are_compared_in_pairs_and_averaged(recipe_file: Path) -> None:
     sets = ("objectives.patch=1", "patch.blocks=[0, -1]", "patch.teacher_blocks=[3, -2]", "patch.loss=mse")
     objectives = ObjectiveSet(_recipe(recipe_file, *sets), CPU, None)
-    own, other = [_draw(seed, 3, 2, 2, 6) for seed in (1, 2)], [_draw(seed, 3, 2, 2, 6) for seed in (3, 4)]
-    student = _embeddings(patch__0=own[0], patch__1=own[1])
-    found = objectives.losses(student, [_embeddings(**{"patches__3": other[0], "patches__-2": other[1]})])["patch"]
+    own, other = [draw(seed, 3, 2, 2, 6) for seed in (1, 2)], [draw(seed, 3, 2, 2, 6) for seed in (3, 4)]
+    student = embeddings_with(patch__0=own[0], patch__1=own[1])
+    found = objectives.losses(student, [embeddings_with(**{"patches__3": other[0], "patches__-2": other[1]})])["patch"]
     assert found.item() == pytest.approx((F.mse_loss(own[0], other[0]) + F.mse_loss(own[1], other[1])).item() / 2)
     assert set(objectives.student_blocks) == {0, -1}
     assert set(objectives.teacher_blocks) == {3, -2}
@@ -108,8 +98,8 @@ def test_several_blocks_are_compared_in_pairs_and_averaged(recipe_file: Path) ->
 def test_a_head_brings_the_students_tokens_to_the_teachers_width_and_the_smaller_grid(kind: str, tensors: int) -> None:
     fine = Patches(64, 8, (8, 8))
     head = PatchHead(kind, [(-2, -2)], ModelShape(4, {-2: fine}), ModelShape(6, {-2: WIDE}), "patch.blocks")
-    own = _draw(1, 3, 8, 8, 8).requires_grad_()
-    (projected,) = head.project(_draw(2, 3, 4), _draw(3, 3, 4), {-2: own}).values()
+    own = draw(1, 3, 8, 8, 8).requires_grad_()
+    (projected,) = head.project(draw(2, 3, 4), draw(3, 3, 4), {-2: own}).values()
     assert projected.shape == (3, 4, 4, 12)
     projected.sum().backward()
     assert len(list(head.parameters())) == tensors
@@ -123,8 +113,8 @@ def test_a_finer_grid_of_the_teacher_comes_to_the_students(recipe_file: Path) ->
     coarse = on_grid(ramp, (4, 4))
     torch.testing.assert_close(coarse[0, 1:3, 0, 0], torch.tensor([2.5, 4.5]))
     objectives = ObjectiveSet(_recipe(recipe_file, "objectives.patch=1", "patch.loss=mse"), CPU, None)
-    teacher = _embeddings(**{"patches__-2": ramp})
-    assert objectives.losses(_embeddings(patch__0=coarse), [teacher])["patch"].item() == 0.0
+    teacher = embeddings_with(**{"patches__-2": ramp})
+    assert objectives.losses(embeddings_with(patch__0=coarse), [teacher])["patch"].item() == 0.0
 
 
 @pytest.mark.parametrize(
@@ -176,7 +166,7 @@ def test_hadamard_matrices_of_towers_widths_are_orthogonal_and_flat(width: int) 
 
 def _correlated(seed: int) -> Tensor:
     """(60, 12) tokens with means and variances of their own, and correlations."""
-    return _draw(seed, 60, 12) @ _draw(99, 12, 12) * torch.linspace(0.1, 30, 12) + torch.linspace(-50, 50, 12)
+    return draw(seed, 60, 12) @ draw(99, 12, 12) * torch.linspace(0.1, 30, 12) + torch.linspace(-50, 50, 12)
 
 
 @pytest.mark.parametrize("kind", ["channel", "phi_s"])
@@ -228,16 +218,16 @@ def test_a_channel_that_never_moves_is_zero_and_not_infinite() -> None:
 def test_statistics_are_in_the_objectives_state(recipe_file: Path) -> None:
     sets = ("objectives.patch=1", "patch.standardise=channel", "patch.statistics=1")
     objectives, fresh = (ObjectiveSet(_recipe(recipe_file, *sets), CPU, None) for _ in range(2))
-    teacher = _embeddings(**{"patches__-2": 5 + 3 * _draw(4, 3, 2, 4, 6)})
-    objectives.losses(_embeddings(patch__0=_draw(3, 3, 2, 4, 6)), [teacher])
+    teacher = embeddings_with(**{"patches__-2": 5 + 3 * draw(4, 3, 2, 4, 6)})
+    objectives.losses(embeddings_with(patch__0=draw(3, 3, 2, 4, 6)), [teacher])
     assert set(objectives.state()) == {"patch.0.-2.batches", "patch.0.-2.mean", "patch.0.-2.map"}
     fresh.restore(objectives.state())
-    later = _embeddings(**{"patches__-2": _draw(5, 3, 2, 4, 6)})
-    own = _embeddings(patch__0=_draw(6, 3, 2, 4, 6))
+    later = embeddings_with(**{"patches__-2": draw(5, 3, 2, 4, 6)})
+    own = embeddings_with(patch__0=draw(6, 3, 2, 4, 6))
     assert torch.equal(fresh.losses(own, [later], 1)["patch"], objectives.losses(own, [later], 1)["patch"])
 
 
 def test_nothing_is_read_where_no_objective_asks(recipe_file: Path) -> None:
     objectives = ObjectiveSet(_recipe(recipe_file, "objectives.similarity=1"), CPU, None)
     assert objectives.student_blocks == objectives.teacher_blocks == {}
-    assert StepContext(_embeddings()).student.features == {}
+    assert StepContext(embeddings_with()).student.features == {}

@@ -63,27 +63,28 @@ def _written(out: Path, cell: methods.Cell, vqa: float, own: float) -> None:
         (out / folder / EVALUATION).write_text(json.dumps(scores))
 
 
-def test_tables_of_finished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is trained where all scores are there. Students of `similarity` follow their teachers, those with `patch` do not."""
-    monkeypatch.setattr(methods, "make_world", lambda *_: None)  # 20 s, and read by no run here
-    out, strength = tmp_path / "out", {"weak": 0.1, "middle": 0.2, "strong": 0.3}
-    for study in ("methods", "patches"):
-        for cell in methods.cells_of(study, 2):
-            value = strength[cell.teacher] * (-1 if cell.method == "similarity + patch" else 1) + 0.01 * cell.seed + 0.4
-            _written(out, cell, 0.5 if cell.method == methods.NO_KD else value, 0.25)
-    for folder in (*(f"teacher_{name}" for name in strength), "decoder"):
-        (out / folder).mkdir(exist_ok=True)
-        (out / folder / EVALUATION).touch(exist_ok=True)
-    assert methods.run("methods", 2, out, tmp_path / "world", 1) == 0
-    table = (out / "methods.md").read_text().splitlines()
+def test_tables_of_finished_runs(tmp_path: Path) -> None:
+    """Students of `similarity` follow their teachers, those with `patch` do not."""
+    strength = {"weak": 0.1, "middle": 0.2, "strong": 0.3}
+    cells = {study: methods.cells_of(study, 2) for study in ("methods", "patches")}
+    for cell in (*cells["methods"], *cells["patches"]):
+        value = strength[cell.teacher] * (-1 if cell.method == "similarity + patch" else 1) + 0.01 * cell.seed + 0.4
+        _written(tmp_path, cell, 0.5 if cell.method == methods.NO_KD else value, 0.25)
+    table = methods.write_table("methods", cells["methods"], tmp_path)
     assert len(table) == 2 + len(methods.METHODS)
     assert table[3].startswith("| similarity | 25.0% ± 0.0% | 25.0% ± 0.0% | 60.5% ± 0.7% | +10.0, +11.0 | 60.5% |")
-    assert methods.run("patches", 2, out, tmp_path / "world", 1) == 0
-    said = (out / "patches.md").read_text()
+    methods.write_table("patches", cells["patches"], tmp_path)
+    said = (tmp_path / "patches.md").read_text()
     assert "Teachers by the VQA of their own towers: weak, middle, strong." in said
     assert "similarity: the student's VQA in that order is 50.5%, 60.5%, 70.5%: it rises with the teacher's (6 of 6 pairs" in said
     assert "similarity + patch: the student's VQA in that order is 30.5%, 20.5%, 10.5%: it does not rise with the teacher's (0 of 6" in said
-    assert "runs are there already" in capsys.readouterr().out
+
+
+def test_runs_that_have_scores_are_left_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / EVALUATION).write_text("{}")
+    assert launcher.run_together([("no_such_recipe", tmp_path / "done")], 2) == []
+    assert "1 of 1 runs are there already" in capsys.readouterr().out
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

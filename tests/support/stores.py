@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 
 from megakd.data.store import writer
-from megakd.data.store.reader import Layout, Manifest
+from megakd.data.store.reader import Layout, Manifest, part_path
+from megakd.recipe import Recipe
+from megakd.runtime.launch import World
+from megakd.teachers.embed import EmbedJob, EmbedRequest
 from support import safetensors_files
 
 # 43 samples in parts of 8: five whole ones and one of 3.
@@ -47,6 +51,18 @@ def write(folder: Path, manifest: Manifest = MANIFEST) -> Path:
             folder, manifest, number, image[rows], text[rows], known[rows], {name: one[rows] for name, one in patches.items()}
         )
     writer.finish(folder, manifest)
+    return folder
+
+
+def write_stores(recipe: Recipe, folder: Path) -> Path:
+    """Stores of a recipe's teacher, two views each, as `megakd embed` writes them: whole in both types, and with parts taken away."""
+    for dtype in ("fp32", "bf16"):
+        EmbedJob(recipe, EmbedRequest(folder / dtype, 2, dtype), World(0, 1, torch.device("cpu")), part=64).embed()
+    parts = len(list((folder / "fp32" / "parts").iterdir()))
+    for name, missing in (("empty", range(parts)), ("partial", range(0, parts, 2))):
+        shutil.copytree(folder / "fp32", folder / name)
+        for number in missing:
+            part_path(folder / name, number).unlink()
     return folder
 
 

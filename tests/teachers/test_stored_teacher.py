@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from megakd.benchmarks import cached
-from megakd.data.store.reader import part_path
 from megakd.models.embeddings import Embeddings
 from megakd.recipe import load as recipes
 from megakd.runtime import checkpoint
 from megakd.runtime.launch import World
 from megakd.teachers.cached import StoredTeacher
-from megakd.teachers.embed import EmbedJob, EmbedRequest
 from support.runs import KD, TRAIN, Finished, curve, losses, rows, run_ranks, settings, train
+from support.stores import write_stores
 
 ALONE = World(0, 1, torch.device("cpu"))
 STEPS = 14  # of 96 pairs: an epoch has 6, so the third epoch takes the first view again
@@ -31,13 +30,7 @@ class Stores:
 
     def __init__(self, folder: Path, recipe_file: Path) -> None:
         recipe, _ = recipes.load(str(recipe_file), KD)
-        for dtype in ("fp32", "bf16"):
-            EmbedJob(recipe, EmbedRequest(folder / dtype, 2, dtype), ALONE, part=64).embed()
-        for name, missing in (("empty", range(PARTS)), ("partial", range(0, PARTS, 2))):
-            shutil.copytree(folder / "fp32", folder / name)
-            for number in missing:
-                part_path(folder / name, number).unlink()
-        self.folder = folder
+        self.folder = write_stores(recipe, folder)
 
     def __call__(self, name: str, *more: str) -> tuple[str, ...]:
         """Overrides of a run that trains from it."""

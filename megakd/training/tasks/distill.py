@@ -176,7 +176,7 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
     if recipe.export.heads and teachers and not heads:
         raise ValueError(f"export.heads = true: none of objectives.{', objectives.'.join(objectives.weights)} has a head; take it out")
     texts = to_come or objectives.reads_texts(others)
-    captions = texts or objectives.reads_captions(others)
+    captions = to_come or objectives.reads_captions(others)
     shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world), captions=captions)
     order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
     store = build.open_stores(recipe, teachers, shards, world)
