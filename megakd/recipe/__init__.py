@@ -1,20 +1,17 @@
 """What is learned: the sections of a recipe. See `schema.py` for its whole tree."""
 
+from megakd.recipe.evaluation import Evaluation
+from megakd.recipe.models import Model, Preprocess, Student, Teacher
 from megakd.recipe.objectives import Feature, Interactive, Objectives, Similarity
 from megakd.recipe.optim import Optim
 from megakd.recipe.schedules import Schedule
 from megakd.recipe.schema import (
     Checkpoint,
     Data,
-    Evaluation,
     Export,
     Kernels,
     Log,
-    Model,
-    Preprocess,
     Recipe,
-    Student,
-    Teacher,
     Views,
     Watchdog,
 )

@@ -1,0 +1,144 @@
+"""The models of a recipe: the student, its teachers, and how their images are prepared."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megakd.recipe.placements import INT8, INT8_MODES, MODES, PLACEMENTS
+from megakd.recipe.section import (
+    MATCHED,
+    FloatTriple,
+    Fraction,
+    GridSize,
+    Int8Product,
+    NonNegative,
+    PositiveFloat,
+    Scale,
+    ScheduledWeight,
+    Section,
+    TeacherMode,
+    Weight,
+)
+
+
+class Preprocess(Section):
+    """How images were prepared for a model's weights; what is left out is the tag's, the folder's or open_clip's default."""
+
+    mean: FloatTriple | None = Field(None, description="of each colour, subtracted; pixels are 0 to 1")
+    std: FloatTriple | None = Field(None, description="of each colour, divided by")
+    interpolation: Literal["bicubic", "bilinear"] | None = Field(None, description="of the resizing")
+    resize_mode: Literal["shortest", "longest", "squash"] | None = Field(None, description="what is brought to the tower's size")
+
+
+class Model(Section):
+    """A CLIP-style pair of towers: `model` names one (open_clip, `hf-hub:`, `local-dir:`), `architecture` describes one.
+
+    A teacher may also be a timm model (`timm:`) or a vision tower of transformers (`transformers:`), which see images alone.
+    """
+
+    model: str | None = Field(
+        None, description="open_clip name, hf-hub:ORG/NAME, local-dir:FOLDER; a teacher of images alone: timm:NAME, transformers:FOLDER"
+    )
+    architecture: dict[str, Any] | None = Field(None, description="an open_clip model configuration: embed_dim, vision_cfg, text_cfg")
+    pretrained: str | None = Field(None, description="open_clip's pretrained tag (timm's for timm:NAME), or a .safetensors/.pt file")
+    tokenizer: str | None = Field(None, description="folder of a Hugging Face tokenizer; default: the model's own")
+    preprocess: Preprocess | str | None = Field(
+        None,
+        description="images for weights of a file: a table, or the tag they are (TAG, MODEL:TAG); default: what all tags share",
+    )
+    recipe: str | None = Field(None, description="recipe that trains this model first when the folder of `model` is not there yet")
+
+    @model_validator(mode="after")
+    def _describes_one_model(self) -> Model:
+        if (self.model is None) == (self.architecture is None):
+            raise ValueError("give either `model` (a name) or `architecture` (a table), not both and not neither")
+        if isinstance(self.preprocess, Preprocess) and self.preprocess.std is not None and min(self.preprocess.std) <= 0:
+            raise ValueError(f"preprocess.std = {list(self.preprocess.std)}: pixels are divided by it; give numbers above 0")
+        if self.recipe is not None and not (self.model or "").startswith("local-dir:"):
+            raise ValueError(
+                f"recipe = {self.recipe!r} trains into a run folder: model must be 'local-dir:RUN/model' of that run, not {self.model!r}"
+            )
+        return self
+
+
+class Student(Model):
+    activation_checkpointing: bool = Field(False, description="recompute the blocks in the backward: less memory, about a third more time")
+    max_scale: PositiveFloat = Field(100.0, description="upper bound of the learned logit scale")
+
+
+class Teacher(Model):
+    scale: Scale = Field(
+        None,
+        description="logit scale that objectives see in place of the teacher's own: a number (MobileCLIP2 takes 70 and 60), or matched: "
+        "the one at which its rows have a given entropy",
+    )
+    entropy: PositiveFloat | None = Field(
+        None, description="matched: mean entropy in nats of a batch's rows, image to texts; default: the student's at its current scale"
+    )
+    weight: ScheduledWeight = Field(
+        1.0, description="of this teacher's losses beside other teachers', normalised to sum 1; 0: left out, and not loaded"
+    )
+    mode: TeacherMode = Field(
+        "replicated",
+        description="; ".join(f"{name}: {placement.summary}" for name, placement in PLACEMENTS.items())
+        + "; _int8: in 8 bit (else bf16, on a CPU fp32)",
+    )
+    outlier_threshold: Weight = Field(0.0, description="int8: activations above it are multiplied in 16 bit; 0 multiplies all in 8 bit")
+    int8_product: Int8Product = Field("auto", description="how int8 weights are multiplied; auto: the fastest way of the device")
+    calibration: NonNegative = Field(
+        0, description="int8: pairs of the training set that show which activations are outliers, which move into the weights; 0: none do"
+    )
+    int8_agreement: Fraction = Field(
+        0.98, description="int8: least centred cosine to the teacher in 16 bit, of a batch compared at start; 0 compares nothing"
+    )
+    offload: bool = Field(False, description="zero3: keep this rank's part in CPU memory between uses")
+    ds_config: str | None = Field(None, description="zero3: the teacher's DeepSpeed JSON; default: as ds_configs/teacher_zero3.json")
+    patch_grid: GridSize | None = Field(
+        None,
+        description="rows and columns that its patch tokens are averaged to, by area; default: the tower's own; a store has patch tokens "
+        "with it alone",
+    )
+    store: str | None = Field(None, description="folder of embeddings that `megakd embed` wrote: read instead of running the teacher")
+    store_of: Literal["all", "text"] = Field(
+        "all", description="text: only texts come from the store; images are freshly augmented and the text tower is not loaded"
+    )
+    store_miss: Literal["teacher", "fail"] = Field("teacher", description="what the store lacks: ask the live teacher, or end the run")
+
+    @property
+    def placement(self) -> str:
+        """Where the weights lie: a name of `recipe/placements.py`."""
+        return self.mode.removesuffix(INT8)
+
+    @property
+    def int8(self) -> bool:
+        """Whether attention and MLP weights are in 8 bit."""
+        return self.mode.endswith(INT8)
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Teacher:
+        def is_set(key: str) -> bool:
+            return getattr(self, key) != type(self).model_fields[key].default  # type: ignore[no-any-return]
+
+        for name, placement in PLACEMENTS.items():
+            for key in filter(is_set, placement.options):
+                if key not in PLACEMENTS[self.placement].options:
+                    modes = " or ".join(mode for mode in MODES if mode.removesuffix(INT8) == name)
+                    raise ValueError(f"{key} is for a teacher {placement.summary}: set mode to {modes}, it is {self.mode!r}")
+        for key in () if self.int8 else filter(is_set, ("outlier_threshold", "calibration", "int8_product", "int8_agreement")):
+            raise ValueError(
+                f"{key} is for int8 weights, and mode is {self.mode!r}: set mode to {INT8_MODES}, or {key} to "
+                f"{type(self).model_fields[key].default}"
+            )
+        if self.entropy is not None and self.scale != MATCHED:
+            raise ValueError(f"entropy = {self.entropy:g} is what a matched scale aims at: set scale to 'matched', or take entropy out")
+        if self.int8_product == "dequantise" and self.outlier_threshold:
+            raise ValueError(
+                "int8_product = 'dequantise' multiplies all activations in 16 bit: set outlier_threshold to 0, or int8_product to int_mm"
+            )
+        if self.store_of == "text" and (self.store is None or self.store_miss != "fail"):
+            raise ValueError(
+                "store_of = 'text' drops the text tower: it needs a store, and store_miss = 'fail', as there is nothing to ask"
+            )
+        return self
