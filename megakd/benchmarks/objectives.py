@@ -21,7 +21,7 @@ from torch import Tensor
 from megakd.benchmarks.common import comparison
 from megakd.models.embeddings import Embeddings
 from megakd.models.heads import ModelShape
-from megakd.models.patches import Patches
+from megakd.models.patches import Patches, Read, feature_name
 from megakd.models.student import embeddings, normalised
 from megakd.objectives.set import ObjectiveSet, weighted_sum
 from megakd.planning.memory_tracker import MemoryTracker
@@ -35,7 +35,7 @@ BOTH = "contrastive + similarity"  # what open_clip's computes, in one call
 BACKENDS = ("eager", "chunked")
 ANGLES = 1024  # pairs; the angles of `rkd` cost their cube
 WIDTHS = 512, 768  # of the student, ViT-B's, and of the teacher, ViT-L's
-BLOCKS = {-2: Patches(16, 192, (4, 4))}, {-2: Patches(16, 256, (4, 4))}
+BLOCKS: tuple[dict[Read, Patches], ...] = {-2: Patches(16, 192, (4, 4))}, {-2: Patches(16, 256, (4, 4))}
 
 
 @dataclass
@@ -105,7 +105,7 @@ def _ours(pairs: int, device: torch.device, name: str, backend: str, teacher: Em
     with device:
         heads = objectives.heads(ModelShape(width, BLOCKS[0]), [ModelShape(WIDTHS[1], BLOCKS[1])])
     student = _models(pairs, device, seed=2, width=width, learns=True)
-    maps = {block: student.features[f"patches.{block}"] for block in BLOCKS[0]}
+    maps = {block: student.features[feature_name(block)] for block in BLOCKS[0]}
 
     def step() -> Tensor:
         outputs = {"image": student.image, "text": student.text, "scale": student.scale, "bias": student.bias}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakd.models.masking import Masked
-from megakd.models.patches import Patches
+from megakd.models.patches import Patches, Read
 from megakd.runtime.precision import exact
 
 FIRST_SCALE = 1 / 0.07  # of a learned one, as CLIP's
@@ -24,18 +24,18 @@ FIRST_SCALE = 1 / 0.07  # of a learned one, as CLIP's
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a head or a loss must know of a model. width: D. patches: of the blocks that an objective reads, by its number of them.
+    """What a head or a loss must know of a model. width: D. patches: of the blocks that an objective reads, by what it reads of them.
 
     has_text: whether it has a text tower.
     """
 
     width: int
-    patches: Mapping[int, Patches] = field(default_factory=dict)
+    patches: Mapping[Read, Patches] = field(default_factory=dict)
     has_text: bool = True
 
 
 class ObjectiveHead(nn.Module, ABC):
-    """blocks: of the student's vision tower, whose patch tokens it is given; -1 is the last. summary: for the run's first lines.
+    """blocks: of the student's vision tower, what it is given of them; -1 is the last. summary: for the run's first lines.
 
     view: how the images that it is given embeddings of are masked; None: the whole ones. What differs costs the tower a further forward,
     one for all heads of an equal view. Patch tokens are always of whole images.
@@ -43,7 +43,7 @@ class ObjectiveHead(nn.Module, ABC):
     has_scale: whether it learns a logit scale, its output "scale".
     """
 
-    blocks: tuple[int, ...] = ()
+    blocks: tuple[Read, ...] = ()
     view: Masked | None = None
     teacher_width: int = 0
     has_scale: bool = False
@@ -51,7 +51,7 @@ class ObjectiveHead(nn.Module, ABC):
 
     @abstractmethod
     def project(
-        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor], teacher: tuple[Tensor, Tensor] | None = None
+        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[Read, Tensor], teacher: tuple[Tensor, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """Outputs by name, with B rows each, of the towers' embeddings as they come and of the patch tokens (B, h, w, C) of `blocks`.
 
@@ -88,7 +88,7 @@ class Head(ScaledHead):
         self.summary = kind if kind == "none" else f"{kind} {student_width} -> {teacher_width}"
 
     def project(
-        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor], teacher: tuple[Tensor, Tensor] | None = None
+        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[Read, Tensor], teacher: tuple[Tensor, Tensor] | None = None
     ) -> dict[str, Tensor]:
         return self.outputs(self.image(image_BD), text_BD[:, :0] if self.text is None else self.text(text_BD))
 
@@ -103,7 +103,7 @@ class FusionHead(ScaledHead):
         self.summary = f"fusion {student_width} + {teacher_width} -> {student_width}"
 
     def project(
-        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor], teacher: tuple[Tensor, Tensor] | None = None
+        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[Read, Tensor], teacher: tuple[Tensor, Tensor] | None = None
     ) -> dict[str, Tensor]:
         assert teacher is not None, "the task hands over what `teacher_width` asks for"
         both = zip((image_BD, text_BD), teacher, strict=True)

@@ -1,6 +1,7 @@
-"""Patch tokens of a vision tower: the output of one of its blocks, for any tower that open_clip builds.
+"""What objectives read of a vision tower: the output of one of its blocks, for any tower that open_clip builds, or a block's attention.
 
-Legend: B images, V patches, C the block's width, h x w the grid of patches (V = h * w).
+Legend: B images, V patches, C the block's width, h x w the grid of patches (V = h * w), H heads, L tokens, class and register tokens
+among them.
 """
 
 from __future__ import annotations
@@ -20,9 +21,32 @@ from torch import Tensor, nn
 
 from megakd.models.casts import pixel_dtype
 from megakd.models.image_only import ImageTower
+from megakd.models.int8.attention import Int8MultiheadAttention
 from megakd.models.transformers_tower import TransformersTower
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")  # a ResNet's
+
+
+_WITH_WEIGHTS = ("Attention", "AttentionRope", "EvaAttention")  # of timm's ViT and EVA: one softmax over all tokens
+
+
+@dataclass(frozen=True)
+class Weights:
+    """In place of a block's patch tokens the softmax of its attention, which a ViT has, as a number a patch (C = 1).
+
+    How much the class token looks at each patch, or, in a tower without one, all patches in the mean; the mean over heads. What goes to
+    class and register tokens is left out, so the numbers of an image add up to less than 1.
+    """
+
+    block: int
+
+
+Read = int | Weights
+
+
+def feature_name(read: Read) -> str:
+    """Its key in `Embeddings.features` of a teacher."""
+    return f"attention.{read.block}" if isinstance(read, Weights) else f"patches.{read}"
 
 
 @dataclass(frozen=True)
@@ -54,35 +78,40 @@ def patch_tokens(visual: nn.Module, pixels: Tensor, layer: int) -> Tensor:
 
 
 class TowerReader:
-    """Patch tokens of several blocks, while the tower runs to its end inside the `with`; without blocks nothing is kept.
+    """Patch tokens of several blocks, or their attention, while the tower runs to its end inside the `with`; with nothing to read nothing
+    is kept.
 
-    key: of the recipe, which names the blocks. Raises ValueError as `blocks` does.
+    key: of the recipe, which names the blocks. Raises ValueError as `blocks` does, and for a block without attention that is known here.
     """
 
-    def __init__(self, visual: Any, numbers: Collection[int], key: str = "blocks") -> None:
-        self._visual, self._read = visual, {number: blocks(visual, number, key) for number in sorted(set(numbers))}
-        self.outputs: dict[int, Tensor] = {}
+    def __init__(self, visual: Any, reads: Collection[Read], key: str = "blocks") -> None:
+        self._visual, self._parts = visual, {read: _part(visual, read, key) for read in dict.fromkeys(reads)}
+        self.outputs: dict[Read, Tensor] = {}
 
     def __enter__(self) -> Self:
-        self._handles = [block.register_forward_hook(partial(self._keep, number)) for number, block in self._read.items()]
+        self._handles = [part.register_forward_hook(partial(self._keep, read)) for read, part in self._parts.items()]
         return self
 
     def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _keep(self, number: int, block: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.outputs[number] = output
+    def _keep(self, read: Read, part: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(read, int):
+            self.outputs[read] = output
+        else:  # the row is taken later: a block that is recomputed in the backward computes no row, and would be found to differ
+            self.outputs[read] = inputs[0] if isinstance(part, nn.Dropout) else output[1]
 
-    def tokens(self, embedded: Any) -> dict[int, Tensor]:
-        """(B, V, C) of each block, by its number, as `patch_tokens`. embedded: what the tower gave.
+    def tokens(self, embedded: Any) -> dict[Read, Tensor]:
+        """(B, V, C) of each, as `patch_tokens`. embedded: what the tower gave.
 
         Raises ValueError for a tower that learns and whose blocks are recomputed without a gradient.
         """
         last = embedded[0] if isinstance(embedded, tuple) else embedded
         found = {}
-        for number, block in self._read.items():
-            output = self.outputs.pop(number)
+        for read in self._parts:
+            output = self.outputs.pop(read)
+            block = blocks(self._visual, read if isinstance(read, int) else read.block)
             learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in block.parameters())
             if learns and not output.requires_grad:
                 raise ValueError(
@@ -90,13 +119,13 @@ class TowerReader:
                     "false, or answers.tower to 'frozen'"
                 )
             attached = _WithEnd.apply(output, last) if learns and last.requires_grad else output  # type: ignore[no-untyped-call]
-            found[number] = _rows(self._visual, attached)
+            found[read] = _rows(self._visual, attached) if isinstance(read, int) else _looked_at(self._visual, attached)
         return found
 
-    def maps(self, embedded: Any) -> dict[int, Tensor]:
-        """(B, h, w, C) of each block: its tokens on their grid, which `measure` has found to be one. Raises ValueError as `tokens`."""
-        grids = {number: _grid(self._visual, output) for number, output in self.outputs.items()}
-        return {number: tokens_BVC.unflatten(1, grids[number]) for number, tokens_BVC in self.tokens(embedded).items()}  # type: ignore[arg-type]
+    def maps(self, embedded: Any) -> dict[Read, Tensor]:
+        """(B, h, w, C) of each: its tokens on their grid, which `measure` has found to be one. Raises ValueError as `tokens`."""
+        grids = {read: _grid(self._visual, read, output) for read, output in self.outputs.items()}
+        return {read: tokens_BVC.unflatten(1, grids[read]) for read, tokens_BVC in self.tokens(embedded).items()}  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -110,24 +139,27 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
-def measure(visual: nn.Module, layer: int, key: str = "decoder.layer") -> Patches:
-    """The shape of what `patch_tokens` gives for this tower, measured with a blank image. Raises ValueError as `blocks` does."""
+def measure(visual: nn.Module, layer: Read, key: str = "decoder.layer") -> Patches:
+    """The shape of what `patch_tokens` gives for this tower, or of its attention, measured with a blank image.
+
+    Raises ValueError as `TowerReader` does.
+    """
     height, width = image_size(visual)
     device = next(visual.parameters()).device
     with torch.no_grad(), evaluating(visual), TowerReader(visual, [layer], key) as reader:
         embedded = visual(torch.zeros(1, 3, height, width, device=device, dtype=pixel_dtype(visual)))
         output = reader.outputs[layer]
         _, count, channels = reader.tokens(embedded)[layer].shape
-    return Patches(count, channels, _grid(visual, output))
+    return Patches(count, channels, _grid(visual, layer, output))
 
 
-def _grid(visual: nn.Module, output: Tensor) -> tuple[int, int] | None:
-    """(h, w) of a block's output; None for a sequence of tokens that are no squares of the image that the tower takes."""
-    if output.ndim == 4:
+def _grid(visual: nn.Module, read: Read, output: Tensor) -> tuple[int, int] | None:
+    """(h, w) of what was read; None for a sequence of tokens that are no squares of the image that the tower takes."""
+    if isinstance(read, int) and output.ndim == 4:
         h, w = output.shape[1:3] if _channels_last(visual) else output.shape[2:4]
         return h, w
     height, width = image_size(visual)
-    count = _rows(visual, output).shape[1]
+    count = (_rows(visual, output) if isinstance(read, int) else _looked_at(visual, output)).shape[1]
     h = round(math.sqrt(count * height / width))
     w = count // h if h else 0
     return (h, w) if h * w == count and h * width == w * height else None
@@ -175,6 +207,41 @@ def _all_blocks(visual: nn.Module) -> list[nn.Module]:
     )
 
 
+def attention_of(visual: Any, weights: Weights, key: str = "blocks") -> nn.Module:
+    """The attention of a block, which from now on makes its softmax as a tensor, (B, H, L, L); fused kernels never have it whole.
+
+    It stays so, because a block that is recomputed in the backward has to do what it did in the forward.
+    Raises ValueError, with the recipe's `key`, as `blocks` does and for an attention that is not known here.
+    """
+    attention: Any = getattr(blocks(visual, weights.block, key), "attn", None)
+    if isinstance(attention, nn.MultiheadAttention | Int8MultiheadAttention) and isinstance(visual, VisionTransformer):
+        if not getattr(attention, "asked_for_weights", False):
+            attention.asked_for_weights = True  # type: ignore[assignment]
+            attention.register_forward_pre_hook(_with_weights, with_kwargs=True)
+        return attention
+    trunk = getattr(visual, "trunk", visual)
+    if type(trunk).__name__ in ("VisionTransformer", "Eva") and type(attention).__name__ in _WITH_WEIGHTS and visual is not trunk:
+        attention.fused_attn = False
+        return attention  # type: ignore[no-any-return]
+    inside = f", with attention of class {type(attention).__name__}" if attention is not None else ""
+    raise ValueError(
+        f"{key} = {weights.block}: a vision tower of class {type(trunk).__name__}{inside}, has no softmax over its patches that is known "
+        f"here; set attention.map to 'activation', which every tower has, or choose a ViT of open_clip or timm, or an EVA"
+    )
+
+
+def _with_weights(attention: nn.Module, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return inputs, {**options, "need_weights": True}
+
+
+def _part(visual: Any, read: Read, key: str) -> nn.Module:
+    """The module in whose forward it is."""
+    if isinstance(read, int):
+        return blocks(visual, read, key)
+    attention: Any = attention_of(visual, read, key)
+    return attention if isinstance(visual, VisionTransformer) else attention.attn_drop  # type: ignore[no-any-return]
+
+
 class _WithEnd(torch.autograd.Function):
     """`output`, with a gradient of zeros for the tower's last output as well, which costs the backward of the blocks after it.
 
@@ -204,6 +271,17 @@ def _rows(visual: nn.Module, output: Tensor) -> Tensor:
         return output[:, visual.prefix_tokens :]
     trunk: Any = visual.trunk
     return output[:, getattr(trunk, "num_prefix_tokens", 0) :]
+
+
+def _looked_at(visual: nn.Module, softmax: Tensor) -> Tensor:
+    """(B, V, 1) in float32 of (B, H, L, L), or of the heads' mean (B, L, L), as `Weights` says."""
+    trunk: Any = getattr(visual, "trunk", None)
+    prefix, has_class = (1, True) if trunk is None else (trunk.num_prefix_tokens, trunk.cls_token is not None)
+    if has_class:
+        seen = softmax[..., 0, prefix:].float()
+    else:
+        seen = softmax[..., prefix:, prefix:].mean(-2, dtype=torch.float32)
+    return (seen.mean(1) if seen.ndim == 3 else seen)[..., None]
 
 
 def _channels_last(visual: nn.Module) -> bool:

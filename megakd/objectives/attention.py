@@ -1,11 +1,11 @@
-"""`attention`: where the student's vision tower looks is to be where the teacher's does, as one map an image and block.
+"""`attention`: where the student's vision tower looks is to be where the teacher's does, as one map of an image for each pair of blocks.
 
 Legend: B local batch, h x w a grid of patches, V = h * w of the smaller one, C a block's width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import final
 
 import torch
@@ -14,27 +14,34 @@ from torch.nn import functional as F
 
 from megakd.models.grids import common_grid, on_grid
 from megakd.models.heads import ModelShape, ObjectiveHead
+from megakd.models.patches import Read, Weights, feature_name
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.cost import FP32, LossCost, LossShape
 from megakd.recipe import Recipe
 
 
 class AttentionHead(ObjectiveHead):
-    """For each pair of a student's and a teacher's block the student's map, (B, h, w, 1), on the smaller grid; nothing is trained.
+    """For each pair of what is read of a student's and of a teacher's block the student's map, (B, h, w, 1), on the smaller grid; nothing
+    is trained.
 
     Raises ValueError, naming the recipe's key, for grids that do not fit each other.
     """
 
-    def __init__(self, pairs: list[tuple[int, int]], student: ModelShape, teacher: ModelShape) -> None:
+    def __init__(self, pairs: list[tuple[Read, Read]], student: ModelShape, teacher: ModelShape) -> None:
         super().__init__()
         self.blocks = tuple(own for own, _ in pairs)
         self._grids = [common_grid(student.patches[own], teacher.patches[other], "attention.blocks") for own, other in pairs]
 
     def project(
-        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor], teacher: tuple[Tensor, Tensor] | None = None
+        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[Read, Tensor], teacher: tuple[Tensor, Tensor] | None = None
     ) -> dict[str, Tensor]:
         parts = zip(self.blocks, self._grids, strict=True)
-        return {str(place): on_grid(activation_map(patches[block]), grid) for place, (block, grid) in enumerate(parts)}
+        return {str(place): on_grid(_map(block, patches[block]), grid) for place, (block, grid) in enumerate(parts)}
+
+
+def _map(read: Read, seen_BhwC: Tensor) -> Tensor:
+    """(B, h, w, 1) of what was read of a block."""
+    return seen_BhwC if isinstance(read, Weights) else activation_map(seen_BhwC)
 
 
 def activation_map(tokens_BhwC: Tensor) -> Tensor:
@@ -49,14 +56,16 @@ class AttentionTransfer(Objective):
     Zagoruyko and Komodakis, arXiv 1612.03928: maps of sums of squares over channels, at unit L2 norm. Maps are made on each tower's own
     grid and then interpolated, as they say, not the tokens. Their formula (2) has beta/2 times the norm of the difference for each block,
     their code the mean over images and patches of its square: a loss that falls with the number of patches, which this one does not.
+    Or of the softmax of a ViT's own attention, see `Weights`, which with "kl" is what MiniLM (arXiv 2002.10957) has for every query.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         super().__init__(recipe, device, names)
         settings = recipe.attention
         self._loss = settings.loss
-        self.student_blocks = tuple(settings.blocks)
-        self.teacher_blocks = tuple(settings.read_blocks)
+        read: Callable[[int], Read] = Weights if settings.map == "weights" else int
+        self.student_blocks = tuple(map(read, settings.blocks))
+        self.teacher_blocks = tuple(map(read, settings.read_blocks))
         self._pairs = list(zip(self.student_blocks, self.teacher_blocks, strict=True))
 
     def head(self, student: ModelShape, teacher: ModelShape) -> AttentionHead:
@@ -70,7 +79,7 @@ class AttentionTransfer(Objective):
                 student_Bhw1 = context.student.features[f"{head}.{number}"]
                 h, w = student_Bhw1.shape[1:3]
                 with torch.no_grad():
-                    teacher_Bhw1 = on_grid(activation_map(teacher.features[f"patches.{block}"]), (h, w))
+                    teacher_Bhw1 = on_grid(_map(block, teacher.features[feature_name(block)]), (h, w))
                 parts.append(_distance(student_Bhw1.flatten(1), teacher_Bhw1.flatten(1), self._loss))
             losses.append(torch.stack(parts).mean())
         return {name: context.mean(losses)}

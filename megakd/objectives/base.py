@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from megakd.models.embeddings import Embeddings
 from megakd.models.heads import ModelShape, ObjectiveHead
+from megakd.models.patches import Read
 from megakd.objectives import cost
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
@@ -72,15 +73,15 @@ class Objective(ABC):
     backend: which implementation of `megakd_kernels` it calls; None where it calls none.
     reads_text: the student's texts, where one of its teachers has some to compare them with.
     needs_text: of its teachers, a text tower; it is not called with others, has no head for them, and places count those it is called with.
-    student_blocks, teacher_blocks: of the vision towers, whose patch tokens it reads: the student's through its head, and every teacher's
+    student_blocks, teacher_blocks: what it reads of the vision towers' blocks: the student's through its head, and every teacher's
     in `Embeddings.features`.
     state: tensors kept from step to step under names of its own, equal on every rank. They are saved with each checkpoint, and are there
     again, on the device, before the first step of a run that goes on.
     """
 
     backend: str | None = None
-    student_blocks: tuple[int, ...] = ()
-    teacher_blocks: tuple[int, ...] = ()
+    student_blocks: tuple[Read, ...] = ()
+    teacher_blocks: tuple[Read, ...] = ()
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         self.names, self.state = names, dict[str, Tensor]()

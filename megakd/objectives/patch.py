@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megakd.models.grids import common_grid, on_grid
 from megakd.models.heads import ModelShape, ObjectiveHead, projection
+from megakd.models.patches import Read
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.cost import FP32, LossCost, LossShape
 from megakd.objectives.standardise import Standardiser, hadamard
@@ -39,7 +40,7 @@ class PatchHead(ObjectiveHead):
         self.pairs = nn.ModuleList(projection(kind, own.width, other.width) for own, other in shapes)
 
     def project(
-        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[int, Tensor], teacher: tuple[Tensor, Tensor] | None = None
+        self, image_BD: Tensor, text_BD: Tensor, patches: Mapping[Read, Tensor], teacher: tuple[Tensor, Tensor] | None = None
     ) -> dict[str, Tensor]:
         parts = zip(self.blocks, self._grids, self.pairs, strict=True)
         return {str(place): project(on_grid(patches[block], grid)) for place, (block, grid, project) in enumerate(parts)}
@@ -50,14 +51,13 @@ class _OfBlocks(Objective):
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...], settings: Settings) -> None:
         super().__init__(recipe, device, names)
-        self.student_blocks = tuple(settings.blocks)
-        self.teacher_blocks = tuple(settings.read_blocks)
-        self.blocks = list(zip(self.student_blocks, self.teacher_blocks, strict=True))
+        self.blocks = list(zip(settings.blocks, settings.read_blocks, strict=True))
+        self.student_blocks, self.teacher_blocks = tuple(settings.blocks), tuple(settings.read_blocks)
 
     def maps(self, context: StepContext, place: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(teacher's block, (B, h, w, C) of the student's head, that of the teacher at `place` on the same grid)."""
         head = head_name(self.names[0], place)
-        for number, block in enumerate(self.teacher_blocks):
+        for number, (_, block) in enumerate(self.blocks):
             student_BhwC = context.student.features[f"{head}.{number}"]
             teacher_BhwC = context.teachers[place].features[f"patches.{block}"]
             yield block, student_BhwC, on_grid(teacher_BhwC, (student_BhwC.shape[1], student_BhwC.shape[2]))

@@ -15,7 +15,7 @@ from megakd.models import clip
 from megakd.models.embeddings import Embeddings
 from megakd.models.grids import averaged_shape
 from megakd.models.heads import ModelShape, ObjectiveHead
-from megakd.models.patches import measure
+from megakd.models.patches import Weights, measure
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.objectives.teacher_scale import NAME as SCALES
@@ -43,7 +43,7 @@ def build(recipe: Recipe, device: torch.device) -> list[Objective]:
 class ObjectiveSet:
     """The recipe's objectives with a positive weight, ready to be called on embeddings.
 
-    student_blocks, teacher_blocks: of the vision towers, whose patch tokens are read, with the name of an objective that reads them.
+    student_blocks, teacher_blocks: what is read of the vision towers' blocks, with the name of an objective that reads it.
     """
 
     def __init__(self, recipe: Recipe, device: torch.device, group: ProcessGroup | None) -> None:
@@ -64,11 +64,19 @@ class ObjectiveSet:
         self.teacher_blocks = {block: part.names[0] for part in self._objectives for block in part.teacher_blocks}
         stored = {role: one for role, one in recipe.weighted_teachers().items() if one.store is not None and one.store_of == "all"}
         without = [role for role, teacher in stored.items() if teacher.patch_grid is None]
-        if self.teacher_blocks and without:
+        of_tokens = [name for read, name in self.teacher_blocks.items() if not isinstance(read, Weights)]
+        if of_tokens and without:
             raise ValueError(
-                f"objectives.{next(iter(self.teacher_blocks.values()))}: reads the teacher's patch tokens, and {without[0]}.store holds "
+                f"objectives.{of_tokens[0]}: reads the teacher's patch tokens, and {without[0]}.store holds "
                 f"embeddings alone where {without[0]}.patch_grid is not given; set it to a grid to average patch tokens to, and make the "
                 f"store with `megakd embed`, set {without[0]}.store_of to 'text', or take {without[0]}.store out"
+            )
+        weighing = [name for read, name in self.teacher_blocks.items() if isinstance(read, Weights)]
+        if weighing and stored:
+            role = next(iter(stored))
+            raise ValueError(
+                f"{weighing[0]}.map = 'weights': {role}.store holds no attention; set it to 'activation', which is of patch tokens, set "
+                f"{role}.store_of to 'text', or take {role}.store out"
             )
         self._scales = TeacherScales(recipe, group)
         self.logged = tuple(f"{SCALES}.{role}" for role in self._scales.matched if self.needs_teacher)

@@ -6,7 +6,7 @@ Legend: B pairs of a micro-batch, L tokens of a caption.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from megakd.models import clip
 from megakd.models.heads import ObjectiveHead
 from megakd.models.int8 import matmul
 from megakd.models.int8.convert import quantise
+from megakd.models.patches import Read, Weights, attention_of
 from megakd.models.student import Student
 from megakd.planning import vlm
 from megakd.planning.memory_tracker import MemoryTracker, fused_attention
@@ -125,20 +126,32 @@ def _build(description: clip.ModelSpec, precision: Precision) -> clip.ClipModel:
 
 
 def teacher(
-    settings: Model, micro: int, local: int, precision: Precision, partition: Settings, device: torch.device | None = None
+    settings: Model,
+    micro: int,
+    local: int,
+    precision: Precision,
+    partition: Settings,
+    device: torch.device | None = None,
+    reads: Collection[Read] = (),
 ) -> TeacherCost:
     """Cost of a teacher on `local` pairs a rank in pieces of `micro`.
 
-    partition: how DeepSpeed would partition it. device: whose way of multiplying int8 is counted; None widens the matrices.
+    partition: how DeepSpeed would partition it. device: whose way of multiplying int8 is counted; None widens the matrices. reads: what
+    objectives read of its vision tower. Raises ValueError for what it does not have.
     """
     description = describe(settings, "teacher")
     built = _build(description, precision)
     clip, dtype = built.clip.eval().requires_grad_(False), built.dtype
     pixels, tokens = _inputs(built, micro, dtype)
     flops = [_flops(call, [given[:1]]) for call, given in _calls(clip, pixels, tokens)]
+    weighed = [read for read in reads if isinstance(read, Weights)]  # patch tokens are counted by the losses
+    for read in weighed:
+        attention_of(clip.visual, read, f"{description.role}: attention.teacher_blocks")
     wide = _forms(clip, pixels, tokens, partition)
     int8 = settings if isinstance(settings, Teacher) else Teacher(model="any", pretrained="any")
     quantise(clip, threshold=int8.outlier_threshold, product=_product(int8, device), migrated=int8.calibration > 0)
+    for read in weighed:
+        attention_of(clip.visual, read)
     image, *texts = (
         Tower(one, other, count) for one, other, count in zip(wide, _forms(clip, pixels, tokens, partition), flops, strict=True)
     )

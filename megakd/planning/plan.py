@@ -84,7 +84,6 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     partitioned = zero3.settings(None if recipe.teacher is None else recipe.teacher.ds_config)
     teacher_settings = zero.Settings.of(partitioned, precision.dtype(precision.of(device)).itemsize)
     taught = recipe.weighted_teachers().values() if objectives.needs_teacher else ()
-    teachers = tuple(models.teacher(settings, shares.micro, local, precision.of(device), teacher_settings, device) for settings in taught)
     heads: dict[str, ObjectiveHead] = {}
     shapes: list[ModelShape] = []
     if recipe.student is not None:
@@ -93,6 +92,10 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
         with models.META:
             heads = objectives.heads(shapes[0], shapes[1:])
     captions = not shapes or objectives.reads_captions(shapes[1:])
+    teachers = tuple(
+        models.teacher(settings, shares.micro, local, precision.of(device), teacher_settings, device, objectives.teacher_blocks)
+        for settings in taught
+    )
     student = models.student(recipe, heads, shares, bf16=resolved.precision == "bf16", drop=student_zero.stage > 1, captions=captions)
     answer_teacher = None
     if recipe.answers is not None and recipe.answers.teacher is not None:

@@ -7,7 +7,7 @@ README says how. Nothing else lists the losses: the trainer, the planner and the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -155,7 +155,7 @@ class PatchRelation(Section):
 
     @property
     def read_blocks(self) -> list[int]:
-        """Of the teachers' vision towers, one for each of `blocks`."""
+        """Those of the teachers' vision towers whose patch tokens are read."""
         return self.teacher_blocks or self.blocks
 
     @model_validator(mode="after")
@@ -181,11 +181,27 @@ class Patch(PatchRelation):
 
 
 class Attention(PatchRelation):
-    """Attention transfer: how strongly each patch of an image is represented, compared with the teacher's."""
+    """Attention transfer: how strongly each patch of an image is represented, or attended to, compared with the teacher's."""
 
+    map: Literal["activation", "weights"] = Field(
+        "activation",
+        description="activation: squares of a block's patch tokens, of any tower; weights: the softmax of a ViT's block, from its class "
+        "token to the patches, the last block's where blocks is not given",
+    )
     loss: Literal["squared", "norm", "kl"] = Field(
         "squared", description="of two maps: squared or plain L2 distance at unit norm, or the KL divergence from the teacher's at unit sum"
     )
+
+    @property
+    def read_blocks(self) -> list[int]:
+        return [] if self.map == "weights" else super().read_blocks
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_last_block(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("map") == "weights" and "blocks" not in given:
+            return {**given, "blocks": [-1]}
+        return given
 
 
 class Relational(Section):

@@ -18,7 +18,7 @@ from torch import Tensor
 from megakd.models import clip, streaming
 from megakd.models.embeddings import Embeddings
 from megakd.models.grids import averaged
-from megakd.models.patches import TowerReader
+from megakd.models.patches import Read, TowerReader, feature_name
 from megakd.recipe import Teacher as Settings
 from megakd.runtime.launch import World
 
@@ -36,10 +36,10 @@ class Teacher(Protocol):
         """Type of the pixels that `embed` takes."""
         ...
 
-    def embed(self, pixels: Tensor, tokens: Tensor, blocks: Collection[int] = ()) -> Embeddings:
+    def embed(self, pixels: Tensor, tokens: Tensor, blocks: Collection[Read] = ()) -> Embeddings:
         """Unit embeddings of a batch, without gradient. Every rank calls it equally often: a sharded teacher communicates in it.
 
-        blocks: of the vision tower, whose patch tokens are among the features; nothing else is kept.
+        blocks: of the vision tower, whose patch tokens or attention are among the features; nothing else is kept.
         """
         ...
 
@@ -137,17 +137,17 @@ class LiveTeacher(ABC):
     def embed_texts(self, tokens: Tensor) -> Tensor:
         """(B, D) unit rows, without gradient. Not called of a teacher without a text tower."""
 
-    def embed(self, pixels: Tensor, tokens: Tensor, blocks: Collection[int] = ()) -> Embeddings:
+    def embed(self, pixels: Tensor, tokens: Tensor, blocks: Collection[Read] = ()) -> Embeddings:
         image_BD, features = self.see(pixels, blocks)
         text_BD = self.embed_texts(tokens) if self.has_text else image_BD[:, :0]
         return Embeddings(image_BD, text_BD, self.scale, self.bias, features=features)
 
-    def see(self, pixels: Tensor, blocks: Collection[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `embed_images`, with the patch tokens of `blocks`, as `Embeddings.features` has them; on `patch_grid` where it is given."""
+    def see(self, pixels: Tensor, blocks: Collection[Read]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `embed_images`, with what is read of `blocks`, as `Embeddings.features` has them; on `patch_grid` where it is given."""
         with TowerReader(getattr(self.towers.clip, "visual", None), blocks) as reader:
             image_BD = self.embed_images(pixels)
         grid = settings_of(self.towers.description).patch_grid if blocks else None
-        return image_BD, {f"patches.{block}": averaged(map_BhwC, grid) for block, map_BhwC in reader.maps(image_BD).items()}
+        return image_BD, {feature_name(block): averaged(map_BhwC, grid) for block, map_BhwC in reader.maps(image_BD).items()}
 
 
 def settings_of(description: clip.ModelSpec) -> Settings:

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from megakd.models.grids import on_grid
 from megakd.models.heads import ModelShape
-from megakd.models.patches import Patches
+from megakd.models.patches import Patches, Weights
 from megakd.models.student import embeddings
-from megakd.objectives.attention import activation_map
+from megakd.objectives.attention import AttentionHead, activation_map
 from megakd.objectives.cost import LossShape
 from megakd.objectives.set import ObjectiveSet
 from megakd.planning.memory_tracker import MemoryTracker
@@ -153,12 +153,54 @@ def test_grids_that_do_not_fit_are_one_message(recipe_file: Path, student: Patch
     [
         (("attention.loss=mse",), r"attention\.loss"),
         (("attention.blocks=[-1, -1]",), r"blocks = \[-1, -1\]: name each block once"),
+        (
+            ("teacher.store=somewhere", "attention.map=weights"),
+            r"attention\.map = 'weights': teacher\.store holds no attention; set it to 'activation'",
+        ),
+        (("attention.map=softmax",), r"attention\.map"),
         (("teacher.store=somewhere",), r"objectives\.attention: reads the teacher's patch tokens, and teacher\.store holds embeddings"),
     ],
 )
 def test_bad_settings_are_one_message_each(recipe_file: Path, sets: tuple[str, ...], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         ObjectiveSet(_recipe(recipe_file, *sets), CPU, None)
+
+
+def test_attention_weights_are_those_of_the_last_block_where_none_is_named(recipe_file: Path) -> None:
+    recipe = _recipe(recipe_file, "attention.map=weights")
+    assert recipe.attention.blocks == [-1]
+    assert recipe.teacher_blocks() == {}  # of patch tokens, which a store may hold
+    assert _recipe(recipe_file).attention.blocks == [-2]
+    named = ObjectiveSet(
+        _recipe(recipe_file, "attention.map=weights", "attention.blocks=[0, 3]", "attention.teacher_blocks=[5, -1]"), CPU, None
+    )
+    assert list(named.student_blocks) == [Weights(0), Weights(3)]
+    assert list(named.teacher_blocks) == [Weights(5), Weights(-1)]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_attention_weights_are_compared_as_they_are(recipe_file: Path, loss: str) -> None:
+    """Between grids too; a number whose squares are the reference's tokens stands for a softmax. One that came to 0 is no infinity."""
+    objectives = ObjectiveSet(_recipe(recipe_file, "attention.map=weights", f"attention.loss={loss}"), CPU, None)
+    own, other = _draw(3, 3, 2, 4, 1).abs().requires_grad_(), _draw(4, 3, 2, 4, 1).abs()
+    found = objectives.losses(_seen(attention__0=own), [_seen(**{"attention__-1": other})])["attention"]
+    exact = own.detach().double().requires_grad_()
+    wanted = _reference(exact.sqrt(), other.double().sqrt(), loss)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    found.backward(torch.tensor(2.5))
+    wanted.backward(torch.tensor(2.5, dtype=torch.float64))
+    assert own.grad is not None
+    torch.testing.assert_close(own.grad.double(), exact.grad, rtol=1e-4, atol=1e-7)
+    head = AttentionHead([(Weights(-1), Weights(-1))], *(ModelShape(4, {Weights(-1): Patches(v * v, 1, (v, v))}) for v in (4, 2)))
+    fine = _draw(5, 3, 4, 4, 1).abs()
+    torch.testing.assert_close(head.project(own, own, {Weights(-1): fine})["0"], on_grid(fine, (2, 2)))
+    vanished = other.clone()
+    vanished[:, 0] = 0
+    found = objectives.losses(_seen(attention__0=vanished.requires_grad_()), [_seen(**{"attention__-1": other})])["attention"]
+    found.backward()
+    assert found.isfinite()
+    assert vanished.grad is not None
+    assert vanished.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -102,7 +102,7 @@ EVERY_OBJECTIVE = (
     "objectives.patch_relation=0.5",
     "patch_relation.blocks=[-1]",
     "objectives.attention=0.5",
-    "attention={ blocks = [-1], loss = 'kl' }",
+    "attention={ map = 'weights', loss = 'kl' }",
     "objectives.rkd=0.05",
     "objectives.dist=0.5",
     "objectives.dkd=0.2",

@@ -23,7 +23,7 @@ _FUSED = {"in_proj.weight": "in_proj_weight", "in_proj.scale": "in_proj_weight",
 
 
 class Int8MultiheadAttention(nn.Module):
-    """Replaces `nn.MultiheadAttention`, without its fused inference path. Attention weights are not returned."""
+    """Replaces `nn.MultiheadAttention`, without its fused inference path."""
 
     ORIGINALS: ClassVar[dict[str, str]] = {
         **_FUSED,
@@ -58,19 +58,25 @@ class Int8MultiheadAttention(nn.Module):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention.forward`, where `is_causal` is only a hint beside the mask."""
         assert query.ndim == 3
-        assert not need_weights
         assert attn_mask is not None or not is_causal
         same = key is query and value is query
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = (_heads(x, self.num_heads) for x in self._projected(query, key, value, same))
-        mask = _mask(attn_mask, key_padding_mask, q)
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
+        mask, dropout = _mask(attn_mask, key_padding_mask, q), self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            logits_NHLS = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            weights = F.dropout((logits_NHLS if mask is None else logits_NHLS + mask).softmax(dim=-1), dropout)
+            out = weights @ v
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
         out_NLW = self.out_proj(out.transpose(1, 2).flatten(2))
-        return (out_NLW if self.batch_first else out_NLW.transpose(0, 1)), None
+        return (out_NLW if self.batch_first else out_NLW.transpose(0, 1)), weights
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> tuple[Tensor, ...]:
         if self.in_proj is None:
