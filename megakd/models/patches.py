@@ -25,8 +25,6 @@ from megakd.models.int8.attention import Int8MultiheadAttention
 from megakd.models.transformers_tower import TransformersTower
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")  # a ResNet's
-
-
 _WITH_WEIGHTS = ("Attention", "AttentionRope", "EvaAttention")  # of timm's ViT and EVA: one softmax over all tokens
 
 
@@ -223,10 +221,10 @@ def attention_of(visual: Any, weights: Weights, key: str = "blocks") -> nn.Modul
     if type(trunk).__name__ in ("VisionTransformer", "Eva") and type(attention).__name__ in _WITH_WEIGHTS and visual is not trunk:
         attention.fused_attn = False
         return attention  # type: ignore[no-any-return]
-    inside = f", with attention of class {type(attention).__name__}" if attention is not None else ""
+    inside = f" with attention of class {type(attention).__name__}" if attention is not None else ""
     raise ValueError(
-        f"{key} = {weights.block}: a vision tower of class {type(trunk).__name__}{inside}, has no softmax over its patches that is known "
-        f"here; set attention.map to 'activation', which every tower has, or choose a ViT of open_clip or timm, or an EVA"
+        f"{key} = {weights.block}: a vision tower of class {type(trunk).__name__}{inside} has no softmax over its patches that is known "
+        f"here; set attention.map to 'activation', which every tower has, or choose a ViT of open_clip or timm, or an EVA of timm"
     )
 
 

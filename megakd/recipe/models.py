@@ -97,8 +97,8 @@ class Teacher(Model):
     ds_config: str | None = Field(None, description="zero3: the teacher's DeepSpeed JSON; default: as ds_configs/teacher_zero3.json")
     patch_grid: GridSize | None = Field(
         None,
-        description="rows and columns that its patch tokens are averaged to, by area; default: the tower's own; a store has patch tokens "
-        "with it alone",
+        description="rows and columns that its patch tokens and its attention are averaged to, by area; default: the tower's own; a store "
+        "has patch tokens with it alone",
     )
     store: str | None = Field(None, description="folder of embeddings that `megakd embed` wrote: read instead of running the teacher")
     store_of: Literal["all", "text"] = Field(

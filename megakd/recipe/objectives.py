@@ -155,8 +155,13 @@ class PatchRelation(Section):
 
     @property
     def read_blocks(self) -> list[int]:
-        """Those of the teachers' vision towers whose patch tokens are read."""
+        """Those of the teachers' vision towers that are read."""
         return self.teacher_blocks or self.blocks
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether what is read of a block is its patch tokens, which a store may hold."""
+        return True
 
     @model_validator(mode="after")
     def _in_pairs(self) -> Self:
@@ -193,8 +198,8 @@ class Attention(PatchRelation):
     )
 
     @property
-    def read_blocks(self) -> list[int]:
-        return [] if self.map == "weights" else super().read_blocks
+    def reads_tokens(self) -> bool:
+        return self.map == "activation"
 
     @model_validator(mode="before")
     @classmethod

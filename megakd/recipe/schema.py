@@ -161,7 +161,7 @@ class Recipe(ScheduledSections, Sources):
     def teacher_blocks(self) -> dict[int, str]:
         """Blocks of the teachers' vision towers whose patch tokens active objectives read, each with the name of one that does."""
         sections = {name: getattr(self, name, None) for name in self.active()}
-        reading = {name: section for name, section in sections.items() if isinstance(section, PatchRelation)}
+        reading = {name: section for name, section in sections.items() if isinstance(section, PatchRelation) and section.reads_tokens}
         return {block: name for name, section in reading.items() for block in section.read_blocks}
 
     def weighs_teachers_alike(self) -> bool:

@@ -1,8 +1,8 @@
-"""The softmax of a block's attention: that of the fused kernel, for every kind of tower and in 8 bit, with its gradient; nothing is kept
-unasked."""
+"""The softmax of a block's attention: that of the fused kernel, for every kind of tower and in 8 bit, with its gradient."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megakd.models.heads import ModelShape
+from megakd.models import clip
 from megakd.models.image_only import ImageTower
 from megakd.models.int8.convert import quantise
 from megakd.models.patches import TowerReader, Weights, measure
-from megakd.models.student import Student
-from megakd.objectives.attention import AttentionHead
-from megakd.objectives.base import ObjectiveHead
-from megakd.planning.memory_tracker import MemoryTracker
-from support import image_teachers  # noqa: F401  (registers the models)
+from megakd.recipe import Teacher
+from megakd.runtime import launch
+from megakd.teachers.build import load
+from support import image_teachers, transformers_folders  # noqa: F401  (the former registers its models)
 from support.teachers import build, inputs
 
 WITH = ("ViT-bigG", "layer scales", "EVA02-E", "PE-Core", "SigLIP", "timm ViT")
@@ -96,6 +95,26 @@ def test_custom_attention_of_open_clip_is_refused_by_name() -> None:
         measure(visual, LAST)
 
 
+def test_a_teacher_of_transformers_is_refused_by_its_class(tmp_path: Path) -> None:
+    transformers_folders.save("dinov2", tmp_path)
+    visual: Any = clip.on_meta(clip.resolve(Teacher(model=f"transformers:{tmp_path}"), "teacher")).clip.visual
+    with pytest.raises(ValueError, match=r"teacher_blocks = -1: a vision tower of class Dinov2Model has no softmax .* 'activation'"):
+        measure(visual, LAST, "teacher: attention.teacher_blocks")
+
+
+def test_a_teacher_averages_it_to_the_recipes_grid_as_it_does_patch_tokens() -> None:
+    """From 3 x 3 patches to 2 x 2 cells: a patch on a border counts by its share, which is a half."""
+    world = launch.start()
+    teacher = load(clip.resolve(Teacher(model="timm:megakd_tiny_dinov3", pretrained="random", patch_grid=(2, 2)), "teacher"), world)
+    _, features = teacher.see(pixels := torch.randn(2, 3, 48, 48), [LAST])
+    launch.stop()
+    with torch.no_grad():
+        whole_Bhw = _read(teacher.towers.clip.visual, pixels, LAST)[LAST][..., 0]
+    shares = torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.5, 1.0]]) / 1.5
+    assert whole_Bhw.shape == (2, 3, 3)
+    torch.testing.assert_close(features["attention.-1"][..., 0], shares @ whole_Bhw @ shares.T)
+
+
 @pytest.mark.parametrize("name", WITH)
 def test_in_8_bit_it_is_nearly_the_same(name: str) -> None:
     clip: Any = build(name)
@@ -128,44 +147,3 @@ def test_its_gradient_reaches_the_tower_and_is_the_same_where_blocks_are_recompu
     assert sum(one.abs().sum() for one in plain) > 0
     for one, other in zip(plain, recomputed, strict=True):
         torch.testing.assert_close(other, one)
-
-
-class _Towers(nn.Module):
-    """open_clip's model as `Student` holds it, without a line of it that reads blocks."""
-
-    def __init__(self, clip: nn.Module) -> None:
-        super().__init__()
-        self.clip = clip
-
-    def forward(self, pixels: Tensor, tokens: Tensor) -> list[Tensor]:
-        clip: Any = self.clip
-        return [F.normalize(part.float(), dim=-1) for part in (clip.encode_image(pixels), clip.encode_text(tokens))]
-
-
-def _step(module: nn.Module, *given: Tensor) -> int:
-    """Bytes at the peak of a training step's forward and backward."""
-    with MemoryTracker("cpu") as watch:
-        outputs = module(*given)
-        rows = outputs if isinstance(outputs, list) else [value for value in outputs.values() if value.ndim > 1]
-        torch.stack([part.sum() for part in rows]).sum().backward()
-    return watch.peak
-
-
-def test_where_no_objective_reads_a_block_there_is_no_hook_and_memory_is_that_of_the_plain_towers() -> None:
-    pixels, tokens = inputs(16)
-    head = AttentionHead([(LAST, LAST)], *(ModelShape(32, {LAST: measure(build("ViT-bigG").visual, LAST)}) for _ in range(2)))
-    hooks, peaks = {}, {}
-    for asked in (False, True):
-        clip: Any = build("ViT-bigG").requires_grad_()
-        student = Student(clip, {"attention": head} if asked else dict[str, ObjectiveHead](), 100.0)
-        seen: list[int] = []
-        clip.visual.ln_post.register_forward_pre_hook(
-            lambda *ignored, clip=clip, seen=seen: seen.append(
-                sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in clip.visual.modules())
-            )
-        )
-        peaks[asked], hooks[asked] = _step(student, pixels, tokens), seen[0] - 1
-    plain = _step(_Towers(build("ViT-bigG").requires_grad_()), pixels, tokens)
-    assert (hooks[False], hooks[True]) == (0, 2)
-    assert peaks[False] == pytest.approx(plain, rel=0.01)
-    assert peaks[True] > peaks[False]

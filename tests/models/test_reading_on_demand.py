@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakd.models.heads import ModelShape, ObjectiveHead
-from megakd.models.patches import measure
+from megakd.models.patches import Read, Weights, measure
 from megakd.models.student import Student
 from megakd.objectives.attention import AttentionHead
 from megakd.planning.memory_tracker import MemoryTracker
@@ -38,19 +38,20 @@ def _peak(module: nn.Module) -> int:
     return watch.peak
 
 
-def test_a_student_whose_blocks_nobody_reads_has_no_hook_and_the_memory_of_the_plain_towers() -> None:
-    shape = ModelShape(32, {-1: measure(build("ViT-bigG").visual, -1)})
+@pytest.mark.parametrize(("read", "needed"), [(-1, 1), (Weights(-1), 2)])
+def test_a_student_whose_blocks_nobody_reads_has_no_hook_and_the_memory_of_the_plain_towers(read: Read, needed: int) -> None:
+    shape = ModelShape(32, {read: measure(build("ViT-bigG").visual, read)})
     hooks, peaks = {}, {}
     for asked in (False, True):
         clip: Any = build("ViT-bigG").requires_grad_()
-        heads: dict[str, ObjectiveHead] = {"attention": AttentionHead([(-1, -1)], shape, shape)} if asked else {}
+        heads: dict[str, ObjectiveHead] = {"attention": AttentionHead([(read, read)], shape, shape)} if asked else {}
         seen: list[int] = []
         clip.visual.conv1.register_forward_pre_hook(
             lambda *ignored, blocks=clip.visual.transformer, seen=seen: seen.append(
-                sum(len(one._forward_hooks) for one in blocks.modules())
+                sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in blocks.modules())
             )
         )
         peaks[asked], hooks[asked] = _peak(Student(clip, heads, 100.0)), seen
-    assert hooks == {False: [0], True: [1]}
+    assert hooks == {False: [0], True: [needed]}
     assert peaks[False] == pytest.approx(_peak(_Towers(build("ViT-bigG").requires_grad_())), rel=0.01)
     assert peaks[True] > peaks[False]

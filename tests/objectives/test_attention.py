@@ -182,8 +182,8 @@ def test_attention_weights_are_those_of_the_last_block_where_none_is_named(recip
 def test_attention_weights_are_compared_as_they_are(recipe_file: Path, loss: str) -> None:
     """Between grids too; a number whose squares are the reference's tokens stands for a softmax. One that came to 0 is no infinity."""
     objectives = ObjectiveSet(_recipe(recipe_file, "attention.map=weights", f"attention.loss={loss}"), CPU, None)
-    own, other = _draw(3, 3, 2, 4, 1).abs().requires_grad_(), _draw(4, 3, 2, 4, 1).abs()
-    found = objectives.losses(_seen(attention__0=own), [_seen(**{"attention__-1": other})])["attention"]
+    own, other = draw(3, 3, 2, 4, 1).abs().requires_grad_(), draw(4, 3, 2, 4, 1).abs()
+    found = objectives.losses(embeddings_with(attention__0=own), [embeddings_with(**{"attention__-1": other})])["attention"]
     exact = own.detach().double().requires_grad_()
     wanted = _reference(exact.sqrt(), other.double().sqrt(), loss)
     assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
@@ -192,11 +192,12 @@ def test_attention_weights_are_compared_as_they_are(recipe_file: Path, loss: str
     assert own.grad is not None
     torch.testing.assert_close(own.grad.double(), exact.grad, rtol=1e-4, atol=1e-7)
     head = AttentionHead([(Weights(-1), Weights(-1))], *(ModelShape(4, {Weights(-1): Patches(v * v, 1, (v, v))}) for v in (4, 2)))
-    fine = _draw(5, 3, 4, 4, 1).abs()
+    fine = draw(5, 3, 4, 4, 1).abs()
     torch.testing.assert_close(head.project(own, own, {Weights(-1): fine})["0"], on_grid(fine, (2, 2)))
     vanished = other.clone()
     vanished[:, 0] = 0
-    found = objectives.losses(_seen(attention__0=vanished.requires_grad_()), [_seen(**{"attention__-1": other})])["attention"]
+    student = embeddings_with(attention__0=vanished.requires_grad_())
+    found = objectives.losses(student, [embeddings_with(**{"attention__-1": other})])["attention"]
     found.backward()
     assert found.isfinite()
     assert vanished.grad is not None
