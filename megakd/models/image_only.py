@@ -9,6 +9,8 @@ Legend: B images, D width of the pooled output.
 from __future__ import annotations
 
 import functools
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,12 @@ _RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"} 
 
 
 class ImageTower(nn.Module):
-    """A timm model without a classifier, pooled as its authors do. image_size: (H, W)."""
+    """A timm model without a classifier, pooled as its authors do. image_size: (H, W). options: of timm's constructor, see `_resized`."""
 
-    def __init__(self, name: str, image_size: tuple[int, int]) -> None:
+    def __init__(self, name: str, image_size: tuple[int, int], options: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.image_size = image_size
-        self.trunk = timm.create_model(name, num_classes=0)
+        self.trunk = timm.create_model(name, num_classes=0, **(options or {}))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, D) of (B, 3, H, W)."""
@@ -52,7 +54,7 @@ class ImageModel(nn.Module):
         if "transformers" in vision:
             self.visual = TransformersTower(vision)
         else:
-            self.visual = ImageTower(vision["timm_model_name"], tuple(vision["image_size"]))
+            self.visual = ImageTower(vision["timm_model_name"], tuple(vision["image_size"]), vision.get("timm_options"))
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return self.visual(pixels)  # type: ignore[no-any-return]
@@ -93,13 +95,20 @@ def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str,
     if not timm.is_model(name):
         near = ", ".join(texts.nearest(name, timm.list_models(), most=3))
         raise ValueError(f"{key}: timm has no such model; {f'nearest: {near}; ' if near else ''}`timm.list_models()` lists all")
-    data = resolve_data_config(pretrained_cfg=_pretrained_cfg(settings, role))
+    described = _pretrained_cfg(settings, role)
+    data = resolve_data_config(pretrained_cfg=described)
     channels, height, width = data["input_size"]
     if channels != 3:
         raise ValueError(f"{key}: takes images of {channels} channels; choose one for 3, red, green and blue")
     own_tag = _tag(settings)
     tagged = f"{name}.{own_tag}" if own_tag else name
-    kind, embed_dim = _outline(tagged, (height, width), key)
+    vision: dict[str, Any] = {"timm_model_name": tagged, "image_size": [height, width]}
+    if settings.image_size is not None and settings.image_size != (height, width):
+        height, width = settings.image_size
+        key = f"{role}.image_size = {list(settings.image_size)}: {settings.model}"
+        options = _resized(tagged, (height, width), key, fixed=described.get("fixed_input_size", True))
+        vision = {"timm_model_name": tagged, "image_size": [height, width], "timm_options": options}
+    kind, embed_dim = _outline(json.dumps(vision), key)
     if settings.mode != "replicated" and kind not in KNOWN:
         raise ValueError(
             f"{role}.mode = {settings.mode!r}: layers of timm's {kind} are not known in 8 bit or partitioned; set it to 'replicated', or "
@@ -107,8 +116,7 @@ def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str,
         )
     stored = {key: data[key] for key in ("mean", "std", "interpolation")} | {"resize_mode": _RESIZE_MODES.get(data["crop_mode"])}
     unnamed = settings.model_copy(update={"preprocess": None}) if isinstance(settings.preprocess, str) else settings
-    config = {"embed_dim": embed_dim, "vision_cfg": {"timm_model_name": tagged, "image_size": [height, width]}}
-    return config, preprocessing.chosen(unnamed, role, stored)
+    return {"embed_dim": embed_dim, "vision_cfg": vision}, preprocessing.chosen(unnamed, role, stored)
 
 
 def _of_transformers(settings: Teacher, name: str, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -116,7 +124,7 @@ def _of_transformers(settings: Teacher, name: str, role: str) -> tuple[dict[str,
     if isinstance(settings.preprocess, str):
         raise ValueError(f"{role}.preprocess = {settings.preprocess!r}: names a tag; for {settings.model} give {transformers_tower.TABLE}")
     given = settings.preprocess is not None and None not in settings.preprocess.model_dump().values()
-    vision, embed_dim, stored = transformers_tower.described(name, key, whole_preprocessing=given)
+    vision, embed_dim, stored = transformers_tower.described(name, key, settings.image_size, whole_preprocessing=given)
     return {"embed_dim": embed_dim, "vision_cfg": vision}, preprocessing.chosen(settings, role, stored)
 
 
@@ -196,13 +204,37 @@ def _cfg(name: str) -> dict[str, Any]:
     return {} if found is None else found.to_dict()
 
 
+def _resized(name: str, image_size: tuple[int, int], key: str, *, fixed: bool) -> dict[str, Any]:
+    """What timm's constructor is told for images of another size than the tag's, so that the tag's weights fit as they are.
+
+    fixed: whether timm says that the model takes one size. Positions are interpolated by timm itself, in each forward.
+    Raises ValueError for a model whose weights are of one size, and for images that are no whole patches.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        own: Any = timm.create_model(name, num_classes=0)
+        kind, patch = type(own).__name__, getattr(getattr(own, "patch_embed", None), "patch_size", None)
+        if isinstance(patch, tuple) and any(size % side for size, side in zip(image_size, patch, strict=True)):
+            raise ValueError(f"{key}: images of {image_size[0]} x {image_size[1]} pixels are no whole patches of {patch[0]} x {patch[1]}")
+        if not fixed or kind == "VisionTransformerSAM":
+            return {}
+        shapes = {name: tensor.shape for name, tensor in own.state_dict().items()}
+        for options in ({"img_size": list(image_size)}, {"dynamic_img_size": True}):  # of relative positions, of absolute ones
+            try:
+                model = timm.create_model(name, num_classes=0, **options)
+            except Exception:
+                continue
+            if {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes:
+                return options
+    raise ValueError(f"{key}: timm's {kind} has positions of one size; take it out, or choose a ViT, an EVA or a convolutional model")
+
+
 @functools.cache
-def _outline(name: str, image_size: tuple[int, int], key: str) -> tuple[str, int]:
-    """timm's class and D, from a model without weights. Raises ValueError for one that gives no row an image."""
+def _outline(vision: str, key: str) -> tuple[str, int]:
+    """timm's class and D, from a model without weights. vision: as JSON. Raises ValueError for one that gives no row an image."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
         try:
-            tower = ImageTower(name, image_size).eval()
-            pooled = tower(torch.empty(1, 3, *image_size))
+            tower = ImageModel(json.loads(vision)).visual.eval()
+            pooled = tower(torch.empty(1, 3, *tower.image_size))
         except Exception as error:  # timm's constructors raise whatever a number inside them does
             raise ValueError(f"{key}: timm gives no model of images: {type(error).__name__}: {error}") from error
     if not isinstance(pooled, Tensor) or pooled.ndim != 2:

@@ -116,10 +116,13 @@ class TransformersTower(nn.Module):
         return f"{by} of {self.kind.model}, which has no pooler_output"
 
 
-def described(name: str, key: str, *, whole_preprocessing: bool) -> tuple[dict[str, Any], int, dict[str, Any]]:
+def described(
+    name: str, key: str, image_size: tuple[int, int] | None = None, *, whole_preprocessing: bool
+) -> tuple[dict[str, Any], int, dict[str, Any]]:
     """`vision_cfg`, D and the stored preprocessing of a folder or repository, without its weights.
 
-    key: the recipe's, for messages. whole_preprocessing: the recipe gives all of it, so that none has to be stored.
+    key: the recipe's, for messages. image_size: (H, W) that the recipe gives in place of the processor's. whole_preprocessing: the recipe
+    gives all of it, so that none has to be stored.
     Raises ValueError for a folder that is no such model, code of its own, an unknown kind, preprocessing that is missing or that is not
     that of a tower here, and a size that the tower does not take.
     """
@@ -136,8 +139,8 @@ def described(name: str, key: str, *, whole_preprocessing: bool) -> tuple[dict[s
             f"the key preprocess = {TABLE} beside"
         )
     ways, size = ({}, None) if stored is None else _prepared(stored, f"{key}: {PREPROCESSING}", required=not whole_preprocessing)
-    vision: dict[str, Any] = {"transformers": config, "image_size": list(size or _own_size(config))}
-    _check_size(vision, key)
+    vision: dict[str, Any] = {"transformers": config, "image_size": list(image_size or size or _own_size(config))}
+    _check_size(vision, key if image_size is None else f"{key}: image_size = {list(image_size)}")
     embed_dim, vision["pooled"] = _outline(json.dumps(vision, sort_keys=True), key)
     return vision, embed_dim, ways
 

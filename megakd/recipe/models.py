@@ -12,6 +12,7 @@ from megakd.recipe.section import (
     FloatTriple,
     Fraction,
     GridSize,
+    ImageSize,
     Int8Product,
     NonNegative,
     PositiveFloat,
@@ -21,6 +22,8 @@ from megakd.recipe.section import (
     TeacherMode,
     Weight,
 )
+
+OF_IMAGES = ("timm:", "transformers:")  # how the names of teachers begin that have no text tower
 
 
 class Preprocess(Section):
@@ -95,6 +98,11 @@ class Teacher(Model):
     )
     offload: bool = Field(False, description="zero3: keep this rank's part in CPU memory between uses")
     ds_config: str | None = Field(None, description="zero3: the teacher's DeepSpeed JSON; default: as ds_configs/teacher_zero3.json")
+    image_size: ImageSize | None = Field(
+        None,
+        description="timm:NAME, transformers:FOLDER: pixels a side, or [height, width], of the images that it sees; its positions are "
+        "interpolated; default: those of its tag, of its processor",
+    )
     patch_grid: GridSize | None = Field(
         None,
         description="rows and columns that its patch tokens and its attention are averaged to, by area; default: the tower's own; a store "
@@ -130,6 +138,11 @@ class Teacher(Model):
             raise ValueError(
                 f"{key} is for int8 weights, and mode is {self.mode!r}: set mode to {INT8_MODES}, or {key} to "
                 f"{type(self).model_fields[key].default}"
+            )
+        if self.image_size is not None and not (self.model or "").startswith(OF_IMAGES):
+            raise ValueError(
+                f"image_size = {list(self.image_size)} is for teachers of images alone (timm:NAME, transformers:FOLDER): the positions of "
+                f"others are of one size; take it out, and name a model of that size, such as ViT-L-14-336"
             )
         if self.entropy is not None and self.scale != MATCHED:
             raise ValueError(f"entropy = {self.entropy:g} is what a matched scale aims at: set scale to 'matched', or take entropy out")

@@ -21,7 +21,8 @@ _PREPROCESS = tuple(f"preprocess.{key}" for key in ("mean", "std", "interpolatio
 _TEACHER_FREE = ("offload", "ds_config", "recipe", "int8_agreement")
 _TEACHER_REFUSED = (
     *("model", "architecture", "pretrained", "tokenizer", *_PREPROCESS),
-    *("scale", "entropy", "weight", "mode", "outlier_threshold", "int8_product", "calibration", "patch_grid", "store_of"),
+    *("scale", "entropy", "weight", "mode", "outlier_threshold", "int8_product", "calibration", "image_size", "patch_grid"),
+    "store_of",
 )
 _FROM_HERE = "from the step that is gone on from; what was learned before stays"
 _SAME_DATA = "it has to hold the same data, which is checked by names and counts"

@@ -64,6 +64,7 @@ ScheduledTemperature = Annotated[PositiveFloat, SCHEDULED_TEMPERATURE]
 # A list in TOML becomes a fixed-length tuple; strict mode alone would refuse the list.
 FloatPair = Annotated[tuple[float, float], Field(strict=False)]
 GridSize = Annotated[tuple[GridSide, GridSide], Field(strict=False)]
+ImageSize = Annotated[GridSize, BeforeValidator(lambda given: (given, given) if type(given) is int else given)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 FloatTriple = Annotated[tuple[Number, Number, Number], Field(strict=False)]
 

@@ -8,6 +8,7 @@ from timm.layers import SwiGLU
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.eva import Eva
 from timm.models.hiera import Hiera
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
@@ -24,6 +25,8 @@ _OF_IMAGES |= {"std": (0.229, 0.224, 0.225), "interpolation": "bicubic"}
 default_cfgs = generate_default_cfgs({
     "megakd_tiny_dino.first": {**_OF_IMAGES, "input_size": (3, 42, 42), "hf_hub_id": "timm/"},
     "megakd_tiny_dinov3.first": {**_OF_IMAGES, "input_size": (3, 48, 48), "hf_hub_id": "timm/"},
+    "megakd_tiny_eva.first": {**_OF_IMAGES, "input_size": (3, 48, 48), "hf_hub_id": "timm/"},
+    "megakd_tiny_swin.first": {**_OF_IMAGES, "input_size": (3, 48, 48), "hf_hub_id": "timm/"},
     "megakd_tiny_sam.first": {**_OF_IMAGES, "input_size": (3, 48, 48), "hf_hub_id": "timm/"},
     "megakd_tiny_hiera.first": {**_OF_IMAGES, "input_size": (3, 64, 64), "hf_hub_id": "timm/"},
     # As timm's classifiers: tags with a head, and with preprocessing of their own.
@@ -50,6 +53,18 @@ def megakd_tiny_dinov3(**settings: Any) -> nn.Module:
     """As DINOv3: rotary positions, registers."""
     own = {"patch_size": 16, "num_reg_tokens": 4, "use_rot_pos_emb": True, "use_abs_pos_emb": False, "init_values": 0.5, "qkv_bias": False}
     return _built(Eva, "megakd_tiny_dinov3", settings, **own, dynamic_img_size=True, rope_type="dinov3", use_fc_norm=False, **_SHAPE)
+
+
+@register_model
+def megakd_tiny_eva(**settings: Any) -> nn.Module:
+    """As EVA02: rotary positions beside learned ones, whose grid is that of the first training."""
+    own = {"patch_size": 16, "use_rot_pos_emb": True, "ref_feat_shape": (2, 2), "init_values": 0.5, "scale_mlp": True}
+    return _built(Eva, "megakd_tiny_eva", settings, **own, **_SHAPE)
+
+
+@register_model
+def megakd_tiny_swin(**settings: Any) -> nn.Module:
+    return _built(SwinTransformer, "megakd_tiny_swin", settings, window_size=3, embed_dim=16, depths=(2, 2), num_heads=(2, 2))
 
 
 @register_model
