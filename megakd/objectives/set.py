@@ -143,6 +143,12 @@ class ObjectiveSet:
                 f"objectives.{self.of_texts[0]}: compares the student's texts with a teacher's, and {of_images} sees images alone; set its "
                 f"weight to 0 and learn by feature, patch or patch_relation, or add a teacher with a text tower ([ensemble])"
             )
+        if self.of_texts and with_text and (step := self._recipe.first_without([teacher.role for teacher in with_text])) is not None:
+            raise ValueError(
+                f"schedules: at step {step} the weight of {' and '.join(teacher.role for teacher in with_text)} is 0, and no other teacher "
+                f"has texts for objectives.{self.of_texts[0]}; keep one above 0, and schedule objectives.{self.of_texts[0]} itself to leave "
+                f"it out of a step"
+            )
         for name in self.weights:
             for teacher in with_text if declaration(name).one_width else ():
                 if teacher.width != student.width:

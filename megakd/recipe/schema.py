@@ -8,6 +8,7 @@ read and compared in `load.py`; the models are in `models.py`, the losses in `ob
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -158,6 +159,13 @@ class Recipe(ScheduledSections, Sources):
         """Of `weighted_teachers`, in the step number `step`."""
         return [self.value_at(f"{role}.weight", step) for role in self.weighted_teachers()]
 
+    def first_without(self, roles: Collection[str]) -> int | None:
+        """The first step in which the weights of all these teachers are 0; None where one of them has a weight in each step."""
+        moves = [schedule for key, schedule in self.schedules.items() if key.removesuffix(".weight") in roles]
+        ends = {0, *(end for one in moves for end in (one.from_step, one.to_step or self.optim.steps))}
+        steps = sorted(step for step in ends if step < self.optim.steps)
+        return next((step for step in steps if not any(self.value_at(f"{role}.weight", step) for role in roles)), None)
+
     def teacher_blocks(self) -> dict[int, str]:
         """Blocks of the teachers' vision towers whose patch tokens active objectives read, each with the name of one that does."""
         sections = {name: getattr(self, name, None) for name in self.active()}
@@ -183,10 +191,8 @@ class Recipe(ScheduledSections, Sources):
                 "teacher.weight: weights are normalised over the teachers, and [teacher] is the only one; take it out, and weigh its "
                 "losses in [objectives]"
             )
-        moves = [schedule for key, schedule in self.schedules.items() if key.removesuffix(".weight") in self.teachers()]
-        for step in (0, *(end for one in moves for end in (one.from_step, one.to_step or self.optim.steps))):
-            if moves and not any(self.teacher_weights(step)):
-                raise ValueError(f"schedules: at step {step} the weight of every teacher is 0; keep one of them above 0 in each step")
+        if self.teacher is not None and (step := self.first_without(self.teachers())) is not None:
+            raise ValueError(f"schedules: at step {step} the weight of every teacher is 0; keep one of them above 0 in each step")
         active = self.active()
         if not active and self.answers is None:
             raise ValueError("objectives: every weight is 0 and there are no [answers]: nothing would be learned; give one a weight")

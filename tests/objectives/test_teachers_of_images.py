@@ -41,6 +41,13 @@ def of_images(seed: int, width: int) -> Embeddings:
     return Embeddings(rows(seed, width), rows(seed, width)[:, :0], torch.tensor(float("nan")))
 
 
+def clip_and_images(recipe_file: Path) -> tuple[clip.ModelSpec, list[clip.ModelSpec]]:
+    """The student, and the teachers of the recipe of `objectives`."""
+    recipe = recipes.load(str(recipe_file), [*TEACHER, *SEES_ALONE])[0]
+    assert recipe.student is not None
+    return clip.resolve(recipe.student, "student"), [clip.resolve(settings, role) for role, settings in recipe.teachers().items()]
+
+
 @pytest.mark.parametrize("name", ["feature", "masked_feature"])
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_feature_of_a_teacher_without_texts_is_the_distance_of_the_images_and_learns_from_it_alone(
@@ -115,6 +122,17 @@ def test_an_objective_of_texts_without_a_teacher_that_has_them_is_refused_by_nam
     shapes = objectives(recipe_file, "contrastive", "feature", "patch", more=("patch.blocks=[-1]",)).shapes(student, [seen])
     assert [shape.has_text for shape in shapes] == [True, False]
     assert shapes[1].width == 192
+
+
+def test_the_only_teacher_with_texts_keeps_a_weight_in_each_step(recipe_file: Path) -> None:
+    """Its share of a loss of texts is all of it, whatever its weight, so 0 would not switch the loss off."""
+    fading = "schedules.teacher.weight={ shape = 'linear', end = 0.0, to_step = 4 }"
+    student, teachers = clip_and_images(recipe_file)
+    with pytest.raises(ValueError, match=r"schedules: at step 4 the weight of teacher is 0, and no other teacher has texts for .*dkd"):
+        objectives(recipe_file, "dkd", "feature", more=(fading,)).shapes(student, teachers)
+    assert len(objectives(recipe_file, "feature", more=(fading,)).shapes(student, teachers)) == 3
+    to_the_end = fading.replace("to_step = 4", "from_step = 4")  # which comes after the last step
+    assert len(objectives(recipe_file, "dkd", more=(to_the_end,)).shapes(student, teachers)) == 3
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
