@@ -85,15 +85,14 @@ class AttentionTransfer(Objective):
         return {name: context.mean(losses)}
 
     def cost(self, shape: LossShape) -> LossCost:
-        """The teachers' tokens as they come, and the squares of one block's at a time; what heads hold is counted with the student."""
-        local, kept, made, flops = shape.pairs // shape.ranks, 0, 0, 0
+        """The squares of one block's tokens at a time; tokens as they come, and what heads hold, are counted by the plan."""
+        local, made, flops = shape.pairs // shape.ranks, 0, 0
         for teacher in shape.models[1:]:
             for _, other in self._pairs:
                 numbers = local * teacher.patches[other].count * teacher.patches[other].width
-                kept += numbers * shape.elements[1]
                 made = max(made, numbers * FP32 * (1 + (shape.elements[1] < FP32)))
                 flops += 2 * numbers
-        return LossCost(kept + made, 0, flops)
+        return LossCost(made, 0, flops)
 
 
 def _distance(own_BV: Tensor, other_BV: Tensor, loss: str) -> Tensor:

@@ -63,13 +63,13 @@ class _OfBlocks(Objective):
             yield block, student_BhwC, on_grid(teacher_BhwC, (student_BhwC.shape[1], student_BhwC.shape[2]))
 
     def cost(self, shape: LossShape) -> LossCost:
-        """The teacher's tokens as they come and in float32, the student's outputs, and the gradient at them."""
+        """The teacher's tokens in float32, differences and the gradient at the student's outputs; the plan counts tokens as they come."""
         local, student, memory, flops = shape.pairs // shape.ranks, shape.models[0], 0, 0
         for teacher in shape.models[1:]:
             for own, other in self.blocks:
                 mine, theirs = student.patches[own], teacher.patches[other]
                 numbers = min(mine.count, theirs.count) * theirs.width
-                memory += local * (theirs.count * theirs.width * shape.elements[1] + 4 * FP32 * numbers)
+                memory += local * 4 * FP32 * numbers
                 flops += 20 * local * numbers
         return LossCost(memory, 0, flops)
 

@@ -146,8 +146,8 @@ class ObjectiveSet:
         if self.of_texts and with_text and (step := self._recipe.first_without([teacher.role for teacher in with_text])) is not None:
             raise ValueError(
                 f"schedules: at step {step} the weight of {' and '.join(teacher.role for teacher in with_text)} is 0, and no other teacher "
-                f"has texts for objectives.{self.of_texts[0]}; keep one above 0, and schedule objectives.{self.of_texts[0]} itself to leave "
-                f"it out of a step"
+                f"has texts for objectives.{self.of_texts[0]}; keep one above 0, and schedule objectives.{self.of_texts[0]} itself to "
+                f"leave it out of a step"
             )
         for name in self.weights:
             for teacher in with_text if declaration(name).one_width else ():

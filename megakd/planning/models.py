@@ -20,7 +20,7 @@ from megakd.models import clip
 from megakd.models.heads import ObjectiveHead
 from megakd.models.int8 import matmul
 from megakd.models.int8.convert import quantise
-from megakd.models.patches import Read, Weights, attention_of
+from megakd.models.patches import Read, TowerReader
 from megakd.models.student import Student
 from megakd.planning import vlm
 from megakd.planning.memory_tracker import MemoryTracker, fused_attention
@@ -78,7 +78,7 @@ class StudentCost:
     stay or that leave as soon as they are there, as asked for. input, raw: as in `TeacherCost`.
     flops: of one pair's forward; recomputed: whether the backward runs the blocks once more.
     frozen: elements of each weight that the engine holds and does not train. asked_flops: of one question's forward; asked_backward: how
-    often its backward costs as much. image_tokens: of one image in a question.
+    often its backward costs as much. image_tokens: of one image in a question. features: of what heads give of patch tokens.
     """
 
     name: str
@@ -96,6 +96,7 @@ class StudentCost:
     asked_flops: int
     asked_backward: int
     image_tokens: int
+    features: int = 0
 
     @property
     def numel(self) -> int:
@@ -144,16 +145,11 @@ def teacher(
     clip, dtype = built.clip.eval().requires_grad_(False), built.dtype
     pixels, tokens = _inputs(built, micro, dtype)
     flops = [_flops(call, [given[:1]]) for call, given in _calls(clip, pixels, tokens)]
-    weighed = [read for read in reads if isinstance(read, Weights)]  # patch tokens are counted by the losses
-    for read in weighed:
-        attention_of(clip.visual, read, f"{description.role}: attention.teacher_blocks")
-    wide = _forms(clip, pixels, tokens, partition)
+    wide = _forms(clip, pixels, tokens, partition, reads)
     int8 = settings if isinstance(settings, Teacher) else Teacher(model="any", pretrained="any")
     quantise(clip, threshold=int8.outlier_threshold, product=_product(int8, device), migrated=int8.calibration > 0)
-    for read in weighed:
-        attention_of(clip.visual, read)
     image, *texts = (
-        Tower(one, other, count) for one, other, count in zip(wide, _forms(clip, pixels, tokens, partition), flops, strict=True)
+        Tower(one, other, count) for one, other, count in zip(wide, _forms(clip, pixels, tokens, partition, reads), flops, strict=True)
     )
     text = texts[0] if texts else None
     made, kept, raw = _input_bytes(built.preprocess, local, dtype)
@@ -174,7 +170,7 @@ def _calls(clip: Any, pixels: Tensor, tokens: Tensor) -> list[tuple[Callable[[Te
     return [(clip.encode_image, pixels), *([(clip.encode_text, tokens)] if hasattr(clip, "encode_text") else [])]
 
 
-def _forms(clip: Any, pixels: Tensor, tokens: Tensor, partition: Settings) -> list[TowerForm]:
+def _forms(clip: Any, pixels: Tensor, tokens: Tensor, partition: Settings, reads: Collection[Read]) -> list[TowerForm]:
     """Of the image tower, and of the text tower where there is one, as they are now."""
     forms = []
     calls = _calls(clip, pixels, tokens)
@@ -182,7 +178,7 @@ def _forms(clip: Any, pixels: Tensor, tokens: Tensor, partition: Settings) -> li
     for tower, (call, given) in zip(towers, calls, strict=True):
         watch = MemoryTracker("meta")
         watch.ignore([*clip.parameters(), *clip.buffers(), given])
-        with torch.no_grad(), fused_attention(), watch:
+        with torch.no_grad(), fused_attention(), watch, TowerReader(clip.visual, reads if tower is clip.visual else ()):
             call(given)
         forms.append(_form(tower, watch.peak, partition))
     return forms
@@ -220,7 +216,7 @@ def student(
         flops = flops - asked_flops if batch.micro else 0
     if recomputed and built is not None:
         built.clip.set_grad_checkpointing(True)  # type: ignore[operator]
-    forward, saved, backward = _step(module, lambda: inputs(batch.micro, batch.asked), drop=drop)
+    forward, saved, backward, features = _step(module, lambda: inputs(batch.micro, batch.asked), drop=drop)
     given = inputs(batch.local, batch.asked_local)
     made = raw = 0
     if built is not None:
@@ -231,7 +227,7 @@ def student(
     return StudentCost(
         name, tuple(trained), dtype.itemsize, forward, saved, backward, made, raw, flops, recomputed, width,
         tuple(frozen), asked_flops, BACKWARD_FLOPS if full else BACKWARD_FLOPS - 1,
-        module.answering.decoder.image_tokens if isinstance(module, vlm.Learner) else 0,
+        module.answering.decoder.image_tokens if isinstance(module, vlm.Learner) else 0, features,
     )  # fmt: skip
 
 
@@ -267,8 +263,8 @@ def _form(tower: nn.Module, activations: int, partition: Settings) -> TowerForm:
     )
 
 
-def _step(module: nn.Module, inputs: Callable[[], Sequence[Any]], *, drop: bool) -> tuple[int, int, int]:
-    """Bytes beside weights: peak of the forward, held after it, peak of the backward."""
+def _step(module: nn.Module, inputs: Callable[[], Sequence[Any]], *, drop: bool) -> tuple[int, int, int, int]:
+    """Bytes beside weights: peak of the forward, held after it, peak of the backward; and of the outputs (B, h, w, C)."""
     watch = MemoryTracker("meta")
     watch.ignore([*module.parameters(), *module.buffers()])
     dropped = [parameter for parameter in module.parameters() if drop and parameter.requires_grad]
@@ -282,7 +278,7 @@ def _step(module: nn.Module, inputs: Callable[[], Sequence[Any]], *, drop: bool)
     for hook in hooks:
         hook.remove()
     module.zero_grad(set_to_none=True)
-    return forward, saved, watch.peak
+    return forward, saved, watch.peak, sum(value.nbytes for value in outputs.values() if value.ndim == 4)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

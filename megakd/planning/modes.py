@@ -50,6 +50,7 @@ class PlannedJob:
     """What of a run is the same in every mode. student_zero and teacher_zero: how DeepSpeed is set for each.
 
     pairs, questions: of a step, over all ranks; 0 where there are none. rounds: micro-batches of a step. answer_teacher: of a decoder.
+    kept: bytes of what losses read of each teacher's blocks, for the pairs of a rank.
     """
 
     student: StudentCost
@@ -65,6 +66,7 @@ class PlannedJob:
     gpu: rates.Gpu
     per_node: int
     answer_teacher: AnswerTeacherCost | None = None
+    kept: tuple[int, ...] = ()
 
     @property
     def local(self) -> int:
@@ -126,7 +128,11 @@ def row(job: PlannedJob, mode: Mode) -> Row:
     batch += asked.raw
     standing = of.weights + of.optimizer + of.standing + teacher.weights + asked.weights + batch
     read = asked.logits - asked.logits // job.rounds + asked.activations  # the last micro-batch, beside the logits of the others
-    at_reading = max(teacher.input + teacher.activations + teacher.gathered, read)
+    # Patch tokens of one micro-batch after the other, then all of a teacher's joined; they are held to the end of the step.
+    kept, most = sum(job.kept), max(job.kept, default=0)
+    joined = kept + (most if mode.placement else 0)
+    reading = max(teacher.activations + teacher.gathered + kept - most // job.rounds, joined)
+    at_reading = max(teacher.input + reading, kept + read)
     # Only losses over pairs need all micro-batches at once; those of answers add up.
     accumulated = job.rounds > 1 and job.pairs > 0
     backward = student.backward + (0 if of.keeps else of.gradients)
@@ -135,20 +141,23 @@ def row(job: PlannedJob, mode: Mode) -> Row:
     inputs = student.input if job.rounds > 1 else 0
     # From the second micro-batch on there are gradients already.
     forward = student.forward + (of.gradients if of.keeps and job.rounds > 1 else 0)
-    after = standing + asked.logits
+    after = standing + asked.logits + kept
+    # What heads give of patch tokens, of all micro-batches: as it comes, joined, and the gradient at it.
+    features = job.student.features * job.rounds
+    cached = 3 * features if accumulated else 0
     places = {
         "teacher": standing + at_reading,
-        "student forward": after + of.gathered + inputs + max(forward, student.input),
-        "loss": after + of.gathered + inputs + at_loss + job.loss.memory,
-        "backward": after + of.gathered + inputs + max(forward, backward, of.gradients + of.reducing),
-        "update": after + of.updating,
+        "student forward": after + cached + of.gathered + inputs + max(forward, student.input),
+        "loss": after + of.gathered + inputs + at_loss + job.loss.memory + (2 * features if accumulated else 0),
+        "backward": after + cached + of.gathered + inputs + max(forward, backward, of.gradients + of.reducing),
+        "update": after + max(cached, features) + of.updating,
     }
     parts = {
         "student weights": of.weights, "gradients": max(of.gradients, of.standing), "optimizer": of.optimizer,
         "student activations": max(student.forward, student.saved), "student gathered": of.gathered,
         "teacher weights": teacher.weights + asked.weights, "teacher gathered": teacher.gathered,
         "teacher activations": max(teacher.activations + teacher.input, read),
-        "loss": job.loss.memory, "batch": batch,
+        "loss": job.loss.memory + kept + cached, "batch": batch,
     }  # fmt: skip
     forwards, backwards = (2 * job.rounds if accumulated else job.rounds), job.rounds
     wire = {

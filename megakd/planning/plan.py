@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from megakd.models.heads import ModelShape, ObjectiveHead
-from megakd.objectives.cost import LossShape
+from megakd.models.patches import Weights
+from megakd.objectives.cost import FP32, LossShape
 from megakd.objectives.set import ObjectiveSet
 from megakd.planning import models, rates, vlm, zero
 from megakd.planning.cluster import GB, IN_PIECES, OUTSIDE, Cluster
@@ -103,12 +104,16 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
         answer_teacher = vlm.answer_teacher(recipe.answers, student.image_tokens, shares.asked, shares.asked_local, kind)
     widths = [teacher.width for teacher in teachers]
     elements = (student.element, teacher_settings.element)
+    kept = tuple(
+        sum(local * read.count * read.width * (FP32 if isinstance(what, Weights) else elements[1]) for what, read in shape.patches.items())
+        for shape in shapes[1:]
+    )
     shape = LossShape(
         pairs, cluster.gpus, (student.width, sum(widths)), elements, len(teachers), recipe.kernels.ring, device, tuple(shapes)
     )
     return PlannedJob(
         student, teachers, objectives.cost(shape), objectives.backends, student_zero, teacher_settings,
-        pairs, cluster.gpus, questions, rounds, rates.gpu(cluster.kind), cluster.per_node, answer_teacher,
+        pairs, cluster.gpus, questions, rounds, rates.gpu(cluster.kind), cluster.per_node, answer_teacher, kept,
     )  # fmt: skip
 
 

@@ -213,4 +213,4 @@ def test_the_planner_counts_what_the_loss_holds(recipe_file: Path, dtype: torch.
         objectives.losses(embeddings_with(attention__0=own), [embeddings_with(**{"patches__-2": other})])["attention"].backward()
     models = _shape(Patches(64, 24, (8, 8))), _shape(Patches(256, 48, (16, 16)))
     shape = LossShape(64, 1, (4, 4), (dtype.itemsize, dtype.itemsize), 1, False, CPU, models)
-    assert objectives.cost(shape).memory - other.nbytes == pytest.approx(watch.peak, rel=0.1)
+    assert objectives.cost(shape).memory == pytest.approx(watch.peak, rel=0.1)
