@@ -10,7 +10,7 @@ from megakd.vqa import evaluate
 
 def numbers(results: Mapping[str, Any]) -> dict[str, float]:
     """Every score by its path, as "retrieval/NAME/image_to_text/R@1", for a monitor: fractions and counts of unreadable samples."""
-    kinds = ("zero_shot", "retrieval", "hard_negatives", "vqa")
+    kinds = ("zero_shot", "retrieval", "hard_negatives", "diagnostics", "vqa")
     return {path: value for kind in kinds for path, value in _leaves(kind, results.get(kind, {}))}
 
 
@@ -39,9 +39,32 @@ def lines(results: dict[str, Any]) -> str:
     for name, by_kind in results.get("hard_negatives", {}).items():
         kinds = ", ".join(f"{kind} {scores['accuracy']:.1%} of {scores['pairs']}{_lost(scores)}" for kind, scores in by_kind.items())
         rows.append(f"  hard negatives {name} (chance 50%): {kinds}")
+    for name, found in results.get("diagnostics", {}).items():
+        rows += diagnostics(name, found)
     if "vqa" in results:
         rows.append(evaluate.lines(results["vqa"]))
     return "\n".join(rows)
+
+
+def diagnostics(name: str, found: Mapping[str, Any]) -> list[str]:
+    """The main numbers of student and teacher on one set; a line for each teacher."""
+    teachers = {role: numbers for role, numbers in found.items() if isinstance(numbers, Mapping)} or {"teacher": found}
+    rows = []
+    for role, of in teachers.items():
+        parts = [
+            ("linear CKA", [(side, f"cka_{side}", "{:.3f}") for side in ("image", "text", "patch")]),
+            ("mutual neighbours", [(side, f"knn_{side}", "{:.1%}") for side in ("image", "text")]),
+            ("rows", [("KL", "rows_kl", "{:.3g} nats"), ("top-1", "rows_top1", "{:.1%}"), ("rank", "rows_spearman", "{:.3f}")]),
+            ("row entropy", [("student", "student_row_entropy", "{:.3g}"), ("teacher", "teacher_row_entropy", "{:.3g} nats")]),
+        ]
+        shown = [
+            f"{title} " + ", ".join(f"{label} {form.format(of[key])}" for label, key, form in keys if key in of)
+            for title, keys in parts
+            if any(key in of for _, key, _ in keys)
+        ]
+        beside = f" beside {role}" if len(teachers) > 1 else ""
+        rows.append(f"  diagnostics {name} ({found['pairs']} pairs){beside}: {'; '.join(shown)}")
+    return rows
 
 
 def _lost(scores: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from megakd.evaluation.sets import sets_of
 from megakd.evaluation.suite import Suite, open_sets
 from megakd.export import clip_folder
 from megakd.models import clip
+from megakd.recipe import Recipe, texts
 from megakd.recipe import load as recipes
 from megakd.runtime import checkpoint as checkpoints
 from megakd.runtime import collectives, launch, run_folder
@@ -39,21 +40,32 @@ def evaluate(run: str | Path, checkpoint: str | Path | None = None, overrides: S
     >>> sorted(scores["retrieval"]["test"]["image_to_text"])
     ['R@1', 'R@10', 'R@5']
     """
-    with _process_group() as world:
+    with process_group() as world:
         return _scores(Path(run), checkpoint, overrides, world)[0]
 
 
 def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
     """`evaluate`, written to RUN/evaluation.json and printed."""
-    with _process_group() as world:
+    with process_group() as world:
         results, path = _scores(run, chosen, overrides, world)
         if world.is_main:
+            results |= _diagnostics_of(run, results)
             run_folder.write_json(run / run_folder.EVALUATION, results)
             print(f"{path}\n{report.lines(results)}\nwritten to {run / run_folder.EVALUATION}")
 
 
+def _diagnostics_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """What training has written of the same step and sets beside its scores: it takes the teacher, which is not loaded here."""
+    try:
+        earlier = texts.read_json(run / run_folder.EVALUATION, "")
+    except ValueError:
+        return {}
+    same = isinstance(earlier, dict) and all(earlier.get(key) == results[key] for key in ("step", "sets"))
+    return {"diagnostics": earlier["diagnostics"]} if same and "diagnostics" in earlier else {}
+
+
 @contextlib.contextmanager
-def _process_group() -> Iterator[World]:
+def process_group() -> Iterator[World]:
     """For a block; of one process where no launcher has started several."""
     try:
         yield launch.start()
@@ -63,16 +75,30 @@ def _process_group() -> Iterator[World]:
 
 def _scores(run: Path, chosen: str | Path | None, overrides: Sequence[str], world: World) -> tuple[dict[str, Any], Path]:
     """The scores, and the checkpoint that they belong to."""
+    recipe = recipe_of(run, overrides)
+    path = collectives.by_main(lambda: Path(chosen) if chosen else newest(run), world)
+    sets = open_sets(recipe, world)
+    if not sets:
+        raise ValueError(f"{run}: its recipe names no evaluation set; add one with --set evaluation.retrieval.NAME=SHARDS")
+    step, encoder = student_of(recipe, path, world)
+    scores = Suite(sets, encoder, world, recipe.data.workers, StopPoller(world)).run()
+    return {"step": step, "sets": sets_of(recipe), **scores}, path
+
+
+def recipe_of(run: Path, overrides: Sequence[str]) -> Recipe:
+    """A run's recipe with overrides. Raises ValueError where there is no run, and for a run without a student of pairs."""
     if not (run / run_folder.RUN).is_file():
         raise ValueError(f"{run}: no run folder (it has no {run_folder.RUN}); give the --out of a training run, such as runs/smoke")
     recipe, _ = recipes.load(str(run / run_folder.RUN), overrides, to_compare=True)
     recipes.check_given(recipe.evaluation, str(run / run_folder.RUN), "evaluation.")
     if recipe.student is None or not recipe.active():
         raise ValueError(f"{run}: a run of answers alone is scored at its end; `megakd answer {run}/bundle` asks its decoder")
-    path = collectives.by_main(lambda: Path(chosen) if chosen else _newest(run), world)
-    sets = open_sets(recipe, world)
-    if not sets:
-        raise ValueError(f"{run}: its recipe names no evaluation set; add one with --set evaluation.retrieval.NAME=SHARDS")
+    return recipe
+
+
+def student_of(recipe: Recipe, path: Path, world: World) -> tuple[int, Encoder]:
+    """The student of a checkpoint, and the steps behind it."""
+    assert recipe.student is not None
     progress, weights = checkpoints.load_weights(path)
     # The weights that the run started from may be gone, and only they tell how images are prepared.
     _, preprocess = clip.configuration(recipe.student, "student")
@@ -82,11 +108,10 @@ def _scores(run: Path, chosen: str | Path | None, overrides: Sequence[str], worl
     _check_fits(path, built.clip, weights)
     clip_folder.load_clip(built.clip, weights)
     encoder = Encoder(built.clip.to(world.device).eval(), built.preprocess, description.tokenize, world.device, recipe.evaluation.batch)
-    scores = Suite(sets, encoder, world, recipe.data.workers, StopPoller(world)).run()
-    return {"step": progress.step, "sets": sets_of(recipe), **scores}, path
+    return progress.step, encoder
 
 
-def _newest(run: Path) -> Path:
+def newest(run: Path) -> Path:
     """The newest valid checkpoint. Raises ValueError where there is none."""
     path = checkpoints.latest_valid(run, print)
     if path is not None:

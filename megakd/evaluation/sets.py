@@ -15,11 +15,14 @@ from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.transforms import rgb_image
 from megakd.evaluation import hard_negatives
+from megakd.evaluation.diagnostics.pair import FEWEST, MOST
 from megakd.evaluation.zero_shot import CLASSES, ClassSet, read_class_set
 from megakd.recipe import Recipe
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
 
+# Keys of [evaluation] that recipes did not always have: the checksum of one without them is what it was.
+_ADDED = ("diagnostics",)
 _TRIED = 16  # samples of a set that are read at the start, until one can be read
 # Reasons that only the indexes know: samples that are in no row of them.
 _LOST = ("truncated_tar", "unused_members")
@@ -32,9 +35,10 @@ class Sets:
     zero_shot: dict[str, tuple[ShardSet, ClassSet]] = field(default_factory=dict)
     retrieval: dict[str, ShardSet] = field(default_factory=dict)
     hard_negatives: dict[str, ShardSet] = field(default_factory=dict)
+    diagnostics: dict[str, ShardSet] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.zero_shot or self.retrieval or self.hard_negatives)
+        return bool(self.zero_shot or self.retrieval or self.hard_negatives or self.diagnostics)
 
 
 def open_sets(recipe: Recipe, world: World) -> Sets:
@@ -72,6 +76,14 @@ def open_sets(recipe: Recipe, world: World) -> Sets:
             ("image", "caption", "json"),
             lambda sample: hard_negatives.negatives_of(labelled(sample, "json"), sample.where),
         )
+    for name, patterns in recipe.evaluation.diagnostics.items():
+        key = f"evaluation.diagnostics.{name}"
+        opened = sets.diagnostics[name] = shards(patterns, key, ("image", "caption"), lambda _: None)
+        if not FEWEST <= len(opened) <= MOST:
+            raise ValueError(
+                f"{key}: {len(opened)} samples; neighbours and ranks need {FEWEST}, and rows of similarities are formed of up to {MOST}: "
+                f"give {'more' if len(opened) < FEWEST else 'fewer'} shards"
+            )
     return sets
 
 
@@ -87,6 +99,7 @@ def check_label(label: int, classes: ClassSet, where: str) -> None:
 def sets_of(recipe: Recipe) -> str:
     """A checksum of the sets that a recipe is scored on, by which scores on other sets are recognised."""
     settings = recipe.evaluation.model_dump(mode="json", exclude={"every", "batch", "vqa_batch"})
+    settings = {key: value for key, value in settings.items() if value or key not in _ADDED}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

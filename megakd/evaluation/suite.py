@@ -94,7 +94,7 @@ class Suite:
             own.labels += _listed(batch.cls)
         facts, lost = self._everyones(own, shards, key)
         image_ND = self._gather(images, f"{key}: image")
-        class_CD = _finite(zero_shot.class_embeddings(self._encoder, classes), f"{key}: class")
+        class_CD = finite(zero_shot.class_embeddings(self._encoder, classes), f"{key}: class")
         scores = zero_shot.accuracies(image_ND, torch.tensor(facts.labels, dtype=torch.int64), class_CD, lost)
         return {**scores, "unreadable": lost, "repeated_classes": len(classes.names) - len(set(classes.names))}
 
@@ -156,7 +156,7 @@ class Suite:
             raise ValueError(f'{key}: no sample has hard negatives; its .json members need {{"negatives": {{KIND: FALSE CAPTION}}}}')
         results = {}
         for kind in kinds:
-            margins = _finite(torch.tensor(facts.margins[kind], dtype=torch.float64), f"{key}, {kind}: similarity")
+            margins = finite(torch.tensor(facts.margins[kind], dtype=torch.float64), f"{key}, {kind}: similarity")
             wrong = lost - sum(kind not in by_kind for by_kind in known)
             pairs = len(margins) + wrong
             results[kind] = {"accuracy": (margins > 0).sum().item() / pairs, "pairs": pairs, "unreadable": wrong}
@@ -212,14 +212,15 @@ class Suite:
     def _gather(self, batches: list[Tensor], what: str) -> Tensor:
         """(N, D), of all ranks in rank order. Raises ValueError on every rank when one is not finite."""
         local = torch.cat(batches) if batches else torch.zeros(0, self._encoder.width)
-        return _finite(collectives.gather_rows(local, self._world), what)
+        return finite(collectives.gather_rows(local, self._world), what)
 
 
 def _listed(values: Tensor | None) -> list[Any]:
     return [] if values is None else values.tolist()
 
 
-def _finite(values: Tensor, what: str) -> Tensor:
+def finite(values: Tensor, what: str) -> Tensor:
+    """The values, (N,) or (N, D). Raises ValueError, naming `what`, where one is not finite."""
     good = values.isfinite() if values.ndim == 1 else values.isfinite().all(dim=1)
     if not good.all():
         raise ValueError(

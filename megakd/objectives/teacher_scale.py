@@ -93,7 +93,7 @@ class TeacherScales:
         batch that is unlike the others cannot take more than one.
         """
         if role not in self.state:
-            self.state[role] = _bisected(teacher, target, ranks)
+            self.state[role] = bisected(teacher, target, ranks)
             _tell_of_an_end(role, float(self.state[role].exp()), float(target))
         else:
             entropy, variance = row_entropy(teacher, self.state[role].exp(), ranks)
@@ -121,7 +121,7 @@ class TeacherScales:
         return LossCost(panels + gathered, wire, 2 * shape.pairs * local * sum(widths))
 
 
-def _bisected(teacher: Embeddings, target: Tensor, ranks: Ranks) -> Tensor:
+def bisected(teacher: Embeddings, target: Tensor, ranks: Ranks) -> Tensor:
     """The logarithm of the scale at which the batch's entropy is `target`; where none between LOWEST and HIGHEST is, the nearer end."""
     low, high = (target.new_tensor(math.log(end)) for end in (LOWEST, HIGHEST))
     for _ in range(BISECTIONS):

@@ -22,6 +22,9 @@ class Evaluation(Section):
         default_factory=dict,
         description='shards whose samples have in their .json {"negatives": {KIND: FALSE CAPTION, ...}}; scored by kind, of any names',
     )
+    diagnostics: dict[SetName, str] = Field(
+        default_factory=dict, description="shards of pairs that student and teacher are compared on: likeness of embeddings, not scores"
+    )
     vqa: dict[Name, QuestionSource] = Field(default_factory=dict, description="questions for the decoder, as in answers.train")
     vqa_batch: int = Field(64, gt=0, le=10**6, description="questions answered at once")
     answer_tokens: int = Field(10, gt=0, le=10**6, description="longest answer that the decoder generates")

@@ -31,7 +31,10 @@ _FREE = (
     *("name", "data.workers", "data.cache", "data.max_bad_fraction", "kernels.backend", "kernels.ring"),
     *("student.recipe", "student.activation_checkpointing", "decoder.recipe", "answers.teacher.recipe"),
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_FREE),
-    *(f"evaluation.{key}" for key in ("every", "batch", "zero_shot", "retrieval", "hard_negatives", "vqa_batch", "answer_tokens")),
+    *(
+        f"evaluation.{key}"
+        for key in ("every", "batch", "zero_shot", "retrieval", "hard_negatives", "diagnostics", "vqa_batch", "answer_tokens")
+    ),
     *(f"evaluation.vqa.*.{key}" for key in ("format", "questions", "annotations", "images", "image_name", "split")),
     *("checkpoint.every", "checkpoint.keep", "export.heads", "log.every", "watchdog.limit"),
 )

@@ -237,7 +237,7 @@ class Recipe(ScheduledSections, Sources):
             raise ValueError("evaluation.vqa: there is no [decoder] to answer")
         if self.answers is not None and self.answers.tower == "trained" and self.student is None:
             raise ValueError("answers.tower = 'trained': there is no [student], and so no tower")
-        clip_sets = [kind for kind in ("zero_shot", "retrieval", "hard_negatives") if getattr(self.evaluation, kind)]
+        clip_sets = [kind for kind in ("zero_shot", "retrieval", "hard_negatives", "diagnostics") if getattr(self.evaluation, kind)]
         if clip_sets and not self.active():
             raise ValueError(f"evaluation.{clip_sets[0]}: without an objective the student's text tower is not trained: take the set out")
         return self

@@ -16,7 +16,7 @@ from torch import Tensor
 from megakd.models.embeddings import Embeddings
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
-from megakd.teachers.base import LiveTeacher, Teacher
+from megakd.teachers.base import LiveTeacher
 
 StoreMiss = Literal["teacher", "fail"]
 # (samples (M,), view numbers (M,), type of the pixels) -> what `Teacher.embed` takes, on the device; one row of anything for M = 0
@@ -72,7 +72,7 @@ class StoredTeacher:
         dtype: torch.dtype,
         world: World,
         miss: StoreMiss,
-        build: Callable[[], Teacher],
+        build: Callable[[], LiveTeacher],
         reread: Reread,
         where: Callable[[int], str],
         piece: int,
@@ -84,7 +84,7 @@ class StoredTeacher:
         self.width, self.dtype, self.misses, self.damaged = width, dtype, 0, 0
         self._scale, self._bias = _scalars(scale, bias, world)
         self._world, self._miss, self._build, self._reread, self._where, self._piece = world, miss, build, reread, where, piece
-        self._live: Teacher | None = None
+        self._live: LiveTeacher | None = None
 
     def recall(
         self,
@@ -127,15 +127,19 @@ class StoredTeacher:
         self.misses += total
         self.damaged += damaged
 
-    def _teach(self, index_M: Tensor, view_M: Tensor, most: int, blocks: tuple[int, ...]) -> Embeddings:
-        """The live teacher's embeddings of M samples. Every rank makes as many calls as the one with `most` samples needs."""
+    def live(self) -> LiveTeacher:
+        """The model itself, loaded at the first call. A collective."""
         if self._live is None:
             self._live = self._build()
-        parts = []
+        return self._live
+
+    def _teach(self, index_M: Tensor, view_M: Tensor, most: int, blocks: tuple[int, ...]) -> Embeddings:
+        """The live teacher's embeddings of M samples. Every rank makes as many calls as the one with `most` samples needs."""
+        live, parts = self.live(), []
         for start in range(0, most, self._piece):
             asked = slice(start, start + self._piece)
             count = len(index_M[asked])
-            found = self._live.embed(*self._reread(index_M[asked], view_M[asked], self._live.dtype), blocks)
+            found = live.embed(*self._reread(index_M[asked], view_M[asked], live.dtype), blocks)
             features = {name: rows[:count] for name, rows in found.features.items()}
             parts.append(found._replace(image=found.image[:count], text=found.text[:count], features=features))
         return Embeddings.joined(parts)

@@ -18,6 +18,7 @@ from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
 from megakd.data.store.reader import Store
 from megakd.data.transforms import TowerView, normalise
+from megakd.evaluation.diagnostics.compare import Shown, compare
 from megakd.evaluation.encoder import Encoder
 from megakd.evaluation.suite import Sets, Suite, open_sets
 from megakd.export import clip_folder
@@ -39,7 +40,7 @@ from megakd.runtime.preemption import StopPoller
 from megakd.runtime.run_folder import MODEL, RunLog
 from megakd.runtime.stopwatch import Stopwatch
 from megakd.teachers import build
-from megakd.teachers.base import Teacher, settings_of
+from megakd.teachers.base import LiveTeacher, Teacher, settings_of
 from megakd.teachers.cached import StoredTeacher, TextStoredTeacher
 from megakd.training.tasks.base import StepPart, Task, loading
 
@@ -155,7 +156,15 @@ class PairData:
             else:
                 log.say(self.store.outline())
                 teachers[role] = build.stored_teacher(self.store, recipe, description, self.shards, world, piece=piece, say=log.say)
-        return Distill(self, teachers, config, world)
+        shown: dict[str, Shown] = {}
+        student: Any = clip.on_meta(self.student).clip
+        for role, teacher in teachers.items() if self.sets.diagnostics else ():
+            if isinstance(teacher, StoredTeacher):
+                log.say(f"evaluation.diagnostics: {role} is loaded beside its store, which has no embeddings of these sets")
+                teacher = teacher.live()
+            assert isinstance(teacher, LiveTeacher | TextStoredTeacher)
+            shown[role] = Shown.beside(student.visual, self.teachers[role], teacher, piece, log.say)
+        return Distill(self, teachers, shown, config, world)
 
 
 def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: bool) -> PairData:
@@ -166,6 +175,12 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
     objectives = ObjectiveSet(recipe, world.device, dist.group.WORLD if world.size > 1 else None)
     use_teacher = objectives.needs_teacher and not to_come
     teachers = {role: clip.resolve(settings, role) for role, settings in recipe.weighted_teachers().items() if use_teacher}
+    if recipe.evaluation.diagnostics and not objectives.needs_teacher:
+        missing = "no objective with a weight uses it, so it is not loaded" if recipe.teacher else "there is none"
+        raise ValueError(
+            f"evaluation.diagnostics.{next(iter(recipe.evaluation.diagnostics))}: compares the student with its [teacher], and {missing}: "
+            "take it out; after the run `megakd diagnose RUN --teacher MODEL` compares it with any"
+        )
     for model in (student, *teachers.values()):
         if model.has_text:
             objectives.check_bias(model.role, model.has_bias)
@@ -185,15 +200,17 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
 
 
 class Distill(Task):
-    """The pairs of a run. teachers: by role, live or from their store."""
+    """The pairs of a run. teachers: by role, live or from their store; shown: those that diagnostics compare the student with."""
 
     adds_up = False
     items = "samples"
 
-    def __init__(self, data: PairData, teachers: Mapping[str, AnyTeacher], config: DsConfig, world: World) -> None:
+    def __init__(
+        self, data: PairData, teachers: Mapping[str, AnyTeacher], shown: Mapping[str, Shown], config: DsConfig, world: World
+    ) -> None:
         self.weights, self.backends = data.objectives.weights, data.objectives.backends
         self.logged, self.in_a_step = ("scale", *data.objectives.logged), data.recipe.optim.batch
-        self._data, self._teachers, self._config, self._world = data, teachers, config, world
+        self._data, self._teachers, self._shown, self._config, self._world = data, teachers, shown, config, world
         live = {role: data.teachers[role] for role, teacher in teachers.items() if not isinstance(teacher, StoredTeacher)}
         self._seen_by = {"student": data.student, **live}  # models that are shown the pairs themselves
         self._preprocess = {role: preprocessing(model) for role, model in self._seen_by.items()}
@@ -268,14 +285,17 @@ class Distill(Task):
         self._data.objectives.restore({name: value for name, value in state.items() if not name.startswith(f"{DIVERGENCE}.")})
 
     def evaluate(self, weights: dict[str, Tensor], step: int, folder: Path, interruptions: StopPoller) -> dict[str, Any]:
-        """The student's towers on the recipe's image-text sets."""
+        """The student's towers on the recipe's image-text sets, and beside its teachers'."""
         if not self._data.sets:
             return {}
         data, device = self._data, self._world.device
         clip_folder.load_clip(self._replica, weights)
         towers = self._replica.to(device).eval()
         encoder = Encoder(towers, self._preprocess["student"], data.student.tokenize, device, data.recipe.evaluation.batch)
-        results = Suite(data.sets, encoder, self._world, data.recipe.data.workers, interruptions).run()
+        workers = data.recipe.data.workers
+        results = Suite(data.sets, encoder, self._world, workers, interruptions).run()
+        if data.sets.diagnostics:
+            results["diagnostics"] = compare(data.sets.diagnostics, encoder, self._shown, self._world, workers, interruptions)
         self._replica.to("cpu")
         return results
 
