@@ -23,12 +23,13 @@ LAYERS = (
     {"megakd.recipe", "megakd.version", "megakd_kernels"},
     {"megakd.runtime"},
     {"megakd.data", "megakd.models"},
-    {"megakd.objectives", "megakd.study", "megakd.teachers", "megakd.vqa"},
+    {"megakd.objectives", "megakd.teachers", "megakd.vqa"},
     {"megakd.export"},
     {"megakd.planning"},
     {"megakd.benchmarks", "megakd.evaluation"},
     {"megakd.training"},
     {"megakd.jobs", "megakd.train"},
+    {"megakd.study"},
     {"megakd", "megakd.cli"},
 )
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}

@@ -30,7 +30,9 @@ def scipy_stats() -> Any:
     try:
         from scipy import stats
     except ImportError as error:
-        raise ValueError(f"the statistics of a study need scipy, which is not there ({error}); pip install 'megakd[study]'") from error
+        raise ValueError(
+            f"the statistics of a study need scipy, which is not there ({error}); `pip install scipy` (or -e '.[study]' in the repository)"
+        ) from error
     return stats
 
 

@@ -1,0 +1,1 @@
+"""A study's page, tables and figures."""

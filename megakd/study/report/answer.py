@@ -1,0 +1,107 @@
+"""The answer to a study's question, in two sentences with numbers, or what is missing for one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megakd.study.report.summary import LEVEL, Followed, Summary, labels
+from megakd.study.report.tables import shown, signed
+from megakd.study.results import DONE
+
+
+@dataclass(frozen=True)
+class Answer:
+    """verdict: a word or three; sentences: what it rests on."""
+
+    verdict: str
+    sentences: tuple[str, str]
+
+    @property
+    def shown(self) -> tuple[str, str]:
+        """The sentences, each with a capital."""
+        first, second = (text[:1].upper() + text[1:] for text in self.sentences)
+        return first, second
+
+    @property
+    def text(self) -> str:
+        """In one line."""
+        return " ".join((f"{self.verdict}:", *filter(None, (self.sentences[0], self.shown[1]))))
+
+
+def answer(summary: Summary) -> Answer:
+    """By Spearman's correlation of the main score of teachers and of their students under plain KD, in the setting with most cells."""
+    main, setting = summary.results.main, summary.main_setting
+    done = sum(row.status == DONE for row in summary.cells)
+    if main is None or setting is None or not done:
+        return Answer("No answer yet", (f"{done} of {len(summary.cells)} cells are finished, and none has a score.", ""))
+    here = [found for found in summary.followed if found.setting == setting and found.score == main]
+    plain = next((found for found in here if found.method == summary.plain_kd), None)
+    if plain is None or plain.order.spearman.value is None:
+        reason = plain.order.spearman.reason if plain is not None else _why_no_order(summary)
+        first = f"how students follow their teachers in {main.title} cannot be said: {reason}."
+        return Answer("Too little data", (first, _best_gain(summary)))
+    spearman, wrong = plain.order.spearman, plain.order.wrong_pairs
+    varied = ", ".join(f"{axis} {value}" for axis, value in labels(setting, summary.settings).items())
+    counted = f"{spearman.n} teachers, {plain.order.students} students{f'; {varied}' if varied else ''}"
+    correlation = f"under {plain.method}, {main.title} of students and teachers has a Spearman correlation of {_number(spearman.value)}"
+    share = f"{_percent(wrong.value)} of the pairs of teachers"
+    if spearman.low is None or spearman.high is None:
+        first = f"{correlation} ({counted}), and {share} are in the wrong order; {spearman.reason}."
+        return Answer("Too little data", (first, _best_other(here, plain)))
+    verdict = "Yes" if spearman.low > 0 else "No, the reverse" if spearman.high < 0 else "Undecided"
+    if verdict != "Undecided" and (spearman.p is None or spearman.p >= LEVEL):
+        verdict += f", with these {spearman.n} teachers, which are too few to speak of others"
+    interval = f"95% interval {_number(spearman.low)} to {_number(spearman.high)}"
+    first = f"{correlation} ({interval}; {counted}), and {share} ({_percent(wrong.low)} to {_percent(wrong.high)}) are in the wrong order."
+    return Answer(verdict, (first, _best_other(here, plain)))
+
+
+def _best_other(here: list[Followed], plain: Followed) -> str:
+    others = [found for found in here if found is not plain and found.order.spearman.value is not None]
+    if not others:
+        return "no other method has enough cells to be compared in this."
+    best = max(others, key=lambda found: found.order.spearman.value or -1.0)
+    spearman, over = best.order.spearman, best.over_plain
+    interval = f" ({_number(spearman.low)} to {_number(spearman.high)})" if spearman.low is not None and spearman.high is not None else ""
+    if over is None or over.value is None or over.low is None or over.high is None:
+        than = "which has no interval against it"
+    else:
+        clear = "more" if over.low > 0 else "less" if over.high < 0 else "which is no clear difference"
+        than = f"{_number(over.value)} {clear}" if clear in ("more", "less") else clear
+        than += f" ({_number(over.low)} to {_number(over.high)})"
+    said = f"of {len(others)} other methods, {best.method} has the highest:" if len(others) > 1 else f"under {best.method} it is"
+    return f"{said} {_number(spearman.value)}{interval}, {than}."
+
+
+def _best_gain(summary: Summary) -> str:
+    main, setting = summary.results.main, summary.main_setting
+    found = [of for of in summary.by_method if of.group.setting == setting and main is not None and of.group.mean(main.path) is not None]
+    if main is None or not found:
+        return "No finished cell has that score."
+    best = max(found, key=lambda of: of.group.mean(main.path) or 0.0)
+    gain, seeds = best.gains.get(main.path), len(best.group.by_seed[main.path])
+    over = ""
+    if gain is not None and gain.value is not None:
+        interval = f", interval {signed(gain.low)} to {signed(gain.high)}" if gain.low is not None and gain.high is not None else ""
+        over = f", {signed(gain.value)} points over {summary.results.plain} ({gain.n} seed{'s' * (gain.n != 1)}{interval})"
+    value = shown(best.group.mean(main.path) or 0.0)
+    return f"The highest mean is that of {best.group.method}: {value}% of {seeds} seed{'s' * (seeds != 1)}{over}."
+
+
+def _why_no_order(summary: Summary) -> str:
+    main, setting = summary.results.main, summary.main_setting
+    if main is None or setting is None or summary.plain_kd is None:
+        return "no finished cell has a teacher"
+    taught = summary.students(setting, summary.plain_kd, main.path)
+    own = summary.teacher_means(main.path).keys() & taught.keys()
+    if len(taught) < 2:
+        return f"under {summary.plain_kd} there are students of {len(taught)} teacher{'s' * (len(taught) != 1)}"
+    return f"of the {len(taught)} teachers that have students under {summary.plain_kd}, {len(own)} have that score themselves"
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f}".replace("-", "−")
+
+
+def _percent(value: float | None) -> str:
+    return "?" if value is None else f"{100 * value:.0f}%"

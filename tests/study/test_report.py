@@ -1,0 +1,281 @@
+"""`megakd report`: the page, its Markdown and its CSV say the same numbers, whatever state a study is in and whatever its names are."""
+
+from __future__ import annotations
+
+import csv
+import html
+import re
+import statistics
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from megakd.cli import app
+from megakd.study.report.page import compose
+from megakd.study.results import read_study
+from support.study_folders import FAMILIES, PLAIN, RETRIEVAL, VQA, Page, write_json, write_run, write_study
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "$\\frac{1}{ {{ 7 * 7 }} {% raw %} |pipe| `code` [link](javascript:alert(1)) *star*",
+    "half a surrogate \ud800, \u202egnirts\n\x00 and a new line",
+    "long " + "x" * 5000,
+    "' OR 1=1 -- &amp; &lt;",
+    "]]> --> </svg></style></table>",
+]
+
+
+def follows(teacher: str | None, method: str, seed: int) -> float:
+    """Under similarity students follow T1, T2, T3; under patch they go the other way; seeds differ a little."""
+    strength = int(teacher[-1]) if teacher and teacher[-1].isdigit() else 0
+    slope = {"similarity": 0.02, "patch": -0.03}.get(method, 0.0)
+    return 0.5 + slope * strength + 0.001 * ((7 * seed + 3 * strength + len(method)) % 5)
+
+
+def report(*arguments: Path | str) -> str:
+    finished = CliRunner().invoke(app, ["report", *map(str, arguments)], catch_exceptions=False)
+    assert finished.exit_code == 0, finished.output
+    return finished.output
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study of three teachers, two methods and none, three seeds, with its report."""
+    folder = write_study(tmp_path_factory.mktemp("whole") / "study", follows)
+    report(folder)
+    return folder
+
+
+def test_the_answer_has_its_numbers_and_is_printed_with_the_pages_place(whole: Path) -> None:
+    said = report(whole)
+    shown = Page.read(whole / "report.html").shown
+    for text in (said, " ".join(shown.split())):
+        assert "under similarity, VQA of students and teachers has a Spearman correlation of 1.00" in text.replace("Under", "under")
+        assert "3 teachers, 9 students" in text
+        assert "patch it is −1.00" in text
+    assert "Yes, with these 3 teachers, which are too few to speak of others" in said
+    assert said.strip().endswith(str(whole / "report.html"))
+
+
+def test_the_page_has_every_row_of_the_csv_with_the_same_numbers(whole: Path) -> None:
+    head, *shown = Page.read(whole / "report.html").tables["rows"]
+    rows = rows_of(whole)
+    assert [row["id"] for row in rows] == [cells[0].text for cells in shown]
+    assert len(rows) == 21 + 3
+    for row, cells in zip(rows, shown, strict=True):
+        by_title = dict(zip((cell.text for cell in head), cells, strict=True))
+        for axis in ("teacher", "student", "method", "steps", "data", "seed", "status"):
+            assert by_title[axis].text == (row[axis] or "–")
+        for title, path in (("VQA", VQA), ("retrieval", RETRIEVAL)):
+            assert by_title[title].value == row[path]
+            assert by_title[title].text == f"{100 * float(row[path]):.1f}"
+
+
+def test_means_spreads_and_gains_of_the_page_are_those_of_the_csv(whole: Path) -> None:
+    rows = [row for row in rows_of(whole) if row["kind"] == "cell"]
+    page = Page.read(whole / "report.html")
+    head, *shown = page.tables["methods"]
+    titles = [cell.text for cell in head]
+    assert titles == ["method", "cells", "VQA", "over none, points", "retrieval"]
+    plain = [float(row[VQA]) for row in rows if row["method"] == PLAIN]
+    for cells in shown:
+        method = cells[0].text
+        for path, column in ((VQA, 2), (RETRIEVAL, 4)):
+            by_seed = [
+                statistics.fmean(float(row[path]) for row in rows if (row["method"], row["seed"]) == (method, str(seed)))
+                for seed in range(3)
+            ]
+            assert float(cells[column].value or "") == pytest.approx(statistics.fmean(by_seed), abs=1e-12)
+            assert f"± {100 * statistics.stdev(by_seed):.1f}" in cells[column].text
+            if path == VQA and method != PLAIN:
+                gain = statistics.fmean(one - other for one, other in zip(by_seed, plain, strict=True))
+                assert float(cells[3].value or "") == pytest.approx(gain, abs=1e-12)
+    head, *shown = page.tables["families"]
+    assert [cell.text for cell in head] == ["method", *FAMILIES]
+    for cells in shown:
+        for name, cell in zip(FAMILIES, cells[1:], strict=True):
+            values = [float(row[f"vqa/test/by_family/{name}/accuracy"]) for row in rows if row["method"] == cells[0].text]
+            assert float(cell.value or "") == pytest.approx(statistics.fmean(values), abs=1e-12)
+
+
+def _markdown_tables(text: str) -> list[list[list[str]]]:
+    found: list[list[list[str]]] = []
+    for block in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        lines = [line for line in block.strip().split("\n") if not re.fullmatch(r"\|[-:|]+\|", line)]
+        found.append([[_plain(cell) for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines])
+    return found
+
+
+def _plain(cell: str) -> str:
+    cell = re.sub(r"(?<!\\)\*\*", "", cell)
+    return " ".join(html.unescape(re.sub(r"\\(.)", r"\1", cell)).split())
+
+
+@pytest.mark.parametrize("names", ["plain", "hostile"])
+def test_the_markdown_has_the_pages_tables(names: str, whole: Path, tmp_path: Path) -> None:
+    folder = whole
+    if names == "hostile":
+        folder = write_study(tmp_path / "study", follows, methods=HOSTILE[:3], teachers=HOSTILE[3:6], seeds=2)
+        report(folder)
+    tables = _markdown_tables((folder / "report.md").read_text(encoding="utf-8"))
+    shown = [[[" ".join(cell.text.split()) for cell in row] for row in rows] for rows in Page.read(folder / "report.html").tables.values()]
+    # a mark is set off by a space in one of them
+    assert [[[re.sub(" ([▲▼])", r"\1", cell) for cell in row] for row in rows] for rows in tables] == shown
+
+
+def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
+    more = {"title": HOSTILE[0], "question": HOSTILE[1], "command": HOSTILE[2], "data": {HOSTILE[1]: HOSTILE[0]}, "commit": HOSTILE[6]}
+    more["hypotheses"] = [
+        {"name": name, "prediction": name, "measure": name, "threshold": 0.1, "verdict": {"holds": None, name: name}} for name in HOSTILE
+    ]
+    folder = write_study(
+        tmp_path / "study", follows, methods=HOSTILE, teachers=[f"{name} {place}" for place, name in enumerate(HOSTILE)], seeds=2,
+        more=more,
+        status=lambda teacher, method, seed: ("failed", HOSTILE[seed]) if method == HOSTILE[6] else ("done", ""),
+    )  # fmt: skip
+    report(folder)
+    text, page = (folder / "report.html").read_text(encoding="utf-8"), Page.read(folder / "report.html")
+    assert page.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert "<script>alert" not in text.replace("aria-label", "")
+    assert HOSTILE[0] in page.shown
+    assert HOSTILE[1] in page.shown
+    assert "{{ 7 * 7 }} {% raw %}" in page.shown
+    assert page.shown.count("x" * 5000) > 1
+    for picture in (folder / "figures").glob("*.svg"):
+        ElementTree.parse(picture)
+    for svg in re.findall(r"<svg .*?</svg>", text, re.DOTALL):
+        ElementTree.fromstring(svg)
+    for line in (folder / "report.md").read_text(encoding="utf-8").splitlines():
+        assert not re.search(r"(?<!\\)<(script|img)", line)
+
+
+def test_the_page_is_one_file_that_may_load_nothing(whole: Path) -> None:
+    text = (whole / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    assert not re.search(r"""(src|href)=["'](?!#)""", text)
+    assert "url(" not in text.replace("url(#", "")
+    assert len(text.encode()) < 3_000_000
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert sorted(ids) == sorted(set(ids))
+
+
+def test_every_figure_is_in_the_page_and_a_file_of_each_kind(whole: Path) -> None:
+    page, files = Page.read(whole / "report.html"), sorted(path.name for path in (whole / "figures").iterdir())
+    assert files == sorted(f"{name}.{kind}" for name in page.figures for kind in ("svg", "png"))
+    # curves by score, a heat map, a loss and two scores by step
+    assert {"methods_0", "teachers_0_0", "teachers_0_1", "heat_0", "learning_0_0", "learning_0_1", "learning_0_2"} == set(page.figures)
+
+
+def test_a_report_is_the_same_when_it_is_made_again(whole: Path) -> None:
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file() and path.suffix != ".png"}
+    report(whole)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_figures_of_an_earlier_report_go_and_files_of_others_stay(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", follows, seeds=1)
+    report(folder)
+    content = folder / "study.json"
+    assert (folder / "figures" / "heat_0.svg").exists()
+    write_json(content, {"format": 1, "cells": []})
+    report(folder)
+    assert list((folder / "figures").iterdir()) == []
+    (folder / "figures" / "mine.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"figures holds files that no report wrote \(mine.png\); choose another --out"):
+        report(folder)
+
+
+def test_significant_differences_are_marked_after_holms_correction_over_the_table(tmp_path: Path) -> None:
+    """Ten seeds: one method is clearly above none, one a hair, one below in retrieval alike."""
+    gain = {PLAIN: 0.0, "better": 0.1, "same": 0.0, "worse": -0.1}
+    folder = write_study(
+        tmp_path / "study", lambda teacher, method, seed: 0.5 + gain[method] + 0.01 * ((seed * 7 + len(method) * 3) % 11) / 11,
+        methods=("better", "same", "worse"), teachers=("T1",), seeds=10,
+    )  # fmt: skip
+    report(folder)
+    _, *rows = Page.read(folder / "report.html").tables["methods"]
+    marks = {cells[0].text: "".join(re.findall("[▲▼]", " ".join(cell.text for cell in cells))) for cells in rows}
+    assert marks == {PLAIN: "", "better": "▲▲", "same": "", "worse": "▼▼"}
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_too_little_data_is_said_plainly(seeds: int, tmp_path: Path) -> None:
+    def said(*teachers: str) -> str:
+        return compose(read_study(write_study(tmp_path / str(len(teachers)), follows, teachers=teachers, seeds=seeds)), []).answer.text
+
+    assert "Too little data: how students follow their teachers in VQA cannot be said: 2 teachers: a rank correlation needs 3" in said(
+        "T1", "T2"
+    )
+    three, one = said("T1", "T2", "T3"), said("T1")
+    assert three.startswith("Too little data" if seeds == 1 else "Yes")
+    assert "one seed of T1, T2, T3: an interval needs two of each teacher" in three or seeds == 2
+    assert "under similarity there are students of 1 teacher" in one
+    assert "The highest mean is that of similarity: 52." in one
+
+
+def test_a_study_without_a_finished_cell_has_a_page(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", follows, status=lambda *_: ("missing", ""))
+    assert "No answer yet: 0 of 21 cells are finished" in report(folder)
+    write_json(folder / "study.json", {"format": 1})
+    assert "No answer yet: 0 of 0 cells" in report(folder)
+    assert "rows" not in Page.read(folder / "report.html").tables
+
+
+def test_a_study_under_way_has_its_finished_cells_and_the_last_words_of_the_others(tmp_path: Path) -> None:
+    def status(teacher: str | None, method: str, seed: int) -> tuple[str, str]:
+        if method == "patch" and seed == 1:
+            return "failed", "line one\nerror: loss is nan"
+        return ("running", "") if teacher == "T3" and seed == 2 else ("done", "")
+
+    folder = write_study(tmp_path / "study", follows, status=status)
+    report(folder)
+    page = Page.read(folder / "report.html")
+    _, *troubles = page.tables["troubles"]
+    assert sum(cells[3].text == "line one\nerror: loss is nan" for cells in troubles) == 3
+    assert sum(cells[2].text == "running" for cells in troubles) == 2
+    cells_of = {cells[0].text: cells[1].text for cells in page.tables["methods"][1:]}
+    assert cells_of == {PLAIN: "3 of 3", "similarity": "8 of 9", "patch": "5 of 9"}
+    # seed 2 of similarity lacks a teacher, and counts in no mean over all three
+    similarity = next(cells for cells in page.tables["methods"] if cells[0].text == "similarity")
+    seeds = [statistics.fmean(follows(f"T{number}", "similarity", seed) for number in (1, 2, 3)) for seed in (0, 1)]
+    assert float(similarity[2].value or "") == pytest.approx(statistics.fmean(seeds), abs=1e-12)
+
+
+def test_runs_without_a_study_and_a_single_run_have_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        write_run(Path(f"runs/plain{seed}"), 0.4 + seed / 10, 0.2, seed=seed)
+    Path("runs/notes.txt").write_text("", encoding="utf-8")
+    said = report(*sorted(Path("runs").iterdir()))
+    assert said.endswith("report/report.html\n")
+    rows = rows_of(Path("report"))
+    assert [(row["id"], row["method"], row["seed"], row["status"]) for row in rows] == [
+        ("plain0", "no KD", "0", "done"), ("plain1", "no KD", "1", "done"),
+    ]  # fmt: skip
+    assert "1 paths are files" in Path("report/report.md").read_text(encoding="utf-8")
+    report("runs/plain1", "--out", "one")
+    assert [row[VQA] for row in rows_of(Path("one"))] == ["0.5"]
+    assert Page.read(Path("one/report.html")).shown.count("plain1") >= 2
+    report("runs", "--out", "below")  # the run folders in it
+    assert len(rows_of(Path("below"))) == 2
+
+
+def test_what_is_no_study_and_no_run_is_one_message(tmp_path: Path) -> None:
+    for path, message in ((tmp_path / "no", "is not there"), (tmp_path, "neither a study")):
+        with pytest.raises(ValueError, match=message):
+            report(path)
+    (tmp_path / "study.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"study.json: cannot be read"):
+        report(tmp_path)
+    write_json(tmp_path / "study.json", {"format": 2})
+    with pytest.raises(ValueError, match="format 2, where this megakd reads 1"):
+        report(tmp_path)

@@ -1,0 +1,149 @@
+"""The page of a report in a real browser: Debian's Chromium, driven by playwright. BROWSER_TESTS=require makes its absence a failure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from megakd.study import found_runs
+from megakd.study.report import page as report_page
+from support.study_folders import write_study
+
+CHROMIUM = shutil.which("chromium")
+WIDTHS = (400, 900, 1400)
+
+
+def score(teacher: str | None, method: str, seed: int) -> float:
+    strength = int(teacher[-1]) if teacher and teacher[-1].isdigit() else 0
+    return 0.4 + 0.01 * strength * len(method) % 0.3 + 0.002 * seed
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of a page with everything on it: a failed cell with a long message, a very long name, methods beyond the colours."""
+    methods = ("similarity", "patch", "a method whose name is longer than any column of a table should ever be", "x" * 300, *"abcdefg")
+    more = {"hypotheses": [{"name": "h", "prediction": "it rises", "measure": "order", "threshold": 0.8, "verdict": None}]}
+    folder = write_study(
+        tmp_path_factory.mktemp("page") / "study", score, methods=methods, seeds=2, more=more,
+        status=lambda teacher, method, seed: ("failed", "error: " + "very_long_word" * 40) if method == "b" and seed else ("done", ""),
+    )  # fmt: skip
+    report_page.make(found_runs.read([folder]), folder, ["megakd", "report", "study"])
+    return (folder / "report.html").as_uri()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        (pytest.fail if os.environ.get("BROWSER_TESTS") == "require" else pytest.skip)("needs Debian's package chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # CI runs as root
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def opened(browser: Any, address: str) -> Iterator[Any]:
+    """The page; what the console says and what is asked for are in its lists `said` and `asked`."""
+    page = browser.new_page()
+    page.said, page.asked = [], []
+    page.on("console", lambda message: page.said.append(message.text))
+    page.on("pageerror", lambda error: page.said.append(str(error)))
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.goto(address)
+    yield page
+    page.close()
+
+
+def test_nothing_is_said_on_the_console_and_nothing_else_is_asked_for(opened: Any, address: str) -> None:
+    opened.mouse.wheel(0, 20_000)
+    assert opened.said == []
+    assert opened.asked == [address]
+
+
+def _values(page: Any, table: str, column: int) -> list[float | None]:
+    read = "(rows, column) => rows.map((row) => row.cells[column].dataset.value ?? null)"
+    values = page.eval_on_selector_all(f"table[data-table={table}] tbody tr", read, column)
+    return [None if value is None else float(value) for value in values]
+
+
+def test_a_table_sorts_by_each_head_and_what_is_missing_comes_last(opened: Any) -> None:
+    heads = opened.locator("table[data-table=methods] thead th")
+    for column in (2, 3):  # the main score, and the gain, which the first row has not
+        before = _values(opened, "methods", column)
+        known = sorted((value for value in before if value is not None), reverse=True)
+        missing = [None] * (len(before) - len(known))
+        head = heads.nth(column)
+        assert head.get_attribute("aria-sort") == "none"
+        head.locator("button").click()
+        assert (_values(opened, "methods", column), head.get_attribute("aria-sort")) == ([*known, *missing], "descending")
+        head.locator("button").press("Enter")  # without a mouse
+        assert (_values(opened, "methods", column), head.get_attribute("aria-sort")) == ([*known[::-1], *missing], "ascending")
+    assert [heads.nth(column).get_attribute("aria-sort") for column in range(4)] == ["none", "none", "none", "ascending"]
+    heads.nth(0).locator("button").click()
+    names = opened.locator("table[data-table=methods] tbody th").all_inner_texts()
+    assert names == sorted(names, key=str.lower)
+
+
+def test_without_scripts_everything_but_sorting_is_there(browser: Any, address: str) -> None:
+    page = browser.new_context(java_script_enabled=False).new_page()
+    page.goto(address)
+    assert page.locator("thead button").count() == 0
+    assert page.locator("table[data-table=methods] tbody tr").count() == 12
+    page.locator("details summary").first.click()
+    assert page.locator("table[data-table=combinations]").is_visible()
+    page.context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_page_fits_and_is_read_at_every_width(opened: Any, width: int, scheme: str) -> None:
+    """No sidewards scrolling but in a table's frame; every figure in sight, with letters of 8 px or more; contrast as WCAG's AA asks."""
+    opened.set_viewport_size({"width": width, "height": 800})
+    opened.emulate_media(color_scheme=scheme)
+    opened.eval_on_selector_all("details", "all => all.forEach((one) => { one.open = true; })")
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    figures = opened.locator("figure")
+    assert figures.count() == 7
+    for number in range(figures.count()):
+        box = figures.nth(number).locator("svg").bounding_box()
+        assert box["width"] > 250
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+    letters = opened.eval_on_selector_all("figure svg text", "all => all.map((one) => one.getBoundingClientRect().height)")
+    assert min(letters) >= 8
+    for selector in ("h1", ".question", ".answer p", ".caption", "td", "thead th", "nav a", "figure svg text"):
+        assert _contrast(opened, selector) >= 4.5, selector
+
+
+def _contrast(page: Any, selector: str) -> float:
+    """Of the first such element's letters with the first ground behind it that is not transparent (WCAG 2.1)."""
+    return page.eval_on_selector(
+        selector,
+        """(one) => {
+          const light = (colour) => {
+            const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map((part) => part / 255)
+              .map((part) => part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+          };
+          const look = getComputedStyle(one);
+          let ground = one;
+          while (["rgba(0, 0, 0, 0)", "transparent"].includes(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
+          const pair = [light(one instanceof SVGElement ? look.fill : look.color), light(getComputedStyle(ground).backgroundColor)];
+          return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+        }""",
+    )
+
+
+def test_paper_is_white_without_what_is_for_screens_and_with_every_table(opened: Any) -> None:
+    opened.emulate_media(media="print", color_scheme="dark")
+    assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not opened.locator("nav").is_visible()
+    printed = opened.pdf(format="A4")
+    assert printed.startswith(b"%PDF")
+    assert opened.locator("table[data-table=rows]").is_visible()  # opened for the paper
