@@ -19,7 +19,8 @@ class Embeddings(NamedTuple):
     bias: (), added to the logits by sigmoid-trained models (SigLIP), otherwise None.
     projected: outputs of the objectives' trained heads by objective name, each (image, text) in the teacher's width; empty for a teacher.
     features: with B rows each, where an objective reads more. Of a student its heads' other outputs, as HEAD.OUTPUT; of a teacher the
-    patch tokens (B, h, w, C) of its blocks on their grid, or averaged to `teacher.patch_grid`, as "patches.BLOCK".
+    patch tokens (B, h, w, C) of its blocks on their grid, or averaged to `teacher.patch_grid`, as "patches.BLOCK", and the attention of a
+    block, (B, h, w, 1), as "attention.BLOCK".
     """
 
     image: Tensor

@@ -80,6 +80,25 @@ def test_training_from_a_store_has_the_losses_of_the_live_teacher_on_that_grid(
         assert row["losses"] == pytest.approx(expected["losses"], rel=tolerance)
 
 
+def test_attention_maps_come_from_stored_tokens_as_from_live_ones_and_attention_weights_from_none(
+    recipe_file: Path, folder: Path, tmp_path: Path
+) -> None:
+    alone = (
+        "objectives.patch=0",
+        "objectives.patch_relation=0",
+        "objectives.attention=1",
+        "attention={ blocks = [0], teacher_blocks = [-2] }",
+    )
+    runs = {}
+    for store, miss in {"empty": "teacher", "fp32": "fail"}.items():
+        out = _ran(recipe_file, tmp_path / store, folder / store, *alone, "optim.steps=3", f"teacher.store_miss={miss}")
+        runs[store] = [row["losses"]["attention"] for row in rows(out)]
+    assert runs["fp32"] == pytest.approx(runs["empty"], rel=1e-5)
+    refused = train(recipe_file, "--dry_run", sets=(*TEACHER, *alone[:3], "attention.map=weights", f"teacher.store={folder / 'fp32'}"))
+    assert refused.code == 2
+    assert "attention.map = 'weights': teacher.store holds no attention; set it to 'activation'" in refused.err
+
+
 def test_two_ranks_with_different_misses_train_as_one_with_a_whole_store(
     recipe_file: Path, folder: Path, live: Path, tmp_path: Path
 ) -> None:
