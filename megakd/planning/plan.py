@@ -35,6 +35,7 @@ class MemoryPlan:
     """A row a teacher mode. asked: the recipe's own mode. recommended: a mode's name, or None where nothing fits; why: a sentence.
 
     stored: what a million pairs take of a disk in a store with patch tokens, in words; None where the recipe asks for none.
+    beside: what a teacher takes that diagnostics load beside its store, in words; None where none does.
     """
 
     job: PlannedJob
@@ -44,6 +45,7 @@ class MemoryPlan:
     recommended: str | None
     why: str
     stored: str | None
+    beside: str | None
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**asdict(one), "mode": one.mode.name, "bytes": one.bytes, "fits": one.fits(self.cluster.usable)} for one in self.rows]
@@ -52,7 +54,8 @@ class MemoryPlan:
         }
         return {
             "cluster": {**asdict(self.cluster), "usable_bytes": self.cluster.usable}, "job": asdict(self.job), "modes": rows,
-            "asked": self.asked, "recommended": self.recommended, "why": self.why, "stored": self.stored, "assumptions": assumptions,
+            "asked": self.asked, "recommended": self.recommended, "why": self.why, "stored": self.stored, "beside": self.beside,
+            "assumptions": assumptions,
         }  # fmt: skip
 
 
@@ -68,7 +71,9 @@ def plan(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster)
     recommended, why = recommend(rows, cluster)
     settings = recipe.weighted_teachers().get("teacher") if job.teachers else None
     layout = None if settings is None else patch_store(recipe, models.describe(settings, "teacher"), 10**6)
-    return MemoryPlan(job, cluster, rows, asked(recipe, rows), recommended, why, None if layout is None else str(layout))
+    mode = asked(recipe, rows)
+    stored = None if layout is None else str(layout)
+    return MemoryPlan(job, cluster, rows, mode, recommended, why, stored, _beside_store(recipe, rows) if mode == STORE else None)
 
 
 def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster) -> PlannedJob:
@@ -126,6 +131,19 @@ def asked(recipe: Recipe, rows: list[Row]) -> str:
         return STORE
     wanted = (teacher.placement, teacher.int8, teacher.offload, teacher.store is None)
     return next(row.mode.name for row in rows if (row.mode.placement, row.mode.int8, row.mode.offload, row.mode.text) == wanted)
+
+
+def _beside_store(recipe: Recipe, rows: list[Row]) -> str | None:
+    teacher = recipe.teacher
+    if teacher is None or not recipe.evaluation.diagnostics:
+        return None
+    wanted = (teacher.placement, teacher.int8, teacher.offload, True)
+    live = next(row for row in rows if (row.mode.placement, row.mode.int8, row.mode.offload, row.mode.text) == wanted)
+    running = live.parts["teacher gathered"] + live.parts["teacher activations"]
+    return (
+        f"evaluation.diagnostics: the teacher is loaded beside its store, {live.mode.name}: {live.parts['teacher weights'] / GB:.2f} GB of "
+        f"each GPU more than {STORE}, and {running / GB:.2f} GB while it runs, at evaluations alone"
+    )
 
 
 def recommend(rows: list[Row], cluster: Cluster) -> tuple[str | None, str]:

@@ -36,6 +36,8 @@ def show(plan: MemoryPlan, file: Path | None = None) -> None:
     console.print(_work(plan))
     if plan.stored is not None:
         console.print(f"a store of a million pairs by `megakd embed`, for each of its --views: {plan.stored}", markup=False)
+    if plan.beside is not None:
+        console.print(plan.beside, markup=False)
     for line in (
         f"* the recipe's own mode; does it fit (GB): {_verdict(own, plan.cluster.usable)}",
         f"recommended: {plan.recommended} - {plan.why}" if plan.recommended else plan.why,

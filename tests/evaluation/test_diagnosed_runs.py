@@ -16,12 +16,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+import support.image_teachers  # noqa: F401  (registers the models)
 from megakd import load_model
 from megakd.evaluation import report
 from megakd.evaluation.diagnostics import compare, pair
 from megakd.evaluation.diagnostics.cka import Moments
 from megakd.evaluation.encoder import Encoder
 from megakd.models.embeddings import Embeddings
+from megakd.recipe.placements import MODES
 from megakd.runtime.exits import EXIT_USER_ERROR
 from support.runs import ENSEMBLE, TEACHER, curve, events, finish, launch, megakd, ran, settings, train
 
@@ -163,6 +165,27 @@ def test_two_ranks_with_a_partitioned_teacher_and_unreadable_pairs_give_what_one
     two = finish(launch("torchrun", "-m", "megakd.cli", "diagnose", run, *sets, "--set", "teacher.mode=zero3"))
     assert two.code == 0, two.out
     assert json.loads((run / "diagnostics.json").read_text())["diagnostics"]["test"] == pytest.approx(one, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "replicated"])
+def test_every_placement_gives_the_same_numbers(mode: str, run: Path) -> None:
+    lenient = ("teacher.int8_agreement=0",) if mode.endswith("int8") else ()
+    found = diagnosed(run, *settings(f"teacher.mode={mode}", *lenient))["diagnostics"]["test"]
+    exact = {name: value for name, value in of_training(run)["test"].items() if not re.search("rows_|knn|pairs", name)}
+    assert {name: found[name] for name in exact} == pytest.approx(exact, rel=0.1 if mode.endswith("int8") else 1e-4, abs=1e-6)
+
+
+def test_a_teacher_of_images_alone_has_the_numbers_of_images(
+    teacher: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(teacher, tmp_path / "run")
+    of_images = ("--teacher", "timm:megakd_tiny_dinov3", "--set", "teacher.pretrained=random", "--set", pairs(world))
+    found = diagnosed(tmp_path / "run", *of_images)
+    assert found["teachers"] == {"teacher": "timm:megakd_tiny_dinov3"}
+    both = {name for name in found["diagnostics"]["test"] if not name.startswith("student_")}
+    assert both >= {"cka_image", "cka_image_debiased", "cka_patch", "knn_image", "teacher_effective_rank_image"}
+    assert not [name for name in both if "text" in name or name.startswith("rows")]
+    assert "evaluation.diagnostics: teacher sees images alone, and so do they" in capsys.readouterr().out
 
 
 def test_several_teachers_have_a_table_each(recipe_file: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,21 @@ def vit_flops(width: int, layers: int, tokens: int, embed: int, mlp: int = 4) ->
     return 2 * (layers * block + width * embed)
 
 
+def test_diagnostics_beside_a_store_are_said_with_the_teachers_memory(
+    small: planner.Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = {"diagnostics": {"test": "none.tar"}}
+    store = {"model": "ViT-B-32", "pretrained": "random", "store": "somewhere"}
+    plan = planned(teacher=store, evaluation=sets)
+    weights = by_name(small)["replicated bf16"].parts["teacher weights"]
+    assert plan.beside is not None
+    assert f"replicated bf16: {weights / 1e9:.2f} GB of each GPU more than store" in plan.beside
+    report.show(plan, tmp_path / "plan.json")
+    assert plan.beside in capsys.readouterr().out
+    assert json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["beside"] == plan.beside
+    assert planned(teacher=store).beside is planned(evaluation=sets).beside is None
+
+
 def test_the_flops_of_a_vit_are_those_of_the_formula(small: planner.Plan) -> None:
     """ViT-B-32 at 224: 49 patches and a class token; text 77 tokens of width 512. open_clip's own profile says 14.78 GFLOP (of 2)."""
     patches = 2 * 49 * 3 * 32 * 32 * 768

@@ -38,7 +38,11 @@ class Moments:
     def add(self, other: Moments) -> None:
         self.count += other.count
         for name in ("first_P", "second_Q", "first_PP", "second_QQ", "across_PQ"):
-            getattr(self, name).add_(getattr(other, name).to(self.first_P.device))
+            getattr(self, name).add_(getattr(other, name))
+
+    def cpu(self) -> Moments:
+        sums = (self.first_P, self.second_Q, self.first_PP, self.second_QQ, self.across_PQ)
+        return Moments(self.count, *(one.cpu() for one in sums))
 
     def cka(self) -> float | None:
         """From 0 to 1; None where the features of a model do not vary."""

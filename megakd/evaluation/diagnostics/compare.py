@@ -144,8 +144,9 @@ class _Comparison:
 
     def of(self, shards: ShardSet, name: str) -> dict[str, Any]:
         own, key = self._see(shards), f"evaluation.diagnostics.{name}"
+        on_cpu = {role: moments.cpu() for role, moments in own.patches.items()}
         bad, contents, lines, patches = BadCounter(), list[tuple[int, int]](), list[str](), list[dict[str, Moments]]()
-        for of_rank in collectives.everyones((own.bad, own.contents, own.lines, own.patches), self.world):
+        for of_rank in collectives.everyones((own.bad, own.contents, own.lines, on_cpu), self.world):
             bad.merge(of_rank[0])
             contents += of_rank[1]
             lines += of_rank[2]
@@ -161,7 +162,10 @@ class _Comparison:
         seen = {role: self._whole(own, role, key, kept) for role in ("student", *self.teachers)}
 
         def numbers() -> dict[str, dict[str, float]]:
-            on_device = {role: one._replace(image=one.image.to(device), text=one.text.to(device)) for role, one in seen.items()}
+            on_device = {
+                role: one._replace(image=one.image.to(device), text=one.text.to(device), scale=one.scale.to(device))
+                for role, one in seen.items()
+            }
             return {
                 role: pair.numbers(on_device["student"], on_device[role], _summed([of[role] for of in patches if role in of]))
                 for role in self.teachers
