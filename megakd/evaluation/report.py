@@ -10,7 +10,7 @@ from megakd.vqa import evaluate
 
 def numbers(results: Mapping[str, Any]) -> dict[str, float]:
     """Every score by its path, as "retrieval/NAME/image_to_text/R@1", for a monitor: fractions and counts of unreadable samples."""
-    kinds = ("zero_shot", "retrieval", "hard_negatives", "diagnostics", "vqa")
+    kinds = ("zero_shot", "retrieval", "hard_negatives", "diagnostics", "reader", "vqa")
     return {path: value for kind in kinds for path, value in _leaves(kind, results.get(kind, {}))}
 
 
@@ -41,6 +41,16 @@ def lines(results: dict[str, Any]) -> str:
         rows.append(f"  hard negatives {name} (chance 50%): {kinds}")
     for name, found in results.get("diagnostics", {}).items():
         rows += diagnostics(name, found)
+    for name, scores in results.get("reader", {}).items():
+        blind = f", without images {scores['blind']:.1%}" if "blind" in scores else ""
+        beside = f"most frequent answers {scores['majority']:.1%}{blind}"
+        lost = f", {scores['unusable']} could not be asked" if scores["unusable"] else ""
+        rows.append(
+            f"  question reader {name} (closed vocabulary of {scores['answers']} answers, no decoder): {scores['accuracy']:.1%} of "
+            f"{scores['questions']} questions ({scores['metric']}; {beside}){lost}"
+        )
+        if len(families := scores.get("by_family", {})) > 1:
+            rows.append("    " + ", ".join(f"{family} {part['accuracy']:.1%}" for family, part in families.items()))
     if "vqa" in results:
         rows.append(evaluate.lines(results["vqa"]))
     return "\n".join(rows)

@@ -81,6 +81,7 @@ def _scores(run: Path, chosen: str | Path | None, overrides: Sequence[str], worl
     if not sets:
         raise ValueError(f"{run}: its recipe names no evaluation set; add one with --set evaluation.retrieval.NAME=SHARDS")
     step, encoder = student_of(recipe, path, world)
+    sets.check_tower(encoder.clip)
     scores = Suite(sets, encoder, world, recipe.data.workers, StopPoller(world)).run()
     return {"step": step, "sets": sets_of(recipe), **scores}, path
 

@@ -7,6 +7,9 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
 
 from megakd.data.bad_samples import BadCounter, BadSample, located
 from megakd.data.caption_tokens import caption
@@ -16,13 +19,14 @@ from megakd.data.shards import Sample, ShardSet
 from megakd.data.transforms import rgb_image
 from megakd.evaluation import hard_negatives
 from megakd.evaluation.diagnostics.pair import FEWEST, MOST
+from megakd.evaluation.reader import ReaderSet, check_tower, open_readers
 from megakd.evaluation.zero_shot import CLASSES, ClassSet, read_class_set
 from megakd.recipe import Recipe
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
 
 # Keys of [evaluation] that recipes did not always have: the checksum of one without them is what it was.
-_ADDED = ("diagnostics",)
+_ADDED = ("diagnostics", "reader")
 _TRIED = 16  # samples of a set that are read at the start, until one can be read
 # Reasons that only the indexes know: samples that are in no row of them.
 _LOST = ("truncated_tar", "unused_members")
@@ -36,9 +40,16 @@ class Sets:
     retrieval: dict[str, ShardSet] = field(default_factory=dict)
     hard_negatives: dict[str, ShardSet] = field(default_factory=dict)
     diagnostics: dict[str, ShardSet] = field(default_factory=dict)
+    reader: dict[str, ReaderSet] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.zero_shot or self.retrieval or self.hard_negatives or self.diagnostics)
+        return bool(self.zero_shot or self.retrieval or self.hard_negatives or self.diagnostics or self.reader)
+
+    def check_tower(self, model: nn.Module) -> list[str]:
+        """A line for each set that reads patch tokens of this CLIP, perhaps on torch's meta device. Raises ValueError, with the key, where
+        its tower does not give them."""
+        visual: Any = model.visual
+        return check_tower(self.reader, visual)
 
 
 def open_sets(recipe: Recipe, world: World) -> Sets:
@@ -84,6 +95,7 @@ def open_sets(recipe: Recipe, world: World) -> Sets:
                 f"{key}: {len(opened)} samples; neighbours and ranks need {FEWEST}, and rows of similarities are formed of up to {MOST}: "
                 f"give {'more' if len(opened) < FEWEST else 'fewer'} shards"
             )
+    sets.reader = open_readers(recipe, world)
     return sets
 
 

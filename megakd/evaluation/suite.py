@@ -22,6 +22,7 @@ from megakd.data.shards import ShardSet
 from megakd.data.transforms import TowerView
 from megakd.evaluation import hard_negatives, retrieval, zero_shot
 from megakd.evaluation.encoder import Encoder
+from megakd.evaluation.reader import score_readers
 from megakd.evaluation.sets import Sets, check_label, lost_in, open_sets
 from megakd.models.clip import parameters_in
 from megakd.runtime import collectives
@@ -68,8 +69,11 @@ class Suite:
         self._view = TowerView(encoder.preprocess, encoder.tokenize)
         self._images, self._seconds = 0, 0.0
 
-    def run(self) -> dict[str, Any]:
-        """{"zero_shot": {set: ...}, "retrieval": ..., "hard_negatives": ..., "parameters": n, "images_per_second": ...}"""
+    def run(self, *, at_end: bool = True) -> dict[str, Any]:
+        """{"zero_shot": {set: ...}, "retrieval": ..., "hard_negatives": ..., "parameters": n, "images_per_second": ...}
+
+        at_end: with what takes a training of its own, "reader": {set: ...} where the recipe has readers.
+        """
         sets = self._sets
         results: dict[str, Any] = {
             "zero_shot": {name: self._zero_shot(*opened, f"evaluation.zero_shot.{name}") for name, opened in sets.zero_shot.items()},
@@ -80,6 +84,8 @@ class Suite:
         }
         results["parameters"] = parameters_in(self._encoder.clip)
         results["images_per_second"] = self._images / self._seconds if self._seconds else None
+        if at_end and sets.reader:
+            results["reader"] = score_readers(sets.reader, self._encoder, self._world, self._interruptions)
         return results
 
     def _zero_shot(self, shards: ShardSet, classes: zero_shot.ClassSet, key: str) -> dict[str, Any]:

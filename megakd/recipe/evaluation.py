@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from megakd.recipe.section import Name, NonNegative, Section, SetName
-from megakd.recipe.vqa import QuestionSource
+from megakd.recipe.section import Name, NonNegative, Positive, PositiveFloat, Section, SetName
+from megakd.recipe.vqa import QuestionSource, check_image_tokens
+
+
+class Reader(Section):
+    """A question reader over the frozen tower's patch tokens, which chooses among the training set's most frequent answers.
+
+    It is trained and scored at the end of a run, not at each evaluation.every, and by `megakd evaluate`.
+    """
+
+    train: QuestionSource = Field(description="questions that it learns, with answers and images")
+    test: QuestionSource = Field(description="questions that it is scored on, by their benchmark's rules")
+    answers: int = Field(3000, gt=1, le=10**5, description="most frequent training answers, among which it chooses")
+    layer: int = Field(-2, ge=-1000, le=1000, description="the vision tower's block whose output is read, as decoder.layer")
+    image_tokens: int = Field(
+        0, ge=0, le=10**6, description="tokens an image becomes, as decoder.image_tokens: a square number; 0: every patch is one"
+    )
+    width: int = Field(64, gt=0, le=4096, multiple_of=4, description="of its word and image states; 4 attention heads share it")
+    steps: Positive = Field(1000, description="of its training: AdamW, a warm-up of a tenth, then a cosine to 0")
+    batch: Positive = Field(128, description="questions of a step, and those answered at once")
+    lr: PositiveFloat = Field(3e-3, description="peak learning rate")
+    blind: bool = Field(False, description="train a second one that sees no image, and score it beside the first")
+    seed: NonNegative = Field(0, description="of its first weights and the order of its questions; the run's seed has no part in it")
+
+    @model_validator(mode="after")
+    def _square(self) -> Reader:
+        check_image_tokens(self.image_tokens)
+        return self
 
 
 class Evaluation(Section):
@@ -26,5 +52,8 @@ class Evaluation(Section):
         default_factory=dict, description="shards of pairs that student and teacher are compared on: likeness of embeddings, not scores"
     )
     vqa: dict[Name, QuestionSource] = Field(default_factory=dict, description="questions for the decoder, as in answers.train")
+    reader: dict[Name, Reader] = Field(
+        default_factory=dict, description="question readers over the tower's patch tokens, at the end of a run; without a decoder"
+    )
     vqa_batch: int = Field(64, gt=0, le=10**6, description="questions answered at once")
     answer_tokens: int = Field(10, gt=0, le=10**6, description="longest answer that the decoder generates")

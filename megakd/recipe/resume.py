@@ -27,6 +27,7 @@ _TEACHER_REFUSED = (
 _FROM_HERE = "from the step that is gone on from; what was learned before stays"
 _SAME_DATA = "it has to hold the same data, which is checked by names and counts"
 
+_SOURCE = ("format", "questions", "annotations", "images", "image_name", "split")
 _FREE = (
     *("name", "data.workers", "data.cache", "data.max_bad_fraction", "kernels.backend", "kernels.ring"),
     *("student.recipe", "student.activation_checkpointing", "decoder.recipe", "answers.teacher.recipe"),
@@ -35,7 +36,9 @@ _FREE = (
         f"evaluation.{key}"
         for key in ("every", "batch", "zero_shot", "retrieval", "hard_negatives", "diagnostics", "vqa_batch", "answer_tokens")
     ),
-    *(f"evaluation.vqa.*.{key}" for key in ("format", "questions", "annotations", "images", "image_name", "split")),
+    *(f"evaluation.vqa.*.{key}" for key in _SOURCE),
+    *(f"evaluation.reader.*.{part}.{key}" for part in ("train", "test") for key in _SOURCE),
+    *(f"evaluation.reader.*.{key}" for key in ("answers", "layer", "image_tokens", "width", "steps", "batch", "lr", "blind", "seed")),
     *("checkpoint.every", "checkpoint.keep", "export.heads", "log.every", "watchdog.limit"),
 )
 # With what the run says about it.
@@ -90,5 +93,5 @@ def _spelled(parts: list[str]) -> Iterable[str]:
 def change(key: str) -> Change:
     """The class of this key; refused where the table lacks it, as for a section that comes or goes."""
     # a set that is added is named by its own keys, the last one that is taken out by its section's
-    name = "evaluation.vqa.*.format" if key == "evaluation.vqa" else entry(key)
+    name = {"evaluation.vqa": "evaluation.vqa.*.format", "evaluation.reader": "evaluation.reader.*.seed"}.get(key) or entry(key)
     return "refused" if name is None else ON_RESUME[name]

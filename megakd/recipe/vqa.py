@@ -33,6 +33,13 @@ class Lora(Section):
     )
 
 
+def check_image_tokens(image_tokens: int) -> None:
+    """Raises ValueError for a number of tokens that no square grid has."""
+    root = math.isqrt(image_tokens)
+    if root * root != image_tokens:
+        raise ValueError(f"image_tokens = {image_tokens}: a square number (1, 4, 9, ...), or 0 for every patch")
+
+
 class Decoder(Section):
     """A causal language model that reads image tokens: the student's patch tokens, pooled and projected to its width."""
 
@@ -67,9 +74,7 @@ class Decoder(Section):
             )
         if "{question}" not in self.template:
             raise ValueError(f"template = {self.template!r}: it must hold {{question}}")
-        root = math.isqrt(self.image_tokens)
-        if root * root != self.image_tokens:
-            raise ValueError(f"image_tokens = {self.image_tokens}: a square number (1, 4, 9, ...), or 0 for every patch")
+        check_image_tokens(self.image_tokens)
         return self
 
 

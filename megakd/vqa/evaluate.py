@@ -96,12 +96,12 @@ def open_sets(recipe: Recipe, world: World) -> dict[str, Opened]:
         opened = open_questions(source, key, recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
         assert not isinstance(opened, CaptionSet)
         if recipe.student is not None and opened.images is not None:
-            collectives.by_main(partial(_try_images, opened, key, recipe.data), world)
+            collectives.by_main(partial(try_images, opened, key, recipe.data), world)
         sets[name] = Opened(source, opened)
     return sets
 
 
-def _try_images(questions: QuestionSet, key: str, data: Data) -> None:
+def try_images(questions: QuestionSet, key: str, data: Data) -> None:
     """Read questions' images up to the first that can be read, on rank 0. Raises ValueError when the others are too much of the set."""
     bad = BadCounter(seen=len(questions))
     for index in range(min(len(questions), _TRIED)):

@@ -52,7 +52,7 @@ class PairData:
     """Image-text pairs in their order, the models' configurations, and the sets that the student's towers are scored on.
 
     shapes: of the student and of each teacher. heads: what the objectives train beside the towers, in words. texts: whether an objective
-    reads the student's. captions: whether a teacher or an objective reads them.
+    reads the student's. captions: whether a teacher or an objective reads them. of_sets: what is to be known of the sets, in words.
     """
 
     recipe: Recipe
@@ -67,6 +67,7 @@ class PairData:
     captions: bool
     store: Store | None
     sets: Sets
+    of_sets: list[str]
 
     result = MODEL
 
@@ -84,7 +85,7 @@ class PairData:
             teacher += f"; {', '.join(blind)}: images alone, without a part in {', '.join(self.objectives.of_texts) or 'texts'}"
         heads = [f"heads: {self.heads}"] if self.heads else []
         first = f"data: {len(self.shards)} pairs; teacher: {teacher}; objectives: {objectives}"
-        return [first, *heads, *self._of_texts(), *self._of_teachers()]
+        return [first, *heads, *self._of_texts(), *self._of_teachers(), *self.of_sets]
 
     def _of_texts(self) -> list[str]:
         """Whether captions are left unread, and the student's text tower without a gradient."""
@@ -138,6 +139,7 @@ class PairData:
             batch = next(batches)
         first = f"first batch of this rank: {len(batch)} pairs, bad: {batch.bad.by_reason() or 'none'}"
         parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}", *self._of_texts(), *self._of_teachers()]
+        parts += self.of_sets
         if self.store is not None:
             parts.append(self.store.outline())
         elif "teacher" in self.teachers and (layout := build.patch_store(self.recipe, self.teachers["teacher"], len(shards))) is not None:
@@ -196,7 +198,9 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
     order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
     store = build.open_stores(recipe, teachers, shards, world)
     collectives.by_main(lambda: clip_folder.rehearse(student), world)
-    return PairData(recipe, student, objectives, shards, order, teachers, shapes, heads, texts, captions, store, open_sets(recipe, world))
+    sets = open_sets(recipe, world)
+    of_sets = sets.check_tower(clip.on_meta(student).clip) if sets.reader else []
+    return PairData(recipe, student, objectives, shards, order, teachers, shapes, heads, texts, captions, store, sets, of_sets)
 
 
 class Distill(Task):
@@ -293,7 +297,7 @@ class Distill(Task):
         towers = self._replica.to(device).eval()
         encoder = Encoder(towers, self._preprocess["student"], data.student.tokenize, device, data.recipe.evaluation.batch)
         workers = data.recipe.data.workers
-        results = Suite(data.sets, encoder, self._world, workers, interruptions).run()
+        results = Suite(data.sets, encoder, self._world, workers, interruptions).run(at_end=step == data.recipe.optim.steps)
         if data.sets.diagnostics:
             results["diagnostics"] = compare(data.sets.diagnostics, encoder, self._shown, self._world, workers, interruptions)
         self._replica.to("cpu")
