@@ -61,7 +61,7 @@ def test_the_answer_has_its_numbers_and_is_printed_with_the_pages_place(whole: P
         assert "under similarity, VQA of students and teachers has a Spearman correlation of 1.00" in text.replace("Under", "under")
         assert "3 teachers, 9 students" in text
         assert "patch it is −1.00" in text
-    assert "Yes, with these 3 teachers, which are too few to speak of others" in said
+    assert "Yes, for these 3 teachers; they are too few to speak of others" in said
     assert said.strip().endswith(str(whole / "report.html"))
 
 

@@ -18,8 +18,9 @@ WIDTHS = (400, 900, 1400)
 
 
 def score(teacher: str | None, method: str, seed: int) -> float:
-    strength = int(teacher[-1]) if teacher and teacher[-1].isdigit() else 0
-    return 0.4 + 0.01 * strength * len(method) % 0.3 + 0.002 * seed
+    """Gains that are alike in all seeds but for a hair, so that some are significant."""
+    strength = int(teacher[-1]) if teacher else 0
+    return 0.4 + 0.01 * strength * len(method) % 0.3 + 0.002 * seed + 1e-7 * seed * len(method)
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,12 @@ def opened(browser: Any, address: str) -> Iterator[Any]:
     page.goto(address)
     yield page
     page.close()
+
+
+def test_what_is_marked_is_told_to_those_who_hear_the_page_too(opened: Any) -> None:
+    marked = opened.locator("table[data-table=methods] td:has(.mark)")
+    assert marked.count() > 3
+    assert "above the method without a teacher, p = 0.0" in marked.first.text_content()
 
 
 def test_nothing_is_said_on_the_console_and_nothing_else_is_asked_for(opened: Any, address: str) -> None:

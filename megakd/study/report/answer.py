@@ -50,7 +50,7 @@ def answer(summary: Summary) -> Answer:
         return Answer("Too little data", (first, _best_other(here, plain)))
     verdict = "Yes" if spearman.low > 0 else "No, the reverse" if spearman.high < 0 else "Undecided"
     if verdict != "Undecided" and (spearman.p is None or spearman.p >= LEVEL):
-        verdict += f", with these {spearman.n} teachers, which are too few to speak of others"
+        verdict += f", for these {spearman.n} teachers; they are too few to speak of others"
     interval = f"95% interval {_number(spearman.low)} to {_number(spearman.high)}"
     first = f"{correlation} ({interval}; {counted}), and {share} ({_percent(wrong.low)} to {_percent(wrong.high)}) are in the wrong order."
     return Answer(verdict, (first, _best_other(here, plain)))
@@ -100,7 +100,7 @@ def _why_no_order(summary: Summary) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:.2f}".replace("-", "−")
+    return "?" if value is None else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
 
 
 def _percent(value: float | None) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 
 from megakd.study.report.records import Record
 from megakd.study.report.summary import Summary
-from megakd.study.report.tables import AXIS_TITLES, Cell, Column, Table, count, name, shown
+from megakd.study.report.tables import AXIS_TITLES, Cell, Column, Table, count, estimate, name, shown, signed
+from megakd.study.report.verdicts import Verdict, judged
 from megakd.study.results import AXES, DONE, Results
+from megakd.study.statistics import Equivalence
 
 Records = Mapping[str, list[Record]]  # by the id of a row
 FACTS = ("id", "kind", *AXES, "status", "message", "folder", "readout", "parameters", "images_per_second", "sets")
@@ -49,27 +51,26 @@ def cost(summary: Summary, records: Records) -> Table | None:
     return Table("cost", "Cost", caption, columns, tuple(rows))
 
 
-def hypotheses(results: Results) -> Table | None:
-    """What was predicted before the cells ran, and what came out."""
-    if not results.hypotheses:
+def hypotheses(summary: Summary) -> Table | None:
+    """What was predicted before the cells ran, and what came out; a verdict of the study's own is taken as it is."""
+    if not summary.results.hypotheses:
         return None
     rows = []
-    for entry in results.hypotheses:
+    for entry in summary.results.hypotheses:
         threshold = entry.get("threshold")
         rows.append(
             (
                 name(_said(entry.get("name"))),
                 name(_said(entry.get("prediction"))),
-                name(_said(entry.get("measure"))),
+                name(_measure(entry)),
                 Cell(_said(threshold), float(threshold) if isinstance(threshold, int | float) else None),
-                _verdict(entry.get("verdict")),
+                _given(entry["verdict"]) if entry.get("verdict") is not None else _found(judged(summary, entry)),
             )
         )
     titles = (("hypothesis", False), ("prediction", False), ("measure", False), ("threshold", True), ("verdict", False))
     columns = tuple(Column(title, numeric=numeric) for title, numeric in titles)
-    return Table(
-        "hypotheses", "Hypotheses", "Prediction, measure and threshold were written down before the cells ran.", columns, tuple(rows)
-    )
+    caption = "Prediction, measure and threshold were written down before the cells ran; the whole interval has to be beyond the threshold."
+    return Table("hypotheses", "Hypotheses", caption, columns, tuple(rows))
 
 
 def troubles(results: Results) -> Table | None:
@@ -152,12 +153,34 @@ def _said(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _verdict(verdict: Any) -> Cell:
+def _measure(entry: Mapping[str, Any]) -> str:
+    """With the methods that it is of."""
+    measure, method, against = (_said(entry.get(key)) for key in ("measure", "method", "against"))
+    of = f"{method} against {against}" if method and against else method
+    return f"{measure.replace('_', ' ')}: {of}" if of else measure
+
+
+def _found(verdict: Verdict | None) -> Cell:
+    if verdict is None:
+        return Cell("open")
+    if verdict.found is None or verdict.found.value is None:
+        return name(verdict.said if verdict.found is None else f"undecided: {verdict.said}")
+    low, high = verdict.found.low, verdict.found.high
+    number = estimate(verdict.found).text
+    if verdict.points:
+        number = f"{signed(verdict.found.value)} points"
+        level = "90% interval " if isinstance(verdict.found, Equivalence) else ""
+        number += f" ({level}{signed(low)} to {signed(high)})" if low is not None and high is not None else ""
+    return name(f"{_head(verdict.holds)}: {number}, {verdict.said}")
+
+
+def _given(verdict: Any) -> Cell:
     """Whether it "holds" is true, false, or null for what cannot be decided; everything else that a verdict says follows."""
     if not isinstance(verdict, Mapping):
-        return Cell(_said(verdict) or "open: its cells are not all there", _said(verdict) or None)
-    holds = verdict.get("holds")
-    head = VERDICTS[holds] if isinstance(holds, bool) else "undecided"
+        return name(_said(verdict))
     more = [_said(value) if key == "text" else f"{key} {_said(value)}" for key, value in verdict.items() if key != "holds"]
-    text = f"{head}: {', '.join(more)}" if more else head
-    return Cell(text, text)
+    return name(": ".join((_head(verdict.get("holds")), *filter(None, [", ".join(more)]))))
+
+
+def _head(holds: Any) -> str:
+    return VERDICTS[holds] if isinstance(holds, bool) else "undecided"

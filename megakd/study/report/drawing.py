@@ -64,8 +64,10 @@ def matplotlib() -> Any:
     return matplotlib
 
 
-def style(place: int) -> dict[str, Any]:
-    """Of the line of a series."""
+def style(place: int | None) -> dict[str, Any]:
+    """Of the line of a series; None: without a teacher."""
+    if place is None:
+        return {"color": MUTED, "marker": ".", "linestyle": "--", "markersize": 5.5, "linewidth": 1.2}
     turn = place // len(SERIES)
     dash, marker = DASHES[turn % len(DASHES)], MARKERS[place % len(MARKERS)]
     return {"color": colour(place), "marker": marker, "linestyle": dash, "markersize": 4.5}
@@ -173,8 +175,7 @@ def short_title(title: str) -> str:
 def _handle(library: Any, place: int | None, label: str) -> Any:
     from matplotlib.lines import Line2D
 
-    look = style(place) if place is not None else {"color": MUTED, "linestyle": "--", "linewidth": 1.1}
-    return Line2D([], [], label=short(label).lstrip("_") or "_", **look)
+    return Line2D([], [], label=short(label).lstrip("_") or "?", **style(place))  # matplotlib leaves out what begins with _
 
 
 @contextmanager

@@ -228,7 +228,7 @@ def _over_steps(
                     at_step[step].append(factor * value)
             steps = sorted(at_step)
             steps = steps[:: max(1, len(steps) // LONGEST_CURVE)]
-            look = style(summary.place(method)) | ({"marker": "", "linewidth": 1.3} if len(steps) > 12 else {"markersize": 3})
+            look = style(summary.place(method)) | ({"marker": "", "linewidth": 1.2} if len(steps) > 12 else {"markersize": 3})
             axes.fill_between(
                 steps,
                 [min(at_step[step]) for step in steps],

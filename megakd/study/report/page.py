@@ -131,7 +131,7 @@ def compose(results: Results, command: Sequence[str]) -> Report:
         _section("learning", "Learning curves", drawn["learning"]),
         _section("diagnostics", f"Diagnostics against {main}", tables.predictions(summary), drawn["diagnostics"]),
         _section("cost", "Cost", appendix.cost(summary, records)),
-        _section("hypotheses", "Hypotheses", appendix.hypotheses(results)),
+        _section("hypotheses", "Hypotheses", appendix.hypotheses(summary)),
         _section("troubles", "Failed and missing", appendix.troubles(results)),
         _reproduction(summary, appendix.reproduction(results, records)),
     )

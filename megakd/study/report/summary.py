@@ -101,10 +101,14 @@ class Summary:
         usual = next((method for method in PLAIN_KD if teachers.get(method)), None)
         return usual or next((method for method, number in teachers.items() if number and number == max(teachers.values())), None)
 
-    def place(self, method: str) -> int:
-        """Of a method among the series of all figures: those that have a curve over teachers are first, and apart by their colours."""
+    def place(self, method: str) -> int | None:
+        """Of a method among the series of all figures; None for the one without a teacher, which looks like no other.
+
+        Those that have a curve over teachers are first, and apart by their colours.
+        """
         followed = dict.fromkeys(found.method for found in self.followed)
-        return list(dict.fromkeys((*followed, *self.methods))).index(method)
+        series = [one for one in dict.fromkeys((*followed, *self.methods)) if one != self.results.plain]
+        return series.index(method) if method in series else None
 
     @cached_property
     def main_setting(self) -> Setting | None:

@@ -72,17 +72,17 @@ def shown(value: float, path: str = "") -> str:
 
 def signed(value: float) -> str:
     """A difference of two scores, in points; a true minus sign."""
-    return f"{100 * value:+.1f}".replace("-", "−")
+    return f"{round(100 * value, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 def estimate(found: Estimate | None, digits: int = 2, factor: float = 1.0) -> Cell:
     """value (low to high), or a dash with the reason."""
     if found is None or found.value is None:
         return Cell("–", None, note=found.reason if found is not None else "")
-    text = f"{factor * found.value:.{digits}f}".replace("-", "−")
+    text = _rounded(factor * found.value, digits)
     if found.low is None or found.high is None:
         return Cell(text, found.value, note=found.reason)
-    low, high = (f"{factor * end:.{digits}f}".replace("-", "−") for end in (found.low, found.high))
+    low, high = (_rounded(factor * end, digits) for end in (found.low, found.high))
     return Cell(f"{text} ({low} to {high})", found.value)
 
 
@@ -168,8 +168,7 @@ def following(summary: Summary) -> Table | None:
                 name(found.method),
                 *_setting_cells(found.setting, varied),
                 name(found.score.title),
-                count(order.spearman.n),
-                count(order.students),
+                count(order.spearman.n, f"{order.spearman.n} ({order.students})"),
                 estimate(order.spearman),
                 estimate(order.kendall),
                 estimate(order.wrong_pairs, 0, 100),
@@ -178,13 +177,12 @@ def following(summary: Summary) -> Table | None:
             )
         )
     numbers = (
-        "teachers",
-        "students",
+        "teachers (students)",
         "Spearman",
         "Kendall",
         "pairs in the wrong order, %",
         "slope",
-        f"Spearman less that of {summary.plain_kd}",
+        f"Spearman over {summary.plain_kd}",
     )
     texts = ("method", *(AXIS_TITLES[axis] for axis in varied), "score")
     caption = (
@@ -204,8 +202,8 @@ def predictions(summary: Summary) -> Table | None:
     rows = [
         (
             name(found.name.removeprefix(DIAGNOSTICS)),
-            _number(found.r2, "{:.2f}", found.reason),
-            _number(found.rank_correlation, "{:.2f}", found.reason),
+            _number(found.r2, 2, found.reason),
+            _number(found.rank_correlation, 2, found.reason),
             Cell("–", note=found.reason) if found.mean_abs_error is None else Cell(shown(found.mean_abs_error), found.mean_abs_error),
             count(found.n),
             count(found.teachers),
@@ -299,5 +297,10 @@ def _as_number(text: str | None) -> float | str | None:
     return float(text) if text is not None and re.fullmatch(r"\d+", text) else text
 
 
-def _number(value: float | None, form: str, reason: str = "") -> Cell:
-    return Cell("–", None, note=reason) if value is None else Cell(form.format(value).replace("-", "−"), value)
+def _number(value: float | None, digits: int, reason: str) -> Cell:
+    return Cell("–", None, note=reason) if value is None else Cell(_rounded(value, digits), value)
+
+
+def _rounded(value: float, digits: int) -> str:
+    """With a true minus sign, and none before a zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
