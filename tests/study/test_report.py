@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import json
 import re
 import statistics
 import xml.etree.ElementTree as ElementTree
@@ -15,7 +16,8 @@ from typer.testing import CliRunner
 from megakd.cli import app
 from megakd.study.report.page import compose
 from megakd.study.results import read_study
-from support.study_folders import FAMILIES, PLAIN, RETRIEVAL, VQA, Page, write_json, write_run, write_study
+from support import edit_json
+from support.study_folders import FAMILIES, PLAIN, RETRIEVAL, SCORES, VQA, Page, write_json, write_run, write_study
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -220,6 +222,31 @@ def test_too_little_data_is_said_plainly(seeds: int, tmp_path: Path) -> None:
     assert "one seed of T1, T2, T3: an interval needs two of each teacher" in three or seeds == 2
     assert "under similarity there are students of 1 teacher" in one
     assert "The highest mean is that of similarity: 52." in one
+
+
+def test_diagnostics_are_held_against_the_score_best_predictor_first(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", follows)
+    for place, path in enumerate(sorted((folder / "cells").glob("*/evaluation.json"))):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        vqa = content["vqa"]["test"]["accuracy"]
+        write_json(path, {**content, "diagnostics": {"test": {"cka_image": 2 * vqa + 1, "noise": (place * 7) % 11 / 11}}})
+    report(folder)
+    page = Page.read(folder / "report.html")
+    _, first, second = page.tables["predictions"]
+    assert [cell.text for cell in first] == ["test/cka_image", "1.00", "1.00", "0.0", "18", "3"]
+    assert (second[0].text, float(second[1].value or "") < 0.5) == ("test/noise", True)
+    assert {"diagnostic_0", "diagnostic_1"} < set(page.figures)
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "study", follows, seeds=1)
+    edit_json(folder / "cells/1_0/evaluation.json", sets="0dd")
+    edit_json(folder / "study.json", scores=SCORES * 5)
+    edit_json(folder / "study.json", lambda study: [cell["axes"].update(steps=str(place)) for place, cell in enumerate(study["cells"])])
+    section = compose(read_study(folder), []).sections[0]
+    assert section.texts[0].startswith("The cells were scored on 2 different evaluation sets")
+    assert "Figures are of the first 6 of 7 students, steps and data" in section.texts[0]
+    assert "Curves are of the first 8 of 10 scores" in section.texts[0]
 
 
 def test_a_study_without_a_finished_cell_has_a_page(tmp_path: Path) -> None:

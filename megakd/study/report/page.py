@@ -117,7 +117,13 @@ def compose(results: Results, command: Sequence[str]) -> Report:
     main = results.main.title if results.main else "score"
     sections = (
         _section(
-            "result", "Methods compared", tables.methods(summary), drawn["gains"], tables.combinations(summary), tables.families(summary)
+            "result",
+            "Methods compared",
+            tables.methods(summary),
+            drawn["gains"],
+            tables.combinations(summary),
+            tables.families(summary),
+            text=_what_to_know(summary),
         ),
         _section(
             "teachers",
@@ -202,6 +208,23 @@ def _section(key: str, title: str, *parts: Table | Figures | None, text: str = "
     there = tuple(part for part in parts if part is not None and (isinstance(part, Table) or part.figures))
     there = tuple(part for part in there if not isinstance(part, Table) or part.rows)
     return Section(key, title, there, texts=(text,) if text else ()) if there or text else None
+
+
+def _what_to_know(summary: Summary) -> str:
+    """Of how far the tables and figures can be compared, and what of a large study they leave out."""
+    sets = {row.about["sets"] for row in summary.cells if row.status == DONE and "sets" in row.about}
+    said = []
+    if len(sets) > 1:
+        said.append(
+            f"The cells were scored on {len(sets)} different evaluation sets, of which only equal ones can be compared: see the commands."
+        )
+    if len(summary.settings) > figures.MOST_SETTINGS:
+        said.append(
+            f"Figures are of the first {figures.MOST_SETTINGS} of {len(summary.settings)} students, steps and data; tables have all."
+        )
+    if len(summary.results.scores) > figures.MOST_SCORES:
+        said.append(f"Curves are of the first {figures.MOST_SCORES} of {len(summary.results.scores)} scores; tables have all.")
+    return " ".join(said)
 
 
 def _facts(summary: Summary) -> tuple[tuple[str, str], ...]:
