@@ -62,13 +62,3 @@ def test_a_teacher_without_attention_is_one_message_before_anything_is_loaded(re
         assert "teacher: attention.teacher_blocks = -1: a vision tower of class" in refused.err
         assert "set attention.map to 'activation', which every tower has" in refused.err
     assert not (tmp_path / "ConvNeXt").exists()
-
-
-def test_three_ranks_learn_what_one_learns(recipe_file: Path, tmp_path: Path) -> None:
-    learned = (*TEACHER, *ALONE, *WEIGHTS, "optim.steps=3", "optim.batch=12")
-    alone = train(recipe_file, "--out", tmp_path / "alone", sets=(*learned, "teacher.mode=replicated_int8"))
-    assert alone.code == 0, alone.err
-    config = ds_config(tmp_path / "pieces.json", zero_optimization=zero(2), gradient_accumulation_steps=2)
-    three = (*learned, "teacher.mode=zero3_int8")
-    run_ranks(TRAIN, "--recipe", recipe_file, "--out", tmp_path / "three", "--ds_config", config, *settings(*three), ranks=3)
-    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)

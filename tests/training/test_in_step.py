@@ -11,7 +11,7 @@ import pytest
 
 from megakd.runtime import checkpoint
 from support import PROGRAMS
-from support.runs import ENSEMBLE, EVERY_OBJECTIVE, curve, ds_config, rows, run_ranks, settings, zero
+from support.runs import ENSEMBLE, EVERY_OBJECTIVE, TRAIN, curve, ds_config, ran, rows, run_ranks, settings, zero
 
 STEPS, MIDDLE = 20, 10
 EVERYTHING = (
@@ -61,8 +61,8 @@ def runs(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_heads_and_statistics_are_the_same_bits_on_all_ranks_after_twenty_steps(runs: Runs, stage: int) -> None:
     first, second = (rank[f"whole{stage}"]["seen"][str(STEPS)] for rank in runs.ranks)
     assert first == second
-    of = {name.split(".")[0] for name in first["state"]}
-    assert of == {"patch", "teacher_scale"}
+    places = {tuple(name.split(".")[:2]) for name in first["state"]}
+    assert places == {("patch", "0"), ("patch", "1"), ("teacher_scale", "teacher")}
     heads = {name for name in first["parameters"] if name.startswith("heads.")}
     assert bool(heads) == (stage == 2)  # of stage 3 there is one copy
     assert {row["step"] for row in rows(runs.folder / f"whole{stage}")} == set(range(1, STEPS + 1))
@@ -85,3 +85,24 @@ def test_partitioning_the_student_changes_nothing_but_rounding(runs: Runs) -> No
     two, three = (rows(runs.folder / f"whole{stage}")[0]["losses"] for stage in STAGES)
     assert len(two) == len([setting for setting in EVERYTHING if setting.startswith("objectives.")]) + 1
     assert two == pytest.approx(three, rel=1e-4)
+
+
+def test_four_micro_batches_have_the_losses_and_the_gradient_of_one(recipe_file: Path, tmp_path: Path) -> None:
+    """All but masked images, which are drawn by micro-batch."""
+    sets = (*EVERYTHING, "objectives.masked_feature=0", "optim.steps=1", "optim.warmup=0", "teacher.mode=replicated")
+    found = {}
+    for pieces in (1, 4):
+        config = ds_config(tmp_path / f"{pieces}.json", gradient_accumulation_steps=pieces)
+        (found[pieces],) = rows(ran(recipe_file, tmp_path / str(pieces), *sets, config=config))
+    assert found[4]["losses"] == pytest.approx(found[1]["losses"], rel=1e-6)
+    assert found[4]["gradient_norm"] == pytest.approx(found[1]["gradient_norm"], rel=1e-5)
+
+
+def test_three_ranks_learn_what_one_learns(recipe_file: Path, tmp_path: Path) -> None:
+    shared = (*EVERYTHING, "objectives.masked_feature=0", "optim.steps=2", "optim.warmup=0", "optim.batch=12")
+    alone = ran(recipe_file, tmp_path / "alone", *shared, "teacher.mode=replicated_int8")
+    config = ds_config(tmp_path / "pieces.json", zero_optimization=zero(2), gradient_accumulation_steps=2)
+    run_ranks(TRAIN, "--recipe", recipe_file, "--out", tmp_path / "three", "--ds_config", config, *settings(*shared), ranks=3)
+    for found, expected in zip(rows(tmp_path / "three"), rows(alone), strict=True):
+        assert found["losses"] == pytest.approx(expected["losses"], rel=2e-5)
+        assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)

@@ -75,3 +75,23 @@ def test_the_feature_weight_of_clip_kd_is_that_of_its_code() -> None:
 def test_every_recipe_of_a_paper_is_in_the_table_of_objectives() -> None:
     table = (REPOSITORY / "megakd" / "objectives" / "README.md").read_text(encoding="utf-8")
     assert [name for name in PAPERS if f"`{name}`" not in table] == []
+
+
+def test_clip_kds_student_schedule_and_weights_are_those_of_the_paper() -> None:
+    """ViT-T/16 of width 192, not open_clip's model of that name; 32 epochs of CC3M and CC12M."""
+    tower = {"image_size": 224, "layers": 12, "width": 192, "patch_size": 16, "head_width": 64}
+    texts = {"context_length": 77, "vocab_size": 49408, "width": 384, "heads": 6, "layers": 12}
+    for name in ("", "_b16cc", "_b16laion", "_l14laion"):
+        recipe = recipes.load(f"clipkd_vitt16_cc12m{name}")[0]
+        assert recipe.student is not None
+        assert recipe.student.architecture == {"embed_dim": 512, "vision_cfg": tower, "text_cfg": texts}
+        optim = recipe.optim
+        assert (optim.batch, optim.steps, optim.lr, optim.warmup, optim.weight_decay) == (1024, 402_000, 1e-3, 10_000, 0.1)
+        taught = {"similarity": 1.0, "interactive": 1.0, "feature": recipe.objectives.feature} if name else {}
+        assert recipe.active() == {"contrastive": 1.0, **taught}
+
+
+def test_mobileclip2s_teachers_have_its_scales_and_nothing_else_is_learned() -> None:
+    recipe = recipes.load("mobileclip2_s0")[0]
+    assert recipe.active() == {"similarity": 1.0}
+    assert [teacher.scale for teacher in recipe.teachers().values()] == [70.0, 60.0]
