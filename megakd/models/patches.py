@@ -171,7 +171,7 @@ def image_size(visual: nn.Module) -> tuple[int, int]:
 
 def blocks(visual: nn.Module, layer: int, key: str = "decoder.layer") -> nn.Module:
     """The block number `layer`, -1 being the last. Raises ValueError, with the recipe's `key`, without blocks or with fewer."""
-    every = _all_blocks(visual)
+    every = _all_blocks(visual, f"{key} = {layer}")
     if not -len(every) <= layer < len(every):
         raise ValueError(f"{key} = {layer}: the vision tower has {len(every)} blocks, {-len(every)} to {len(every) - 1}")
     return every[layer]
@@ -180,10 +180,10 @@ def blocks(visual: nn.Module, layer: int, key: str = "decoder.layer") -> nn.Modu
 def number_of(visual: nn.Module, layer: int, key: str) -> int:
     """The block's number from 0, whichever way it was counted. Raises ValueError as `blocks` does."""
     blocks(visual, layer, key)
-    return layer % len(_all_blocks(visual))
+    return layer % len(_all_blocks(visual, key))
 
 
-def _all_blocks(visual: nn.Module) -> list[nn.Module]:
+def _all_blocks(visual: nn.Module, named: str) -> list[nn.Module]:
     if isinstance(visual, VisionTransformer):
         if getattr(visual.patch_dropout, "prob", 0.0):
             raise ValueError("vision_cfg.patch_dropout: all patches of an image are read, in their places; set it to 0")
@@ -200,8 +200,8 @@ def _all_blocks(visual: nn.Module) -> list[nn.Module]:
         if hasattr(trunk, _STAGES[0]):
             return [getattr(trunk, name) for name in _STAGES]
     raise ValueError(
-        f"a vision tower of class {type(visual).__name__} has no blocks that are known here: use an open_clip ViT or ResNet, or a timm "
-        f"model with blocks or stages"
+        f"{named}: a vision tower of class {type(getattr(visual, 'trunk', visual)).__name__} has no blocks that are known here: use an "
+        f"open_clip ViT or ResNet, or a timm model with blocks or stages"
     )
 
 

@@ -60,6 +60,10 @@ def test_what_it_cannot_do_is_refused_before_anything_is_loaded(recipe_file: Pat
     refused = train(recipe_file, "--out", tmp_path / "run", sets=(*teacher("dino"), "objectives.similarity=1.0"))
     assert refused.code == 2
     assert "objectives.similarity: compares the student's texts with a teacher's, and teacher (timm:megakd_tiny_dino) sees" in refused.err
+    of_features = ("teacher.model=timm:inception_v4", "teacher.pretrained=random", "objectives.contrastive=0")
+    blockless = train(recipe_file, "--out", tmp_path / "run", sets=(*of_features, "objectives.patch=1", "patch.blocks=[-1]"))
+    assert blockless.code == 2
+    assert "teacher: patch.teacher_blocks = -1: a vision tower of class InceptionV4 has no blocks that are known here" in blockless.err
     with pytest.raises(ValueError, match=r"teacher.model: timm:megakd_tiny_dino has no text tower, and a store holds embeddings of pairs"):
         embed.run(str(recipe_file), embed.EmbedRequest(tmp_path / "store"), check=False, overrides=list(teacher("dino")))
 
