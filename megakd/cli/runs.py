@@ -14,18 +14,39 @@ from megakd.planning.cluster import Cluster
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="run folder; its recipe says on which sets")],
+    run: Annotated[Path | None, typer.Argument(help="run folder; its recipe says on which sets")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="a checkpoint's folder; default: the newest valid one of the run")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting, e.g. evaluation.retrieval.mine=my/*.tar")
     ] = None,
+    model: Annotated[str | None, typer.Option(help="in place of RUN: a model as teacher.model names it, e.g. ViT-B-32, timm:NAME")] = None,
+    pretrained: Annotated[str | None, typer.Option(help="its weights, as teacher.pretrained: a tag, a file, random")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="its tokenizer, as teacher.tokenizer; default: the model's own")] = None,
+    preprocess: Annotated[str | None, typer.Option(metavar="TAG", help="the tag whose preprocessing the weights of a file take")] = None,
+    recipe: Annotated[str | None, typer.Option(help="with --model: a recipe, or run.json, with the sets; default: --set's alone")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="JSON", help="with --model: write the scores to this file as well")] = None,
 ) -> None:
-    """Score a run's student on the recipe's evaluation sets and write RUN/evaluation.json. Starts under torchrun as well."""
+    """Score a run's student on the recipe's evaluation sets and write RUN/evaluation.json, or with --model any model without a run.
+
+    Starts under torchrun as well.
+    """
+    of_models = {"--pretrained": pretrained, "--tokenizer": tokenizer, "--preprocess": preprocess, "--recipe": recipe, "--out": out}
+    if (run is None) == (model is None):
+        raise ValueError("give either a run folder, or a model with --model and --pretrained, not both and not neither")
+    if run is not None and (given := [flag for flag, value in of_models.items() if value is not None]):
+        raise ValueError(f"{given[0]}: goes with --model; a run has a model and sets of its own, and {run}/evaluation.json for its scores")
+    if model is not None and checkpoint is not None:
+        raise ValueError("--checkpoint: is of a run; give the weights of --model with --pretrained")
     from megakd.evaluation import run as evaluation_run
+    from megakd.recipe import Teacher
     from megakd.runtime.console import quiet_libraries
 
     quiet_libraries()
-    evaluation_run.evaluate_run(run, checkpoint, overrides or [])
+    if run is not None:
+        evaluation_run.evaluate_run(run, checkpoint, overrides or [])
+    else:
+        settings = Teacher(model=model, pretrained=pretrained, tokenizer=tokenizer, preprocess=preprocess)
+        evaluation_run.evaluate_model(settings, recipe, overrides or [], out)
 
 
 @from_fields

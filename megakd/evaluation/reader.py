@@ -24,6 +24,7 @@ from megakd.evaluation.patch_features import features, plan_tokens
 from megakd.evaluation.reader_training import Lessons, Seen, Training, standardise
 from megakd.recipe import Data, Recipe
 from megakd.recipe.evaluation import Reader
+from megakd.recipe.schema import Scored
 from megakd.runtime import collectives, watchdog
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
@@ -52,7 +53,7 @@ class ReaderSet:
         return NamedPictures.of([self.train.questions, self.test.questions])
 
 
-def open_readers(recipe: Recipe, world: World) -> dict[str, ReaderSet]:
+def open_readers(recipe: Recipe | Scored, world: World) -> dict[str, ReaderSet]:
     """Every set under evaluation.reader, its questions read and images found. A collective.
 
     Raises ValueError, on every rank and naming the key, for sets that are missing or damaged, and for questions that no reader can learn.

@@ -24,7 +24,7 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, float]]:
 
 def lines(results: dict[str, Any]) -> str:
     """A line for each set, in percent."""
-    rows = [f"evaluation at step {results['step']}:"]
+    rows = [f"evaluation at step {results['step']}:" if "step" in results else f"evaluation of {results['model']}:"]
     for name, scores in results.get("zero_shot", {}).items():
         top1, top5, images = scores["top1"], scores["top5"], scores["images"]
         rows.append(f"  zero-shot {name}: top-1 {top1:.1%}, top-5 {top5:.1%} of {images} images{_lost(scores)}")

@@ -1,4 +1,4 @@
-"""`megakd evaluate RUN`: score a run's weights without the run's engine, teacher or training data."""
+"""`megakd evaluate`: score a run's weights without the run's engine, teacher or training data, or any model without a run."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ import torch
 
 from megakd.evaluation import report
 from megakd.evaluation.encoder import Encoder
-from megakd.evaluation.sets import sets_of
+from megakd.evaluation.sets import TEXT_SETS, sets_of
 from megakd.evaluation.suite import Suite, open_sets
 from megakd.export import clip_folder
 from megakd.models import clip
-from megakd.recipe import Recipe, texts
+from megakd.recipe import Recipe, Teacher, texts
 from megakd.recipe import load as recipes
 from megakd.runtime import checkpoint as checkpoints
-from megakd.runtime import collectives, launch, run_folder
+from megakd.runtime import collectives, files, launch, run_folder
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
+
+# What a model without a run is not scored by, and why.
+_OF_OTHERS = (("vqa", "a decoder answers it"), ("diagnostics", "it compares a student with its teacher: megakd diagnose"))
 
 
 def evaluate(run: str | Path, checkpoint: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -62,6 +65,56 @@ def _diagnostics_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
         return {}
     same = isinstance(earlier, dict) and all(earlier.get(key) == results[key] for key in ("step", "sets"))
     return {"diagnostics": earlier["diagnostics"]} if same and "diagnostics" in earlier else {}
+
+
+def evaluate_model(settings: Teacher, recipe: str | None, overrides: Sequence[str] = (), out: Path | None = None) -> dict[str, Any]:
+    """The scores of any model that a teacher may be, without a run, printed and written to `out`; as `evaluate` gives them, with "model"
+    and "pretrained" in the place of "step".
+
+    recipe: whose evaluation, data and seed count; None: `overrides` say all. Random weights are drawn by the seed. A model of images alone
+    is scored by what reads its images alone.
+
+    Raises ValueError when the model cannot be built, when a set is missing or damaged, and for a set of texts and a model without them.
+    """
+    scored = recipes.load_scored(recipe, overrides)
+    name = settings.model or "own architecture"
+    with process_group() as world:
+        if out is not None:
+            collectives.by_main(lambda: _check_file(out), world)
+        try:
+            description = clip.resolve(settings, "teacher")
+        except ValueError as error:
+            raise ValueError(f"--model {name}: {error}") from error
+        of_texts = [f"evaluation.{kind}.{one}" for kind in TEXT_SETS for one in getattr(scored.evaluation, kind)]
+        if of_texts and not description.has_text:
+            raise ValueError(f"{', '.join(of_texts)}: --model {name} has no text tower; take out what texts are compared with")
+        of_others: dict[str, Any] = {kind: {} for kind, _ in _OF_OTHERS}
+        sets = open_sets(scored.model_copy(update={"evaluation": scored.evaluation.model_copy(update=of_others)}), world)
+        if not sets:
+            raise ValueError("no evaluation set: name some with --set evaluation.retrieval.NAME=SHARDS, or by the --recipe that has them")
+        sets.check_tower(clip.on_meta(description).clip)
+        for kind, why in _OF_OTHERS:
+            if getattr(scored.evaluation, kind) and world.is_main:
+                print(f"evaluation.{kind}: not scored, {why}")
+        torch.manual_seed(scored.seed)
+        built = clip.build(description, torch.device("cpu"))
+        tower = built.clip.to(world.device).eval().requires_grad_(False)
+        encoder = Encoder(tower, built.preprocess, description.tokenize, world.device, scored.evaluation.batch)
+        scores = Suite(sets, encoder, world, scored.data.workers, StopPoller(world)).run()
+        results = {"model": name, "pretrained": settings.pretrained, "sets": sets_of(scored), **scores}
+        if world.is_main:
+            print(report.lines(results))
+            if out is not None:
+                run_folder.write_json(out, results)
+                print(f"written to {out}")
+    return results
+
+
+def _check_file(path: Path) -> None:
+    """Raises ValueError where a file of scores cannot be written."""
+    if path.is_dir():
+        raise ValueError(f"--out {path}: a folder; give the file that the scores are written to, as {path / run_folder.EVALUATION}")
+    files.check_place(path.absolute().parent, "--out")
 
 
 @contextlib.contextmanager

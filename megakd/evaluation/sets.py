@@ -22,12 +22,14 @@ from megakd.evaluation.diagnostics.pair import FEWEST, MOST
 from megakd.evaluation.reader import ReaderSet, check_tower, open_readers
 from megakd.evaluation.zero_shot import CLASSES, ClassSet, read_class_set
 from megakd.recipe import Recipe
+from megakd.recipe.schema import Scored
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
 
 # Keys of [evaluation] that recipes did not always have: the checksum of one without them is what it was.
 _ADDED = ("diagnostics", "reader")
 _TRIED = 16  # samples of a set that are read at the start, until one can be read
+TEXT_SETS = ("zero_shot", "retrieval", "hard_negatives")  # kinds that a model without a text tower is not scored by
 # Reasons that only the indexes know: samples that are in no row of them.
 _LOST = ("truncated_tar", "unused_members")
 
@@ -52,7 +54,7 @@ class Sets:
         return check_tower(self.reader, visual)
 
 
-def open_sets(recipe: Recipe, world: World) -> Sets:
+def open_sets(recipe: Recipe | Scored, world: World) -> Sets:
     """Index every evaluation set and read its first sample with all that its evaluation needs. A collective.
 
     Raises ValueError, on every rank and naming the recipe's key, when a set is missing, empty or of another kind, and when more of its
@@ -108,7 +110,7 @@ def check_label(label: int, classes: ClassSet, where: str) -> None:
         )
 
 
-def sets_of(recipe: Recipe) -> str:
+def sets_of(recipe: Recipe | Scored) -> str:
     """A checksum of the sets that a recipe is scored on, by which scores on other sets are recognised."""
     settings = recipe.evaluation.model_dump(mode="json", exclude={"every", "batch", "vqa_batch"})
     settings = {key: value for key, value in settings.items() if value or key not in _ADDED}

@@ -10,13 +10,15 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from megakd.recipe import Recipe, credentials, resume, texts
-from megakd.recipe.section import union_members
+from megakd.recipe.schema import Scored
+from megakd.recipe.section import Section, union_members
 
+Of = TypeVar("Of", bound=Section)
 MOST_PROBLEMS = 12  # in a message
 
 
@@ -33,7 +35,32 @@ def load(source: str, overrides: Iterable[str] = (), *, to_compare: bool = False
     Raises ValueError, also for values whose credentials were left out of a run.json unless the recipe is only `to_compare` with another.
     """
     settings, origin = _read(source)
+    recipe = _validated(Recipe, settings, origin, list(overrides))
+    if not to_compare:
+        check_given(recipe, origin)
+    return recipe, origin
+
+
+def load_scored(source: str | None, overrides: Iterable[str] = ()) -> Scored:
+    """What a model is scored on without a run: the sections of the recipe `source`, or of none, that say so, with overrides of them alone.
+
+    Raises ValueError as `load`, and for an override of another section.
+    """
+    settings, origin = ({}, "of the command line") if source is None else _read(source)
     applied = list(overrides)
+    for override in applied:
+        section = override.partition("=")[0].strip().partition(".")[0]
+        if section not in Scored.model_fields:
+            raise ValueError(
+                f"--set {override[:200]}: a model without a run is scored by {', '.join(Scored.model_fields)} alone; take it out"
+            )
+    scored = _validated(Scored, {key: value for key, value in settings.items() if key in Scored.model_fields}, origin, applied)
+    check_given(scored, origin)
+    return scored
+
+
+def _validated(section: type[Of], settings: dict[str, Any], origin: str, applied: list[str]) -> Of:
+    """The section of these settings, to which the overrides `applied` are applied. Raises ValueError for what is wrong, key by key."""
     for override in applied:
         _apply(settings, override)
     given = " ".join(f"--set {texts.shown(o)[1:-1] if len(o) > 400 else o}" for o in applied)
@@ -41,15 +68,12 @@ def load(source: str, overrides: Iterable[str] = (), *, to_compare: bool = False
     if problems := list(itertools.islice(texts.impossible(settings), MOST_PROBLEMS)):
         raise ValueError(f"recipe {origin_in_messages}:\n" + "\n".join(f"  {problem}" for problem in problems))
     try:
-        recipe = Recipe.model_validate(settings)
+        return section.model_validate(settings)
     except ValidationError as error:
         errors = error.errors()
         more = [f"  and {len(errors) - MOST_PROBLEMS} more"] if len(errors) > MOST_PROBLEMS else []
         lines = [*map(_explain, errors[:MOST_PROBLEMS]), *more]
         raise ValueError(f"recipe {origin_in_messages}:\n" + "\n".join(lines)) from None
-    if not to_compare:
-        check_given(recipe, origin)
-    return recipe, origin
 
 
 def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:

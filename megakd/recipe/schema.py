@@ -126,6 +126,14 @@ class Sources(Section):
     ensemble: dict[Name, Teacher] = Field(default_factory=dict, description="further teachers by name; losses are means over all by weight")
 
 
+class Scored(Section):
+    """What a model without a run is scored on, of a recipe."""
+
+    seed: int = Field(0, ge=0, lt=2**63 - 1, description="of random weights")
+    data: Data = Data()
+    evaluation: Evaluation = Evaluation()
+
+
 class Recipe(ScheduledSections, Sources):
     """Everything that is learned, and from what."""
 
