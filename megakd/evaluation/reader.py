@@ -21,7 +21,7 @@ from torch import nn
 from megakd.data.bad_samples import BadCounter, BadSample
 from megakd.evaluation.encoder import Encoder
 from megakd.evaluation.patch_features import features, plan_tokens
-from megakd.evaluation.reader_training import Lessons, Seen, Training, standardise
+from megakd.evaluation.reader_training import Lessons, Seen, Training, one_thread, standardise
 from megakd.recipe import Data, Recipe
 from megakd.recipe.evaluation import Reader
 from megakd.recipe.schema import Scored
@@ -159,12 +159,13 @@ def _score(one: ReaderSet, key: str, encoder: Encoder, world: World, interruptio
     given = {}
     for kind in ("seeing", "blind") if settings.blind else ("seeing",):
         training = Training(settings, lessons, seen if kind == "seeing" else None, world.device) if world.is_main else None
-        for step in range(settings.steps):
-            if step % _CHECKED == 0:
-                interruptions.check()
-                watchdog.beat("evaluating")
-            if training is not None:
-                training.step(step)
+        with one_thread(world.device):
+            for step in range(settings.steps):
+                if step % _CHECKED == 0:
+                    interruptions.check()
+                    watchdog.beat("evaluating")
+                if training is not None:
+                    training.step(step)
         given[kind] = collectives.by_main(lambda training=training: _answers(training, one.test.questions, asked, key), world)  # type: ignore[misc, union-attr]
     return collectives.by_main(lambda: _results(one, lessons, given, asked, plan.shape[0]), world)
 

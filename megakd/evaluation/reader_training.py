@@ -7,10 +7,11 @@ Legend: N images, P tokens of an image, C their channels, Q questions, B of a ba
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,6 +122,18 @@ def word_ids(rows: Iterable[list[str]], words: dict[str, int]) -> Tensor:
     ids = [[SUMMARY, *(words.get(word, UNKNOWN) for word in row)] for row in rows]
     longest = max((len(row) for row in ids), default=1)
     return torch.tensor([row + [PAD] * (longest - len(row)) for row in ids], dtype=torch.int64).reshape(-1, longest)
+
+
+@contextlib.contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU this process computes with one thread in here: products this small gain nothing from more, which wait for each other where
+    runs share the cores, and no number of threads then changes a score."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if device.type == "cpu" else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Training:
