@@ -60,11 +60,12 @@ KNOWN_SCORES = (
 
 @dataclass
 class _Run:
-    """A run folder. recipe: as run.json has it, unchecked; problem: why it has none."""
+    """A run folder. recipe: as run.json has it, unchecked; problem: why it has none. name: its own, or its path where another has that."""
 
     folder: Path
     recipe: Mapping[str, Any]
     problem: str
+    name: str = ""
     readouts: list[_Run] = field(default_factory=list)
 
     def section(self, name: str) -> Mapping[str, Any]:
@@ -109,6 +110,8 @@ def _is_run(folder: Path) -> bool:
 
 
 def _read_run(folder: Path) -> _Run:
+    if (folder / STUDY).exists():
+        return _Run(folder, {}, f"a study's folder, no run's: `megakd report {folder}` reads it alone")
     if not _is_run(folder):
         return _Run(folder, {}, f"no run folder: it has neither {RUN} nor {EVALUATION}")
     if not (folder / RUN).exists():  # scores of a model that was not trained here
@@ -124,6 +127,10 @@ def _results(runs: list[_Run], notes: list[str]) -> Results:
     by_name: dict[str, list[_Run]] = defaultdict(list)
     for run in runs:
         by_name[run.folder.absolute().name].append(run)
+    common = Path(*_common_parts([run.folder.absolute() for run in runs]))
+    for run in runs:
+        own = run.folder.absolute()
+        run.name = clean(own.name if len(by_name[own.name]) == 1 else str(own.relative_to(common)))
     readouts = []
     for run in runs:
         tower = _run_of(run.section("student").get("model"), by_name) if run.recipe.get("answers") else None
@@ -137,21 +144,16 @@ def _results(runs: list[_Run], notes: list[str]) -> Results:
     for run in runs:
         if any(run is readout for readout in readouts):
             continue
-        name = clean(run.folder.absolute().name)
         if id(run) in teachers:
-            rows += [replace(row, kind=TEACHER, teacher=name, student=None, method=None) for row in _rows(run, None, None)]
+            rows += [replace(row, kind=TEACHER, teacher=run.name, student=None, method=None) for row in _rows(run, None, None)]
             if not run.teachers():
                 continue
-        names = [
-            found.folder.absolute().name if found else _model_name(section)
-            for found, section in zip(taught_by[id(run)], run.teachers(), strict=True)
-        ]
+        names = [found.name if found else _model_name(section) for found, section in zip(taught_by[id(run)], run.teachers(), strict=True)]
         rows += _rows(run, clean(" + ".join(names)) or None, methods.get(id(run)))
     cells = [row for row in rows if row.kind == CELL]
     plain = Counter(row.method for row in cells if row.teacher is None and row.method and row.method.startswith(NO_KD))
-    common = Path(*_common_parts([run.folder.absolute() for run in runs]))
     return Results(
-        title=f"{len(runs)} runs" if len(runs) > 1 else clean(runs[0].folder.absolute().name),
+        title=f"{len(runs)} runs" if len(runs) > 1 else runs[0].name,
         question="",
         command="",
         commit=None,
@@ -181,7 +183,7 @@ def _rows(run: _Run, teacher: str | None, method: str | None) -> list[Row]:
     of_questions = bool(run.recipe.get("answers"))
     seed, steps = run.recipe.get("seed"), run.section("optim").get("steps")
     row = Row(
-        id=clean(run.folder.absolute().name),
+        id=run.name,
         kind=CELL if run.recipe and (scores or run.readouts or not of_questions) else CONTROL,
         teacher=teacher,
         student=_model_name(run.section("student")) if run.recipe else None,
@@ -197,7 +199,7 @@ def _rows(run: _Run, teacher: str | None, method: str | None) -> list[Row]:
     )
     if len(run.readouts) < 2:
         return [_with_readout(row, readout, row.id) for readout in run.readouts] or [row]
-    return [_with_readout(row, readout, f"{row.id}, {clean(readout.folder.absolute().name)}") for readout in run.readouts]
+    return [_with_readout(row, readout, f"{row.id}, {readout.name}") for readout in run.readouts]
 
 
 def _with_readout(row: Row, readout: _Run, name: str) -> Row:

@@ -23,7 +23,7 @@ FORMAT = 1
 AXES = ("teacher", "student", "method", "steps", "data", "seed")
 DONE, FAILED, MISSING, RUNNING = "done", "failed", "missing", "running"
 CELL, TEACHER, CONTROL = "cell", "teacher", "control"
-LONGEST_MESSAGE = 2000  # characters; of a longer one the end, where the error is
+LONGEST_MESSAGE = 1000  # characters; of a longer one the end, where the error is
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,18 @@ def test_a_run_that_another_distils_is_a_teacher_and_readouts_give_towers_their_
     assert (rows["small"].scores[VQA], rows["small"].scores[RETRIEVAL], rows["small"].readout) == (0.5, 0.4, tmp_path / "small_vqa")
 
 
+def test_runs_of_one_name_are_told_apart_by_their_paths_and_a_study_among_runs_is_a_row(tmp_path: Path) -> None:
+    for name in ("a/run", "b/run", "b/other"):
+        write_run(tmp_path / name, None, 0.5)
+    write_run(tmp_path / "kd", None, 0.4, more=_teaching("local-dir:elsewhere/b/run/model", similarity=1.0))
+    write_json(tmp_path / "study/study.json", {"format": 1})
+    rows = _runs(*(tmp_path / name for name in ("a/run", "b/run", "b/other", "kd", "study")))
+    assert {name: (row.kind, row.teacher) for name, row in rows.items()} == {
+        "a/run": (CELL, None), "b/run": (TEACHER, "b/run"), "other": (CELL, None), "kd": (CELL, "b/run"), "study": (CONTROL, None),
+    }  # fmt: skip
+    assert (rows["study"].status, "reads it alone" in rows["study"].message) == (FAILED, True)
+
+
 def test_runs_that_did_not_end_are_damaged_or_none_are_rows(tmp_path: Path) -> None:
     for name in ("stopped", "broken", "unscored", "bare"):
         write_run(tmp_path / name, 0.5, 0.2)

@@ -159,7 +159,7 @@ def _drawn(figure: Figure, *, legend: bool) -> Iterator[Any]:
         axes = canvas.add_subplot()
         figure.draw(axes)
         if legend:
-            axes.set_title(short_title(figure.title), color=INK, loc="left")
+            canvas.suptitle(short_title(figure.title), color=INK, x=0.015, ha="left", fontsize=9.5)
             if figure.legend:
                 handles = [_handle(library, place, label) for label, place in figure.legend]
                 canvas.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)

@@ -6,13 +6,14 @@ import re
 
 from megakd.study.report.tables import Cell, Table
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$>-])")
+# An underscore inside a word is none of Markdown's; what begins a heading, a list or a quotation does so at the start alone.
+_SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#+>=-])")
 
 
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is: no markup, no HTML, one line."""
     one_line = " ".join(text.split())
-    return _SPECIAL.sub(r"\\\1", one_line.replace("&", "&amp;").replace("<", "&lt;")).replace("\\-", "-")
+    return _SPECIAL.sub(r"\\\1", one_line.replace("&", "&amp;").replace("<", "&lt;"))
 
 
 def table(of: Table, *, headed: bool) -> str:

@@ -231,7 +231,7 @@ def _compared(
         cells = [_score_cell(compared, score, max(means[score.path], default=None)) for score in scores]
         if gained and main is not None:
             cells.insert(scores.index(main) + 1, _gain_cell(compared, main))
-        partial = "" if group.complete else " (seeds with teachers missing)"
+        partial = "" if group.complete else ", no seed whole"
         done = Cell(f"{group.done} of {group.cells}{partial}", group.done)
         teacher = [name(group.teacher)] if with_teacher else []
         rows.append((name(group.method), *teacher, *_setting_cells(group.setting, varied), done, *cells))
