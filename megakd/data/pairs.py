@@ -158,7 +158,7 @@ class _TrainingPairs(BatchSource[Sample, _PairRows, _PairColumns]):
 
     def _augmentation(self, position: int, index: int, width: int, height: int) -> Augmentation:
         if self.store is None or not self.replay:
-            return draw(self.views, self.order.seed, position, width, height)
+            return draw(self.views, self.views.seed_in(self.order.seed), position, width, height)
         view = self.store.view_at(position, self.order.epoch_length)
         return draw_stored(self.views, self.store.manifest.seed, index, view, width, height)
 

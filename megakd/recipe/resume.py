@@ -60,7 +60,7 @@ TOLD = {
     **{f"answers.train.*.{key}": _SAME_DATA for key in ("questions", "annotations", "images", "image_name")},
 }
 _REFUSED = (
-    *("seed", "data.caption", "data.block", "data.window", "views.crop_scale", "views.crop_ratio", "views.flip"),
+    *("seed", "data.caption", "data.block", "data.window", "views.crop_scale", "views.crop_ratio", "views.flip", "views.seed"),
     *(f"student.{key}" for key in ("model", "architecture", "pretrained", "tokenizer", "max_scale", *_PREPROCESS)),
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_REFUSED),
     *objectives.keys(),

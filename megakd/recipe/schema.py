@@ -63,6 +63,13 @@ class Views(Section):
     crop_scale: FloatPair = Field((0.5, 1.0), description="area of the crop as a fraction of the image")
     crop_ratio: FloatPair = Field((0.75, 4 / 3), description="width / height of the crop")
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
+    seed: int | None = Field(
+        None, ge=0, lt=2**63 - 1, description="of the augmentation alone; default: the run's. Runs of unlike seeds share a store by it"
+    )
+
+    def seed_in(self, run_seed: int) -> int:
+        """Of the augmentation in a run of that seed."""
+        return run_seed if self.seed is None else self.seed
 
     @model_validator(mode="after")
     def _ranges(self) -> Views:

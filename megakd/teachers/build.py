@@ -73,7 +73,7 @@ def live_teacher(
     int8 = streaming.Int8(settings.outlier_threshold, product, migrated=settings.calibration > 0)
     teacher = load(description, world, int8, without_text=without_text)
     tower = TowerView(preprocessing(description), description.tokenize)
-    source = StoredViews(shards, recipe.views, recipe.seed, tower, captions=description.has_text)
+    source = StoredViews(shards, recipe.views, recipe.views.seed_in(recipe.seed), tower, captions=description.has_text)
     _Comparison(teacher, description.role, settings, source, world, piece, images_alone).settle(say)
     return teacher
 
@@ -191,7 +191,8 @@ def store_key(recipe: Recipe, description: clip.ModelSpec, shards: ShardSet) -> 
         "bytes": sum(stat.size for stat in shards.stats),
         "caption": recipe.data.caption,
     }
-    augmentation = {"views": recipe.views.model_dump(mode="json"), "seed": recipe.seed}
+    views = recipe.views.model_dump(mode="json", exclude={"seed"})  # whose own key it is, also where it is the run's
+    augmentation = {"views": views, "seed": recipe.views.seed_in(recipe.seed)}
     key = {**fingerprint(description, recipe.seed), **augmentation, "data": data}
     return cast(dict[str, Any], json.loads(json.dumps(redacted(key))))  # as it comes back from a manifest: tuples are lists
 

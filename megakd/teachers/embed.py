@@ -98,7 +98,7 @@ class EmbedJob:
         self.images = images_a_forward(self.recipe, request.ds_config, world)
         self.shards = ShardSet.open(self.recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
         self._tower = TowerView(preprocessing(self.description), self.description.tokenize)
-        self._source = StoredViews(self.shards, self.recipe.views, self.recipe.seed, self._tower)
+        self._source = StoredViews(self.shards, self.recipe.views, self.recipe.views.seed_in(self.recipe.seed), self._tower)
 
     def embed(self) -> Manifest:
         """Embed what the store does not have yet. Returns the manifest of the complete store."""

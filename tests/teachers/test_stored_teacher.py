@@ -16,6 +16,8 @@ from megakd.recipe import load as recipes
 from megakd.runtime import checkpoint
 from megakd.runtime.launch import World
 from megakd.teachers.cached import StoredTeacher
+from megakd.teachers.embed import EmbedJob
+from megakd.teachers.embed_request import EmbedRequest
 from support.runs import KD, TRAIN, Finished, curve, losses, rows, run_ranks, settings, train
 from support.stores import write_stores
 
@@ -78,6 +80,24 @@ def test_another_scale_reads_the_same_store(run, stores: Stores, live: Path) -> 
         assert row["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert rows(out)[0]["losses"]["feature"] == pytest.approx(rows(live)[0]["losses"]["feature"], rel=1e-5)
     assert rows(out)[0]["losses"]["similarity"] != pytest.approx(rows(live)[0]["losses"]["similarity"], rel=1e-2)
+
+
+def test_the_seed_of_the_views_is_apart_from_the_runs(run, recipe_file: Path, tmp_path: Path) -> None:
+    recipe, _ = recipes.load(str(recipe_file), (*KD, "views.seed=9"))
+    EmbedJob(recipe, EmbedRequest(tmp_path / "whole", 2, "fp32"), ALONE, part=64).embed()
+    same = (*KD, *LONG, "optim.steps=4", "optim.warmup=0")
+    from_store = (*same, f"teacher.store={tmp_path / 'whole'}", "teacher.store_miss=fail")
+    out, finished = run("other_views", (*from_store, "views.seed=9"))
+    assert finished.code == 0, finished.err
+    (tmp_path / "empty").mkdir()
+    shutil.copy(tmp_path / "whole" / "manifest.json", tmp_path / "empty")
+    of_live, _ = run("other_views_live", (*same, f"teacher.store={tmp_path / 'empty'}", "views.seed=9"))
+    for row, expected in zip(rows(out), rows(of_live), strict=True):
+        assert row["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    _, refused = run("own_views", from_store)
+    assert refused.code == 2
+    assert "seed: 9 in the store, 0 in the recipe" in refused.err
+    assert "set views.seed to 9, which leaves the run its own seed" in refused.err
 
 
 def test_training_from_a_bf16_store_has_them_within_rounding(run, stores: Stores, live: Path) -> None:
@@ -147,7 +167,7 @@ def test_a_resumed_run_takes_the_views_that_an_undisturbed_one_takes(run, stores
 @pytest.mark.parametrize(
     ("store", "sets", "said"),
     [
-        ("fp32", ("seed=3",), ["seed: 0 in the store, 3 in the recipe"]),
+        ("fp32", ("seed=3",), ["seed: 0 in the store, 3 in the recipe", "weights.name: 'random, seed 0' in the store"]),
         ("fp32", ("views.flip=0.0",), ["views.flip: 0.5 in the store, 0.0 in the recipe"]),
         ("fp32", ("teacher.architecture.vision_cfg.layers=3",), ["teacher.vision_cfg.layers: 1 in the store, 3 in the recipe"]),
         ("partial", ("teacher.store_miss=fail",), ["5 of 10 parts are not usable", "000000.safetensors: missing"]),

@@ -220,9 +220,12 @@ class Store:
         if made is not None:
             lines += differences({"made": made_as_wanted(self.manifest.made, made)}, {"made": made})
         if lines:
+            # Random weights are drawn from the run's seed, so that there the augmentation's alone is no way out.
+            of_seed = any(line.startswith("seed:") for line in lines) and not any(line.startswith("weights.") for line in lines)
+            remedy = f"set views.seed to {self.manifest.seed}, which leaves the run its own seed, or " if of_seed else ""
             raise StoreError(
                 f"{self.folder}: this store holds other embeddings than the recipe asks for:\n  " + "\n  ".join(lines) + "\n"
-                "give the store of this recipe, change the recipe to the store's settings, or make one with `megakd embed`"
+                f"{remedy}give the store of this recipe, change the recipe to the store's settings, or make one with `megakd embed`"
             )
 
     def outline(self) -> str:
