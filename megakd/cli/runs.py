@@ -126,19 +126,3 @@ def smoke(
     if vqa:
         sys.exit(questions.run(seeds, out or Path("runs/smoke_vqa"), data or Path("data/shapes_vqa")))
     sys.exit(images_and_texts.run(seeds, out or Path("runs/smoke_comparison"), data or Path("data/shapes")))
-
-
-def study(
-    name: Annotated[str, typer.Argument(help="methods: every objective from one teacher; patches: `patch` or not, from three teachers")],
-    seeds: Annotated[int, typer.Option(min=1, help="repeat each student with so many seeds")] = 3,
-    out: Annotated[Path, typer.Option(help="folder for the runs, which both studies share")] = Path("runs/study"),
-    data: Annotated[Path, typer.Option(help="folder of the shapes world; written when it is not there")] = Path("data/shapes_vqa"),
-    at_once: Annotated[int, typer.Option("--at_once", min=1, help="runs that share this machine, each of one rank and one thread")] = 2,
-) -> None:
-    """Compare objectives on the shapes world: zero-shot, retrieval, and what a decoder reads from each student's tower.
-
-    A seed of `methods` takes about half an hour on two CPU cores. The same command goes on with what is not done yet.
-    """
-    from megakd.study import methods
-
-    sys.exit(methods.run(name, seeds, out, data, at_once))

@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -200,15 +200,7 @@ def submit(top: Path, runs: Sequence[SubmitRequest], wanted: Resources, where: W
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {top}: the folder for the logs cannot be made ({error}); choose another --out") from None
-    before = set(folder.iterdir())
-    sender = executor(top, runs[0].name, wanted, where)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # sbatch's message, which the error below carries
-            sent = sender.submit_array([run.training for run in runs])
-    except (FailedJobError, FailedSubmissionError) as error:
-        for leftover in set(folder.iterdir()) - before:
-            leftover.unlink()
-        raise ValueError(f"sbatch refuses the job:\n{error}\nthe cluster has\n{slurm.listing(slurm.partitions())}") from None
+    sent = send(executor(top, runs[0].name, wanted, where), [run.training for run in runs], folder)
     for run, job in zip(runs, sent, strict=True):
         record = {
             "job": job.job_id,
@@ -220,6 +212,18 @@ def submit(top: Path, runs: Sequence[SubmitRequest], wanted: Resources, where: W
         }
         run_folder.write_json(run.out / SUBMISSIONS / f"{job.job_id}.json", record)
     return sent
+
+
+def send(sender: submitit.core.core.PicklingExecutor, tasks: Sequence[Callable[[], int]], folder: Path) -> list[submitit.Job[int]]:
+    """Submit the tasks, several as one array. folder: of submitit's files. Raises as `submit` does."""
+    before = set(folder.iterdir())
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # sbatch's message, which the error below carries
+            return sender.submit_array(list(tasks))
+    except (FailedJobError, FailedSubmissionError) as error:
+        for leftover in set(folder.iterdir()) - before:
+            leftover.unlink()
+        raise ValueError(f"sbatch refuses the job:\n{error}\nthe cluster has\n{slurm.listing(slurm.partitions())}") from None
 
 
 def wait(jobs: Sequence[submitit.Job[int]], where: Where) -> int:

@@ -72,7 +72,7 @@ def _validated(section: type[Of], settings: dict[str, Any], origin: str, applied
     except ValidationError as error:
         errors = error.errors()
         more = [f"  and {len(errors) - MOST_PROBLEMS} more"] if len(errors) > MOST_PROBLEMS else []
-        lines = [*map(_explain, errors[:MOST_PROBLEMS]), *more]
+        lines = [*map(explain, errors[:MOST_PROBLEMS]), *more]
         raise ValueError(f"recipe {origin_in_messages}:\n" + "\n".join(lines)) from None
 
 
@@ -182,23 +182,24 @@ def _value(text: str, override: str) -> Any:
     return parsed["value"]
 
 
-def _explain(problem: Mapping[str, Any]) -> str:
+def explain(problem: Mapping[str, Any], root: type[BaseModel] = Recipe) -> str:
+    """A line for one of pydantic's problems with a file of settings: key, value, reason, and the nearest known key. root: what it is."""
     location = [str(part) for part in problem["loc"]]
     key = texts.shown(".".join(location) or "(recipe)")[1:-1]
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], root)
         near = texts.nearest(location[-1], known)
         suggestion = f"did you mean {'.'.join([*location[:-1], near[0]])!r}? " if near else ""
         return f"  {key}: unknown key; {suggestion}known here: {', '.join(known)}"
     if problem["type"] == "missing":
-        return f"  {key}: missing; every recipe has to give it"
+        return f"  {key}: missing; every {'recipe' if root is Recipe else 'file of this kind'} has to give it"
     reason = problem["msg"].removeprefix("Value error, ")
     value = "" if isinstance(problem["input"], dict) else f" = {texts.shown(problem['input'])}"
     return f"  {key}{value}: {reason}"
 
 
-def _known_keys(section: list[str]) -> list[str]:
-    model: type[BaseModel] | None = Recipe
+def _known_keys(section: list[str], root: type[BaseModel]) -> list[str]:
+    model: type[BaseModel] | None = root
     names = iter(section)
     for name in names:
         field = None if model is None else model.model_fields.get(name)

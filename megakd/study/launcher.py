@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -78,10 +78,7 @@ def train(
                 output.append(line)
             code = process.wait()
     if code:
-        # The run's message, without the launcher's lines after it.
-        lines = [line.rstrip() for line in output if line.strip() and not _LAUNCHERS.match(line)]
-        first = max((number for number, line in enumerate(lines) if line.startswith("error: ")), default=max(0, len(lines) - 20))
-        message = "\n".join(lines[first:]).removeprefix("error: ")
+        message = last_words(output)
         if code == EXIT_USER_ERROR:
             raise ValueError(message)
         raise TrainingFailed(f"the run in {out} ended with exit code {code}: {message}", code)
@@ -159,17 +156,30 @@ def _start(
 ) -> subprocess.Popen[str]:
     """One rank a GPU; without a GPU one a CPU core, at most two."""
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--master_port", str(_free_port())]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     if not torch.cuda.is_available():
-        # One thread a rank: OpenMP threads wait for each other by spinning, which is ten times as slow on a busy machine.
         ranks = ranks or min(2, len(os.sched_getaffinity(0)))
-        environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     launcher += ["--num_accelerators", str(ranks)] if ranks else []
     arguments = ["--recipe", recipe, "--out", str(folder), *more, *(part for item in overrides for part in ("--set", item))]
     print("$ deepspeed megakd/train.py " + shlex.join(arguments), flush=True)
     program = str(Path(__file__).parents[1] / "train.py")
     errors = subprocess.STDOUT if output is not None else None
-    return subprocess.Popen([*launcher, program, *arguments], env=environment, stdout=output, stderr=errors, text=True)
+    return subprocess.Popen([*launcher, program, *arguments], env=environment(), stdout=output, stderr=errors, text=True)
+
+
+def environment() -> dict[str, str]:
+    """Of a training: this process's, with the interpreter's folder in PATH."""
+    variables = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    if not torch.cuda.is_available():
+        # One thread a rank: OpenMP threads wait for each other by spinning, which is ten times as slow on a busy machine.
+        variables |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return variables
+
+
+def last_words(lines: Iterable[str]) -> str:
+    """What a failed run said last: its own message, without the launcher's lines after it."""
+    own = [line.rstrip() for line in lines if line.strip() and not _LAUNCHERS.match(line)]
+    first = max((number for number, line in enumerate(own) if line.startswith("error: ")), default=max(0, len(own) - 20))
+    return "\n".join(own[first:]).removeprefix("error: ")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Studies by name, one `.toml` each: `megakd study NAME`."""

@@ -1,0 +1,287 @@
+"""A study's runs in their order: teachers, a store of each, students, what reads them; each is a command of its own.
+
+A run is finished when its results are there, so that the same command goes on after a kill; how its last try ended is noted beside its log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megakd.data.store.manifest import MANIFEST
+from megakd.evaluation.sets import sets_of
+from megakd.models import image_only
+from megakd.recipe import Recipe, load
+from megakd.recipe.chain import LANGUAGE
+from megakd.runtime.files import json_sha256
+from megakd.runtime.run_folder import BUNDLE, EVALUATION, MODEL
+from megakd.study import launcher
+from megakd.study.grid import ID, STORE_SEED, Cell, Grid, Teacher, moved, slug
+from megakd.study.spec import StudySpec, as_overrides
+
+Kind = Literal["teacher", "store", "scores", "student", "readout"]
+KINDS: tuple[Kind, ...] = ("teacher", "store", "scores", "student", "readout")
+State = Literal["done", "failed", "missing"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """name: its folder below the study's. after: names of those whose results it reads. options: a store's number of views, and type."""
+
+    name: str
+    kind: Kind
+    recipe: Recipe
+    after: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+    def command(self, out: Path) -> str:
+        """What does the same by itself, for people; `task.perform` does it in a process of the study."""
+        recipe, folder = f"--recipe {self.recipe_file(out)}", out / self.name
+        if self.kind == "store":
+            views, dtype = self.options
+            return f"megakd embed {recipe} --out {folder} --views {views} --dtype {dtype}"
+        if self.kind == "scores":
+            return f"megakd evaluate {recipe} --out {folder / EVALUATION}"
+        return f"python megakd/train.py {recipe} --out {folder}"
+
+    def recipe_file(self, out: Path) -> Path:
+        return out / "recipes" / f"{self.name.replace('/', '_')}.json"
+
+    def log(self, out: Path) -> Path:
+        return out / "logs" / f"{self.name.replace('/', '_')}.log"
+
+    def note(self, out: Path) -> Path:
+        """How its last try ended: {"code", "message", "seconds", "tries"}."""
+        return self.log(out).with_suffix(".json")
+
+    def done(self, out: Path) -> bool:
+        folder = out / self.name
+        if self.kind == "store":
+            return (folder / MANIFEST).is_file() and self.noted(out).get("code") == 0
+        results = _json(folder / EVALUATION)
+        if self.kind == "scores":
+            return results.get("sets") == sets_of(self.recipe)
+        scored = self.recipe.evaluation.model_dump(exclude_defaults=True).keys() - {"every", "batch", "vqa_batch", "answer_tokens"}
+        made = MODEL if self.recipe.active() else BUNDLE
+        return (folder / made).is_dir() and (not scored or results.get("sets") == sets_of(self.recipe))
+
+    def noted(self, out: Path) -> dict[str, Any]:
+        return _json(self.note(out))
+
+    def state(self, out: Path) -> tuple[State, str]:
+        """And the last words of one that failed."""
+        if self.done(out):
+            return "done", ""
+        noted = self.noted(out)
+        return ("failed", str(noted.get("message", ""))) if noted.get("code") else ("missing", "")
+
+
+@dataclass
+class Work:
+    """jobs: each after those whose results it reads. cells: the job of each cell by the cell's id, and its readout's. teachers, controls:
+    the job by the name of the row, None where a teacher is not scored."""
+
+    jobs: dict[str, Job] = field(default_factory=dict)
+    cells: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    teachers: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
+    controls: dict[str, tuple[str | None, str | None]] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+
+    def add(self, job: Job) -> str:
+        self.jobs[job.name] = job
+        return job.name
+
+
+def plan(spec: StudySpec, grid: Grid, out: Path) -> Work:
+    """All runs of the study. Raises ValueError for a readout whose recipes do not fit together."""
+    work = Work()
+    for teacher in grid.teachers.values():
+        if teacher.recipe is not None:
+            work.add(Job(teacher.folder, "teacher", teacher.recipe))
+    stored = {cell.id: _with_store(spec, cell, grid, work, out) for cell in grid.cells}
+    for cell in grid.cells:
+        recipe, after = stored[cell.id]
+        student = work.add(Job(cell.folder, "student", recipe, after))
+        tower = {"model": f"local-dir:{out / student}/{MODEL}"}
+        work.cells[cell.id] = (student, _readout(spec, work, out, Path(student).name, int(cell.axes["seed"]), tower, (student,)))
+    _controls(spec, grid, work, out)
+    return work
+
+
+def _with_store(spec: StudySpec, cell: Cell, grid: Grid, work: Work, out: Path) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe that a cell is trained by, and what has to be there before."""
+    if cell.teacher is None:
+        return cell.recipe, ()
+    teacher = grid.teachers[cell.teacher]
+    first = (teacher.folder,) if teacher.recipe is not None else ()
+    if why := _no_store(spec, cell):
+        if why not in work.said:
+            work.said.append(why)
+        return cell.recipe, first
+    others = [other.recipe for other in grid.cells if other.teacher == cell.teacher and other.axes["data"] == cell.axes["data"]]
+    recipe = _store_recipe(cell.recipe, sorted({block for other in others if not _reads_live(other) for block in other.teacher_blocks()}))
+    shown = recipe.model_dump(mode="json", include={"data": {"train", "caption"}, "views": True, "teacher": True, "patch": True})
+    key = json_sha256([shown, teacher.id, spec.store_views, spec.store_type])[:ID]
+    name = f"stores/{slug([cell.teacher, cell.axes['data']])}-{key}"
+    if name not in work.jobs:
+        options = (str(spec.store_views), spec.store_type)
+        work.add(Job(name, "store", recipe, first, options))
+    taught = {"teacher.store": str(out / name), "teacher.store_miss": "fail", "views.seed": STORE_SEED}
+    return changed(cell.recipe, taught), (*first, name)
+
+
+def _no_store(spec: StudySpec, cell: Cell) -> str | None:
+    """Why a cell's teacher runs in every step, said once; None where its embeddings come from a store. "" where the study wants none."""
+    recipe = cell.recipe
+    assert recipe.teacher is not None
+    if not spec.store:
+        return "the study's store = false: teachers run in every step of their students"
+    if recipe.ensemble:
+        return f"methods.{cell.axes['method']}: several teachers, which a store does not hold: they run in every step"
+    if image_only.names_one(recipe.teacher):
+        return f"teachers.{cell.teacher}: sees images alone, which a store does not hold: it runs in every step"
+    if _reads_live(recipe):
+        why = "reads patch tokens, which a store holds with teacher.patch_grid alone"
+        return f"methods.{cell.axes['method']}: {why}: teachers run in every step"
+    return None
+
+
+def _reads_live(recipe: Recipe) -> bool:
+    return bool(recipe.teacher_blocks()) and recipe.teacher is not None and recipe.teacher.patch_grid is None
+
+
+def _store_recipe(recipe: Recipe, blocks: list[int]) -> Recipe:
+    """What `megakd embed` reads for all students of one teacher and data set: the patch tokens of every block that one of them reads."""
+    assert recipe.teacher is not None
+    settings = recipe.model_dump(mode="json", exclude_none=True, include={"name", "data", "views", "student", "teacher"})
+    settings["views"]["seed"] = STORE_SEED
+    teacher = {key: value for key, value in settings["teacher"].items() if key not in ("scale", "entropy")}
+    settings["teacher"] = teacher if blocks else {key: value for key, value in teacher.items() if key != "patch_grid"}
+    learned = {"objectives": {"patch": 1.0}, "patch": {"blocks": blocks}} if blocks else {"objectives": {"similarity": 1.0}}
+    optim = recipe.optim.model_dump(mode="json", include={"steps", "batch", "lr", "warmup"})
+    return Recipe.model_validate({**settings, **learned, "optim": optim})
+
+
+def changed(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe with these dotted keys set. Raises ValueError as a recipe's file does."""
+    tree = recipe.model_dump(mode="json")
+    for key, value in settings.items():
+        *sections, last = key.split(".")
+        inner = tree
+        for section in sections:
+            inner = inner[section]
+        inner[last] = value
+    return Recipe.model_validate(tree)
+
+
+def _readout(spec: StudySpec, work: Work, out: Path, name: str, seed: int, tower: Mapping[str, Any], after: tuple[str, ...]) -> str | None:
+    """Adds the runs that read a tower, and returns the last one's name; None where the study has no readout."""
+    if spec.readout is None:
+        return None
+    language: str | None = None
+    previous: str | None = None
+    for number, source in enumerate(spec.readout.chain):
+        shared = load.load_recipe(source, moved(spec, source)).student is None
+        overrides = [*moved(spec, source), *as_overrides(spec.readout.set)]
+        if not shared:
+            overrides += [f"seed={seed}", *as_overrides({"student": tower})]
+        if number and language is not None:
+            overrides.append(f"decoder.model={out / language}{LANGUAGE}")
+        if (
+            previous is not None
+            and load.load_recipe(source, moved(spec, source)).decoder is not None
+            and not shared
+            and previous != language
+        ):
+            overrides.append(f"decoder.start={out / previous}/{BUNDLE}")
+        recipe = _without_recipes(load.load_recipe(source, overrides))
+        key = json_sha256(recipe.model_dump(mode="json"))[:ID]
+        own = f"readouts/{slug([recipe.name])}-{key}" if shared else f"readouts/{name}-{slug([recipe.name])}-{key}"
+        before = tuple(job for job in (language, previous) if job is not None)
+        work.add(Job(own, "readout", recipe, (*(() if shared else after), *dict.fromkeys(before))))
+        language = own if shared else language
+        previous = own
+    return previous
+
+
+def _without_recipes(recipe: Recipe) -> Recipe:
+    """What a recipe starts from has been trained by the study."""
+    gone = {f"{role}.recipe": None for role in ("student", "decoder") if getattr(recipe, role) is not None}
+    return changed(recipe, gone)
+
+
+def _controls(spec: StudySpec, grid: Grid, work: Work, out: Path) -> None:
+    """The rows beside the grid."""
+    seeds = list(spec.seeds)
+    for teacher in grid.teachers.values():
+        scores, tower = _teacher_tower(spec, grid, teacher, work, out) if spec.controls.teachers else (None, None)
+        read = None
+        if tower is not None:
+            read = _readout(spec, work, out, Path(teacher.folder).name, seeds[0], tower, (teacher.folder,) if teacher.recipe else ())
+        work.teachers[teacher.name] = (teacher.folder if teacher.recipe is not None else scores, read)
+    if spec.controls.random:
+        for student in dict.fromkeys(cell.axes["student"] for cell in grid.cells):
+            for seed in seeds:
+                like = next(cell for cell in grid.cells if cell.axes["student"] == student)
+                recipe = changed(like.recipe, {"seed": seed})
+                job = work.add(Job(f"controls/{slug(['random', student, seed])}-{_tower_id(recipe)}", "scores", _unlearned(recipe)))
+                label = f"random tower, {student}" if len(spec.students) > 1 else "random tower"
+                work.controls[f"{label}, seed {seed}"] = (job, None)
+    if spec.readout is not None and spec.readout.blind is not None:
+        for seed in seeds:
+            work.controls[f"blind decoder, seed {seed}"] = (None, _blind(spec, spec.readout.blind, seed, work, out))
+
+
+def _tower_id(recipe: Recipe) -> str:
+    return json_sha256([recipe.model_dump(mode="json", include={"student", "seed"})])[:ID]
+
+
+def _unlearned(recipe: Recipe) -> Recipe:
+    """The recipe of a student that is only scored: as it starts, without a teacher."""
+    settings = recipe.model_dump(mode="json", exclude_none=True, include={"name", "seed", "data", "student", "evaluation"})
+    optim = recipe.optim.model_dump(mode="json", include={"steps", "batch", "lr", "warmup"})
+    return Recipe.model_validate({**settings, "objectives": {"contrastive": 1.0}, "optim": optim})
+
+
+def _teacher_tower(spec: StudySpec, grid: Grid, teacher: Teacher, work: Work, out: Path) -> tuple[str | None, dict[str, Any]]:
+    """The job that scores a teacher which is taken as it is, and the keys of [student] by which a readout names its tower."""
+    if teacher.recipe is not None:
+        return None, {"model": f"local-dir:{out / teacher.folder}/{MODEL}"}
+    tower = {
+        key: teacher.settings[key] for key in ("model", "architecture", "pretrained", "tokenizer", "preprocess") if key in teacher.settings
+    }
+    like = grid.cells[0].recipe
+    recipe = _unlearned(like).model_dump(mode="json", exclude_none=True)
+    job = Job(teacher.folder, "scores", Recipe.model_validate({**recipe, "student": tower}))
+    return work.add(job), tower
+
+
+def _blind(spec: StudySpec, source: str, seed: int, work: Work, out: Path) -> str:
+    assert spec.readout is not None
+    first = load.load_recipe(spec.readout.chain[0], [*moved(spec, spec.readout.chain[0]), *as_overrides(spec.readout.set)])
+    if first.student is not None:
+        raise ValueError(
+            f"readout.blind: the chain's first recipe, {spec.readout.chain[0]}, has a [student]: a blind decoder starts from one without"
+        )
+    shared = next(job.name for job in work.jobs.values() if job.kind == "readout" and job.recipe.student is None)
+    overrides = [*moved(spec, source), *as_overrides(spec.readout.set), f"seed={seed}", f"decoder.model={out / shared}{LANGUAGE}"]
+    recipe = _without_recipes(load.load_recipe(source, overrides))
+    return work.add(Job(f"readouts/blind-{json_sha256(recipe.model_dump(mode='json'))[:ID]}", "readout", recipe, (shared,)))
+
+
+def write(work: Work, out: Path) -> None:
+    """The recipe of each job, as `--recipe` reads it."""
+    for job in work.jobs.values():
+        launcher.write_recipe(job.recipe, job.recipe_file(out))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object in a file; empty where there is none, or a damaged one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

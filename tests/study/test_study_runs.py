@@ -1,0 +1,206 @@
+"""A whole study on the tiny world: trained, killed at any moment and gone on with, and what becomes of runs that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megakd.recipe import load
+from megakd.study import work as works
+from megakd.study.record import STUDY
+from megakd.study.run import load as study_of
+from support.runs import environment
+
+FILE = """
+title = "tiny"
+base = "smoke"
+seeds = [0, 1]
+set = { optim = { steps = 4, warmup = 1, batch = 16 }, data = { workers = 0 }, checkpoint = { every = 2 } }
+evaluation = { zero_shot = {}, hard_negatives = {} }
+
+[world]
+folder = "world"
+train = 96
+test = 16
+
+[teachers.weak]
+recipe = "smoke_teacher"
+set = { optim = { steps = 2, warmup = 1, batch = 16 }, data = { workers = 0 } }
+teacher = { patch_grid = [3, 3] }
+
+[teachers.strong]
+recipe = "smoke_teacher"
+set = { optim = { steps = 5, warmup = 1, batch = 16 }, data = { workers = 0 } }
+teacher = { patch_grid = [3, 3] }
+
+[methods.plain]
+teacher = false
+
+[methods.patch]
+set = { objectives = { patch = 1.0 } }
+
+[controls]
+random = false
+
+[[scores]]
+name = "R@1"
+path = "retrieval/test/mean_R@1"
+"""
+CELLS = 6  # plain and two teachers, each with two seeds
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    """`megakd study` in `folder`, one run at a time."""
+    command = [sys.executable, "-m", "megakd.cli", "study", "tiny.toml", "--at_once", "1", *more]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def study(folder: Path, *more: str) -> tuple[int, str]:
+    process = start(folder, *more)
+    said, _ = process.communicate(timeout=500)
+    return process.returncode, said
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Scores of every cell and teacher, by name."""
+    content = json.loads((folder / "runs/tiny" / STUDY).read_text())
+    rows = {row["id"]: row for row in content["cells"]} | {row["name"]: row for row in content["teachers"]}
+    found = {}
+    for name, row in rows.items():
+        assert row["status"] == "done", row
+        scores = json.loads((folder / "runs/tiny" / row["folder"] / "evaluation.json").read_text())
+        found[name] = {key: scores[key] for key in ("step", "retrieval")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    here = tmp_path_factory.mktemp("study")
+    (here / "tiny.toml").write_text(FILE)
+    return here
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """A study that nothing has disturbed."""
+    code, said = study(folder)
+    assert code == 0, said
+    return folder
+
+
+def test_a_grid_is_trained_from_one_store_of_each_teacher(whole: Path) -> None:
+    assert len(results(whole)) == CELLS + 2
+    out = whole / "runs/tiny"
+    assert len(list((out / "stores").iterdir())) == 2
+    for path in (out / "recipes").glob("cells_*patch*"):
+        recipe = load.load_recipe(path)
+        assert recipe.teacher is not None
+        assert (recipe.teacher.store_miss, recipe.views.seed) == ("fail", 0)
+    taught = [path for path in (out / "cells").iterdir() if "patch" in path.name]
+    assert len(taught) == 4
+    assert all("teacher's embeddings from" in (out / "logs" / f"cells_{path.name}.log").read_text() for path in taught)
+
+
+def test_what_is_done_is_left_as_it_is(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (whole / "runs/tiny").rglob("*.safetensors")}
+    code, said = study(whole)
+    assert code == 0, said
+    assert "10 of 10 runs are there already" in said
+    assert {path: path.stat().st_mtime_ns for path in (whole / "runs/tiny").rglob("*.safetensors")} == before
+
+
+def test_the_dry_run_writes_nothing_and_tells_cells_costs_and_what_is_first(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(FILE)
+    code, said = study(tmp_path, "--dry_run")
+    assert code == 0, said
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+    assert "6 cells in runs/tiny" in said
+    assert "first: teachers/weak-" in said
+    assert said.count(" missing ") == CELLS
+    _, said = study(whole, "--dry_run")
+    assert "first:" not in said
+    assert said.count(" done ") >= CELLS
+
+
+def test_watching_a_study_shows_how_far_it_is(whole: Path, tmp_path: Path) -> None:
+    code, said = study(whole, "--watch")
+    assert code == 0, said
+    assert "student" in said
+    (tmp_path / "tiny.toml").write_text(FILE)
+    code, said = study(tmp_path, "--watch")
+    assert code == 2
+    assert "no study has begun here" in said
+
+
+@pytest.mark.slow
+def test_a_study_killed_at_random_moments_ends_with_the_same_results(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(FILE)
+    moments = random.Random(7)
+    for kill in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
+        process = start(tmp_path)
+        time.sleep(moments.uniform(8, 40))
+        if kill == signal.SIGKILL:
+            os.killpg(process.pid, kill)
+        else:
+            process.send_signal(kill)
+        process.communicate(timeout=120)
+    code, said = study(tmp_path)
+    assert code == 0, said
+    assert results(tmp_path) == results(whole)
+
+
+def test_a_teacher_that_cannot_be_read_is_a_row_and_the_others_go_on(whole: Path, tmp_path: Path) -> None:
+    for name in ("world", "runs"):
+        shutil.copytree(whole / name, tmp_path / name)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"no weights")
+    tower = "architecture = { embed_dim = 64, vision_cfg = { image_size = 36, patch_size = 12, width = 64, layers = 1, head_width = 32 }, "
+    tower += "text_cfg = { context_length = 32, vocab_size = 128, width = 64, heads = 2, layers = 1 } }"
+    asis = f"[teachers.asis.teacher]\npretrained = '{broken}'\ntokenizer = 'data/shapes/tokenizer'\n{tower}\n\n[methods.plain]"
+    (tmp_path / "tiny.toml").write_text(FILE.replace("[methods.plain]", asis) + "\n[[grid]]\nseeds = [0]\n")
+    code, said = study(tmp_path)
+    assert code == 1, said
+    assert "broken.safetensors" in said
+    rows = {tuple(row["axes"].values()): row for row in json.loads((tmp_path / "runs/tiny" / STUDY).read_text())["cells"]}
+    failed = [row for axes, row in rows.items() if axes[0] == "asis"]
+    assert [row["status"] for row in failed] == ["missing"]
+    assert "failed" in failed[0]["message"]
+    assert all(row["status"] == "done" for axes, row in rows.items() if axes[0] != "asis")
+
+
+def test_a_cell_that_diverges_is_a_row_and_is_not_tried_again(whole: Path, tmp_path: Path) -> None:
+    for name in ("world", "runs"):
+        shutil.copytree(whole / name, tmp_path / name)
+    wild = "[methods.wild]\nset = { objectives = { patch = 1.0 }, optim = { lr = 1e30 } }\n\n[controls]"
+    (tmp_path / "tiny.toml").write_text(FILE.replace("[controls]", wild) + '\n[[grid]]\nseeds = [0]\nteachers = ["weak"]\n')
+    code, said = study(tmp_path)
+    assert code == 1, said
+    content = json.loads((tmp_path / "runs/tiny" / STUDY).read_text())
+    (wild_cell,) = [row for row in content["cells"] if row["axes"]["method"] == "wild"]
+    assert wild_cell["status"] == "failed"
+    assert "not finite" in wild_cell["message"] or "NaN" in wild_cell["message"]
+    note = json.loads(next((tmp_path / "runs/tiny/logs").glob("cells_*wild*.json")).read_text())
+    assert note["tries"] == 1
+
+
+def test_runs_that_wait_for_each_other_start_in_order(whole: Path) -> None:
+    spec, grid, work, out = study_of(str(whole / "tiny.toml"), whole / "runs/tiny")
+    seen: set[str] = set()
+    for name, job in work.jobs.items():
+        assert set(job.after) <= seen
+        seen.add(name)
+    assert works.KINDS.index("store") < works.KINDS.index("student")
+    assert len(spec.axis("teacher")) == len(grid.teachers) == 2
+    assert out == whole / "runs/tiny"
