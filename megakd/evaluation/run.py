@@ -57,6 +57,30 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
             print(f"{path}\n{report.lines(results)}\nwritten to {run / run_folder.EVALUATION}")
 
 
+def evaluate_recipe(source: str, out: Path) -> None:
+    """The scores of a recipe's student as it starts, random or with its pretrained weights, on the recipe's sets, into the file `out`.
+
+    Raises ValueError as `evaluate` does, and for weights that cannot be read.
+    """
+    recipe, name = recipes.load(source)
+    if recipe.student is None:
+        raise ValueError(f"recipe {name}: has no [student] to score")
+    with process_group() as world:
+        sets = open_sets(recipe, world)
+        if not sets:
+            raise ValueError(f"recipe {name}: names no evaluation set; add one, such as evaluation.retrieval.NAME = SHARDS")
+        description = clip.resolve(recipe.student, "student")
+        torch.manual_seed(recipe.seed)  # as a training begins
+        built = clip.build(description, torch.device("cpu"))
+        encoder = Encoder(built.clip.to(world.device).eval(), built.preprocess, description.tokenize, world.device, recipe.evaluation.batch)
+        scores = Suite(sets, encoder, world, recipe.data.workers, StopPoller(world)).run()
+        if world.is_main:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            results = {"step": 0, "sets": sets_of(recipe), **scores}
+            run_folder.write_json(out, results)
+            print(f"{report.lines(results)}\nwritten to {out}")
+
+
 def _diagnostics_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
     """What training has written of the same step and sets beside its scores: it takes the teacher, which is not loaded here."""
     try:

@@ -13,7 +13,8 @@ from megakd.recipe import Recipe, load, resume, texts
 from megakd.recipe.objectives import declaration
 from megakd.runtime.files import json_sha256
 from megakd.study import launcher
-from megakd.study.spec import AXES, DEFAULT, Part, StudySpec, as_overrides, chosen
+from megakd.study.results import AXES
+from megakd.study.spec import DEFAULT, Part, StudySpec, as_overrides, chosen
 
 ID = 10  # hexadecimal digits of a content's checksum: of 10,000 cells two are alike once in 20,000 studies, and that would be said
 STORE_SEED = 0  # of the augmentation that all students of a store see

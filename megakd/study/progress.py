@@ -14,7 +14,7 @@ from megakd.recipe import texts
 from megakd.runtime import locks
 from megakd.runtime.console import plain
 from megakd.runtime.run_folder import METRICS, read_metrics
-from megakd.study.record import STUDY
+from megakd.study.results import STUDY
 from megakd.study.run import load, spelled
 from megakd.study.work import KINDS, Job, Work
 

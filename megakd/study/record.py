@@ -13,11 +13,10 @@ from megakd.runtime import environment
 from megakd.runtime.run_folder import write_json
 from megakd.study.execute import NOT_STARTED
 from megakd.study.grid import Grid
-from megakd.study.spec import AXES, StudySpec
+from megakd.study.results import AXES, FORMAT, STUDY
+from megakd.study.spec import StudySpec
 from megakd.study.work import Work
 from megakd.version import __version__
-
-STUDY, FORMAT = "study.json", 1
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from megakd.recipe import Section, load, texts
 from megakd.recipe.section import Positive
 from megakd.study.launcher import SHIPPED_DATA
 
-AXES = ("teacher", "student", "method", "steps", "data", "seed")  # in the order of nesting, seeds innermost
 DEFAULT = "default"  # the name of the only value of an axis that the file does not vary
 Overrides = dict[str, Any]
 AxisName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[^\s/\\][^\x00-\x1f/\\]*$")]

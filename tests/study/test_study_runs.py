@@ -17,7 +17,7 @@ import pytest
 
 from megakd.recipe import load
 from megakd.study import work as works
-from megakd.study.record import STUDY
+from megakd.study.results import STUDY
 from megakd.study.run import load as study_of
 from support.runs import environment
 
