@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
+from megakd.planning.cluster import Cluster
 from megakd.recipe import load
-from megakd.study import work as works
+from megakd.study import progress, run
 from megakd.study.results import STUDY
-from megakd.study.run import load as study_of
 from support.runs import environment
 
 FILE = """
@@ -52,11 +52,15 @@ set = { objectives = { patch = 1.0 } }
 [controls]
 random = false
 
+[small]
+teachers = ["weak"]
+seeds = [0]
+
 [[scores]]
 name = "R@1"
 path = "retrieval/test/mean_R@1"
 """
-CELLS = 6  # plain and two teachers, each with two seeds
+CELLS = 6  # plain and two teachers, each with two seeds; small: plain and one teacher
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -69,7 +73,7 @@ def start(folder: Path, *more: str) -> subprocess.Popen[str]:
 
 def study(folder: Path, *more: str) -> tuple[int, str]:
     process = start(folder, *more)
-    said, _ = process.communicate(timeout=500)
+    said, _ = process.communicate(timeout=280)
     return process.returncode, said
 
 
@@ -86,62 +90,89 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    here = tmp_path_factory.mktemp("study")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small part of a study, which nothing has disturbed."""
+    here = tmp_path_factory.mktemp("small")
     (here / "tiny.toml").write_text(FILE)
+    code, said = study(here, "--small")
+    assert code == 0, said
     return here
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> Path:
-    """A study that nothing has disturbed."""
-    code, said = study(folder)
+def whole(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Path:
+    """The study gone on with to its end."""
+    here = tmp_path_factory.mktemp("whole")
+    shutil.copytree(small, here, dirs_exist_ok=True)
+    code, said = study(here)
     assert code == 0, said
-    return folder
+    return here
 
 
+def test_the_small_part_is_trained_from_a_store_of_its_teacher(small: Path) -> None:
+    assert len(results(small)) == 2 + 1
+    check_stores(small, 1)
+
+
+@pytest.mark.slow
 def test_a_grid_is_trained_from_one_store_of_each_teacher(whole: Path) -> None:
+    """Two teachers, two methods, two seeds; what the small part has made is a part of it."""
     assert len(results(whole)) == CELLS + 2
-    out = whole / "runs/tiny"
-    assert len(list((out / "stores").iterdir())) == 2
+    check_stores(whole, 2)
+
+
+def check_stores(folder: Path, teachers: int) -> None:
+    """That all students of a teacher have read its one store."""
+    out = folder / "runs/tiny"
+    assert len(list((out / "stores").iterdir())) == teachers
     for path in (out / "recipes").glob("cells_*patch*"):
         recipe = load.load_recipe(path)
         assert recipe.teacher is not None
         assert (recipe.teacher.store_miss, recipe.views.seed) == ("fail", 0)
     taught = [path for path in (out / "cells").iterdir() if "patch" in path.name]
-    assert len(taught) == 4
+    assert taught
     assert all("teacher's embeddings from" in (out / "logs" / f"cells_{path.name}.log").read_text() for path in taught)
 
 
-def test_what_is_done_is_left_as_it_is(whole: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (whole / "runs/tiny").rglob("*.safetensors")}
-    code, said = study(whole)
+def test_what_is_done_is_left_as_it_is(small: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (small / "runs/tiny").rglob("*.safetensors")}
+    code, said = study(small, "--small")
     assert code == 0, said
-    assert "10 of 10 runs are there already" in said
-    assert {path: path.stat().st_mtime_ns for path in (whole / "runs/tiny").rglob("*.safetensors")} == before
+    assert "4 of 4 runs are there already" in said
+    assert {path: path.stat().st_mtime_ns for path in (small / "runs/tiny").rglob("*.safetensors")} == before
 
 
-def test_the_dry_run_writes_nothing_and_tells_cells_costs_and_what_is_first(whole: Path, tmp_path: Path) -> None:
+def test_the_dry_run_writes_nothing_and_tells_cells_costs_and_what_is_first(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = Cluster(gpus=1, memory=16.0, kind="cpu")
     (tmp_path / "tiny.toml").write_text(FILE)
-    code, said = study(tmp_path, "--dry_run")
-    assert code == 0, said
+    monkeypatch.chdir(tmp_path)
+    run.dry_run("tiny.toml", None, here, small=True)
+    said = capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
-    assert "6 cells in runs/tiny" in said
+    assert "2 cells in runs/tiny" in said
     assert "first: teachers/weak-" in said
-    assert said.count(" missing ") == CELLS
-    _, said = study(whole, "--dry_run")
+    assert said.count(" missing ") == 2
+    monkeypatch.chdir(small)
+    run.dry_run("tiny.toml", None, here, small=True)
+    said = capsys.readouterr().out
     assert "first:" not in said
-    assert said.count(" done ") >= CELLS
+    assert said.count(" done ") == 2
 
 
-def test_watching_a_study_shows_how_far_it_is(whole: Path, tmp_path: Path) -> None:
-    code, said = study(whole, "--watch")
-    assert code == 0, said
-    assert "student" in said
+def test_watching_a_study_shows_how_far_it_is(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "tiny.toml").write_text(FILE)
-    code, said = study(tmp_path, "--watch")
-    assert code == 2
-    assert "no study has begun here" in said
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no study has begun here"):
+        progress.watch("tiny.toml", None)
+    monkeypatch.chdir(small)
+    assert progress.watch("tiny.toml", None, small=True) == 0
+    assert progress.watch("tiny.toml", None) == 1
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "student" in line]
+    assert [[word for word in row if word.isdigit()][:4] for row in rows] == [["2", "0", "0", "0"], ["2", "0", "0", "4"]]
 
 
 @pytest.mark.slow
@@ -161,15 +192,15 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_results(whole: Path
     assert results(tmp_path) == results(whole)
 
 
-def test_a_teacher_that_cannot_be_read_is_a_row_and_the_others_go_on(whole: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_cannot_be_read_is_a_row_and_the_others_go_on(small: Path, tmp_path: Path) -> None:
     for name in ("world", "runs"):
-        shutil.copytree(whole / name, tmp_path / name)
+        shutil.copytree(small / name, tmp_path / name)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"no weights")
     tower = "architecture = { embed_dim = 64, vision_cfg = { image_size = 36, patch_size = 12, width = 64, layers = 1, head_width = 32 }, "
     tower += "text_cfg = { context_length = 32, vocab_size = 128, width = 64, heads = 2, layers = 1 } }"
     asis = f"[teachers.asis.teacher]\npretrained = '{broken}'\ntokenizer = 'data/shapes/tokenizer'\n{tower}\n\n[methods.plain]"
-    (tmp_path / "tiny.toml").write_text(FILE.replace("[methods.plain]", asis) + "\n[[grid]]\nseeds = [0]\n")
+    (tmp_path / "tiny.toml").write_text(FILE.replace("[methods.plain]", asis) + "\n[[grid]]\nseeds = [0]\nteachers = ['weak', 'asis']\n")
     code, said = study(tmp_path)
     assert code == 1, said
     assert "broken.safetensors" in said
@@ -180,9 +211,9 @@ def test_a_teacher_that_cannot_be_read_is_a_row_and_the_others_go_on(whole: Path
     assert all(row["status"] == "done" for axes, row in rows.items() if axes[0] != "asis")
 
 
-def test_a_cell_that_diverges_is_a_row_and_is_not_tried_again(whole: Path, tmp_path: Path) -> None:
+def test_a_cell_that_diverges_is_a_row_and_is_not_tried_again(small: Path, tmp_path: Path) -> None:
     for name in ("world", "runs"):
-        shutil.copytree(whole / name, tmp_path / name)
+        shutil.copytree(small / name, tmp_path / name)
     wild = "[methods.wild]\nset = { objectives = { patch = 1.0 }, optim = { lr = 1e30 } }\n\n[controls]"
     (tmp_path / "tiny.toml").write_text(FILE.replace("[controls]", wild) + '\n[[grid]]\nseeds = [0]\nteachers = ["weak"]\n')
     code, said = study(tmp_path)
@@ -195,12 +226,10 @@ def test_a_cell_that_diverges_is_a_row_and_is_not_tried_again(whole: Path, tmp_p
     assert note["tries"] == 1
 
 
-def test_runs_that_wait_for_each_other_start_in_order(whole: Path) -> None:
-    spec, grid, work, out = study_of(str(whole / "tiny.toml"), whole / "runs/tiny")
+def test_runs_that_wait_for_each_other_start_in_order(small: Path) -> None:
+    _, _, work, _ = run.load(str(small / "tiny.toml"), small / "runs/tiny")
     seen: set[str] = set()
     for name, job in work.jobs.items():
         assert set(job.after) <= seen
         seen.add(name)
-    assert works.KINDS.index("store") < works.KINDS.index("student")
-    assert len(spec.axis("teacher")) == len(grid.teachers) == 2
-    assert out == whole / "runs/tiny"
+    assert len(seen) == 2 + 2 + CELLS
