@@ -12,6 +12,7 @@ from typing import Any
 from megakd.recipe import Recipe, load, resume, texts
 from megakd.recipe.objectives import declaration
 from megakd.runtime.files import json_sha256
+from megakd.runtime.run_folder import MODEL
 from megakd.study import launcher
 from megakd.study.results import AXES
 from megakd.study.spec import DEFAULT, Part, StudySpec, as_overrides, chosen
@@ -49,12 +50,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Teacher:
-    """recipe: that trains it first; None for a model as it is. settings: keys of the students' [teacher]. folder: of its own run."""
+    """recipe: that trains it first; None for a model as it is. settings: keys of the students' [teacher]. folder: of its own run.
+
+    taught_by: the teacher that its recipe distils.
+    """
 
     name: str
     recipe: Recipe | None
     settings: Mapping[str, Any]
     id: str
+    taught_by: Teacher | None = None
 
     @property
     def folder(self) -> str:
@@ -82,7 +87,9 @@ def expand(spec: StudySpec, out: Path, *, small: bool = False) -> Grid:
     if small and spec.small is None:
         raise ValueError("--small: this study has no [small] part; add one, or run it whole")
     kept = spec.small if small and spec.small is not None else Part()
-    teachers = {name: _teacher(spec, name) for name in spec.teachers if name in (kept.teachers or spec.teachers)}
+    teachers: dict[str, Teacher] = {}
+    for name in spec.teachers:
+        teachers[name] = _teacher(spec, name, teachers, out)
     cells: dict[str, Cell] = {}
     for axes in _combinations(spec, kept):
         cell = _cell(spec, axes, teachers, out)
@@ -95,7 +102,8 @@ def expand(spec: StudySpec, out: Path, *, small: bool = False) -> Grid:
         cells[cell.id] = cell
     if not cells:
         raise ValueError("exclude: nothing of the grid is left; take a line of it out")
-    return Grid(teachers, list(cells.values()))
+    used = {cell.teacher for cell in cells.values()}
+    return Grid({name: teacher for name, teacher in teachers.items() if name in used}, list(cells.values()))
 
 
 def _combinations(spec: StudySpec, kept: Part) -> Iterator[dict[str, Any]]:
@@ -120,13 +128,26 @@ def _within(axes: Mapping[str, Any], part: Part) -> bool:
     return all(axes[axis] in values for axis, values in chosen(part).items())
 
 
-def _teacher(spec: StudySpec, name: str) -> Teacher:
+def _teacher(spec: StudySpec, name: str, earlier: Mapping[str, Teacher], out: Path) -> Teacher:
     given = spec.teachers[name]
     if given.recipe is None:
         return Teacher(name, None, given.teacher, json_sha256(given.teacher)[:ID])
-    overrides = [*moved(spec, given.recipe), *as_overrides(spec.scoring()), *as_overrides(given.set)]
-    recipe = _loaded(f"teachers.{name}", given.recipe, overrides)
-    return Teacher(name, recipe, given.teacher, _id(recipe))
+    overrides = [*moved(spec, given.recipe), *as_overrides(spec.scoring(taught=False))]
+    by = None if given.taught_by is None else earlier[given.taught_by]
+    if by is not None:
+        overrides += _taught(by, out)
+    recipe = _loaded(f"teachers.{name}", given.recipe, [*overrides, *as_overrides(given.set)])
+    if by is not None and not recipe.in_need_of_a_teacher():
+        raise ValueError(
+            f"teachers.{name}.taught_by = {by.name!r}: no objective of recipe {given.recipe} reads a teacher; give one a weight"
+        )
+    return Teacher(name, recipe, given.teacher, _id(recipe, *([] if by is None else [by.id])), by)
+
+
+def _taught(by: Teacher, out: Path) -> list[str]:
+    """Overrides that make it the recipe's teacher; keys of the recipe's own do not stay beside another's."""
+    settings = {**by.settings} if by.recipe is None else {"model": f"local-dir:{out / by.folder}/{MODEL}", **by.settings}
+    return ["teacher={}", *as_overrides({"teacher": settings})]
 
 
 def _cell(spec: StudySpec, axes: Mapping[str, Any], teachers: Mapping[str, Teacher], out: Path) -> Cell:
@@ -137,16 +158,10 @@ def _cell(spec: StudySpec, axes: Mapping[str, Any], teachers: Mapping[str, Teach
         f"steps.{axes['steps']}": spec.steps[axes["steps"]].set,
     }
     teacher = None if axes["teacher"] is None else teachers[axes["teacher"]]
-    if teacher is not None and teacher.settings:
-        parts[f"teachers.{teacher.name}.teacher"] = {"teacher": {**teacher.settings}}
     parts[f"methods.{axes['method']}"] = spec.methods[axes["method"]].set
     alone = [f"objectives.{name}=0.0" for name in _distilling()]
-    overrides = [*moved(spec, spec.base), *as_overrides(spec.scoring()), *alone]
-    # Keys of the base recipe's own teacher do not stay beside another's.
-    if teacher is not None and teacher.recipe is not None:
-        overrides.append(f'teacher={{ model = "local-dir:{out / teacher.folder}/model" }}')
-    elif teacher is not None:
-        overrides.append("teacher={}")
+    overrides = [*moved(spec, spec.base), *as_overrides(spec.scoring(taught=teacher is not None)), *alone]
+    overrides += [] if teacher is None else _taught(teacher, out)
     overrides += [override for settings in parts.values() for override in as_overrides(settings)]
     recipe = _loaded(", ".join(name for name, settings in parts.items() if settings), spec.base, [*overrides, f"seed={axes['seed']}"])
     method, needy = spec.methods[axes["method"]], recipe.in_need_of_a_teacher()

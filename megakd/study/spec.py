@@ -34,6 +34,7 @@ class TaughtBy(Section):
 
     recipe: str | None = Field(None, description="recipe that trains it: a shipped name or a .toml file")
     set: Overrides = Field(default_factory=dict, description="overrides of that recipe")
+    taught_by: str | None = Field(None, description="an earlier teacher of the study, from which `recipe` distils it: an assistant")
     teacher: Overrides = Field(default_factory=dict, description="keys of the students' [teacher]: model, mode, patch_grid, ...")
 
     @model_validator(mode="after")
@@ -41,8 +42,8 @@ class TaughtBy(Section):
         named = {"model", "architecture"} & self.teacher.keys()
         if (self.recipe is None) == (not named):
             raise ValueError("give either `recipe`, which trains it, or teacher = { model = ... }, not both and not neither")
-        if self.recipe is None and self.set:
-            raise ValueError("set: these are overrides of `recipe`, and there is none; keys of the model belong into `teacher`")
+        if self.recipe is None and (self.set or self.taught_by):
+            raise ValueError("set, taught_by: these are overrides of `recipe`, and there is none; keys of the model belong into `teacher`")
         return self
 
 
@@ -156,9 +157,10 @@ class StudySpec(Section):
     store_type: Literal["bf16", "fp32"] = "bf16"
     retries: int = Field(1, ge=0, le=100, description="further tries of a run that failed for another reason than its settings")
 
-    def scoring(self) -> Overrides:
-        """`evaluation` as overrides of a recipe."""
-        return {"evaluation": self.evaluation} if self.evaluation else {}
+    def scoring(self, *, taught: bool) -> Overrides:
+        """`evaluation` as overrides of a recipe. taught: by a teacher; without one there is nothing that diagnostics compare."""
+        kinds = {key: value for key, value in self.evaluation.items() if taught or key.partition(".")[0] != "diagnostics"}
+        return {"evaluation": kinds} if kinds else {}
 
     def axis(self, name: str) -> list[Any]:
         """The values of an axis of AXES, in the file's order."""
@@ -173,6 +175,13 @@ class StudySpec(Section):
         if not self.teachers and any(method.teacher for method in self.methods.values()):
             taught = next(name for name, method in self.methods.items() if method.teacher)
             raise ValueError(f"teachers: an axis without values, and methods.{taught} needs a teacher; add one, or set its teacher = false")
+        earlier: list[str] = []
+        for name, teacher in self.teachers.items():
+            if teacher.taught_by is not None and teacher.taught_by not in earlier:
+                raise ValueError(
+                    f"teachers.{name}.taught_by = {teacher.taught_by!r}: no teacher before it in the file is called so: {earlier}"
+                )
+            earlier.append(name)
         parts = {f"grid[{number}]": part for number, part in enumerate(self.grid)}
         parts |= {} if self.small is None else {"small": self.small}
         parts |= {f"exclude[{number}]": part for number, part in enumerate(self.exclude)}

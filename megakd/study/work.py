@@ -99,8 +99,7 @@ def plan(spec: StudySpec, grid: Grid, out: Path) -> Work:
     """All runs of the study. Raises ValueError for a readout whose recipes do not fit together."""
     work = Work()
     for teacher in grid.teachers.values():
-        if teacher.recipe is not None:
-            work.add(Job(teacher.folder, "teacher", teacher.recipe))
+        _train(teacher, work)
     stored = {cell.id: _with_store(spec, cell, grid, work, out) for cell in grid.cells}
     for cell in grid.cells:
         recipe, after = stored[cell.id]
@@ -109,6 +108,17 @@ def plan(spec: StudySpec, grid: Grid, out: Path) -> Work:
         work.cells[cell.id] = (student, _readout(spec, work, out, Path(student).name, int(cell.axes["seed"]), tower, (student,)))
     _controls(spec, grid, work, out)
     return work
+
+
+def _train(teacher: Teacher, work: Work) -> None:
+    """Adds the runs that make a teacher: its own teacher's first."""
+    if teacher.recipe is None:
+        return
+    before: tuple[str, ...] = ()
+    if teacher.taught_by is not None:
+        _train(teacher.taught_by, work)
+        before = (teacher.taught_by.folder,) if teacher.taught_by.recipe is not None else ()
+    work.add(Job(teacher.folder, "teacher", teacher.recipe, before))
 
 
 def _with_store(spec: StudySpec, cell: Cell, grid: Grid, work: Work, out: Path) -> tuple[Recipe, tuple[str, ...]]:
