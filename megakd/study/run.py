@@ -147,9 +147,10 @@ def dry_run(source: str, out: Path | None, cluster: Cluster, *, small: bool = Fa
     """Print what the study would run, what of it is done, and what that costs by the planner. Nothing is written."""
     spec, grid, work, folder = load(source, out, small=small)
     table = Table(
-        title=f"{spec.title}: {len(grid.cells)} cells in {folder}", caption=f"GPU hours: by `megakd plan`, one {cluster.kind} a run"
+        title=f"{spec.title}: {len(grid.cells)} cells in {folder}",
+        caption=f"time: of all of them by `megakd plan`, one {cluster.kind} a run",
     )
-    for heading in ("runs", "there", "failed", "to do", "GPU hours to do"):
+    for heading in ("runs", "there", "failed", "to do", "time to do"):
         table.add_column(heading, justify="left" if heading == "runs" else "right")
     hours: dict[str, float] = {}
     for kind in KINDS:
@@ -159,7 +160,9 @@ def dry_run(source: str, out: Path | None, cluster: Cluster, *, small: bool = Fa
         costs = [_hours(job, work, folder, cluster, hours) for job in left if kind not in ("store", "scores")]
         known = [cost for cost in costs if cost is not None]
         if jobs:
-            shown = (f"{sum(known):.2f}" if known else "") + (f" and {len(costs) - len(known)} unknown" if len(known) < len(costs) else "")
+            shown = (spelled(3600 * sum(known)) if known else "") + (
+                f" and {len(costs) - len(known)} unknown" if len(known) < len(costs) else ""
+            )
             table.add_row(f"{kind}s".replace("scoress", "scores"), str(states["done"]), str(states["failed"]), str(len(left)), shown)
     plain().print(table)
     first = [job.name for job in work.jobs.values() if job.kind in ("teacher", "store") and not job.done(folder)]
