@@ -197,8 +197,8 @@ def test_a_teacher_that_cannot_be_read_is_a_row_and_the_others_go_on(small: Path
         shutil.copytree(small / name, tmp_path / name)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"no weights")
-    tower = "architecture = { embed_dim = 64, vision_cfg = { image_size = 36, patch_size = 12, width = 64, layers = 1, head_width = 32 }, "
-    tower += "text_cfg = { context_length = 32, vocab_size = 128, width = 64, heads = 2, layers = 1 } }"
+    tower = "architecture = { embed_dim = 64, vision_cfg = { image_size = 36, patch_size = 12, width = 64, layers = 2, head_width = 32 }, "
+    tower += "text_cfg = { context_length = 32, vocab_size = 128, width = 64, heads = 2, layers = 2 } }"
     asis = f"[teachers.asis.teacher]\npretrained = '{broken}'\ntokenizer = 'data/shapes/tokenizer'\n{tower}\n\n[methods.plain]"
     (tmp_path / "tiny.toml").write_text(FILE.replace("[methods.plain]", asis) + "\n[[grid]]\nseeds = [0]\nteachers = ['weak', 'asis']\n")
     code, said = study(tmp_path)
@@ -206,8 +206,8 @@ def test_a_teacher_that_cannot_be_read_is_a_row_and_the_others_go_on(small: Path
     assert "broken.safetensors" in said
     rows = {tuple(row["axes"].values()): row for row in json.loads((tmp_path / "runs/tiny" / STUDY).read_text())["cells"]}
     failed = [row for axes, row in rows.items() if axes[0] == "asis"]
-    assert [row["status"] for row in failed] == ["missing"]
-    assert "failed" in failed[0]["message"]
+    assert [row["status"] for row in failed] == ["failed"]
+    assert "broken.safetensors" in failed[0]["message"]
     assert all(row["status"] == "done" for axes, row in rows.items() if axes[0] != "asis")
 
 
