@@ -16,7 +16,7 @@ from megakd.evaluation.sets import TEXT_SETS, sets_of
 from megakd.evaluation.suite import Suite, open_sets
 from megakd.export import clip_folder
 from megakd.models import clip
-from megakd.recipe import Recipe, Teacher, texts
+from megakd.recipe import Recipe, Student, Teacher, texts
 from megakd.recipe import load as recipes
 from megakd.runtime import checkpoint as checkpoints
 from megakd.runtime import collectives, files, launch, run_folder
@@ -57,30 +57,6 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
             print(f"{path}\n{report.lines(results)}\nwritten to {run / run_folder.EVALUATION}")
 
 
-def evaluate_recipe(source: str, out: Path) -> None:
-    """The scores of a recipe's student as it starts, random or with its pretrained weights, on the recipe's sets, into the file `out`.
-
-    Raises ValueError as `evaluate` does, and for weights that cannot be read.
-    """
-    recipe, name = recipes.load(source)
-    if recipe.student is None:
-        raise ValueError(f"recipe {name}: has no [student] to score")
-    with process_group() as world:
-        sets = open_sets(recipe, world)
-        if not sets:
-            raise ValueError(f"recipe {name}: names no evaluation set; add one, such as evaluation.retrieval.NAME = SHARDS")
-        description = clip.resolve(recipe.student, "student")
-        torch.manual_seed(recipe.seed)  # as a training begins
-        built = clip.build(description, torch.device("cpu"))
-        encoder = Encoder(built.clip.to(world.device).eval(), built.preprocess, description.tokenize, world.device, recipe.evaluation.batch)
-        scores = Suite(sets, encoder, world, recipe.data.workers, StopPoller(world)).run()
-        if world.is_main:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            results = {"step": 0, "sets": sets_of(recipe), **scores}
-            run_folder.write_json(out, results)
-            print(f"{report.lines(results)}\nwritten to {out}")
-
-
 def _diagnostics_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
     """What training has written of the same step and sets beside its scores: it takes the teacher, which is not loaded here."""
     try:
@@ -91,8 +67,10 @@ def _diagnostics_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
     return {"diagnostics": earlier["diagnostics"]} if same and "diagnostics" in earlier else {}
 
 
-def evaluate_model(settings: Teacher, recipe: str | None, overrides: Sequence[str] = (), out: Path | None = None) -> dict[str, Any]:
-    """The scores of any model that a teacher may be, without a run, printed and written to `out`; as `evaluate` gives them, with "model"
+def evaluate_model(
+    settings: Teacher | Student, recipe: str | None, overrides: Sequence[str] = (), out: Path | None = None
+) -> dict[str, Any]:
+    """The scores of any model that a teacher or a student may be, without a run, printed and written to `out`; as `evaluate` gives them, with "model"
     and "pretrained" in the place of "step".
 
     recipe: whose evaluation, data and seed count; None: `overrides` say all. Random weights are drawn by the seed. A model of images alone
@@ -106,7 +84,7 @@ def evaluate_model(settings: Teacher, recipe: str | None, overrides: Sequence[st
         if out is not None:
             collectives.by_main(lambda: _check_file(out), world)
         try:
-            description = clip.resolve(settings, "teacher")
+            description = clip.resolve(settings, "teacher" if isinstance(settings, Teacher) else "student")
         except ValueError as error:
             raise ValueError(f"--model {name}: {error}") from error
         of_texts = [f"evaluation.{kind}.{one}" for kind in TEXT_SETS for one in getattr(scored.evaluation, kind)]

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ import torch
 from megakd.recipe import Recipe
 from megakd.recipe.load import load_recipe
 from megakd.runtime.exits import EXIT_USER_ERROR
-from megakd.runtime.run_folder import EVALUATION
 
 SHIPPED_DATA = "data/shapes"
 _LINES_KEPT = 400  # of a run's output, for the message of one that fails
@@ -95,40 +93,6 @@ def run(recipe: str, folder: Path, overrides: Sequence[str], command: str) -> in
         again = f"`{command}` again goes on from its last checkpoint"
         print(f"the run in {folder} ended with exit code {code}; {again}", file=sys.stderr)
     return code
-
-
-def run_together(jobs: Sequence[tuple[str, Path]], at_once: int) -> list[Path]:
-    """Train each (recipe, run folder) on one rank, writing to FOLDER.log. Returns the folders of runs that failed.
-
-    A folder with scores is a finished run, which is left as it is. The others go on after one has failed.
-    """
-    waiting = [(recipe, folder) for recipe, folder in jobs if not (folder / EVALUATION).is_file()]
-    total, failed = len(jobs), []
-    done = total - len(waiting)
-    if done:
-        print(f"{done} of {total} runs are there already", flush=True)
-    running: dict[Path, subprocess.Popen[str]] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                recipe, folder = waiting.pop(0)
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                with folder.with_name(f"{folder.name}.log").open("a", encoding="utf-8") as log:
-                    running[folder] = _start(recipe, folder, [], [], 1, log)
-            time.sleep(0.2)
-            for folder in [folder for folder, process in running.items() if process.poll() is not None]:
-                code = running.pop(folder).returncode
-                done += 1
-                if code:
-                    failed.append(folder)
-                ended = f"failed with exit code {code}, see {folder}.log" if code else "is done"
-                print(f"{done} of {total}: {folder} {ended}", flush=True)
-    finally:
-        for process in running.values():
-            process.send_signal(signal.SIGTERM)
-        for process in running.values():
-            process.wait()
-    return failed
 
 
 def write_recipe(recipe: Recipe, path: Path) -> Path:

@@ -15,7 +15,10 @@ from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
+from megakd.models import image_only
+from megakd.recipe import Teacher
 from megakd.recipe.credentials import redact
+from megakd.recipe.load import load_recipe
 from megakd.runtime import failures
 from megakd.runtime.exits import EXIT_USER_ERROR
 from megakd.runtime.preemption import ignore_from_here, note_early
@@ -67,7 +70,12 @@ def perform(kind: str, recipe: str, out: Path, options: tuple[str, ...]) -> int:
     if kind == "scores":
         from megakd.evaluation import run as evaluation
 
-        evaluation.evaluate_recipe(recipe, out / EVALUATION)
+        student = load_recipe(recipe).student
+        assert student is not None, "a study scores models"
+        out.mkdir(parents=True, exist_ok=True)
+        # Models of images alone are teachers; a student may start from random weights without a word.
+        model = Teacher(**student.model_dump(exclude_defaults=True)) if image_only.names_one(student) else student
+        evaluation.evaluate_model(model, recipe, [], out / EVALUATION)
         return 0
     from megakd.training.command import run_command
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megakd.data.store.manifest import MANIFEST
-from megakd.evaluation.sets import sets_of
+from megakd.evaluation.sets import TEXT_SETS, sets_of
 from megakd.models import image_only
-from megakd.recipe import Recipe, load
+from megakd.recipe import Recipe, Student, load
 from megakd.recipe.chain import LANGUAGE
 from megakd.runtime.files import json_sha256
 from megakd.runtime.run_folder import BUNDLE, EVALUATION, MODEL
@@ -252,6 +252,7 @@ def _tower_id(recipe: Recipe) -> str:
 def _unlearned(recipe: Recipe) -> Recipe:
     """The recipe of a student that is only scored: as it starts, without a teacher."""
     settings = recipe.model_dump(mode="json", exclude_none=True, include={"name", "seed", "data", "student", "evaluation"})
+    settings["evaluation"] |= {"diagnostics": {}}
     optim = recipe.optim.model_dump(mode="json", include={"steps", "batch", "lr", "warmup"})
     return Recipe.model_validate({**settings, "objectives": {"contrastive": 1.0}, "optim": optim})
 
@@ -265,6 +266,8 @@ def _teacher_tower(spec: StudySpec, grid: Grid, teacher: Teacher, work: Work, ou
     }
     like = grid.cells[0].recipe
     recipe = _unlearned(like).model_dump(mode="json", exclude_none=True)
+    if image_only.names_one(Student.model_validate(tower)):
+        recipe["evaluation"] |= {kind: {} for kind in TEXT_SETS}
     job = Job(teacher.folder, "scores", Recipe.model_validate({**recipe, "student": tower}))
     return work.add(job), tower
 
