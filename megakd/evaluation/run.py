@@ -70,8 +70,8 @@ def _diagnostics_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
 def evaluate_model(
     settings: Teacher | Student, recipe: str | None, overrides: Sequence[str] = (), out: Path | None = None
 ) -> dict[str, Any]:
-    """The scores of any model that a teacher or a student may be, without a run, printed and written to `out`; as `evaluate` gives them, with "model"
-    and "pretrained" in the place of "step".
+    """The scores of any model that a teacher or a student may be, without a run, printed and written to `out`; as `evaluate` gives them,
+    with "model" and "pretrained" in the place of "step".
 
     recipe: whose evaluation, data and seed count; None: `overrides` say all. Random weights are drawn by the seed. A model of images alone
     is scored by what reads its images alone.
