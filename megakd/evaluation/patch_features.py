@@ -22,7 +22,8 @@ from megakd.data.bad_samples import BadCounter, BadSample, located, usable
 from megakd.data.stream import WorkerStream, reported
 from megakd.data.transforms import evaluation_pixels, input_size, normalise, rgb_image
 from megakd.evaluation.encoder import Encoder
-from megakd.models.patches import Patches, measure, patch_tokens
+from megakd.models.heads import normalised
+from megakd.models.patches import Patches, TowerReader, measure
 from megakd.recipe import Data
 from megakd.runtime import collectives, watchdog
 from megakd.runtime.launch import World
@@ -50,6 +51,8 @@ class TokenPlan:
         """(n, P, C), by the same averages as the decoder's projector takes."""
         if not self.side:
             return tokens_nVC
+        if self.side == 1:
+            return tokens_nVC.mean(dim=1, keepdim=True)
         assert self.patches.grid is not None
         grid_nChw = tokens_nVC.transpose(1, 2).unflatten(2, self.patches.grid)
         return F.adaptive_avg_pool2d(grid_nChw, self.side).flatten(2).transpose(1, 2)
@@ -63,7 +66,7 @@ def plan_tokens(visual: nn.Module, layer: int, image_tokens: int, images: int, k
     """
     patches = measure(visual, layer, f"{key}.layer")
     side = math.isqrt(image_tokens)
-    if side and (patches.grid is None or side > min(patches.grid)):
+    if side > 1 and (patches.grid is None or side > min(patches.grid)):
         there = (
             f"{patches.count} patches form no grid to average over"
             if patches.grid is None
@@ -127,12 +130,12 @@ class _Loader:
 
 @dataclass(frozen=True)
 class Features:
-    """tokens_NPC: float16, on the CPU, zeros for unread images, and without a row on other ranks than the first.
-
-    unread: by number, why, on every rank.
+    """tokens_NPC: float16. pooled_ND: unit rows in float32, of what the tower makes of an image. Both on the CPU, zeros for unread images,
+    without a row on other ranks than the first. unread: by number, why, on every rank.
     """
 
     tokens_NPC: Tensor
+    pooled_ND: Tensor
     unread: dict[int, BadSample]
 
 
@@ -143,34 +146,36 @@ def features(
     count, size = len(pictures), encoder.batch
     batches = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
     mine = batches[world.rank :: world.size]
-    loader, own = _Loader(pictures, encoder.preprocess, data.max_pixels), list[Tensor]()
+    loader, own = _Loader(pictures, encoder.preprocess, data.max_pixels), list[tuple[Tensor, Tensor]]()
     unread, broken = dict[int, BadSample](), 0
     stream: Iterator[_Batch] = reported(WorkerStream(loader, mine, min(data.workers, len(mine)), world.device.type == "cuda"))
     for batch in interruptions.between(stream, len(batches), 1):
-        tokens_nPC = _seen(batch.pixels, plan, encoder)
-        broken += int((~tokens_nPC.isfinite()).flatten(1).any(dim=1).sum())
+        tokens_nPC, pooled_nD = _seen(batch.pixels, plan, encoder)
+        broken += int((~(tokens_nPC.isfinite().flatten(1).all(dim=1) & pooled_nD.isfinite().all(dim=1))).sum())
         unread |= dict(batch.unread)
-        read_n = torch.tensor([index not in unread for index in mine[len(own)]]).view(-1, 1, 1)
+        read_n = torch.tensor([index not in unread for index in mine[len(own)]]).view(-1, 1)
         # channels beyond float16's range, which large towers have a few of, stay as far out as it goes
-        own.append(tokens_nPC.clamp(-_LARGEST, _LARGEST).half() * read_n)
-    known = collectives.everyones((unread, broken), world)
+        own.append((tokens_nPC.clamp(-_LARGEST, _LARGEST).half() * read_n.unsqueeze(2), pooled_nD * read_n))
+    known = collectives.everyones((unread, broken, own[0][1].shape[1] if own else 0), world)
     if wrong := sum(of_rank[1] for of_rank in known):
         raise ValueError(
             f"{key}: what the tower makes of {wrong} of {count} images is not finite (NaN or infinite): no score means anything. "
             f"The weights are damaged or the training has diverged: take an earlier checkpoint, or lower optim.lr"
         )
-    tokens_NPC = _on_main(own, (count, size, *plan.shape), torch.float16, world)
-    return Features(tokens_NPC, {index: why for of_rank in known for index, why in of_rank[0].items()})
+    tokens_NPC = _on_main([tokens for tokens, _ in own], (count, size, *plan.shape), torch.float16, world)
+    width = max(of_rank[2] for of_rank in known)
+    pooled_ND = _on_main([pooled for _, pooled in own], (count, size, width), torch.float32, world)
+    return Features(tokens_NPC, pooled_ND, {index: why for of_rank in known for index, why in of_rank[0].items()})
 
 
-def _seen(pixels: Tensor, plan: TokenPlan, encoder: Encoder) -> Tensor:
-    """(n, P, C), float32 on the CPU."""
+def _seen(pixels: Tensor, plan: TokenPlan, encoder: Encoder) -> tuple[Tensor, Tensor]:
+    """(n, P, C) and (n, D), float32 on the CPU, of one forward."""
     watchdog.beat("evaluating")
-    ready = normalise(pixels.to(encoder.device, non_blocking=True), encoder.preprocess, encoder.dtype)
-    visual: Any = encoder.clip.visual
-    with torch.no_grad(), of_towers(encoder.device):
-        tokens_nVC = patch_tokens(visual, ready, plan.layer)
-    return plan.averaged(tokens_nVC.float()).cpu()
+    ready, model = normalise(pixels.to(encoder.device, non_blocking=True), encoder.preprocess, encoder.dtype), encoder.clip
+    with torch.no_grad(), of_towers(encoder.device), TowerReader(model.visual, [plan.layer]) as reader:
+        embedded_nD = model.encode_image(ready)  # type: ignore[operator]
+        tokens_nVC = reader.tokens(embedded_nD)[plan.layer].float()
+    return plan.averaged(tokens_nVC).cpu(), normalised(embedded_nD).float().cpu()
 
 
 def _on_main(own: list[Tensor], shape: tuple[int, ...], kind: torch.dtype, world: World) -> Tensor:

@@ -7,10 +7,12 @@ from typing import Any
 
 from megakd.vqa import evaluate
 
+_PROBED = {"pooled": "", "mean patch": "patch_"}  # features, and how their scores' names begin
+
 
 def numbers(results: Mapping[str, Any]) -> dict[str, float]:
     """Every score by its path, as "retrieval/NAME/image_to_text/R@1", for a monitor: fractions and counts of unreadable samples."""
-    kinds = ("zero_shot", "retrieval", "hard_negatives", "diagnostics", "reader", "vqa")
+    kinds = ("zero_shot", "retrieval", "hard_negatives", "diagnostics", "reader", "probe", "vqa")
     return {path: value for kind in kinds for path, value in _leaves(kind, results.get(kind, {}))}
 
 
@@ -51,6 +53,12 @@ def lines(results: dict[str, Any]) -> str:
         )
         if len(families := scores.get("by_family", {})) > 1:
             rows.append("    " + ", ".join(f"{family} {part['accuracy']:.1%}" for family, part in families.items()))
+    for name, scores in results.get("probe", {}).items():
+        near = f"{scores['neighbours']} nearest"
+        both = [
+            f"{what} linear {scores[f'{of}linear']['top1']:.1%}, {near} {scores[f'{of}knn']['top1']:.1%}" for what, of in _PROBED.items()
+        ]
+        rows.append(f"  probe {name} of {scores['images']} images: {'; '.join(both)}{_lost(scores)}")
     if "vqa" in results:
         rows.append(evaluate.lines(results["vqa"]))
     return "\n".join(rows)

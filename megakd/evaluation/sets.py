@@ -17,9 +17,10 @@ from megakd.data.evaluation import labelled
 from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.transforms import rgb_image
-from megakd.evaluation import hard_negatives
+from megakd.evaluation import hard_negatives, probes, reader
 from megakd.evaluation.diagnostics.pair import FEWEST, MOST
-from megakd.evaluation.reader import ReaderSet, check_tower, open_readers
+from megakd.evaluation.probes import ProbeSet
+from megakd.evaluation.reader import ReaderSet
 from megakd.evaluation.zero_shot import CLASSES, ClassSet, read_class_set
 from megakd.recipe import Recipe
 from megakd.recipe.schema import Scored
@@ -27,7 +28,7 @@ from megakd.runtime import collectives
 from megakd.runtime.launch import World
 
 # Keys of [evaluation] that recipes did not always have: the checksum of one without them is what it was.
-_ADDED = ("diagnostics", "reader")
+_ADDED = ("diagnostics", "reader", "probe")
 _TRIED = 16  # samples of a set that are read at the start, until one can be read
 TEXT_SETS = ("zero_shot", "retrieval", "hard_negatives")  # kinds that a model without a text tower is not scored by
 # Reasons that only the indexes know: samples that are in no row of them.
@@ -43,15 +44,22 @@ class Sets:
     hard_negatives: dict[str, ShardSet] = field(default_factory=dict)
     diagnostics: dict[str, ShardSet] = field(default_factory=dict)
     reader: dict[str, ReaderSet] = field(default_factory=dict)
+    probe: dict[str, ProbeSet] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.zero_shot or self.retrieval or self.hard_negatives or self.diagnostics or self.reader)
+        return bool(self.zero_shot or self.retrieval or self.hard_negatives or self.diagnostics or self.at_end)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether there are sets that need a training of their own, which read the tower's patch tokens."""
+        return bool(self.reader or self.probe)
 
     def check_tower(self, model: nn.Module) -> list[str]:
         """A line for each set that reads patch tokens of this CLIP, perhaps on torch's meta device. Raises ValueError, with the key, where
         its tower does not give them."""
         visual: Any = model.visual
-        return check_tower(self.reader, visual)
+        probes.check_tower(self.probe, visual)
+        return reader.check_tower(self.reader, visual)
 
 
 def open_sets(recipe: Recipe | Scored, world: World) -> Sets:
@@ -97,7 +105,13 @@ def open_sets(recipe: Recipe | Scored, world: World) -> Sets:
                 f"{key}: {len(opened)} samples; neighbours and ranks need {FEWEST}, and rows of similarities are formed of up to {MOST}: "
                 f"give {'more' if len(opened) < FEWEST else 'fewer'} shards"
             )
-    sets.reader = open_readers(recipe, world)
+    sets.reader = reader.open_readers(recipe, world)
+    for name, probe in recipe.evaluation.probe.items():
+        train, test = (
+            shards(probes.patterns(given, part), f"evaluation.probe.{name}.{part}", ("image", "cls"), lambda one: labelled(one, "cls"))
+            for part, given in (("train", probe.train), ("test", probe.test))
+        )
+        sets.probe[name] = ProbeSet(probe, train, test, (lost_in(train), lost_in(test)))
     return sets
 
 

@@ -22,6 +22,7 @@ from megakd.data.shards import ShardSet
 from megakd.data.transforms import TowerView
 from megakd.evaluation import hard_negatives, retrieval, zero_shot
 from megakd.evaluation.encoder import Encoder
+from megakd.evaluation.probes import score_probes
 from megakd.evaluation.reader import score_readers
 from megakd.evaluation.sets import Sets, check_label, lost_in, open_sets
 from megakd.models.clip import parameters_in
@@ -72,7 +73,7 @@ class Suite:
     def run(self, *, at_end: bool = True) -> dict[str, Any]:
         """{"zero_shot": {set: ...}, "retrieval": ..., "hard_negatives": ..., "parameters": n, "images_per_second": ...}
 
-        at_end: with what takes a training of its own, "reader": {set: ...} where the recipe has readers.
+        at_end: with what takes a training of its own, "reader" and "probe": {set: ...}, where the recipe has some.
         """
         sets = self._sets
         results: dict[str, Any] = {
@@ -86,6 +87,8 @@ class Suite:
         results["images_per_second"] = self._images / self._seconds if self._seconds else None
         if at_end and sets.reader:
             results["reader"] = score_readers(sets.reader, self._encoder, self._world, self._interruptions)
+        if at_end and sets.probe:
+            results["probe"] = score_probes(sets.probe, self._encoder, self._world, self._interruptions)
         return results
 
     def _zero_shot(self, shards: ShardSet, classes: zero_shot.ClassSet, key: str) -> dict[str, Any]:

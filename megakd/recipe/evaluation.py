@@ -34,6 +34,16 @@ class Reader(Section):
         return self
 
 
+class Probe(Section):
+    """A linear classifier and the nearest neighbours' vote on the frozen tower's features, at the end of a run as a reader."""
+
+    train: str = Field(description="labelled images, .jpg and .cls: shards, or a folder whose train/*.tar they are, as CLIP_benchmark's")
+    test: str = Field(description="those that count: shards, or a folder whose test/*.tar they are")
+    layer: int = Field(-2, ge=-1000, le=1000, description="the vision tower's block whose patch tokens are averaged, as decoder.layer")
+    neighbours: Positive = Field(20, description="training images that vote; all where there are fewer")
+    temperature: PositiveFloat = Field(0.07, description="a vote weighs exp(cosine / temperature)")
+
+
 class Evaluation(Section):
     """Evaluation sets by name; shard patterns are written as in data.train."""
 
@@ -55,5 +65,6 @@ class Evaluation(Section):
     reader: dict[Name, Reader] = Field(
         default_factory=dict, description="question readers over the tower's patch tokens, at the end of a run; without a decoder"
     )
+    probe: dict[Name, Probe] = Field(default_factory=dict, description="linear probe and k-NN of images with labels, at the end of a run")
     vqa_batch: int = Field(64, gt=0, le=10**6, description="questions answered at once")
     answer_tokens: int = Field(10, gt=0, le=10**6, description="longest answer that the decoder generates")

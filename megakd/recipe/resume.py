@@ -38,6 +38,7 @@ _FREE = (
     ),
     *(f"evaluation.vqa.*.{key}" for key in _SOURCE),
     *(f"evaluation.reader.*.{part}.{key}" for part in ("train", "test") for key in _SOURCE),
+    *(f"evaluation.probe.*.{key}" for key in ("train", "test", "layer", "neighbours", "temperature")),
     *(f"evaluation.reader.*.{key}" for key in ("answers", "layer", "image_tokens", "width", "steps", "batch", "lr", "blind", "seed")),
     *("checkpoint.every", "checkpoint.keep", "export.heads", "log.every", "watchdog.limit"),
 )
@@ -93,5 +94,6 @@ def _spelled(parts: list[str]) -> Iterable[str]:
 def change(key: str) -> Change:
     """The class of this key; refused where the table lacks it, as for a section that comes or goes."""
     # a set that is added is named by its own keys, the last one that is taken out by its section's
-    name = {"evaluation.vqa": "evaluation.vqa.*.format", "evaluation.reader": "evaluation.reader.*.seed"}.get(key) or entry(key)
+    tables = {"evaluation.vqa": "format", "evaluation.reader": "seed", "evaluation.probe": "layer"}
+    name = f"{key}.*.{tables[key]}" if key in tables else entry(key)
     return "refused" if name is None else ON_RESUME[name]

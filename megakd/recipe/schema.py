@@ -255,10 +255,11 @@ class Recipe(ScheduledSections, Sources):
         clip_sets = [kind for kind in ("zero_shot", "retrieval", "hard_negatives", "diagnostics") if getattr(self.evaluation, kind)]
         if clip_sets and not self.active():
             raise ValueError(f"evaluation.{clip_sets[0]}: without an objective the student's text tower is not trained: take the set out")
-        if self.evaluation.reader and not self.active():
+        at_end = [kind for kind in ("reader", "probe") if getattr(self.evaluation, kind)]
+        if at_end and not self.active():
             raise ValueError(
-                "evaluation.reader: it scores students that learn from pairs, and no objective has a weight: take it out; `megakd evaluate "
-                "--model` scores a tower without a run"
+                f"evaluation.{at_end[0]}: it scores students that learn from pairs, and no objective has a weight: take it out; "
+                "`megakd evaluate --model` scores a tower without a run"
             )
         return self
 

@@ -199,7 +199,7 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
     store = build.open_stores(recipe, teachers, shards, world)
     collectives.by_main(lambda: clip_folder.rehearse(student), world)
     sets = open_sets(recipe, world)
-    of_sets = sets.check_tower(clip.on_meta(student).clip) if sets.reader else []
+    of_sets = sets.check_tower(clip.on_meta(student).clip) if sets.at_end else []
     return PairData(recipe, student, objectives, shards, order, teachers, shapes, heads, texts, captions, store, sets, of_sets)
 
 
