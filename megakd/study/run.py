@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from megakd.data.digits import write_digits
 from megakd.data.shapes import write_world
 from megakd.data.shards import ShardSet
 from megakd.evaluation.sets import open_sets, sets_of
@@ -77,8 +78,9 @@ def prepare(spec: StudySpec, grid: Grid) -> dict[str, str]:
     """Write the study's world where it is not there yet, and index every data set. Returns a checksum of each, by its name."""
     if spec.world is not None:
         world = spec.world
-        made = write_world(Path(world.folder), train=world.train, test=world.test, seed=world.seed, caption_noise=world.caption_noise)
-        print(f"{world.folder}: " + (f"written in {made.seconds:.1f} s" if made.written else "there already"), flush=True)
+        write = write_world if world.kind == "shapes" else write_digits
+        made = write(Path(world.folder), train=world.train, test=world.test, seed=world.seed, caption_noise=world.caption_noise)
+        print(f"{world.folder}: " + ("written" if made.written else "there already"), flush=True)
     first = {cell.axes["data"]: cell.recipe for cell in grid.cells}
     for recipe in {sets_of(cell.recipe): cell.recipe for cell in grid.cells}.values():
         open_sets(recipe, World(0, 1, torch.device("cpu")))  # what the runs need at their ends

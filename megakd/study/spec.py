@@ -65,8 +65,9 @@ class Part(Section):
 
 
 class World(Section):
-    """The shapes world that the shipped recipes of the smoke jobs read, written before anything else when it is not there."""
+    """Data that are made before anything else when they are not there: the shapes world, or scikit-learn's digits in the same layout."""
 
+    kind: Literal["shapes", "digits"] = Field("shapes", description="digits: handwriting that is not ours, see data/digits.py")
     folder: str = Field(description="where; shipped recipes, which name data/shapes, read it there")
     train: Positive = Field(20000, description="clean pairs, and as many noisy ones")
     test: Positive = Field(2000, description="pairs to test on")

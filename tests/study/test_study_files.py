@@ -204,3 +204,28 @@ def test_a_study_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) 
         spec.read(str(tmp_path / "none.toml"))
     with pytest.raises(ValueError, match="not a shipped study"):
         spec.read("nothing")
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("name", spec.shipped())
+def test_a_shipped_study_is_sound_and_has_a_small_part(name: str, small: bool, tmp_path: Path) -> None:
+    written_down, grid, work, folder = run.load(name, tmp_path / "out", small=small)
+    assert folder == tmp_path / "out"
+    assert work.jobs
+    assert len({cell.folder for cell in grid.cells}) == len(grid.cells)
+    assert written_down.scores[0].name == "VQA"
+    kept = {cell.id for cell in grid.cells}
+    assert kept <= {cell.id for cell in run.load(name, tmp_path / "out")[1].cells}
+
+
+def test_teachers_may_teach_each_other_in_the_order_of_the_file(tmp_path: Path) -> None:
+    taught = '[teachers.helper]\nrecipe = "smoke"\ntaught_by = "strong"\n\n[students.same]'
+    _, grid, work, out = run.load(written(tmp_path, TINY.replace("[students.same]", taught)), tmp_path / "out")
+    helper, strong = grid.teachers["helper"], grid.teachers["strong"]
+    assert work.jobs[helper.folder].after == (strong.folder,)
+    assert helper.recipe is not None
+    assert helper.recipe.teacher is not None
+    assert helper.recipe.teacher.model == f"local-dir:{out / strong.folder}/model"
+    early = TINY.replace('[teachers.weak]\nrecipe = "smoke_teacher"', '[teachers.weak]\nrecipe = "smoke"\ntaught_by = "strong"')
+    with pytest.raises(ValueError, match=r"teachers.weak.taught_by = 'strong': no teacher before it in the file is called so"):
+        run.load(written(tmp_path, early), None)
