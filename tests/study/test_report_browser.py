@@ -148,9 +148,11 @@ def _contrast(page: Any, selector: str) -> float:
 
 
 def test_paper_is_white_without_what_is_for_screens_and_with_every_table(opened: Any) -> None:
+    opened.set_viewport_size({"width": 680, "height": 1000})  # A4 within its margins
     opened.emulate_media(media="print", color_scheme="dark")
     assert opened.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not opened.locator("nav").is_visible()
     printed = opened.pdf(format="A4")
     assert printed.startswith(b"%PDF")
     assert opened.locator("table[data-table=rows]").is_visible()  # opened for the paper
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 680
