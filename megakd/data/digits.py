@@ -96,8 +96,9 @@ def _images() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """(1797, 8, 8) grey values of 0 to 16, and (1797,) labels."""
     try:
         from sklearn.datasets import load_digits
-    except ImportError:
-        raise ValueError("the digits are scikit-learn's: pip install 'megakd[study]'") from None
+    except ImportError as error:
+        remedy = "`pip install scikit-learn` (or -e '.[study]' in the repository)"
+        raise ValueError(f"the digits are scikit-learn's, which is not there ({error}); {remedy}") from None
     found = load_digits()
     return found.images, found.target
 
