@@ -225,7 +225,7 @@ def _without_recipes(recipe: Recipe) -> Recipe:
 
 def _controls(spec: StudySpec, grid: Grid, work: Work, out: Path) -> None:
     """The rows beside the grid."""
-    seeds = list(spec.seeds)
+    seeds = sorted({int(cell.axes["seed"]) for cell in grid.cells})
     for teacher in grid.teachers.values():
         scores, tower = _teacher_tower(spec, grid, teacher, work, out) if spec.controls.teachers else (None, None)
         read = None
