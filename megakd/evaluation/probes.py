@@ -114,6 +114,9 @@ def _score(one: ProbeSet, key: str, encoder: Encoder, world: World, interruption
         classes_K, class_N = train_N.unique(return_inverse=True)
         if len(classes_K) < 2:
             raise ValueError(f"{key}.train: all images are of class {classes_K[0].item()}: there is nothing to learn")
+        unknown = int((~torch.isin(test_M, classes_K)).sum())
+        if len(test_M) and unknown == len(test_M):
+            raise ValueError(f"{key}.test: no image is of a class that an image of its train has: the two number their classes differently")
         wrong = one.lost[1].total + len(one.test) - len(test_M)
         images = len(test_M) + wrong
         scores: dict[str, Any] = {}
@@ -130,7 +133,7 @@ def _score(one: ProbeSet, key: str, encoder: Encoder, world: World, interruption
             "learned": len(train_N),
             "neighbours": min(one.settings.neighbours, len(train_N)),
             "unreadable": wrong,
-            "unknown": int((~torch.isin(test_M, classes_K)).sum()),
+            "unknown": unknown,
         }
 
     return collectives.by_main(results, world)

@@ -15,9 +15,10 @@ from megakd.evaluation.probes import fit, linear, neighbours, patterns
 from megakd.evaluation.report import lines, numbers
 from megakd.evaluation.sets import open_sets
 from megakd.recipe import load as recipes
+from megakd.runtime.exits import EXIT_USER_ERROR
 from megakd.runtime.launch import World
 from support import REPOSITORY
-from support.runs import ran, run_ranks
+from support.runs import megakd, ran, run_ranks
 from support.shards import jpeg, write_tar
 
 
@@ -78,7 +79,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_is_probed_at_its_end_and_so_is_its_model_on_two_ranks(
-    recipe_file: Path, world: Path, labelled: Path, tmp_path: Path
+    recipe_file: Path, world: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = f"train = '{labelled}/zeroshot/test/*.tar', test = '{world}/zeroshot'"
     probe = f"evaluation.probe.things={{ {parts}, layer = -1 }}"
@@ -91,6 +92,9 @@ def test_a_run_is_probed_at_its_end_and_so_is_its_model_on_two_ranks(
     assert found["patch_linear"]["top1"] > 2 / 35  # colours show in any tower
     assert numbers(results)["probe/things/patch_knn/top1"] == found["patch_knn"]["top1"]
     assert "probe things of 70 images: pooled linear" in lines(results)
+    unlike = f"evaluation.probe.things.test={world}/zeroshot_held_out"
+    assert megakd("evaluate", run, "--set", unlike) == EXIT_USER_ERROR
+    assert "evaluation.probe.things.test: no image is of a class that an image of its train has" in capsys.readouterr().err
     model = ("--model", f"local-dir:{run / 'model'}", "--recipe", run / "run.json", "--out", tmp_path / "two.json")
     run_ranks(REPOSITORY / "megakd" / "cli" / "__main__.py", "evaluate", *model)
     assert json.loads((tmp_path / "two.json").read_text())["probe"]["things"] == found
