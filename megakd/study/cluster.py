@@ -124,14 +124,19 @@ def _task(job: Job, folder: Path) -> StudyTask:
     return StudyTask(job.kind, str(job.recipe_file(folder)), str(folder / job.name), job.options, str(job.note(folder)))
 
 
-def _refuse_twice(folder: Path) -> None:
-    """Raises ValueError while an array of this study waits or runs."""
+def queued(folder: Path) -> list[str]:
+    """SLURM's numbers of the study's arrays that wait or run. Raises ValueError where squeue does not run."""
     path = folder / SUBMISSIONS / QUEUED
     if not path.is_file():
-        return
-    queued = texts.read_json(path, str(path))
-    known = slurm.states(queued.get("jobs", []) if isinstance(queued, dict) else [])
-    if running := sorted({name.split("_")[0] for name, state in known.items() if not state.ended}):
+        return []
+    sent = texts.read_json(path, str(path))
+    known = slurm.states(sent.get("jobs", []) if isinstance(sent, dict) else [])
+    return sorted({name.split("_")[0] for name, state in known.items() if not state.ended})
+
+
+def _refuse_twice(folder: Path) -> None:
+    """Raises ValueError while an array of this study waits or runs."""
+    if running := queued(folder):
         raise ValueError(
             f"{folder}: {len(running)} arrays of this study are in the queue: wait for them (`megakd study ... --watch`), or end them: "
             f"scancel {' '.join(running)}"

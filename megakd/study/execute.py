@@ -92,9 +92,14 @@ class Execution:
             # Runs of one rank, each on a GPU of its own, in turn where there are more runs than GPUs.
             variables["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
         log = job.log(self.out)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a", encoding="utf-8") as file:
-            file.write(f"$ {job.command(self.out)}\n")
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"$ {job.command(self.out)}\n")
+        except OSError as error:
+            self.failed[job.name] = f"its log cannot be written: {error}"
+            self.say(f"{job.name} failed: {self.failed[job.name]}")
+            return
         arguments = (job.kind, str(job.recipe_file(self.out)), str(self.out / job.name), job.options, str(log), variables)
         process = self._processes.Process(target=task.main, args=arguments)  # type: ignore[attr-defined]
         process.start()
@@ -113,13 +118,20 @@ class Execution:
         again = bool(message) and code not in _FINAL and one.tries <= self.retries
         seconds += self._earlier(job) if code == 0 else 0.0
         # 1: the run has not said that it failed, and its results are not there.
-        write_json(job.note(self.out), {"code": code or bool(message) * 1, "message": message, "seconds": seconds, "tries": one.tries})
+        self._note(job, code or bool(message) * 1, message, seconds, one.tries)
         if message and not again:
             self.failed[job.name] = message
         ended = "is done" if not message else f"failed with exit code {code}" + (", and is tried again" if again else f": {_line(message)}")
         self.say(f"{job.name} {ended} ({seconds:.0f} s)")
         self.changed(set(self._running))
         return again
+
+    def _note(self, job: Job, code: int, message: str, seconds: float, tries: int) -> None:
+        """For `Job.state` and the time left. A full disk, by which the run has failed perhaps, is no end of the study."""
+        try:
+            write_json(job.note(self.out), {"code": code, "message": message, "seconds": seconds, "tries": tries})
+        except OSError as error:
+            self.say(f"{job.note(self.out)}: cannot be written: {error}")
 
     def _earlier(self, job: Job) -> float:
         """Seconds of an earlier stretch of this run, which a signal ended."""
@@ -135,7 +147,7 @@ class Execution:
             one.process.join()
             seconds = time.monotonic() - one.began
             job = self.work.jobs[name]
-            write_json(job.note(self.out), {"code": EXIT_SAVED, "message": "stopped by a signal", "seconds": seconds, "tries": one.tries})
+            self._note(job, EXIT_SAVED, "stopped by a signal", seconds, one.tries)
         self._running.clear()
 
 

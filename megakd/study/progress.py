@@ -14,11 +14,13 @@ from megakd.recipe import texts
 from megakd.runtime import locks
 from megakd.runtime.console import plain
 from megakd.runtime.run_folder import METRICS, read_metrics
+from megakd.study import cluster
 from megakd.study.results import STUDY
 from megakd.study.run import load, spelled
 from megakd.study.work import KINDS, Job, Work
 
 SECONDS = 2.0
+ASK_SLURM_SECONDS = 30.0  # between two looks at the queue, where the study runs as arrays
 _SHOWN = 8  # running ones
 
 
@@ -32,9 +34,12 @@ def watch(source: str, out: Path | None, *, small: bool = False) -> int:
         plain().print(view(work, folder))
     else:
         with Live(view(work, folder), console=console, auto_refresh=False) as live:
-            while locks.held(folder) and not all(job.done(folder) for job in work.jobs.values()):
+            asked, waits = time.monotonic(), True
+            while waits and not all(job.done(folder) for job in work.jobs.values()):
                 time.sleep(SECONDS)
                 live.update(view(work, folder), refresh=True)
+                if not locks.held(folder) and time.monotonic() - asked > ASK_SLURM_SECONDS:
+                    asked, waits = time.monotonic(), bool(cluster.queued(folder))
     return 0 if all(job.done(folder) for job in work.jobs.values()) else 1
 
 

@@ -60,11 +60,17 @@ def run(source: str, out: Path | None, at_once: int, *, small: bool = False) -> 
         def say(line: str) -> None:
             print(f"{line}{clock.left()}", flush=True)
 
-        execution = Execution(work, folder, at_once, spec.retries, say, lambda running: record.write(running, execution.failed))
+        def changed(running: set[str]) -> None:
+            try:
+                record.write(running, execution.failed)
+            except OSError as error:  # a full disk, of which the runs' own ends tell
+                print(f"{folder}: the state of the study cannot be written: {error}", flush=True)
+
+        execution = Execution(work, folder, at_once, spec.retries, say, changed)
         try:
             failed = execution.run()
         finally:
-            record.write((), execution.failed)
+            changed(set())
     print(f"{len(grid.cells)} cells in {folder}, {time.monotonic() - start:.0f} s; `megakd report {folder}` makes the page")
     own = {name: message for name, message in failed.items() if not message.startswith(NOT_STARTED)}
     for name, message in own.items():

@@ -185,3 +185,21 @@ def test_runs_that_wait_for_each_other_start_in_order(small: Path) -> None:
         assert set(job.after) <= seen
         seen.add(name)
     assert len(seen) == 2 + 2 + CELLS
+
+
+def test_a_full_disk_is_no_end_of_the_study(small: Path, tmp_path: Path) -> None:
+    """Files of a study are on a file system of 8 MB, which the first runs fill; what follows fails, and the study tells."""
+    room = tmp_path / "room"
+    room.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", room], check=False, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        shutil.copytree(small / "world", tmp_path / "world")
+        (tmp_path / "tiny.toml").write_text(FILE)
+        code, said = study(tmp_path, "--small", "--out", str(room))
+    finally:
+        subprocess.run(["umount", "-l", room], check=True)
+    assert code == 1, said
+    assert "No space left on device" in said or "disk" in said
+    assert "Traceback" not in said
+    assert "megakd study tiny.toml` tries again" in said
