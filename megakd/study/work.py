@@ -16,6 +16,7 @@ from megakd.evaluation.sets import TEXT_SETS, sets_of
 from megakd.models import image_only
 from megakd.recipe import Recipe, Student, load
 from megakd.recipe.chain import LANGUAGE
+from megakd.runtime.exits import EXIT_SAVED
 from megakd.runtime.files import json_sha256
 from megakd.runtime.run_folder import BUNDLE, EVALUATION, MODEL
 from megakd.study import launcher
@@ -66,7 +67,8 @@ class Job:
             return results.get("sets") == sets_of(self.recipe)
         scored = self.recipe.evaluation.model_dump(exclude_defaults=True).keys() - {"every", "batch", "vqa_batch", "answer_tokens"}
         made = MODEL if self.recipe.active() else BUNDLE
-        return (folder / made).is_dir() and (not scored or results.get("sets") == sets_of(self.recipe))
+        compared = self.recipe.evaluation.diagnostics.keys() <= results.get("diagnostics", {}).keys()
+        return (folder / made).is_dir() and (not scored or (results.get("sets") == sets_of(self.recipe) and compared))
 
     def noted(self, out: Path) -> dict[str, Any]:
         return _json(self.note(out))
@@ -76,13 +78,15 @@ class Job:
         if self.done(out):
             return "done", ""
         noted = self.noted(out)
-        return ("failed", str(noted.get("message", ""))) if noted.get("code") else ("missing", "")
+        failed = noted.get("code") not in (None, 0, EXIT_SAVED)  # a study that was stopped goes on
+        return ("failed", str(noted.get("message", ""))) if failed else ("missing", "")
 
 
 @dataclass
 class Work:
-    """jobs: each after those whose results it reads. cells: the job of each cell by the cell's id, and its readout's. teachers, controls:
-    the job by the name of the row, None where a teacher is not scored."""
+    """jobs: each after those whose results it reads. cells: of each, by its id, the job that trains it and the last that reads it.
+    teachers, controls: the same by the name of the row. said: what the study does otherwise than one might expect.
+    """
 
     jobs: dict[str, Job] = field(default_factory=dict)
     cells: dict[str, tuple[str, str | None]] = field(default_factory=dict)
@@ -134,7 +138,7 @@ def _with_store(spec: StudySpec, cell: Cell, grid: Grid, work: Work, out: Path) 
     others = [other.recipe for other in grid.cells if other.teacher == cell.teacher and other.axes["data"] == cell.axes["data"]]
     recipe = _store_recipe(cell.recipe, sorted({block for other in others if not _reads_live(other) for block in other.teacher_blocks()}))
     shown = recipe.model_dump(mode="json", include={"data": {"train", "caption"}, "views": True, "teacher": True, "patch": True})
-    key = json_sha256([shown, teacher.id, spec.store_views, spec.store_type])[:ID]
+    key = _key([shown, teacher.id, spec.store_views, spec.store_type], out)
     name = f"stores/{slug([cell.teacher, cell.axes['data']])}-{key}"
     if name not in work.jobs:
         options = (str(spec.store_views), spec.store_type)
@@ -144,7 +148,7 @@ def _with_store(spec: StudySpec, cell: Cell, grid: Grid, work: Work, out: Path) 
 
 
 def _no_store(spec: StudySpec, cell: Cell) -> str | None:
-    """Why a cell's teacher runs in every step, said once; None where its embeddings come from a store. "" where the study wants none."""
+    """Why a cell's teacher runs in every step, said once; None where its embeddings come from a store."""
     recipe = cell.recipe
     assert recipe.teacher is not None
     if not spec.store:
@@ -153,6 +157,8 @@ def _no_store(spec: StudySpec, cell: Cell) -> str | None:
         return f"methods.{cell.axes['method']}: several teachers, which a store does not hold: they run in every step"
     if image_only.names_one(recipe.teacher):
         return f"teachers.{cell.teacher}: sees images alone, which a store does not hold: it runs in every step"
+    if "attention" in recipe.active() and not recipe.attention.reads_tokens:
+        return f"methods.{cell.axes['method']}: reads a tower's own attention, which a store does not hold: teachers run in every step"
     if _reads_live(recipe):
         why = "reads patch tokens, which a store holds with teacher.patch_grid alone"
         return f"methods.{cell.axes['method']}: {why}: teachers run in every step"
@@ -160,6 +166,9 @@ def _no_store(spec: StudySpec, cell: Cell) -> str | None:
 
 
 def _reads_live(recipe: Recipe) -> bool:
+    """Whether objectives read what no store of this teacher holds."""
+    if "attention" in recipe.active() and not recipe.attention.reads_tokens:
+        return True
     return bool(recipe.teacher_blocks()) and recipe.teacher is not None and recipe.teacher.patch_grid is None
 
 
@@ -175,6 +184,11 @@ def _store_recipe(recipe: Recipe, blocks: list[int]) -> Recipe:
     return Recipe.model_validate({**settings, **learned, "optim": optim})
 
 
+def _key(content: Any, out: Path) -> str:
+    """A checksum, wherever the study lies."""
+    return json_sha256(json.dumps(content, sort_keys=True).replace(f"{out}/", ""))[:ID]
+
+
 def changed(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
     """The recipe with these dotted keys set. Raises ValueError as a recipe's file does."""
     tree = recipe.model_dump(mode="json")
@@ -188,33 +202,33 @@ def changed(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
 
 
 def _readout(spec: StudySpec, work: Work, out: Path, name: str, seed: int, tower: Mapping[str, Any], after: tuple[str, ...]) -> str | None:
-    """Adds the runs that read a tower, and returns the last one's name; None where the study has no readout."""
+    """Adds the runs that read a tower, and returns the last one's name; None where the study has no readout.
+
+    tower: keys of [student]. after: the run that makes it.
+    """
     if spec.readout is None:
         return None
-    language: str | None = None
-    previous: str | None = None
-    for number, source in enumerate(spec.readout.chain):
-        shared = load.load_recipe(source, moved(spec, source)).student is None
+    language: str | None = None  # the run whose language model the others adapt, shared by all towers
+    start: str | None = None  # the last run on this tower, from which the next one goes on
+    for source in spec.readout.chain:
         overrides = [*moved(spec, source), *as_overrides(spec.readout.set)]
-        if not shared:
-            overrides += [f"seed={seed}", *as_overrides({"student": tower})]
-        if number and language is not None:
+        given = load.load_recipe(source, overrides)
+        if given.student is not None:
+            # Keys of the recipe's own student do not stay beside the tower's, but for its tokenizer.
+            own = {"tokenizer": given.student.tokenizer} if given.student.tokenizer is not None else {}
+            overrides += ["student={}", *as_overrides({"student": {**own, **tower}}), f"seed={seed}"]
+        if language is not None:
             overrides.append(f"decoder.model={out / language}{LANGUAGE}")
-        if (
-            previous is not None
-            and load.load_recipe(source, moved(spec, source)).decoder is not None
-            and not shared
-            and previous != language
-        ):
-            overrides.append(f"decoder.start={out / previous}/{BUNDLE}")
+        if start is not None:
+            overrides.append(f"decoder.start={out / start}/{BUNDLE}")
         recipe = _without_recipes(load.load_recipe(source, overrides))
-        key = json_sha256(recipe.model_dump(mode="json"))[:ID]
-        own = f"readouts/{slug([recipe.name])}-{key}" if shared else f"readouts/{name}-{slug([recipe.name])}-{key}"
-        before = tuple(job for job in (language, previous) if job is not None)
-        work.add(Job(own, "readout", recipe, (*(() if shared else after), *dict.fromkeys(before))))
-        language = own if shared else language
-        previous = own
-    return previous
+        id = f"{slug([recipe.name])}-{_key(recipe.model_dump(mode='json'), out)}"
+        before = tuple(run for run in (language, start) if run is not None)
+        if given.student is None:
+            language = work.add(Job(f"readouts/{id}", "readout", recipe, before))
+        else:
+            start = work.add(Job(f"readouts/{name}-{id}", "readout", recipe, (*after, *before)))
+    return start
 
 
 def _without_recipes(recipe: Recipe) -> Recipe:
@@ -237,9 +251,13 @@ def _controls(spec: StudySpec, grid: Grid, work: Work, out: Path) -> None:
             for seed in seeds:
                 like = next(cell for cell in grid.cells if cell.axes["student"] == student)
                 recipe = changed(like.recipe, {"seed": seed})
-                job = work.add(Job(f"controls/{slug(['random', student, seed])}-{_tower_id(recipe)}", "scores", _unlearned(recipe)))
+                name = f"{slug(['random', student, seed])}-{_tower_id(recipe)}"
+                job = work.add(Job(f"controls/{name}", "scores", _unlearned(recipe)))
+                assert recipe.student is not None
+                tower = {**recipe.student.model_dump(mode="json", exclude_defaults=True), "pretrained": "random"}
+                read = _readout(spec, work, out, name, seed, tower, ())
                 label = f"random tower, {student}" if len(spec.students) > 1 else "random tower"
-                work.controls[f"{label}, seed {seed}"] = (job, None)
+                work.controls[f"{label}, seed {seed}"] = (job, read)
     if spec.readout is not None and spec.readout.blind is not None:
         for seed in seeds:
             work.controls[f"blind decoder, seed {seed}"] = (None, _blind(spec, spec.readout.blind, seed, work, out))
@@ -282,7 +300,7 @@ def _blind(spec: StudySpec, source: str, seed: int, work: Work, out: Path) -> st
     shared = next(job.name for job in work.jobs.values() if job.kind == "readout" and job.recipe.student is None)
     overrides = [*moved(spec, source), *as_overrides(spec.readout.set), f"seed={seed}", f"decoder.model={out / shared}{LANGUAGE}"]
     recipe = _without_recipes(load.load_recipe(source, overrides))
-    return work.add(Job(f"readouts/blind-{json_sha256(recipe.model_dump(mode='json'))[:ID]}", "readout", recipe, (shared,)))
+    return work.add(Job(f"readouts/blind-{_key(recipe.model_dump(mode='json'), out)}", "readout", recipe, (shared,)))
 
 
 def write(work: Work, out: Path) -> None:

@@ -277,10 +277,13 @@ class Run:
 
         def is_in_metrics() -> bool:
             rows = [row for row in run_folder.read_metrics(self.folder) if row.get("event") == "evaluation" and row["step"] == step]
+            compared = self.recipe.evaluation.diagnostics.keys()
             scores = [
-                row["content"]
+                content
                 for row in rows
-                if isinstance(row.get("content"), dict) and row["content"].get("sets") == sets_of(self.recipe)
+                if isinstance(content := row.get("content"), dict)
+                and content.get("sets") == sets_of(self.recipe)
+                and compared <= content.get("diagnostics", {}).keys()
             ]
             if scores and not (self.folder / run_folder.EVALUATION).exists():
                 run_folder.write_json(self.folder / run_folder.EVALUATION, scores[-1])

@@ -229,3 +229,47 @@ def test_teachers_may_teach_each_other_in_the_order_of_the_file(tmp_path: Path) 
     early = TINY.replace('[teachers.weak]\nrecipe = "smoke_teacher"', '[teachers.weak]\nrecipe = "smoke"\ntaught_by = "strong"')
     with pytest.raises(ValueError, match=r"teachers.weak.taught_by = 'strong': no teacher before it in the file is called so"):
         run.load(written(tmp_path, early), None)
+
+
+@pytest.mark.parametrize("name", spec.shipped())
+def test_runs_are_called_alike_wherever_the_study_lies(name: str, tmp_path: Path) -> None:
+    _, _, here, _ = run.load(name, Path("runs/here"), small=True)
+    _, _, there, _ = run.load(name, tmp_path / "there", small=True)
+    assert list(here.jobs) == list(there.jobs)
+
+
+LIVE = {
+    "patches without a grid": ("objectives = { patch = 1.0 }", "reads patch tokens, which a store holds with teacher.patch_grid alone"),
+    "a tower's attention": ('objectives = { attention = 1.0 }, attention = { map = "weights" }', "reads a tower's own attention"),
+}
+
+
+@pytest.mark.parametrize(("settings", "said"), LIVE.values(), ids=list(LIVE))
+def test_what_a_store_does_not_hold_runs_in_every_step_and_is_said(settings: str, said: str, tmp_path: Path) -> None:
+    method = f"[methods.dense]\nset = {{ {settings} }}\n\n[students.same]"
+    _, grid, work, _ = run.load(written(tmp_path, TINY.replace("[students.same]", method)), tmp_path / "out")
+    assert len(work.said) == 1
+    assert work.said[0].startswith(f"methods.dense: {said}")
+    for cell in grid.cells:
+        teacher = work.jobs[work.cells[cell.id][0]].recipe.teacher
+        assert teacher is not None
+        assert (teacher.store is None) == (cell.axes["method"] != "similarity")
+
+
+def test_a_store_holds_the_blocks_of_all_methods_that_read_it(tmp_path: Path) -> None:
+    dense = "[methods.dense]\nset = { objectives = { patch = 1.0 }, patch = { blocks = [-1] } }\n\n"
+    dense += "[methods.relation]\nset = { objectives = { patch_relation = 1.0 } }\n\n[students.same]"
+    grids = TINY.replace('recipe = "smoke_teacher"', 'recipe = "smoke_teacher"\nteacher = { patch_grid = [3, 3] }')
+    _, _, work, _ = run.load(written(tmp_path, grids.replace("[students.same]", dense)), tmp_path / "out")
+    stores = [job for job in work.jobs.values() if job.kind == "store"]
+    assert len(stores) == 2
+    assert all(sorted(job.recipe.teacher_blocks()) == [-2, -1] for job in stores)
+
+
+@pytest.mark.parametrize(("code", "state"), [(85, "missing"), (1, "failed"), (2, "failed"), (86, "failed"), (0, "missing")])
+def test_a_run_that_a_signal_ended_is_to_come_and_no_failure(code: int, state: str, tmp_path: Path) -> None:
+    _, _, work, out = run.load(written(tmp_path), tmp_path / "out")
+    job = next(iter(work.jobs.values()))
+    job.note(out).parent.mkdir(parents=True)
+    job.note(out).write_text(f'{{"code": {code}, "message": "why", "seconds": 1.0, "tries": 1}}')
+    assert job.state(out) == (state, "why" if state == "failed" else "")
