@@ -52,7 +52,8 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
     with process_group() as world:
         results, path = _scores(run, chosen, overrides, world)
         if world.is_main:
-            results |= _diagnostics_of(run, results)
+            if not any(override.startswith("evaluation.diagnostics") for override in overrides):
+                results |= _diagnostics_of(run, results)
             run_folder.write_json(run / run_folder.EVALUATION, results)
             print(f"{path}\n{report.lines(results)}\nwritten to {run / run_folder.EVALUATION}")
 

@@ -112,12 +112,19 @@ def test_diagnose_gives_what_training_gave(run: Path, capsys: pytest.CaptureFixt
     assert re.search(r"^ *row_entropy +\d\.\d+ +\d\.\d+", shown, re.MULTILINE)
 
 
-def test_evaluate_keeps_what_it_does_not_compute(run: Path, world: Path) -> None:
+def test_evaluate_keeps_what_it_does_not_compute(run: Path, world: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run, tmp_path / "run"))  # whose scores other tests read
     before = of_training(run)
     assert megakd("evaluate", run) == 0
     assert of_training(run) == before
     assert megakd("evaluate", run, "--set", f"evaluation.retrieval.test={world}/test/*.tar") == 0
     assert "diagnostics" not in json.loads((run / "evaluation.json").read_text())  # those of other sets
+
+
+def test_evaluate_drops_the_diagnostics_of_another_set_of_the_name(run: Path, world: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run, tmp_path / "run"))
+    assert megakd("evaluate", run, "--set", f"evaluation.diagnostics.test={world}/train/*.tar") == 0
+    assert "diagnostics" not in json.loads((run / "evaluation.json").read_text())
 
 
 def test_a_run_without_a_teacher_is_compared_with_any(teacher: Path, run: Path, world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -255,7 +256,7 @@ def test_gradient_is_refused_for_towers_of_unlike_width(recipe_file: Path) -> No
         recipe = recipes.load(str(recipe_file), [f"objectives.{name}=1.0", "teacher.model=ViT-B-32"])[0]
         student, teacher = (describe(settings, role) for role, settings in (("student", recipe.student), ("teacher", recipe.teacher)))
         objectives = ObjectiveSet(recipe, CPU, None)
-        assert len(objectives.shapes(student, [student])) == 2
+        assert len(objectives.shapes(student, [replace(student, role="teacher")])) == 2
         if fits:
             assert [shape.width for shape in objectives.shapes(student, [teacher])] == [student.width, 512]
             continue

@@ -126,5 +126,5 @@ def test_without_scipy_one_message_names_the_extra(monkeypatch: pytest.MonkeyPat
         return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"need scipy.*pip install 'megakd\[study\]'"):
+    with pytest.raises(ValueError, match=r"need scipy.*pip install scipy.*-e '\.\[study\]'"):
         paired_gain(WITH, WITHOUT)
