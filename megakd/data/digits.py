@@ -27,6 +27,7 @@ from PIL import Image
 from megakd.data import own_tokenizer
 from megakd.data.shapes.scene import CELLS
 from megakd.data.shapes.shards import Members, compact, sample_key, write_atomically, write_tar
+from megakd.runtime.extras import library
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COUNTS = ("0", "1", "2", "3")
@@ -94,12 +95,7 @@ def write_digits(out: Path, *, train: int, test: int, seed: int = 0, caption_noi
 
 def _images() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """(1797, 8, 8) grey values of 0 to 16, and (1797,) labels."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        remedy = "`pip install scikit-learn` (or -e '.[study]' in the repository)"
-        raise ValueError(f"the digits are scikit-learn's, which is not there ({error}); {remedy}") from None
-    found = load_digits()
+    found = library("sklearn.datasets", "handwritten digits need", "study", "scikit-learn").load_digits()
     return found.images, found.target
 
 

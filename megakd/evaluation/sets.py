@@ -28,7 +28,7 @@ from megakd.runtime import collectives
 from megakd.runtime.launch import World
 
 # Keys of [evaluation] that recipes did not always have: the checksum of one without them is what it was.
-_ADDED = ("diagnostics", "reader", "probe")
+_ADDED = ("reader", "probe")
 _TRIED = 16  # samples of a set that are read at the start, until one can be read
 TEXT_SETS = ("zero_shot", "retrieval", "hard_negatives")  # kinds that a model without a text tower is not scored by
 # Reasons that only the indexes know: samples that are in no row of them.

@@ -70,10 +70,7 @@ def _validated(section: type[Of], settings: dict[str, Any], origin: str, applied
     try:
         return section.model_validate(settings)
     except ValidationError as error:
-        errors = error.errors()
-        more = [f"  and {len(errors) - MOST_PROBLEMS} more"] if len(errors) > MOST_PROBLEMS else []
-        lines = [*map(explain, errors[:MOST_PROBLEMS]), *more]
-        raise ValueError(f"recipe {origin_in_messages}:\n" + "\n".join(lines)) from None
+        raise ValueError(f"recipe {origin_in_messages}:\n{explain(error)}") from None
 
 
 def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -182,8 +179,14 @@ def _value(text: str, override: str) -> Any:
     return parsed["value"]
 
 
-def explain(problem: Mapping[str, Any], root: type[BaseModel] = Recipe) -> str:
-    """A line for one of pydantic's problems with a file of settings: key, value, reason, and the nearest known key. root: what it is."""
+def explain(error: ValidationError, root: type[BaseModel] = Recipe) -> str:
+    """A line for each of pydantic's problems with a file of settings: key, value, reason, and the nearest known key. root: what it is."""
+    problems = error.errors()
+    more = [f"  and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+    return "\n".join([*(_explained(problem, root) for problem in problems[:MOST_PROBLEMS]), *more])
+
+
+def _explained(problem: Mapping[str, Any], root: type[BaseModel]) -> str:
     location = [str(part) for part in problem["loc"]]
     key = texts.shown(".".join(location) or "(recipe)")[1:-1]
     if problem["type"] == "extra_forbidden":

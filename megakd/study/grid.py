@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megakd.recipe import Recipe, load, resume, texts
+from megakd.recipe import Objectives, Recipe, load, resume, texts
 from megakd.recipe.objectives import declaration
 from megakd.runtime.files import json_sha256
 from megakd.runtime.run_folder import MODEL
@@ -190,8 +190,6 @@ def _loaded(places: str, source: str, overrides: list[str]) -> Recipe:
 
 def _distilling() -> list[str]:
     """Objectives that read a teacher."""
-    from megakd.recipe import Objectives
-
     return [name for name in Objectives.model_fields if declaration(name).needs_teacher]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,7 @@ from megakd.runtime import locks
 from megakd.runtime.console import plain
 from megakd.runtime.run_folder import METRICS, read_metrics
 from megakd.study import cluster
-from megakd.study.results import STUDY
+from megakd.study.results import DONE, FAILED, MISSING, RUNNING, STUDY
 from megakd.study.run import load, spelled
 from megakd.study.work import KINDS, Job, Work
 
@@ -49,18 +50,17 @@ def view(work: Work, folder: Path) -> Table:
     for heading in ("runs", "done", "running", "failed", "to do", "each", "left"):
         table.add_column(heading, justify="left" if heading == "runs" else "right")
     running = [job for job in work.jobs.values() if _runs(job, folder)]
-    rest = 0.0
+    rest, seconds = 0.0, work.seconds(folder)
     for kind in KINDS:
         jobs = [job for job in work.jobs.values() if job.kind == kind]
         if not jobs:
             continue
-        states = Counter("running" if job in running else job.state(folder)[0] for job in jobs)
-        took = [float(seconds) for job in jobs if job.done(folder) and isinstance(seconds := job.noted(folder).get("seconds"), int | float)]
-        each = sum(took) / len(took) if took else None
-        open_runs = states["missing"] + states["running"]
+        states = Counter(RUNNING if job in running else job.state(folder)[0] for job in jobs)
+        each = statistics.mean(seconds[kind]) if seconds[kind] else None
+        open_runs = states[MISSING] + states[RUNNING]
         left = "" if each is None or not open_runs else spelled(each * open_runs / max(1, len(running)))
         rest += 0.0 if each is None else each * open_runs / max(1, len(running))
-        counts = (str(states[name]) for name in ("done", "running", "failed", "missing"))
+        counts = (str(states[name]) for name in (DONE, RUNNING, FAILED, MISSING))
         table.add_row(kind, *counts, "" if each is None else spelled(each), left)
     for job in running[:_SHOWN]:
         table.add_row(f"  {job.name}", "", _step(job, folder), "", "", "", "")

@@ -13,7 +13,7 @@ from megakd.runtime import environment
 from megakd.runtime.run_folder import write_json
 from megakd.study.execute import NOT_STARTED
 from megakd.study.grid import Grid
-from megakd.study.results import AXES, FORMAT, STUDY
+from megakd.study.results import AXES, DONE, FAILED, FORMAT, MISSING, RUNNING, STUDY
 from megakd.study.spec import StudySpec
 from megakd.study.work import Work
 from megakd.version import __version__
@@ -78,17 +78,17 @@ class _States:
 
     def one(self, name: str) -> tuple[str, str]:
         if name in self.running:
-            return "running", ""
+            return RUNNING, ""
         if name in self.failed:
-            return ("missing" if self.failed[name].startswith(NOT_STARTED) else "failed"), self.failed[name]
+            return (MISSING if self.failed[name].startswith(NOT_STARTED) else FAILED), self.failed[name]
         return self.work.jobs[name].state(self.out)
 
     def of(self, run: str | None, readout: str | None) -> dict[str, Any]:
         """Where the scores of a row lie, and how far it is: that of its worst run."""
         names = [name for name in (run, readout) if name is not None]
         states = [self.one(name) for name in names]
-        order = ("failed", "running", "missing", "done")
-        status, message = min(states, key=lambda state: order.index(state[0]), default=("missing", ""))
+        order = (FAILED, RUNNING, MISSING, DONE)
+        status, message = min(states, key=lambda state: order.index(state[0]), default=(MISSING, ""))
         folders = {"student": run, "readout": readout}
         return {
             "folder": run or readout,

@@ -200,7 +200,7 @@ def cleaned(value: Any) -> Any:
     return [cleaned(inner) for inner in value] if isinstance(value, list) else value
 
 
-def last_words(text: str) -> str:
+def shortened(text: str) -> str:
     """The end of a message that is too long for a table."""
     return text if len(text) <= LONGEST_MESSAGE else f"…{text[-LONGEST_MESSAGE:]}"
 
@@ -254,7 +254,7 @@ def _row(base: Path, entry: Mapping[str, Any], kind: str, name: str, seed: int |
         data=None,
         seed=seed,
         status=status,
-        message=last_words(message),
+        message=shortened(message),
         scores=scores,
         folder=student or readout or base,
         readout=readout if student is not None else None,

@@ -26,6 +26,7 @@ from megakd.study import work as works
 from megakd.study.execute import NOT_STARTED, Execution
 from megakd.study.grid import Cell, Grid, expand
 from megakd.study.record import Record
+from megakd.study.results import DONE, FAILED
 from megakd.study.spec import StudySpec, read
 from megakd.study.work import KINDS, Job, Work, changed
 
@@ -129,14 +130,9 @@ class Clock:
         self._work, self._out, self._at_once = work, out, at_once
 
     def left(self) -> str:
-        """ ", about 31 min left"; empty while no run of a kind that is still to come has been timed."""
-        seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        left: Counter[str] = Counter()
-        for job in self._work.jobs.values():
-            if not job.done(self._out):
-                left[job.kind] += 1
-            elif isinstance(took := job.noted(self._out).get("seconds"), int | float):
-                seconds[job.kind].append(took)
+        """Such as "; 12 runs and about 31 min left"; empty before the first one is done."""
+        seconds = self._work.seconds(self._out)
+        left = Counter(job.kind for job in self._work.jobs.values() if not job.done(self._out))
         known = [took for times in seconds.values() for took in times]
         if not left or not known:
             return ""
@@ -171,7 +167,7 @@ def dry_run(source: str, out: Path | None, cluster: Cluster, *, small: bool = Fa
             shown = (spelled(3600 * sum(known)) if known else "") + (
                 f" and {len(costs) - len(known)} unknown" if len(known) < len(costs) else ""
             )
-            table.add_row(f"{kind}s".replace("scoress", "scores"), str(states["done"]), str(states["failed"]), str(len(left)), shown)
+            table.add_row(f"{kind}s".replace("scoress", "scores"), str(states[DONE]), str(states[FAILED]), str(len(left)), shown)
     plain().print(table)
     first = [job.name for job in work.jobs.values() if job.kind in ("teacher", "store") and not job.done(folder)]
     if first:

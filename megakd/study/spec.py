@@ -261,10 +261,7 @@ def read(source: str) -> tuple[StudySpec, str]:
     try:
         return StudySpec.model_validate(settings), path.stem
     except ValidationError as error:
-        problems = error.errors()
-        lines = [load.explain(problem, StudySpec) for problem in problems[: load.MOST_PROBLEMS]]
-        more = [f"  and {len(problems) - load.MOST_PROBLEMS} more"] if len(problems) > load.MOST_PROBLEMS else []
-        raise ValueError(f"{named}:\n" + "\n".join([*lines, *more])) from None
+        raise ValueError(f"{named}:\n{load.explain(error, StudySpec)}") from None
 
 
 def _moved(value: Any, folder: str) -> Any:

@@ -21,11 +21,11 @@ from megakd.runtime.files import json_sha256
 from megakd.runtime.run_folder import BUNDLE, EVALUATION, MODEL
 from megakd.study import launcher
 from megakd.study.grid import ID, STORE_SEED, Cell, Grid, Teacher, moved, slug
+from megakd.study.results import DONE, FAILED, MISSING, json_object
 from megakd.study.spec import StudySpec, as_overrides
 
 Kind = Literal["teacher", "store", "scores", "student", "readout"]
 KINDS: tuple[Kind, ...] = ("teacher", "store", "scores", "student", "readout")
-State = Literal["done", "failed", "missing"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Job:
         folder = out / self.name
         if self.kind == "store":
             return (folder / MANIFEST).is_file() and self.noted(out).get("code") == 0
-        results = _json(folder / EVALUATION)
+        results = _found(folder / EVALUATION)
         if self.kind == "scores":
             return results.get("sets") == sets_of(self.recipe)
         scored = self.recipe.evaluation.model_dump(exclude_defaults=True).keys() - {"every", "batch", "vqa_batch", "answer_tokens"}
@@ -71,15 +71,15 @@ class Job:
         return (folder / made).is_dir() and (not scored or (results.get("sets") == sets_of(self.recipe) and compared))
 
     def noted(self, out: Path) -> dict[str, Any]:
-        return _json(self.note(out))
+        return _found(self.note(out))
 
-    def state(self, out: Path) -> tuple[State, str]:
-        """And the last words of one that failed."""
+    def state(self, out: Path) -> tuple[str, str]:
+        """DONE, FAILED or MISSING of `results`, and the last words of one that failed."""
         if self.done(out):
-            return "done", ""
+            return DONE, ""
         noted = self.noted(out)
         failed = noted.get("code") not in (None, 0, EXIT_SAVED)  # a study that was stopped goes on
-        return ("failed", str(noted.get("message", ""))) if failed else ("missing", "")
+        return (FAILED, str(noted.get("message", ""))) if failed else (MISSING, "")
 
 
 @dataclass
@@ -97,6 +97,14 @@ class Work:
     def add(self, job: Job) -> str:
         self.jobs[job.name] = job
         return job.name
+
+    def seconds(self, out: Path) -> dict[Kind, list[float]]:
+        """How long the runs that are done took, by their kind."""
+        took: dict[Kind, list[float]] = {kind: [] for kind in KINDS}
+        for job in self.jobs.values():
+            if job.done(out) and isinstance(seconds := job.noted(out).get("seconds"), int | float):
+                took[job.kind].append(seconds)
+        return took
 
 
 def plan(spec: StudySpec, grid: Grid, out: Path) -> Work:
@@ -309,10 +317,7 @@ def write(work: Work, out: Path) -> None:
         launcher.write_recipe(job.recipe, job.recipe_file(out))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _found(path: Path) -> dict[str, Any]:
     """An object in a file; empty where there is none, or a damaged one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
+    content = json_object(path)
     return content if isinstance(content, dict) else {}

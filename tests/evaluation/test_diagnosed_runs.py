@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from megakd import load_model
 from megakd.evaluation import report
 from megakd.evaluation.diagnostics import compare, pair
 from megakd.evaluation.diagnostics.cka import Moments
-from megakd.evaluation.encoder import Encoder
 from megakd.models.embeddings import Embeddings
 from megakd.recipe.placements import MODES
+from megakd.runtime import checkpoint
 from megakd.runtime.exits import EXIT_USER_ERROR
 from support.runs import ENSEMBLE, TEACHER, curve, events, finish, launch, megakd, ran, settings, train
 
@@ -257,7 +258,11 @@ def test_pairs_that_came_before_are_left_out(teacher: Path, world: Path, tmp_pat
     assert compare._different(contents, lines) == [0, 3, 4]
 
 
-def test_an_embedding_that_is_not_finite_ends_the_comparison(run: Path, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(Encoder, "encode_texts", lambda self, lines: torch.full((len(lines), 16), torch.nan))
+def test_an_embedding_that_is_not_finite_ends_the_comparison(run: Path, world: Path, tmp_path: Path, capsys: Any) -> None:
+    run = Path(shutil.copytree(run, tmp_path / "run"))
+    progress, state = checkpoint.load(checkpoint.available(run)[-1])
+    (name,) = [name for name in state.weights if name.endswith("text_projection")]
+    state.weights[name].fill_(3e38)  # finite, or it would not be saved, and no embedding is
+    checkpoint.save(run, replace(progress, step=progress.step + 1), state, keep=1)
     assert megakd("diagnose", run, "--set", pairs(world)) == EXIT_USER_ERROR
     assert "evaluation.diagnostics.test: student's text embeddings are not finite, 60 of 60" in capsys.readouterr().err

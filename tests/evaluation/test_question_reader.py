@@ -14,6 +14,7 @@ from PIL import Image
 
 from megakd.evaluation import reader_training
 from megakd.evaluation.encoder import Encoder
+from megakd.evaluation.patch_features import MOST_BYTES, plan_tokens
 from megakd.evaluation.reader import score_readers
 from megakd.evaluation.reader_training import Lessons, standardise
 from megakd.evaluation.report import lines, numbers
@@ -207,16 +208,15 @@ def test_answers_beyond_the_vocabulary_are_left_out_and_a_training_that_diverges
         read(recipe_of(recipe_file, world, tmp_path / "far", lr=1e30, steps=8))
 
 
-def test_more_than_is_kept_is_refused_with_the_number_of_tokens_that_fits(
-    recipe_file: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megakd.evaluation import patch_features
-
-    monkeypatch.setattr(patch_features, "MOST_BYTES", 2 * 200 * 32 * 10)
+def test_more_than_is_kept_is_refused_with_the_number_of_tokens_that_fits(recipe_file: Path) -> None:
+    """Of ten million images, of which there is no need for one."""
+    visual: Any = clip.on_meta(clip.resolve(recipes.load_recipe(recipe_file).student, "student")).clip.visual  # type: ignore[arg-type]
+    images = MOST_BYTES // (2 * 32 * 10)
     with pytest.raises(
-        ValueError, match=r"16 tokens of 32 numbers for each of 200 images .* set evaluation.reader.mine.image_tokens to 9 at most"
+        ValueError, match=rf"16 tokens of 32 numbers for each of {images} images .* set evaluation.reader.mine.image_tokens to 9 at most"
     ):
-        read(recipe_of(recipe_file, world, tmp_path))
+        plan_tokens(visual, -1, 0, images, "evaluation.reader.mine")
+    assert plan_tokens(visual, -1, 9, images, "evaluation.reader.mine").shape == (9, 32)
 
 
 def test_an_answer_is_learned_by_its_share_of_the_benchmarks_scores(tmp_path: Path) -> None:

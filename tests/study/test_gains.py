@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -115,16 +113,3 @@ def test_holm_finds_what_its_step_down_procedure_finds(p_values: list[float], le
             break
         found.add(place)
     assert {place for place, p in enumerate(adjusted) if p is not None and p <= level} == found
-
-
-def test_without_scipy_one_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **named: Any) -> Any:
-        if name.split(".")[0] == "scipy":
-            raise ImportError(f"No module named {name!r}")
-        return real(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"need scipy.*pip install scipy.*-e '\.\[study\]'"):
-        paired_gain(WITH, WITHOUT)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megakd.runtime.extras import library
 from megakd.runtime.files import atomic_file
 
 INK, MUTED, LINE = "#1b2127", "#5b6670", "#dde2e6"
@@ -55,13 +56,9 @@ class Figure:
 
 def matplotlib() -> Any:
     """The library, without a display. Raises ValueError, naming the extra that brings it, where it is not installed."""
-    try:
-        import matplotlib
-        import matplotlib.figure
-    except ImportError as error:
-        remedy = "`pip install matplotlib` (or -e '.[study]' in the repository)"
-        raise ValueError(f"a report's figures need matplotlib, which is not there ({error}); {remedy}") from error
-    return matplotlib
+    found = library("matplotlib", "a report's figures need", "study")
+    library("matplotlib.figure", "a report's figures need", "study")
+    return found
 
 
 def style(place: int | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megakd.runtime.extras import library
 from megakd.runtime.files import check_place, write_text
 from megakd.study.report import appendix, drawing, figures, markdown, tables
 from megakd.study.report.answer import Answer, answer
@@ -77,7 +78,7 @@ def make(results: Results, out: Path, command: Sequence[str]) -> Report:
 
     Raises ValueError where `out` cannot be written to or has other files in figures/, and where a library of the extra "study" is missing.
     """
-    jinja2 = _jinja2()
+    jinja2 = library("jinja2", "a report's page needs", "study")
     drawing.matplotlib()
     check_place(out, "--out")
     folder = out / FIGURES
@@ -247,13 +248,3 @@ def _reproduction(summary: Summary, commands: Table | None) -> Section:
     return Section(
         "reproduction", "How to make each number again", parts, texts=results.notes, facts=tuple(fact for fact in facts if fact[1])
     )
-
-
-def _jinja2() -> Any:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ValueError(
-            f"a report's page needs jinja2, which is not there ({error}); `pip install jinja2` (or -e '.[study]' in the repository)"
-        ) from error
-    return jinja2

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megakd.runtime.extras import library
+
 LEVEL = 0.95  # of every interval, but for that of an equivalence
 
 
@@ -27,13 +29,7 @@ class Estimate:
 
 def scipy_stats() -> Any:
     """scipy.stats. Raises ValueError, naming the extra that brings it, where scipy is not installed."""
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise ValueError(
-            f"the statistics of a study need scipy, which is not there ({error}); `pip install scipy` (or -e '.[study]' in the repository)"
-        ) from error
-    return stats
+    return library("scipy.stats", "the statistics of a study need", "study")
 
 
 def checked(scores: Mapping[Any, float], what: str) -> None:
