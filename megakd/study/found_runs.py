@@ -98,7 +98,10 @@ def read(paths: Sequence[Path]) -> Results:
         if not _is_run(folders[0]):
             folders = sorted(path for path in folders[0].iterdir() if path.is_dir() and _is_run(path))
     if not any(map(_is_run, folders)):
-        raise ValueError(f"{', '.join(map(str, paths[:3]))}: neither a study ({STUDY}) nor a run folder ({RUN} or {EVALUATION})")
+        raise ValueError(
+            f"{', '.join(map(str, paths[:3]))}: neither a study ({STUDY}) nor a run folder ({RUN} or {EVALUATION}), nor a folder "
+            "with run folders in it; give one of these, or run folders: runs/*/*"
+        )
     runs = [_read_run(folder) for folder in dict.fromkeys(folders)]
     files = len(paths) - len([path for path in paths if path.is_dir()])
     notes = [f"{files} paths are files, and were passed over"] if files else []
