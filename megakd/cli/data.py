@@ -19,6 +19,12 @@ def shapes(
     caption_noise: Annotated[
         float, typer.Option("--caption_noise", help="fraction of wrong captions in train_noisy/, as on the web; 0 leaves that split out")
     ] = 0.5,
+    hard: Annotated[
+        int,
+        typer.Option(
+            help="pairs of train_hard/, groups of four that differ by one word; a recipe keeps them with data.block = 4, data.window = 1"
+        ),
+    ] = 0,
     image_size: Annotated[
         int | None, typer.Option("--image_size", help="pixels a side; default: 36, twelve for each of 3 x 3 cells")
     ] = None,
@@ -26,9 +32,11 @@ def shapes(
     """Write the procedural image-text set as tar shards."""
     from megakd.data.shapes import IMAGE_SIZE, write_world
 
-    world = write_world(out, train=train, test=test, seed=seed, caption_noise=caption_noise, image_size=image_size or IMAGE_SIZE)
+    world = write_world(out, train=train, test=test, seed=seed, caption_noise=caption_noise, hard=hard, image_size=image_size or IMAGE_SIZE)
     done = f"written in {world.seconds:.1f} s" if world.written else "there already"
-    training = f"{world.train} clean and {world.train_noisy} noisy training pairs"
+    training = f"{world.train} clean and {world.train_noisy} noisy training pairs" + (
+        f", {world.train_hard} in hard groups" if world.train_hard else ""
+    )
     print(f"{out}: {training}, {world.test} test pairs, {world.zeroshot} zero-shot images, {done}")
 
 

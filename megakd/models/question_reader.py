@@ -36,8 +36,10 @@ class QuestionReader(nn.Module):
         """(B, A) logits. word_BL: ids, SUMMARY in front, PAD behind. image_BVC: of about unit deviation; None for one without images."""
         state_BLW = self.words(word_BL) + self.places[: word_BL.shape[1]]
         image_BVW = None if self.see is None else self.seen(self.see(image_BVC) + self.patches)
-        for layer in self.layers:
+        *first, last = self.layers
+        for layer in first:
             state_BLW = layer(state_BLW, word_BL == PAD, image_BVW)
+        state_BLW = last(state_BLW, word_BL == PAD, image_BVW, 1)  # the answer reads the first place alone
         return self.answer(self.last(state_BLW[:, 0]))  # type: ignore[no-any-return]
 
 
@@ -53,9 +55,10 @@ class _Layer(nn.Module):
             self.image_out = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
-    def forward(self, state_BLW: Tensor, padding_BL: Tensor, image_BVW: Tensor | None) -> Tensor:
+    def forward(self, state_BLW: Tensor, padding_BL: Tensor, image_BVW: Tensor | None, most: int | None = None) -> Tensor:
+        """(B, L, W), or the first `most` places of it."""
         query_BLW, key_BLW, value_BLW = self.own_in(self.own(state_BLW)).chunk(3, dim=-1)
-        state_BLW = state_BLW + self.own_out(_attended(query_BLW, key_BLW, value_BLW, padding_BL))
+        state_BLW = state_BLW[:, :most] + self.own_out(_attended(query_BLW[:, :most], key_BLW, value_BLW, padding_BL))
         if self.sees:
             key_BVW, value_BVW = self.shown(image_BVW).chunk(2, dim=-1)
             state_BLW = state_BLW + self.image_out(_attended(self.asked(self.image(state_BLW)), key_BVW, value_BVW, None))

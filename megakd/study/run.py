@@ -85,8 +85,8 @@ def prepare(spec: StudySpec, grid: Grid) -> dict[str, str]:
     """Write the study's world where it is not there yet, and index every data set. Returns a checksum of each, by its name."""
     if spec.world is not None:
         world = spec.world
-        write = write_world if world.kind == "shapes" else write_digits
-        made = write(Path(world.folder), train=world.train, test=world.test, seed=world.seed, caption_noise=world.caption_noise)
+        folder, settings = Path(world.folder), world.model_dump(include={"train", "test", "seed", "caption_noise"})
+        made = write_world(folder, **settings, hard=world.hard) if world.kind == "shapes" else write_digits(folder, **settings)
         print(f"{world.folder}: " + ("written" if made.written else "there already"), flush=True)
     first = {cell.axes["data"]: cell.recipe for cell in grid.cells}
     for recipe in {sets_of(cell.recipe): cell.recipe for cell in grid.cells}.values():

@@ -73,6 +73,13 @@ class World(Section):
     test: Positive = Field(2000, description="pairs to test on")
     seed: int = Field(0, ge=0, lt=2**63)
     caption_noise: float = Field(0.5, ge=0, le=1, description="share of wrong captions in the noisy pairs")
+    hard: int = Field(0, ge=0, description="pairs of train_hard, groups of four that differ by one word; shapes only")
+
+    @model_validator(mode="after")
+    def _hard_is_of_shapes(self) -> World:
+        if self.kind == "digits" and self.hard:
+            raise ValueError(f"hard = {self.hard}: pictures of digits have no hard groups; set it to 0")
+        return self
 
 
 class Score(Section):

@@ -13,6 +13,7 @@ Source: PythonEvaluationTools/vqaEvaluation/vqaEval.py of https://github.com/GT-
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -82,6 +83,7 @@ def without_articles(answer: str, contractions: Mapping[str, str] = CONTRACTIONS
     return " ".join(contractions.get(word, word) for word in words if word not in ARTICLES)
 
 
+@functools.lru_cache(maxsize=1 << 16)  # ten people to a question say the same few words
 def normalised(answer: str) -> str:
     """VQAv2's processing, of a trimmed answer, where the people disagree."""
     return without_articles(without_punctuation(answer))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 from megakd.data.shapes import shards, write_world
 from megakd.data.shapes import world as shapes_world
 from megakd.data.shapes.pixels import RGB, draw_picture
-from megakd.data.shapes.scene import CELLS, COLOURS, HELD_OUT_PAIRS, PAIRS, SHAPES, Thing, stream
+from megakd.data.shapes.scene import CELLS, COLOURS, HELD_OUT_PAIRS, PAIRS, SHAPES, Thing, is_held_out, scene_graph, scene_of, stream
 
 SETTINGS: dict[str, Any] = {"train": 410, "test": 130, "seed": 7, "caption_noise": 0.3, "shard_size": 200, "zeroshot_per_class": 2}
 
@@ -178,6 +179,35 @@ def test_no_noise_leaves_the_noisy_split_out(tmp_path: Path) -> None:
     summary = write_world(tmp_path / "clean", **{**SETTINGS, "caption_noise": 0.0})
     assert (summary.train_noisy, summary.noisy_captions) == (0, 0)
     assert not (tmp_path / "clean" / "train_noisy").exists()
+
+
+def test_hard_groups_are_of_four_that_differ_by_one_thing_and_whose_captions_are_false_of_each_other(tmp_path: Path) -> None:
+    summary = write_world(tmp_path / "hard", **{**SETTINGS, "train": 20, "test": 4, "hard": 402}, processes=1)
+    assert summary.train_hard == 402
+    scenes = [scene_of(7, "train_hard", index) for index in range(402)]
+    samples = split(tmp_path / "hard", "train_hard")
+    assert [scene_graph(scene) for scene in scenes] == [sample["json"]["scene"] for sample in samples]
+    changed = Counter[str]()
+    for start in range(0, 400, 4):
+        first, *others = scenes[start : start + 4]
+        for other in others:
+            [(one, two)] = [pair for pair in zip(first, other, strict=True) if pair[0] != pair[1]]
+            [attribute] = [name for name in Thing._fields if getattr(one, name) != getattr(two, name)]
+            changed[attribute] += 1
+        assert len({frozenset(scene) for scene in scenes[start : start + 4]}) == 4
+    assert set(changed) == set(Thing._fields)
+    assert not any(is_held_out(thing.shape, thing.colour) for scene in scenes for thing in scene)
+    assert {sample["json"]["caption_kind"] for sample in samples} == {"full"}
+
+
+def test_a_world_from_before_there_were_hard_groups_is_found(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world, tmp_path / "before")
+    record = json.loads((world / "world.json").read_text())
+    del record["settings"]["hard"], record["counts"]["train_hard"]
+    (tmp_path / "before" / "world.json").write_text(json.dumps(record))
+    assert not write_world(tmp_path / "before", **SETTINGS).written
+    with pytest.raises(ValueError, match=r"holds another world \(hard = 0 there, 8 asked\)"):
+        write_world(tmp_path / "before", **SETTINGS, hard=8)
 
 
 def test_questions_are_vqav2_about_pictures_that_exist(world: Path) -> None:

@@ -22,6 +22,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS, NUMBER_WEIGHTS = (1, 2, 3), (20, 40, 40)
 # Otherwise two things share a shape in one scene of six, and "how many circles" would mostly be "1".
 REPEAT = 0.35
+GROUP = 4  # scenes of train_hard that differ little, one after the other
 
 
 class Thing(NamedTuple):
@@ -77,12 +78,30 @@ def draw_held_out(rng: random.Random) -> Scene:
     return tuple(Thing(*rng.choice(HELD_OUT_PAIRS), rng.choice(SIZES), cell) for cell in rng.sample(range(len(CELLS)), number))
 
 
+def draw_group(rng: random.Random) -> tuple[Scene, ...]:
+    """GROUP scenes of seen pairs: one, and others that differ from it in a single attribute of a single thing, each in another one."""
+    scene = draw_scene(rng)
+    changed = rng.randrange(len(scene))
+    thing, taken = scene[changed], {one.cell for one in scene}
+    changes = [
+        [thing._replace(shape=shape) for shape in SHAPES if shape != thing.shape and not is_held_out(shape, thing.colour)],
+        [thing._replace(colour=colour) for colour in COLOURS if colour != thing.colour and not is_held_out(thing.shape, colour)],
+        [thing._replace(size=size) for size in SIZES if size != thing.size],
+        [thing._replace(cell=cell) for cell in range(len(CELLS)) if cell not in taken],
+    ]
+    near = [rng.choice(things) for things in rng.sample(changes, GROUP - 1)]
+    return scene, *((*scene[:changed], other, *scene[changed + 1 :]) for other in near)
+
+
 def draw_single(rng: random.Random, shape: str, colour: str) -> Scene:
     """One thing of the given shape and colour, of any size, anywhere."""
     return (Thing(shape, colour, rng.choice(SIZES), rng.randrange(len(CELLS))),)
 
 
 def scene_of(seed: int, split: str, index: int, attempt: int = 0) -> Scene:
+    if split == "train_hard":
+        group, place = divmod(index, GROUP)
+        return draw_group(stream(seed, split, group, "scene", attempt))[place]
     draw = draw_held_out if split == "held_out" else draw_scene
     return draw(stream(seed, split, index, "scene", attempt))
 

@@ -22,7 +22,7 @@ from megakd.runtime.files import atomic_file
 Members = Mapping[str, bytes]  # extension -> content
 KEY_DIGITS, INDEX_DIGITS = 9, 4  # img2dataset's keys: five digits of the shard, four of the sample in it
 MAX_SHARD_SIZE = 10**INDEX_DIGITS
-TRAINING = ("train", "train_noisy")  # splits whose captions are of every kind
+TRAINING = ("train", "train_noisy")  # splits whose captions are of every kind; of train_hard they are full
 
 
 @dataclass(frozen=True, slots=True)

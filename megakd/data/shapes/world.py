@@ -2,6 +2,7 @@
 
 OUT/train/00000.tar ...         image-text pairs, `.txt` true of its image
 OUT/train_noisy/00000.tar ...   as many other pairs, a fraction of whose `.txt` belongs to another image, as on the web
+OUT/train_hard/00000.tar ...    groups of four pairs with full captions, each of which is false of the others' images
 OUT/test/00000.tar ...          distinct scenes, full captions, always clean; hard negatives in `.json`
 OUT/held_out/00000.tar ...      as many scenes of the seven pairs that training never saw, full captions
 OUT/zeroshot/                   single things of the 35 trained pairs, CLIP_benchmark's webdataset layout, 42 classes
@@ -41,7 +42,7 @@ MAX_SHARDS = 10**5  # five digits in a shard's name and in a sample's key
 TEMPLATES = ("a {c}", "a small {c}", "a large {c}")
 WORTH_A_POOL = 8000  # scenes of a third of a millisecond; a process takes a second to start
 _ASKED = ("train", "test", "held_out")  # splits with questions
-_FOLDERS = ("train", "train_noisy", "test", "held_out", "zeroshot", "zeroshot_held_out", "questions", "tokenizer")
+_FOLDERS = ("train", "train_noisy", "train_hard", "test", "held_out", "zeroshot", "zeroshot_held_out", "questions", "tokenizer")
 _UNFINISHED = "world.unfinished.json"
 _OLDER = (1,)
 
@@ -57,15 +58,16 @@ class WorldSettings:
     image_size: int
     shard_size: int
     zeroshot_per_class: int
+    hard: int = 0
 
     def check(self) -> None:
         """Raise ValueError naming the setting and what it may be."""
         ranges = {"train": (1, 10**9), "test": (2, 10**9), "image_size": (16, 1024), "shard_size": (1, MAX_SHARD_SIZE)}
-        for name, (low, high) in {**ranges, "zeroshot_per_class": (1, 10_000), "seed": (0, 2**63)}.items():
+        for name, (low, high) in {**ranges, "zeroshot_per_class": (1, 10_000), "seed": (0, 2**63), "hard": (0, 10**9)}.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name} = {value!r}: give a whole number from {low} to {high}")
-        for name in ("train", "test"):
+        for name in ("train", "test", "hard"):
             if getattr(self, name) > self.shard_size * MAX_SHARDS:
                 raise ValueError(
                     f"{name} = {getattr(self, name)} takes more than {MAX_SHARDS} shards of shard_size = {self.shard_size}: raise it"
@@ -85,7 +87,8 @@ class WorldSettings:
     @property
     def splits(self) -> dict[str, int]:
         """Splits of image-text pairs -> their sizes."""
-        return {"train": self.train, **({"train_noisy": self.train} if self.noisy else {}), "test": self.test, "held_out": self.test}
+        noisy, hard = {"train_noisy": self.train} if self.noisy else {}, {"train_hard": self.hard} if self.hard else {}
+        return {"train": self.train, **noisy, **hard, "test": self.test, "held_out": self.test}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,7 @@ class ShapesWorld:
     out: Path
     train: int
     train_noisy: int
+    train_hard: int
     test: int
     zeroshot: int
     zeroshot_held_out: int
@@ -119,16 +123,19 @@ def write_world(
     image_size: int = IMAGE_SIZE,
     shard_size: int = 1000,
     zeroshot_per_class: int = 30,
+    hard: int = 0,
     processes: int | None = None,
 ) -> ShapesWorld:
     """Write the world into the folder `out`, or find it there.
 
     train, test: image-text pairs. caption_noise: fraction of the captions that are shuffled in train_noisy, as large as train; 0 leaves
     that split out. image_size: pixels a side. shard_size: samples a tar. zeroshot_per_class: images of each pair in the two zero-shot sets.
+    hard: pairs of train_hard; 0 leaves that split out. A reader that keeps its groups together (data.block = 4, data.window = 1) makes
+    batches with hard negatives: images and captions that differ by one word.
     processes: default, one a core for a large world; any number writes the same bytes.
     Raises ValueError for a setting out of range and for a folder that holds anything else.
     """
-    settings = WorldSettings(train, test, seed, float(caption_noise), image_size, shard_size, zeroshot_per_class)
+    settings = WorldSettings(train, test, seed, float(caption_noise), image_size, shard_size, zeroshot_per_class, hard)
     settings.check()
     if processes is not None and processes < 1:
         raise ValueError(f"processes = {processes}: give at least 1, or None for one a core")
@@ -164,6 +171,8 @@ def _counts_there(out: Path, settings: WorldSettings) -> dict[str, int] | None:
     try:
         record = json.loads((out / "world.json").read_text(encoding="utf-8"))
         version, earlier, counts = record["format_version"], dict(record["settings"]), dict(record["counts"])
+        # Of a world that was written before there was train_hard.
+        earlier, counts = {"hard": 0, **earlier}, {"train_hard": 0, **counts}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{out / 'world.json'} is damaged ({error!r}): remove the folder and write the world again") from error
     if version in _OLDER and earlier == asdict(settings):
@@ -231,6 +240,7 @@ def _write(out: Path, settings: WorldSettings, processes: int | None) -> dict[st
     return {
         "train": settings.train,
         "train_noisy": settings.splits.get("train_noisy", 0),
+        "train_hard": settings.hard,
         "test": settings.test,
         "zeroshot": _write_zeroshot(out, settings, "zeroshot", SEEN_PAIRS),
         "zeroshot_held_out": _write_zeroshot(out, settings, "zeroshot_held_out", HELD_OUT_PAIRS),
