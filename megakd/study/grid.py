@@ -112,9 +112,9 @@ def _combinations(spec: StudySpec, kept: Part) -> Iterator[dict[str, Any]]:
         for values in itertools.product(*(spec.axis(axis) or [None] for axis in AXES[:-1])):
             axes = dict(zip(AXES, (*values, seed), strict=True))
             if (
-                not _within(axes, kept)
-                or not any(_within(axes, part) for part in spec.grid)
-                or any(_within(axes, part) for part in spec.exclude)
+                not within(axes, kept)
+                or not any(within(axes, part) for part in spec.grid)
+                or any(within(axes, part) for part in spec.exclude)
             ):
                 continue
             if not spec.methods[axes["method"]].teacher:
@@ -124,8 +124,9 @@ def _combinations(spec: StudySpec, kept: Part) -> Iterator[dict[str, Any]]:
                 yield axes
 
 
-def _within(axes: Mapping[str, Any], part: Part) -> bool:
-    return all(axes[axis] in values for axis, values in chosen(part).items())
+def within(axes: Mapping[str, Any], part: Part) -> bool:
+    """Whether a cell is in a part of the grid; one without a teacher is in the part of any."""
+    return all(axes[axis] in values or (axis == "teacher" and axes[axis] is None) for axis, values in chosen(part).items())
 
 
 def _teacher(spec: StudySpec, name: str, earlier: Mapping[str, Teacher], out: Path) -> Teacher:

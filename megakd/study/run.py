@@ -24,7 +24,7 @@ from megakd.runtime.locks import FolderLock
 from megakd.runtime.run_folder import MODEL
 from megakd.study import work as works
 from megakd.study.execute import NOT_STARTED, Execution
-from megakd.study.grid import Cell, Grid, expand
+from megakd.study.grid import Cell, Grid, expand, within
 from megakd.study.record import Record
 from megakd.study.results import DONE, FAILED
 from megakd.study.spec import StudySpec, read
@@ -41,6 +41,8 @@ def load(source: str, out: Path | None, *, small: bool = False) -> tuple[StudySp
         grid = expand(spec, folder, small=small)
         work = works.plan(spec, grid, folder)
         _check_scores(spec, grid, work)
+        if not small:
+            _check_hypotheses(spec, grid)
     except ValueError as error:
         raise ValueError(f"study {source}: {error}") from error
     return spec, grid, work, folder
@@ -121,6 +123,31 @@ def _sets(kind: str, cells: list[Cell], work: Work) -> set[str]:
         tables = [getattr(recipe.evaluation, kind, None) for recipe in recipes]
         of_cells.append({name for table in tables if isinstance(table, dict) for name in table})
     return set.intersection(*of_cells)
+
+
+def _check_hypotheses(spec: StudySpec, grid: Grid) -> None:
+    """Raises ValueError for a hypothesis without cells, and for one whose two sides are the same cells or have none to compare."""
+    for number, one in enumerate(spec.hypotheses):
+        sides = [(one.method, one.only)] if one.against is None else [(one.method, one.only), (one.against, one.against_only or one.only)]
+        found = []
+        for (method, part), side in zip(sides, ("method", "against"), strict=False):
+            cells = [cell for cell in grid.cells if cell.axes["method"] == method and within(cell.axes, part)]
+            if not cells:
+                raise ValueError(f"hypotheses[{number}].{side}: the grid has no cells of {method!r} there; see its `only` and [[grid]]")
+            found.append({(cell.teacher, cell.axes["seed"], cell.id) for cell in cells})
+        if len(found) < 2:
+            continue
+        first, second = ({(teacher, seed) for teacher, seed, _ in side} for side in found)
+        if one.measure == "order_difference" and not first & second:
+            raise ValueError(
+                f"hypotheses[{number}]: `method` and `against` have no cells of one teacher and seed, which the measure compares"
+            )
+        shared = first & second or first
+        if len({frozenset(entry for entry in side if entry[:2] in shared) for side in found}) == 1:
+            raise ValueError(
+                f"hypotheses[{number}]: of each teacher and seed that both have, `method` and `against` are the same cells, whose "
+                f"difference is 0; name other methods, or another student, steps or data in against_only"
+            )
 
 
 class Clock:

@@ -202,6 +202,35 @@ def test_figures_of_an_earlier_report_go_and_files_of_others_stay(tmp_path: Path
         report(folder)
 
 
+def test_a_method_that_makes_students_follow_their_teachers_is_named_and_so_is_that_there_is_none(tmp_path: Path) -> None:
+    def falls(teacher: str | None, method: str, seed: int) -> float:
+        return follows(teacher, {"similarity": "patch", "patch": "similarity"}.get(method, method), seed)
+
+    escapes, none = (write_study(tmp_path / name, score) for name, score in (("escapes", falls), ("none", follows)))
+    rule = "by this rule: a Spearman in VQA above 0.8, and its difference from that of similarity above 0 with the whole interval"
+    for folder, said in (
+        (escapes, "Stronger teachers make better students under patch"),
+        (none, "Of 1 other method none makes students follow"),
+    ):
+        [text] = next(section for section in compose(read_study(folder), []).sections if section.key == "teachers").texts
+        assert text.startswith(said)
+        assert rule in text
+
+
+def test_methods_are_compared_over_the_teachers_that_all_of_them_have(tmp_path: Path) -> None:
+    def absent(teacher: str | None, method: str, seed: int) -> tuple[str, str]:
+        return ("absent" if (teacher, method) == ("T3", "patch") else "done", "")
+
+    folder = write_study(tmp_path / "study", follows, status=absent)
+    methods = tables_of(folder)["methods"]
+    assert "Only over teachers that all methods have; T3: by teacher below." in methods.caption
+    similarity = next(row for row in methods.rows if row[0].text == "similarity")
+    assert similarity[1].text == "6 of 6"
+    seeds = [statistics.fmean(follows(teacher, "similarity", seed) for teacher in ("T1", "T2")) for seed in range(3)]
+    assert similarity[2].value == pytest.approx(statistics.fmean(seeds), abs=1e-12)
+    assert [row[1].text for row in tables_of(folder)["combinations"].rows if row[0].text == "similarity"] == ["T1", "T2", "T3"]
+
+
 def test_significant_differences_are_marked_after_holms_correction_over_the_table(tmp_path: Path) -> None:
     """Ten seeds: one method is clearly above none, one clearly below, and one by so little that it is so alone (p = 0.04), not of six."""
     gain = {PLAIN: 0.0, "better": 0.1, "slight": 0.0035, "worse": -0.1}

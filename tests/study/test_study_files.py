@@ -130,6 +130,14 @@ def test_a_value_of_a_file_is_what_an_override_sets(value: Any) -> None:
 
 ONE_SCORE = "[[scores]]"
 # What stands in the file, what is written in its place, and what is said of it.
+COMPARED = """[[hypotheses]]
+name = "h"
+prediction = "p"
+measure = "order_difference"
+method = "similarity"
+against = "similarity"
+threshold = 0.0
+"""
 MISTAKES: dict[str, tuple[str, str, list[str]]] = {
     "an axis without values": ("seeds = [0, 1]", "seeds = []", ["seeds", "at least 1 item"]),
     "no methods": (TINY[TINY.index("[methods.plain]") : TINY.index(ONE_SCORE)], "[methods]\n", ["methods", "at least 1 item"]),
@@ -186,6 +194,21 @@ MISTAKES: dict[str, tuple[str, str, list[str]]] = {
         ONE_SCORE,
         f'[[hypotheses]]\nname = "h"\nprediction = "p"\nmeasure = "order"\nmethod = "similar"\nthreshold = 0.5\n\n{ONE_SCORE}',
         ["hypotheses[0].method = 'similar': did you mean 'similarity'?"],
+    ),
+    "a hypothesis that compares cells with themselves": (
+        ONE_SCORE,
+        f"{COMPARED}only = {{ teachers = ['weak'] }}\nagainst_only = {{}}\n\n{ONE_SCORE}",
+        ["hypotheses[0]: of each teacher and seed that both have, `method` and `against` are the same cells"],
+    ),
+    "one whose sides share no teacher": (
+        ONE_SCORE,
+        f"{COMPARED}only = {{ teachers = ['weak'] }}\nagainst_only = {{ teachers = ['strong'] }}\n\n{ONE_SCORE}",
+        ["hypotheses[0]: `method` and `against` have no cells of one teacher and seed"],
+    ),
+    "one without cells": (
+        ONE_SCORE,
+        f"[[exclude]]\nstudents = ['narrow']\n\n{COMPARED}only = {{ students = ['narrow'] }}\n\n{ONE_SCORE}",
+        ["hypotheses[0].method: the grid has no cells of 'similarity' there"],
     ),
 }
 

@@ -70,6 +70,15 @@ def test_a_gain_counts_a_seed_once_with_the_mean_over_its_teachers(study: Path) 
     assert found.n == 3
 
 
+def test_one_teacher_may_be_held_against_another_seed_by_seed(study: Path) -> None:
+    sides = {"only": {"teachers": ["T4"]}, "against_only": {"teachers": ["T1", "T2"]}}
+    found = verdict(study, measure="gain", method="up", against="up", **sides).found
+    assert found is not None
+    gains = [score("T4", "up", seed) - (score("T1", "up", seed) + score("T2", "up", seed)) / 2 for seed in range(3)]
+    assert found.value == pytest.approx(sum(gains) / 3, abs=1e-12)
+    assert found.n == 3
+
+
 def test_a_hypothesis_is_open_while_a_cell_of_it_is_to_come_and_counts_those_that_failed(study: Path) -> None:
     late = verdict(study, measure="gain", method="late", against=PLAIN)
     assert (late.holds, late.found, late.said) == (None, None, "open: 4 of its 15 cells are still to come")

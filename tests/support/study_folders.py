@@ -73,13 +73,15 @@ def write_study(
 ) -> Path:
     """A study's folder. score: of a teacher (None: of none), method and seed, the VQA; retrieval is half of it. status: and last words.
 
-    Teacher number n has 0.5 + n / 10 itself. more: keys of study.json that differ.
+    A status "absent" leaves the cell out of the grid. Teacher number n has 0.5 + n / 10 itself. more: keys of study.json that differ.
     """
     folder.mkdir(parents=True)
     cells = []
     for seed in range(seeds):
         for number, (teacher, method) in enumerate([(None, PLAIN), *((teacher, method) for teacher in teachers for method in methods)]):
             state, message = status(teacher, method, seed)
+            if state == "absent":
+                continue
             name = f"cells/{number}_{seed}"
             if state == "done":
                 value = score(teacher, method, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megakd.study.report.summary import LEVEL, Followed, Summary, labels
+from megakd.study.report.summary import ESCAPES, LEVEL, Followed, Summary, labels
 from megakd.study.report.tables import shown, signed
 from megakd.study.results import DONE
 
@@ -54,6 +54,21 @@ def answer(summary: Summary) -> Answer:
     interval = f"95% interval {_number(spearman.low)} to {_number(spearman.high)}"
     first = f"{correlation} ({interval}; {counted}), and {share} ({_percent(wrong.low)} to {_percent(wrong.high)}) are in the wrong order."
     return Answer(verdict, (first, _best_other(here, plain)))
+
+
+def escaping(summary: Summary) -> str:
+    """Whether there is a method under which stronger teachers make better students; empty where none could be told from plain KD."""
+    main = summary.results.main
+    compared = [of for of in summary.followed if of.setting == summary.main_setting and of.score == main and of.over_plain is not None]
+    if main is None or not any(of.over_plain is not None and of.over_plain.low is not None for of in compared):
+        return ""
+    rule = (
+        f"a Spearman in {main.title} above {ESCAPES:g}, and its difference from that of {summary.plain_kd} above 0 with the whole interval"
+    )
+    if found := summary.escaping():
+        return f"Stronger teachers make better students under {', '.join(of.method for of in found)}, by this rule: {rule}."
+    others = f"{len(compared)} other methods" if len(compared) > 1 else "1 other method"
+    return f"Of {others} none makes students follow their teachers more than {summary.plain_kd} does, by this rule: {rule}."
 
 
 def _best_other(here: list[Followed], plain: Followed) -> str:

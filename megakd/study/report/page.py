@@ -18,7 +18,7 @@ from typing import Any
 from megakd.runtime.extras import library
 from megakd.runtime.files import check_place, write_text
 from megakd.study.report import appendix, drawing, figures, markdown, tables
-from megakd.study.report.answer import Answer, answer
+from megakd.study.report.answer import Answer, answer, escaping
 from megakd.study.report.drawing import Figure
 from megakd.study.report.records import records_of
 from megakd.study.report.summary import Summary
@@ -101,6 +101,7 @@ def compose(results: Results, command: Sequence[str]) -> Report:
     summary = Summary(results)
     records = {row.id: records_of(row) for row in results.rows}
     why_no_curves = "" if summary.followed else "No score has two teachers with students, so there is no order of teachers to follow."
+    followed = why_no_curves or escaping(summary)
     drawn = {
         "curves": Figures(
             "",
@@ -133,7 +134,7 @@ def compose(results: Results, command: Sequence[str]) -> Report:
             tables.following(summary),
             drawn["heat"],
             tables.references(summary),
-            text=why_no_curves,
+            text=followed,
         ),
         _section("learning", "Learning curves", drawn["learning"]),
         _section("diagnostics", f"Diagnostics against {main}", tables.predictions(summary), drawn["diagnostics"]),

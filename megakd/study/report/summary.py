@@ -1,7 +1,8 @@
 """The numbers of a report, before anything is drawn or written: means and gains by method, how students follow their teachers, the answer.
 
 Cells that differ in student, steps or data are never averaged: those three are a Setting. In a method's mean over several teachers a seed
-counts once, with the mean over its teachers, and only seeds that have every teacher, so that rows are compared over the same teachers.
+counts once, with the mean over its teachers, and only seeds that have every teacher. Teachers that one of a setting's methods does not have
+are in none of its methods' means, so that rows are compared over the same teachers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megakd.study.results import AXES, CELL, CONTROL, DONE, TEACHER, Results, Ro
 from megakd.study.statistics import Estimate, Gain, Order, Prediction, correlation_difference, holm, order, paired_gain, predictors
 
 LEVEL = 0.05
+ESCAPES = 0.8  # a Spearman correlation above which, and clearly above plain KD's, a method makes students follow their teachers
 DIAGNOSTICS = "diagnostics/"
 PLAIN_KD = ("similarity", "contrastive + similarity")  # as studies call it, and as runs without one are named
 
@@ -162,6 +164,26 @@ class Summary:
                 found[row.teacher][row.seed if row.seed is not None else -1 - place] = row.scores[path]
         return dict(found)
 
+    def compared_teachers(self, setting: Setting) -> set[str]:
+        """Those that every method with a teacher has in this setting; all of them where there is none."""
+        rows = [row for row in self.cells if setting_of(row) == setting and row.teacher]
+        of_methods = [{row.teacher for row in rows if row.method == method and row.teacher} for method in {row.method for row in rows}]
+        return (set.intersection(*of_methods) or set.union(*of_methods)) if of_methods else set()
+
+    def is_compared(self, row: Row) -> bool:
+        """Whether a cell counts in the mean of its method."""
+        return row.teacher is None or row.teacher in self.compared_teachers(setting_of(row))
+
+    def escaping(self) -> list[Followed]:
+        """Methods of the main setting under which stronger teachers do make better students in the main score: ESCAPES, and clearly more
+        than under plain KD.
+        """
+        found = [of for of in self.followed if of.setting == self.main_setting and of.score == self.results.main and of.over_plain]
+        return [
+            of for of in found
+            if (of.order.spearman.value or 0.0) > ESCAPES and of.over_plain and of.over_plain.low is not None and of.over_plain.low > 0
+        ]  # fmt: skip
+
     def references(self) -> dict[str, list[Row]]:
         """Rows of each teacher, with the readouts of its tower, and of each control, in the order of the study; those that have scores."""
         found: dict[str, list[Row]] = {}
@@ -176,6 +198,8 @@ class Summary:
         for setting in self.settings:
             for method in self.methods:
                 rows = [row for row in self.cells if row.method == method and setting_of(row) == setting]
+                if not by_teacher:
+                    rows = [row for row in rows if self.is_compared(row)]
                 teachers: list[str | None] = [None, *self.teachers] if by_teacher else [None]
                 for teacher in teachers:
                     chosen = [row for row in rows if row.teacher == teacher] if by_teacher else rows

@@ -90,6 +90,8 @@ def methods(summary: Summary) -> Table:
     """The main table: a row for each method and setting."""
     several = len(summary.teachers) > 1
     over = " In each seed the mean over the teachers is taken first." if several else ""
+    if left := list(dict.fromkeys(row.teacher for row in summary.cells if not summary.is_compared(row) and row.teacher)):
+        over += f" Only over teachers that all methods have; {', '.join(left)}: by teacher below."
     caption = (
         "Percent, mean ± standard deviation over seeds; the best of each column is bold."
         f"{over} {UP} and {DOWN} mark a difference from {summary.results.plain or 'no KD'} that is significant at 5% after Holm's "
@@ -270,7 +272,7 @@ def _mean_over(summary: Summary, method: str, setting: Setting, path: str) -> fl
     values = [
         row.scores[path]
         for row in summary.cells
-        if row.status == DONE and row.method == method and setting_of(row) == setting and path in row.scores
+        if row.status == DONE and row.method == method and setting_of(row) == setting and path in row.scores and summary.is_compared(row)
     ]
     return math.fsum(values) / len(values) if values else None
 

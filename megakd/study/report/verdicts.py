@@ -89,10 +89,19 @@ def _with_teachers(scores: Mapping[BY_CELL, float]) -> dict[str, dict[int, float
 
 
 def _by_seed(first: Mapping[BY_CELL, float], second: Mapping[BY_CELL, float]) -> tuple[dict[int, float], dict[int, float]]:
-    """For each seed the means of both over the teachers that both have in it; one without a teacher stands beside each teacher."""
+    """For each seed the means of both over the teachers that both have in it; one without a teacher stands beside each teacher.
+
+    Where the two have no teacher in common, one teacher is held against another: the means are over those of each side.
+    """
     pairs: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    apart = {teacher for teacher, _ in first}.isdisjoint({teacher for teacher, _ in second}) and None not in {of for of, _ in second}
+    others: dict[int | None, list[float]] = defaultdict(list)
+    for (_, seed), value in second.items():
+        others[seed].append(value)
     for (teacher, seed), value in first.items():
         other = second.get((teacher, seed), second.get((None, seed)))
+        if apart and others[seed]:
+            other = statistics.fmean(others[seed])
         if seed is not None and other is not None:
             pairs[seed].append((value, other))
     means = {seed: tuple(statistics.fmean(side) for side in zip(*of, strict=True)) for seed, of in pairs.items()}
