@@ -178,6 +178,7 @@ def fit(features_ND: Tensor, class_N: Tensor, classes: int, l2: float, start: tu
 
     def loss() -> Tensor:
         optimiser.zero_grad()
+        watchdog.beat("evaluating")  # a fit on a million images takes minutes
         value = F.cross_entropy(features_ND @ weight_KD.T + bias_K, class_N) + l2 / 2 * weight_KD.square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value
