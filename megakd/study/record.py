@@ -15,7 +15,7 @@ from megakd.study.execute import NOT_STARTED
 from megakd.study.grid import Grid
 from megakd.study.results import AXES, DONE, FAILED, FORMAT, MISSING, RUNNING, STUDY
 from megakd.study.spec import StudySpec
-from megakd.study.work import Work
+from megakd.study.work import Work, is_scored
 from megakd.version import __version__
 
 
@@ -38,6 +38,7 @@ class Record:
             "format": FORMAT,
             "title": spec.title,
             "question": spec.question,
+            "asks": spec.asks,
             "file": self.file,
             "command": shlex.join(["megakd", *sys.argv[1:]]),
             "commit": environment.commit(),
@@ -55,7 +56,7 @@ class Record:
                 }
                 for cell in self.grid.cells
             ],
-            "teachers": [{"name": name, **states.of(*jobs)} for name, jobs in self.work.teachers.items()],
+            "teachers": [{"name": name, **states.of(*jobs)} for name, jobs in self.work.teachers.items() if any(jobs)],
             "controls": [{"name": name, **states.of(*jobs)} for name, jobs in self.work.controls.items()],
             "hypotheses": [hypothesis.model_dump(mode="json", exclude_none=True) for hypothesis in spec.hypotheses],
             "jobs": [{"name": job.name, "kind": job.kind, "status": states.one(job.name)[0]} for job in self.work.jobs.values()],
@@ -89,10 +90,10 @@ class _States:
         states = [self.one(name) for name in names]
         order = (FAILED, RUNNING, MISSING, DONE)
         status, message = min(states, key=lambda state: order.index(state[0]), default=(MISSING, ""))
-        folders = {"student": run, "readout": readout}
+        folders = {role: name for role, name in (("student", run), ("readout", readout)) if name is not None}
         return {
             "folder": run or readout,
-            "folders": {role: name for role, name in folders.items() if name is not None},
+            "folders": {role: name for role, name in folders.items() if is_scored(self.work.jobs[name].recipe)},
             "status": status,
             "message": message,
         }

@@ -32,7 +32,7 @@ class Row:
 
     scores: fractions by path, "retrieval/test/mean_R@1"; empty where a run has not ended. about: "parameters" and "images_per_second" (of
     inference) where its evaluation has them, "sets", the checksum of what it was scored on. folder: of the student's run; readout: of the
-    decoder that read its tower.
+    decoder that read its tower, which of a tower that no run of this row has trained is the folder as well.
     """
 
     id: str
@@ -67,7 +67,8 @@ class Results:
     """A study's rows, and what they are compared by.
 
     axes: values of `AXES` in the order of the study's file. plain: the method without a teacher. base: the folder that paths are shown
-    from. notes: what a reader of the tables has to know of how they were made.
+    from. notes: what a reader of the tables has to know of how they were made. of_gain: the question is whether students gain over the
+    method without a teacher, not how they follow their teachers.
     """
 
     title: str
@@ -83,6 +84,7 @@ class Results:
     hypotheses: tuple[Mapping[str, Any], ...]
     base: Path
     notes: tuple[str, ...] = ()
+    of_gain: bool = False
 
     @property
     def main(self) -> Score | None:
@@ -112,10 +114,11 @@ def read_study(folder: Path) -> Results:
             f"{path}: format {content.get('format')!r}, where this megakd reads {FORMAT}: report with the version that wrote it"
         )
     teachers = [_teacher(folder, entry) for entry in _objects(content.get("teachers"))]
-    names = [row.teacher for row in teachers if row.teacher]
     rows = [_cell(folder, entry) for entry in _objects(content.get("cells"))]
-    controls = [_control(folder, entry, names) for entry in _objects(content.get("controls"))]
     declared = content.get("axes")
+    axes = axes_of(rows, declared if isinstance(declared, Mapping) else {})
+    names = {*axes["teacher"], *(row.teacher for row in teachers if row.teacher)}
+    controls = [_control(folder, entry, names) for entry in _objects(content.get("controls"))]
     return Results(
         title=_text(content.get("title")) or folder.absolute().name,
         question=_text(content.get("question")) or "",
@@ -123,12 +126,13 @@ def read_study(folder: Path) -> Results:
         commit=_text(content.get("commit")),
         version=_text(content.get("version")),
         data=_checksums(content.get("data")),
-        axes=axes_of(rows, declared if isinstance(declared, Mapping) else {}),
+        axes=axes,
         scores=_scores(content.get("scores")),
         plain=_text(content.get("plain_method")),
         rows=(*rows, *teachers, *controls),
         hypotheses=tuple(cleaned(entry) for entry in _objects(content.get("hypotheses"))),
         base=folder,
+        of_gain=content.get("asks") == "gain",
     )
 
 
@@ -223,7 +227,7 @@ def _teacher(base: Path, entry: Mapping[str, Any]) -> Row:
     return replace(found, teacher=name, about=about)
 
 
-def _control(base: Path, entry: Mapping[str, Any], teachers: Sequence[str]) -> Row:
+def _control(base: Path, entry: Mapping[str, Any], teachers: Iterable[str]) -> Row:
     """One that is named "teacher NAME's tower" is that teacher's; a seed may be a key, or the end of the name."""
     name, seed = _text(entry.get("name")) or "?", entry.get("seed")
     if at_end := re.fullmatch(r"(.+), seed (\d{1,18})", name, re.DOTALL):
@@ -234,15 +238,17 @@ def _control(base: Path, entry: Mapping[str, Any], teachers: Sequence[str]) -> R
 
 
 def _row(base: Path, entry: Mapping[str, Any], kind: str, name: str, seed: int | None) -> Row:
-    """With the scores of its folders: of the student, or whatever run it is, and of the readout."""
-    parts = entry.get("folders")
-    parts = parts if isinstance(parts, Mapping) else {"student": entry.get("folder")}
+    """With the scores of its folders: of the student, or whatever run it is, and of the readout. A run that is not scored is in "folder"
+    alone."""
+    own, parts = entry.get("folder"), entry.get("folders")
+    parts = parts if isinstance(parts, Mapping) else {"student": own}
     student, readout = (base / part if isinstance(part := parts.get(role), str) else None for role in ("student", "readout"))
     status, message = entry.get("status"), _text(entry.get("message")) or ""
     status = status if status in (DONE, FAILED, MISSING, RUNNING) else MISSING
     folders = [folder for folder in (student, readout) if folder is not None]
     scores, about, problem = evaluated(folders, ended=status == DONE)
-    if status == DONE and (problem or not folders):
+    main = base / own if isinstance(own, str) else student or readout
+    if status == DONE and (problem or main is None):
         status, message = FAILED, problem or f"{STUDY} names no folder of its run"
     return Row(
         id=name,
@@ -256,8 +262,8 @@ def _row(base: Path, entry: Mapping[str, Any], kind: str, name: str, seed: int |
         status=status,
         message=shortened(message),
         scores=scores,
-        folder=student or readout or base,
-        readout=readout if student is not None else None,
+        folder=main or base,
+        readout=readout,
         about=about,
     )
 

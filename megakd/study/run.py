@@ -33,9 +33,14 @@ from megakd.study.work import KINDS, Job, Work, changed
 _OF_READOUTS = "vqa"  # a kind of score that only runs with [answers] have
 
 
-def load(source: str, out: Path | None, *, small: bool = False) -> tuple[StudySpec, Grid, Work, Path]:
-    """The study in `source` with its runs and its folder; nothing is written. Raises ValueError for all that can be known to be wrong."""
-    spec, name = read(source)
+def load(
+    source: str, out: Path | None, *, small: bool = False, seeds: int | None = None, data: Path | None = None
+) -> tuple[StudySpec, Grid, Work, Path]:
+    """The study in `source` with its runs and its folder; nothing is written. seeds, data: as `spec.read`.
+
+    Raises ValueError for all that can be known to be wrong.
+    """
+    spec, name = read(source, seeds=seeds, data=data)
     folder = out or Path("runs") / name
     try:
         grid = expand(spec, folder, small=small)
@@ -48,9 +53,21 @@ def load(source: str, out: Path | None, *, small: bool = False) -> tuple[StudySp
     return spec, grid, work, folder
 
 
-def run(source: str, out: Path | None, at_once: int, *, small: bool = False) -> int:
-    """Run what is not done on this machine. Returns 0 when every run is done, 1 when some have failed, which their rows say."""
-    spec, grid, work, folder = load(source, out, small=small)
+def run(
+    source: str,
+    out: Path | None,
+    at_once: int,
+    *,
+    small: bool = False,
+    seeds: int | None = None,
+    data: Path | None = None,
+    command: str | None = None,
+) -> int:
+    """Run what is not done on this machine. Returns 0 when every run is done, 1 when some have failed, which their rows say.
+
+    command: what goes on with it, for messages; default: `megakd study SOURCE`.
+    """
+    spec, grid, work, folder = load(source, out, small=small, seeds=seeds, data=data)
     files.check_place(folder, "--out")
     for line in work.said:
         print(line, flush=True)
@@ -58,6 +75,7 @@ def run(source: str, out: Path | None, at_once: int, *, small: bool = False) -> 
         record = Record(spec, grid, work, folder, source, prepare(spec, grid))
         works.write(work, folder)
         record.write()
+        print(f"each run says how far it is in {folder}/logs", flush=True)
         start, clock = time.monotonic(), Clock(work, folder, at_once)
 
         def say(line: str) -> None:
@@ -74,12 +92,13 @@ def run(source: str, out: Path | None, at_once: int, *, small: bool = False) -> 
             failed = execution.run()
         finally:
             changed(set())
-    print(f"{len(grid.cells)} cells in {folder}, {time.monotonic() - start:.0f} s; `megakd report {folder}` makes the page")
+    print(f"{len(grid.cells)} cells in {folder}, {time.monotonic() - start:.0f} s; `megakd report {folder}` makes the page", flush=True)
     own = {name: message for name, message in failed.items() if not message.startswith(NOT_STARTED)}
     for name, message in own.items():
         print(f"failed: {name}: {message}")
     if failed:
-        print(f"{len(own)} runs failed, and {len(failed) - len(own)} that need them were not started; `megakd study {source}` tries again")
+        again = command or f"megakd study {source}"
+        print(f"{len(own)} runs failed, and {len(failed) - len(own)} that need them were not started; `{again}` tries again")
     return 1 if failed else 0
 
 

@@ -96,6 +96,7 @@ class Readout(Section):
 
     chain: list[str] = Field(min_length=1, description='recipes, such as ["smoke_decoder", "vqa_align", "vqa_lora"]')
     blind: str | None = Field(None, description="recipe of the same decoder without a tower, for the questions' own share")
+    every_seed: bool = Field(False, description="read a teacher's tower with every seed, as students' towers are; false: with the first")
     set: Overrides = Field(default_factory=dict, description="overrides of all of them")
 
 
@@ -143,6 +144,9 @@ class StudySpec(Section):
 
     title: str = Field(min_length=1, max_length=200)
     question: str = Field("Do stronger teachers make better students?", min_length=1)
+    asks: Literal["order", "gain"] = Field(
+        "order", description="what the report answers: order: do students follow their teachers; gain: is one better than without a teacher"
+    )
     base: str = Field(description="recipe of every student: a shipped name or a .toml file")
     set: Overrides = Field(default_factory=dict, description="overrides of the base recipe in every cell")
     evaluation: Overrides = Field(default_factory=dict, description="keys of [evaluation] of students and of teachers that are trained")
@@ -246,8 +250,12 @@ def shipped() -> list[str]:
     )
 
 
-def read(source: str) -> tuple[StudySpec, str]:
-    """The study called `source` (a shipped name, or a .toml file), and its name. Raises ValueError naming file, key and remedy."""
+def read(source: str, *, seeds: int | None = None, data: Path | None = None) -> tuple[StudySpec, str]:
+    """The study called `source` (a shipped name, or a .toml file), and its name.
+
+    seeds: 0, 1, ... so many in the place of the file's. data: the folder of its world in the place of the file's.
+    Raises ValueError naming file, key and remedy.
+    """
     path = Path(source)
     if path.suffix != ".toml" and "/" not in source:
         if source not in shipped():
@@ -263,6 +271,12 @@ def read(source: str) -> tuple[StudySpec, str]:
     named = f"study {source}"
     settings = texts.parse_toml(text, named)
     world = settings.get("world")
+    if data is not None:
+        if not isinstance(world, dict):
+            raise ValueError(f"{named}: has no [world], so that there is no folder of data to change; give the data's files in its recipes")
+        world["folder"] = str(data)
+    if seeds is not None:
+        settings["seeds"] = list(range(seeds))
     if isinstance(world, dict) and isinstance(world.get("folder"), str):
         settings = {key: value if key == "world" else _moved(value, world["folder"]) for key, value in settings.items()}
     try:

@@ -65,10 +65,9 @@ class Job:
         results = _found(folder / EVALUATION)
         if self.kind == "scores":
             return results.get("sets") == sets_of(self.recipe)
-        scored = self.recipe.evaluation.model_dump(exclude_defaults=True).keys() - {"every", "batch", "vqa_batch", "answer_tokens"}
         made = MODEL if self.recipe.active() else BUNDLE
         compared = self.recipe.evaluation.diagnostics.keys() <= results.get("diagnostics", {}).keys()
-        return (folder / made).is_dir() and (not scored or (results.get("sets") == sets_of(self.recipe) and compared))
+        return (folder / made).is_dir() and (not is_scored(self.recipe) or (results.get("sets") == sets_of(self.recipe) and compared))
 
     def noted(self, out: Path) -> dict[str, Any]:
         return _found(self.note(out))
@@ -80,6 +79,12 @@ class Job:
         noted = self.noted(out)
         failed = noted.get("code") not in (None, 0, EXIT_SAVED)  # a study that was stopped goes on
         return (FAILED, str(noted.get("message", ""))) if failed else (MISSING, "")
+
+
+def is_scored(recipe: Recipe) -> bool:
+    """Whether it names an evaluation set, so that its run writes an evaluation.json."""
+    settings = recipe.evaluation.model_dump(exclude_defaults=True)
+    return bool(settings.keys() - {"every", "batch", "vqa_batch", "answer_tokens"})
 
 
 @dataclass
@@ -250,17 +255,22 @@ def _controls(spec: StudySpec, grid: Grid, work: Work, out: Path) -> None:
     seeds = sorted({int(cell.axes["seed"]) for cell in grid.cells})
     for teacher in grid.teachers.values():
         scores, tower = _teacher_tower(spec, grid, teacher, work, out) if spec.controls.teachers else (None, None)
-        read = None
-        if tower is not None:
-            read = _readout(spec, work, out, Path(teacher.folder).name, seeds[0], tower, (teacher.folder,) if teacher.recipe else ())
-        work.teachers[teacher.name] = (teacher.folder if teacher.recipe is not None else scores, read)
+        reads: list[str | None] = []
+        if tower is not None and spec.readout is not None:
+            name, after = Path(teacher.folder).name, (teacher.folder,) if teacher.recipe is not None else ()
+            reads = [_readout(spec, work, out, name, seed, tower, after) for seed in (seeds if spec.readout.every_seed else seeds[:1])]
+        own = teacher.folder if teacher.recipe is not None else scores
+        work.teachers[teacher.name] = (own, reads[0] if len(reads) == 1 else None)
+        if len(reads) > 1:  # rows of their own, one a seed
+            work.controls |= {f"teacher {teacher.name}'s tower, seed {seed}": (None, run) for seed, run in zip(seeds, reads, strict=True)}
     if spec.controls.random:
         for student in dict.fromkeys(cell.axes["student"] for cell in grid.cells):
             for seed in seeds:
                 like = next(cell for cell in grid.cells if cell.axes["student"] == student)
                 recipe = changed(like.recipe, {"seed": seed})
                 name = f"{slug(['random', student, seed])}-{_tower_id(recipe)}"
-                job = work.add(Job(f"controls/{name}", "scores", _unlearned(recipe)))
+                unlearned = _unlearned(recipe)
+                job = work.add(Job(f"controls/{name}", "scores", unlearned)) if is_scored(unlearned) else None
                 assert recipe.student is not None
                 tower = {**recipe.student.model_dump(mode="json", exclude_defaults=True), "pretrained": "random"}
                 read = _readout(spec, work, out, name, seed, tower, ())
@@ -284,7 +294,7 @@ def _unlearned(recipe: Recipe) -> Recipe:
 
 
 def _teacher_tower(spec: StudySpec, grid: Grid, teacher: Teacher, work: Work, out: Path) -> tuple[str | None, dict[str, Any]]:
-    """The job that scores a teacher which is taken as it is, and the keys of [student] by which a readout names its tower."""
+    """The job that scores a teacher which is taken as it is, if there are sets, and keys of [student] by which readouts name its tower."""
     if teacher.recipe is not None:
         return None, {"model": f"local-dir:{out / teacher.folder}/{MODEL}"}
     tower = {
@@ -294,8 +304,8 @@ def _teacher_tower(spec: StudySpec, grid: Grid, teacher: Teacher, work: Work, ou
     recipe = _unlearned(like).model_dump(mode="json", exclude_none=True)
     if image_only.names_one(Student.model_validate(tower)):
         recipe["evaluation"] |= {kind: {} for kind in TEXT_SETS}
-    job = Job(teacher.folder, "scores", Recipe.model_validate({**recipe, "student": tower}))
-    return work.add(job), tower
+    scored = Recipe.model_validate({**recipe, "student": tower})
+    return work.add(Job(teacher.folder, "scores", scored)) if is_scored(scored) else None, tower
 
 
 def _blind(spec: StudySpec, source: str, seed: int, work: Work, out: Path) -> str:

@@ -89,6 +89,22 @@ def test_a_teachers_score_is_its_own_or_that_of_the_readouts_of_its_tower(tmp_pa
     ]  # fmt: skip
 
 
+def test_a_run_without_evaluation_sets_is_done_and_has_the_scores_of_its_readout(tmp_path: Path) -> None:
+    write_run(tmp_path / "v", 0.5, None)
+    cell = {"folder": "a", "axes": {"method": "m"}, "status": "done"}
+    cells = [{**cell, "id": "read", "folders": {"readout": "v"}}, {**cell, "id": "unread", "folders": {}}]
+    cells += [
+        {"id": "nowhere", "folders": {}, "status": "done"},
+        {"id": "blind", "folder": "v", "folders": {"readout": "v"}, "status": "done"},
+    ]
+    write_json(tmp_path / "study.json", {"format": 1, "cells": cells})
+    read, unread, nowhere, blind = read_study(tmp_path).rows
+    assert (read.status, read.scores[VQA], read.folder, read.readout) == (DONE, 0.5, tmp_path / "a", tmp_path / "v")
+    assert (unread.status, unread.scores, unread.folder, unread.readout) == (DONE, {}, tmp_path / "a", None)
+    assert (nowhere.status, nowhere.message) == (FAILED, "study.json names no folder of its run")
+    assert (blind.status, blind.scores[VQA], blind.folder, blind.readout) == (DONE, 0.5, tmp_path / "v", tmp_path / "v")
+
+
 def test_a_study_file_of_anything_reads_as_rows(tmp_path: Path) -> None:
     odd = [None, 3, "x", [1], {"axes": 3, "folders": 4, "folder": 5, "status": 6, "message": 7, "id": 8}]
     keys = ("cells", "teachers", "controls", "hypotheses", "scores")

@@ -229,16 +229,29 @@ def test_a_study_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) 
         spec.read("nothing")
 
 
+def has_small_part(name: str) -> bool:
+    """The smoke jobs are small as they are."""
+    return not name.startswith("smoke_")
+
+
 @pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("name", spec.shipped())
 def test_a_shipped_study_is_sound_and_has_a_small_part(name: str, small: bool, tmp_path: Path) -> None:
+    if small and not has_small_part(name):
+        with pytest.raises(ValueError, match="--small: this study has no"):
+            run.load(name, tmp_path / "out", small=True)
+        return
     written_down, grid, work, folder = run.load(name, tmp_path / "out", small=small)
     assert folder == tmp_path / "out"
     assert work.jobs
     assert len({cell.folder for cell in grid.cells}) == len(grid.cells)
-    assert written_down.scores[0].name == "VQA"
+    assert written_down.scores[0].name == ("zero-shot" if name == "smoke_comparison" else "VQA")
     kept = {cell.id for cell in grid.cells}
     assert kept <= {cell.id for cell in run.load(name, tmp_path / "out")[1].cells}
+
+
+def test_no_shipped_study_has_a_shipped_recipes_name() -> None:
+    assert not set(spec.shipped()) & set(load.shipped())
 
 
 def test_teachers_may_teach_each_other_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -256,8 +269,8 @@ def test_teachers_may_teach_each_other_in_the_order_of_the_file(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", spec.shipped())
 def test_runs_are_called_alike_wherever_the_study_lies(name: str, tmp_path: Path) -> None:
-    _, _, here, _ = run.load(name, Path("runs/here"), small=True)
-    _, _, there, _ = run.load(name, tmp_path / "there", small=True)
+    _, _, here, _ = run.load(name, Path("runs/here"), small=has_small_part(name))
+    _, _, there, _ = run.load(name, tmp_path / "there", small=has_small_part(name))
     assert list(here.jobs) == list(there.jobs)
 
 
@@ -277,6 +290,33 @@ def test_what_a_store_does_not_hold_runs_in_every_step_and_is_said(settings: str
         teacher = work.jobs[work.cells[cell.id][0]].recipe.teacher
         assert teacher is not None
         assert (teacher.store is None) == (cell.axes["method"] != "similarity")
+
+
+READ = """
+evaluation = { zero_shot = {}, retrieval = {}, hard_negatives = {} }
+
+[readout]
+chain = ["smoke_decoder", "vqa_align", "vqa_lora"]
+
+[teachers.asis]
+teacher = { model = "ViT-B-32" }
+
+[teachers.weak]"""
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_towers_that_are_only_read_are_not_scored_by_themselves(every: bool, tmp_path: Path) -> None:
+    """Neither the random ones nor a teacher as it is; the teachers' are read with one seed, or with every one."""
+    text = TINY.replace("retrieval/test/mean_R@1", "vqa/test/accuracy").replace("\n[teachers.weak]", READ, 1)
+    text = text.replace("[readout]", f"[readout]\nevery_seed = {str(every).lower()}")
+    _, _, work, _ = run.load(written(tmp_path, text), tmp_path / "out")
+    assert {job.kind for job in work.jobs.values()} == {"teacher", "store", "student", "readout"}
+    for name, (own, read) in work.teachers.items():
+        assert (own is None) == (name == "asis")
+        assert (read is None) == every
+        rows = [of for row, of in work.controls.items() if row.startswith(f"teacher {name}'s tower, seed ")]
+        assert len(rows) == (2 if every else 0)
+        assert {work.jobs[str(of[1])].recipe.seed for of in rows} == ({0, 1} if every else set())
 
 
 def test_a_store_holds_the_blocks_of_all_methods_that_read_it(tmp_path: Path) -> None:
