@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.runs import REPOSITORY
+from support.study_folders import write_study
 
 CALLS = {
     "scipy": "from megakd.study.statistics import paired_gain; paired_gain({0: 0.5, 1: 0.6}, {0: 0.4, 1: 0.3})",
@@ -27,20 +28,36 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("package", CALLS)
-def test_one_message_names_what_is_missing_and_the_extra(package: str, tmp_path: Path) -> None:
-    """This environment's packages but one, as links in another folder."""
-    packages = tmp_path / "packages"
+def called(code: str, folder: Path, *missing: str) -> subprocess.CompletedProcess[str]:
+    """The code in `folder`, with this environment's packages but those that are missing, as links in another folder."""
+    packages = folder / "packages"
     packages.mkdir()
     for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
-        if entry.name != package and not entry.name.endswith(".pth"):
+        if entry.name not in missing and not entry.name.endswith(".pth"):
             (packages / entry.name).symlink_to(entry)
+    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "kernels", packages)))
+    return subprocess.run(
+        [sys.executable, "-S", "-c", code], env={**os.environ, "PYTHONPATH": path}, cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("package", CALLS)
+def test_one_message_names_what_is_missing_and_the_extra(package: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "evaluation.json").write_text("{}")
-    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "kernels", packages)))
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", CALLS[package]], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+    done = called(CALLS[package], tmp_path, package)
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith(f"ValueError: {SAID[package]} (or -e '.[study]' in the repository)"), done.stderr
+
+
+def test_a_smoke_job_ends_with_its_tables_without_any_of_them(tmp_path: Path) -> None:
+    write_study(tmp_path / "study", lambda teacher, _, seed: 0.4 + 0.1 * bool(teacher) + seed / 100, seeds=2, teachers=["T"])
+    code = "from pathlib import Path; from megakd.study.report import terminal; terminal.conclude(Path('study'))"
+    done = called(code, tmp_path, "scipy", "sklearn", "matplotlib", "jinja2")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert {"Methods compared", "Teachers and controls", "Cost"} <= {line.strip() for line in lines}
+    assert "Differences are not tested, which takes scipy." in done.stdout
+    assert "similarity over none, VQA: +10.0 points; by seed +10.0, +10.0" in lines
+    assert lines[-1] == f"no report.html: {SAID['jinja2']} (or -e '.[study]' in the repository)"
+    assert not (tmp_path / "study" / "report.html").exists()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from megakd.study.statistics import Equivalence, Gain, equivalence, holm, paired_gain
+from megakd.study.statistics import Equivalence, Gain, equivalence, holm, mean_gain, paired_gain
 
 WITH, WITHOUT = {0: 0.53, 1: 0.55, 2: 0.52, 3: 0.58}, {0: 0.50, 1: 0.51, 2: 0.53, 3: 0.52}
 
@@ -42,11 +42,20 @@ def test_beyond_thirteen_seeds_signs_are_not_counted() -> None:
 
 def test_gains_of_too_little_say_so() -> None:
     assert paired_gain({0: 1.0}, {1: 1.0}) == Gain(None, None, None, 0, reason="no seed has a score both with and without")
-    assert paired_gain({0: 0.75}, {0: 0.5}) == Gain(0.25, None, None, 1, reason="one difference: an interval needs two")
+    assert paired_gain({0: 0.75}, {0: 0.5}) == Gain(0.25, None, None, 1, reason="one difference: an interval needs two", by_seed={0: 0.25})
     reason = "all 3 differences are equal: their spread is unknown"
     same = paired_gain({0: 0.3, 1: 0.5, 2: 0.7}, {0: 0.2, 1: 0.4, 2: 0.6})  # equal but for rounding
-    assert same == Gain(pytest.approx(0.1), None, None, 3, reason=reason, sign_flip_p=0.25)
+    assert same == Gain(
+        pytest.approx(0.1), None, None, 3, reason=reason, sign_flip_p=0.25, by_seed=pytest.approx(dict.fromkeys(range(3), 0.1))
+    )
     assert paired_gain(WITH, WITH).sign_flip_p == 1.0
+
+
+def test_a_gain_without_its_test_is_the_same_mean() -> None:
+    tested, alone = paired_gain(WITH, WITHOUT), mean_gain(WITH, WITHOUT)
+    assert (alone.value, alone.n, alone.by_seed) == (tested.value, tested.n, tested.by_seed)
+    assert alone.by_seed == pytest.approx({0: 0.03, 1: 0.04, 2: -0.01, 3: 0.06})
+    assert (alone.low, alone.p, alone.sign_flip_p, alone.reason) == (None, None, None, "not tested")
 
 
 def test_intervals_of_gains_hold_the_truth_as_often_as_they_say() -> None:

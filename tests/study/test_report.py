@@ -88,7 +88,8 @@ def test_the_page_has_every_row_of_the_csv_with_the_same_numbers(whole: Path) ->
 
 
 def test_means_spreads_and_gains_of_the_page_are_those_of_the_csv(whole: Path) -> None:
-    rows = [row for row in rows_of(whole) if row["kind"] == "cell"]
+    every_row = rows_of(whole)
+    rows = [row for row in every_row if row["kind"] == "cell"]
     page = Page.read(whole / "report.html")
     head, *shown = page.tables["methods"]
     titles = [cell.text for cell in head]
@@ -108,9 +109,11 @@ def test_means_spreads_and_gains_of_the_page_are_those_of_the_csv(whole: Path) -
                 assert float(cells[3].value or "") == pytest.approx(gain, abs=1e-12)
     head, *shown = page.tables["families"]
     assert [cell.text for cell in head] == ["method", *FAMILIES]
+    assert [cells[0].text for cells in shown] == [PLAIN, "similarity", "patch", "teacher T1", "teacher T2", "teacher T3"]
     for cells in shown:
+        rows_of_it = [row for row in every_row if cells[0].text in (row["method"], row["id"])]
         for name, cell in zip(FAMILIES, cells[1:], strict=True):
-            values = [float(row[f"vqa/test/by_family/{name}/accuracy"]) for row in rows if row["method"] == cells[0].text]
+            values = [float(row[f"vqa/test/by_family/{name}/accuracy"]) for row in rows_of_it]
             assert float(cell.value or "") == pytest.approx(statistics.fmean(values), abs=1e-12)
 
 
@@ -255,6 +258,29 @@ def test_too_little_data_is_said_plainly(seeds: int, tmp_path: Path) -> None:
     assert "one seed of T1, T2, T3: an interval needs two of each teacher" in three or seeds == 2
     assert "under similarity there are students of 1 teacher" in one
     assert "The highest mean is that of similarity: 52." in one
+
+
+@pytest.mark.parametrize(
+    ("gain", "spread", "seeds", "verdict", "said"),
+    [
+        (0.1, 0.02, 5, "Yes", "The highest mean is that of similarity: 60.0% of 5 seeds, +9.0 points over none"),
+        (-0.1, 0.02, 5, "No, the reverse", "The highest mean is that of none: 51.0% of 5 seeds."),
+        (0.001, 0.05, 5, "Undecided", "No gain over none is significant at 5% after Holm's correction over the table of methods."),
+        (0.1, 0.02, 1, "Too little data", "One difference: an interval needs two."),
+    ],
+)  # fmt: skip
+def test_whether_students_gain_is_answered_where_that_is_asked(
+    gain: float, spread: float, seeds: int, verdict: str, said: str, tmp_path: Path
+) -> None:
+    def score(teacher: str | None, _: str, seed: int) -> float:
+        return 0.5 + (gain + spread * (seed % 2 - 0.4 * (seeds > 1)) if teacher else 0.005 * seed)
+
+    folder = write_study(tmp_path / "study", score, teachers=["T"], methods=["similarity"], seeds=seeds, more={"asks": "gain"})
+    found = compose(read_study(folder), []).answer
+    assert found.verdict == verdict, found.text
+    assert said in found.text
+    write_json(folder / "study.json", {**json.loads((folder / "study.json").read_text()), "plain_method": None})
+    assert "Too little data: no seed has a finished cell with a teacher and one of" in compose(read_study(folder), []).answer.text
 
 
 def test_diagnostics_are_held_against_the_score_best_predictor_first(tmp_path: Path) -> None:

@@ -29,11 +29,14 @@ class Answer:
 
 
 def answer(summary: Summary) -> Answer:
-    """By Spearman's correlation of the main score of teachers and of their students under plain KD, in the setting with most cells."""
+    """By Spearman's correlation of the main score of teachers and of their students under plain KD, in the setting with most cells; where
+    the question is whether students gain from a teacher, by the largest gain over the method without one."""
     main, setting = summary.results.main, summary.main_setting
     done = sum(row.status == DONE for row in summary.cells)
     if main is None or setting is None or not done:
         return Answer("No answer yet", (f"{done} of {len(summary.cells)} cells are finished, and none has a score.", ""))
+    if summary.results.of_gain:
+        return _by_gain(summary)
     here = [found for found in summary.followed if found.setting == setting and found.score == main]
     plain = next((found for found in here if found.method == summary.plain_kd), None)
     if plain is None or plain.order.spearman.value is None:
@@ -69,6 +72,23 @@ def escaping(summary: Summary) -> str:
         return f"Stronger teachers make better students under {', '.join(of.method for of in found)}, by this rule: {rule}."
     others = f"{len(compared)} other methods" if len(compared) > 1 else "1 other method"
     return f"Of {others} none makes students follow their teachers more than {summary.plain_kd} does, by this rule: {rule}."
+
+
+def _by_gain(summary: Summary) -> Answer:
+    """In the main score and setting; a gain counts that is significant after the main table's correction."""
+    main, plain = summary.results.main, summary.results.plain
+    of_setting = [compared for compared in summary.by_method if compared.group.setting == summary.main_setting]
+    found = [(gain, compared) for compared in of_setting if main and (gain := compared.gains.get(main.path)) and gain.value is not None]
+    if main is None or not found:
+        return Answer("Too little data", (f"no seed has a finished cell with a teacher and one of {plain or 'a method without'}.", ""))
+    gain, best = max(found, key=lambda of: of[0].value or 0.0)
+    if gain.p is None:
+        verdict, why = "Too little data", f"{gain.reason}."
+    elif best.differs(main.path):
+        verdict, why = ("Yes" if (gain.value or 0.0) > 0 else "No, the reverse"), ""
+    else:
+        verdict, why = "Undecided", f"no gain over {plain} is significant at 5% after Holm's correction over the table of methods."
+    return Answer(verdict, (_best_gain(summary), why))
 
 
 def _best_other(here: list[Followed], plain: Followed) -> str:

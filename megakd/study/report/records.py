@@ -37,7 +37,9 @@ class Record:
 
 
 def records_of(row: Row) -> list[Record]:
-    """The student's run, then its readout's; empty for a row whose runs left nothing."""
+    """The student's run, then its readout's; empty for a row whose runs left nothing. Of a readout alone the first says nothing."""
+    if row.readout == row.folder:
+        return [Record(), _record(row.folder)] if (row.folder / RUN).exists() else []
     return [_record(folder) for folder in (row.folder, row.readout) if folder is not None and (folder / RUN).exists()]
 
 

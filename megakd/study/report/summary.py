@@ -15,7 +15,18 @@ from functools import cached_property
 from typing import NamedTuple
 
 from megakd.study.results import AXES, CELL, CONTROL, DONE, TEACHER, Results, Row, Score
-from megakd.study.statistics import Estimate, Gain, Order, Prediction, correlation_difference, holm, order, paired_gain, predictors
+from megakd.study.statistics import (
+    Estimate,
+    Gain,
+    Order,
+    Prediction,
+    correlation_difference,
+    holm,
+    mean_gain,
+    order,
+    paired_gain,
+    predictors,
+)
 
 LEVEL = 0.05
 ESCAPES = 0.8  # a Spearman correlation above which, and clearly above plain KD's, a method makes students follow their teachers
@@ -80,10 +91,10 @@ class Followed:
 
 
 class Summary:
-    """Everything a report computes of `results`, each once."""
+    """Everything a report computes of `results`, each once. tested: gains have intervals and p values, which takes scipy."""
 
-    def __init__(self, results: Results) -> None:
-        self.results = results
+    def __init__(self, results: Results, *, tested: bool = True) -> None:
+        self.results, self.tested = results, tested
         self.cells = results.of(CELL)
         rank = {axis: {value: place for place, value in enumerate(results.axes.get(axis, ()))} for axis in AXES}
 
@@ -185,10 +196,11 @@ class Summary:
         ]  # fmt: skip
 
     def references(self) -> dict[str, list[Row]]:
-        """Rows of each teacher, with the readouts of its tower, and of each control, in the order of the study; those that have scores."""
+        """Rows of each teacher, with the readouts of its tower, and of each control, in the order of the study; those that are done or have
+        scores."""
         found: dict[str, list[Row]] = {}
         for row in (*self.results.of(TEACHER), *self.results.of(CONTROL)):
-            if row.scores:
+            if row.scores or row.status == DONE:
                 name = f"teacher {row.teacher}" if row.teacher else row.id.removesuffix(f", seed {row.seed}")
                 found.setdefault(name, []).append(row)
         return found
@@ -206,13 +218,14 @@ class Summary:
                     if chosen:
                         groups.append(_group(method, teacher, setting, chosen, [score.path for score in self.results.scores]))
         plain = {group.setting: group for group in groups if group.method == self.results.plain}
+        gain_of = paired_gain if self.tested else mean_gain
         gains: list[dict[str, Gain]] = []
         for group in groups:
             base = plain.get(group.setting)
-            tested = base is not None and group is not base and group.complete and base.complete
+            compared = base is not None and group is not base and group.complete and base.complete
             gains.append(
-                {path: paired_gain(group.by_seed[path], base.by_seed[path]) for path in group.by_seed if path in base.by_seed}
-                if tested and base
+                {path: gain_of(group.by_seed[path], base.by_seed[path]) for path in group.by_seed if path in base.by_seed}
+                if compared and base
                 else {}
             )
         keys = [(place, path) for place, of in enumerate(gains) for path in of]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megakd.study.report.summary import DIAGNOSTICS, Compared, Setting, Summary, labels, setting_of
-from megakd.study.results import DONE, Score
+from megakd.study.results import DONE, Row, Score
 from megakd.study.statistics import Estimate
 
 UP, DOWN = "▲", "▼"
@@ -92,11 +92,12 @@ def methods(summary: Summary) -> Table:
     over = " In each seed the mean over the teachers is taken first." if several else ""
     if left := list(dict.fromkeys(row.teacher for row in summary.cells if not summary.is_compared(row) and row.teacher)):
         over += f" Only over teachers that all methods have; {', '.join(left)}: by teacher below."
-    caption = (
-        "Percent, mean ± standard deviation over seeds; the best of each column is bold."
-        f"{over} {UP} and {DOWN} mark a difference from {summary.results.plain or 'no KD'} that is significant at 5% after Holm's "
+    tests = (
+        f"{UP} and {DOWN} mark a difference from {summary.results.plain or 'no KD'} that is significant at 5% after Holm's "
         "correction over the whole table (paired t-test by seed)."
     )
+    tests = tests if summary.tested else "Differences are not tested, which takes scipy."
+    caption = f"Percent, mean ± standard deviation over seeds; the best of each column is bold.{over} {tests}"
     return _compared(summary, summary.by_method, "methods", "Methods compared", caption, with_teacher=False, folded=False)
 
 
@@ -109,12 +110,12 @@ def combinations(summary: Summary) -> Table | None:
 
 
 def families(summary: Summary) -> Table | None:
-    """The main score's parts by method."""
+    """The main score's parts by method, and of teachers and controls."""
     main = summary.results.main
     if main is None or main.families is None:
         return None
     pattern = re.compile(re.escape(main.families).replace(r"\*", "([^/]+)"))
-    found = {path: match[1] for row in summary.cells for path in row.scores if (match := pattern.fullmatch(path))}
+    found = {path: match[1] for row in summary.results.rows for path in row.scores if (match := pattern.fullmatch(path))}
     if not found:
         return None
     varied = _varied(summary)
@@ -126,12 +127,17 @@ def families(summary: Summary) -> Table | None:
         cells = [Cell("–") if value is None else Cell(shown(value), value, best=value == best[place]) for place, value in enumerate(of)]
         if any(value is not None for value in of):
             rows.append((name(group.method), *_setting_cells(group.setting, varied), *cells))
+    for title, of_reference in summary.references().items():
+        values = [_own(of_reference, path) for path in found]
+        if any(values):
+            cells = [Cell(shown(math.fsum(own) / len(own)), math.fsum(own) / len(own)) if own else Cell("–") for own in values]
+            rows.append((name(title), *(Cell("–") for _ in varied), *cells))
     columns = (
         Column("method", numeric=False),
         *(Column(AXIS_TITLES[axis], numeric=False) for axis in varied),
         *map(Column, found.values()),
     )
-    caption = "Percent, mean over finished cells; the best of each column is bold."
+    caption = "Percent, mean over finished cells; the best method of each column is bold. Below them teachers and controls."
     return Table("families", f"{main.title} by kind of question", caption, columns, tuple(rows))
 
 
@@ -145,8 +151,7 @@ def references(summary: Summary) -> Table | None:
     for title, of in found.items():
         cells = []
         for score in scores:
-            own = [row for row in of if score.path in row.scores]
-            values = [row.scores[score.path] for row in own if row.kind == own[0].kind]  # as Results.teacher_scores
+            values = _own(of, score.path)
             mean = math.fsum(values) / len(values) if values else None
             spread = _deviation(values, score.path)
             cells.append(Cell("–") if mean is None else Cell(shown(mean, score.path), mean, spread))
@@ -275,6 +280,12 @@ def _mean_over(summary: Summary, method: str, setting: Setting, path: str) -> fl
         if row.status == DONE and row.method == method and setting_of(row) == setting and path in row.scores and summary.is_compared(row)
     ]
     return math.fsum(values) / len(values) if values else None
+
+
+def _own(rows: Sequence[Row], path: str) -> list[float]:
+    """The scores of a teacher's or a control's rows: those of the first kind that has any, as `Results.teacher_scores`."""
+    own = [row for row in rows if path in row.scores]
+    return [row.scores[path] for row in own if row.kind == own[0].kind]
 
 
 def _deviation(values: Sequence[float], path: str) -> str:

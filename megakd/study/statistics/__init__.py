@@ -5,7 +5,7 @@ not. Too little data is no error: a result without a value, or without an interv
 """
 
 from megakd.study.statistics.estimate import Estimate
-from megakd.study.statistics.gains import Equivalence, Gain, equivalence, holm, paired_gain
+from megakd.study.statistics.gains import Equivalence, Gain, equivalence, holm, mean_gain, paired_gain
 from megakd.study.statistics.ordering import Order, correlation_difference, order
 from megakd.study.statistics.prediction import Prediction, predictors
 
@@ -18,6 +18,7 @@ __all__ = [
     "correlation_difference",
     "equivalence",
     "holm",
+    "mean_gain",
     "order",
     "paired_gain",
     "predictors",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,10 +17,11 @@ class Gain(Estimate):
     """A mean paired difference with its t interval; `p` is the paired t-test's, which takes the differences for normally distributed.
 
     sign_flip_p: of the exact test that does not, over all 2^n signs of the differences; None beyond MOST_FLIPPED of them. It cannot be
-    below 2 / 2^n, a quarter for three seeds, so it finds nothing at 5 % with fewer than six.
+    below 2 / 2^n, a quarter for three seeds, so it finds nothing at 5 % with fewer than six. by_seed: the differences.
     """
 
     sign_flip_p: float | None = None
+    by_seed: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -34,27 +35,39 @@ class Equivalence(Estimate):
     smallest_margin: float | None = None
 
 
-def paired_gain(with_kd: Mapping[int, float], without: Mapping[int, float]) -> Gain:
-    """with_kd less without, seed by seed, over the seeds that both have. Raises ValueError for a score that is not finite."""
+def mean_gain(with_kd: Mapping[int, float], without: Mapping[int, float]) -> Gain:
+    """with_kd less without, seed by seed, over the seeds that both have; without a test, which takes scipy.
+
+    Raises ValueError for a score that is not finite.
+    """
     for scores in (with_kd, without):
         checked(scores, "the score with seed")
-    shared = sorted(with_kd.keys() & without.keys())
-    differences = np.array([with_kd[seed] - without[seed] for seed in shared], dtype=np.float64)
-    n = len(differences)
-    if not n:
+    by_seed = {seed: with_kd[seed] - without[seed] for seed in sorted(with_kd.keys() & without.keys())}
+    if not by_seed:
         return Gain(None, None, None, 0, reason="no seed has a score both with and without")
-    mean, stats = float(differences.mean()), scipy_stats()
+    differences = np.array(list(by_seed.values()), dtype=np.float64)
+    reason = _why_no_test(differences) or "not tested"
+    return Gain(float(differences.mean()), None, None, len(differences), reason=reason, by_seed=by_seed)
+
+
+def paired_gain(with_kd: Mapping[int, float], without: Mapping[int, float]) -> Gain:
+    """`mean_gain` with its interval and tests. Raises ValueError for a score that is not finite, and without scipy."""
+    found = mean_gain(with_kd, without)
+    n = found.n
+    if n < 2:
+        return found
+    differences, stats = np.array(list(found.by_seed.values()), dtype=np.float64), scipy_stats()
     exact = None
-    if 2 <= n <= MOST_FLIPPED:
+    if n <= MOST_FLIPPED:
         test = stats.permutation_test(
             (differences,), lambda of, axis: of.mean(axis), permutation_type="samples", vectorized=True, n_resamples=2**MOST_FLIPPED
         )
         exact = float(test.pvalue)
-    if reason := _why_no_test(differences):
-        return Gain(mean, None, None, n, reason=reason, sign_flip_p=exact)
+    if _why_no_test(differences):
+        return replace(found, sign_flip_p=exact)
     t = stats.ttest_1samp(differences, 0.0)
     interval = t.confidence_interval(LEVEL)
-    return Gain(mean, float(interval.low), float(interval.high), n, float(t.pvalue), sign_flip_p=exact)
+    return replace(found, low=float(interval.low), high=float(interval.high), p=float(t.pvalue), reason="", sign_flip_p=exact)
 
 
 def equivalence(differences: Sequence[float], margin: float) -> Equivalence:
