@@ -15,7 +15,7 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -69,7 +69,7 @@ def train(
     output: deque[str] = deque(maxlen=_LINES_KEPT)
     with tempfile.TemporaryDirectory(prefix="megakd-recipe-") as folder:
         name = str(write_recipe(recipe, Path(folder) / "recipe.json") if isinstance(recipe, Recipe) else recipe)
-        process = _start(name, Path(out), overrides, more, ranks, subprocess.PIPE)
+        process = _start(name, Path(out), overrides, more, ranks)
         with _ended_with(process):
             for line in process.stdout or ():
                 print(line, end="", flush=True)
@@ -81,18 +81,6 @@ def train(
             raise ValueError(message)
         raise TrainingFailed(f"the run in {out} ended with exit code {code}: {message}", code)
     return Path(out)
-
-
-def run(recipe: str, folder: Path, overrides: Sequence[str], command: str) -> int:
-    """As `train`, writing to this process's own output. Returns the run's exit code. command: resumes it, for the message of a failure."""
-    print(flush=True)
-    process = _start(recipe, folder, overrides, [], None, None)
-    with _ended_with(process):
-        code = process.wait()
-    if code:
-        again = f"`{command}` again goes on from its last checkpoint"
-        print(f"the run in {folder} ended with exit code {code}; {again}", file=sys.stderr)
-    return code
 
 
 def write_recipe(recipe: Recipe, path: Path) -> Path:
@@ -115,19 +103,22 @@ def _moved(key: str, value: Any, data: str) -> Iterator[str]:
         yield f"{key}={data}{value.removeprefix(SHIPPED_DATA)}"
 
 
-def _start(
-    recipe: str, folder: Path, overrides: Sequence[str], more: Sequence[str], ranks: int | None, output: int | IO[str] | None
-) -> subprocess.Popen[str]:
-    """One rank a GPU; without a GPU one a CPU core, at most two."""
+def ranks_here() -> int:
+    """How many ranks this machine is given: one a GPU; without a GPU one a CPU core, at most two."""
+    return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
+
+
+def _start(recipe: str, folder: Path, overrides: Sequence[str], more: Sequence[str], ranks: int | None) -> subprocess.Popen[str]:
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--master_port", str(_free_port())]
-    if not torch.cuda.is_available():
-        ranks = ranks or min(2, len(os.sched_getaffinity(0)))
+    if not torch.cuda.is_available():  # with GPUs the launcher counts them itself, and minds CUDA_VISIBLE_DEVICES
+        ranks = ranks or ranks_here()
     launcher += ["--num_accelerators", str(ranks)] if ranks else []
     arguments = ["--recipe", recipe, "--out", str(folder), *more, *(part for item in overrides for part in ("--set", item))]
     print("$ deepspeed megakd/train.py " + shlex.join(arguments), flush=True)
     program = str(Path(__file__).parents[1] / "train.py")
-    errors = subprocess.STDOUT if output is not None else None
-    return subprocess.Popen([*launcher, program, *arguments], env=environment(), stdout=output, stderr=errors, text=True)
+    return subprocess.Popen(
+        [*launcher, program, *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def environment() -> dict[str, str]:
