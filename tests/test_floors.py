@@ -29,7 +29,7 @@ LAYERS = (
     {"megakd.benchmarks", "megakd.evaluation"},
     {"megakd.training"},
     {"megakd.jobs", "megakd.train"},
-    {"megakd.study"},
+    {"megakd.doctor", "megakd.study"},
     {"megakd", "megakd.cli"},
 )
 LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megakd.cli import bench, data, diagnose, report, runs, study, vqa
+from megakd.cli import bench, data, diagnose, doctor, report, runs, study, vqa
 from megakd.runtime.exits import EXIT_USER_ERROR
 from megakd.version import __version__
 
@@ -36,8 +36,8 @@ def top(
 
 # In the order of --help.
 VERBS: tuple[Callable[..., None], ...] = (
-    data.shapes, data.tokenizer, runs.evaluate, diagnose.diagnose, data.embed, runs.plan, runs.submit, runs.jobs, runs.smoke, study.study,
-    report.report, vqa.answer,
+    doctor.doctor, data.shapes, data.tokenizer, runs.evaluate, diagnose.diagnose, data.embed, runs.plan, runs.submit, runs.jobs, runs.smoke,
+    study.study, report.report, vqa.answer,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)

@@ -28,7 +28,7 @@ T = TypeVar("T")
 ATTEMPTS = 5
 FIRST_DELAY = 0.1
 # Below the usual limit of 1024 open files, which torch's shared tensors need as well.
-_OPEN_FILES = 256
+OPEN_FILES = 256
 _STAT_THREADS = 32
 _STAMP = (1 << 63) - 1
 INDEX = ".index.npy"  # suffix of a shard's index
@@ -195,7 +195,7 @@ class Reader:
         if path in self._files:
             self._files.move_to_end(path)
             return self._files[path]
-        while len(self._files) >= _OPEN_FILES:
+        while len(self._files) >= OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._files[path]

@@ -315,7 +315,7 @@ def test_a_shard_that_shrinks_or_goes_during_the_run_is_noticed(tmp_path: Path) 
 
 
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megakd.data.storage._OPEN_FILES", 3)
+    monkeypatch.setattr("megakd.data.storage.OPEN_FILES", 3)
     shards = open_set(write_set(tmp_path, 12, 6))
     assert captions(shards) == captions(shards)
     assert len(shards._reader._files) == 3
