@@ -96,7 +96,7 @@ def _declared() -> tuple[SpecifierSet, dict[str, list[Requirement]]]:
     for asked in map(Requirement, installed.requires or []):
         extra = re.search(r"extra == ['\"]([^'\"]+)", str(asked.marker))
         found.setdefault(extra[1] if extra else "", []).append(asked)
-    return SpecifierSet(installed.metadata.get("Requires-Python") or ""), found
+    return SpecifierSet(installed.metadata["Requires-Python"] or ""), found
 
 
 def imports(_: Place) -> Iterator[Finding]:

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from megakd.doctor import loader, machine, places, ranks, software
+from megakd.doctor import loader, places, ranks, software
 from megakd.doctor.examine import PROBES, _examined
 from megakd.doctor.finding import Finding, Place
 from support.processes import files_at_most, python
 from support.runs import REPOSITORY, environment
+
+pytestmark = pytest.mark.timeout(900)  # ranks and loader processes are started, which takes minutes on a machine that is busy
 
 
 def looked(name: str, place: Place | None = None) -> Finding:
@@ -103,7 +105,7 @@ def test_a_hard_limit_of_open_files_is_the_administrators_and_the_exit_code_is_o
         "--json",
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300)),
     )
-    out, err = limited.communicate(timeout=280)
+    out, err = limited.communicate()
     assert limited.returncode == 1, err
     found = {row["name"]: row for row in json.loads(out)["findings"]}
     assert found["open_files"]["remedy"].startswith("the administrator raises the limit")
@@ -171,7 +173,7 @@ def test_a_mistaken_precision_fails_and_a_rehearsal_is_slow(monkeypatch: pytest.
     found = looked("precision")
     assert (found.mark, found.remedy[:14]) == ("fails", "set it to bf16")
     monkeypatch.setenv("MEGAKD_PRECISION", "bf16")
-    assert looked("precision").mark == "slow" or machine.usable_cores() == 0
+    assert looked("precision").mark == "slow"
 
 
 def test_an_environment_without_torch_and_with_an_old_package_says_what_to_install(tmp_path: Path) -> None:
