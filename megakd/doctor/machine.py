@@ -118,9 +118,8 @@ def gpus(_: Place) -> Iterator[Finding]:
 def _no_gpu(built: str | None, listed: str | None) -> Finding:
     """The row where torch sees none. listed: what nvidia-smi lists."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    promised = next(
-        (os.environ[name] for name in ("SLURM_GPUS_ON_NODE", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS") if os.environ.get(name)), None
-    )
+    promised = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    promised = "" if promised == "0" else promised
     facts = {"cuda": built, "listed": listed, "cuda_visible_devices": hidden, "slurm_gpus": promised}
     if not listed and not promised:
         remedy = "enough for `megakd smoke`; for models of ordinary size use a machine with an NVIDIA GPU (SLURM: --gpus-per-node)"
