@@ -118,11 +118,12 @@ def network(_: Place) -> Iterator[Finding]:
     if constants.HF_HUB_OFFLINE:
         yield Finding("hub", "ok", "not tried, as HF_HUB_OFFLINE is set: models are files or in the cache", facts={"offline": True})
         return
+    session = get_session()
     answers: list[int | str] = []
 
     def ask() -> None:
         try:
-            answers.append(get_session().head(constants.ENDPOINT, timeout=NETWORK_SECONDS).status_code)
+            answers.append(session.head(constants.ENDPOINT, timeout=NETWORK_SECONDS).status_code)
         except Exception as error:  # of the client's own kinds
             answers.append((str(error).strip().splitlines() or [type(error).__name__])[0])
 
