@@ -47,6 +47,8 @@ class WorkerStream(Iterator[T], Generic[T]):
             batch_sampler=sampler,  # of ranges, which are sequences as lists are
             collate_fn=_as_it_is,
             num_workers=workers,
+            # also in a process that was started otherwise, as a study's runs are: by that way a worker loads the libraries anew
+            multiprocessing_context="fork" if workers else None,
             persistent_workers=workers > 0,
             pin_memory=pin_memory and torch.cuda.is_available(),  # without a GPU torch warns at every start
             worker_init_fn=_quiet_worker,

@@ -40,8 +40,6 @@ def processes(cuda: bool) -> BaseContext:
 def main(kind: str, recipe: str, out: str, options: tuple[str, ...], log: str, variables: dict[str, str]) -> None:
     """The process: ends with the run's exit code, or with the study that started it, then after a checkpoint."""
     note_early()
-    # This process hands on how it was started itself, by which each data worker would load the libraries once more, for six seconds.
-    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     os.environ.update(variables)
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for stream in (sys.stdout, sys.stderr):

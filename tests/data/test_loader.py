@@ -176,6 +176,30 @@ def test_close_ends_the_workers_and_may_come_twice(clean: ShardSet) -> None:
         next(batches)
 
 
+LOADED_AGAIN = """
+import multiprocessing, os
+from megakd.data.stream import WorkerStream
+
+class Parents:
+    def __getitems__(self, sampled):
+        return os.getppid()
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")
+    stream = WorkerStream(Parents(), [range(1)], 1, False)
+    print(next(stream) == os.getpid())
+    stream.close()
+"""
+
+
+def test_workers_share_the_loaded_libraries_however_their_process_was_started(tmp_path: Path) -> None:
+    """A run of a study is started by a fork server, and would start its workers by one of its own, which has loaded nothing."""
+    (tmp_path / "program.py").write_text(LOADED_AGAIN)
+    process = python(tmp_path / "program.py")
+    out, err = process.communicate(timeout=120)
+    assert out == "True\n", err
+
+
 def test_an_exception_of_the_trainer_ends_the_workers(clean: ShardSet) -> None:
     def train() -> None:
         with stream(clean, workers=2) as batches:
