@@ -78,6 +78,9 @@ def test_the_cost_of_a_readout_is_no_training_of_a_tower(tmp_path: Path) -> None
         "teacher T": ["3", "16 s", "16 s", "100"],
         "blind decoder": ["1", "–", "16 s", "–"],
     }
+    commands = appendix.reproduction(results, {row.id: records_of(row) for row in results.rows})
+    assert commands is not None
+    assert [cells[-1].text for cells in commands.rows if cells[0].text == "blind"] == ["5e75"]
     own = tables.references(summary)
     assert own is not None
     assert [[cell.text for cell in row[:4]] for row in own.rows] == [

@@ -111,7 +111,8 @@ def reproduction(results: Results, records: Records) -> Table | None:
                 folder = row.folder if not place else row.readout or row.folder
                 versions = ", ".join(f"{key} {value}" for key, value in record.versions.items())
                 cells = (relative(folder, results.base), record.command, record.commit, versions, record.device)
-                rows.append((*(Cell(text or "–", text) for text in cells), Cell(str(row.about.get("sets", "–")) if not place else "–")))
+                sets = row.about.get("sets", "–") if not place or folder == row.folder else "–"
+                rows.append((*(Cell(text or "–", text) for text in cells), Cell(str(sets))))
     texts = ("folder", "command", "commit", "versions", "device", "evaluation sets")
     columns = tuple(Column(text, numeric=False) for text in texts)
     caption = "Of every run with a record of its start; its recipe, with the seed, is RUN/run.json, which --recipe takes."
