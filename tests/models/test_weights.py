@@ -177,7 +177,8 @@ def test_a_header_whose_length_begins_as_a_pickle_is_no_pickle(tmp_path: Path) -
 
 
 def test_a_program_as_openai_published_them_is_refused(tmp_path: Path) -> None:
-    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "ViT-B-32.pt"))
+    # No Linear: DeepSpeed's ZeRO-3, in an earlier test of this process, leaves a form of it that cannot be scripted.
+    torch.jit.script(torch.nn.LayerNorm(2)).save(str(tmp_path / "ViT-B-32.pt"))
     with pytest.raises(ValueError, match=r"TorchScript archive.*tag 'openai' of the -quickgelu model"):
         open_weights(tmp_path / "ViT-B-32.pt")
 
