@@ -234,6 +234,17 @@ def test_methods_are_compared_over_the_teachers_that_all_of_them_have(tmp_path: 
     assert [row[1].text for row in tables_of(folder)["combinations"].rows if row[0].text == "similarity"] == ["T1", "T2", "T3"]
 
 
+def test_orders_are_of_the_teachers_that_all_methods_have_where_these_are_three_or_more(tmp_path: Path) -> None:
+    def absent(teacher: str | None, method: str, seed: int) -> tuple[str, str]:
+        return ("absent" if (teacher, method) == ("T4", "patch") or (teacher == "T4" and seed) else "done", "")
+
+    teachers = ("T1", "T2", "T3", "T4")
+    folder = write_study(tmp_path / "study", follows, teachers=teachers, status=absent)
+    following = {row[0].text: [cell.text for cell in row] for row in tables_of(folder)["following"].rows if row[1].text == "VQA"}
+    assert following["similarity"][2] == following["patch"][2] == "3 (9)"
+    assert "(" in following["similarity"][3]  # T4's one seed would leave no interval
+
+
 def test_significant_differences_are_marked_after_holms_correction_over_the_table(tmp_path: Path) -> None:
     """Ten seeds: one method is clearly above none, one clearly below, and one by so little that it is so alone (p = 0.04), not of six."""
     gain = {PLAIN: 0.0, "better": 0.1, "slight": 0.0035, "worse": -0.1}

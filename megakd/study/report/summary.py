@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from megakd.study.results import AXES, CELL, CONTROL, DONE, TEACHER, Results, Row, Score
 from megakd.study.statistics import (
+    FEWEST_TEACHERS,
     Estimate,
     Gain,
     Order,
@@ -145,9 +146,9 @@ class Summary:
             for score in self.results.scores:
                 own = self.teacher_means(score.path)
                 for method in self.methods:
-                    students = self.students(setting, method, score.path)
+                    students = self._compared_students(setting, method, score.path)
                     if len(own.keys() & students.keys()) > 1:
-                        plain = self.students(setting, self.plain_kd, score.path) if method != self.plain_kd else {}
+                        plain = self._compared_students(setting, self.plain_kd, score.path) if method != self.plain_kd else {}
                         over = correlation_difference(own, students, plain) if plain else None
                         found.append(Followed(method, setting, score, order(own, students), over))
         return found
@@ -194,6 +195,11 @@ class Summary:
             of for of in found
             if (of.order.spearman.value or 0.0) > ESCAPES and of.over_plain and of.over_plain.low is not None and of.over_plain.low > 0
         ]  # fmt: skip
+
+    def _compared_students(self, setting: Setting, method: str | None, path: str) -> dict[str, dict[int, float]]:
+        """Of the teachers that all methods have, where those are enough for an order; else of the method's own."""
+        found, shared = self.students(setting, method, path), self.compared_teachers(setting)
+        return {name: of for name, of in found.items() if name in shared} if len(shared) >= FEWEST_TEACHERS else found
 
     def references(self) -> dict[str, list[Row]]:
         """Rows of each teacher, with the readouts of its tower, and of each control, in the order of the study; those that are done or have

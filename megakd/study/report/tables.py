@@ -193,7 +193,8 @@ def following(summary: Summary) -> Table | None:
     )
     texts = ("method", *(AXIS_TITLES[axis] for axis in varied), "score")
     caption = (
-        "The teacher's own score against its students' mean, each teacher once. Intervals of 95% are a bootstrap over seeds: what other "
+        "The teacher's own score against its students' mean, each teacher once; where all methods have three teachers or more in common, "
+        "only those. Intervals of 95% are a bootstrap over seeds: what other "
         "seeds would have given with these teachers. Of pairs in the wrong order, half is chance. Slope: points of the student for one "
         "point of the teacher."
     )

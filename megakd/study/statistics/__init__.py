@@ -6,10 +6,11 @@ not. Too little data is no error: a result without a value, or without an interv
 
 from megakd.study.statistics.estimate import Estimate
 from megakd.study.statistics.gains import Equivalence, Gain, equivalence, holm, mean_gain, paired_gain
-from megakd.study.statistics.ordering import Order, correlation_difference, order
+from megakd.study.statistics.ordering import FEWEST_TEACHERS, Order, correlation_difference, order
 from megakd.study.statistics.prediction import Prediction, predictors
 
 __all__ = [
+    "FEWEST_TEACHERS",
     "Equivalence",
     "Estimate",
     "Gain",
