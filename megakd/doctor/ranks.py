@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 from megakd.doctor.finding import Finding, Place
 
 PROGRAM = Path(__file__).with_name("one_rank.py")
+POLL_SECONDS = 0.1
 WAIT_SECONDS = 600.0  # with the ranks' imports, of minutes on a machine that is busy; a rank that hangs ends itself earlier
 MOST_GPUS = 8
 
@@ -78,34 +81,42 @@ def nccl(_: Place) -> Iterator[Finding]:
 
 def _together(size: int, **variables: str) -> dict[str, float] | str:
     """Bytes a second by backend, of `size` ranks of this machine, or why they do not get there. No process is left."""
-    from megakd.runtime.launch import port
+    from megakd.runtime.launch import free_port
 
     shared = {
         **{name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")},  # torchrun's store is not theirs
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port(os.getpid())),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
         **variables,
     }
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     ranks: list[subprocess.Popen[str]] = []
     end = time.monotonic() + WAIT_SECONDS
-    try:
-        for rank in range(size):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen([sys.executable, "-P", str(PROGRAM)], env=shared | own, stdin=subprocess.DEVNULL, **pipes))
-        said = [rank.communicate(timeout=max(1.0, end - time.monotonic())) for rank in ranks]
-    except subprocess.TimeoutExpired:
-        return f"no answer in {WAIT_SECONDS:.0f} s"
-    finally:
-        for started in ranks:
-            started.kill()
-            started.wait()
-    for rank, (started, (_, errors)) in enumerate(zip(ranks, said, strict=True)):
-        if started.returncode:
-            last = errors.strip().splitlines()[-1:] or [f"it ended with {started.returncode}, without a word (-14: it hung)"]
-            return f"rank {rank}: {last[0]}"
-    speeds: dict[str, float] = json.loads(said[0][0].splitlines()[-1])["bytes_per_second"]
-    return speeds
+    with contextlib.ExitStack() as stack:
+        # Files, which take any number of lines (NCCL_DEBUG=INFO) while nobody reads.
+        said = [[stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")) for _ in "oe"] for _ in range(size)]
+        try:
+            for rank, (out, errors) in enumerate(said):
+                environ = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                command = [sys.executable, "-P", str(PROGRAM)]
+                ranks.append(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, text=True))
+            # Where one has failed the others would wait for it.
+            while not any(rank.poll() for rank in ranks) and any(rank.poll() is None for rank in ranks):
+                if time.monotonic() > end:
+                    return f"no answer in {WAIT_SECONDS:.0f} s"
+                time.sleep(POLL_SECONDS)
+            failed = next((number for number, rank in enumerate(ranks) if rank.returncode), None)
+        finally:
+            for started in ranks:
+                started.kill()
+                started.wait()
+        out, errors = said[failed or 0]
+        out.seek(0)
+        errors.seek(0)
+        if failed is not None:
+            last = errors.read().strip().splitlines()[-1:]
+            return f"rank {failed}: " + (last[0] if last else f"it ended with {ranks[failed].returncode}, without a word (-14: it hung)")
+        speeds: dict[str, float] = json.loads(out.read().splitlines()[-1])["bytes_per_second"]
+        return speeds

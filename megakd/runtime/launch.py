@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 import zlib
 from collections.abc import Mapping
@@ -190,6 +191,13 @@ def _slurm(environ: Mapping[str, str]) -> dict[str, str]:
 def port(job: int, restart: int = 0, step: int = 0) -> int:
     """Where the ranks of a job meet; neighbours, restarts and other steps have another port, see FIRST_PORT."""
     return FIRST_PORT + (job + RESTART_STRIDE * restart + STEP_STRIDE * step) % PORTS
+
+
+def free_port() -> int:
+    """One that no program of this machine has now; DeepSpeed's default, 29500, is taken where another run is there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _tasks_on_this_node(environ: Mapping[str, str], tasks: int) -> int:

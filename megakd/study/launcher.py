@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import torch
 
 from megakd.recipe import Recipe
 from megakd.recipe.load import load_recipe
+from megakd.runtime import launch
 from megakd.runtime.exits import EXIT_USER_ERROR
 
 SHIPPED_DATA = "data/shapes"
@@ -109,7 +109,7 @@ def ranks_here() -> int:
 
 
 def _start(recipe: str, folder: Path, overrides: Sequence[str], more: Sequence[str], ranks: int | None) -> subprocess.Popen[str]:
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--master_port", str(_free_port())]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error", "--master_port", str(launch.free_port())]
     if not torch.cuda.is_available():  # with GPUs the launcher counts them itself, and minds CUDA_VISIBLE_DEVICES
         ranks = ranks or ranks_here()
     launcher += ["--num_accelerators", str(ranks)] if ranks else []
@@ -146,10 +146,3 @@ def _ended_with(process: subprocess.Popen[str]) -> Iterator[None]:
         process.send_signal(signal.SIGTERM)
         process.wait()
         raise
-
-
-def _free_port() -> int:
-    """DeepSpeed's default, 29500, is taken where another run is on the machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

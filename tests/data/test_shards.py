@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megakd.data import tar_index
+from megakd.data import storage, tar_index
 from megakd.data.bad_samples import REASONS, BadCounter, BadLog, BadSample
 from megakd.data.shards import ShardSet, expand
 from support.shards import data, jpeg, no_barrier, open_shards, pair, write_set, write_tar
@@ -314,11 +314,11 @@ def test_a_shard_that_shrinks_or_goes_during_the_run_is_noticed(tmp_path: Path) 
         fresh.read(3, ("image",))
 
 
-def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megakd.data.storage.OPEN_FILES", 3)
-    shards = open_set(write_set(tmp_path, 12, 6))
+def test_few_files_stay_open(tmp_path: Path) -> None:
+    count = storage.OPEN_FILES + 4
+    shards = open_set(write_set(tmp_path, count, count))
     assert captions(shards) == captions(shards)
-    assert len(shards._reader._files) == 3
+    assert len(shards._reader._files) == storage.OPEN_FILES
 
 
 def test_the_signature_tells_other_data(tmp_path: Path) -> None:

@@ -10,17 +10,21 @@ import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
-from huggingface_hub import constants
+import torch
 from typer.testing import CliRunner
 
 from megakd.cli import app
-from megakd.doctor import places, show
+from megakd.doctor import show, speed
 from megakd.doctor.examine import PROBES, TOPICS, Examined, Probe, _examined, explained
 from megakd.doctor.finding import Finding, Place
+from megakd.models.int8 import matmul
 from megakd.runtime.exits import EXIT_UNFIT
-from support.runs import REPOSITORY, megakd
+from megakd_kernels import choose
+from support.processes import python
+from support.runs import REPOSITORY, environment, megakd
 
 pytestmark = pytest.mark.timeout(900)  # ranks and loader processes are started, which takes minutes on a machine that is busy
 PAGE = (REPOSITORY / "megakd" / "doctor" / "README.md").read_text(encoding="utf-8")
@@ -29,41 +33,40 @@ PAGE = (REPOSITORY / "megakd" / "doctor" / "README.md").read_text(encoding="utf-
 @pytest.fixture(autouse=True)
 def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-def rows(*arguments: str) -> tuple[int, dict[str, dict[str, object]]]:
-    """(exit code, findings by topic.name) of `megakd doctor --json`."""
-    finished = CliRunner().invoke(app, ["doctor", "--json", *arguments])
-    content = json.loads(finished.stdout)
+def rows(*arguments: str, **variables: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """(exit code, findings by topic.name) of `megakd doctor --json`, in a process that has the variables, here."""
+    looking = python("-m", "megakd.cli", "doctor", "--json", *arguments, cwd=Path.cwd(), env=environment(**variables))
+    out, err = looking.communicate()
+    assert looking.returncode in (0, EXIT_UNFIT), err
+    content = json.loads(out)
     assert set(content) == {"megakd", "works", "seconds", "findings", "probes"}
-    assert content["works"] == (finished.exit_code == 0)
+    assert content["works"] == (looking.returncode == 0)
     assert all(set(row) == {"topic", "name", "mark", "said", "remedy", "facts"} for row in content["findings"])
     assert all(bool(row["remedy"]) == (row["mark"] != "ok") for row in content["findings"]), content
-    return finished.exit_code, {f"{row['topic']}.{row['name']}": row for row in content["findings"]}
+    return looking.returncode, {f"{row['topic']}.{row['name']}": row for row in content["findings"]}
 
 
 def test_all_rows_are_there_documented_and_true_of_this_machine_and_nothing_is_written(tmp_path: Path) -> None:
-    code, found = rows("--cache", "mine")
+    code, found = rows("--cache", "mine", HF_HUB_OFFLINE="1")
     assert [name for name in found if f"`{name}`" not in PAGE] == []
     assert {name.split(".")[0] for name in found} == set(TOPICS)
-    assert "error" not in {key for name, row in found.items() if name != "kernels.bitsandbytes" for key in row["facts"]}, found  # type: ignore[attr-defined]
+    assert "error" not in {key for name, row in found.items() if name != "kernels.bitsandbytes" for key in row["facts"]}, found
     assert code == (EXIT_UNFIT if any(row["mark"] == "fails" for row in found.values()) else 0)
     assert found["ranks.gloo"]["mark"] == found["versions.packages"]["mark"] == "ok"
     assert found["network.hub"]["facts"] == {"offline": True}
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_choices_are_those_of_the_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megakd.models.int8 import matmul
-    from megakd_kernels import dispatch
-
-    monkeypatch.setattr(matmul, "choose", lambda device: "dequantise")
-    monkeypatch.setitem(dispatch.TABLE, "cpu", {"similarity_kd": [(512, "eager")]})
+def test_the_choices_are_those_of_training() -> None:
+    cpu = torch.device("cpu")
     _, found = rows("--only", "kernels")
-    assert found["kernels.int8"]["facts"]["product"] == "dequantise"  # type: ignore[index]
-    assert set(found["kernels.int8"]["facts"]["seconds"]) == {"dequantise", "bitsandbytes", "int_mm"}  # type: ignore[index]
-    assert found["kernels.loss_1024"]["facts"]["backend"] == "chunked"  # type: ignore[index]
+    int8 = found["kernels.int8"]["facts"]
+    assert int8["product"] == matmul.resolved("auto", cpu)
+    assert int8["seconds"].keys() | int8["errors"].keys() == set(get_args(matmul.Product))
+    chosen = {pairs: found[f"kernels.loss_{pairs}"]["facts"]["backend"] for pairs in speed.PAIRS}
+    assert chosen == {pairs: choose("similarity_kd", pairs, cpu, torch.float32) for pairs in speed.PAIRS}
 
 
 def test_the_table_has_a_heading_a_topic_and_a_remedy_below_what_is_not_ok(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,20 +111,17 @@ def test_a_long_look_is_said_to_be_one() -> None:
     assert "usual" not in show._verdict(done, 19.0, [])
 
 
-def test_the_network_is_tried_for_a_short_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(places, "NETWORK_SECONDS", 60.0)  # this machine may be busy
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+def test_the_network_is_tried_for_a_short_while(tmp_path: Path) -> None:
     answering = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
     with socketserver.TCPServer(("127.0.0.1", 0), answering) as server:
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
-        (answered,) = places.network(Place(Path("runs")))
+        _, answered = rows("--only", "network", **hub)
         server.shutdown()
-    (refused,) = places.network(Place(Path("runs")))
-    assert (answered.mark, answered.facts["answer"]) == ("ok", 200)
-    assert refused.mark == "partly"
-    assert "HF_HUB_OFFLINE=1" in refused.remedy
+    _, refused = rows("--only", "network", **hub)
+    assert (answered["network.hub"]["mark"], answered["network.hub"]["facts"]["answer"]) == ("ok", 200)
+    assert refused["network.hub"]["mark"] == "partly"
+    assert "HF_HUB_OFFLINE=1" in refused["network.hub"]["remedy"]
 
 
 def test_every_probe_has_a_name_of_its_own() -> None:

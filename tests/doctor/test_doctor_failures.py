@@ -7,18 +7,20 @@ import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from megakd.doctor import loader, places, ranks, software
+from megakd.doctor import places, ranks, software
 from megakd.doctor.examine import PROBES, _examined
 from megakd.doctor.finding import Finding, Place
-from support.processes import files_at_most, python
+from support.processes import files_at_most, python, start
 from support.runs import REPOSITORY, environment
 
 pytestmark = pytest.mark.timeout(900)  # ranks and loader processes are started, which takes minutes on a machine that is busy
@@ -55,12 +57,14 @@ def test_a_run_folder_on_a_small_disk_fails_and_has_room_afterwards(small_disk: 
     assert not place.out.parent.exists()
 
 
-def test_small_shared_memory_fails_and_no_process_is_started(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "SHARED_MEMORY", str(small_disk))
-    found = looked("shared_memory")
-    assert found.mark == "fails"
-    assert "--shm-size" in found.remedy
-    assert "not tried" in looked("processes").said
+def test_small_shared_memory_fails_and_no_process_is_started(small_disk: Path) -> None:
+    """The disk takes the place of /dev/shm in a mount namespace of the doctor's own, as in a container."""
+    look = f"mount --bind {small_disk} /dev/shm && exec {sys.executable} -m megakd.cli doctor --only loader --json"
+    out, err = start("unshare", "--mount", "sh", "-c", look).communicate()
+    found = {row["name"]: row for row in json.loads(out)["findings"]}
+    assert found["shared_memory"]["mark"] == "fails", err
+    assert "--shm-size" in found["shared_memory"]["remedy"]
+    assert "not tried" in found["processes"]["said"]
 
 
 def test_a_limit_on_files_sizes_is_the_runs_failure(tmp_path: Path) -> None:
@@ -198,8 +202,11 @@ def test_an_environment_without_torch_and_with_an_old_package_says_what_to_insta
     assert "training would fail here: versions.packages, versions.imports" in done.stdout
 
 
-def test_ranks_leave_no_process_when_one_cannot_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program = tmp_path / "ends.py"
-    program.write_text("import sys; sys.exit('cannot')")
-    monkeypatch.setattr(ranks, "PROGRAM", program)
-    assert ranks._together(2) == "rank 0: cannot"
+def test_a_rank_that_fails_is_named_at_once_and_leaves_no_process() -> None:
+    """Its port is taken, to which the other one would go on connecting."""
+    with socket.create_server(("localhost", 0)) as taken:
+        found = ranks._together(2, MASTER_PORT=str(taken.getsockname()[1]))
+    assert isinstance(found, str)
+    assert re.match(r"rank 0: MASTER_PORT = \d+: another program on this machine has this port", found), found
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+    assert not [pid for pid in children if "one_rank.py" in Path(f"/proc/{pid}/cmdline").read_text()]

@@ -176,15 +176,19 @@ class Summary:
                 found[row.teacher][row.seed if row.seed is not None else -1 - place] = row.scores[path]
         return dict(found)
 
-    def compared_teachers(self, setting: Setting) -> set[str]:
-        """Those that every method with a teacher has in this setting; all of them where there is none."""
-        rows = [row for row in self.cells if setting_of(row) == setting and row.teacher]
-        of_methods = [{row.teacher for row in rows if row.method == method and row.teacher} for method in {row.method for row in rows}]
-        return (set.intersection(*of_methods) or set.union(*of_methods)) if of_methods else set()
+    @cached_property
+    def compared_teachers(self) -> dict[Setting, set[str]]:
+        """For each setting those that every method with a teacher has; all of them where there is none."""
+        found = {}
+        for setting in self.settings:
+            rows = [row for row in self.cells if setting_of(row) == setting and row.teacher]
+            of_methods = [{row.teacher for row in rows if row.method == method and row.teacher} for method in {row.method for row in rows}]
+            found[setting] = (set.intersection(*of_methods) or set.union(*of_methods)) if of_methods else set()
+        return found
 
     def is_compared(self, row: Row) -> bool:
         """Whether a cell counts in the mean of its method."""
-        return row.teacher is None or row.teacher in self.compared_teachers(setting_of(row))
+        return row.teacher is None or row.teacher in self.compared_teachers.get(setting_of(row), ())
 
     def escaping(self) -> list[Followed]:
         """Methods of the main setting under which stronger teachers do make better students in the main score: ESCAPES, and clearly more
@@ -198,7 +202,7 @@ class Summary:
 
     def _compared_students(self, setting: Setting, method: str | None, path: str) -> dict[str, dict[int, float]]:
         """Of the teachers that all methods have, where those are enough for an order; else of the method's own."""
-        found, shared = self.students(setting, method, path), self.compared_teachers(setting)
+        found, shared = self.students(setting, method, path), self.compared_teachers[setting]
         return {name: of for name, of in found.items() if name in shared} if len(shared) >= FEWEST_TEACHERS else found
 
     def references(self) -> dict[str, list[Row]]:
