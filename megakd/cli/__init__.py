@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megakd.cli import bench, data, diagnose, doctor, report, runs, study, vqa
+from megakd.cli import bench, data, diagnose, doctor, export, report, runs, study, vqa
 from megakd.runtime.exits import EXIT_USER_ERROR
 from megakd.version import __version__
 
@@ -37,7 +37,7 @@ def top(
 # In the order of --help.
 VERBS: tuple[Callable[..., None], ...] = (
     doctor.doctor, data.shapes, data.tokenizer, runs.evaluate, diagnose.diagnose, data.embed, runs.plan, runs.submit, runs.jobs, runs.smoke,
-    study.study, report.report, vqa.answer,
+    study.study, report.report, vqa.answer, export.export,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)

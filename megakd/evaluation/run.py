@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from megakd.evaluation import report
 from megakd.evaluation.encoder import Encoder
 from megakd.evaluation.sets import TEXT_SETS, sets_of
 from megakd.evaluation.suite import Suite, open_sets
-from megakd.export import clip_folder
+from megakd.export import trained
 from megakd.models import clip
 from megakd.recipe import Recipe, Student, Teacher, texts
 from megakd.recipe import load as recipes
-from megakd.runtime import checkpoint as checkpoints
 from megakd.runtime import collectives, files, launch, run_folder
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
@@ -132,7 +130,7 @@ def process_group() -> Iterator[World]:
 def _scores(run: Path, chosen: str | Path | None, overrides: Sequence[str], world: World) -> tuple[dict[str, Any], Path]:
     """The scores, and the checkpoint that they belong to."""
     recipe = recipe_of(run, overrides)
-    path = collectives.by_main(lambda: Path(chosen) if chosen else newest(run), world)
+    path = collectives.by_main(lambda: Path(chosen) if chosen else trained.newest(run), world)
     sets = open_sets(recipe, world)
     if not sets:
         raise ValueError(f"{run}: its recipe names no evaluation set; add one with --set evaluation.retrieval.NAME=SHARDS")
@@ -143,48 +141,15 @@ def _scores(run: Path, chosen: str | Path | None, overrides: Sequence[str], worl
 
 
 def recipe_of(run: Path, overrides: Sequence[str]) -> Recipe:
-    """A run's recipe with overrides. Raises ValueError where there is no run, and for a run without a student of pairs."""
-    if not (run / run_folder.RUN).is_file():
-        raise ValueError(f"{run}: no run folder (it has no {run_folder.RUN}); give the --out of a training run, such as runs/smoke")
-    recipe, _ = recipes.load(str(run / run_folder.RUN), overrides, to_compare=True)
+    """A run's recipe with overrides. Raises ValueError as `trained.recipe_of`, and where a set's credentials were left out of run.json."""
+    recipe = trained.recipe_of(run, overrides)
     recipes.check_given(recipe.evaluation, str(run / run_folder.RUN), "evaluation.")
-    if recipe.student is None or not recipe.active():
-        raise ValueError(f"{run}: a run of answers alone is scored at its end; `megakd answer {run}/bundle` asks its decoder")
     return recipe
 
 
 def student_of(recipe: Recipe, path: Path, world: World) -> tuple[int, Encoder]:
     """The student of a checkpoint, and the steps behind it."""
-    assert recipe.student is not None
-    progress, weights = checkpoints.load_weights(path)
-    # The weights that the run started from may be gone, and only they tell how images are prepared.
-    _, preprocess = clip.configuration(recipe.student, "student")
-    without_weights = clip.resolve(recipe.student.model_copy(update={"pretrained": None}), "student")
-    description = dataclasses.replace(without_weights, preprocess=preprocess)
-    built = clip.build(description, torch.device("cpu"), load_weights=False)
-    _check_fits(path, built.clip, weights)
-    clip_folder.load_clip(built.clip, weights)
-    encoder = Encoder(built.clip.to(world.device).eval(), built.preprocess, description.tokenize, world.device, recipe.evaluation.batch)
-    return progress.step, encoder
-
-
-def newest(run: Path) -> Path:
-    """The newest valid checkpoint. Raises ValueError where there is none."""
-    path = checkpoints.latest_valid(run, print)
-    if path is not None:
-        return path
-    if damaged := len(checkpoints.available(run)):
-        raise ValueError(f"{run}: its {damaged} checkpoints are damaged; start the run's command again, or give --checkpoint")
-    raise ValueError(f"{run}: no checkpoint in it yet; train further, or give --checkpoint")
-
-
-def _check_fits(path: Path, clip: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError where a checkpoint is of another student than the recipe's."""
-    expected = {name: value.numel() for name, value in clip.state_dict().items()}
-    saved = {name: value.numel() for name, value in clip_folder.clip_weights(weights).items()}
-    if odd := sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name)):
-        raise ValueError(
-            f"{path}: a checkpoint of another student than this run's recipe has: {len(odd)} tensors differ, {odd[0]} among them "
-            f"({expected.get(odd[0], 'none')} numbers in the recipe's, {saved.get(odd[0], 'none')} in the checkpoint); "
-            "give a checkpoint of this run, and no --set student.*"
-        )
+    student = trained.student_of(recipe, path)
+    built, tokenize = student.built, student.built.description.tokenize
+    encoder = Encoder(built.clip.to(world.device).eval(), built.preprocess, tokenize, world.device, recipe.evaluation.batch)
+    return student.step, encoder

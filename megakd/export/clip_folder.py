@@ -52,13 +52,18 @@ def write_model(folder: Path, weights: dict[str, Tensor], built: ClipModel, head
     differs.
     """
     with atomic_folder(folder) as partial:
-        save_file(clip_weights(weights), partial / WEIGHTS_FILE)
-        if heads is not None:
-            kept = {name.removeprefix(_HEADS): value for name, value in weights.items() if name.startswith(_HEADS)}
-            save_file(kept, partial / HEADS_FILE, {"heads": json.dumps(heads)})
-        _write_description(partial, built.description)
-        _check_tokenizer(partial, built.description)
-        _check_embeddings(partial, weights, built)
+        fill(partial, weights, built, heads)
+
+
+def fill(folder: Path, weights: dict[str, Tensor], built: ClipModel, heads: Mapping[str, Any] | None = None) -> None:
+    """As `write_model`, into an empty folder."""
+    save_file(clip_weights(weights), folder / WEIGHTS_FILE)
+    if heads is not None:
+        kept = {name.removeprefix(_HEADS): value for name, value in weights.items() if name.startswith(_HEADS)}
+        save_file(kept, folder / HEADS_FILE, {"heads": json.dumps(heads)})
+    _write_description(folder, built.description)
+    _check_tokenizer(folder, built.description)
+    _check_embeddings(folder, weights, built)
 
 
 def rehearse(description: ModelSpec) -> None:

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from megakd.data.shards import ShardSet
 from megakd.evaluation.diagnostics.compare import Shown, compare
-from megakd.evaluation.run import newest, process_group, recipe_of, student_of
+from megakd.evaluation.run import process_group, recipe_of, student_of
 from megakd.evaluation.sets import open_sets
+from megakd.export.trained import newest
 from megakd.models import clip
 from megakd.models.pretrained import LOCAL
 from megakd.recipe import Recipe
