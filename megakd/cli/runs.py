@@ -131,6 +131,6 @@ def smoke(
     study = "smoke_vqa" if vqa else "smoke_comparison"
     folder = out or Path("runs") / study
     command = shlex.join(["megakd", *sys.argv[1:]])
-    if code := run.run(study, folder, launcher.ranks_here(), seeds=seeds, data=data, command=command):
+    if code := run.run(study, folder, launcher.ranks_here(), seeds=range(seeds), data=data, command=command):
         sys.exit(code)
     terminal.conclude(folder)

@@ -16,7 +16,7 @@ from megakd.runtime import locks
 from megakd.runtime.console import plain
 from megakd.runtime.run_folder import METRICS, read_metrics
 from megakd.study import cluster
-from megakd.study.results import DONE, FAILED, MISSING, RUNNING, STUDY
+from megakd.study.results import DONE, FAILED, MISSING, RUNNING, STUDY, read_study
 from megakd.study.run import load, spelled
 from megakd.study.work import KINDS, Job, Work
 
@@ -30,6 +30,8 @@ def watch(source: str, out: Path | None, *, small: bool = False) -> int:
     _, _, work, folder = load(source, out, small=small)
     if not (folder / STUDY).is_file():
         raise ValueError(f"{folder}: no study has begun here; `megakd study {source}` starts it, --out says where it is")
+    if seeds := _seeds(folder):  # `megakd smoke --seeds` runs others than the file's
+        work = load(source, out, small=small, seeds=seeds)[2]
     console = Console()
     if not console.is_terminal:
         plain().print(view(work, folder))
@@ -42,6 +44,11 @@ def watch(source: str, out: Path | None, *, small: bool = False) -> int:
                 if not locks.held(folder) and time.monotonic() - asked > ASK_SLURM_SECONDS:
                     asked, waits = time.monotonic(), bool(cluster.queued(folder))
     return 0 if all(job.done(folder) for job in work.jobs.values()) else 1
+
+
+def _seeds(folder: Path) -> list[int]:
+    """Those that the study in `folder` was started with."""
+    return [int(seed) for seed in read_study(folder).axes["seed"] if seed.isdecimal()]
 
 
 def view(work: Work, folder: Path) -> Table:

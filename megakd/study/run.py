@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ _OF_READOUTS = "vqa"  # a kind of score that only runs with [answers] have
 
 
 def load(
-    source: str, out: Path | None, *, small: bool = False, seeds: int | None = None, data: Path | None = None
+    source: str, out: Path | None, *, small: bool = False, seeds: Sequence[int] | None = None, data: Path | None = None
 ) -> tuple[StudySpec, Grid, Work, Path]:
     """The study in `source` with its runs and its folder; nothing is written. seeds, data: as `spec.read`.
 
@@ -59,7 +60,7 @@ def run(
     at_once: int,
     *,
     small: bool = False,
-    seeds: int | None = None,
+    seeds: Sequence[int] | None = None,
     data: Path | None = None,
     command: str | None = None,
 ) -> int:

@@ -7,7 +7,7 @@ Each axis is a table of names; a name stands for overrides of the student's reci
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -250,10 +250,10 @@ def shipped() -> list[str]:
     )
 
 
-def read(source: str, *, seeds: int | None = None, data: Path | None = None) -> tuple[StudySpec, str]:
+def read(source: str, *, seeds: Sequence[int] | None = None, data: Path | None = None) -> tuple[StudySpec, str]:
     """The study called `source` (a shipped name, or a .toml file), and its name.
 
-    seeds: 0, 1, ... so many in the place of the file's. data: the folder of its world in the place of the file's.
+    seeds: in the place of the file's. data: the folder of its world in the place of the file's.
     Raises ValueError naming file, key and remedy.
     """
     path = Path(source)
@@ -276,7 +276,7 @@ def read(source: str, *, seeds: int | None = None, data: Path | None = None) -> 
             raise ValueError(f"{named}: has no [world], so that there is no folder of data to change; give the data's files in its recipes")
         world["folder"] = str(data)
     if seeds is not None:
-        settings["seeds"] = list(range(seeds))
+        settings["seeds"] = list(seeds)
     if isinstance(world, dict) and isinstance(world.get("folder"), str):
         settings = {key: value if key == "world" else _moved(value, world["folder"]) for key, value in settings.items()}
     try:

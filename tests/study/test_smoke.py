@@ -81,7 +81,7 @@ def check(work: Work, earlier: dict[tuple[str, int], Earlier], data: str) -> Non
 
 
 def test_every_run_of_the_comparison_is_what_it_always_was(tmp_path: Path) -> None:
-    written, _, work, out = run.load("smoke_comparison", tmp_path, seeds=2)
+    written, _, work, out = run.load("smoke_comparison", tmp_path, seeds=range(2))
     check(work, COMPARISON, "data/shapes")
     assert written.world == spec.World(folder="data/shapes", train=20000, test=2000, seed=0, caption_noise=0.5)
     for name, job in work.jobs.items():
@@ -92,7 +92,7 @@ def test_every_run_of_the_comparison_is_what_it_always_was(tmp_path: Path) -> No
 
 
 def test_every_run_of_the_questions_is_what_it_always_was(tmp_path: Path) -> None:
-    written, _, work, _ = run.load("smoke_vqa", tmp_path, seeds=2)
+    written, _, work, _ = run.load("smoke_vqa", tmp_path, seeds=range(2))
     check(work, QUESTIONS, "data/shapes_vqa")
     assert written.world == spec.World(folder="data/shapes_vqa", train=12000, test=1000, seed=0, caption_noise=0.5)
     assert list(work.controls) == [
@@ -105,7 +105,7 @@ def test_every_run_of_the_questions_is_what_it_always_was(tmp_path: Path) -> Non
 @pytest.mark.parametrize("study", ["smoke_comparison", "smoke_vqa"])
 def test_seeds_and_the_folder_of_data_are_the_commands(study: str, tmp_path: Path) -> None:
     data = tmp_path / "a world"
-    written, grid, work, _ = run.load(study, tmp_path / "out", seeds=3, data=data)
+    written, grid, work, _ = run.load(study, tmp_path / "out", seeds=range(3), data=data)
     assert written.seeds == [0, 1, 2]
     assert written.world is not None
     assert written.world.folder == str(data)
@@ -122,7 +122,7 @@ def test_a_folder_of_data_needs_a_world_in_the_study(tmp_path: Path) -> None:
     path.write_text(
         'title = "bare"\nbase = "smoke"\n\n[methods.plain]\nteacher = false\n\n[[scores]]\nname = "R"\npath = "retrieval/test/mean_R@1"'
     )
-    assert spec.read(str(path), seeds=2)[0].seeds == [0, 1]
+    assert spec.read(str(path), seeds=range(2))[0].seeds == [0, 1]
     with pytest.raises(ValueError, match=r"bare.toml: has no \[world\]"):
         spec.read(str(path), data=tmp_path)
 

@@ -18,6 +18,7 @@ import pytest
 from megakd.planning.cluster import Cluster
 from megakd.recipe import load
 from megakd.study import progress, run
+from megakd.study.record import Record
 from megakd.study.results import STUDY
 from support.runs import environment
 from support.tiny_studies import CELLS, FILE, scores
@@ -125,6 +126,18 @@ def test_watching_a_study_shows_how_far_it_is(
     assert progress.watch("tiny.toml", None) == 1
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "student" in line]
     assert [[word for word in row if word.isdigit()][:4] for row in rows] == [["2", "0", "0", "0"], ["2", "0", "0", "4"]]
+
+
+def test_watching_shows_the_seeds_that_the_study_was_started_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec, grid, work, folder = run.load("smoke_comparison", None, seeds=range(3))
+    folder.mkdir(parents=True)
+    Record(spec, grid, work, folder, "smoke_comparison", {}).write()
+    assert progress.watch("smoke_comparison", None) == 1
+    row = next(line for line in capsys.readouterr().out.splitlines() if "student" in line)
+    assert [word for word in row.split() if word.isdigit()] == ["0", "0", "0", "6"]
 
 
 @pytest.mark.slow
