@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.stream import WorkerStream, reported
 from megakd.data.transforms import TowerView, evaluation_pixels, rgb_image
+from megakd.recipe import Data
 
 Field = Literal["pixels", "tokens", "captions", "json", "cls", "content"]
 _SLOT_OF: dict[Field, Slot] = {
@@ -33,6 +34,24 @@ _SLOT_OF: dict[Field, Slot] = {
 _CLASS = re.compile(r"\d{1,9}")
 
 
+class SampleSet(Protocol):
+    """Samples by index: a `ShardSet`, or files of a folder. See the methods there."""
+
+    @property
+    def data(self) -> Data: ...
+
+    @property
+    def known_bad(self) -> BadCounter: ...
+
+    def __len__(self) -> int: ...
+
+    def where(self, index: int) -> str: ...
+
+    def read(self, index: int, needs: tuple[Slot, ...]) -> Sample: ...
+
+    def read_each(self, indices: list[int], needs: tuple[Slot, ...]) -> Iterator[Sample | BadSample]: ...
+
+
 class Unreadable(NamedTuple):
     """A sample that cannot be used, with what could be read of it, by which it is counted as wrong in its place."""
 
@@ -40,6 +59,7 @@ class Unreadable(NamedTuple):
     content: tuple[int, int] | None = None
     caption: str | None = None
     json: dict[str, Any] | None = None
+    cls: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +89,7 @@ class EvaluationBatch:
 
 
 def evaluation_batches(
-    shards: ShardSet,
+    samples: SampleSet,
     view: TowerView,
     *,
     rank: int,
@@ -87,33 +107,41 @@ def evaluation_batches(
     unknown = [name for name in fields if name not in _SLOT_OF]
     if unknown or not fields:
         raise ValueError(f"fields = {fields!r}: choose among {', '.join(_SLOT_OF)}")
-    first, end = (len(shards) * part // world for part in (rank, rank + 1))
+    first, end = (len(samples) * part // world for part in (rank, rank + 1))
     ranges = [range(start, min(start + batch, end)) for start in range(first, end, batch)]
-    return reported(WorkerStream(_EvaluationSet(shards, view, fields), ranges, min(workers, len(ranges)), pin_memory))
+    return reported(WorkerStream(_EvaluationSet(samples, view, fields), ranges, min(workers, len(ranges)), pin_memory))
 
 
 @dataclass
 class _EvaluationSet:
-    shards: ShardSet
+    samples: SampleSet
     view: TowerView
     fields: tuple[Field, ...]
 
     def __getitems__(self, indices: range) -> EvaluationBatch:
         needs = tuple(dict.fromkeys(_SLOT_OF[name] for name in self.fields))
-        items = self.shards.read_each(list(indices), needs)
+        items = self.samples.read_each(list(indices), needs)
         made = usable(indices, items, lambda _, sample: self._parse(sample, needs))
-        unreadable = (Unreadable(index) if bad.reason == "read_error" else self._readable(index, needs) for index, bad in made.unusable)
+        # of a shard that cannot be read nothing can; what belongs to a file is known without it
+        gone = isinstance(self.samples, ShardSet)
+        unreadable = (
+            Unreadable(index) if gone and bad.reason == "read_error" else self._readable(index, needs) for index, bad in made.unusable
+        )
         return self._batch(made, tuple(unreadable))
 
     def _parse(self, sample: Sample, needs: tuple[Slot, ...]) -> dict[Field, Any]:
         parsed: dict[Field, Any] = {}
         with located(sample.where):
             if "image" in needs:
-                image = rgb_image(sample.members["image"], self.shards.data.max_pixels)
+                image = self._image(sample)
                 parsed |= {"pixels": evaluation_pixels(image, self.view.preprocess), "content": self._content(image)}
             if "caption" in needs:
                 parsed["captions"] = caption(sample.members["caption"])
         return parsed | {kind: labelled(sample, kind) for kind in ("json", "cls") if kind in needs}
+
+    def _image(self, sample: Sample) -> Image.Image:
+        image = rgb_image(sample.members["image"], self.samples.data.max_pixels)
+        return image if sample.box is None else image.crop(sample.box)
 
     def _content(self, image: Image.Image) -> tuple[int, int] | None:
         """128 bits of the pixels, as two numbers of int64: files of one picture may differ. None where `content` is not requested."""
@@ -127,13 +155,15 @@ class _EvaluationSet:
         parts = Unreadable(index)
         for slot in needs:
             with contextlib.suppress(BadSample, ValueError):
-                sample = self.shards.read(index, (slot,))
+                sample = self.samples.read(index, (slot,))
                 if slot == "json":
                     parts = parts._replace(json=labelled(sample, slot))
                 elif slot == "caption":
                     parts = parts._replace(caption=caption(sample.members[slot]))
+                elif slot == "cls":
+                    parts = parts._replace(cls=labelled(sample, slot))
                 elif slot == "image":
-                    parts = parts._replace(content=self._content(rgb_image(sample.members[slot], self.shards.data.max_pixels)))
+                    parts = parts._replace(content=self._content(self._image(sample)))
         return parts
 
     def _batch(self, made: Usable[dict[Field, Any]], unreadable: tuple[Unreadable, ...]) -> EvaluationBatch:

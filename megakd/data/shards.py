@@ -44,10 +44,14 @@ log = logging.getLogger("megakd.data")
 
 @dataclass(frozen=True)
 class Sample:
-    """The bytes of one sample's requested members, as far as it has them."""
+    """The bytes of one sample's requested members, as far as it has them.
+
+    box: (left, upper, right, lower), what is shown of the image; None: all of it.
+    """
 
     where: str
     members: dict[Slot, bytes]
+    box: tuple[int, int, int, int] | None = None
 
 
 @dataclass

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megakd.data.bad_samples import BadCounter, BadSample
-from megakd.data.evaluation import labelled
-from megakd.data.shards import ShardSet
+from megakd.data.evaluation import SampleSet, labelled
 from megakd.evaluation.encoder import Encoder
 from megakd.evaluation.patch_features import MOST_BYTES, TokenPlan, features, plan_tokens
 from megakd.recipe.evaluation import Probe
@@ -42,8 +41,8 @@ class ProbeSet:
     """Labelled images to learn from and to be scored on. lost: of each, samples that are in no row of its indexes."""
 
     settings: Probe
-    train: ShardSet
-    test: ShardSet
+    train: SampleSet
+    test: SampleSet
     lost: tuple[BadCounter, BadCounter]
 
 
@@ -139,10 +138,10 @@ def _score(one: ProbeSet, key: str, encoder: Encoder, world: World, interruption
     return collectives.by_main(results, world)
 
 
-def _labels(shards: ShardSet, numbers: Sequence[int]) -> Tensor:
+def _labels(samples: SampleSet, numbers: Sequence[int]) -> Tensor:
     """(n,) int64. Raises ValueError for a sample without one."""
     labels = []
-    for sample in shards.read_each(list(numbers), ("cls",)):
+    for sample in samples.read_each(list(numbers), ("cls",)):
         if isinstance(sample, BadSample):
             raise ValueError(f"{sample}: its .cls member cannot be read")
         labels.append(labelled(sample, "cls"))

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from megakd.data.bad_samples import BadCounter
-from megakd.data.evaluation import EvaluationBatch, Field, Unreadable, evaluation_batches
-from megakd.data.shards import ShardSet
+from megakd.data.evaluation import EvaluationBatch, Field, SampleSet, Unreadable, evaluation_batches
 from megakd.data.transforms import TowerView
 from megakd.evaluation import hard_negatives, retrieval, zero_shot
 from megakd.evaluation.encoder import Encoder
@@ -78,9 +77,9 @@ class Suite:
         sets = self._sets
         results: dict[str, Any] = {
             "zero_shot": {name: self._zero_shot(*opened, f"evaluation.zero_shot.{name}") for name, opened in sets.zero_shot.items()},
-            "retrieval": {name: self._retrieval(shards, f"evaluation.retrieval.{name}") for name, shards in sets.retrieval.items()},
+            "retrieval": {name: self._retrieval(samples, f"evaluation.retrieval.{name}") for name, samples in sets.retrieval.items()},
             "hard_negatives": {
-                name: self._hard_negatives(shards, f"evaluation.hard_negatives.{name}") for name, shards in sets.hard_negatives.items()
+                name: self._hard_negatives(*opened, f"evaluation.hard_negatives.{name}") for name, opened in sets.hard_negatives.items()
             },
         }
         results["parameters"] = parameters_in(self._encoder.clip)
@@ -91,32 +90,35 @@ class Suite:
             results["probe"] = score_probes(sets.probe, self._encoder, self._world, self._interruptions)
         return results
 
-    def _zero_shot(self, shards: ShardSet, classes: zero_shot.ClassSet, key: str) -> dict[str, Any]:
+    def _zero_shot(self, samples: SampleSet, classes: zero_shot.ClassSet, key: str) -> dict[str, Any]:
         def check(batch: EvaluationBatch) -> EvaluationBatch:
-            for index, label in zip(batch.index.tolist(), _listed(batch.cls), strict=True):
-                check_label(label, classes, shards.where(index))
+            unread = [(one.sample, one.cls) for one in batch.unreadable if one.cls is not None]
+            for index, label in [*zip(batch.index.tolist(), _listed(batch.cls), strict=True), *unread]:
+                check_label(label, classes, samples.where(index))
             return batch
 
         images, own = [], _Facts()
-        for batch in self._batches(shards, ("pixels", "cls"), own, check):
+        for batch in self._batches(samples, ("pixels", "cls"), own, check):
             images.append(self._encode(batch))
             own.labels += _listed(batch.cls)
-        facts, lost = self._everyones(own, shards, key)
+        facts, lost = self._everyones(own, samples, key)
         image_ND = self._gather(images, f"{key}: image")
         class_CD = finite(zero_shot.class_embeddings(self._encoder, classes), f"{key}: class")
-        scores = zero_shot.accuracies(image_ND, torch.tensor(facts.labels, dtype=torch.int64), class_CD, lost)
-        return {**scores, "unreadable": lost, "repeated_classes": len(classes.names) - len(set(classes.names))}
+        lost_labels = [one.cls for one in facts.unreadable if one.cls is not None]
+        scores = zero_shot.accuracies(image_ND, torch.tensor(facts.labels, dtype=torch.int64), class_CD, lost, lost_labels)
+        source = {"classes": classes.source} if classes.source else {}
+        return {**scores, "unreadable": lost, "repeated_classes": len(classes.names) - len(set(classes.names)), **source}
 
-    def _retrieval(self, shards: ShardSet, key: str) -> dict[str, Any]:
+    def _retrieval(self, samples: SampleSet, key: str) -> dict[str, Any]:
         """Each line of a sample's text is a caption of its image, as in CLIP_benchmark; samples of equal images share one image."""
         images, texts, own = [], [], _Facts()
-        for batch in self._batches(shards, ("pixels", "content", "captions"), own):
+        for batch in self._batches(samples, ("pixels", "content", "captions"), own):
             images.append(self._encode(batch))
             captions = [text.splitlines() for text in batch.captions or []]
             texts.append(self._encoder.encode_texts([line for lines in captions for line in lines]))
             own.captions += captions
             own.contents += [(high, low) for high, low in _listed(batch.content)]
-        facts, unreadable = self._everyones(own, shards, key)
+        facts, unreadable = self._everyones(own, samples, key)
         image_ND, text_ND = self._gather(images, f"{key}: image"), self._gather(texts, f"{key}: caption")
         first_image, image_of = _distinct(facts.contents)
         lines = [line for captions in facts.captions for line in captions]
@@ -144,26 +146,26 @@ class Suite:
             "ties": retrieval.TIES,
         }
 
-    def _hard_negatives(self, shards: ShardSet, key: str) -> dict[str, dict[str, float]]:
+    def _hard_negatives(self, samples: SampleSet, mean_from: int | None, key: str) -> dict[str, dict[str, float]]:
         def check(batch: EvaluationBatch) -> EvaluationBatch:
             for index, content in [*zip(batch.index.tolist(), batch.json or [], strict=True), *_known_json(batch.unreadable)]:
-                hard_negatives.negatives_of(content, shards.where(index))
+                hard_negatives.negatives_of(content, samples.where(index))
             return batch
 
         own = _Facts()
-        for batch in self._batches(shards, ("pixels", "captions", "json"), own, check):
-            captions, negatives = batch.captions or [], [content.get(hard_negatives.KEY, {}) for content in batch.json or []]
+        for batch in self._batches(samples, ("pixels", "captions", "json"), own, check):
+            captions, negatives = batch.captions or [], [hard_negatives.negatives_of(content, "") for content in batch.json or []]
             image_nD = self._encode(batch)
             for kind, margin_n in hard_negatives.margins(self._encoder, image_nD, captions, negatives).items():
                 own.margins[kind] += margin_n.tolist()
             for caption, by_kind in zip(captions, negatives, strict=True):
-                own.repeated.update(kind for kind, text in by_kind.items() if text.strip() == caption.strip())
-        facts, lost = self._everyones(own, shards, key)
+                own.repeated.update(kind for kind, texts in by_kind.items() if caption.strip() in map(str.strip, texts))
+        facts, lost = self._everyones(own, samples, key)
         known = [content.get(hard_negatives.KEY, {}) for _, content in _known_json(facts.unreadable)]
         kinds = sorted(set(facts.margins).union(*known))
         if not kinds:
             raise ValueError(f'{key}: no sample has hard negatives; its .json members need {{"negatives": {{KIND: FALSE CAPTION}}}}')
-        results = {}
+        results = dict[str, dict[str, float]]()
         for kind in kinds:
             margins = finite(torch.tensor(facts.margins[kind], dtype=torch.float64), f"{key}, {kind}: similarity")
             wrong = lost - sum(kind not in by_kind for by_kind in known)
@@ -171,11 +173,11 @@ class Suite:
             results[kind] = {"accuracy": (margins > 0).sum().item() / pairs, "pairs": pairs, "unreadable": wrong}
             if facts.repeated[kind]:
                 results[kind]["same_as_caption"] = facts.repeated[kind]
-        return results
+        return results if mean_from is None else {hard_negatives.MEAN: hard_negatives.mean_of_kinds(results, mean_from), **results}
 
     def _batches(
         self,
-        shards: ShardSet,
+        samples: SampleSet,
         fields: tuple[Field, ...],
         own: _Facts,
         check: Callable[[EvaluationBatch], EvaluationBatch] = lambda batch: batch,
@@ -183,7 +185,7 @@ class Suite:
         """This rank's batches; their unreadable samples go to `own`. check: may raise ValueError, which every rank then raises."""
         world, encoder = self._world, self._encoder
         batches = evaluation_batches(
-            shards,
+            samples,
             self._view,
             rank=world.rank,
             world=world.size,
@@ -192,20 +194,20 @@ class Suite:
             workers=self._workers,
             pin_memory=world.device.type == "cuda",
         )
-        for batch in self._interruptions.between(map(check, batches), len(shards), encoder.batch):
+        for batch in self._interruptions.between(map(check, batches), len(samples), encoder.batch):
             own.bad.merge(batch.bad)
             own.unreadable += batch.unreadable
             if len(batch):
                 yield batch
 
-    def _everyones(self, own: _Facts, shards: ShardSet, key: str) -> tuple[_Facts, int]:
+    def _everyones(self, own: _Facts, samples: SampleSet, key: str) -> tuple[_Facts, int]:
         """The facts of all ranks, and how many samples could not be read. Raises ValueError when those are too many."""
         facts = _Facts()
         for of_rank in collectives.everyones(own, self._world):
             facts.merge(of_rank)
-        facts.bad.merge(lost_in(shards))
+        facts.bad.merge(lost_in(samples))
         try:
-            facts.bad.check(shards.data.max_bad_fraction, at_least=1)
+            facts.bad.check(samples.data.max_bad_fraction, at_least=1)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
         return facts, facts.bad.total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,30 +22,38 @@ CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 
 @dataclass(frozen=True)
 class ClassSet:
-    """Class names and sentence templates ("a photo of a {c}") of one zero-shot set."""
+    """Class names and sentence templates ("a photo of a {c}") of one zero-shot set. source: where they are from, "" for its own."""
 
     names: list[str]
     templates: list[str]
+    source: str = ""
 
 
 def read_class_set(folder: str, key: str) -> ClassSet:
     """The two text files of a set laid out as CLIP_benchmark's. Raises ValueError naming the recipe's key, the file and the line."""
-    names, templates = (_lines(Path(folder) / file, f"{key} = {folder!r}") for file in (CLASSES, TEMPLATES))
+    of = f"{key} = {folder!r}"
+    return ClassSet(lines_of(Path(folder) / CLASSES, of), templates_of(Path(folder) / TEMPLATES, of))
+
+
+def templates_of(path: Path, key: str) -> list[str]:
+    """The templates in a file. Raises ValueError, which begins with `key`, for one without the place of the class's name."""
+    templates = lines_of(path, key)
     for number, template in enumerate(templates, start=1):
         if "{c}" not in template or set("{}") & set(template.replace("{c}", "")):
             raise ValueError(
-                f"{key} = {folder!r}: line {number} of {TEMPLATES} is {template[:80]!r}: it must hold {{c}}, which the class's "
+                f"{key}: line {number} of {TEMPLATES} is {template[:80]!r}: it must hold {{c}}, which the class's "
                 "name takes the place of, and no other braces (not {} either), as in 'a photo of a {c}'"
             )
-    return ClassSet(names, templates)
+    return templates
 
 
-def _lines(path: Path, key: str) -> list[str]:
+def lines_of(path: Path, key: str) -> list[str]:
     """The lines without empty ones at the end. An empty line between names is refused: it would shift the numbers of all that follow."""
     if not path.is_file():
         raise ValueError(
             f"{key}: no {path.name} there; a zero-shot set has {CLASSES} (a name for each class, in the order of their numbers), "
-            f"{TEMPLATES} (as 'a photo of a {{c}}') and test/*.tar with .jpg and .cls (the class's number, from 0)"
+            f"{TEMPLATES} (as 'a photo of a {{c}}') and test/*.tar with .jpg and .cls (the class's number, from 0); or a folder of images "
+            f"for each class, as ImageNet's val/CLASS/*.JPEG"
         )
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -72,10 +81,12 @@ def class_embeddings(encoder: Encoder, classes: ClassSet) -> Tensor:
     return F.normalize(rows_UTD.mean(dim=1), dim=-1)[[place[name] for name in classes.names]]
 
 
-def accuracies(image_nD: Tensor, label_n: Tensor, class_CD: Tensor, lost: int = 0) -> dict[str, float]:
-    """{"top1": ..., "top5": ..., "images": n + lost}, fractions of all images. Embeddings have to be finite.
+def accuracies(image_nD: Tensor, label_n: Tensor, class_CD: Tensor, lost: int = 0, lost_labels: Sequence[int] = ()) -> dict[str, float]:
+    """{"top1": ..., "top5": ..., "mean_per_class_recall": ..., "images": n + lost}, fractions. Embeddings have to be finite.
 
-    lost: further images, which could not be read: they count as wrong. Of equally near classes the one with the lower number comes first,
+    mean_per_class_recall: of the classes that have an image, the mean of what is right of each, as CLIP_benchmark's.
+    lost: further images, which could not be read: they count as wrong, in the class of those whose labels are known, `lost_labels`, and in
+    every class alike for the others. Of equally near classes the one with the lower number comes first,
     as in a stable sort: two pairs of ImageNet's classes share their names ("missile", "sunglasses"), and a model that gives every class
     the same score gets the accuracy of guessing one class.
     """
@@ -84,4 +95,10 @@ def accuracies(image_nD: Tensor, label_n: Tensor, class_CD: Tensor, lost: int = 
     earlier_nC = class_C < label_n.unsqueeze(1)
     before_n = ((scores_nC > own_n1) | ((scores_nC == own_n1) & earlier_nC)).sum(dim=1)
     images = len(label_n) + lost
-    return {f"top{most}": (before_n < most).sum().item() / images for most in (1, 5)} | {"images": images}
+    top = {f"top{most}": (before_n < most).sum().item() / images for most in (1, 5)}
+    all_labels = torch.cat([label_n.cpu(), torch.tensor(lost_labels, dtype=torch.int64)])
+    of_C = torch.bincount(all_labels, minlength=len(class_CD))
+    right_C = torch.bincount(label_n.cpu()[(before_n < 1).cpu()], minlength=len(class_CD))
+    there_C = of_C > 0
+    recall = (right_C[there_C].double() / of_C[there_C].double()).mean().item() if len(all_labels) else 0.0
+    return {**top, "mean_per_class_recall": recall * len(all_labels) / images, "images": images}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, Field, model_validator
 
 from megakd.recipe.section import Name, NonNegative, Positive, PositiveFloat, Section, SetName
 from megakd.recipe.vqa import QuestionSource, check_image_tokens
@@ -37,11 +39,53 @@ class Reader(Section):
 class Probe(Section):
     """A linear classifier and the nearest neighbours' vote on the frozen tower's features, at the end of a run as a reader."""
 
-    train: str = Field(description="labelled images, .jpg and .cls: shards, or a folder whose train/*.tar they are, as CLIP_benchmark's")
-    test: str = Field(description="those that count: shards, or a folder whose test/*.tar they are")
+    train: str = Field(
+        description="labelled images, .jpg and .cls: shards, or a folder whose train/*.tar they are, as CLIP_benchmark's; or a folder with "
+        "class folders of images, or whose train/ has them"
+    )
+    test: str = Field(
+        description="those that count: shards, or a folder whose test/*.tar they are; or class folders, in it or in its val/ or test/"
+    )
     layer: int = Field(-2, ge=-1000, le=1000, description="the vision tower's block whose patch tokens are averaged, as decoder.layer")
     neighbours: Positive = Field(20, description="training images that vote; all where there are fewer")
     temperature: PositiveFloat = Field(0.07, description="a vote weighs exp(cosine / temperature)")
+
+
+class CaptionFiles(Section):
+    """A retrieval set whose images are files of a folder."""
+
+    annotations: str = Field(
+        description="Karpathy's JSON (dataset_coco.json, dataset_flickr30k.json) or COCO's captions (captions_val2017.json)"
+    )
+    images: str = Field(description="the folder that the names of the images begin in")
+    split: str | None = Field(None, description="of Karpathy's JSON: test (the default), val, train or restval")
+
+
+class NegativeFiles(Section):
+    """Hard negatives of images that are files of a folder."""
+
+    annotations: str | list[str] = Field(
+        min_length=1,
+        description="files, or a folder of them: SugarCrepe's, ARO's relation and attribution, or the test cases of its orders; kinds are "
+        "the files' names, the relations, the pairs of attributes",
+    )
+    images: str = Field(description="the folder that the names of the images begin in")
+
+
+Files = TypeVar("Files", CaptionFiles, NegativeFiles)
+
+
+def _shards_or(files: type[Files]) -> BeforeValidator:
+    """One message for what is neither shards nor a table, and the table's own messages for a table."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, dict):
+            return files.model_validate(value)
+        if not isinstance(value, str | files):
+            raise ValueError("give shards as text, or a table with annotations and images")
+        return value
+
+    return BeforeValidator(read)
 
 
 class Evaluation(Section):
@@ -51,12 +95,17 @@ class Evaluation(Section):
     batch: int = Field(256, gt=0, le=10**6, description="images, or texts, that a rank encodes at once")
     zero_shot: dict[SetName, str] = Field(
         default_factory=dict,
-        description="folders as CLIP_benchmark's: classnames.txt, zeroshot_classification_templates.txt, test/*.tar with .jpg and .cls",
+        description="folders as CLIP_benchmark's: classnames.txt, zeroshot_classification_templates.txt, test/*.tar with .jpg and .cls; or "
+        "with a folder of images for each class, as ImageNet's val/CLASS/*.JPEG",
     )
-    retrieval: dict[SetName, str] = Field(default_factory=dict, description="shards of pairs: each caption among all images, and back")
-    hard_negatives: dict[SetName, str] = Field(
+    retrieval: dict[SetName, Annotated[str | CaptionFiles, _shards_or(CaptionFiles)]] = Field(
         default_factory=dict,
-        description='shards whose samples have in their .json {"negatives": {KIND: FALSE CAPTION, ...}}; scored by kind, of any names',
+        description="each caption among all images, and back: shards of pairs, or a table of files as { annotations, images }",
+    )
+    hard_negatives: dict[SetName, Annotated[str | NegativeFiles, _shards_or(NegativeFiles)]] = Field(
+        default_factory=dict,
+        description='scored by kind, of any names: shards whose samples have in their .json {"negatives": {KIND: FALSE CAPTION, or a list '
+        "of some, ...}}, or a table of files as { annotations, images }",
     )
     diagnostics: dict[SetName, str] = Field(
         default_factory=dict, description="shards of pairs that student and teacher are compared on: likeness of embeddings, not scores"

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -211,9 +211,14 @@ def _known_keys(section: list[str], root: type[BaseModel]) -> list[str]:
         annotations: Sequence[Any] = union_members(field.annotation)
         if tables := [get_args(option)[1] for option in annotations if get_origin(option) is dict]:
             next(names, None)  # the name that the recipe gave to an entry of this table
-            annotations = tables
+            annotations = [option for table in tables for option in union_members(_plain(table))]
         model = next((option for option in annotations if isinstance(option, type) and issubclass(option, BaseModel)), None)
     return [] if model is None else list(model.model_fields)
+
+
+def _plain(annotation: Any) -> Any:
+    """The type of an Annotated one."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

@@ -71,6 +71,11 @@ def read_lines(path: Path, key: str, expected: str) -> Iterator[tuple[int, Entry
         yield number, entry
 
 
+def read_any(path: Path) -> Any:
+    """The value in a file of any layout. Raises ValueError for a file that cannot be read or is no JSON."""
+    return _json(path)
+
+
 def read_object(path: Path, key: str) -> dict[str, Any]:
     """A file that is an object with a list under `key`."""
     value = _json(path)

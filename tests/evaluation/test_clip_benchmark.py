@@ -1,4 +1,4 @@
-"""Retrieval as CLIP_benchmark scores it: by its numbers, frozen here, and by the package itself on a set in its own layout."""
+"""Retrieval and zero-shot classes as CLIP_benchmark scores them: by its numbers, frozen here, and by the package itself."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from timm.data import ImageNetInfo
 
 from megakd.evaluation import retrieval
 from support import PROGRAMS
@@ -76,3 +79,21 @@ def test_a_run_scores_its_set_as_clip_benchmark_scores_the_runs_model(clip_bench
     theirs = _job(clip_benchmark, "score", tmp_path / "set", tmp_path / "run" / "model")
     assert_equal(ours, theirs)
     assert 0 < theirs["text_to_image"]["R@10"] < 1
+
+
+@pytest.mark.slow
+def test_a_plain_folder_of_classes_scores_as_clip_benchmark_scores_it(clip_benchmark: Path, recipe_file: Path, tmp_path: Path) -> None:
+    draw, known = np.random.RandomState(0), ImageNetInfo("imagenet-1k").label_names()
+    for label in range(0, 900, 100):
+        for number in range(1 + draw.randint(9)):
+            file = tmp_path / "imagenet" / "val" / known[label] / f"{number}.JPEG"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.randint(0, 255, (40, 48, 3)).astype(np.uint8)).save(file, "JPEG")
+    sets = (f"evaluation.zero_shot={{ mine = '{tmp_path}/imagenet' }}", "optim.steps=8", "optim.lr=1e-2", "evaluation.batch=16")
+    finished = train(recipe_file, "--out", tmp_path / "run", sets=sets)
+    assert finished.code == 0, finished.err
+    ours = json.loads((tmp_path / "run" / "evaluation.json").read_text())["zero_shot"]["mine"]
+    theirs = _job(clip_benchmark, "classify", tmp_path / "imagenet" / "val", tmp_path / "run" / "model")
+    assert theirs["top1"] != pytest.approx(theirs["mean_per_class_recall"])
+    assert {name: ours[name] for name in theirs} == pytest.approx(theirs, abs=1e-9, rel=0)
+    assert "open_clip's names of ImageNet's classes" in ours["classes"]

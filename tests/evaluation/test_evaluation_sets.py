@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from support import PROGRAMS
-from support.numbered_pictures import Reader, captioned, picture, recipe, results
+from support.numbered_pictures import Reader, captioned, picture, recipe, results, scores
 from support.runs import run_ranks
 from support.shards import write_tar
 
@@ -161,12 +161,19 @@ def test_a_negative_that_is_the_caption_cannot_be_told_from_it_and_is_counted(tm
     assert found == {"swap": {"accuracy": 0.5, "pairs": 2, "unreadable": 0, "same_as_caption": 1}}
 
 
+def test_a_caption_has_to_be_nearer_than_each_of_several_negatives_of_a_kind(tmp_path: Path) -> None:
+    samples = [(picture(0), false(order=["7", "9"])), (picture(1), false(order=["9", "1 again"])), (picture(2), false(order="5"))]
+    found = negatives(tmp_path, samples)
+    assert found == {"order": {"accuracy": 2 / 3, "pairs": 3, "unreadable": 0}}
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (b'{"negatives": ["a", "b"]}', "its negatives are a list"),
         (b'{"negatives": "a"}', "its negatives are a str"),
-        (b'{"negatives": {"swap": ["a", "b"]}}', r"its negative 'swap' holds a list.*name several of one kind KIND_1, KIND_2"),
+        (b'{"negatives": {"swap": ["a", 1]}}', r"its negative 'swap' holds a int.*a text or a list of some for each kind"),
+        (b'{"negatives": {"swap": []}}', "its negative 'swap' holds an empty list"),
         (b'{"negatives": {"swap": ""}}', "its negative 'swap' holds no text"),
         (b'{"negatives": {"swap": null}}', "its negative 'swap' holds a NoneType"),
         (b"[" * 100_000, r"its \.json member cannot be read"),
@@ -187,13 +194,14 @@ def test_hard_negatives_of_a_broken_model_are_an_error(tmp_path: Path) -> None:
 
 def ranks(pattern: str, broken_number: str) -> list[str]:
     """What two ranks say."""
-    return [said.strip() for said in run_ranks(PROGRAMS / "retrieval.py", pattern, broken_number)]
+    wanted = json.dumps({"retrieval": {"mine": pattern}})
+    return [said.strip() for said in run_ranks(PROGRAMS / "numbered_sets.py", wanted, broken_number)]
 
 
 def test_two_ranks_find_what_one_finds_and_fail_together(tmp_path: Path) -> None:
     good = [member for number in range(23) for member in captioned(number, [f"{number} a", f"{number} b", f"{number % 5} c"])]
     write_tar(tmp_path / "good" / "0.tar", [*good, *captioned(40)])
-    alone = results(recipe(retrieval={"mine": f"{tmp_path}/good/*.tar"}))["retrieval"]
+    alone = scores(recipe(retrieval={"mine": f"{tmp_path}/good/*.tar"}))
     assert ranks(f"{tmp_path}/good/*.tar", "") == [f"FOUND {alone}"] * 2
     first, second = ranks(f"{tmp_path}/good/*.tar", "40")  # on the second rank alone
     assert first == second == first.replace("FOUND", "ERROR")

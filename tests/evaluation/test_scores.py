@@ -62,7 +62,12 @@ def test_zero_shot_top_1_and_top_5_by_hand() -> None:
             [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5],
         ]
     )
-    assert zero_shot.accuracies(scores, torch.tensor([0, 2, 5, 6]), torch.eye(7)) == {"top1": 0.5, "top5": 0.75, "images": 4}
+    assert zero_shot.accuracies(scores, torch.tensor([0, 2, 5, 6]), torch.eye(7)) == {
+        "top1": 0.5,
+        "top5": 0.75,
+        "mean_per_class_recall": 0.5,
+        "images": 4,
+    }
 
 
 def test_of_classes_with_one_name_the_lower_number_is_right_as_for_two_pairs_of_imagenets() -> None:
@@ -114,7 +119,7 @@ def test_a_class_is_the_unit_mean_of_its_sentences_unit_embeddings(encoder: Enco
 def test_hard_negatives_by_hand_and_a_tie_is_a_loss(encoder: Encoder) -> None:
     images = torch.eye(3)
     captions = ["a", "b", "c"]
-    negatives = [{"swap": "b", "count": "aa"}, {"swap": "a"}, {"swap": "c", "count": "ac"}]
+    negatives = [{"swap": ["b"], "count": ["aa"]}, {"swap": ["a"]}, {"swap": ["c"], "count": ["ac"]}]
     margins = hard_negatives.margins(encoder, images, captions, negatives)
     assert {kind: (margin > 0).tolist() for kind, margin in margins.items()} == {
         "swap": [True, True, False],  # the third is the caption itself

@@ -86,6 +86,11 @@ def results(wanted: Recipe, model: nn.Module | None = None, world: World | None 
     return Suite(open_sets(wanted, world), encoder(model), world, 0, StopPoller(world)).run()
 
 
+def scores(wanted: Recipe, model: nn.Module | None = None, world: World | None = None) -> dict[str, Any]:
+    """`results` without what is measured by a clock."""
+    return {kind: found for kind, found in results(wanted, model, world).items() if kind != "images_per_second"}
+
+
 def captioned(number: int, captions: Sequence[str] | None = None) -> list[tuple[str, bytes]]:
     lines = [f"{number} as it is"] if captions is None else captions
     return [(f"{number:04d}.png", picture(number)), (f"{number:04d}.txt", "\n".join(lines).encode())]

@@ -26,6 +26,12 @@ def is_table(field: FieldInfo) -> bool:
     return any(get_origin(part) is dict for part in _parts(field.annotation))
 
 
+def takes_text(field: FieldInfo) -> bool:
+    """Whether it is a table whose values may be texts, beside sections."""
+    tables = [part for part in _parts(field.annotation) if get_origin(part) is dict]
+    return any(part is str for table in tables for part in _parts(get_args(table)[1]))
+
+
 def _parts(annotation: Any) -> Iterator[Any]:
     yield annotation
     for argument in get_args(annotation):

@@ -3,6 +3,7 @@
 python clip_benchmark_side.py table N            prints its recalls of `embeddings(N)`
 python clip_benchmark_side.py write FOLDER       writes a retrieval set in its layout
 python clip_benchmark_side.py score FOLDER MODEL scores that with an open_clip model's folder, and prints its recalls
+python clip_benchmark_side.py classify FOLDER MODEL scores its class folders zero-shot, by open_clip's names and templates of ImageNet
 """
 
 from __future__ import annotations
@@ -83,9 +84,29 @@ def score(folder: Path, model_folder: str) -> dict[str, Any]:
     return named(found)
 
 
+def classify(folder: Path, model_folder: str) -> dict[str, float]:
+    import open_clip
+    from clip_benchmark.metrics import zeroshot_classification
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+    from timm.data import ImageNetInfo
+    from torchvision.datasets import ImageFolder
+
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model_folder}")
+    images = ImageFolder(str(folder), preprocess)
+    known = ImageNetInfo("imagenet-1k").label_names()
+    names = [IMAGENET_CLASSNAMES[known.index(name)] for name in images.classes]
+    templates = [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES]
+    loader = torch.utils.data.DataLoader(images, batch_size=16, num_workers=0)
+    tokenize = open_clip.get_tokenizer(f"local-dir:{model_folder}")
+    found = zeroshot_classification.evaluate(model.eval(), loader, tokenize, names, templates, "cpu", amp=False)
+    return {"top1": found["acc1"], "top5": found["acc5"], "mean_per_class_recall": found["mean_per_class_recall"]}
+
+
 if __name__ == "__main__":
     what, *names = sys.argv[1:]
     if what == "write":
         write(Path(names[0]))
+    elif what == "classify":
+        print("RECALLS " + json.dumps(classify(Path(names[0]), names[1])))
     else:
         print("RECALLS " + json.dumps(table(int(names[0])) if what == "table" else score(Path(names[0]), names[1])))
