@@ -87,7 +87,7 @@ def score(folder: Path, model_folder: str) -> dict[str, Any]:
 def classify(folder: Path, model_folder: str) -> dict[str, float]:
     import open_clip
     from clip_benchmark.metrics import zeroshot_classification
-    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+    from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
     from timm.data import ImageNetInfo
     from torchvision.datasets import ImageFolder
 
