@@ -15,7 +15,7 @@ from megakd.export.options import Options
 def export(
     where: Annotated[Path | None, typer.Argument(metavar="RUN", help="a run, or a folder that open_clip loads")] = None,
     *,
-    to: Annotated[str, typer.Option(help="the format: open_clip")],
+    to: Annotated[str, typer.Option(help="the format: open_clip, onnx")],
     out: Annotated[Path, typer.Option(help="folder that is written, in the place of an earlier export")],
     checkpoint: Annotated[Path | None, typer.Option(help="a checkpoint's folder; default: the newest valid one of the run")] = None,
     model: Annotated[str | None, typer.Option(help="in place of RUN: a model as teacher.model names it, e.g. ViT-B-32, timm:NAME")] = None,
@@ -42,6 +42,7 @@ def export(
     quiet_libraries()
     if to not in command.FORMATS:
         raise ValueError(f"--to {to}: {texts.did_you_mean(to, command.FORMATS)}one of {', '.join(command.FORMATS)}")
+    command.check_options(to, options)
     command.check_out(out)
     if where is not None:
         found = source.of_folder(where, checkpoint)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megakd.export import clip_folder
+from megakd.export import clip_folder, onnx_files
 from megakd.export.options import Options
 from megakd.export.source import Source
 from megakd.runtime import files
@@ -23,7 +23,18 @@ def _open_clip(source: Source, folder: Path, options: Options) -> list[str]:
     return ["open_clip loads it, and tokens, embeddings and scale are the model's own"]
 
 
-FORMATS: dict[str, Writer] = {"open_clip": _open_clip}
+def _onnx(source: Source, folder: Path, options: Options) -> list[str]:
+    return onnx_files.write(source.built, folder, onnx_files.chosen(options.precision))
+
+
+FORMATS: dict[str, Writer] = {"open_clip": _open_clip, "onnx": _onnx}
+
+
+def check_options(to: str, options: Options) -> None:
+    """Raises ValueError for an option that the format has no use for, or of a value that it has not, before anything is loaded."""
+    if options.precision and to != "onnx":
+        raise ValueError(f"--precision {options.precision[0]}: is of --to onnx, and {to} is written in float32; take it out")
+    onnx_files.chosen(options.precision)
 
 
 def check_out(out: Path) -> None:
