@@ -27,7 +27,7 @@ _TEACHER_REFUSED = (
 _FROM_HERE = "from the step that is gone on from; what was learned before stays"
 _SAME_DATA = "it has to hold the same data, which is checked by names and counts"
 
-_SOURCE = ("format", "questions", "annotations", "images", "image_name", "split")
+_SOURCE = ("format", "questions", "annotations", "images", "image_name", "split", "plain")
 _FREE = (
     *("name", "data.workers", "data.cache", "data.max_bad_fraction", "kernels.backend", "kernels.ring"),
     *("student.recipe", "student.activation_checkpointing", "decoder.recipe", "answers.teacher.recipe"),
@@ -68,7 +68,8 @@ _REFUSED = (
     *(f"schedules.*.{key}" for key in Schedule.model_fields),
     *(f"decoder.{key}" for key in ("model", "architecture", "tokenizer", "adapt", "quantise", "image_tokens", "layer", "template")),
     *("decoder.instruction", "decoder.start", *(f"decoder.lora.{key}" for key in ("rank", "alpha", "dropout", "targets"))),
-    *("answers.train.*.format", "answers.train.*.split", "answers.weight", "answers.batch", "answers.tower"),
+    *("answers.train.*.format", "answers.train.*.split", "answers.train.*.plain"),
+    *("answers.weight", "answers.batch", "answers.tower"),
     *(f"answers.teacher.{key}" for key in ("weight", "divergence", "temperature", "quantise")),
     *(f"optim.{key}" for key in ("batch", "warmup", "schedule", "final_lr", "betas", "eps", "weight_decay")),
 )

@@ -92,6 +92,7 @@ class QuestionSource(Section):
         description="file name or shard key from the entry's fields, e.g. 'COCO_val2014_{image_id:012d}.jpg'; default: the benchmark's",
     )
     split: str | None = Field(None, description="scienceqa: train, val or test, by its own pid_splits.json beside the file")
+    plain: bool = Field(False, description="llava: nothing is asked, the reply is the image's caption, as in LLaVA's first stage")
 
 
 class LearningRates(Section):

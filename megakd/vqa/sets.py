@@ -252,8 +252,8 @@ def question_order(questions: Questions, batch: int, seed: int) -> Order:
 
 
 def _open_captions(source: QuestionSource, key: str, data: Data, rank: int, world: int, barrier: Callable[[], None]) -> CaptionSet:
-    for field in ("questions", "annotations", "image_name", "split"):
-        if getattr(source, field) is not None:
+    for field in ("questions", "annotations", "image_name", "split", "plain"):
+        if getattr(source, field):
             raise ValueError(
                 f"{field} = {getattr(source, field)!r}: format = 'captions' reads the members of shards, images = '...*.tar' alone"
             )

@@ -35,7 +35,7 @@ VALUES = (
 )
 _PATTERNS = ["{", "}", "cat.jpg", "{image_id:9999999999d}", "{image_id.__class__}", "{nothing}", "{0}", "{}", "{image_id!r}", "{image[0]}"]
 _PATTERNS += ["x" * 5000 + "{question_id}", "{question}.jpg", "a/" * 3000 + "{question_id}", "{question_id}\0"]
-_listed = {"vqav2": "questions", "textvqa": "data"}
+_listed = {"vqav2": "questions", "textvqa": "data", "seed": "questions"}
 
 
 def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:

@@ -15,7 +15,9 @@ IMAGES = 5
 
 
 def source(format: str, **more: Any) -> QuestionSource:
-    return QuestionSource.model_validate({"format": format, **{key: str(value) for key, value in more.items() if value is not None}})
+    return QuestionSource.model_validate(
+        {"format": format, **{key: value if value is True else str(value) for key, value in more.items() if value is not None}}
+    )
 
 
 def write(path: Path, value: Any) -> Path:
@@ -115,6 +117,18 @@ def pope(folder: Path, **more: Any) -> QuestionSource:
     return source("pope", **{"questions": folder / "coco_pope_random.json", "images": images, **more})
 
 
+def seed_entry(**more: Any) -> dict[str, Any]:
+    choices = {f"choice_{letter}": word for letter, word in zip("abcd", ("One", "Two", "Three", "Four"), strict=True)}
+    ids = {"question_id": "101669", "question_type_id": 5, "data_id": "1454426_2591111986", "data_type": "image"}
+    return {"answer": "A", **choices, **ids, "question": "How many towels are in the image?", **more}
+
+
+def seed(folder: Path, **more: Any) -> QuestionSource:
+    entries = [seed_entry(), seed_entry(question_id="75500", question_type_id=1, answer="D", question="What is it?")]
+    file = write(folder / "SEED-Bench.json", {"questions": entries, "question_type": {"Scene Understanding": 1, "Instances Counting": 5}})
+    return source("seed", **{"questions": file, "images": write_images(folder / "images", "1454426_2591111986"), **more})
+
+
 def talk(*texts: str) -> list[dict[str, str]]:
     """Turns by human and gpt."""
     return [{"from": "human" if number % 2 == 0 else "gpt", "value": text} for number, text in enumerate(texts)]
@@ -130,7 +144,9 @@ def llava(folder: Path, **more: Any) -> QuestionSource:
     return source("llava", **{"questions": write(folder / "llava.json", entries), "images": images, **more})
 
 
-WRITERS: dict[str, Callable[..., QuestionSource]] = {make.__name__: make for make in (vqav2, textvqa, vizwiz, gqa, scienceqa, pope, llava)}
+WRITERS: dict[str, Callable[..., QuestionSource]] = {
+    make.__name__: make for make in (vqav2, textvqa, vizwiz, gqa, scienceqa, pope, seed, llava)
+}
 
 
 def opened(source: QuestionSource, key: str = "answers.train.mine", **more: Any) -> Any:

@@ -81,6 +81,27 @@ def test_scienceqa_has_lettered_choices_a_split_and_questions_without_image(tmp_
     assert len(read(files.scienceqa(tmp_path, split="train"))) == 1
 
 
+def test_seed_bench_has_its_four_choices_and_images_alone(tmp_path: Path) -> None:
+    towels, what = read(files.seed(tmp_path))
+    assert towels.text == (
+        "How many towels are in the image?\nA. One\nB. Two\nC. Three\nD. Four\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    assert (towels.question_id, towels.image, towels.answer, towels.family) == ("101669", "1454426_2591111986", "A", "Instances Counting")
+    assert (what.answers, what.family, what.short) == (("D",), "Scene Understanding", False)
+    assert [benchmark("seed").score(what, said) for said in ("D", "D.", "d", "A")] == [1.0, 0.0, 0.0, 0.0]
+    video = files.seed_entry(question_id="v1738", question_type_id=10, data_id="94328.webm", data_type="video")
+    path = write(tmp_path / "both.json", {"questions": [files.seed_entry(), video], "question_type": {}})
+    questions, file = parse(source("seed", questions=path))
+    assert ([one.question_id for one in questions], file.notes) == (["101669"], ["1 questions about videos are left out"])
+
+
+def test_plain_conversations_are_captions_as_in_llavas_first_stage(tmp_path: Path) -> None:
+    entry = {"id": "004539375", "image": "00453/004539375.jpg", "conversations": talk("Describe it.\n<image>", "select luxury furniture")}
+    (one,) = read(QuestionSource(format="llava", questions=str(write(tmp_path / "lcs.json", [entry])), plain=True))
+    assert (one.conversation, one.answer, one.image) == ((("", "select luxury furniture"),), "select luxury furniture", entry["image"])
+
+
 def test_llava_has_turns_no_mark_and_entries_without_image(tmp_path: Path) -> None:
     bus, haiku, red = read(files.llava(tmp_path))
     assert bus.turns == (("What is it?", "A bus."), ("What colour?", "Red."))
@@ -193,6 +214,12 @@ SPOILED = {
     "human twice": (_file("llava", [{"conversations": [*talk("a"), *talk("b")]}]), r"turns by \['human', 'human'\]"),
     "no split": (_file("scienceqa", {"1": {"choices": ["a", "b"]}}), "split = None: scienceqa needs train, val or test"),
     "split": (_file("gqa", {}, split="val"), "split = 'val': scienceqa needs train, val or test, and no other format takes it"),
+    "plain": (_file("gqa", {}, plain=True), "plain = true is for format = 'llava', whose replies can stand alone; gqa needs its questions"),
+    "plain talk": (
+        _file("llava", [{"image": "a", "conversations": talk("<image>", "b", "c", "d")}], plain=True),
+        "entry 0: plain = true takes an image and its caption, this has 2 turns and 'a'",
+    ),
+    "letter": (_file("seed", {"questions": [files.seed_entry(answer="E")], "question_type": {}}), "answer = 'E' is none of A, B, C, D"),
     "annotations": (_file("gqa", {}, annotations="a.json"), "annotations = 'a.json' is for format = 'vqav2'"),
     "no questions": (lambda folder: source("gqa"), "questions is not set"),
     "no file": (lambda folder: source("gqa", questions=folder / "gone.json"), r"gone\.json: no such file"),

@@ -31,6 +31,7 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
         {"question_id": 1, "question": "Is there a snowboard in the image?", "answer": " A Bus.\n"},
         {"question_id": 2, "question": "Is there a backpack in the image?", "answer": ""},
     ],
+    "seed": [{"question_id": "101669", "prediction": " A Bus.\n"}, {"question_id": "75500", "prediction": ""}],
 }
 
 
@@ -44,7 +45,7 @@ def written(kind: str, folder: Path, make: Callable[..., Any]) -> Path | None:
 def test_every_benchmark_gets_the_entries_it_reads(tmp_path: Path, kind: str) -> None:
     path = written(kind, tmp_path, files.WRITERS[kind])
     assert path is not None
-    lines = kind in ("pope", "scienceqa")
+    lines = kind in ("pope", "scienceqa", "seed")
     assert path.name == ("test.submission.jsonl" if lines else "test.submission.json")
     text = path.read_text()
     assert ([json.loads(line) for line in text.splitlines()] if lines else json.loads(text)) == ENTRIES[kind]

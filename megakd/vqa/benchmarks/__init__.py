@@ -36,6 +36,11 @@ def parse(source: QuestionSource) -> tuple[list[Question], QuestionFile]:
     for key in ("questions", "annotations"):
         if "\0" in (getattr(source, key) or ""):
             raise ValueError(f"{key} = {getattr(source, key)!r}: a path has no NUL in it")
+    if source.plain and not here.plain:
+        takers = " or ".join(repr(one.name) for one in every if one.plain)
+        raise ValueError(
+            f"plain = true is for format = {takers}, whose replies can stand alone; {source.format} needs its questions: take it out"
+        )
     file = QuestionFile(source, source.image_name or here.image_name)
     check_pattern(file.pattern)
     try:

@@ -93,7 +93,8 @@ class Benchmark(ABC):
     """One benchmark. Its module is named like its format in the recipe and holds an instance as `BENCHMARK`.
 
     metric, caveats: parts of the results. image_name: the default pattern of its images' names, from an entry's fields.
-    annotations: the answers are in a second file. split: one file holds several splits, and the recipe says which.
+    annotations: the answers are in a second file. split: one file holds several splits, and the recipe says which. plain: the recipe may
+    leave the questions out.
     skips_unanswered: questions without an answer are left out of a set to learn.
     submission_suffix: of the file for its server: one JSON list (.json), or a line for each question (.jsonl).
     """
@@ -103,6 +104,7 @@ class Benchmark(ABC):
     image_name: ClassVar[str]
     annotations: ClassVar[bool] = False
     split: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
     skips_unanswered: ClassVar[bool] = False
     submission_suffix: ClassVar[str] = ".json"
 

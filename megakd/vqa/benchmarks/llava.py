@@ -1,6 +1,6 @@
 """LLaVA's conversations: turns of "human" and "gpt" in turn; one image at most. Ids may repeat, as they do in LLaVA's own mix.
 
-Source: LLaVA docs/Finetune_Custom_Data.md and llava/train/train.py (preprocess_multimodal, preprocess_v1)
+Source: LLaVA docs/Finetune_Custom_Data.md and llava/train/train.py (preprocess_multimodal, preprocess_v1, preprocess_plain)
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from megakd.vqa.normalise import trimmed
 class Llava(Benchmark):
     metric = "exact match of the first answer"
     image_name = "{image}"
+    plain = True
     skips_unanswered = True
 
     def questions(self, file: QuestionFile) -> Iterator[Question]:
         """A conversation each.
 
         "<image>" is taken out of the text: the image's tokens stand before the prompt, as LLaVA's training moves the mark to the front
-        of its turn. A leading turn of "gpt" and turns without a reply are left out, the latter not where no turn has one.
+        of its turn. A leading turn of "gpt" and turns without a reply are left out, the latter not where no turn has one. Plain ones
+        are captions: LLaVA's preprocess_plain drops what the human says, and takes one turn with an image alone.
         """
         changes = Counter[str]()
         for number, entry in enumerate(read_list(file.path, "conversations")):
@@ -40,6 +42,9 @@ class Llava(Benchmark):
             if not is_id(question_id):
                 raise ValueError(f"{where}: id = {shown(question_id)}: a number or a text")
             name = None if image is None else file.image_name(entry, where)
+            if file.source.plain and (len(turns) > 1 or image is None):
+                raise ValueError(f"{where}: plain = true takes an image and its caption, this has {len(turns)} turns and {shown(image)}")
+            turns = [("", turns[0][1])] if file.source.plain else turns
             text, answer = turns[0]
             answers = (answer,) if answer else ()
             yield Question(question_id, name, text, answers, answer, "", {}, tuple(turns))

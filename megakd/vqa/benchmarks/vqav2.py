@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megakd.recipe import QuestionSource
-from megakd.vqa.benchmarks.base import Answered, Benchmark, Question, QuestionFile, most_frequent
-from megakd.vqa.json_files import Entry, by_id, human_answers, items, question_text, read_object, same_ids, text_or
+from megakd.vqa.benchmarks.base import Answered, Benchmark, Question, QuestionFile, first_of, most_frequent
+from megakd.vqa.json_files import Entry, Misfit, by_id, human_answers, items, question_text, read_object, same_ids, text_or
 from megakd.vqa.normalise import trimmed
 from megakd.vqa.scores import VQA_ACCURACY, vqa_accuracy
 
@@ -30,6 +30,8 @@ class VQAv2(Benchmark):
         """
         path = file.path
         content = read_object(path, "questions")
+        if not self.looks_like(content):
+            raise Misfit(path, "has choices in its questions", content)
         by_question = by_id(items(content, "questions", str(path)), path)
         annotations: dict[Any, Entry] = {}
         if file.source.annotations is not None:
@@ -54,7 +56,7 @@ class VQAv2(Benchmark):
             yield Question(question_id, image, text, answers, answer, family, meta, short=True)
 
     def looks_like(self, value: Any) -> bool:
-        return isinstance(value, dict) and "questions" in value
+        return isinstance(value, dict) and "questions" in value and "choice_a" not in first_of(value["questions"])
 
     def other_file(self, value: Any) -> str | None:
         if isinstance(value, dict) and "annotations" in value:
