@@ -98,15 +98,15 @@ for job in [job for jobs in asked for job in jobs.split(",")] or [""]:
 """
 
 
-def why_not() -> str | None:
-    """None where a cluster can be started, else the reason in words."""
+def why_not(programs: tuple[str, ...] = PROGRAMS, packages: str = "slurmctld slurmd slurm-client munge iproute2") -> str | None:
+    """None where a cluster can be started, else the reason in words. packages: Debian's, which have the programs."""
     if not sys.platform.startswith("linux"):
-        return "the SLURM test cluster needs Linux"
-    missing = [program for program in PROGRAMS if not _program(program)]
+        return "the test cluster needs Linux"
+    missing = [program for program in programs if not _program(program)]
     if missing:
-        return f"no SLURM here: {', '.join(missing)} not found (Debian: apt-get install slurmctld slurmd slurm-client munge iproute2)"
+        return f"no test cluster here: {', '.join(missing)} not found (Debian: apt-get install {packages})"
     if os.geteuid() != 0:
-        return "the SLURM test cluster needs root (namespaces, device files, slurmd)"
+        return "the test cluster needs root (namespaces, device files, slurmd)"
     probe = subprocess.run(["unshare", *NAMESPACES, "true"], capture_output=True, text=True, check=False)
     if probe.returncode:
         return f"no right to make namespaces here (a container without CAP_SYS_ADMIN?): {probe.stderr.strip()}"
@@ -169,11 +169,11 @@ class Cluster:
         self._daemons[node].wait()
 
     def start_node(self, node: str) -> None:
-        """Boot a node: namespaces, an address on the bridge, slurmd."""
+        """Boot a node: namespaces, an address on the bridge, its service."""
         boot = (
             f"mount --make-rprivate /; mount --bind {shlex.quote(str(self.folder))}/hosts /etc/hosts; hostname {node}; "
             "mount -t tmpfs tmpfs /dev/shm; ip link set lo up; until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done; "
-            f"ip addr add {self.address(node)}/24 dev eth0; ip link set eth0 up; exec slurmd -D -N {node}"
+            f"ip addr add {self.address(node)}/24 dev eth0; ip link set eth0 up; {self._service(node)}"
         )
         daemon = self._spawn(node, "unshare", *NAMESPACES, "--mount-proc", "sh", "-c", boot)
         ours = os.readlink("/proc/self/ns/net")
@@ -181,6 +181,10 @@ class Cluster:
         _ip("link", "del", self._link(node), check=False)
         _ip("link", "add", self._link(node), "type", "veth", "peer", "name", "eth0", "netns", str(daemon.pid))
         _ip("link", "set", self._link(node), "master", self._bridge, "up")
+
+    def _service(self, node: str) -> str:
+        """The shell's last words at a node's start."""
+        return f"exec slurmd -D -N {node}"
 
     def reconfigure(self, *, user_signal: bool = True, node_timeout: int = 60) -> None:
         """user_signal: whether a job that is preempted gets the signal of its --signal at once, or SLURM's default, SIGTERM alone.
@@ -215,8 +219,7 @@ class Cluster:
         for number in range(GPUS):  # slurmd wants one device file a GPU, whatever it is: these are like /dev/null
             os.mknod(self.folder / "dev" / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/dev/gpu[0-{GPUS - 1}]\n")
-        addresses = {"localhost": "127.0.0.1", _host(): f"{self._network}.254"} | {node: self.address(node) for node in NODES}
-        (self.folder / "hosts").write_text("".join(f"{address} {name}\n" for name, address in addresses.items()))
+        self._write_hosts()
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
@@ -224,6 +227,10 @@ class Cluster:
         sacct.write_text(SACCT)
         sacct.chmod(0o755)
         self._write_configuration()
+
+    def _write_hosts(self) -> None:
+        addresses = {"localhost": "127.0.0.1", _host(): f"{self._network}.254"} | {node: self.address(node) for node in NODES}
+        (self.folder / "hosts").write_text("".join(f"{address} {name}\n" for name, address in addresses.items()))
 
     def _write_configuration(self, user_signal: bool = True, node_timeout: int = 60) -> None:
         hardware = f"Sockets=2 CoresPerSocket=32 ThreadsPerCore=1 RealMemory=1000000 Feature=a100,ib Gres=gpu:{GPUS} State=UNKNOWN"
