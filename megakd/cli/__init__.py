@@ -18,6 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+helpers = typer.Typer(help="What is in shards, and a tokenizer for their captions.", no_args_is_help=True)
 benchmarks = typer.Typer(help="Side-by-side benchmarks against the field's own tools.", no_args_is_help=True)
 
 
@@ -36,11 +37,14 @@ def top(
 
 # In the order of --help.
 VERBS: tuple[Callable[..., None], ...] = (
-    doctor.doctor, data.shapes, data.tokenizer, runs.evaluate, diagnose.diagnose, data.embed, runs.plan, runs.submit, runs.jobs, runs.smoke,
+    doctor.doctor, data.shapes, runs.evaluate, diagnose.diagnose, data.embed, runs.plan, runs.submit, runs.jobs, runs.smoke,
     study.study, report.report, vqa.answer, export.export,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)
+for verb in (data.tokenizer,):
+    helpers.command()(verb)
+app.add_typer(helpers, name="data")
 for verb in (bench.step, bench.loader, bench.teacher_load, bench.teacher_speed, bench.cached, bench.objectives):
     benchmarks.command(verb.__name__.replace("_", "-"))(verb)
 benchmarks.command("plan")(bench.plan_check)

@@ -1,4 +1,4 @@
-"""`megakd tokenizer`: a tokenizer for the words of one's own captions, in the files that transformers and open_clip read."""
+"""`megakd data tokenizer`: a tokenizer for the words of one's own captions, in the files that transformers and open_clip read."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from megakd.data.bad_samples import BadCounter, BadLog, BadSample
 from megakd.data.caption_tokens import LONGEST_CAPTION, caption
+from megakd.runtime.console import LongWork
 
 Kind = Literal["bpe", "words"]
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<start>", "<end>"
@@ -65,27 +66,34 @@ def _trained(texts: Iterable[str], kind: Kind, words: int) -> Tokenizer:
 
 def _read(files: list[Path]) -> Iterator[str]:
     count, log = 0, BadLog()
-    for file in files:
-        for text in _of_shard(file, log) if file.suffix == ".tar" else _of_lines(file):
-            count += 1
-            yield text
+    with LongWork("reading captions", sum(file.stat().st_size for file in files), "bytes") as work:
+        for file in files:
+            for text in _of_shard(file, log, work) if file.suffix == ".tar" else _of_lines(file, work):
+                count += 1
+                yield text
     log.close()
     if not count:
         raise ValueError(f"{files[0]}: not one text in it; a .txt file has a text a line, a shard has .txt members")
 
 
-def _of_lines(file: Path) -> Iterator[str]:
+def _of_lines(file: Path, work: LongWork) -> Iterator[str]:
     try:
         with file.open(encoding="utf-8-sig") as opened:
-            yield from (line.strip() for line in opened if line.strip())
+            for line in opened:
+                work.advance(len(line.encode()))
+                if text := line.strip():
+                    yield text
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
 
 
-def _of_shard(file: Path, log: BadLog) -> Iterator[str]:
+def _of_shard(file: Path, log: BadLog, work: LongWork) -> Iterator[str]:
     try:
         with tarfile.open(file, "r|") as opened:
+            place = 0
             for member in opened:
+                work.advance(member.offset_data + member.size - place)
+                place = member.offset_data + member.size
                 if member.isfile() and member.name.endswith(".txt") and (content := opened.extractfile(member)) is not None:
                     try:
                         yield caption(content.read(LONGEST_CAPTION + 1)).strip()

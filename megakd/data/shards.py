@@ -29,6 +29,7 @@ from megakd.data.tar_index import HEADER, SPARSE, IndexRows, Known
 from megakd.data.tar_members import expand as expand_sparse
 from megakd.recipe import Data
 from megakd.recipe.credentials import unsigned
+from megakd.runtime.console import LongWork, with_progress
 
 __all__ = ["Sample", "ShardSet", "expand"]
 
@@ -104,8 +105,10 @@ class ShardSet:
         named = expand_with_stats(patterns)
         failure: ValueError | OSError | None = None
         try:
-            for name, stat in named[rank::world]:
-                _index(name, stat, data, tar_index.load_checked)
+            new = [shard for shard in named[rank::world] if tar_index.load_checked(*shard, data.caption, data.cache) is None]
+            with LongWork("indexing", sum(stat.size for _, stat in new), "bytes") as work:
+                for name, stat in new:
+                    tar_index.build(name, stat, data.caption, data.cache, work.advance)
         except (ValueError, OSError) as error:  # raised behind the barrier, where the others wait
             failure = error
         barrier()
@@ -114,7 +117,8 @@ class ShardSet:
         if failure is not None:
             raise failure
         try:
-            indexes = [tar_index.known(_index(name, stat, data, tar_index.load_checked)) for name, stat in named]
+            shards = with_progress(named, "reading the indexes", "shards")
+            indexes = [tar_index.known(_index(name, stat, data, tar_index.load_checked)) for name, stat in shards]
         except OSError as error:
             raise ValueError(f"a shard cannot be read: {error}; {_UNREADABLE}") from error
         names, samples = [name for name, _ in named], [known.samples for known in indexes]

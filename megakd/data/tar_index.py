@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,13 +109,17 @@ def _stored(name: str, stat: Stat, caption: str, cache: str | None, *, say: bool
             yield rows
 
 
-def build(name: str, stat: Stat, caption: str, cache: str | None) -> IndexRows:
+def build(name: str, stat: Stat, caption: str, cache: str | None, done: Callable[[int], None] = lambda _: None) -> IndexRows:
     """Reads the tar from end to end, stores its index in the first place that can be written, and returns it.
+
+    done: is told how many more of its bytes were passed, all of them in the end.
 
     Raises ValueError for a compressed tar, for a file that is no tar, and for one that may not be read.
     """
     try:
-        rows = retry(lambda: _scan(name, stat, caption, cache), name)
+        counted = _Passed(stat.size, done)
+        rows = retry(lambda: _scan(name, stat, caption, cache, counted), name)
+        counted.to(stat.size)
     except PermissionError as error:
         raise ValueError(f"{shown(name)} may not be read ({error.strerror}): change its permissions, or who starts the run") from error
     for path in _places(name, caption, cache):
@@ -171,7 +175,21 @@ def _checksum(rows: IndexRows) -> int:
     return zlib.crc32(np.ascontiguousarray(rows[1:]).view(np.uint8).data, zlib.crc32(head.tobytes()))
 
 
-def _scan(name: str, stat: Stat, caption: str, cache: str | None) -> IndexRows:
+@dataclass
+class _Passed:
+    """Tells how far the reading of a tar has come; what is read once more is not told again."""
+
+    length: int
+    tell: Callable[[int], None]
+    place: int = 0
+
+    def to(self, place: int) -> None:
+        if self.place < place <= self.length:
+            self.tell(place - self.place)
+            self.place = place
+
+
+def _scan(name: str, stat: Stat, caption: str, cache: str | None, passed: _Passed) -> IndexRows:
     with ExitStack() as stack:
         file: IO[bytes]
         if is_remote(name) and cache is None:
@@ -184,6 +202,7 @@ def _scan(name: str, stat: Stat, caption: str, cache: str | None) -> IndexRows:
         builder = SampleBuilder(extension(caption))
         measured: dict[int, tuple[int, int]] = {}  # offset -> (check, checksum of the content's beginning)
         for member in tar_members.members(file, stat.size):
+            passed.to(member.end)
             if isinstance(member, tar_members.Hole):
                 builder.damage(member)
                 continue

@@ -26,6 +26,7 @@ from megakd.models.heads import normalised
 from megakd.models.patches import Patches, TowerReader, measure
 from megakd.recipe import Data
 from megakd.runtime import collectives, watchdog
+from megakd.runtime.console import with_progress
 from megakd.runtime.launch import World
 from megakd.runtime.precision import of_towers
 from megakd.runtime.preemption import StopPoller
@@ -149,7 +150,8 @@ def features(
     loader, own = _Loader(pictures, encoder.preprocess, data.max_pixels), list[tuple[Tensor, Tensor]]()
     unread, broken = dict[int, BadSample](), 0
     stream: Iterator[_Batch] = reported(WorkerStream(loader, mine, min(data.workers, len(mine)), world.device.type == "cuda"))
-    for batch in interruptions.between(stream, len(batches), 1):
+    between = interruptions.between(stream, len(batches), 1)
+    for batch in with_progress(between, f"evaluating {key} (its images)", "batches", len(mine)):
         tokens_nPC, pooled_nD = _seen(batch.pixels, plan, encoder)
         broken += int((~(tokens_nPC.isfinite().flatten(1).all(dim=1) & pooled_nD.isfinite().all(dim=1))).sum())
         unread |= dict(batch.unread)

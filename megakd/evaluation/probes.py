@@ -26,6 +26,7 @@ from megakd.evaluation.encoder import Encoder
 from megakd.evaluation.patch_features import MOST_BYTES, TokenPlan, features, plan_tokens
 from megakd.recipe.evaluation import Probe
 from megakd.runtime import collectives, watchdog
+from megakd.runtime.console import with_progress
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 from megakd.vqa.images import is_shards
@@ -157,7 +158,7 @@ def linear(train_ND: Tensor, class_N: Tensor, test_MD: Tensor) -> tuple[Tensor, 
     order = torch.randperm(len(train_ND), generator=torch.Generator().manual_seed(0)).to(train_ND.device)
     held, kept = order[::_HELD_OUT], order[torch.arange(len(order), device=order.device) % _HELD_OUT != 0]
     best, most, start = L2[0], -1, None
-    for l2 in L2:
+    for l2 in with_progress(L2, "evaluating probes (linear)", "strengths"):
         start = fit(train_ND[kept], class_N[kept], classes, l2, start)
         right = int((predicted(train_ND[held], *start) == class_N[held]).sum())
         if right > most:
@@ -195,7 +196,7 @@ def neighbours(train_ND: Tensor, class_N: Tensor, test_MD: Tensor, most: int, te
     """(M,) classes by the weighted vote of the `most` nearest, or of all where there are fewer; of equal votes the lower class."""
     train_ND, test_MD = F.normalize(train_ND, dim=1), F.normalize(test_MD, dim=1)
     classes, chosen = int(class_N.max()) + 1, [class_N.new_zeros(0)]
-    for start in range(0, len(test_MD), _QUERIES_AT_ONCE):
+    for start in with_progress(range(0, len(test_MD), _QUERIES_AT_ONCE), "evaluating probes (neighbours)", "pieces"):
         cosine_mk, near_mk = (test_MD[start : start + _QUERIES_AT_ONCE] @ train_ND.T).topk(min(most, len(train_ND)), dim=1)
         votes_mkK = F.one_hot(class_N[near_mk], classes) * (cosine_mk / temperature).exp().unsqueeze(2)
         chosen.append(votes_mkK.sum(dim=1).argmax(dim=1))

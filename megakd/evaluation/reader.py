@@ -26,6 +26,7 @@ from megakd.recipe import Data, Recipe
 from megakd.recipe.evaluation import Reader
 from megakd.recipe.schema import Scored
 from megakd.runtime import collectives, watchdog
+from megakd.runtime.console import with_progress
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 from megakd.vqa.benchmarks import benchmark
@@ -160,7 +161,7 @@ def _score(one: ReaderSet, key: str, encoder: Encoder, world: World, interruptio
     for kind in ("seeing", "blind") if settings.blind else ("seeing",):
         training = Training(settings, lessons, seen if kind == "seeing" else None, world.device) if world.is_main else None
         with one_thread(world.device):
-            for step in range(settings.steps):
+            for step in with_progress(range(settings.steps), f"evaluating {key} (the {kind} reader learns)", "steps"):
                 if step % _CHECKED == 0:
                     interruptions.check()
                     watchdog.beat("evaluating")

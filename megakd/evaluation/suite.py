@@ -26,6 +26,7 @@ from megakd.evaluation.reader import score_readers
 from megakd.evaluation.sets import Sets, check_label, lost_in, open_sets
 from megakd.models.clip import parameters_in
 from megakd.runtime import collectives
+from megakd.runtime.console import with_progress
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 
@@ -98,7 +99,7 @@ class Suite:
             return batch
 
         images, own = [], _Facts()
-        for batch in self._batches(samples, ("pixels", "cls"), own, check):
+        for batch in self._batches(samples, ("pixels", "cls"), own, key, check):
             images.append(self._encode(batch))
             own.labels += _listed(batch.cls)
         facts, lost = self._everyones(own, samples, key)
@@ -112,7 +113,7 @@ class Suite:
     def _retrieval(self, samples: SampleSet, key: str) -> dict[str, Any]:
         """Each line of a sample's text is a caption of its image, as in CLIP_benchmark; samples of equal images share one image."""
         images, texts, own = [], [], _Facts()
-        for batch in self._batches(samples, ("pixels", "content", "captions"), own):
+        for batch in self._batches(samples, ("pixels", "content", "captions"), own, key):
             images.append(self._encode(batch))
             captions = [text.splitlines() for text in batch.captions or []]
             texts.append(self._encoder.encode_texts([line for lines in captions for line in lines]))
@@ -153,7 +154,7 @@ class Suite:
             return batch
 
         own = _Facts()
-        for batch in self._batches(samples, ("pixels", "captions", "json"), own, check):
+        for batch in self._batches(samples, ("pixels", "captions", "json"), own, key, check):
             captions, negatives = batch.captions or [], [hard_negatives.negatives_of(content, "") for content in batch.json or []]
             image_nD = self._encode(batch)
             for kind, margin_n in hard_negatives.margins(self._encoder, image_nD, captions, negatives).items():
@@ -180,6 +181,7 @@ class Suite:
         samples: SampleSet,
         fields: tuple[Field, ...],
         own: _Facts,
+        key: str,
         check: Callable[[EvaluationBatch], EvaluationBatch] = lambda batch: batch,
     ) -> Iterator[EvaluationBatch]:
         """This rank's batches; their unreadable samples go to `own`. check: may raise ValueError, which every rank then raises."""
@@ -194,7 +196,8 @@ class Suite:
             workers=self._workers,
             pin_memory=world.device.type == "cuda",
         )
-        for batch in self._interruptions.between(map(check, batches), len(samples), encoder.batch):
+        between = self._interruptions.between(map(check, batches), len(samples), encoder.batch)
+        for batch in with_progress(between, f"evaluating {key}", "batches", -(-(len(samples) // world.size) // encoder.batch)):
             own.bad.merge(batch.bad)
             own.unreadable += batch.unreadable
             if len(batch):

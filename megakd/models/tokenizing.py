@@ -79,7 +79,7 @@ def _load(settings: Model, text: Mapping[str, Any], extra: dict[str, Any]) -> To
     if settings.tokenizer is not None:
         if not Path(settings.tokenizer).is_dir():
             raise ValueError(
-                "no such folder; `megakd tokenizer` makes one from your captions, `megakd shapes` writes one beside its shards"
+                "no such folder; `megakd data tokenizer` makes one from your captions, `megakd shapes` writes one beside its shards"
             )
         source = settings.tokenizer
     elif source and name.startswith(LOCAL):
@@ -153,7 +153,7 @@ def _check_pooling(tokenize: Tokenize, tokens: Tensor, text: Mapping[str, Any], 
         remedy = f"set text_cfg.pool_type = 'eos' and text_cfg.eos_id = {end}" if end is not None else "give it an end token"
         raise ValueError(
             f"{key}: text_cfg.pool_type = 'argmax' takes a text's embedding at its largest token, which has to be the end's, and here is "
-            f"another one in each text: {remedy}, or use a tokenizer whose end token is its last (`megakd tokenizer` makes such)"
+            f"another one in each text: {remedy}, or use a tokenizer whose end token is its last (`megakd data tokenizer` makes such)"
         )
     if pool == "eos" and not bool((tokens == eos).any(1).all()):
         raise ValueError(

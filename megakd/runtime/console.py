@@ -42,8 +42,13 @@ class _Screen:
         if self._bars is None:
             columns = (*_texts("what"), BarColumn(), *_texts("count"), TimeRemainingColumn(), *_texts("more"))
             # rich writes what is printed to `console`: not where it was meant for a file
-            redirected = {"redirect_stdout": sys.stdout.isatty(), "redirect_stderr": sys.stderr.isatty()}
-            self._bars = Progress(*columns, console=console, transient=not stays, **redirected)
+            self._bars = Progress(
+                *columns,
+                console=console,
+                transient=not stays,
+                redirect_stdout=sys.stdout.isatty(),
+                redirect_stderr=sys.stderr.isatty(),
+            )
         return self._bars.add_task("", total=total, visible=shown, what=what, unit=unit, count="", more="")
 
     def update(self, task: TaskID, done: float, *, shown: bool = True, more: str = "") -> None:
@@ -83,7 +88,7 @@ def _is_live(console: Console) -> bool:
 
 
 def amounts(done: float, total: float, unit: str) -> str:
-    """"1,200 of 48,000 samples", "0.3 of 1.2 GB" where the unit is bytes."""
+    """ "1,200 of 48,000 samples", "0.3 of 1.2 GB" where the unit is bytes."""
     if unit != "bytes":
         return f"{done:,.0f} of {total:,.0f} {unit}"
     size, name = next(((size, name) for size, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if total >= size), (1e3, "kB"))

@@ -19,7 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megakd.runtime.console import LongWork
+
 PARTIAL, REMOVED, REPLACED = ".partial", ".removed", ".replaced"
+_HASHED = 1 << 22  # bytes at a time
 # What versions before 0.2 had under way.
 _FORMERLY = (".partial_*", ".removed_*", "metrics.partial")
 
@@ -51,8 +54,12 @@ def sync(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Of a file's bytes, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file, LongWork("checksum of a file", os.fstat(file.fileno()).st_size, "bytes") as work:
+        while piece := file.read(_HASHED):
+            digest.update(piece)
+            work.advance(len(piece))
+    return digest.hexdigest()
 
 
 def json_sha256(content: Any) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import random
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -38,6 +37,7 @@ from megakd.models.fingerprint import computation, preprocessing
 from megakd.recipe import Recipe
 from megakd.recipe import load as recipes
 from megakd.runtime import collectives, ds_config, launch, precision, shared_folder
+from megakd.runtime.console import LongWork, with_progress
 from megakd.runtime.launch import World
 from megakd.teachers.base import LiveTeacher
 from megakd.teachers.build import live_teacher, open_store, patch_layout, store_key
@@ -46,7 +46,6 @@ from megakd.teachers.embed_request import EmbedRequest
 SAMPLED = 256  # samples that a check recomputes: a defect of one in a hundred shows with 92 %
 # Rows of the tests' teacher, recomputed and rounded to bf16, are at .999997 and better; a flipped image's was seen at .87.
 WORST_COSINE = 0.999
-_SAY_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -149,21 +148,19 @@ class EmbedJob:
         if manifest is None:
             scale, bias = float(teacher.scale), None if teacher.bias is None else float(teacher.bias)
             manifest = collectives.by_main(lambda: writer.start(folder, Manifest(self._key, self._made(), layout, scale, bias)), world)
-        began, said, images = time.monotonic(), time.monotonic(), 0
+        mine = sum(layout.count(number) for number in todo[world.rank :: world.size])
         asked = [[chunk for number in todo[rank :: world.size] for chunk in self._chunks(layout, number)] for rank in range(world.size)]
         open_part: _Part | None = None
-        for chunk, seen, found in self._run(teacher, asked, layout.views):
-            if open_part is None or open_part.number != chunk.number:
-                open_part = _Part(layout, chunk.number)
-            open_part.add(seen.index, found)
-            if chunk.last:
-                writer.write_part(
-                    folder, manifest, chunk.number, open_part.image_NVD, open_part.text_ND, open_part.known_N, open_part.patches
-                )
-            images += len(seen.index) * layout.views * world.size
-            if time.monotonic() - said > _SAY_SECONDS:
-                said = time.monotonic()
-                self._say(f"part {chunk.number + 1} of {layout.parts}, about {images / (said - began):.0f} images/s")
+        with LongWork("embedding", mine, "samples") as work:
+            for chunk, seen, found in self._run(teacher, asked, layout.views):
+                if open_part is None or open_part.number != chunk.number:
+                    open_part = _Part(layout, chunk.number)
+                open_part.add(seen.index, found)
+                if chunk.last:
+                    writer.write_part(
+                        folder, manifest, chunk.number, open_part.image_NVD, open_part.text_ND, open_part.known_N, open_part.patches
+                    )
+                work.advance(len(chunk.index_n))
         collectives.barrier(world)
         return manifest
 
@@ -220,7 +217,8 @@ class EmbedJob:
         chunks = [_Chunk(0, chosen[start : start + step], False) for start in range(0, len(chosen), step)]
         asked = [chunks[rank :: world.size] for rank in range(world.size)]
         teacher = self._teacher()
-        compared = [_compared(store, seen, found) for _, seen, found in self._run(teacher, asked, store.layout.views)]
+        recomputed = with_progress(self._run(teacher, asked, store.layout.views), "recomputing", "pieces", len(asked[world.rank]))
+        compared = [_compared(store, seen, found) for _, seen, found in recomputed]
         rows = collectives.gather_rows(torch.cat(compared) if compared else torch.zeros((0, 4), dtype=torch.float64), world)
         return self._judge(store, rows, len(chosen))
 
@@ -229,7 +227,7 @@ class EmbedJob:
         store.check_whole()
         damaged = [
             number
-            for number in range(self.world.rank, store.layout.parts, self.world.size)
+            for number in with_progress(range(self.world.rank, store.layout.parts, self.world.size), "checksums of the store", "parts")
             if stores.content_digest(stores.map_part(store.folder, store.manifest, number, store.parts[number]))
             != store.parts[number].sha256
         ]

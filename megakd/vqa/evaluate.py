@@ -23,6 +23,7 @@ from megakd.data.bad_samples import BadCounter, BadSample, Reason, located
 from megakd.data.transforms import normalise, rgb_image
 from megakd.recipe import Data, QuestionSource, Recipe
 from megakd.runtime import collectives, run_folder, watchdog
+from megakd.runtime.console import with_progress
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 from megakd.vqa.answers_log import AnswersLog, GivenAnswer
@@ -195,7 +196,8 @@ def _ask(
     rows: dict[int, GivenAnswer] = {}
     with journal.appending(world.rank) as append:
         answered = ((batch, answerer.answers(batch)) for batch in batches)  # lazily: `between` raises one rank's error on all
-        for batch, answers in interruptions.between(answered, len(missing), answerer.batch):
+        between, count = interruptions.between(answered, len(missing), answerer.batch), -(-len(mine) // answerer.batch)
+        for batch, answers in with_progress(between, "evaluating questions", "batches", count):
             given = {int(index): GivenAnswer(answer) for index, answer in zip(batch.index, answers, strict=True)}
             given |= {index: GivenAnswer("", why) for index, why in batch.unusable}
             append(given)

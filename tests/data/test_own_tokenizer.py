@@ -1,4 +1,4 @@
-"""`megakd tokenizer` makes what `student.tokenizer` takes, of lines and of shards' captions."""
+"""`megakd data tokenizer` makes what `student.tokenizer` takes, of lines and of shards' captions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.shards import write_tar
 def test_a_run_trains_and_exports_with_it(kind: str, recipe_file: Path, world: Path, tmp_path: Path) -> None:
     shards = [str(path) for path in sorted((world / "train").glob("*.tar"))]
     out = tmp_path / "words"
-    told = CliRunner().invoke(app, ["tokenizer", *shards, "--out", str(out), "--kind", kind, "--words", "400", "--context", "32"])
+    told = CliRunner().invoke(app, ["data", "tokenizer", *shards, "--out", str(out), "--kind", kind, "--words", "400", "--context", "32"])
     assert told.exit_code == 0, told.output
     size = int(told.output.partition("vocab_size = ")[2].partition(",")[0])
     assert size <= 400

@@ -371,3 +371,13 @@ def test_the_log_of_bad_samples_is_rate_limited(caplog: pytest.LogCaptureFixture
     assert len(lines) == 5
     assert sum(1 + int(line.partition(" and ")[2].partition(" ")[0]) for line in lines) == 260
     assert all("bad_text: 0.tar" in line for line in lines)
+
+
+def test_indexing_tells_how_many_bytes_it_has_passed_up_to_the_last(tmp_path: Path) -> None:
+    write_set(tmp_path, samples=30, shards=1)
+    path = tmp_path / "00000.tar"
+    stat, told = storage.stat(str(path)), list[int]()
+    assert stat is not None
+    tar_index.build(str(path), stat, "txt", None, told.append)
+    assert len(told) >= 30  # along the way
+    assert sum(told) == path.stat().st_size

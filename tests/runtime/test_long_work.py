@@ -1,4 +1,4 @@
-"""Work that takes long says how far it is: as a bar with the time left on a terminal, as a line now and then elsewhere, and else nothing."""
+"""Work that takes long says how far it is, by a bar with the time left on a terminal and by lines elsewhere; what is short says nothing."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_closed_standard_error_does_not_end_the_work() -> None:
 
 
 def on_terminal(code: str, *, out: int | None = None, columns: int = 100) -> tuple[str, str]:
-    """What a program's code writes on a terminal, with its control sequences; out: standard output goes there instead, and is the second."""
+    """What a program writes on a terminal, with control sequences. out: where standard output goes instead, the second that is returned."""
     master, slave = pty.openpty()
     read, write = os.pipe()
     variables = {**environment(), "TERM": "xterm-256color", "COLUMNS": str(columns)}

@@ -34,6 +34,7 @@ from megakd.models.fingerprint import preprocessing
 from megakd.models.grids import Grid, averaged_shape, common_grid, on_grid
 from megakd.models.patches import TowerReader, Weights, measure
 from megakd.runtime import collectives, watchdog
+from megakd.runtime.console import with_progress
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 from megakd.teachers.base import LiveTeacher, settings_of
@@ -192,7 +193,8 @@ class _Comparison:
             for view in views.values()
         }  # fmt: skip
         steady = _Steady(zip(*streams.values(), strict=True), -(-most // size))
-        for number, batches in enumerate(self.interruptions.between(iter(steady), len(shards), size)):
+        between = self.interruptions.between(iter(steady), len(shards), size)
+        for number, batches in enumerate(with_progress(between, "evaluating diagnostics", "batches", -(-most // size))):
             by_view = dict(zip(streams, batches, strict=True)) if batches else {}
             pixels = {role: None if not by_view else by_view[view.evaluation_pixels].pixels for role, view in views.items()}
             first = batches[0] if batches else None
