@@ -42,7 +42,7 @@ VERBS: tuple[Callable[..., None], ...] = (
 )  # fmt: skip
 for verb in VERBS:
     app.command()(verb)
-for verb in (data.tokenizer,):
+for verb in (data.check, data.tokenizer):
     helpers.command()(verb)
 app.add_typer(helpers, name="data")
 for verb in (bench.step, bench.loader, bench.teacher_load, bench.teacher_speed, bench.cached, bench.objectives):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from megakd.cli.options import Overrides, from_fields
+from megakd.runtime.exits import EXIT_UNFIT
 from megakd.teachers.embed_request import EmbedRequest
 
 
@@ -58,6 +59,32 @@ def tokenizer(
     print(
         f"{out}: {size} words. In the recipe: student.tokenizer = '{out}', text_cfg = {{ vocab_size = {size}, context_length = {context} }}"
     )
+
+
+def check(
+    shards: Annotated[list[str] | None, typer.Argument(help="image-text shards, as data.train names them; default: the recipe's")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="name of a shipped recipe or a .toml file: its [data], its student's tokenizer, what it reads")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one setting, e.g. data.caption=alt")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for check.html, with a contact sheet, and check.json")] = None,
+    samples: Annotated[int | None, typer.Option(help="read so many, evenly spaced; default: all")] = None,
+    json: Annotated[bool, typer.Option("--json", help="print one JSON object; its keys: megakd/data/README.md")] = False,
+) -> None:
+    """What is in shards, and what training would drop of it and why: sizes, captions, repeats, a contact sheet.
+
+    Exit code 0 where a run would train on them, 1 where it would refuse, 2 where they cannot be opened.
+    """
+    from megakd.data.check import run
+    from megakd.runtime.console import quiet_libraries
+    from megakd.training import checked_data
+
+    quiet_libraries()
+    request = checked_data.request(shards or [], recipe, overrides or [], samples, out)
+    if not run.check(request, as_json=json):
+        raise typer.Exit(EXIT_UNFIT)
 
 
 @from_fields

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from megakd.data.caption_tokens import caption
 from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.stream import WorkerStream, reported
-from megakd.data.transforms import TowerView, evaluation_pixels, rgb_image
+from megakd.data.transforms import TowerView, content_digest, evaluation_pixels, rgb_image
 from megakd.recipe import Data
 
 Field = Literal["pixels", "tokens", "captions", "json", "cls", "content"]
@@ -147,7 +146,7 @@ class _EvaluationSet:
         """128 bits of the pixels, as two numbers of int64: files of one picture may differ. None where `content` is not requested."""
         if "content" not in self.fields:
             return None
-        digest = hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest()
+        digest = content_digest(image)
         return int.from_bytes(digest[:8], "big", signed=True), int.from_bytes(digest[8:], "big", signed=True)
 
     def _readable(self, index: int, needs: tuple[Slot, ...]) -> Unreadable:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Box = tuple[int, int, int, int]
 
 # Only formats that shards hold: PIL would also start Ghostscript for a file that calls itself an EPS.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 # Crops of six times the target and more are first averaged over whole pixels, to three times the target at least: less than half the
 # time, for .2 levels in the mean on photo-like pictures, 1.7 on a checkerboard of 20-pixel squares (4 at a gap of 2).
 _REDUCING_GAP = 3.0
@@ -105,7 +105,7 @@ class TowerView:
 def decode(data: bytes, max_pixels: int) -> Image.Image:
     """The image in its stored mode, of several frames the first. Raises BadSample: corrupt_image, too_large or too_thin."""
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > max_pixels:  # the header's word, before any pixel is decoded
             raise BadSample("too_large", f"{image.width} x {image.height} pixels, data.max_pixels = {max_pixels}")
         if max(image.size) > _THINNEST * min(image.size):
@@ -137,6 +137,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
         raise
     except Exception as error:  # PIL has no conversion of LAB, for example, and fails inside damaged palettes
         raise BadSample("bad_pixels", f"{image.mode} cannot become RGB: {type(error).__name__}: {error}") from error
+
+
+def content_digest(image: Image.Image) -> bytes:
+    """128 bits of an image's pixels in RGB, by which equal pictures in different files are known."""
+    return hashlib.blake2b(f"{image.size}".encode() + image.tobytes(), digest_size=16).digest()
 
 
 def _upright(image: Image.Image) -> Image.Image:
