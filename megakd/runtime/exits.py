@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-EXIT_UNFIT = (
-    1  # of `megakd doctor`: something that training needs fails on this machine; of `megakd data check`: a run would refuse the data
-)
+# of `megakd doctor`: something that training needs fails on this machine; of `megakd data check`: a run would refuse the data
+EXIT_UNFIT = 1
 EXIT_LOST_PEER = 1  # another rank ended without a word, or the connection to it broke
 EXIT_USER_ERROR = 2  # a mistake in the recipe, the data or the command, said in one message
 EXIT_SAVED = 85  # stopped by a signal after saving: start the same command again to go on
