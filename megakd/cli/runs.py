@@ -15,7 +15,9 @@ from megakd.planning.cluster import Cluster
 
 
 def evaluate(
-    run: Annotated[Path | None, typer.Argument(help="run folder; its recipe says on which sets")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(help="run folder, whose recipe says on which sets; or a decoder's bundle, RUN/bundle")
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="a checkpoint's folder; default: the newest valid one of the run")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a setting, e.g. evaluation.retrieval.mine=my/*.tar")
@@ -24,30 +26,59 @@ def evaluate(
     pretrained: Annotated[str | None, typer.Option(help="its weights, as teacher.pretrained: a tag, a file, random")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="its tokenizer, as teacher.tokenizer; default: the model's own")] = None,
     preprocess: Annotated[str | None, typer.Option(metavar="TAG", help="the tag whose preprocessing the weights of a file take")] = None,
-    recipe: Annotated[str | None, typer.Option(help="with --model: a recipe, or run.json, with the sets; default: --set's alone")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="JSON", help="with --model: write the scores to this file as well")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, or int8 as a teacher of mode replicated_int8; default: fp32")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="with --model or a bundle: a recipe, or run.json, with the sets; default: --set's alone")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="with --model or a bundle: write the scores to this file as well")
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="a list of sets to score on as well, with averages: datacomp38, or a .toml file")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="with --suite: the folder of its sets, wds_NAME/test/*.tar")] = None,
 ) -> None:
-    """Score a run's student on the recipe's evaluation sets and write RUN/evaluation.json, or with --model any model without a run.
+    """Score a run's student on the recipe's evaluation sets and write RUN/evaluation.json, a decoder's bundle by its answers, or with
+    --model any model without a run.
 
     Starts under torchrun as well.
     """
-    of_models = {"--pretrained": pretrained, "--tokenizer": tokenizer, "--preprocess": preprocess, "--recipe": recipe, "--out": out}
+    of_models = {"--pretrained": pretrained, "--tokenizer": tokenizer, "--preprocess": preprocess, "--precision": precision}
+    of_others = {"--recipe": recipe, "--out": out}
     if (run is None) == (model is None):
         raise ValueError("give either a run folder, or a model with --model and --pretrained, not both and not neither")
+    is_bundle = run is not None and (run / "bundle.json").is_file()
     if run is not None and (given := [flag for flag, value in of_models.items() if value is not None]):
-        raise ValueError(f"{given[0]}: goes with --model; a run has a model and sets of its own, and {run}/evaluation.json for its scores")
-    if model is not None and checkpoint is not None:
+        whose = "bundle" if is_bundle else "run"
+        raise ValueError(f"{given[0]}: goes with --model; a {whose} has a model of its own")
+    if run is not None and not is_bundle and (given := [flag for flag, value in of_others.items() if value is not None]):
+        raise ValueError(f"{given[0]}: goes with --model or a bundle; a run has sets of its own, and {run}/evaluation.json for its scores")
+    if (model is not None or is_bundle) and checkpoint is not None:
         raise ValueError("--checkpoint: is of a run; give the weights of --model with --pretrained")
-    from megakd.evaluation import run as evaluation_run
-    from megakd.recipe import Teacher
+    if precision not in (None, "fp32", "int8"):
+        raise ValueError(f"--precision {precision}: fp32 or int8")
+    if data is not None and suite is None:
+        raise ValueError("--data: goes with --suite, whose sets are in it; sets of a recipe have paths of their own")
+    from megakd.evaluation.benchmark_suite import SuiteChoice
     from megakd.runtime.console import quiet_libraries
 
     quiet_libraries()
-    if run is not None:
-        evaluation_run.evaluate_run(run, checkpoint, overrides or [])
+    chosen = None if suite is None else SuiteChoice(suite, data)
+    if run is not None and is_bundle:
+        from megakd.evaluation.of_bundle import evaluate_bundle
+
+        evaluate_bundle(run, recipe, overrides or [], out, chosen)
+    elif run is not None:
+        from megakd.evaluation.run import evaluate_run
+
+        evaluate_run(run, checkpoint, overrides or [], chosen)
     else:
-        settings = Teacher(model=model, pretrained=pretrained, tokenizer=tokenizer, preprocess=preprocess)
-        evaluation_run.evaluate_model(settings, recipe, overrides or [], out)
+        from megakd.evaluation.of_model import evaluate_model
+        from megakd.recipe import Teacher
+
+        mode = "replicated_int8" if precision == "int8" else "replicated"
+        settings = Teacher(model=model, pretrained=pretrained, tokenizer=tokenizer, preprocess=preprocess, mode=mode)
+        evaluate_model(settings, recipe, overrides or [], out, chosen)
 
 
 @from_fields

@@ -7,7 +7,7 @@ from typing import Any
 
 from megakd.vqa import evaluate
 
-_PROBED = {"pooled": "", "mean patch": "patch_"}  # features, and how their scores' names begin
+PROBED = {"pooled": "", "mean patch": "patch_"}  # features, and how their scores' names begin
 
 
 def numbers(results: Mapping[str, Any]) -> dict[str, float]:
@@ -24,9 +24,17 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, float]]:
         yield path, float(value)
 
 
+def heading(results: Mapping[str, Any]) -> str:
+    """Of what the scores are: a run's step, a model without a run, a bundle."""
+    if "step" in results:
+        return f"evaluation at step {results['step']}:"
+    precision = f" in {results['precision']}" if "precision" in results else ""
+    return f"evaluation of {results.get('model') or results['bundle']}{precision}:"
+
+
 def lines(results: dict[str, Any]) -> str:
     """A line for each set, in percent."""
-    rows = [f"evaluation at step {results['step']}:" if "step" in results else f"evaluation of {results['model']}:"]
+    rows = [heading(results)]
     for name, scores in results.get("zero_shot", {}).items():
         top1, top5, images = scores["top1"], scores["top5"], scores["images"]
         rows.append(f"  zero-shot {name}: top-1 {top1:.1%}, top-5 {top5:.1%} of {images} images{_lost(scores)}")
@@ -56,7 +64,7 @@ def lines(results: dict[str, Any]) -> str:
     for name, scores in results.get("probe", {}).items():
         near = f"{scores['neighbours']} nearest"
         both = [
-            f"{what} linear {scores[f'{of}linear']['top1']:.1%}, {near} {scores[f'{of}knn']['top1']:.1%}" for what, of in _PROBED.items()
+            f"{what} linear {scores[f'{of}linear']['top1']:.1%}, {near} {scores[f'{of}knn']['top1']:.1%}" for what, of in PROBED.items()
         ]
         rows.append(f"  probe {name} of {scores['images']} images: {'; '.join(both)}{_lost(scores)}")
     if "vqa" in results:

@@ -1,28 +1,36 @@
-"""`megakd evaluate`: score a run's weights without the run's engine, teacher or training data, or any model without a run."""
+"""`megakd evaluate RUN`: score a run's weights without the run's engine, teacher or training data."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
-from megakd.evaluation import report
+from megakd.evaluation import benchmark_suite, measured, tables
+from megakd.evaluation.benchmark_suite import SuiteChoice
 from megakd.evaluation.encoder import Encoder
-from megakd.evaluation.sets import TEXT_SETS, sets_of
+from megakd.evaluation.sets import sets_of
 from megakd.evaluation.suite import Suite, open_sets
 from megakd.export import trained
-from megakd.models import clip
-from megakd.recipe import Recipe, Student, Teacher, texts
+from megakd.recipe import Recipe, texts
 from megakd.recipe import load as recipes
-from megakd.runtime import collectives, files, launch, run_folder
+from megakd.runtime import collectives, launch, run_folder
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 
-# What a model without a run is not scored by, and why.
-_OF_OTHERS = (("vqa", "a decoder answers it"), ("diagnostics", "it compares a student with its teacher: megakd diagnose"))
+
+@dataclass(frozen=True)
+class _Scored:
+    """A checkpoint with its scores, and what they are of."""
+
+    results: dict[str, Any]
+    path: Path
+    recipe: Recipe
+    student: nn.Module
 
 
 def evaluate(run: str | Path, checkpoint: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -42,18 +50,27 @@ def evaluate(run: str | Path, checkpoint: str | Path | None = None, overrides: S
     ['R@1', 'R@10', 'R@5']
     """
     with process_group() as world:
-        return _scores(Path(run), checkpoint, overrides, world)[0]
+        return _scores(Path(run), checkpoint, overrides, world).results
 
 
-def evaluate_run(run: Path, chosen: Path | None, overrides: list[str]) -> None:
-    """`evaluate`, written to RUN/evaluation.json and printed."""
+def evaluate_run(run: Path, chosen: Path | None, overrides: list[str], suite: SuiteChoice | None = None) -> None:
+    """`evaluate`, with a suite's scores and the sizes and speeds of student and teachers, written to RUN/evaluation.json and printed."""
     with process_group() as world:
-        results, path = _scores(run, chosen, overrides, world)
+        scored = _scores(run, chosen, overrides, world, suite)
+        results, settings = scored.results, scored.recipe.student
+        name = (None if settings is None else settings.model) or "own architecture"
+        models = {
+            "student": measured.of(scored.student, results["images_per_second"], model=name),
+            **measured.teachers(scored.recipe, world),
+        }
         if world.is_main:
             if not any(override.startswith("evaluation.diagnostics") for override in overrides):
                 results |= _diagnostics_of(run, results)
+            results["models"] = models
             run_folder.write_json(run / run_folder.EVALUATION, results)
-            print(f"{path}\n{report.lines(results)}\nwritten to {run / run_folder.EVALUATION}")
+            print(scored.path)
+            tables.show(results)
+            print(f"written to {run / run_folder.EVALUATION}")
 
 
 def _diagnostics_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
@@ -66,58 +83,6 @@ def _diagnostics_of(run: Path, results: dict[str, Any]) -> dict[str, Any]:
     return {"diagnostics": earlier["diagnostics"]} if same and "diagnostics" in earlier else {}
 
 
-def evaluate_model(
-    settings: Teacher | Student, recipe: str | None, overrides: Sequence[str] = (), out: Path | None = None
-) -> dict[str, Any]:
-    """The scores of any model that a teacher or a student may be, without a run, printed and written to `out`; as `evaluate` gives them,
-    with "model" and "pretrained" in the place of "step".
-
-    recipe: whose evaluation, data and seed count; None: `overrides` say all. Random weights are drawn by the seed. A model of images alone
-    is scored by what reads its images alone.
-
-    Raises ValueError when the model cannot be built, when a set is missing or damaged, and for a set of texts and a model without them.
-    """
-    scored = recipes.load_scored(recipe, overrides)
-    name = settings.model or "own architecture"
-    with process_group() as world:
-        if out is not None:
-            collectives.by_main(lambda: _check_file(out), world)
-        try:
-            description = clip.resolve(settings, "teacher" if isinstance(settings, Teacher) else "student")
-        except ValueError as error:
-            raise ValueError(f"--model {name}: {error}") from error
-        of_texts = [f"evaluation.{kind}.{one}" for kind in TEXT_SETS for one in getattr(scored.evaluation, kind)]
-        if of_texts and not description.has_text:
-            raise ValueError(f"{', '.join(of_texts)}: --model {name} has no text tower; take out what texts are compared with")
-        of_others: dict[str, Any] = {kind: {} for kind, _ in _OF_OTHERS}
-        sets = open_sets(scored.model_copy(update={"evaluation": scored.evaluation.model_copy(update=of_others)}), world)
-        if not sets:
-            raise ValueError("no evaluation set: name some with --set evaluation.retrieval.NAME=SHARDS, or by the --recipe that has them")
-        sets.check_tower(clip.on_meta(description).clip)
-        for kind, why in _OF_OTHERS:
-            if getattr(scored.evaluation, kind) and world.is_main:
-                print(f"evaluation.{kind}: not scored, {why}")
-        torch.manual_seed(scored.seed)
-        built = clip.build(description, torch.device("cpu"))
-        tower = built.clip.to(world.device).eval().requires_grad_(False)
-        encoder = Encoder(tower, built.preprocess, description.tokenize, world.device, scored.evaluation.batch)
-        scores = Suite(sets, encoder, world, scored.data.workers, StopPoller(world)).run()
-        results = {"model": name, "pretrained": settings.pretrained, "sets": sets_of(scored), **scores}
-        if world.is_main:
-            print(report.lines(results))
-            if out is not None:
-                run_folder.write_json(out, results)
-                print(f"written to {out}")
-    return results
-
-
-def _check_file(path: Path) -> None:
-    """Raises ValueError where a file of scores cannot be written."""
-    if path.is_dir():
-        raise ValueError(f"--out {path}: a folder; give the file that the scores are written to, as {path / run_folder.EVALUATION}")
-    files.check_place(path.absolute().parent, "--out")
-
-
 @contextlib.contextmanager
 def process_group() -> Iterator[World]:
     """For a block; of one process where no launcher has started several."""
@@ -127,9 +92,8 @@ def process_group() -> Iterator[World]:
         launch.stop()
 
 
-def _scores(run: Path, chosen: str | Path | None, overrides: Sequence[str], world: World) -> tuple[dict[str, Any], Path]:
-    """The scores, and the checkpoint that they belong to."""
-    recipe = recipe_of(run, overrides)
+def _scores(run: Path, chosen: str | Path | None, overrides: Sequence[str], world: World, suite: SuiteChoice | None = None) -> _Scored:
+    recipe, benchmark = benchmark_suite.chosen(suite, recipe_of(run, overrides), world)
     path = collectives.by_main(lambda: Path(chosen) if chosen else trained.newest(run), world)
     sets = open_sets(recipe, world)
     if not sets:
@@ -137,7 +101,10 @@ def _scores(run: Path, chosen: str | Path | None, overrides: Sequence[str], worl
     step, encoder = student_of(recipe, path, world)
     sets.check_tower(encoder.clip)
     scores = Suite(sets, encoder, world, recipe.data.workers, StopPoller(world)).run()
-    return {"step": step, "sets": sets_of(recipe), **scores}, path
+    results = {"step": step, "sets": sets_of(recipe), **scores}
+    if benchmark is not None:
+        results["suite"] = benchmark.scores(results)
+    return _Scored(results, path, recipe, encoder.clip)
 
 
 def recipe_of(run: Path, overrides: Sequence[str]) -> Recipe:

@@ -82,9 +82,10 @@ def class_embeddings(encoder: Encoder, classes: ClassSet) -> Tensor:
 
 
 def accuracies(image_nD: Tensor, label_n: Tensor, class_CD: Tensor, lost: int = 0, lost_labels: Sequence[int] = ()) -> dict[str, float]:
-    """{"top1": ..., "top5": ..., "mean_per_class_recall": ..., "images": n + lost}, fractions. Embeddings have to be finite.
+    """{"top1": ..., "top5": ..., "mean_per_class_recall": ..., "f1_macro": ..., "images": n + lost}; embeddings have to be finite.
 
-    mean_per_class_recall: of the classes that have an image, the mean of what is right of each, as CLIP_benchmark's.
+    mean_per_class_recall, f1_macro: of the classes that have an image, the mean of what is right of each, as CLIP_benchmark's, and of the
+    harmonic means of that and of what is right among the images that get the class, as WILDS'.
     lost: further images, which could not be read: they count as wrong, in the class of those whose labels are known, `lost_labels`, and in
     every class alike for the others. Of equally near classes the one with the lower number comes first,
     as in a stable sort: two pairs of ImageNet's classes share their names ("missile", "sunglasses"), and a model that gives every class
@@ -96,9 +97,12 @@ def accuracies(image_nD: Tensor, label_n: Tensor, class_CD: Tensor, lost: int = 
     before_n = ((scores_nC > own_n1) | ((scores_nC == own_n1) & earlier_nC)).sum(dim=1)
     images = len(label_n) + lost
     top = {f"top{most}": (before_n < most).sum().item() / images for most in (1, 5)}
+    right_n, guessed_n = (before_n < 1).cpu(), scores_nC.argmax(dim=1).cpu()
     all_labels = torch.cat([label_n.cpu(), torch.tensor(lost_labels, dtype=torch.int64)])
-    of_C = torch.bincount(all_labels, minlength=len(class_CD))
-    right_C = torch.bincount(label_n.cpu()[(before_n < 1).cpu()], minlength=len(class_CD))
-    there_C = of_C > 0
-    recall = (right_C[there_C].double() / of_C[there_C].double()).mean().item() if len(all_labels) else 0.0
-    return {**top, "mean_per_class_recall": recall * len(all_labels) / images, "images": images}
+    of_C, right_C, guessed_C = (
+        torch.bincount(labels, minlength=len(class_CD)).double() for labels in (all_labels, label_n.cpu()[right_n], guessed_n)
+    )
+    there_C, known = of_C > 0, len(all_labels) / images
+    recall_C, f1_C = right_C / of_C, 2 * right_C / (of_C + guessed_C)
+    means = {"mean_per_class_recall": recall_C, "f1_macro": f1_C}
+    return {**top, **{name: values[there_C].mean().item() * known if known else 0.0 for name, values in means.items()}, "images": images}

@@ -222,7 +222,13 @@ class Bundle:
         blank = torch.zeros(3, *image_size(visual), dtype=torch.uint8)
         preprocess = self.towers.preprocess
         rows = [blank if image is None else torch.from_numpy(evaluation_pixels(as_rgb(image), preprocess).copy()) for image in images]
-        pixels = normalise(torch.stack(rows).to(self.device), preprocess, pixel_dtype(visual))
+        return self.see(normalise(torch.stack(rows).to(self.device), preprocess, pixel_dtype(visual)))
+
+    @torch.no_grad()
+    def see(self, pixels: Tensor) -> Tensor:
+        """(B, V, C), the patch tokens of normalised pixels (B, 3, H, W) of the tower's size and type, on its device."""
+        assert self.towers is not None, "a decoder with a vision tower"
+        visual: Any = self.towers.clip.visual
         with evaluating(visual):
             return patch_tokens(visual, pixels, self.decoder.settings.layer)
 

@@ -68,14 +68,14 @@ def perform(kind: str, recipe: str, out: Path, options: tuple[str, ...]) -> int:
         embed.run(recipe, EmbedRequest(out, int(views), dtype), check=False, overrides=[])
         return 0
     if kind == "scores":
-        from megakd.evaluation import run as evaluation
+        from megakd.evaluation.of_model import evaluate_model
 
         student = load_recipe(recipe).student
         assert student is not None, "a study scores models"
         out.mkdir(parents=True, exist_ok=True)
         # Models of images alone are teachers; a student may start from random weights without a word.
         model = Teacher(**student.model_dump(exclude_defaults=True)) if image_only.names_one(student) else student
-        evaluation.evaluate_model(model, recipe, [], out / EVALUATION)
+        evaluate_model(model, recipe, [], out / EVALUATION)
         return 0
     from megakd.training.command import run_command
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from megakd.data.bad_samples import BadCounter, BadSample, Reason, located
 from megakd.data.transforms import normalise, rgb_image
 from megakd.recipe import Data, QuestionSource, Recipe
+from megakd.recipe.schema import Scored
 from megakd.runtime import collectives, run_folder, watchdog
 from megakd.runtime.console import with_progress
 from megakd.runtime.launch import World
@@ -87,8 +88,11 @@ class Opened:
     questions: QuestionSet
 
 
-def open_sets(recipe: Recipe, world: World) -> dict[str, Opened]:
-    """Every set under evaluation.vqa. Raises ValueError with the key for one that is missing, damaged, or has no questions."""
+def open_sets(recipe: Recipe | Scored, world: World, *, sees: bool) -> dict[str, Opened]:
+    """Every set under evaluation.vqa. sees: whether the decoder is shown images, of which one of each set is then read.
+
+    Raises ValueError with the key for one that is missing, damaged, or has no questions.
+    """
     sets: dict[str, Opened] = {}
     for name, source in recipe.evaluation.vqa.items():
         key = f"evaluation.vqa.{name}"
@@ -96,7 +100,7 @@ def open_sets(recipe: Recipe, world: World) -> dict[str, Opened]:
             raise ValueError(f"{key}.format = 'captions': captions are no answers; name them under evaluation.retrieval")
         opened = open_questions(source, key, recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
         assert not isinstance(opened, CaptionSet)
-        if recipe.student is not None and opened.images is not None:
+        if sees and opened.images is not None:
             collectives.by_main(partial(try_images, opened, key, recipe.data), world)
         sets[name] = Opened(source, opened)
     return sets

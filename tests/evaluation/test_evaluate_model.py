@@ -27,7 +27,7 @@ def run(recipe_file: Path, world: Path, evaluations: tuple[str, ...], tmp_path_f
 
 def scores(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text(encoding="utf-8"))
-    return {name: value for name, value in found.items() if name not in ("step", "model", "pretrained", "images_per_second")}
+    return {name: value for name, value in found.items() if name not in ("step", "model", "pretrained", "images_per_second", "models")}
 
 
 def test_a_model_has_the_numbers_of_its_run_to_the_last_bit_on_one_rank_and_two(run: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ def run(recipe_file: Path, evaluations: tuple[str, ...], tmp_path_factory: pytes
 def _results(run: Path) -> dict[str, Any]:
     results = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     results.pop("images_per_second")
+    results.pop("models", None)  # of the verb alone
     return results  # type: ignore[no-any-return]
 
 
@@ -122,6 +124,33 @@ def test_an_exported_model_teaches_the_next_student(run: Path, recipe_file: Path
     assert (tmp_path / "student" / "model" / "open_clip_model.safetensors").is_file()
     exported = open_clip.create_model(f"local-dir:{tmp_path / 'student' / 'model'}").state_dict()
     assert not any(key.startswith("heads") for key in exported)
+
+
+def test_the_table_has_size_and_speed_of_student_and_teacher(
+    run: Path, recipe_file: Path, evaluations: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run / "model", tmp_path / "teacher")
+    sets = (f"teacher.model=local-dir:{tmp_path}/teacher", "objectives.similarity=1.0", "optim.steps=3", *evaluations)
+    finished = train(recipe_file, "--out", tmp_path / "student", sets=sets)
+    assert finished.code == 0, finished.err
+    trained = _results(tmp_path / "student")
+    capsys.readouterr()
+    assert megakd("evaluate", tmp_path / "student") == 0
+    table = capsys.readouterr().out
+    models = json.loads((tmp_path / "student" / "evaluation.json").read_text())["models"]
+    assert _results(tmp_path / "student") == trained
+    assert models["student"]["parameters"] == models["teacher"]["parameters"] == trained["parameters"]
+    assert models["student"]["bytes"] == models["teacher"]["bytes"] >= 4 * trained["parameters"]
+    assert models["student"]["images_per_second"] > 0
+    assert models["teacher"]["images_per_second"] > 0
+    assert f"{models['teacher']['images_per_second']:,.1f}" in table
+    assert re.search(r"zero-shot seen \(70 images\) +top-1 +\d", table)
+    shutil.rmtree(tmp_path / "teacher")
+    assert megakd("evaluate", tmp_path / "student", "--set", "data.workers=0") == 0
+    assert "not measured: " in capsys.readouterr().out
+    gone = json.loads((tmp_path / "student" / "evaluation.json").read_text())["models"]["teacher"]
+    assert gone["parameters"] is gone["images_per_second"] is None
+    assert f"{tmp_path}/teacher" in gone["not_measured"]
 
 
 def _refused(found: Finished) -> str:

@@ -66,6 +66,7 @@ def test_zero_shot_top_1_and_top_5_by_hand() -> None:
         "top1": 0.5,
         "top5": 0.75,
         "mean_per_class_recall": 0.5,
+        "f1_macro": (2 / 4 + 1) / 4,
         "images": 4,
     }
 

@@ -61,7 +61,7 @@ def make_decoder(tokenizer: Path | None, tower: nn.Module | None, **more: Any) -
 def evaluated_and_asked_again(run: Path, name: str = "test") -> tuple[list[str], list[str]]:
     """What a run's evaluation was answered, and what its bundle answers to the same questions when it is asked one by one."""
     settings, _ = recipes.load(str(run / "run.json"))
-    asked = evaluate.open_sets(settings, World(0, 1, CPU))[name].questions
+    asked = evaluate.open_sets(settings, World(0, 1, CPU), sees=settings.student is not None)[name].questions
     lines = (run / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[1:]
     loaded, again = Bundle.load(run / "bundle", CPU), []
     for one in asked.read(range(len(asked)), True):

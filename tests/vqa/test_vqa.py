@@ -189,7 +189,7 @@ def test_a_set_of_too_many_bad_images_is_scored_once_repaired(sets: Path, undist
 def test_captions_and_a_missing_set_are_refused_with_their_key(name: str, source: QuestionSource, said: str) -> None:
     recipe = Recipe.model_construct(data=data("unused.tar"), evaluation=Evaluation(vqa={name: source}))
     with pytest.raises(ValueError, match=said):
-        evaluate.open_sets(recipe, ALONE)
+        evaluate.open_sets(recipe, ALONE, sees=True)
 
 
 def test_results_are_said_in_a_few_lines(undisturbed: tuple[Path, dict[str, Any]]) -> None:

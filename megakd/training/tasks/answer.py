@@ -139,7 +139,7 @@ def prepare(
         check_same_grid(before, settings, f"decoder.start = {settings.start!r}")
     train = open_mixture(answers.train, "answers.train", recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
     order = question_order(train, recipe.questions_in_a_step(), recipe.seed)
-    sets = evaluate.open_sets(recipe, world)
+    sets = evaluate.open_sets(recipe, world, sees=recipe.student is not None)
     reader = None if teacher is None else teacher.reader
     notes += collectives.by_main(lambda: _tried_questions(recipe, encoder, reader, bool(images), train, sets), world)
     said = tuple(filter(None, notes))
