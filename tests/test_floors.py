@@ -28,7 +28,7 @@ LAYERS = (
     {"megakd.planning"},
     {"megakd.benchmarks", "megakd.evaluation"},
     {"megakd.training"},
-    {"megakd.jobs", "megakd.train"},
+    {"megakd.jobs", "megakd.pages", "megakd.train"},
     {"megakd.doctor", "megakd.study"},
     {"megakd", "megakd.cli"},
 )

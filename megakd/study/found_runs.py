@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megakd.pages.scores import known_scores
+from megakd.pages.texts import clean, cleaned, json_object
 from megakd.recipe.objectives import Objectives, declaration
 from megakd.runtime.locks import held
 from megakd.runtime.run_folder import BUNDLE, EVALUATION, METRICS, MODEL, RUN, read_metrics
@@ -31,10 +33,7 @@ from megakd.study.results import (
     Row,
     Score,
     axes_of,
-    clean,
-    cleaned,
     evaluated,
-    json_object,
     read_study,
 )
 
@@ -47,15 +46,6 @@ OF_A_TEACHER = frozenset(
     ("model", "architecture", "pretrained", "tokenizer", "preprocess", "recipe", "store", "store_of", "store_miss", "mode", "offload")
 )
 APART_KEYS = frozenset(("optim.steps", "views.seed", "teacher.ds_config", *(f"teacher.{key}" for key in OF_A_TEACHER)))
-# Scores in the order of the tables, the first that is there being the main one: a pattern of paths, a title, paths of its families.
-KNOWN_SCORES = (
-    (r"vqa/([^/]+)/accuracy", "VQA {}", "vqa/{}/by_family/*/accuracy"),
-    (r"reader/([^/]+)/accuracy", "question reader {}", "reader/{}/by_family/*/accuracy"),
-    (r"retrieval/([^/]+)/mean_R@1", "retrieval {}, mean R@1", None),
-    (r"zero_shot/([^/]+)/top1", "zero-shot {}, top-1", None),
-    (r"hard_negatives/([^/]+/[^/]+)/accuracy", "hard negatives {}", None),
-    (r"probe/([^/]+/[^/]+)/top1", "probe {}, top-1", None),
-)
 
 
 @dataclass
@@ -302,14 +292,8 @@ def _data_name(train: Any) -> str | None:
 
 
 def _scores(rows: Sequence[Row]) -> tuple[Score, ...]:
-    there = dict.fromkeys(path for row in rows for path in row.scores)
-    found: list[Score] = []
-    for pattern, title, families in KNOWN_SCORES:
-        for path in there:
-            if match := re.fullmatch(pattern, path):
-                parts = families.format(match[1]) if families else None
-                found.append(Score(path, path, title.format(match[1].replace("/", ", ")), main=not found, families=parts))
-    return tuple(found)
+    found = known_scores(path for row in rows for path in row.scores)
+    return tuple(Score(of.path, of.path, of.title, main=not place, families=of.families) for place, of in enumerate(found))
 
 
 def _common_parts(folders: Sequence[Path]) -> tuple[str, ...]:

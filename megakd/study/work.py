@@ -14,6 +14,7 @@ from typing import Any, Literal
 from megakd.data.store.manifest import MANIFEST
 from megakd.evaluation.sets import TEXT_SETS, sets_of
 from megakd.models import image_only
+from megakd.pages.texts import json_object
 from megakd.recipe import Recipe, Student, load
 from megakd.recipe.chain import LANGUAGE
 from megakd.runtime.exits import EXIT_SAVED
@@ -21,7 +22,7 @@ from megakd.runtime.files import json_sha256
 from megakd.runtime.run_folder import BUNDLE, EVALUATION, MODEL
 from megakd.study import launcher
 from megakd.study.grid import ID, STORE_SEED, Cell, Grid, Teacher, moved, slug
-from megakd.study.results import DONE, FAILED, MISSING, json_object
+from megakd.study.results import DONE, FAILED, MISSING
 from megakd.study.spec import StudySpec, as_overrides
 
 Kind = Literal["teacher", "store", "scores", "student", "readout"]

@@ -16,7 +16,7 @@ from support.study_folders import write_study
 CALLS = {
     "scipy": "from megakd.study.statistics import paired_gain; paired_gain({0: 0.5, 1: 0.6}, {0: 0.4, 1: 0.3})",
     "sklearn": "from pathlib import Path; from megakd.data.digits import write_digits; write_digits(Path('digits'), train=2, test=2)",
-    "matplotlib": "from megakd.study.report.drawing import matplotlib; matplotlib()",
+    "matplotlib": "from megakd.pages.drawing import matplotlib; matplotlib()",
     "jinja2": "from pathlib import Path; from megakd.study import found_runs; from megakd.study.report import page; "
     "page.make(found_runs.read([Path('run')]), Path('out'), [])",
 }

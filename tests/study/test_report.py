@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from megakd.cli import app
+from megakd.pages.tables import Table
 from megakd.study.report.page import compose
-from megakd.study.report.tables import Table
 from megakd.study.results import read_study
 from support import edit_json
 from support.study_folders import FAMILIES, PLAIN, RETRIEVAL, SCORES, VQA, Page, write_json, write_run, write_study

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from megakd.pages.tables import Table
 from megakd.study.report.page import compose
 from megakd.study.report.summary import Summary
-from megakd.study.report.tables import Table
 from megakd.study.report.verdicts import Verdict, judged
 from megakd.study.results import read_study
 from support.study_folders import PLAIN, write_study

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megakd.pages.tables import shown, signed
 from megakd.study.report.summary import ESCAPES, LEVEL, Followed, Summary, labels
-from megakd.study.report.tables import shown, signed
 from megakd.study.results import DONE
 
 

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megakd.study.report.records import Record
+from megakd.pages.records import Record
+from megakd.pages.tables import Cell, Column, Table, count, name, shown, signed
 from megakd.study.report.summary import Summary
-from megakd.study.report.tables import AXIS_TITLES, Cell, Column, Table, count, estimate, name, shown, signed
+from megakd.study.report.tables import AXIS_TITLES, estimate
 from megakd.study.report.verdicts import Verdict, judged
 from megakd.study.results import AXES, DONE, Results
 from megakd.study.statistics import Equivalence

@@ -8,9 +8,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megakd.study.report.drawing import HEIGHT, INK, LINE, MUTED, WIDTH, Figure, colour, short, style
-from megakd.study.report.records import Record
-from megakd.study.report.summary import DIAGNOSTICS, Group, Setting, Summary, labels, setting_of
+from megakd.pages.drawing import HEIGHT, INK, LINE, MUTED, WIDTH, Figure, colour, short, style
+from megakd.pages.records import Record
+from megakd.pages.tables import DIAGNOSTICS
+from megakd.study.report.summary import Group, Setting, Summary, labels, setting_of
 from megakd.study.results import DONE, Row, Score
 
 MOST_SETTINGS = 6  # of which the page has figures; the tables have all

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from megakd.pages.tables import DIAGNOSTICS
 from megakd.study.results import AXES, CELL, CONTROL, DONE, TEACHER, Results, Row, Score
 from megakd.study.statistics import (
     FEWEST_TEACHERS,
@@ -31,7 +32,6 @@ from megakd.study.statistics import (
 
 LEVEL = 0.05
 ESCAPES = 0.8  # a Spearman correlation above which, and clearly above plain KD's, a method makes students follow their teachers
-DIAGNOSTICS = "diagnostics/"
 PLAIN_KD = ("similarity", "contrastive + similarity")  # as studies call it, and as runs without one are named
 
 

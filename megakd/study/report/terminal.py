@@ -9,11 +9,12 @@ from pathlib import Path
 from rich import table as rich_tables
 from rich.text import Text
 
+from megakd.pages.page import PAGE
+from megakd.pages.tables import Cell, Table, signed
 from megakd.runtime.console import plain
 from megakd.study.report import appendix, page, tables
 from megakd.study.report.records import records_of
 from megakd.study.report.summary import Summary, labels
-from megakd.study.report.tables import Cell, Table, signed
 from megakd.study.results import Results, read_study
 
 
@@ -29,9 +30,9 @@ def conclude(folder: Path) -> None:
     except ValueError as error:
         if not isinstance(error.__cause__, ImportError):
             raise
-        print(f"no {page.PAGE}: {error}")
+        print(f"no {PAGE}: {error}")
     else:
-        print(folder / page.PAGE)
+        print(folder / PAGE)
 
 
 def show(results: Results) -> None:

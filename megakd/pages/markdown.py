@@ -1,10 +1,10 @@
-"""A report's tables as Markdown: the same cells as the page's."""
+"""A page's tables as Markdown: the same cells as the page's."""
 
 from __future__ import annotations
 
 import re
 
-from megakd.study.report.tables import Cell, Table
+from megakd.pages.tables import Cell, Table
 
 # An underscore inside a word is none of Markdown's; what begins a heading, a list or a quotation does so at the start alone.
 _SPECIAL = re.compile(r"([\\`*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#+>=-])")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,13 +107,13 @@ def page_svg(figure: Figure) -> str:
     return svg.strip()
 
 
-def write(figure: Figure, folder: Path) -> list[str]:
-    """KEY.svg and KEY.png in `folder`, on white and with a legend. Returns their names."""
-    kinds: dict[str, dict[str, None]] = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+def write(figure: Figure, folder: Path, kinds: Sequence[str]) -> list[str]:
+    """KEY.svg or KEY.png in `folder`, or both, on white and with a legend. Returns their names."""
+    metadata: dict[str, dict[str, None]] = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
     with _drawn(figure, legend=True) as canvas:
-        for kind, metadata in kinds.items():
+        for kind in kinds:
             with atomic_file(folder / f"{figure.key}.{kind}") as partial:
-                canvas.savefig(partial, format=kind, facecolor="white", dpi=200, metadata=metadata)
+                canvas.savefig(partial, format=kind, facecolor="white", dpi=200, metadata=metadata[kind])
     return [f"{figure.key}.{kind}" for kind in kinds]
 
 
