@@ -247,4 +247,5 @@ def _in_html(part: Part, trusted: Any) -> dict[str, Any]:
     legend = dict(entry for figure in part.figures for entry in figure.legend)
     panels = [{**vars(figure), "svg": trusted(drawing.page_svg(figure))} for figure in part.figures]
     swatches = [(label, trusted(drawing.swatch(place))) for label, place in legend.items()]
-    return {"kind": "figures", "title": part.title, "caption": part.caption, "legend": swatches, "figures": panels}
+    small = all(figure.height < drawing.HEIGHT for figure in part.figures)
+    return {"kind": "figures", "title": part.title, "caption": part.caption, "legend": swatches, "figures": panels, "small": small}

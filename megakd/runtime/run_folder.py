@@ -1,7 +1,7 @@
 """A run is a folder: run.json, metrics.jsonl, checkpoints/, evaluation.json. This module writes and reads the first two.
 
 run.json         the resolved recipe and DeepSpeed configuration, command line, versions, commit: what replays the run; and `jobs`, an entry
-                 for each start, the newest last
+                 for each start, the newest last, with how it ended
 metrics.jsonl    a row each `log.every` steps and one for each event; a resumed run drops the rows past its checkpoint
 """
 
@@ -27,6 +27,8 @@ RUN, METRICS, EVALUATION = "run.json", "metrics.jsonl", "evaluation.json"
 MODEL, BUNDLE = "model", "bundle"  # a run's results: the student as open_clip's folder, the decoder as a bundle
 # What a run folder holds when something was trained in it.
 TRAINED = ("checkpoints/step_*", MODEL, BUNDLE)
+FINISHED, SAVED, FAILED = "finished", "saved", "failed"  # how a start ended; SAVED: after a signal
+_TIME = "%Y-%m-%dT%H:%M:%S%z"
 PACKAGES = ("megakd", "torch", "deepspeed", "open_clip_torch", "transformers", "triton")
 
 
@@ -40,6 +42,7 @@ class RunLog:
         self.run, self._main = run, main
         self._console = RunConsole()
         self._unwritten: OSError | None = None  # a row
+        self._opened: dict[str, Any] = {}  # what this start has written to run.json
 
     @property
     def failure(self) -> OSError | None:
@@ -50,11 +53,11 @@ class RunLog:
         if self._main:
             self._console.say(text)
 
-    def open(self, recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> None:
-        """Write run.json. `check_resume` has refused a folder of another recipe before."""
+    def open(self, recipe: Recipe, ds_config: dict[str, Any], ranks: int, step: int = 0) -> None:
+        """Write run.json. `check_resume` has refused a folder of another recipe before. step: where this start goes on."""
         if not self._main:
             return
-        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        started = time.strftime(_TIME)
         job = environment.slurm_record(ranks, started)
         content = {
             "recipe": recipe.model_dump(mode="json"),
@@ -66,9 +69,20 @@ class RunLog:
             "versions": environment.versions(PACKAGES),
             "commit": environment.commit(),
             "slurm_job_id": job["slurm_job_id"],
-            "jobs": [*_earlier_jobs(self.run), job],
+            "jobs": [*_earlier_jobs(self.run), {**job, "from_step": step}],
         }
         write_json(self.run / RUN, content)
+        self._opened = content
+
+    def ended(self, how: str, words: str = "") -> None:
+        """Note in run.json how this start ended: FINISHED, SAVED or FAILED, with its last words.
+
+        A disk without room and a folder that is gone are left to what the console says.
+        """
+        if self._opened and (self.run / RUN).exists():
+            self._opened["jobs"][-1]["ended"] = {"time": time.strftime(_TIME), "how": how, "words": words}
+            with contextlib.suppress(OSError):
+                write_json(self.run / RUN, self._opened)
 
     def keep_until(self, step: int) -> None:
         """Drop the metrics past `step`, which the resumed run writes again, and damaged lines, which is said."""

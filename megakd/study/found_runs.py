@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from megakd.pages.names import data_name, model_name
 from megakd.pages.scores import known_scores
 from megakd.pages.texts import clean, cleaned, json_object
 from megakd.recipe.objectives import Objectives, declaration
@@ -141,7 +142,7 @@ def _results(runs: list[_Run], notes: list[str]) -> Results:
             rows += [replace(row, kind=TEACHER, teacher=run.name, student=None, method=None) for row in _rows(run, None, None)]
             if not run.teachers():
                 continue
-        names = [found.name if found else _model_name(section) for found, section in zip(taught_by[id(run)], run.teachers(), strict=True)]
+        names = [found.name if found else model_name(section) for found, section in zip(taught_by[id(run)], run.teachers(), strict=True)]
         rows += _rows(run, clean(" + ".join(names)) or None, methods.get(id(run)))
     cells = [row for row in rows if row.kind == CELL]
     plain = Counter(row.method for row in cells if row.teacher is None and row.method and row.method.startswith(NO_KD))
@@ -179,10 +180,10 @@ def _rows(run: _Run, teacher: str | None, method: str | None) -> list[Row]:
         id=run.name,
         kind=CELL if run.recipe and (scores or run.readouts or not of_questions) else CONTROL,
         teacher=teacher,
-        student=_model_name(run.section("student")) if run.recipe else None,
+        student=model_name(run.section("student")) if run.recipe else None,
         method="VQA readout" if of_questions else method,
         steps=str(steps) if steps is not None else None,
-        data=_data_name(run.section("data").get("train")),
+        data=data_name(run.section("data").get("train")),
         seed=seed if type(seed) is int else None,
         status=status,
         message=message,
@@ -265,30 +266,6 @@ def _run_of(model: Any, by_name: Mapping[str, Sequence[_Run]]) -> _Run | None:
         return next((count for count, (one, other) in pairs if one != other), len(parts))
 
     return max(candidates, key=shared, default=None)
-
-
-def _model_name(section: Mapping[str, Any]) -> str:
-    """A model as a table names it: open_clip's name with its weights, a store's folder, or an architecture's sizes."""
-    model, pretrained, store = (section.get(key) for key in ("model", "pretrained", "store"))
-    if isinstance(model, str):
-        weights = Path(pretrained).name if isinstance(pretrained, str) else None
-        return clean(f"{model} {weights}" if weights else model)
-    if isinstance(store, str):
-        return clean(Path(store).name)
-    architecture = section.get("architecture")
-    if not isinstance(architecture, Mapping):
-        return "?"
-    vision = architecture.get("vision_cfg")
-    vision = vision if isinstance(vision, Mapping) else {}
-    size, patch, width, layers = (vision.get(key, "?") for key in ("image_size", "patch_size", "width", "layers"))
-    sizes = f"{size} px, patch {patch}, width {width}, {layers} layers"
-    return clean(f"{sizes}, embeddings of {architecture.get('embed_dim', '?')}")
-
-
-def _data_name(train: Any) -> str | None:
-    if isinstance(train, str):
-        return train
-    return ", ".join(map(str, train)) if isinstance(train, list) else None
 
 
 def _scores(rows: Sequence[Row]) -> tuple[Score, ...]:

@@ -19,9 +19,11 @@ from megakd.runtime import (
     collectives,
     engine,
     environment,
+    failures,
     files,
     launch,
     monitors,
+    peers,
     precision,
     run_folder,
     shared_folder,
@@ -65,7 +67,12 @@ class Run:
                 self.log.say(line)
             held.enter_context(HangWatchdog(self.recipe.watchdog.limit, self.folder, self.world))
             launch.wait_longer_than(self.recipe.watchdog.limit)
-            code = self._execute()
+            try:
+                code = self._execute()
+            except BaseException as error:
+                self.log.ended(run_folder.FAILED, _last_words(error))
+                raise
+            self.log.ended(run_folder.SAVED if code else run_folder.FINISHED)
             if self._is_built:
                 self._release()
             return code
@@ -100,7 +107,7 @@ class Run:
             for line in changed:
                 self.log.say(line)
         self._go_on_in_monitors(progress)
-        collectives.by_main(lambda: self.log.open(self.recipe, self.plan.config, self.world.size), self.world)
+        collectives.by_main(lambda: self.log.open(self.recipe, self.plan.config, self.world.size, progress.step), self.world)
         if self._has_finished(progress):
             self.log.say(f"this run has ended before: its scores are in {self.folder / run_folder.EVALUATION}")
             self.log.say(f"done: {self.folder}")
@@ -295,3 +302,13 @@ class Run:
         run_folder.write_json(self.folder / run_folder.EVALUATION, results)
         self.log.event(results["step"], "evaluation", results)
         self.log.say(report.lines(results))
+
+
+def _last_words(error: BaseException) -> str:
+    """Why a run ended, as its console says it; of a lost connection, what the other rank said."""
+    lost = failures.is_lost_peer(error)
+    if not failures.is_ours(error) and (other := launch.heard(1.0 if lost else 0.0)) is not None:
+        return peers.of_another(other)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what was trained since the last checkpoint is lost"
+    return failures.explain(error) or f"{type(error).__name__}: {error}"

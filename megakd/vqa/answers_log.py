@@ -41,7 +41,11 @@ class AnswersLog:
 
     @property
     def path(self) -> Path:
-        return self.folder / f"{self.name}.jsonl"
+        return self.path_of(self.folder, self.name)
+
+    @staticmethod
+    def path_of(folder: Path, name: str) -> Path:
+        return folder / f"{name}.jsonl"
 
     def open(self) -> dict[int, GivenAnswer]:
         """Answers of an earlier start by index, joined into one file. For rank 0, while the others wait."""
@@ -111,6 +115,24 @@ class AnswersLog:
         if row.get("question_id") != self.question_ids[index] or not isinstance(answer, str) or not (why is None or isinstance(why, str)):
             return None
         return index, GivenAnswer(answer, why)
+
+
+def read_written(path: Path) -> list[tuple[int, str | int, GivenAnswer]] | None:
+    """(index, question_id, answer) of each whole line of SET.jsonl, whichever model gave it; None where there is no such file.
+
+    For those who only look at answers.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    found = []
+    for line in lines[1:]:
+        row = _object(line) or {}
+        index, question_id, answer, why = (row.get(key) for key in ("index", "question_id", "answer", "unusable"))
+        if type(index) is int and isinstance(question_id, str | int) and isinstance(answer, str) and (why is None or isinstance(why, str)):
+            found.append((index, question_id, GivenAnswer(answer, why)))
+    return found
 
 
 def _object(line: str) -> dict[str, Any] | None:

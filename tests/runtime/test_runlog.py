@@ -80,15 +80,15 @@ def test_run_json_replays_the_recipe_and_says_what_ran(tmp_path: Path, recipe_fi
 def test_run_json_keeps_every_start_and_the_newest_job_first(tmp_path: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipes.load(str(recipe_file))[0]
     monkeypatch.setenv("MEGAKD_LOG", "/logs/4711.log")
-    for restart, ranks in (("0", 2), ("1", 4)):
+    for restart, ranks, step in (("0", 2, 0), ("1", 4, 40)):
         for name, value in {"JOB_ID": "4711", "JOB_NODELIST": "gpu[1-2]", "RESTART_COUNT": restart}.items():
             monkeypatch.setenv(f"SLURM_{name}", value)
-        RunLog(tmp_path, main=True).open(recipe, {}, ranks)
+        RunLog(tmp_path, main=True).open(recipe, {}, ranks, step)
     content = json.loads((tmp_path / "run.json").read_text())
     assert content["slurm_job_id"] == "4711"
     shared = {"slurm_job_id": "4711", "nodes": "gpu[1-2]", "log": "/logs/4711.log"}
     starts = [{key: value for key, value in job.items() if key != "started"} for job in content["jobs"]]
-    assert starts == [{**shared, "restarts": 0, "ranks": 2}, {**shared, "restarts": 1, "ranks": 4}]
+    assert starts == [{**shared, "restarts": 0, "ranks": 2, "from_step": 0}, {**shared, "restarts": 1, "ranks": 4, "from_step": 40}]
     assert content["jobs"][-1]["started"] == content["started"]
     assert recipes.load(str(tmp_path / "run.json"))[0] == recipe
 
