@@ -30,11 +30,12 @@ MARKS = {GOOD: "✓", LOOK: "!", BAD: "✗", "": ""}
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures beside each other, with one legend for all."""
+    """Figures beside each other, with one legend for all. small: more of them in a row."""
 
     title: str
     caption: str
     figures: tuple[Figure, ...]
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -247,5 +248,4 @@ def _in_html(part: Part, trusted: Any) -> dict[str, Any]:
     legend = dict(entry for figure in part.figures for entry in figure.legend)
     panels = [{**vars(figure), "svg": trusted(drawing.page_svg(figure))} for figure in part.figures]
     swatches = [(label, trusted(drawing.swatch(place))) for label, place in legend.items()]
-    small = all(figure.height < drawing.HEIGHT for figure in part.figures)
-    return {"kind": "figures", "title": part.title, "caption": part.caption, "legend": swatches, "figures": panels, "small": small}
+    return {"kind": "figures", "title": part.title, "caption": part.caption, "legend": swatches, "figures": panels, "small": part.small}

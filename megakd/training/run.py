@@ -31,7 +31,7 @@ from megakd.runtime import (
 )
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine, State, trained_shapes
-from megakd.runtime.exits import EXIT_SAVED, Interrupted
+from megakd.runtime.exits import EXIT_SAVED, Interrupted, LossNotFinite
 from megakd.runtime.launch import World
 from megakd.runtime.locks import LOCK, FolderLock
 from megakd.runtime.preemption import StopPoller, StopRequest
@@ -309,6 +309,8 @@ def _last_words(error: BaseException) -> str:
     lost = failures.is_lost_peer(error)
     if not failures.is_ours(error) and (other := launch.heard(1.0 if lost else 0.0)) is not None:
         return peers.of_another(other)
+    if isinstance(error, LossNotFinite):
+        return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; what was trained since the last checkpoint is lost"
     return failures.explain(error) or f"{type(error).__name__}: {error}"

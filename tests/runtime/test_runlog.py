@@ -93,6 +93,23 @@ def test_run_json_keeps_every_start_and_the_newest_job_first(tmp_path: Path, rec
     assert recipes.load(str(tmp_path / "run.json"))[0] == recipe
 
 
+def test_run_json_says_how_each_start_ended_and_only_of_a_start_that_began(tmp_path: Path, recipe_file: Path) -> None:
+    recipe = recipes.load(str(recipe_file))[0]
+    first, second = RunLog(tmp_path, main=True), RunLog(tmp_path, main=True)
+    first.open(recipe, {}, 1)
+    first.ended(run_folder.FAILED, "error: https://user:secret@host/x is gone")
+    second.ended(run_folder.FINISHED)  # refused before it wrote anything
+    second.open(recipe, {}, 1, 3)
+    second.ended(run_folder.SAVED)
+    starts = json.loads((tmp_path / "run.json").read_text())["jobs"]
+    assert [(start["from_step"], start["ended"]["how"]) for start in starts] == [(0, "failed"), (3, "saved")]
+    assert "secret" not in starts[0]["ended"]["words"]
+    assert "is gone" in starts[0]["ended"]["words"]
+    (tmp_path / "run.json").unlink()
+    second.ended(run_folder.FINISHED)  # the folder was emptied: nothing is put there
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_run_json_of_an_earlier_version_is_gone_on_with(tmp_path: Path, recipe_file: Path) -> None:
     _run_json(tmp_path, recipe_file)
     RunLog(tmp_path, main=True).open(recipes.load(str(recipe_file))[0], {}, 1)

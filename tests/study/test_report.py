@@ -358,7 +358,7 @@ def test_runs_without_a_study_and_a_single_run_have_pages(tmp_path: Path, monkey
         ("plain0", "no KD", "0", "done"), ("plain1", "no KD", "1", "done"),
     ]  # fmt: skip
     assert "1 paths are files" in Path("report/report.md").read_text(encoding="utf-8")
-    report("runs/plain1", "--out", "one")
+    report("runs/plain1", "runs/notes.txt", "--out", "one")  # alone it has a page of its own, see tests/pages
     assert [row[VQA] for row in rows_of(Path("one"))] == ["0.5"]
     assert Page.read(Path("one/report.html")).shown.count("plain1") >= 2
     report("runs", "--out", "below")  # the run folders in it

@@ -41,8 +41,8 @@ def losses(run: RunFiles) -> tuple[Figures, Figures, Figures]:
     several = len(names) > 1 or any(points != run.series("loss") for _, _, points in added)
     return (
         Figures("", _resumed(run), _there(total, weighted if several and _adds_up(run, added) else None)),
-        Figures("Each objective by itself", "Without its weight.", _there(*raw) if len(names) > 1 else ()),
-        Figures("What the update goes by", "", updates(run)),
+        Figures("Each objective by itself", "Without its weight.", _there(*raw) if len(names) > 1 else (), small=True),
+        Figures("What the update goes by", "", updates(run), small=True),
     )
 
 
@@ -75,7 +75,7 @@ def speed(run: RunFiles) -> Figures:
         f"“data” is waiting for the loader, “other” what none of the parts covers, such as writing. {_resumed(run)}".strip(),
         _there(
             _stacked("time", "Time of a step", split, "ms", marks),
-            _panel("speed", "Images/s of training", [("images/s", 0, run.series("images_per_second"))], "images/s", marks, zero=True),
+            _panel("throughput", "Images/s of training", [("images/s", 0, run.series("images_per_second"))], "images/s", marks, zero=True),
             _panel("memory", "Peak memory", [("GB", 0, run.series("memory_gb"))], "GB", marks, zero=True),
         ),
     )
@@ -88,7 +88,7 @@ def scores(run: RunFiles) -> Figures:
         _panel(f"score_{place}", one.title, [(one.title, 0, _percent(run, one.path))], "%", run.resumed_at, dots=True, height=LOW)
         for place, one in enumerate(known)
     ]
-    return Figures("During training", _resumed(run), _there(*found))
+    return Figures("During training", _resumed(run), _there(*found), small=True)
 
 
 def _percent(run: RunFiles, path: str) -> Points:

@@ -14,7 +14,7 @@ from megakd.pages.run.reading import RunFiles
 
 # In figures/.
 OURS = re.compile(
-    r"((loss|weighted|rate|norm|scale|time|speed|memory)|(raw|logged|score)_\d+)\.svg"
+    r"((loss|weighted|rate|norm|scale|time|throughput|memory)|(raw|logged|score)_\d+)\.svg"
     r"|(question_\d+_\d+|(image|caption)_(even|missed)_\d+(_\d)?)\.jpg"
 )
 
