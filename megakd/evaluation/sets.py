@@ -101,6 +101,11 @@ def open_sets(recipe: Recipe | Scored, world: World) -> Sets:
     return sets
 
 
+def open_retrieval(pairs: str | CaptionFiles, key: str, data: Data, world: World) -> SampleSet:
+    """A retrieval set by itself: samples with image and caption. Raises ValueError as `open_sets`."""
+    return _Opener(data, world).retrieval(pairs, key)
+
+
 @dataclass(frozen=True)
 class _Opener:
     """Opens sets on all ranks together and tries a sample of each. Raises ValueError that begins with the recipe's key."""

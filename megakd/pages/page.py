@@ -11,7 +11,6 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +46,6 @@ class Picture:
     alt: str
     note: str = ""
     mark: str = ""
-
-    @cached_property
-    def uri(self) -> str:
-        return f"data:image/jpeg;base64,{base64.b64encode(self.jpeg).decode()}"
 
     @property
     def file(self) -> str:
@@ -236,8 +231,14 @@ def as_html(page: Page) -> str:
             marks=MARKS,
             said={GOOD: "good", LOOK: "to be looked at", BAD: "wrong"},
             pictures=bool(page.pictures()),
+            address=_address,
         )
     )
+
+
+def _address(picture: Picture) -> str:
+    """Of a picture that is in the page itself."""
+    return f"data:image/jpeg;base64,{base64.b64encode(picture.jpeg).decode()}"
 
 
 def _in_html(part: Part, trusted: Any) -> dict[str, Any]:

@@ -107,8 +107,9 @@ def recipe(run: RunFiles) -> tuple[Table, str]:
 
 def _defaults() -> dict[str, Any]:
     """By key; what every recipe has to give is not among them, nor what a section has that recipes may go without."""
-    construct: Callable[..., Recipe] = Recipe.model_construct
-    whole = construct(name="", optim=Optim.model_construct()).model_dump(mode="json", exclude={"name"}, warnings=False)
+    recipe: Callable[..., Recipe] = Recipe.model_construct
+    optim: Callable[..., Optim] = Optim.model_construct
+    whole = recipe(name="", optim=optim()).model_dump(mode="json", exclude={"name"}, warnings=False)
     return texts.flat(whole)
 
 

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from megakd.data.bad_samples import BadSample
 from megakd.data.caption_tokens import caption
-from megakd.data.shards import ShardSet
 from megakd.data.transforms import rgb_image
 from megakd.evaluation.encoder import Encoder, load_model
 from megakd.evaluation.run import student_of
+from megakd.evaluation.sets import open_retrieval
 from megakd.pages.page import BAD, GOOD, Card, Cards, Line, Picture
 from megakd.pages.run.pictures import short, small_jpeg, spread
 from megakd.pages.run.reading import RunFiles
 from megakd.recipe import Recipe
+from megakd.recipe.evaluation import CaptionFiles
 from megakd.recipe.load import check_given
 from megakd.runtime import checkpoint
 from megakd.runtime.launch import World
@@ -30,6 +31,7 @@ from megakd.runtime.run_folder import MODEL, RUN
 PAIRS = 500  # that are embedded
 NEAREST = 3
 EVENLY, FAILED = 6, 4
+_ALONE = World(0, 1, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ def examples(run: RunFiles) -> tuple[list[Cards], list[str]]:
     recipe = run.recipe
     if isinstance(recipe, str) or not recipe.evaluation.retrieval:
         return [], []
-    name, patterns = next(iter(recipe.evaluation.retrieval.items()))
+    name, given = next(iter(recipe.evaluation.retrieval.items()))
     try:
         check_given(recipe.evaluation, str(run.folder / RUN), "evaluation.")
         encoder, of = _student(run, recipe)
-        pairs, total = _embedded(encoder, recipe, patterns, f"evaluation.retrieval.{name}")
+        pairs, total = _embedded(encoder, recipe, given, f"evaluation.retrieval.{name}")
     except (ValueError, OSError) as error:
         where = "Paths are seen from the folder where this page was made."
         return [], [f"Neighbours in {name} are not shown: {short(str(error))} {where}"]
@@ -64,24 +66,20 @@ def examples(run: RunFiles) -> tuple[list[Cards], list[str]]:
 
 def _student(run: RunFiles, recipe: Recipe) -> tuple[Encoder, str]:
     """The student of the newest checkpoint, else the one that the run has written, on the CPU. Raises ValueError where there is neither."""
-    device = torch.device("cpu")
     path = checkpoint.latest_valid(run.folder, lambda _: None)
     if path is not None:
-        step, encoder = student_of(recipe, path, World(0, 1, device))
+        step, encoder = student_of(recipe, path, _ALONE)
         return encoder, f"step {step}"
     if (run.folder / MODEL).is_dir():
-        return load_model(run.folder, device), f"{MODEL}/"
+        return load_model(run.folder, _ALONE.device), f"{MODEL}/"
     raise ValueError(f"{run.folder} has no checkpoint and no {MODEL}/ yet.")
 
 
-def _embedded(encoder: Encoder, recipe: Recipe, patterns: str | list[str], key: str) -> tuple[_Pairs, int]:
+def _embedded(encoder: Encoder, recipe: Recipe, given: str | CaptionFiles, key: str) -> tuple[_Pairs, int]:
     """Those of evenly spaced pairs that can be read, and the number of all. Raises ValueError with the key where there are too few."""
-    try:
-        shards = ShardSet.open_set(patterns, recipe.data, 0, 1, lambda: None, captions=True)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+    samples = open_retrieval(given, key, recipe.data, _ALONE)
     images, captions = [], []
-    for sample in shards.read_each(spread(range(len(shards)), PAIRS), ("image", "caption")):
+    for sample in samples.read_each(spread(range(len(samples)), PAIRS), ("image", "caption")):
         try:
             if isinstance(sample, BadSample):
                 raise sample
@@ -92,9 +90,9 @@ def _embedded(encoder: Encoder, recipe: Recipe, patterns: str | list[str], key: 
         images.append(image)
         captions.append(lines[0] if lines else "")
     if len(images) <= NEAREST:
-        raise ValueError(f"{key}: {len(images)} of its {len(shards)} pairs can be read.")
+        raise ValueError(f"{key}: {len(images)} of its {len(samples)} pairs can be read.")
     with torch.inference_mode():
-        return _Pairs(images, captions, encoder.encode_images(images), encoder.encode_texts(captions)), len(shards)
+        return _Pairs(images, captions, encoder.encode_images(images), encoder.encode_texts(captions)), len(samples)
 
 
 def _cards(pairs: _Pairs) -> list[Cards]:
