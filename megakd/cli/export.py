@@ -15,7 +15,7 @@ from megakd.export.options import Options
 def export(
     where: Annotated[Path | None, typer.Argument(metavar="RUN", help="a run, or a folder that open_clip loads")] = None,
     *,
-    to: Annotated[str, typer.Option(help="the format: open_clip, onnx")],
+    to: Annotated[str, typer.Option(help="the format: open_clip, transformers, onnx")],
     out: Annotated[Path, typer.Option(help="folder that is written, in the place of an earlier export")],
     checkpoint: Annotated[Path | None, typer.Option(help="a checkpoint's folder; default: the newest valid one of the run")] = None,
     model: Annotated[str | None, typer.Option(help="in place of RUN: a model as teacher.model names it, e.g. ViT-B-32, timm:NAME")] = None,
@@ -35,14 +35,15 @@ def export(
         raise ValueError(f"{given[0]}: goes with --model; {where} says its own")
     if model is not None and checkpoint is not None:
         raise ValueError("--checkpoint: is of a run; give the weights of --model with --pretrained")
+    from transformers.utils.logging import disable_progress_bar
+
     from megakd.export import command, source
-    from megakd.recipe import Teacher, texts
+    from megakd.recipe import Teacher
     from megakd.runtime.console import quiet_libraries
 
     quiet_libraries()
-    if to not in command.FORMATS:
-        raise ValueError(f"--to {to}: {texts.did_you_mean(to, command.FORMATS)}one of {', '.join(command.FORMATS)}")
-    command.check_options(to, options)
+    disable_progress_bar()
+    command.check(to, options)
     command.check_out(out)
     if where is not None:
         found = source.of_folder(where, checkpoint)
@@ -50,4 +51,6 @@ def export(
         named = Teacher(model=model, pretrained=pretrained, tokenizer=tokenizer, preprocess=preprocess)
         found = source.of_settings(named, f"--model {model}")
     for line in [found.name, *found.assumed, *command.export(found, to, out, options), f"written to {out}"]:
+        print(line, flush=True)
+    for line in command.push(out, options):
         print(line)

@@ -59,11 +59,20 @@ def fill(folder: Path, weights: dict[str, Tensor], built: ClipModel, heads: Mapp
     """As `write_model`, into an empty folder."""
     save_file(clip_weights(weights), folder / WEIGHTS_FILE)
     if heads is not None:
-        kept = {name.removeprefix(_HEADS): value for name, value in weights.items() if name.startswith(_HEADS)}
-        save_file(kept, folder / HEADS_FILE, {"heads": json.dumps(heads)})
+        write_heads(folder, weights, heads)
     _write_description(folder, built.description)
     _check_tokenizer(folder, built.description)
     _check_embeddings(folder, weights, built)
+
+
+def head_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The objectives' heads of a checkpoint, as HEAD.PARAMETER."""
+    return {name.removeprefix(_HEADS): value for name, value in weights.items() if name.startswith(_HEADS)}
+
+
+def write_heads(folder: Path, weights: Mapping[str, Tensor], heads: Mapping[str, Any]) -> None:
+    """The objectives' heads of a checkpoint as one file, with `heads`, what is known of each, as JSON in its metadata."""
+    save_file(head_weights(weights), folder / HEADS_FILE, {"heads": json.dumps(heads)})
 
 
 def rehearse(description: ModelSpec) -> None:

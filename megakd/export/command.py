@@ -2,39 +2,88 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megakd.export import clip_folder, onnx_files
+from megakd.export import card, clip_folder, head_weights, hub, onnx_files, transformers_folder
 from megakd.export.options import Options
 from megakd.export.source import Source
+from megakd.recipe import texts
 from megakd.runtime import files
+from megakd.version import __version__
 
+STORAGE = "make room there, or choose another --out"
 # What is known of an export, and the mark by which a later one may take its place.
 RECORD = "export.json"
-# Writes into an empty folder, compares what the format's library reads there, and gives lines for people. Raises ValueError to refuse.
-Writer = Callable[[Source, Path, Options], list[str]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One of `--to`. library: that reads it, as the hub calls it.
+
+    write: into an empty folder, compares what the library reads there with the model, and gives lines for people; raises ValueError to
+    refuse. use: of the finished folder and the name that a user loads it by, Python for the model card.
+    """
+
+    library: str
+    write: Callable[[Source, Path, Options], list[str]]
+    use: Callable[[Path, str], str]
 
 
 def _open_clip(source: Source, folder: Path, options: Options) -> list[str]:
+    if options.part != "both":
+        raise ValueError(f"--part {options.part}: open_clip's folders hold both towers; take it out, or give another --to")
     clip_folder.fill(folder, source.weights, source.built)
     return ["open_clip loads it, and tokens, embeddings and scale are the model's own"]
 
 
+def _use_open_clip(folder: Path, name: str) -> str:
+    where = f"hf-hub:{name}" if name != FOLDER else f"local-dir:{name}"
+    return f"""
+import open_clip
+model, _, preprocess = open_clip.create_model_and_transforms("{where}")
+tokenizer = open_clip.get_tokenizer("{where}")
+"""
+
+
+def _transformers(source: Source, folder: Path, options: Options) -> list[str]:
+    return transformers_folder.fill(folder, source.built, options)
+
+
 def _onnx(source: Source, folder: Path, options: Options) -> list[str]:
-    return onnx_files.write(source.built, folder, onnx_files.chosen(options.precision))
+    return onnx_files.write(source.built, folder, onnx_files.chosen(options.precision), texts=options.part == "both")
 
 
-FORMATS: dict[str, Writer] = {"open_clip": _open_clip, "onnx": _onnx}
+FOLDER = "FOLDER"  # in a card of what was not pushed
+FORMATS: dict[str, Format] = {
+    "open_clip": Format("open_clip", _open_clip, _use_open_clip),
+    "transformers": Format("transformers", _transformers, transformers_folder.use),
+    "onnx": Format("onnx", _onnx, onnx_files.use),
+}
+PARTS = ("both", "image")
 
 
-def check_options(to: str, options: Options) -> None:
+def check(to: str, options: Options) -> None:
     """Raises ValueError for an option that the format has no use for, or of a value that it has not, before anything is loaded."""
+    if to not in FORMATS:
+        raise ValueError(f"--to {to}: {texts.did_you_mean(to, FORMATS)}one of {', '.join(FORMATS)}")
+    if options.part not in PARTS:
+        raise ValueError(f"--part {options.part}: {texts.did_you_mean(options.part, PARTS)}one of {', '.join(PARTS)}")
     if options.precision and to != "onnx":
         raise ValueError(f"--precision {options.precision[0]}: is of --to onnx, and {to} is written in float32; take it out")
     onnx_files.chosen(options.precision)
+    if options.dry_run and options.push is None:
+        raise ValueError("--dry_run: goes with --push ORG/NAME, which it does not send")
+    card.check_licence(options.license)
+    if options.push is not None:
+        hub.check_name(options.push)
 
 
 def check_out(out: Path) -> None:
@@ -64,10 +113,55 @@ def export(source: Source, to: str, out: Path, options: Options) -> list[str]:
     has no room; nothing is left of `out` then but what was there.
     """
     check_out(out)
-    with files.atomic_folder(out) as partial:
-        lines = FORMATS[to](source, partial, options)
+    _check_room(source, out)
+    described, writer = source.built.description, FORMATS[to]
+    pipeline = "zero-shot-image-classification" if described.has_text and options.part == "both" else "image-feature-extraction"
+    with _full_disk(out), files.atomic_folder(out) as partial:
+        checked = writer.write(source, partial, options)
+        if options.keep_projection:
+            checked += head_weights.lines(source.recipe, source.weights, partial)
+        title, use = (options.push or out.name), writer.use(partial, options.push or FOLDER)
+        content, missing = card.text(title, source, writer.library, pipeline, options.license, use, checked)
+        (partial / card.CARD).write_text(content, encoding="utf-8")
         written: dict[str, Any] = {
             path.relative_to(partial).as_posix(): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
         }
-        (partial / RECORD).write_text(json.dumps({"format": to, "source": source.name, "files": written}, indent=1), encoding="utf-8")
-    return lines
+        record = {"format": to, "source": source.name, "megakd": __version__, "files": written}
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        _readable_by_all(partial)
+    return [*checked, *missing]
+
+
+def push(out: Path, options: Options) -> list[str]:
+    """Lines for people of what `--push` asks for, nothing without it. Raises ValueError, and the folder stays, where the hub refuses."""
+    if options.push is None:
+        return []
+    return hub.listed(out, options.push) if options.dry_run else [hub.push(out, options.push)]
+
+
+def _check_room(source: Source, out: Path) -> None:
+    """Raises ValueError where the disk cannot hold the model's weights in float32, which every format writes at least once."""
+    needed = 4 * sum(value.numel() for value in source.built.clip.state_dict().values())
+    there = next(parent for parent in out.absolute().parents if parent.exists())
+    if (free := shutil.disk_usage(there).free) < needed:
+        raise ValueError(f"--out {out}: {needed / 1e6:,.1f} MB of weights, and {free / 1e6:,.1f} MB are free there; {STORAGE}")
+
+
+@contextlib.contextmanager
+def _full_disk(out: Path) -> Iterator[None]:
+    """One message for what libraries raise where a disk is full: safetensors and tokenizers have classes of their own for it."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or "No space left" in str(error) or "os error 28" in str(error):
+            raise ValueError(f"--out {out}: the disk is full, and nothing of the export is left there; {STORAGE}") from error
+        raise
+
+
+def _readable_by_all(folder: Path) -> None:
+    """Files and folders with the rights that new ones get: safetensors writes weights for their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

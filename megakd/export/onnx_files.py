@@ -106,6 +106,19 @@ def write_description(built: ClipModel, folder: Path, *, texts: bool = True) -> 
     return lines
 
 
+def use(folder: Path, name: str) -> str:
+    """Python that runs a folder that was written here."""
+    text = """
+text = onnxruntime.InferenceSession("NAME/text.onnx")
+text_embeds = text.run(None, {"tokens": tokens})[0]  # int64 (n, L)
+""".lstrip()
+    return f"""
+import onnxruntime
+image = onnxruntime.InferenceSession("{name}/image.onnx")
+image_embeds = image.run(None, {{"pixels": pixels}})[0]  # float32 (n, 3, H, W), prepared as preprocess.json says
+{text.replace("NAME", name) if (folder / "text.onnx").is_file() else ""}"""
+
+
 def export(tower: nn.Module, given: str, taken: str, rows: Tensor, path: Path, *, external: bool) -> None:
     """Write one tower with inputs `given` and outputs `taken`, whose first axis may have any length.
 
