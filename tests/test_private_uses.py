@@ -52,6 +52,7 @@ OWNERS: dict[str, dict[str, str]] = {
         "open_clip.factory._get_hf_config": "megakd.models.clip",
         "open_clip.coca_model.MultimodalCfg": "megakd.models.architecture",
         "open_clip.convert.convert_state_dict": "megakd.models.matching",
+        "open_clip.hf_model.HFTextEncoder": "megakd.export.transformers_towers",
         "open_clip.hf_model._POOLERS": "megakd.models.architecture",
         "open_clip.model.resize_pos_embed": "megakd.models.matching",
         "open_clip.model.resize_text_pos_embed": "megakd.models.matching",
@@ -64,6 +65,9 @@ OWNERS: dict[str, dict[str, str]] = {
         "open_clip.transformer.Attention": "megakd.models.int8.attention",
         "open_clip.transformer.LayerNorm": "megakd.models.casts",
         "open_clip.transformer.LayerNormFp32": "megakd.models.casts",
+        "open_clip.transformer.QuickGELU": "megakd.export.transformers_layers",
+        "open_clip.transformer.ResidualAttentionBlock": "megakd.export.transformers_layers",
+        "open_clip.transformer.TextTransformer": "megakd.export.transformers_towers",
         "open_clip.transformer.VisionTransformer": "megakd.models.patches",
     },
     "transformers": {
@@ -79,7 +83,12 @@ OWNERS: dict[str, dict[str, str]] = {
         "submitit.core.utils.FailedJobError": "megakd.jobs.submit",
         "submitit.core.utils.FailedSubmissionError": "megakd.jobs.submit",
     },
-    "timm": {"init_non_persistent_buffers": "megakd.models.streaming", "qkv_bias_separate": "megakd.models.int8.convert"},
+    "timm": {
+        "init_non_persistent_buffers": "megakd.models.streaming",
+        "qkv_bias_separate": "megakd.models.int8.convert",
+        "timm.models.vision_transformer.Block": "megakd.export.transformers_layers",
+        "timm.models.vision_transformer.VisionTransformer": "megakd.export.transformers_towers",
+    },
 }
 LISTED = {name for names in OWNERS.values() for name in names}
 # Of these libraries, a name that is imported from anywhere but here counts. open_clip.transform has the data class that image processing is

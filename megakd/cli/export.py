@@ -35,17 +35,21 @@ def export(
         raise ValueError(f"{given[0]}: goes with --model; {where} says its own")
     if model is not None and checkpoint is not None:
         raise ValueError("--checkpoint: is of a run; give the weights of --model with --pretrained")
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils import logging
 
     from megakd.export import command, source
     from megakd.recipe import Teacher
     from megakd.runtime.console import quiet_libraries
 
     quiet_libraries()
-    disable_progress_bar()
+    logging.disable_progress_bar()
     command.check(to, options)
     command.check_out(out)
-    if where is not None:
+    if command.FORMATS[to].of_bundles:
+        if where is None:
+            raise ValueError(f"--model {model}: --to {to} is of decoders; give the folder of a bundle, or of a run that has one")
+        found = source.of_bundle(where, checkpoint)
+    elif where is not None:
         found = source.of_folder(where, checkpoint)
     else:
         named = Teacher(model=model, pretrained=pretrained, tokenizer=tokenizer, preprocess=preprocess)

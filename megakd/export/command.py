@@ -30,11 +30,13 @@ class Format:
 
     write: into an empty folder, compares what the library reads there with the model, and gives lines for people; raises ValueError to
     refuse. use: of the finished folder and the name that a user loads it by, Python for the model card.
+    of_bundles: whether it takes a decoder's bundle, not a pair of towers.
     """
 
     library: str
     write: Callable[[Source, Path, Options], list[str]]
     use: Callable[[Path, str], str]
+    of_bundles: bool = False
 
 
 def _open_clip(source: Source, folder: Path, options: Options) -> list[str]:
@@ -116,6 +118,8 @@ def export(source: Source, to: str, out: Path, options: Options) -> list[str]:
     _check_room(source, out)
     described, writer = source.built.description, FORMATS[to]
     pipeline = "zero-shot-image-classification" if described.has_text and options.part == "both" else "image-feature-extraction"
+    if source.bundle is not None:
+        pipeline = "image-text-to-text"
     with _full_disk(out), files.atomic_folder(out) as partial:
         checked = writer.write(source, partial, options)
         if options.keep_projection:

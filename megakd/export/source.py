@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megakd.export import trained
+from megakd.export.bundle import resolve_bundle
 from megakd.export.manifest import MANIFEST
 from megakd.models import clip
 from megakd.models.clip import ClipModel
@@ -23,6 +24,7 @@ class Source:
     """One model on the CPU, in float32 and evaluation mode. name: for people, where it is from.
 
     weights: as `clip_folder.write_model` takes them: towers under "clip.", a run's heads under "heads.". run, recipe, step: of a run.
+    bundle: the folder of a decoder, whose vision tower `built` is then.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Source:
     recipe: Recipe | None = None
     step: int | None = None
     assumed: list[str] = field(default_factory=list)
+    bundle: Path | None = None
 
 
 def of_run(run: Path, chosen: Path | None) -> Source:
@@ -53,6 +56,21 @@ def of_settings(settings: Model, named: str) -> Source:
     weights = {f"clip.{name}": value for name, value in built.clip.state_dict().items()}
     assumed = ["its weights are random: nothing was loaded"] if settings.pretrained == clip.RANDOM else []
     return Source(f"{settings.model} {settings.pretrained or ''}".strip(), built, weights, assumed=assumed)
+
+
+def of_bundle(folder: Path, chosen: Path | None) -> Source:
+    """The decoder of a bundle's folder, or of a run that has one. Raises ValueError where there is none, or it reads no vision tower."""
+    where = folder if (folder / MANIFEST).is_file() else folder / run_folder.BUNDLE
+    if not (where / MANIFEST).is_file():
+        raise ValueError(f"{folder}: no decoder's bundle in it ({MANIFEST}, or {run_folder.BUNDLE}/{MANIFEST} as a run writes at its end)")
+    if chosen is not None:
+        raise ValueError(f"--checkpoint {chosen}: a decoder is exported from {where}, which its run wrote at its end; take it out")
+    tower = resolve_bundle(where).tower
+    if tower is None:
+        raise ValueError(f"{where}: its decoder has no vision tower, and the format is of models that see; it is a language model alone")
+    built = clip.build(tower, torch.device("cpu"))
+    built.clip.eval().requires_grad_(False)
+    return Source(str(where), built, {f"clip.{name}": value for name, value in built.clip.state_dict().items()}, bundle=where)
 
 
 def of_folder(folder: Path, chosen: Path | None) -> Source:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from open_clip import SimpleTokenizer
-from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -34,8 +33,8 @@ def of_transformers(tokenize: Tokenize, context: int, *, masked: bool) -> Any:
         vocabulary = {renamed.get(number, word): number for word, number in tokenize.encoder.items()}
         merges = [pair for pair in sorted(tokenize.bpe_ranks, key=tokenize.bpe_ranks.__getitem__) if pair]
         inner: Any = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context)
-    elif isinstance(tokenize, HFTokenizer):
-        if tokenize.tokenizer_mode or tokenize.strip_sep_token:
+    elif hasattr(tokenize, "tokenizer"):
+        if getattr(tokenize, "tokenizer_mode", "") or getattr(tokenize, "strip_sep_token", False):
             raise NotMapped("its tokenizer's tokens are changed by open_clip (tokenizer_mode, strip_sep_token)")
         inner = copy.deepcopy(tokenize.tokenizer)
     else:

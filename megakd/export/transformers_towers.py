@@ -9,18 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from open_clip import CLIP, CustomTextCLIP
 from open_clip.hf_model import HFTextEncoder
-from open_clip.model import CLIP, CustomTextCLIP
-from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer
-from open_clip.transformer import VisionTransformer as OpenClipViT
 from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
 
 from megakd.export.transformers_layers import NotMapped, Part, activation, put_blocks
 from megakd.models.image_only import ImageModel, ImageTower
-from megakd.models.patches import image_size
+from megakd.models.patches import OPEN_CLIP_TIMM, OPEN_CLIP_VIT, image_size
 
 
 def vision_part(visual: Any) -> Part:
@@ -28,9 +26,9 @@ def vision_part(visual: Any) -> Part:
     height, width = image_size(visual)
     if height != width:
         raise NotMapped(f"its images are {height} x {width} pixels, and transformers' CLIP and SigLIP take squares")
-    if isinstance(visual, OpenClipViT):
+    if isinstance(visual, OPEN_CLIP_VIT):
         part = _of_open_clip(visual)
-    elif isinstance(visual, TimmModel | ImageTower):
+    elif isinstance(visual, OPEN_CLIP_TIMM | ImageTower):
         if not isinstance(visual.trunk, TimmViT):
             raise NotMapped(f"its image tower is timm's {type(visual.trunk).__name__}, and transformers' CLIP and SigLIP have a ViT")
         part = _of_timm(visual.trunk, _projection_of(visual))
@@ -40,7 +38,7 @@ def vision_part(visual: Any) -> Part:
     return part.finish()
 
 
-def _of_open_clip(visual: OpenClipViT) -> Part:
+def _of_open_clip(visual: Any) -> Part:
     part = Part("clip")
     if isinstance(visual.ln_pre, nn.Identity):
         raise NotMapped("its image tower has no norm before its blocks (no_ln_pre), which CLIPVisionModel has")
@@ -119,7 +117,7 @@ def _as_siglip(trunk: Any, projection: Tensor | None) -> Part:
     return part
 
 
-def _projection_of(visual: TimmModel | ImageTower) -> Tensor | None:
+def _projection_of(visual: Any) -> Tensor | None:
     """The matrix behind timm's tower, (D, width); None where there is none."""
     if isinstance(visual, ImageTower):
         return None

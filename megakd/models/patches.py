@@ -24,6 +24,9 @@ from megakd.models.image_only import ImageTower
 from megakd.models.int8.attention import Int8MultiheadAttention
 from megakd.models.transformers_tower import TransformersTower
 
+# For who reads a tower's layers elsewhere: this module is the one that knows open_clip's classes of image towers.
+OPEN_CLIP_VIT, OPEN_CLIP_TIMM = VisionTransformer, TimmModel
+
 _STAGES = ("layer1", "layer2", "layer3", "layer4")  # a ResNet's
 _WITH_WEIGHTS = ("Attention", "AttentionRope", "EvaAttention")  # of timm's ViT and EVA: one softmax over all tokens
 
