@@ -16,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from megakd.cli import app
+from megakd.data import own_tokenizer
 from megakd.data.bad_samples import BadCounter, BadSample
 from megakd.data.check.measure import SIGNALS, TokenCounter, measure
 from megakd.data.check.summary import Repeats
@@ -143,14 +144,14 @@ def test_groups_of_equal_rows_are_those_that_counting_finds() -> None:
     generator = np.random.default_rng(0)
     keys = generator.integers(0, 12, (300, 2)).astype(np.uint64)
     index = np.arange(300) * 7
-    found, counted = Repeats.of(keys, index), Counter(map(tuple, keys.tolist()))
+    found, counted = Repeats.of(index, keys[:, :1], keys[:, 1:]), Counter(map(tuple, keys.tolist()))
     assert (found.distinct, found.repeated) == (len(counted), 300 - len(counted))
     assert [group.count for group in found.groups] == sorted(counted.values(), reverse=True)[:8]
     for group in found.groups:
         members = [place for place in range(300) if keys[place].tolist() == keys[group.members[0] // 7].tolist()]
         assert group.members == tuple(place * 7 for place in members[:3])
         assert len(members) == group.count
-    assert Repeats.of(keys[:0], index[:0]) == Repeats(0, 0, ())
+    assert Repeats.of(index[:0], keys[:0]) == Repeats(0, 0, ())
 
 
 def test_tokens_are_those_of_the_whole_caption_and_cut_ones_are_counted(tmp_path: Path) -> None:
@@ -165,6 +166,14 @@ def test_tokens_are_those_of_the_whole_caption_and_cut_ones_are_counted(tmp_path
     _, found = checked(write_tar(tmp_path / "0.tar", members))
     assert found["tokens"] == {"context_length": 77, "cut": 3}
     assert found["quantiles"]["tokens"]["most"] == 1024
+
+
+def test_a_tokenizer_of_ones_own_counts_its_own_words(tmp_path: Path) -> None:
+    (tmp_path / "captions.txt").write_text("a red square\n" * 9, encoding="utf-8")
+    own_tokenizer.write([str(tmp_path / "captions.txt")], tmp_path / "words", "words", 50, 5)
+    counter = TokenCounter(open_clip.tokenizer.HFTokenizer(str(tmp_path / "words"), context_length=5))
+    assert counter.length == 5
+    assert counter(["a red square", "a", "a red red red square", "a " * 2000]).tolist() == [5, 3, 7, 1024]
 
 
 def test_the_recipes_student_tokenizes_and_its_batch_must_be_there(recipe_file: Path, world: Path, tmp_path: Path) -> None:

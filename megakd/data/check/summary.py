@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,11 @@ from numpy.typing import NDArray
 
 from megakd.data.bad_samples import BadCounter
 from megakd.data.caption_tokens import caption
-from megakd.data.check.measure import SIGNALS, Measured, TokenCounter
+from megakd.data.check.measure import SIGNALS, Measured, Rows, TokenCounter
 from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
 from megakd.data.transforms import FORMATS
+from megakd.runtime.console import with_progress
 
 QUANTILES = {"least": 0.0, "1 %": 0.01, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
 # Edges of histograms; what lies beyond them is counted in the first and the last bar.
@@ -53,14 +55,18 @@ class Repeats:
     groups: tuple[Equal, ...]
 
     @classmethod
-    def of(cls, keys_NK: NDArray[np.uint64], index_N: NDArray[np.int64]) -> Repeats:
-        """Of samples `index_N`, whose rows are equal where the samples are."""
-        count = len(keys_NK)
+    def of(cls, index_N: NDArray[np.int64], *keys_NK: NDArray[np.uint64]) -> Repeats:
+        """Of samples `index_N`, which are equal where their rows of all keys are."""
+        count = len(index_N)
         if not count:
             return cls(0, 0, ())
-        order = np.lexsort(keys_NK.T)
-        ordered = keys_NK[order]
-        starts = np.flatnonzero(np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(axis=1)]))
+        columns = [column for key_NK in keys_NK for column in key_NK.T]
+        order = np.lexsort(columns)
+        differs = np.zeros(count - 1, np.bool_)
+        for column in columns:
+            ordered = column[order]
+            differs |= ordered[1:] != ordered[:-1]
+        starts = np.flatnonzero(np.concatenate([[True], differs]))
         sizes = np.diff(np.append(starts, count))
         # of groups of one size the one that comes first
         largest = np.lexsort((order[starts], -sizes))[:_GROUPS]
@@ -149,25 +155,10 @@ def summarise(
     """Of the samples `index_N`, measured in order. batch: of the recipe, None where there is none."""
     usable_N = index_N[measured.rows["usable"]]
     rows = measured.rows[measured.rows["usable"]]
-    width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
-    aspect = width / np.maximum(height, 1)
-    values: dict[str, NDArray[Any]] = {
-        "width": width, "height": height, "shorter side": np.minimum(width, height), "width / height": aspect,
-        "megapixels": width * height / 1e6, "kilobytes of the file": rows["bytes"] / 1e3,
-    }  # fmt: skip
-    edges: dict[str, tuple[float, ...]] = {"width / height": ASPECTS, "shorter side": SIDES}
-    repeats = {"images": Repeats.of(rows["image"], usable_N)}
-    extremes = {"widest": _first(-aspect, usable_N), "tallest": _first(aspect, usable_N)}
-    extremes |= {"smallest": _first(width * height, usable_N), "largest": _first(-width * height, usable_N)}
-    if captions:
-        values["characters"], edges["characters"] = rows["characters"], CHARACTERS
-        repeats["captions"] = Repeats.of(rows["caption"], usable_N)
-        repeats["pairs"] = Repeats.of(np.concatenate([rows["image"], rows["caption"]], axis=1), usable_N)
-        characters = rows["characters"].astype(np.int64)
-        extremes |= {"longest": _first(-characters, usable_N), "shortest": _first(characters, usable_N)}
-    if counter is not None:
-        values["tokens"] = rows["tokens"]
-        edges["tokens"] = tuple(sorted({*range(8, counter.length, max(8, counter.length // 10 // 8 * 8)), counter.length + 1}))
+    quantiles, histograms, extremes = _sizes(rows, usable_N, counter, captions)
+    keys = {"images": ["image"], "captions": ["caption"], "pairs": ["image", "caption"]} if captions else {"images": ["image"]}
+    compared = with_progress(keys.items(), "comparing", "kinds")
+    repeats = {name: Repeats.of(usable_N, *(rows[key] for key in of)) for name, of in compared}
     signals: dict[str, tuple[int, int | None]] = {}
     for bit, name in enumerate(SIGNALS) if captions else ():
         has = np.flatnonzero(rows["signals"] >> bit & 1)
@@ -180,8 +171,8 @@ def summarise(
         usable_N=usable_N,
         known=known,
         bad=measured.bad,
-        quantiles={name: _quantiles(of) for name, of in values.items()} if len(rows) else {},
-        histograms={name: Histogram.of(values[name], of) for name, of in edges.items()} if len(rows) else {},
+        quantiles=quantiles,
+        histograms=histograms,
         formats={name: count for name, count in zip(FORMATS, formats, strict=True) if count},
         context=None if counter is None else counter.length,
         cut=0 if counter is None else int((rows["tokens"] > counter.length).sum()),
@@ -190,6 +181,37 @@ def summarise(
         extremes=extremes,
         refusals=tuple(_refusals(shards, known, measured.bad, captions, batch)),
     )
+
+
+def _sizes(
+    rows: Rows, index_N: NDArray[np.int64], counter: TokenCounter | None, captions: bool
+) -> tuple[dict[str, dict[str, float]], dict[str, Histogram], dict[str, tuple[int, ...]]]:
+    """(quantiles, histograms, extremes) of usable samples."""
+    if not len(rows):
+        return {}, {}, {}
+    width, height = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
+    aspect = width / height
+    # one after the other, as each takes eight bytes a sample
+    values: dict[str, Callable[[], NDArray[Any]]] = {
+        "width": lambda: width,
+        "height": lambda: height,
+        "shorter side": lambda: np.minimum(width, height),
+        "width / height": lambda: aspect,
+        "megapixels": lambda: width * height / 1e6,
+        "kilobytes of the file": lambda: rows["bytes"] / 1e3,
+    }
+    edges: dict[str, tuple[float, ...]] = {"width / height": ASPECTS, "shorter side": SIDES}
+    extremes = {"widest": _first(-aspect, index_N), "tallest": _first(aspect, index_N)}
+    extremes |= {"smallest": _first(width * height, index_N), "largest": _first(-width * height, index_N)}
+    if captions:
+        values["characters"], edges["characters"] = lambda: rows["characters"], CHARACTERS
+        extremes["longest"] = _first(-rows["characters"].astype(np.int64), index_N)
+        extremes["shortest"] = _first(rows["characters"], index_N)
+    if counter is not None:
+        values["tokens"] = lambda: rows["tokens"]
+        edges["tokens"] = tuple(sorted({*range(8, counter.length, max(8, counter.length // 10 // 8 * 8)), counter.length + 1}))
+    histograms = {name: Histogram.of(values[name](), of) for name, of in edges.items()}
+    return {name: _quantiles(of()) for name, of in values.items()}, histograms, extremes
 
 
 def caption_at(shards: ShardSet, index: int) -> str:
