@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megakd.evaluation.encoder import Encoder
+from megakd.runtime.console import with_progress
 
 # Legend: n images, C classes, T templates, D embedding width.
 
@@ -76,7 +77,9 @@ def class_embeddings(encoder: Encoder, classes: ClassSet) -> Tensor:
     """(C, D): for each class the mean of its templates' unit embeddings, again of unit length. Classes of one name get one embedding."""
     names = list(dict.fromkeys(classes.names))
     sentences = [template.replace("{c}", name) for name in names for template in classes.templates]
-    rows_UTD = encoder.encode_texts(sentences).unflatten(0, (len(names), len(classes.templates)))
+    starts = with_progress(range(0, len(sentences), encoder.batch), "evaluating class names", "batches")
+    rows_UD = torch.cat([encoder.encode_texts(sentences[start : start + encoder.batch]) for start in starts])
+    rows_UTD = rows_UD.unflatten(0, (len(names), len(classes.templates)))
     place = {name: number for number, name in enumerate(names)}
     return F.normalize(rows_UTD.mean(dim=1), dim=-1)[[place[name] for name in classes.names]]
 
