@@ -13,9 +13,9 @@ from megakd.export.options import Options
 
 @from_fields
 def export(
-    where: Annotated[Path | None, typer.Argument(metavar="RUN", help="a run, or a folder that open_clip loads")] = None,
+    where: Annotated[Path | None, typer.Argument(metavar="RUN", help="a run, a folder that open_clip loads, or a bundle (llava)")] = None,
     *,
-    to: Annotated[str, typer.Option(help="the format: open_clip, transformers, onnx")],
+    to: Annotated[str, typer.Option(help="the format: open_clip, transformers, onnx, llava")],
     out: Annotated[Path, typer.Option(help="folder that is written, in the place of an earlier export")],
     checkpoint: Annotated[Path | None, typer.Option(help="a checkpoint's folder; default: the newest valid one of the run")] = None,
     model: Annotated[str | None, typer.Option(help="in place of RUN: a model as teacher.model names it, e.g. ViT-B-32, timm:NAME")] = None,

@@ -64,6 +64,8 @@ def _what(source: Source, run: Mapping[str, Any]) -> str:
     towers = "an image and a text tower" if source.built.description.has_text else "an image tower"
     millions = sum(value.numel() for value in source.built.clip.state_dict().values()) / 1e6
     assumed = "".join(f" Note: {line}." for line in source.assumed)
+    if source.bundle is not None:
+        return f"A language model that answers questions about images, with a vision tower of {millions:.1f} million numbers{by}.{assumed}"
     return f"A model with {towers}, {millions:.1f} million numbers, embeddings of width {source.built.description.width}{by}.{assumed}"
 
 

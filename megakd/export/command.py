@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megakd.export import card, clip_folder, head_weights, hub, onnx_files, transformers_folder
+from megakd.export import card, clip_folder, head_weights, hub, llava_folder, onnx_files, transformers_folder
 from megakd.export.options import Options
 from megakd.export.source import Source
 from megakd.recipe import texts
@@ -63,11 +63,19 @@ def _onnx(source: Source, folder: Path, options: Options) -> list[str]:
     return onnx_files.write(source.built, folder, onnx_files.chosen(options.precision), texts=options.part == "both")
 
 
+def _llava(source: Source, folder: Path, options: Options) -> list[str]:
+    assert source.bundle is not None
+    if options.part != "both":
+        raise ValueError(f"--part {options.part}: LLaVA's folder holds tower and language model; take it out")
+    return llava_folder.write(source.bundle, folder)
+
+
 FOLDER = "FOLDER"  # in a card of what was not pushed
 FORMATS: dict[str, Format] = {
     "open_clip": Format("open_clip", _open_clip, _use_open_clip),
     "transformers": Format("transformers", _transformers, transformers_folder.use),
     "onnx": Format("onnx", _onnx, onnx_files.use),
+    "llava": Format("transformers", _llava, llava_folder.use, of_bundles=True),
 }
 PARTS = ("both", "image")
 

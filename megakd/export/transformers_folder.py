@@ -47,7 +47,7 @@ def fill(folder: Path, built: ClipModel, options: Options) -> list[str]:
     """
     try:
         mapped = _mapped(built, options.part)
-        processor = _image_processor(built.preprocess)
+        processor = image_processor(built.preprocess)
     except NotMapped as error:
         half = "" if options.part == "image" else "; `--part image` takes the image tower alone, where that maps"
         raise ValueError(
@@ -124,8 +124,8 @@ def _known(token: int | None) -> int | None:
     return None if token is None else int(token)
 
 
-def _image_processor(preprocess: PreprocessCfg) -> Any:
-    """Raises NotMapped for images that are padded."""
+def image_processor(preprocess: PreprocessCfg) -> Any:
+    """transformers' class of a preprocessing. Raises NotMapped for images that are padded."""
     height, width = input_size(preprocess)
     resample = _RESAMPLE["bilinear" if preprocess.interpolation == "bilinear" else "bicubic"]
     shared: dict[str, Any] = {"image_mean": list(preprocess.mean), "image_std": list(preprocess.std), "resample": resample}

@@ -13,76 +13,22 @@ import pytest
 import torch
 from onnx import helper
 from PIL import Image
-from timm.models import build_model_with_cfg, register_model
-from timm.models.convnext import ConvNeXt
-from timm.models.vision_transformer import VisionTransformer
 from tokenizers import Tokenizer
 from torch import nn
 
 from megakd import recipe
 from megakd.data.transforms import evaluation_pixels
 from megakd.export import onnx_files, onnx_run, tokenizer_file, trial_inputs
-from megakd.export.command import check_options
+from megakd.export.command import check
 from megakd.export.options import Options
 from megakd.models import clip
 from megakd.models.clip import ClipModel
-from support.decoders import CLIP, CPU
-
-TEXT: dict[str, Any] = CLIP["text_cfg"]  # type: ignore[assignment]
-TIMM = {"timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
-TOWERS: dict[str, dict[str, Any]] = {
-    "native": CLIP,
-    "timm": {"embed_dim": 16, "vision_cfg": {"timm_model_name": "megakd_onnx_vit", **TIMM}, "text_cfg": TEXT},
-    "convnext": {"embed_dim": 16, "vision_cfg": {"timm_model_name": "megakd_onnx_convnext", **TIMM}, "text_cfg": TEXT},
-    "siglip": {
-        "embed_dim": 32,
-        "init_logit_bias": -10,
-        "custom_text": True,
-        "vision_cfg": {"timm_model_name": "megakd_onnx_siglip", "timm_pool": "map", "timm_proj": "none", "image_size": 32},
-        "text_cfg": {**TEXT, "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}},
-    },
-}
-
-
-def _vit(name: str, settings: dict[str, Any], **more: Any) -> nn.Module:
-    shape = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32}
-    built: nn.Module = build_model_with_cfg(VisionTransformer, name, settings.pop("pretrained", False), **{**shape, **more, **settings})
-    return built
-
-
-@register_model
-def megakd_onnx_vit(**settings: Any) -> nn.Module:
-    return _vit("megakd_onnx_vit", settings)
-
-
-@register_model
-def megakd_onnx_siglip(**settings: Any) -> nn.Module:
-    """As SigLIP's: no class token, pooled by attention."""
-    return _vit("megakd_onnx_siglip", settings, class_token=False, act_layer="gelu_tanh")
-
-
-@register_model
-def megakd_onnx_convnext(**settings: Any) -> nn.Module:
-    shape = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
-    built: nn.Module = build_model_with_cfg(
-        ConvNeXt, "megakd_onnx_convnext", settings.pop("pretrained", False), feature_cfg={"flatten_sequential": True}, **shape, **settings
-    )
-    return built
-
-
-def _built(architecture: dict[str, Any], tokenizer: Path) -> ClipModel:
-    torch.manual_seed(3)
-    built = clip.build(clip.resolve(recipe.Student(architecture=architecture, tokenizer=str(tokenizer)), "student"), CPU)
-    built.clip.eval().requires_grad_(False)
-    with torch.no_grad():  # a fresh model tells images apart by little
-        for parameter in built.clip.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return built
+from support.small_towers import TOWERS, small_student
 
 
 @pytest.mark.parametrize("kind", TOWERS)
 def test_onnxruntime_gives_the_models_embeddings_of_any_number_of_images_and_texts(kind: str, world: Path, tmp_path: Path) -> None:
-    built = _built(TOWERS[kind], world / "tokenizer")
+    built = small_student(kind, world / "tokenizer")
     texts = kind in ("native", "siglip")  # the others have the same text tower as the first
     lines = onnx_files.write(built, tmp_path, ["fp16", "int8"] if kind == "native" else [], texts=texts)
     assert (tmp_path / "text.onnx").exists() == texts
@@ -111,7 +57,7 @@ def test_onnxruntime_gives_the_models_embeddings_of_any_number_of_images_and_tex
 
 @pytest.fixture(scope="module")
 def native(world: Path) -> ClipModel:
-    return _built(CLIP, world / "tokenizer")
+    return small_student("native", world / "tokenizer")
 
 
 def test_an_image_and_a_text_are_prepared_from_the_folder_alone(native: ClipModel, tmp_path: Path) -> None:
@@ -188,7 +134,7 @@ def test_a_matrix_after_a_permutation_of_rows_runs_in_float16(tmp_path: Path) ->
 
 def test_precisions_are_checked_before_anything_is_loaded() -> None:
     with pytest.raises(ValueError, match="--precision int4: one of fp16, int8"):
-        check_options("onnx", Options(precision=("fp16,int4",)))
+        check("onnx", Options(precision=("fp16,int4",)))
     with pytest.raises(ValueError, match="--precision fp16: is of --to onnx"):
-        check_options("open_clip", Options(precision=("fp16",)))
+        check("open_clip", Options(precision=("fp16",)))
     assert onnx_files.chosen(("fp16,int8", "fp16")) == ["fp16", "int8"]
