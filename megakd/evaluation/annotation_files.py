@@ -15,7 +15,7 @@ from typing import Any
 from megakd.evaluation.image_files import FileSet, ImageFile, folder_of, one_line
 from megakd.recipe import Data
 from megakd.recipe.evaluation import CaptionFiles, NegativeFiles
-from megakd.vqa.json_files import Misfit, is_id, items, object_of, read_any, shown, some, text_of
+from megakd.vqa.json_files import Misfit, is_id, items, object_of, read_any, shown, some, strings, text_of
 
 log = logging.getLogger("megakd.evaluation")
 _CAPTIONS = (
@@ -29,6 +29,7 @@ _NEGATIVES = (
 )
 _SPLIT = "test"  # of Karpathy's, where the recipe names none
 _BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
+_LARGEST = 10**6  # pixels of a side of a box
 _FEWEST = 25  # pairs of an attribute that ARO reports
 
 
@@ -84,7 +85,7 @@ def _coco(value: Mapping[str, Any], source: CaptionFiles, path: Path) -> list[Im
     for number, annotation in enumerate(items(value, "annotations", str(path))):
         where = f"{path}: annotation {number}"
         entry = object_of(annotation, where)
-        if (of := entry.get("image_id")) not in names:
+        if not is_id(of := entry.get("image_id")) or of not in names:
             raise ValueError(f'{where} has "image_id" = {shown(of)}, which is no image of the file')
         texts.setdefault(of, []).append(text_of(entry, "caption", where))
     if without := [names[one] for one in names if one not in texts]:
@@ -115,7 +116,7 @@ def with_negatives(source: NegativeFiles, data: Data) -> tuple[FileSet, int]:
             if {"filename", "caption", "negative_caption"} <= keys:
                 files += _pairs(entries, path)
             elif {"image_path", "true_caption", "false_caption", *_BOX} <= keys and keys & {"relation_name", "attributes"}:
-                files += _boxes(entries, path)
+                files += _boxes(entries, path, data.max_pixels)
                 fewest = _FEWEST if "attributes" in keys else fewest
             elif {"image", "caption_options"} <= keys:
                 files += _orders(entries, path)
@@ -138,18 +139,22 @@ def _pairs(entries: list[Mapping[str, Any]], path: Path) -> Iterator[ImageFile]:
         )
 
 
-def _boxes(entries: list[Mapping[str, Any]], path: Path) -> Iterator[ImageFile]:
+def _boxes(entries: list[Mapping[str, Any]], path: Path, most_pixels: int) -> Iterator[ImageFile]:
     for number, entry in enumerate(entries):
         where = f"{path}: entry {number}"
         left, upper, width, height = (entry.get(key) for key in _BOX)
         sides = (left, upper, width, height)
-        if not all(isinstance(side, int) and not isinstance(side, bool) for side in sides) or width <= 0 or height <= 0:  # type: ignore[operator]
-            raise ValueError(f"{where} has the box {shown(sides)}: four whole numbers of pixels, the last two above 0")
+        whole = all(isinstance(side, int) and not isinstance(side, bool) and abs(side) <= _LARGEST for side in sides)
+        if not whole or not (width > 0 and height > 0 and width * height <= most_pixels):  # type: ignore[operator]
+            raise ValueError(
+                f"{where} has the box {shown(sides)}: four whole numbers of pixels, the last two above 0, of data.max_pixels at most"
+            )
         if "relation_name" in entry:
-            kind = text_of(entry, "relation_name", where)
+            kind = _said(entry, "relation_name", where)
+        elif not (both := strings(entry, "attributes", where)):
+            raise ValueError(f"{where} has no attributes")
         else:
-            both = items(entry, "attributes", where)
-            kind = "_".join(map(str, both))
+            kind = "_".join(both)
         yield ImageFile(
             text_of(entry, "image_path", where),
             texts=(_said(entry, "true_caption", where),),

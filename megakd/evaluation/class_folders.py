@@ -127,8 +127,15 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """The files below it at any depth, links followed, in ImageFolder's order."""
-    for parent, _, names in sorted(os.walk(folder, followlinks=True)):
+    """The files below it at any depth, links followed, in ImageFolder's order. Raises ValueError for a link to a folder above it, by which
+    ImageFolder finds each image forty times."""
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        for link in (path for name in folders if os.path.islink(path := os.path.join(parent, name))):
+            if Path(os.path.realpath(parent)).is_relative_to(os.path.realpath(link)):
+                raise ValueError(f"{link}: a link to a folder that it lies in; take it out")
+        found.append((parent, names))
+    for parent, names in sorted(found):
         yield from (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
 
 

@@ -57,8 +57,8 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str], suite: Su
     """`evaluate`, with a suite's scores and the sizes and speeds of student and teachers, written to RUN/evaluation.json and printed."""
     with process_group() as world:
         scored = _scores(run, chosen, overrides, world, suite)
-        results, settings = scored.results, scored.recipe.student
-        name = (None if settings is None else settings.model) or "own architecture"
+        results, student = scored.results, scored.recipe.student
+        name = (None if student is None else student.model) or "own architecture"
         models = {
             "student": measured.of(scored.student, results["images_per_second"], model=name),
             **measured.teachers(scored.recipe, world),
@@ -68,6 +68,9 @@ def evaluate_run(run: Path, chosen: Path | None, overrides: list[str], suite: Su
                 results |= _diagnostics_of(run, results)
             results["models"] = models
             run_folder.write_json(run / run_folder.EVALUATION, results)
+            if scored.recipe.evaluation.vqa:
+                bundle, settings = run / run_folder.BUNDLE, run / run_folder.RUN
+                print(f"evaluation.vqa: not scored here; megakd evaluate {bundle} --recipe {settings} asks its decoder")
             print(scored.path)
             tables.show(results)
             print(f"written to {run / run_folder.EVALUATION}")

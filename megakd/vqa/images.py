@@ -28,7 +28,7 @@ class MissingImages(ValueError):
     """Images of questions that are not there. there: some names that are."""
 
     def __init__(self, missing: Sequence[str], where: str, there: Sequence[str]) -> None:
-        super().__init__(f"images = {where!r} lacks {len(missing)} images that questions are about ({some(missing)})")
+        super().__init__(f"images = {where!r} lacks {len(missing)} images that are named ({some(missing)})")
         self.there = there
 
 
@@ -57,7 +57,7 @@ class ImageFolder:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts:
                 raise ValueError(
-                    f"image {shown(name)} would be read from outside images = {str(folder)!r}: correct it in the questions' file"
+                    f"image {shown(name)} would be read from outside images = {str(folder)!r}: correct it in the file that names it"
                 )
             if (parent := str(path.parent)) not in below:  # listed, as a stat for each file takes minutes on a network disk
                 below[parent] = _listed(folder / parent)

@@ -145,6 +145,18 @@ def test_folders_that_are_no_set_are_one_message(
         opened(zero_shot={"mine": str(folder)})
 
 
+def test_a_link_to_a_folder_above_it_is_refused_and_other_links_are_followed(tmp_path: Path) -> None:
+    folder = classes(tmp_path / "set", {"a": [1, 2], "b": [3]})
+    classes(tmp_path / "elsewhere", {"c": [4, 5]})
+    (folder / "c").symlink_to(tmp_path / "elsewhere" / "c", target_is_directory=True)
+    (folder / "a" / "more").symlink_to(folder / "b", target_is_directory=True)
+    images, names = class_folders.open_classes(folder, Data())
+    assert (len(images), names) == (6, ["a", "b", "c"])
+    (folder / "a" / "again").symlink_to(folder, target_is_directory=True)
+    with pytest.raises(ValueError, match="a/again: a link to a folder that it lies in; take it out"):
+        class_folders.open_classes(folder, Data())
+
+
 def captions_of(number: int) -> list[str]:
     return [f"{number} {word}\n" for word in "abc"[: 1 + number % 3]]
 

@@ -18,7 +18,7 @@ from megakd.recipe import load as recipes
 from megakd.runtime.exits import EXIT_USER_ERROR
 from megakd.runtime.launch import World
 from support import REPOSITORY
-from support.runs import megakd, ran, run_ranks
+from support.runs import megakd, ran, run_ranks, settings
 from support.shards import jpeg, write_tar
 
 
@@ -98,6 +98,28 @@ def test_a_run_is_probed_at_its_end_and_so_is_its_model_on_two_ranks(
     model = ("--model", f"local-dir:{run / 'model'}", "--recipe", run / "run.json", "--out", tmp_path / "two.json")
     run_ranks(REPOSITORY / "megakd" / "cli" / "__main__.py", "evaluate", *model)
     assert json.loads((tmp_path / "two.json").read_text())["probe"]["things"] == found
+
+
+def test_class_folders_are_probed_as_shards_of_the_same_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, classes = tmp_path / "images", ("ant", "bee", "cat")
+    for part, count in (("train", 8), ("val", 3)):
+        members = []
+        for label, name in enumerate(classes):
+            (images / part / name).mkdir(parents=True)
+            for number in range(count):
+                data = jpeg(100 * label + 10 * number + len(part))
+                (images / part / name / f"{number}.JPEG").write_bytes(data)
+                members += [(f"{label}_{number}.jpg", data), (f"{label}_{number}.cls", b"%d" % label)]
+        write_tar(tmp_path / "tars" / {"train": "train", "val": "test"}[part] / "0.tar", members)
+    wanted = [f"evaluation.probe.{kind}={{ train = '{tmp_path}/{kind}', test = '{tmp_path}/{kind}' }}" for kind in ("images", "tars")]
+    model = ("--model", "timm:test_vit", "--pretrained", "random", *settings("data.workers=0"))
+    assert megakd("evaluate", *model, *settings(*wanted), "--out", tmp_path / "out.json") == 0
+    found = json.loads((tmp_path / "out.json").read_text())["probe"]
+    assert found["images"] == found["tars"]
+    assert (found["tars"]["learned"], found["tars"]["images"], found["tars"]["classes"]) == (24, 9, 3)
+    (images / "val" / "bee").rename(images / "val" / "dog")
+    assert megakd("evaluate", *model, *settings(wanted[0])) == EXIT_USER_ERROR
+    assert "evaluation.probe.images: train and test have other class folders (bee, dog)" in capsys.readouterr().err
 
 
 def test_a_set_without_labels_is_refused_by_its_key(recipe_file: Path, world: Path, tmp_path: Path) -> None:

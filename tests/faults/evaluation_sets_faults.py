@@ -68,12 +68,16 @@ LABELS: list[Damage] = [
     ("a byte order mark", lambda number, original: b"\xef\xbb\xbf" + original, SOUND),
     ("zeros before it", lambda number, original: b"00" + original, SOUND),
 ]
-SWAPS = (*(b'["99 a", "98 b"]', b'{"text": "99 a"}', b"99", b"NaN", b'""', b'" \\n"', b"true", b"9" * 5000), '"99 é"'.encode("latin-1"))
+SWAPS = (
+    *(b"[]", b'["99 a", 3]', b'["99 a", ""]', b'{"text": "99 a"}', b"99", b"NaN", b'""', b'" \\n"', b"true", b"9" * 5000),
+    '"99 é"'.encode("latin-1"),
+)
 FALSE: list[Damage] = [
     _fixed("no json", None, REFUSE),
     *_each("json", REFUSE, b"", b"{", b"[]", b"null", b'"negatives"', b"[" * 90_000, b'{"negatives":' * 90_000, b"\xff\xfe{}"),
     *_each("json", REFUSE, b'{"negatives": ["99 a"]}', b'{"negatives": "99 a"}', b'{"negatives": null}'),
     *_each("json", REFUSE, *(b'{"negatives": {"swap": %s}}' % value for value in SWAPS)),
+    *_each("json", SOUND, b'{"negatives": {"swap": ["99 a", "98 b"]}}'),
     ("a byte order mark", lambda number, original: b"\xef\xbb\xbf" + original, SOUND),
     ("more keys", lambda number, original: original[:-1] + b', "url": null, "width": 1e999}', SOUND),
 ]

@@ -88,6 +88,7 @@ def classify(folder: Path, model_folder: str) -> dict[str, float]:
     import open_clip
     from clip_benchmark.metrics import zeroshot_classification
     from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+    from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
     from timm.data import ImageNetInfo
     from torchvision.datasets import ImageFolder
 
@@ -98,8 +99,11 @@ def classify(folder: Path, model_folder: str) -> dict[str, float]:
     templates = [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES]
     loader = torch.utils.data.DataLoader(images, batch_size=16, num_workers=0)
     tokenize = open_clip.get_tokenizer(f"local-dir:{model_folder}")
-    found = zeroshot_classification.evaluate(model.eval(), loader, tokenize, names, templates, "cpu", amp=False)
-    return {"top1": found["acc1"], "top5": found["acc5"], "mean_per_class_recall": found["mean_per_class_recall"]}
+    classifier = zeroshot_classification.zero_shot_classifier(model.eval(), tokenize, names, templates, "cpu", amp=False)
+    logits, target = zeroshot_classification.run_classification(model, classifier, loader, "cpu", amp=False)
+    # what its `evaluate` makes of them; its own `accuracy` gives float() an array of one number, which numpy refuses from 2.4 on
+    top = {f"top{most}": top_k_accuracy_score(target, logits, k=most, labels=range(len(names))) for most in (1, 5)}
+    return {**top, "mean_per_class_recall": balanced_accuracy_score(target, logits.argmax(axis=1))}
 
 
 if __name__ == "__main__":
