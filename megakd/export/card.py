@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megakd.export.source import Source
+from megakd.models.clip import parameters_in
 from megakd.recipe.credentials import redacted
 from megakd.runtime import run_folder
 
@@ -62,11 +63,13 @@ def _what(source: Source, run: Mapping[str, Any]) -> str:
     version = (run.get("versions") or {}).get("megakd")
     by = f", trained with megakd {version}" if version else ""
     towers = "an image and a text tower" if source.built.description.has_text else "an image tower"
-    millions = sum(value.numel() for value in source.built.clip.state_dict().values()) / 1e6
+    millions = parameters_in(source.built.clip) / 1e6
     assumed = "".join(f" Note: {line}." for line in source.assumed)
     if source.bundle is not None:
-        return f"A language model that answers questions about images, with a vision tower of {millions:.1f} million numbers{by}.{assumed}"
-    return f"A model with {towers}, {millions:.1f} million numbers, embeddings of width {source.built.description.width}{by}.{assumed}"
+        return (
+            f"A language model that answers questions about images, with a vision tower of {millions:.1f} million parameters{by}.{assumed}"
+        )
+    return f"A model with {towers}, {millions:.1f} million parameters, embeddings of width {source.built.description.width}{by}.{assumed}"
 
 
 def _training(source: Source, run: Mapping[str, Any]) -> Iterator[str]:

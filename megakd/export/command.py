@@ -42,6 +42,8 @@ class Format:
 def _open_clip(source: Source, folder: Path, options: Options) -> list[str]:
     if options.part != "both":
         raise ValueError(f"--part {options.part}: open_clip's folders hold both towers; take it out, or give another --to")
+    if not source.built.description.has_text:
+        raise ValueError(f"--to open_clip: {source.name} has no text tower, and open_clip's folders hold both; take --to onnx")
     clip_folder.fill(folder, source.weights, source.built)
     return ["open_clip loads it, and tokens, embeddings and scale are the model's own"]
 

@@ -30,8 +30,8 @@ _RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.
 
 
 @dataclass(frozen=True)
-class _Mapped:
-    """name: of the class. model: of it, with the weights. tokenizer: None for an image half."""
+class Mapped:
+    """A model of transformers. name: of its class. model: of it, with the weights. tokenizer: None for an image half."""
 
     name: str
     model: Any
@@ -45,26 +45,36 @@ def fill(folder: Path, built: ClipModel, options: Options) -> list[str]:
 
     Raises ValueError with the layer that transformers has not, and with what differs.
     """
+    mapped = write(folder, built, options.part)
+    return [f"transformers' {mapped.name}", *check(folder, built, mapped)]
+
+
+def write(folder: Path, built: ClipModel, part: str) -> Mapped:
+    """The model's files in an empty folder. part: both, image. Raises ValueError with the layer that transformers has not."""
     try:
-        mapped = _mapped(built, options.part)
+        mapped = _mapped(built, part)
         processor = image_processor(built.preprocess)
     except NotMapped as error:
-        half = "" if options.part == "image" else "; `--part image` takes the image tower alone, where that maps"
+        half = "" if part == "image" else "; `--part image` takes the image tower alone, where that maps"
         raise ValueError(
-            f"--to transformers: the model has no class there: {error}{half}; `--to open_clip` and `--to onnx` take any model"
+            f"--to transformers: the model has no class there: {error}{half}; `--to open_clip` takes any pair of towers, `--to onnx` any "
+            f"model"
         ) from error
     mapped.model.save_pretrained(folder)
-    lines = [f"transformers' {mapped.name}"]
     if mapped.tokenizer is None:
         processor.save_pretrained(folder)
-    else:
-        joined: Any = transformers.CLIPProcessor if mapped.name == "CLIPModel" else transformers.SiglipProcessor
-        joined(image_processor=processor, tokenizer=mapped.tokenizer).save_pretrained(folder)
-        lines += _biased(folder, built, mapped.name)
-    return [*lines, *_check(folder, built, mapped)]
+        return mapped
+    joined: Any = transformers.CLIPProcessor if mapped.name == "CLIPModel" else transformers.SiglipProcessor
+    joined(image_processor=processor, tokenizer=mapped.tokenizer).save_pretrained(folder)
+    bias: Any = getattr(built.clip, "logit_bias", None)
+    if mapped.name == "CLIPModel" and bias is not None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | {"logit_bias": float(bias)}
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return mapped
 
 
-def _mapped(built: ClipModel, wanted: str) -> _Mapped:
+def _mapped(built: ClipModel, wanted: str) -> Mapped:
     clip: Any = built.clip
     image = vision_part(clip.visual)
     if wanted == "image":
@@ -103,10 +113,10 @@ def _mapped(built: ClipModel, wanted: str) -> _Mapped:
         config = transformers.SiglipConfig(text_config=text.settings, vision_config=image.settings)
         model = transformers.SiglipModel(config)
     model.load_state_dict(joined)
-    return _Mapped(type(model).__name__, model.eval(), tokenizer, context, end)
+    return Mapped(type(model).__name__, model.eval(), tokenizer, context, end)
 
 
-def _half(image: Part) -> _Mapped:
+def _half(image: Part) -> Mapped:
     model: Any
     if image.kind == "clip":
         assert image.head is not None
@@ -117,7 +127,7 @@ def _half(image: Part) -> _Mapped:
     else:
         model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**image.settings))
         model.load_state_dict(image.state)
-    return _Mapped(type(model).__name__, model.eval(), None, 0, -1)
+    return Mapped(type(model).__name__, model.eval(), None, 0, -1)
 
 
 def _known(token: int | None) -> int | None:
@@ -136,16 +146,21 @@ def image_processor(preprocess: PreprocessCfg) -> Any:
     return transformers.CLIPImageProcessor(size={"shortest_edge": height}, crop_size={"height": height, "width": width}, **shared)
 
 
-def _biased(folder: Path, built: ClipModel, name: str) -> list[str]:
+def _settings(processor: Any) -> dict[str, Any]:
+    """How an image processor prepares images, in plain numbers."""
+    plain = ("resample", "do_center_crop", "rescale_factor")
+    found: dict[str, Any] = {name: getattr(processor, name, None) for name in plain}
+    found |= {name: dict(getattr(processor, name, None) or {}) for name in ("size", "crop_size")}
+    return found | {name: tuple(getattr(processor, name)) for name in ("image_mean", "image_std")}
+
+
+def _bias(built: ClipModel, name: str) -> list[str]:
     """What is to be said of a logit bias, which CLIPModel has not: the number is kept in its config.json."""
     bias: Any = getattr(built.clip, "logit_bias", None)
     if name == "SiglipModel":
         return ["it has no logit bias, and SiglipModel's is 0"] if bias is None else []
     if bias is None:
         return []
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | {"logit_bias": float(bias)}
-    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
     return [
         f"its logit bias {float(bias):.4g} has no place in CLIPModel: add config.logit_bias to the logits for a sigmoid's probabilities"
     ]
@@ -192,8 +207,13 @@ def image_features(model: Any, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _check(folder: Path, built: ClipModel, mapped: _Mapped) -> list[str]:
+def check(folder: Path, built: ClipModel, mapped: Mapped) -> list[str]:
+    """Lines for people on how what transformers reads from the folder compares with the model. Raises ValueError with what differs."""
     model, processor = load(folder)
+    prepares = getattr(processor, "image_processor", processor)
+    for key, value in _settings(image_processor(built.preprocess)).items():
+        if (found := _settings(prepares)[key]) != value:
+            raise ValueError(f"{folder}: transformers prepares images with {key} = {found}, and the model was trained with {value}")
     clip: Any = built.clip
     images, ours = pictures(), pixels(built)
     with warnings.catch_warnings():
@@ -211,10 +231,12 @@ def _check(folder: Path, built: ClipModel, mapped: _Mapped) -> list[str]:
         f"its processor's pixels differ by {float(levels.mean()):.2f} of 255 levels in the mean, {float(levels.max()):.0f} at most; "
         f"least cosine of the embeddings {cosine:.5f}",
     ]
-    return lines if mapped.tokenizer is None else [*lines, *_check_texts(folder, built, mapped, model, processor)]
+    if mapped.tokenizer is None:
+        return lines
+    return [*lines, *_check_texts(folder, built, mapped, model, processor), *_bias(built, mapped.name)]
 
 
-def _check_texts(folder: Path, built: ClipModel, mapped: _Mapped, model: Any, processor: Any) -> list[str]:
+def _check_texts(folder: Path, built: ClipModel, mapped: Mapped, model: Any, processor: Any) -> list[str]:
     clip: Any = built.clip
     tokenize: Any = built.description.tokenize
     samples = texts()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import timm
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
@@ -20,6 +21,7 @@ from megakd.export.options import Options
 from megakd.export.trial_inputs import pixels
 from megakd.models import clip
 from megakd.recipe import Model, Preprocess
+from support import edit_json
 
 TEXT: dict[str, Any] = {"context_length": 32, "vocab_size": 128, "width": 32, "heads": 2, "layers": 2}
 NATIVE: dict[str, Any] = {
@@ -160,7 +162,7 @@ def test_the_image_half_alone(name: str, world: Path, tmp_path: Path) -> None:
 )
 def test_what_transformers_has_not_is_refused_by_name(architecture: dict[str, Any], told: str, world: Path, tmp_path: Path) -> None:
     built = _built(world, architecture)
-    with pytest.raises(ValueError, match=r"--to transformers: .*`--to open_clip` and `--to onnx` take any model") as refused:
+    with pytest.raises(ValueError, match=r"--to transformers: .*`--to onnx` any model") as refused:
         transformers_folder.fill(tmp_path, built, Options())
     assert told in str(refused.value)
     assert list(tmp_path.iterdir()) == []
@@ -174,6 +176,44 @@ def test_images_are_prepared_as_the_student_was_trained(world: Path, tmp_path: P
     assert dict(processor.size) == {"height": 32, "width": 32}
     with pytest.raises(ValueError, match="padded"):
         transformers_folder.fill(tmp_path / "b", _built(world, NATIVE, preprocess=Preprocess(resize_mode="longest")), Options())
+
+
+def _rescaled(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["vision_model.encoder.layers.1.mlp.fc2.weight"] *= 1.01
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def _other_words(folder: Path) -> None:
+    def exchange(content: Any) -> None:
+        words = content["model"]["vocab"]
+        words["red"], words["blue"] = words["blue"], words["red"]
+
+    edit_json(folder / "tokenizer.json", exchange)
+
+
+def _edit(file: str, table: str, **values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / file, lambda content: content[table].update(values))
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (_rescaled, "image embeddings differ"),
+        (_other_words, "other tokens than the model's, first for"),
+        (_edit("config.json", "vision_config", hidden_act="gelu"), "image embeddings differ"),
+        (_edit("config.json", "text_config", hidden_act="gelu"), "text embeddings differ"),
+        (_edit("processor_config.json", "image_processor", image_mean=[0.5, 0.5, 0.5]), "prepares images with image_mean"),
+    ],
+    ids=["weights", "tokenizer", "image activation", "text activation", "mean"],
+)
+def test_what_transformers_reads_otherwise_is_refused(harm: Callable[[Path], None], told: str, world: Path, tmp_path: Path) -> None:
+    built = _built(world, {**NATIVE, "quick_gelu": True})
+    mapped = transformers_folder.write(tmp_path, built, "both")
+    transformers_folder.check(tmp_path, built, mapped)
+    harm(tmp_path)
+    with pytest.raises(ValueError, match=told):
+        transformers_folder.check(tmp_path, built, mapped)
 
 
 def test_weights_are_float32_and_all_there(world: Path, tmp_path: Path) -> None:
