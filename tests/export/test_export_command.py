@@ -52,6 +52,12 @@ def test_an_earlier_export_is_replaced_and_a_folder_with_other_things_is_not(
         (["RUN", "--pretrained", "openai", "--to", "open_clip"], "--pretrained: goes with --model"),
         (["--model", "ViT-B-32", "--checkpoint", "x", "--to", "open_clip"], "--checkpoint: is of a run"),
         (["--model", "ViT-B-23", "--pretrained", "random", "--to", "open_clip"], "nearest: ViT-B-32"),
+        (["--model", "timm:vit_tiny_patch16_224", "--pretrained", "random", "--to", "open_clip"], "has no text tower"),
+        (
+            ["--model", "timm:vit_tiny_patch16_224", "--pretrained", "random", "--to", "transformers"],
+            "no norm before its blocks",
+        ),
+        (["RUN", "--part", "image", "--to", "open_clip"], "--part image: open_clip's folders hold both towers"),
         (["nowhere", "--to", "open_clip"], "nowhere: neither a run"),
     ],
 )

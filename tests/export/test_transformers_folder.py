@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import timm
 import torch
@@ -16,8 +17,9 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
-from megakd.export import transformers_folder
+from megakd.export import command, transformers_folder
 from megakd.export.options import Options
+from megakd.export.source import Source
 from megakd.export.trial_inputs import pixels
 from megakd.models import clip
 from megakd.recipe import Model, Preprocess
@@ -166,6 +168,21 @@ def test_what_transformers_has_not_is_refused_by_name(architecture: dict[str, An
         transformers_folder.fill(tmp_path, built, Options())
     assert told in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [_timm("convnext_atto"), _timm("tiny_vit", timm_pool="token"), _timm("tiny_clip", timm_pool="avg"), SIGLIP],
+    ids=["ConvNeXt", "timm's ViT", "timm's ViT of CLIP, averaged", "SigLIP"],
+)
+def test_open_clip_takes_these_too(architecture: dict[str, Any], world: Path, tmp_path: Path) -> None:
+    built = _built(world, architecture)
+    weights = {f"clip.{name}": value for name, value in built.clip.state_dict().items()}
+    assert command.export(Source("a student", built, weights), "open_clip", tmp_path / "out", Options())[0].startswith("open_clip loads it")
+    theirs: Any = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
+    ours: Any = built.clip
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode_image(pixels(built)), ours.encode_image(pixels(built)), rtol=1e-5, atol=1e-5)
 
 
 def test_images_are_prepared_as_the_student_was_trained(world: Path, tmp_path: Path) -> None:
