@@ -66,9 +66,7 @@ def _what(source: Source, run: Mapping[str, Any]) -> str:
     millions = parameters_in(source.built.clip) / 1e6
     assumed = "".join(f" Note: {line}." for line in source.assumed)
     if source.bundle is not None:
-        return (
-            f"A language model that answers questions about images, with a vision tower of {millions:.1f} million parameters{by}.{assumed}"
-        )
+        return f"A language model that answers about images, with a vision tower of {millions:.1f} million parameters{by}.{assumed}"
     return f"A model with {towers}, {millions:.1f} million parameters, embeddings of width {source.built.description.width}{by}.{assumed}"
 
 

@@ -34,7 +34,10 @@ def recipe_of(run: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{run}: no run folder (it has no {run_folder.RUN}); give the --out of a training run, such as runs/smoke")
     recipe, _ = recipes.load(str(run / run_folder.RUN), overrides, to_compare=True)
     if recipe.student is None or not recipe.active():
-        raise ValueError(f"{run}: a run of answers alone is scored at its end; `megakd answer {run}/bundle` asks its decoder")
+        raise ValueError(
+            f"{run}: a run of answers alone is scored at its end; `megakd answer {run}/bundle` asks its decoder, and "
+            f"`megakd export {run} --to llava` writes it for transformers"
+        )
     return recipe
 
 
