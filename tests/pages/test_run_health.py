@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megakd.pages.page import BAD, GOOD, LOOK, Table
+from megakd.pages.page import BAD, GOOD, LOOK, Table, as_markdown
 from megakd.pages.run import contents, curves, health, reading
+from megakd.pages.run.page import compose
 from support import edit_json
 from support.run_pages import STEPS, row, write_long_run, write_rows
 
@@ -154,8 +158,6 @@ def test_a_run_without_last_words_shows_the_end_of_its_log(tmp_path: Path) -> No
 @pytest.mark.parametrize("damage", ["run.json", "metrics.jsonl", "evaluation.json"])
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"recipe": 3, "jobs": {}}', '{"step": 1, "loss": {}, "losses": 3}\n[]\n', "\x00\xff"])
 def test_damaged_and_empty_files_make_a_page_that_says_so(damage: str, content: str, tmp_path: Path) -> None:
-    from megakd.pages.run.page import compose
-
     folder = write_long_run(tmp_path / "run")
     (folder / damage).write_bytes(content.encode("latin-1"))
     composed = compose(reading.read(folder), [], examples=True)
@@ -178,3 +180,29 @@ def test_only_settings_that_differ_from_their_defaults_are_listed(tmp_path: Path
     table, said = contents.recipe(reading.read(folder))
     assert "of_another_version: unknown key" in said
     assert ["seed", "0", "?"] in cells(table)
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Of everything inside a value of JSON."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from _places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("name", ["run.json", "evaluation.json", "metrics.jsonl"])
+def test_a_value_of_another_kind_anywhere_ends_in_a_page_too(name: str, tmp_path: Path) -> None:
+    """Forty mutants of each file, drawn by a seed: one value in it is of another kind, or missing."""
+    folder, generator = write_long_run(tmp_path / "run"), random.Random(7)
+    whole = (folder / name).read_text(encoding="utf-8")
+    for _ in range(40):
+        lines = whole.splitlines() if name.endswith("l") else [whole]
+        number = generator.randrange(len(lines))
+        content = json.loads(lines[number])
+        *way, last = generator.choice(list(_places(content)))
+        inner = content
+        for key in way:
+            inner = inner[key]
+        inner[last] = generator.choice([None, True, -1, 0, 3.5, 10**30, "x", "", [], {}, [1], {"a": {"b": []}}, "\ud800\n"])
+        lines[number] = json.dumps(content)
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        as_markdown(compose(reading.read(folder), [], examples=False)).encode()

@@ -184,7 +184,7 @@ def _stacked(key: str, title: str, series: Sequence[Series], unit: str, marks: S
         )
         tops = sorted(sum(points[step] for _, _, points in by_step) for step in steps)
         axes.set_ylim(
-            0, min(tops[-1], 1.6 * tops[int(0.95 * (len(tops) - 1))]) * 1.05 or 1.0
+            0, min(tops[-1], 1.25 * tops[int(0.95 * (len(tops) - 1))]) * 1.05 or 1.0
         )  # a first step may take a hundred times as long
         _by_step(axes, marks, unit)
 

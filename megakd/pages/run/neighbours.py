@@ -128,7 +128,7 @@ def _nearest(query_ND: Tensor, candidate_ND: Tensor) -> tuple[list[list[int]], l
 def _of_image(pairs: _Pairs, query: int, nearest: list[int], cosines: list[float], key: str) -> Card:
     own = pairs.captions[query]
     lines = [
-        Line(f"{place}. {cosine:.2f}", short(pairs.captions[found]), GOOD if pairs.is_right(query, found) else BAD)
+        Line(f"{place}. {_shown(cosine)}", short(pairs.captions[found]), GOOD if pairs.is_right(query, found) else BAD)
         for place, (found, cosine) in enumerate(zip(nearest, cosines, strict=True), 1)
     ]
     if not any(pairs.is_right(query, found) for found in nearest):
@@ -141,9 +141,14 @@ def _of_caption(pairs: _Pairs, query: int, nearest: list[int], cosines: list[flo
         return Picture(f"{key}_{place}", small_jpeg(pairs.images[found]), f"picture of: {short(pairs.captions[found])}", note, mark)
 
     pictures = [
-        picture(place, found, f"{cosine:.2f}", GOOD if pairs.is_right(query, found) else BAD)
+        picture(place, found, _shown(cosine), GOOD if pairs.is_right(query, found) else BAD)
         for place, (found, cosine) in enumerate(zip(nearest, cosines, strict=True), 1)
     ]
     if not any(pairs.is_right(query, found) for found in nearest):
         pictures.append(picture(0, query, "its own", ""))
     return Card(None, (Line("caption", short(pairs.captions[query])),), tuple(pictures))
+
+
+def _shown(cosine: float) -> str:
+    """With a true minus sign."""
+    return f"{cosine:.2f}".replace("-", "−")
