@@ -66,8 +66,8 @@ def starts(run: RunFiles) -> Table:
         how = ": ".join(
             filter(None, (_text(ended.get("how")) or ("under way, or no word" if number == len(run.starts) else "no word"), words))
         )
-        texts_of = (start.get("started"), start.get("from_step"), start.get("ranks"), start.get("nodes"), start.get("slurm_job_id"))
-        rows.append((count(number), *(name(_text(value)) for value in texts_of), name(_text(ended.get("time"))), name(how)))
+        texts_of = (_time(start.get("started")), start.get("from_step"), start.get("ranks"), start.get("nodes"), start.get("slurm_job_id"))
+        rows.append((count(number), *(name(_text(value)) for value in texts_of), name(_time(ended.get("time"))), name(how)))
     columns = (
         *(Column("start"), Column("began", numeric=False), Column("from step"), Column("ranks"), Column("nodes", numeric=False)),
         *(Column("SLURM job", numeric=False), Column("ended", numeric=False), Column("how", numeric=False)),
@@ -161,6 +161,11 @@ def _table(value: Any) -> Mapping[str, Any]:
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
+
+
+def _time(value: Any) -> str | None:
+    """ISO's, which a narrow column may break between day and time."""
+    return None if value is None else str(value).replace("T", " ")
 
 
 def _value(value: Any) -> str:

@@ -57,10 +57,12 @@ def examples(run: RunFiles) -> tuple[list[Cards], list[str]]:
     try:
         check_given(recipe.evaluation, str(run.folder / RUN), "evaluation.")
         encoder, of = _student(run, recipe)
+    except (ValueError, OSError) as error:
+        return [], [f"Neighbours in {name} are not shown: {short(str(error))}"]
+    try:
         pairs, total = _embedded(encoder, recipe, given, f"evaluation.retrieval.{name}")
     except (ValueError, OSError) as error:
-        where = "Paths are seen from the folder where this page was made."
-        return [], [f"Neighbours in {name} are not shown: {short(str(error))} {where}"]
+        return [], [f"Neighbours in {name} are not shown: {short(str(error))} Paths are seen from the folder where this page was made."]
     return _cards(pairs), [f"{len(pairs.captions)} of the {total} pairs of {name}, evenly spaced, embedded by the student of {of}."]
 
 
