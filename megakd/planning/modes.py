@@ -172,7 +172,8 @@ def row(job: PlannedJob, mode: Mode) -> Row:
         "student": float(student.flops * passes * job.local + student.asked_flops * asked_passes * job.questions / job.ranks),
         "loss": float(job.loss.flops),
     }
-    return Row(mode, parts, places, of.host + teacher.host, wire, flops, _seconds(job, mode, flops, wire, teacher))
+    near = zero.regathered(student.numel + sum(student.frozen), job.ranks, job.student_zero, backwards) if job.student_zero.group > 1 else 0
+    return Row(mode, parts, places, of.host + teacher.host, wire, flops, _seconds(job, mode, flops, wire, near, teacher))
 
 
 def _together(held: list[_Held]) -> _Held:
@@ -192,7 +193,8 @@ def _teacher(job: PlannedJob, mode: Mode, placement: str, cost: TeacherCost) -> 
     return _Held(**vars(memory), input=cost.input, flops=sum(tower.flops for tower in towers))
 
 
-def _seconds(job: PlannedJob, mode: Mode, flops: dict[str, float], wire: dict[str, int], teacher: _Held) -> rates.Seconds:
+def _seconds(job: PlannedJob, mode: Mode, flops: dict[str, float], wire: dict[str, int], near: int, teacher: _Held) -> rates.Seconds:
+    """near: of the bytes on the wire, those that stay in a group of hpZ."""
     peak, speedup = job.gpu.flops, rates.INT8_SPEEDUP if mode.int8 else 1.0
     fetched = teacher.host * job.rounds / rates.HOST_LINK
     numel = job.student.numel / (job.ranks if job.student_zero.stage else 1)
@@ -201,6 +203,7 @@ def _seconds(job: PlannedJob, mode: Mode, flops: dict[str, float], wire: dict[st
         flops["teacher"] / (peak * rates.FORWARD_SHARE * speedup) + fetched,
         flops["student"] / (peak * rates.TRAINING_SHARE),
         flops["loss"] / (peak * rates.LOSS_SHARE),
-        sum(wire.values()) / rates.link(job.gpu, job.ranks, job.per_node),
+        (sum(wire.values()) - near) / rates.link(job.gpu, job.ranks, job.per_node)
+        + near / rates.link(job.gpu, job.student_zero.group, job.per_node),
         numel * rates.ADAMW_BYTES / memory,
     )

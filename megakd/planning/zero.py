@@ -22,7 +22,8 @@ BUCKET = 500_000_000
 class Settings:
     """What of a resolved DeepSpeed configuration decides memory and traffic. Buckets and the limits of stage 3 in elements.
 
-    sums_in_fp32: gradients of micro-batches of bf16 add up in float32.
+    sums_in_fp32: gradients of micro-batches of bf16 add up in float32. group: ranks over which hpZ spreads a second copy of the weights, 1
+    without it.
     """
 
     stage: int
@@ -36,6 +37,7 @@ class Settings:
     offload_optimizer: bool
     offload_weights: bool
     sums_in_fp32: bool
+    group: int = 1
 
     @classmethod
     def of(cls, raw: dict[str, Any], element: int) -> Settings:
@@ -46,7 +48,7 @@ class Settings:
             int(zero.get("stage3_param_persistence_threshold", 100_000)), int(zero.get("stage3_max_reuse_distance", 1_000_000_000)),
             int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
             bool(zero.get("overlap_comm", stage == 3)), config.offloads_optimizer, config.offloads_weights,
-            element < MASTER and config.get("data_types", {}).get("grad_accum_dtype") == "fp32",
+            element < MASTER and config.get("data_types", {}).get("grad_accum_dtype") == "fp32", config.group,
         )  # fmt: skip
 
 
@@ -116,7 +118,10 @@ def _partitioned(sizes: tuple[int, ...], ranks: int, of: Settings, frozen: tuple
     persistent = sum(size for size in (*sizes, *frozen) if size < of.persistence)
     gatherable = sum(sizes) + sum(frozen) - persistent
     bucket = e * min(of.reduce_bucket, sum(sizes))
-    weights, optimizer, gradients = e * (share + sum(math.ceil(size / ranks) for size in frozen)), (MASTER + MOMENTS) * share, e * share
+    every = share + sum(math.ceil(size / ranks) for size in frozen)
+    # hpZ: what a rank keeps of its group's own copy, of which each part is ranks / group of the shares
+    second = every * ranks // of.group if of.group > 1 else 0
+    weights, optimizer, gradients = e * (every + second), (MASTER + MOMENTS) * share, e * share
     # A weight stays gathered after the forward when the backward comes to it within the reuse distance, which counts it twice.
     gathered = e * min(gatherable, of.reuse // 2 + of.prefetch) + e * persistent
     updating = MASTER * share if e == MASTER else (e + MASTER) * share
@@ -135,8 +140,8 @@ def wire(numel: int, ranks: int, of: Settings, forwards: int, backwards: int, fr
     """Bytes that one rank sends in a step (and receives), by ring collectives: 2 (W - 1) / W of an all-reduce, half of that otherwise.
 
     Stage 0: gradients all-reduced. 1, 2: all-reduced by bucket (DeepSpeed's default), then updated weights gathered; stage 2 in every
-    backward. 3: weights gathered in every forward and, where they were released, every backward; gradients scattered in every backward.
-    frozen: elements that are not trained, which are gathered alone.
+    backward. 3: weights gathered in every forward and, where they were released, every backward (`regathered`); gradients scattered in
+    every backward. frozen: elements that are not trained, which are gathered alone.
     """
     part, one = (ranks - 1) / ranks, of.element * numel
     if of.stage == 0:
@@ -145,5 +150,12 @@ def wire(numel: int, ranks: int, of: Settings, forwards: int, backwards: int, fr
         gradients = MASTER * numel if of.stage == 1 and of.sums_in_fp32 else one * (backwards if of.stage == 2 else 1)
         return round(2 * part * gradients + part * one)
     every = numel + frozen
-    released = 0.0 if every <= of.reuse // 2 + of.prefetch else 1 - (of.reuse // 2 + of.prefetch) / every
-    return round(part * (of.element * every * (forwards + backwards * released) + one * backwards))
+    return round(part * (of.element * every * forwards + one * backwards)) + regathered(every, ranks, of, backwards)
+
+
+def regathered(every: int, ranks: int, of: Settings, backwards: int) -> int:
+    """Of `wire`, bytes for weights that ZeRO-3 gathers once more in the backwards; with hpZ none of them leaves the group."""
+    if of.stage < 3 or every <= (kept := of.reuse // 2 + of.prefetch):
+        return 0
+    among = of.group if of.group > 1 else ranks
+    return round((among - 1) / among * of.element * (every - kept) * backwards)

@@ -33,7 +33,6 @@ ZERO_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_quantized_weights": ((False,), _NUMBERS),
     "zero_quantized_nontrainable_weights": ((False,), _NUMBERS),
     "zero_quantized_gradients": ((False,), _NUMBERS),
-    "zero_hpz_partition_size": ((1,), "a second partition within the node is not supported"),
     "compute_grad_norm": ((True,), "every row of metrics.jsonl has the gradient's norm"),
     "ignore_unused_parameters": ((True,), "of the student not every part is in every loss"),
     "legacy_stage1": ((False,), "DeepSpeed's first stage 1 is not supported"),
@@ -41,6 +40,8 @@ ZERO_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "override_module_apply": ((True,), "models are built before DeepSpeed sees them"),
     "leaf_module": ((), "which modules are gathered as one is the program's to say"),
 }
+# What DeepSpeed had once.
+GONE = ("mics_shard_size", "mics_hierarchical_params_gather")
 # Buckets are allocated whole, in elements.
 LARGEST_BUCKET = 4_000_000_000
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")
@@ -55,8 +56,14 @@ def check(config: dict[str, Any], named: str, *, frozen: bool = False) -> None:
     zero = config.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ValueError(f"zero_optimization = {shown(zero)} in {named}: a section, an object in braces, is needed here")
+    if gone := next((key for key in GONE if key in zero), None):
+        raise ValueError(
+            f"zero_optimization.{gone} in {named}: DeepSpeed has MiCS no more; remove it. zero_hpz_partition_size keeps the backward's "
+            f"gathers within groups of ranks, stage 2 keeps weights whole"
+        )
     _check_model("zero_optimization", zero, deepspeed.runtime.zero.config.DeepSpeedZeroConfig, named)
     _check_zero(zero, named, frozen)
+    _check_hpz(config, named, frozen)
     for section, package in MONITORS.items():
         if config.get(section, {}).get("enabled") and importlib.util.find_spec(package) is None:
             raise ValueError(f"{section}.enabled in {named}: its package is not installed: pip install {package}, or switch it off")
@@ -98,6 +105,24 @@ def _check_zero(zero: dict[str, Any], named: str, frozen: bool) -> None:
         for inner, only in (("ratio", 1.0), ("super_offload", False), ("fast_init", False)):
             if offload.get(inner, only) != only:
                 raise ValueError(f"zero_optimization.{key}.{inner} = {offload[inner]!r} in {named}: not supported; remove it")
+
+
+def _check_hpz(config: dict[str, Any], named: str, frozen: bool) -> None:
+    """hpZ of ZeRO++ (arXiv 2306.10209): a second copy of the weights in each group of ranks, which backwards gather from."""
+    zero = config.get("zero_optimization", {})
+    size = zero.get("zero_hpz_partition_size") or 1
+    if size == 1:
+        return
+    key = f"zero_optimization.zero_hpz_partition_size = {size} in {named}"
+    if frozen:
+        raise ValueError(f"{key}: a teacher has no backward, which is what the second copy is for; remove it")
+    if zero.get("stage", 0) != 3:
+        raise ValueError(f"{key}: stage 3 alone reads it, and the stage is {zero.get('stage', 0)}; remove it, or set the stage to 3")
+    if (zero.get("offload_param") or {}).get("device", "none") != "none":
+        raise ValueError(f"{key}: with offload_param the second copy would be on the host, too, farther than the first; remove one of them")
+    ranks = config["train_batch_size"] // (config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"])
+    if ranks % size:
+        raise ValueError(f"{key}: {ranks} ranks are no whole groups of {size}; set it to the ranks of a node, or remove it")
 
 
 def _check_model(section: str, content: dict[str, Any], model: type[BaseModel], named: str) -> None:

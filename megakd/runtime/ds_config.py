@@ -40,6 +40,12 @@ class DsConfig(dict[str, Any]):
         return bool((self.zero.get("offload_param") or {}).get("device", "none") != "none")
 
     @property
+    def group(self) -> int:
+        """Ranks over which ZeRO-3 spreads a second copy of the weights (hpZ); 1 without one."""
+        size: int = self.zero.get("zero_hpz_partition_size") or 1
+        return size
+
+    @property
     def precision(self) -> Precision:
         """In which the student computes."""
         return "bf16" if self.get("bf16", {}).get("enabled", False) else "fp32"

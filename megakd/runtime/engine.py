@@ -35,6 +35,7 @@ from deepspeed.runtime.zero import parameter_offload  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses  # noqa: E402
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
+    groups,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
@@ -283,12 +284,14 @@ def resident_bytes(partitioned: nn.Parameter) -> int:
 
 
 def forget() -> None:
-    """Undo what ZeRO-3 does to a whole process (0.19.8): a stack of modules, methods' cached results, torch's linear function replaced.
+    """Undo what ZeRO-3 does to a whole process (0.19.8): a stack of modules, methods' cached results, torch's linear function replaced,
+    hpZ's groups of ranks, which engines without hpZ would take as well.
 
     For when no engine is in use any more, partitioned teachers included.
     """
     torch.nn.functional.linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", torch.nn.functional.linear)
     parameter_offload.FWD_MODULE_STACK.clear()
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     for method in filter(inspect.isfunction, vars(PartitionedParameterCoordinator).values()):
         for wrapped in inspect.getclosurevars(method).nonlocals.values():
             if hasattr(wrapped, "cache_clear"):

@@ -240,6 +240,8 @@ def test_traffic_of_each_zero_stage() -> None:
     assert sent(2, 8, 4) == 4 * 3000 + 1500
     assert sent(3, 8, 4) == (8 + 4) * 1500
     assert sent(3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0) == 4500  # weights gathered again in the backward
+    # from the group's own copy: half of it comes from the neighbour
+    assert sent(3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0, zero_hpz_partition_size=2) == 3000 + 1000
     assert zero.wire(1000, 1, zero.Settings.of({}, 2), 1, 1) == 0
     sums = zero.Settings.of({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, 2)
     assert zero.wire(1000, 4, sums, 1, 4) == 2 * 3000 + 1500  # float32 gradients once, then weights in bf16

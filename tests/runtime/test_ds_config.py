@@ -196,6 +196,10 @@ def _checked(config: dict[str, Any], recipe: Recipe) -> None:
         ({"steps_per_print": -1}, ["steps_per_print = -1", "at least 1"]),
         (_zero(1, offload_param={"device": "cpu"}), ["offload_param", "stage 3"]),
         (_zero(2, offload_optimizer={"device": "nvme"}), ["offload_optimizer.device = 'nvme'", "cpu or none"]),
+        (_zero(3, mics_shard_size=8), ["mics_shard_size", "DeepSpeed has MiCS no more", "zero_hpz_partition_size"]),
+        (_zero(2, zero_hpz_partition_size=2), ["zero_hpz_partition_size = 2", "the stage is 2"]),
+        (_zero(3, zero_hpz_partition_size=3), ["zero_hpz_partition_size = 3", "2 ranks are no whole groups of 3"]),
+        (_zero(3, zero_hpz_partition_size=2, offload_param={"device": "cpu"}), ["zero_hpz_partition_size = 2", "remove one of them"]),
         (_zero(2, cpu_offload=True), ["cpu_offload", "offload_optimizer"]),
         (_zero(3, stage3_gather_16bit_weights_on_model_save=True), ["float32", "remove it"]),
         (
@@ -231,7 +235,9 @@ def test_a_section_that_is_switched_off_asks_for_nothing(config: dict[str, Any],
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_deepspeed_itself_takes_every_shipped_json(path: Path, recipe: Recipe) -> None:
-    _checked(json.loads(path.read_text(encoding="utf-8")), recipe)
+    config = json.loads(path.read_text(encoding="utf-8"))
+    ranks = config["zero_optimization"].get("zero_hpz_partition_size", 2)
+    ds_check.check(_resolve(config, recipe, ranks), "z.json")
 
 
 @pytest.mark.parametrize(
