@@ -124,7 +124,7 @@ def test_what_is_sound_in_a_bad_sample_comes_along(tmp_path: Path) -> None:
     members = [("a.jpg", b"x"), ("a.txt", b"b"), ("a.json", b'{"n": 1}'), ("b.jpg", jpeg(0)), ("b.json", b"{")]
     (batch,) = batches(open_set(str(write_tar(tmp_path / "0.tar", members))), fields=("captions", "content", "json"))
     first, second = batch.unreadable
-    assert first == (0, None, "b", {"n": 1})
+    assert (first.sample, first.content, first.caption, first.json) == (0, None, "b", {"n": 1})
     assert (second.sample, second.caption, second.json) == (1, None, None)
     (whole,) = batches(open_set(str(write_tar(tmp_path / "1.tar", [("c.jpg", jpeg(0)), ("c.txt", b"c")]))), fields=("captions", "content"))
     assert tuple(whole.content[0].tolist()) == second.content
