@@ -11,16 +11,12 @@ Legend: B questions, L tokens of a prompt, P image tokens, H x W the tower's siz
 from __future__ import annotations
 
 import copy
-import random
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import AddedToken
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -29,39 +25,19 @@ from transformers import (
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     SiglipVisionConfig,
 )
 
-from megakd.data.bad_samples import BadSample
-from megakd.data.shapes.pixels import draw_picture
-from megakd.data.shapes.questions import questions
-from megakd.data.shapes.scene import scene_of
-from megakd.data.transforms import evaluation_pixels, input_size, normalise
-from megakd.export import transformers_folder
+from megakd.data.transforms import evaluation_pixels, normalise
 from megakd.export.bundle import Bundle, resolve_bundle
+from megakd.export.llava_prompts import ANSWER_TOKENS, OTHERWISE, Trial, asked, processor_of, strategy, trial_of
 from megakd.export.transformers_layers import NotMapped, Part
 from megakd.export.transformers_towers import vision_part
 from megakd.export.trial_inputs import pictures
 from megakd.models.clip import ClipModel
-from megakd.vqa.prompts import stack
 
 CLOSE = 1e-4  # of logits in float32
-_SCENES = 6
-_ANSWER_TOKENS = 8
 _SAME_PIXELS = 1e-6
-_OTHERWISE = "transformers' LlavaForConditionalGeneration has no place for it"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What the bundle says: `prompts` about `images`, of the tower's own size; ids, logits of each prompt's last token, answers."""
-
-    images: list[Image.Image]
-    prompts: list[str]
-    ids: list[list[int]]
-    logits: list[Tensor]
-    answers: list[str]
 
 
 def write(source: Path, folder: Path) -> list[str]:
@@ -85,7 +61,7 @@ def write(source: Path, folder: Path) -> list[str]:
     assert bundle.towers is not None
     tower = _tower(source, bundle)
     trial = trial_of(bundle)
-    processor = _processor(source, bundle, tower, trial)
+    processor = processor_of(source, bundle, tower, trial)
     model = _model(source, bundle, tower, processor)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -119,145 +95,15 @@ def _tower(source: Path, bundle: Bundle) -> Part:
     if projector.image_tokens != count:
         raise ValueError(
             f"{source}: its {count} patches are averaged to {projector.image_tokens} image tokens (decoder.image_tokens), and "
-            f"{_OTHERWISE}: train with decoder.image_tokens = 0, for every patch"
+            f"{OTHERWISE}: train with decoder.image_tokens = 0, for every patch"
         )
     try:
         part = vision_part(bundle.towers.clip.visual)
     except NotMapped as error:
-        raise ValueError(f"{source}: {error}; {_OTHERWISE}") from error
+        raise ValueError(f"{source}: {error}; {OTHERWISE}") from error
     if count != (part.settings["image_size"] // part.settings["patch_size"]) ** 2:
-        raise ValueError(f"{source}: {count} patches are read of its tower, and transformers' has another number; {_OTHERWISE}")
+        raise ValueError(f"{source}: {count} patches are read of its tower, and transformers' has another number; {OTHERWISE}")
     return part
-
-
-@torch.no_grad()
-def trial_of(bundle: Bundle) -> Trial:
-    """Questions of the shapes world about its pictures at the tower's size, which no processor resamples."""
-    assert bundle.towers is not None
-    _, width = input_size(bundle.towers.preprocess)
-    images, prompts = [], []
-    for number in range(_SCENES):
-        scene = scene_of(0, "test", number)
-        picture = Image.fromarray(draw_picture(scene, random.Random(number), width))
-        for question in questions(scene, random.Random(number))[:2]:
-            images.append(picture)
-            prompts.append(question.text)
-    fitting = [number for number, text in enumerate(prompts) if _fits(bundle, text)]
-    if not fitting:
-        raise ValueError(
-            f"no question fits the bundle's {bundle.max_length} tokens (answers.max_length), so that nothing could be compared"
-        )
-    images, prompts = [images[number] for number in fitting], [prompts[number] for number in fitting]
-    encoded = [bundle.prompts.prompt(text, False, True) for text in prompts]
-    logits = []
-    for image, one in zip(images, encoded, strict=True):
-        batch = stack([one], bundle.prompts.padding, left=True)
-        embeddings = bundle.decoder.embed(bundle.look([image]), batch.ids_BL, batch.image_mask_BL)
-        output = bundle.decoder.language(inputs_embeds=embeddings, attention_mask=batch.attend_BL.long(), use_cache=False)
-        logits.append(output.logits[0, -1])
-    return Trial(images, prompts, [one.ids for one in encoded], logits, bundle.answer(images, prompts, _ANSWER_TOKENS))
-
-
-def _fits(bundle: Bundle, text: str) -> bool:
-    positions = bundle.decoder.description.positions
-    try:
-        length = len(bundle.prompts.prompt(text, False, True).ids)
-    except BadSample:
-        return False
-    return positions is None or length + _ANSWER_TOKENS <= positions
-
-
-def _processor(source: Path, bundle: Bundle, tower: Part, trial: Trial) -> Any:
-    """LlavaProcessor with the bundle's tokenizer, and a chat template that writes its prompts.
-
-    Raises ValueError where no text that begins with an image token has the bundle's ids.
-    """
-    assert bundle.towers is not None
-    tokenizer: Any = copy.deepcopy(bundle.decoder.tokenizer)
-    known = tokenizer.get_vocab()
-    image = next(name for name in ("<image>", *(f"<image_{number}>" for number in range(len(known) + 1))) if name not in known)
-    tokenizer.add_tokens([AddedToken(image, special=True, normalized=False)], special_tokens=True)
-    tokenizer.padding_side, tokenizer.model_max_length = "left", bundle.max_length
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    class_token = tower.kind == "clip"
-    try:
-        images = transformers_folder.image_processor(bundle.towers.preprocess)
-    except NotMapped as error:
-        raise ValueError(f"{source}: {error}; {_OTHERWISE}") from error
-    processor: Any = LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=tower.settings["patch_size"],
-        vision_feature_select_strategy=_strategy(tower),
-        image_token=image,
-        num_additional_image_tokens=int(class_token),
-    )
-    number, places, start = tokenizer.convert_tokens_to_ids(image), bundle.decoder.image_tokens, len(bundle.prompts.start)
-    expected = [[*ids[:start], *[number] * places, *ids[start + places :]] for ids in trial.ids]
-    for alone in (False, True):
-        if alone:  # the chat template writes the begin token, and no end token follows a prompt
-            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
-        for written in _ways(bundle, image):
-            processor.chat_template = written
-            texts = [asked(processor, text).replace(image, image * places) for text in trial.prompts]
-            found = [tokenizer(text).input_ids for text in texts]
-            if found == expected:
-                return processor
-    first = next(pair for pair in zip(found, expected, strict=True) if pair[0] != pair[1])
-    raise ValueError(
-        f"{source}: its tokenizer makes other ids of a prompt behind an image token than the bundle's [begin] [image] prompt "
-        f"({_after(first[0], number)[:8]} for {_after(first[1], number)[:8]}), so that no text of a processor would be what was trained: "
-        f"train with a decoder.template that begins with a line break or a special token"
-    )
-
-
-def _after(ids: list[int], image: int) -> list[int]:
-    return [number for number in ids if number != image]
-
-
-def _ways(bundle: Bundle, image: str) -> list[str]:
-    """Chat templates in the bundle's words, which differ in who writes the begin token and in white space at image and answer."""
-    tokenizer, template = bundle.decoder.tokenizer, bundle.decoder.settings.template
-    begin = tokenizer.bos_token or ""
-    bare = template.removeprefix(begin) if begin else template
-    return [
-        _chat_template(before, image + gap, words, last, tokenizer.eos_token or "")
-        for words, before in ((template, ""), (bare, begin))
-        for gap in ("", " ")
-        for last in (words.rstrip(), words)
-    ]
-
-
-def _chat_template(begin: str, image: str, words: str, last: str, end: str) -> str:
-    """Jinja, as transformers keeps it. words: of a question whose answer follows; last: of the one that is to be answered."""
-    turn, open_turn = (" + ".join(_written(text)) for text in (words, last))
-    return (
-        "{{ " + ascii(begin) + " }}{% for message in messages %}{% set turn = namespace(question='') %}"
-        "{% if message['content'] is string %}{% set turn.question = message['content'] %}{% else %}{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}{{ " + ascii(image) + " }}{% elif part['type'] == 'text' %}"
-        "{% set turn.question = turn.question + part['text'] %}{% endif %}{% endfor %}{% endif %}"
-        "{% if message['role'] == 'user' %}{{ " + open_turn + " if loop.last else " + turn + " }}"
-        "{% elif message['role'] == 'assistant' %}{{ turn.question + " + ascii(end) + " }}"
-        "{% else %}{{ raise_exception('this model knows the roles user and assistant') }}{% endif %}{% endfor %}"
-    )
-
-
-def _written(words: str) -> list[str]:
-    """Jinja's terms of a prompt: the template's own text, and between each two pieces the question."""
-    pieces = [ascii(piece) for piece in words.split("{question}")]
-    return [term for piece in pieces for term in (piece, "turn.question")][:-1]
-
-
-def asked(processor: Any, question: str) -> str:
-    """A question about one image as the folder's chat template writes it."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-
-
-def _strategy(tower: Part) -> str:
-    """Whether transformers leaves out a class token in front."""
-    return "default" if tower.kind == "clip" else "full"
 
 
 def _model(source: Path, bundle: Bundle, tower: Part, processor: Any) -> Any:
@@ -266,14 +112,14 @@ def _model(source: Path, bundle: Bundle, tower: Part, processor: Any) -> Any:
     language = decoder.language.merge_and_unload() if decoder.adapted else decoder.language
     base, head, name = language.base_model, language.get_output_embeddings(), type(language).__name__
     if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ValueError(f"{source}: the output layer of {name} has a bias or is no matrix; {_OTHERWISE}")
+        raise ValueError(f"{source}: the output layer of {name} has a bias or is no matrix; {OTHERWISE}")
     text: Any = copy.deepcopy(language.config)
     with torch.device("meta"):
         made = type(AutoModel.from_config(text))
     if type(base) is not made or head.in_features != text.hidden_size or decoder.description.width != text.hidden_size:
         raise ValueError(
             f"{source}: {name} is {type(base).__name__} of width {decoder.description.width} and an output layer, where LLaVA would make "
-            f"{made.__name__} of width {text.hidden_size}; {_OTHERWISE}"
+            f"{made.__name__} of width {text.hidden_size}; {OTHERWISE}"
         )
     image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     state, tied = _language_state(language, image + 1)
@@ -286,7 +132,7 @@ def _model(source: Path, bundle: Bundle, tower: Part, processor: Any) -> Any:
         image_token_index=image,
         image_seq_length=decoder.image_tokens,
         projector_hidden_act="gelu",
-        vision_feature_select_strategy=_strategy(tower),  # type: ignore[arg-type]
+        vision_feature_select_strategy=strategy(tower),  # type: ignore[arg-type]
         vision_feature_layer=_layer(decoder.settings.layer, tower.settings["num_hidden_layers"]),
         tie_word_embeddings=tied,
     )
@@ -310,7 +156,7 @@ def _model(source: Path, bundle: Bundle, tower: Part, processor: Any) -> Any:
 
 def _layer(layer: int, blocks: int) -> int:
     """The bundle's block as transformers counts hidden states, of which the first is the blocks' input."""
-    return layer if layer < 0 else layer + 1 - (blocks + 1)
+    return layer if layer < 0 else layer - blocks
 
 
 def _language_state(language: Any, rows: int) -> tuple[dict[str, Tensor], bool]:
@@ -353,11 +199,11 @@ def compare(folder: Path, towers: ClipModel, trial: Trial) -> list[str]:
         if not apart <= CLOSE:
             raise ValueError(
                 f"loaded by transformers, the logits of {trial.prompts[number]!r} differ by {apart:.2g} of the largest from the bundle's: "
-                f"its language model or tower does what {_OTHERWISE}"
+                f"something in its language model or tower is other there"
             )
         worst = max(worst, apart)
     inputs = _quietly(processor, images=trial.images, text=texts, padding=True)
-    generated = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    generated = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     answers = [answer.strip() for answer in processor.batch_decode(generated, skip_special_tokens=True)]
     if answers != trial.answers:
         number = next(place for place, pair in enumerate(zip(answers, trial.answers, strict=True)) if pair[0] != pair[1])

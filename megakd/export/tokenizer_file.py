@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import CLIPTokenizer
 
+from megakd.export.transformers_tokens import of_transformers
 from megakd.export.trial_inputs import texts
 from megakd.models.clip import ModelSpec
 
 FILE = "tokenizer.json"
-_BEGIN, _END = "<|startoftext|>", "<|endoftext|>"  # transformers' names of CLIP's "<start_of_text>" and "<end_of_text>"
 
 
 def cleaning(description: ModelSpec) -> str:
@@ -39,19 +38,11 @@ def write(description: ModelSpec, folder: Path) -> str:
 
 
 def _fast(description: ModelSpec) -> Tokenizer:
-    """Of a transformers tokenizer its own; CLIP's made of open_clip's words and merges. It pads and cuts to the model's length."""
+    """With the model's length, to which it pads and cuts. Raises NotMapped, a ValueError, for one that is not transformers' alone."""
     tokenize: Any = description.tokenize
     length = description.context_length
-    inner = getattr(tokenize, "tokenizer", None)
-    if inner is None:
-        renamed = {tokenize.sot_token_id: _BEGIN, tokenize.eot_token_id: _END}
-        vocabulary = {renamed.get(number, word): number for word, number in tokenize.encoder.items()}
-        merges = [pair for pair in sorted(tokenize.bpe_ranks, key=tokenize.bpe_ranks.__getitem__) if len(pair) == 2]
-        made = Tokenizer.from_str(CLIPTokenizer(vocab=vocabulary, merges=merges).backend_tokenizer.to_str())
-        pad = 0
-    else:
-        made = Tokenizer.from_str(inner.backend_tokenizer.to_str())
-        pad = inner.pad_token_id
+    made = Tokenizer.from_str(of_transformers(tokenize, length, masked=False).backend_tokenizer.to_str())
+    pad = int(tokenize.tokenizer.pad_token_id) if hasattr(tokenize, "tokenizer") else 0  # open_clip's own pads with 0
     made.enable_truncation(length)
     made.enable_padding(length=length, pad_id=pad, pad_token=made.id_to_token(pad))
     return made

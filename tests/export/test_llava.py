@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from megakd import recipe
-from megakd.export import llava_folder
+from megakd.export import llava_folder, llava_prompts
 from megakd.export.bundle import Bundle, merge
 from megakd.models.clip import ClipModel
 from megakd.vqa.benchmarks.base import Question
@@ -74,7 +74,7 @@ def out(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_transformers_answers_from_the_folder_as_the_bundle_does(bundle: Path, out: Path) -> None:
     model, processor = _loaded(out)
     picture = Image.new("RGB", (32, 32), "red")
-    inputs = processor(images=picture, text=llava_folder.asked(processor, QUESTION), return_tensors="pt")
+    inputs = processor(images=picture, text=llava_prompts.asked(processor, QUESTION), return_tensors="pt")
     generated = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     expected = Bundle.load(bundle, CPU).answer([picture], [QUESTION], 6)
     assert expected[0]
@@ -164,7 +164,7 @@ def test_a_folder_with_other_weights_is_found_out(bundle: Path, out: Path, tmp_p
     """As the export compares them, of a folder in which one layer was changed."""
     towers = Bundle.load(bundle, CPU).towers
     assert towers is not None
-    trial = llava_folder.trial_of(Bundle.load(bundle, CPU))
+    trial = llava_prompts.trial_of(Bundle.load(bundle, CPU))
     assert llava_folder.compare(out, towers, trial)
     weights = load_file(out / "model.safetensors")
     name = next(key for key in weights if "linear_1.weight" in key)
