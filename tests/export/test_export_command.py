@@ -8,9 +8,10 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+import transformers
 
 from megakd.runtime import checkpoint
-from support.runs import megakd, train
+from support.runs import ds_config, megakd, ran, train, zero
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,16 @@ def test_a_run_is_exported_from_any_of_its_checkpoints(run: Path, tmp_path: Path
         model = open_clip.create_model(f"local-dir:{tmp_path / name}")
         weights = checkpoint.load_weights(last if name == "newest" else first)[1]
         assert all(torch.equal(value, weights[f"clip.{key}"].reshape(value.shape)) for key, value in model.state_dict().items())
+
+
+def test_a_run_of_zero_3_is_exported_as_every_other(recipe_file: Path, tmp_path: Path) -> None:
+    config = ds_config(tmp_path / "zero3.json", zero_optimization=zero(3))
+    run = ran(recipe_file, tmp_path / "run", config=config)
+    assert megakd("export", run, "--to", "transformers", "--out", tmp_path / "out") == 0
+    model = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    trained = checkpoint.load_weights(checkpoint.available(run)[-1])[1]
+    assert torch.equal(model.visual_projection.weight, trained["clip.visual.proj"].T)
+    assert torch.equal(model.text_model.embeddings.token_embedding.weight, trained["clip.token_embedding.weight"])
 
 
 def test_an_earlier_export_is_replaced_and_a_folder_with_other_things_is_not(
