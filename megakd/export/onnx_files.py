@@ -74,7 +74,7 @@ def write(built: ClipModel, folder: Path, precisions: Sequence[str] = (), *, tex
     for name, tower, given, rows in towers:
         path = folder / f"{name}.onnx"
         external = 4 * parameters_in(tower) > _LARGEST
-        export(tower.eval(), given, f"{name}_embeds", rows[:2], path, external=external)
+        how = export(tower.eval(), given, f"{name}_embeds", rows[:2], path, external=external)
         with torch.no_grad():
             expected = tower(rows)
         found = _run(path, rows)
@@ -84,7 +84,7 @@ def write(built: ClipModel, folder: Path, precisions: Sequence[str] = (), *, tex
                 f"cannot be exported to ONNX by this torch and onnxruntime"
             )
         same = f"{len(rows)} {name}s in onnxruntime differ by {gap:.1e} at most"
-        lines.append(f"{path.name}: {_size(path)}, opset {OPSET}, batches of any size; {same}")
+        lines.append(f"{path.name}: {_size(path)}, opset {OPSET}, {how}, batches of any size; {same}")
         for precision in precisions:
             smaller = folder / f"{name}.{precision}.onnx"
             PRECISIONS_OF[precision](path, smaller, external=external)
@@ -119,28 +119,28 @@ image_embeds = image.run(None, {{"pixels": pixels}})[0]  # float32 (n, 3, H, W),
 {text.replace("NAME", name) if (folder / "text.onnx").is_file() else ""}"""
 
 
-def export(tower: nn.Module, given: str, taken: str, rows: Tensor, path: Path, *, external: bool) -> None:
-    """Write one tower with inputs `given` and outputs `taken`, whose first axis may have any length.
+def export(tower: nn.Module, given: str, taken: str, rows: Tensor, path: Path, *, external: bool) -> str:
+    """Write one tower with inputs `given` and outputs `taken`, whose first axis may have any length. Gives by which exporter.
 
-    external: its weights in a file beside. Raises ValueError where torch cannot export it.
+    By torch's older one, which follows a single run, where the newer one has no ONNX for a tower that `torch.export` takes whole: then no
+    branch of it depends on the pixels. external: its weights in a file beside. Raises ValueError where torch cannot export it.
     """
-    attention = torch.backends.mha.get_fastpath_enabled()
+    attention, disabled = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
     torch.backends.mha.set_fastpath_enabled(False)  # of a fused kernel nothing could be exported
-    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    batch = {given: {0: torch.export.Dim("batch")}}
+    names: dict[str, Any] = {"input_names": [given], "output_names": [taken], "opset_version": OPSET, "verbose": False}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program: Any = torch.onnx.export(
-                tower,
-                (rows,),
-                input_names=[given],
-                output_names=[taken],
-                opset_version=OPSET,
-                dynamo=True,
-                dynamic_shapes={given: {0: torch.export.Dim("batch")}},
-                verbose=False,
-            )
+            try:
+                program: Any = torch.onnx.export(tower, (rows,), dynamo=True, dynamic_shapes=batch, **names)
+            except Exception as refused:
+                torch.export.export(tower, (rows,), dynamic_shapes=batch)
+                if external:
+                    raise
+                torch.onnx.export(tower, (rows,), path, dynamo=False, dynamic_axes={given: {0: "batch"}, taken: {0: "batch"}}, **names)
+                return f"by torch's TorchScript exporter, as the newer one says {_reason(refused)!r}"
     except Exception as error:  # torch.export raises whatever a model's code does with symbols in the place of numbers
         raise ValueError(f"{path.name}: torch cannot export this tower to ONNX: {_reason(error)}") from error
     finally:
@@ -149,6 +149,7 @@ def export(tower: nn.Module, given: str, taken: str, rows: Tensor, path: Path, *
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # lines of source with this machine's paths
     program.save(path, external_data=external)
+    return "by torch.export"
 
 
 def _reason(error: BaseException) -> str:

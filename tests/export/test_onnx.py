@@ -93,6 +93,20 @@ def test_weights_over_two_gigabytes_lie_in_a_file_beside(native: ClipModel, tmp_
     torch.testing.assert_close(torch.from_numpy(found), layer(rows).detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_tower_without_onnx_in_the_newer_exporter_takes_the_older_one(tmp_path: Path) -> None:
+    """Attention of three axes, as SAM's: `torch.export` takes it, and its ONNX does not."""
+
+    class Attending(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(pixels, pixels, pixels)
+
+    rows = torch.randn(5, 4, 8)
+    how = onnx_files.export(Attending(), "pixels", "image_embeds", rows[:2], tmp_path / "image.onnx", external=False)
+    assert "TorchScript" in how
+    found = onnx_run.embeddings(tmp_path / "image.onnx", rows.numpy())
+    torch.testing.assert_close(torch.from_numpy(found), Attending()(rows), rtol=1e-4, atol=1e-5)
+
+
 def test_a_tower_that_torch_cannot_export_is_refused_by_its_reason(tmp_path: Path) -> None:
     class Branching(nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
