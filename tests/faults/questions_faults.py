@@ -47,7 +47,7 @@ def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
         shutil.rmtree(copied, ignore_errors=True)
         shutil.copytree(folder / kind, copied)
         given = {name: value for name, value in originals[kind].model_dump().items() if value is not None}
-        given |= {name: value.replace(str(folder / kind), str(copied)) for name, value in given.items() if name != "format"}
+        given |= {name: value.replace(str(folder / kind), str(copied)) for name, value in given.items() if isinstance(value, str)}
         source = QuestionSource.model_validate(given)
         name, source, expected, touched = draw.choice([_text, _value, _value, _value, _settings])(source, draw)
         yield Mutant(f"{kind}: {name}", functools.partial(_attempt, source, right[kind], expected, touched))

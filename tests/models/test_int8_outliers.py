@@ -153,7 +153,7 @@ def test_factors_are_powers_of_two_that_divide_activations_exactly(dtype: torch.
     x, weight = torch.randn(64, 96, generator=generator), torch.randn(40, 96, generator=generator)
     x[:, 7] *= 50
     x = x.to(dtype)
-    layer, originals = _one(weight)
+    layer, originals = _one(weight, product="int_mm")
     with Reference(originals) as reference:
         reference.noting = True
         exact = layer(x)
@@ -164,7 +164,7 @@ def test_factors_are_powers_of_two_that_divide_activations_exactly(dtype: torch.
     narrow = layer.to(torch.bfloat16).factor
     assert torch.equal((x / narrow.to(dtype)) * narrow.to(dtype), x)
     error = (layer(x) - F.linear(x, weight.to(dtype))).norm() / exact.norm()
-    plain = (Int8Linear(weight, None)(x) - exact).norm() / exact.norm()
+    plain = (Int8Linear(weight, None, product="int_mm")(x) - exact).norm() / exact.norm()
     assert error < 0.5 * plain or dtype == torch.bfloat16
 
 
