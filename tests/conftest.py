@@ -49,6 +49,14 @@ def no_process_is_left() -> Iterator[None]:
     assert multiprocessing.active_children() == []
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from support.browser import started
+
+    with started() as running:
+        yield running
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """600 training pairs in 3 shards, 60 test pairs, 70 zero-shot images, a tokenizer."""

@@ -1,10 +1,8 @@
-"""The page of `megakd data check` in a real browser: Debian's Chromium, driven by playwright. BROWSER_TESTS=require: its absence fails."""
+"""The page of `megakd data check` in a real browser."""
 
 from __future__ import annotations
 
 import io
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,9 @@ from typer.testing import CliRunner
 
 from megakd.cli import app
 from megakd.data.check.cards import CardMaker
+from support.browser import contrasts, page_of
 from support.shards import Member, jpeg, open_shards, pair, write_set, write_tar
 
-CHROMIUM = shutil.which("chromium")
 HOSTILE = [
     "<script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">",
     "'\"><style>body { display: none }</style> {{ 7 * 7 }} {% raw %}",
@@ -51,28 +49,9 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        (pytest.fail if os.environ.get("BROWSER_TESTS") == "require" else pytest.skip)("needs Debian's package chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # CI runs as root
-        yield started
-        started.close()
-
-
-@pytest.fixture(scope="module")
 def opened(browser: Any, page_file: Path) -> Iterator[Any]:
-    """What the console says and what is asked for are in its lists `said` and `asked`."""
-    page = browser.new_page()
-    page.said, page.asked = [], []
-    page.on("console", lambda message: page.said.append(message.text))
-    page.on("pageerror", lambda error: page.said.append(str(error)))
-    page.on("request", lambda request: page.asked.append(request.url))
-    page.goto(page_file.as_uri())
-    yield page
-    page.close()
+    with page_of(browser, page_file.as_uri()) as page:
+        yield page
 
 
 def test_nothing_runs_nothing_is_asked_for_and_nothing_is_complained_of(opened: Any, page_file: Path) -> None:
@@ -120,25 +99,7 @@ def test_the_page_fits_and_is_read_at_every_width(opened: Any, width: int, schem
     widths = opened.eval_on_selector_all(".card", "all => all.map((one) => one.scrollWidth - one.clientWidth)")
     assert max(widths) <= 0
     for selector in ("h1", ".verdict p", ".quiet", "td", "thead th", "nav a", ".card p", ".card .where", ".card .note", "dt"):
-        assert _contrast(opened, selector) >= 4.5, selector
-
-
-def _contrast(page: Any, selector: str) -> float:
-    """Of the first such element's letters with the first ground behind it that is not transparent (WCAG 2.1)."""
-    return page.eval_on_selector(
-        selector,
-        """(one) => {
-          const light = (colour) => {
-            const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map((part) => part / 255)
-              .map((part) => part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
-            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-          };
-          let ground = one;
-          while (["rgba(0, 0, 0, 0)", "transparent"].includes(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
-          const pair = [light(getComputedStyle(one).color), light(getComputedStyle(ground).backgroundColor)];
-          return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
-        }""",
-    )
+        assert contrasts(opened, selector)[0] >= 4.5, selector
 
 
 def test_a_page_of_pictures_that_do_not_compress_stays_below_3_mb(tmp_path: Path) -> None:

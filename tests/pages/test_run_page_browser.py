@@ -1,9 +1,7 @@
-"""The page of a run in a real browser: Debian's Chromium, driven by playwright. BROWSER_TESTS=require makes its absence a failure."""
+"""The page of a run in a real browser."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,10 @@ from typing import Any
 import pytest
 
 from megakd.pages.run import page as run_page
+from support.browser import contrasts, page_of
 from support.run_pages import write_long_run
 from support.runs import KD, TINY_LLAMA, answering, ran
 
-CHROMIUM = shutil.which("chromium")
 LONG = "a_name_without_any_place_to_break_" * 8
 
 
@@ -33,36 +31,17 @@ def addresses(recipe_file: Path, world: Path, tmp_path_factory: pytest.TempPathF
     return {name: (folder / name / "report.html").as_uri() for name in ("real", "failed")}
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        (pytest.fail if os.environ.get("BROWSER_TESTS") == "require" else pytest.skip)("needs Debian's package chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # CI runs as root
-        yield started
-        started.close()
-
-
 @pytest.fixture(params=["real", "failed"])
 def opened(browser: Any, addresses: dict[str, str], request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A page; what the console says and what is asked for over a network or of the disk are in its lists `said` and `asked`."""
-    page = browser.new_page()
-    page.said, page.asked = [], []
-    page.on("console", lambda message: page.said.append(message.text))
-    page.on("pageerror", lambda error: page.said.append(str(error)))
-    page.on("request", lambda one: None if one.url.startswith("data:") else page.asked.append(one.url))
-    page.goto(addresses[request.param])
-    page.named = request.param
-    yield page
-    page.close()
+    with page_of(browser, addresses[request.param]) as page:
+        page.named = request.param
+        yield page
 
 
 def test_nothing_is_said_on_the_console_nothing_is_asked_for_and_every_picture_is_drawn(opened: Any, addresses: dict[str, str]) -> None:
     opened.mouse.wheel(0, 30_000)
     assert opened.said == []
-    assert opened.asked == [addresses[opened.named]]
+    assert [url for url in opened.asked if not url.startswith("data:")] == [addresses[opened.named]]
     widths = opened.eval_on_selector_all("img", "all => all.map((one) => one.naturalWidth)")
     assert len(widths) >= 20 * (opened.named == "real")
     assert all(width > 0 for width in widths)
@@ -77,7 +56,7 @@ def test_the_page_fits_and_is_read_at_every_width_in_light_and_dark(opened: Any,
         opened.emulate_media(color_scheme=scheme)
         assert opened.evaluate("document.documentElement.scrollWidth") <= width
         for selector in (".verdict", ".answer p", ".scores b, h1", ".scores span, h1", ".checks li", ".cards dd, td", ".cards dt, td"):
-            assert _contrast(opened, selector) >= 4.5, selector
+            assert min(contrasts(opened, selector)) >= 4.5, selector
     boxes = opened.eval_on_selector_all("figure svg, img, .cards > li", "all => all.map((one) => one.getBoundingClientRect().toJSON())")
     assert len(boxes) > 8
     assert all(box["width"] > 40 and box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
@@ -106,21 +85,3 @@ def test_paper_is_white_and_has_every_table_and_picture(opened: Any) -> None:
     assert opened.pdf(format="A4").startswith(b"%PDF")
     assert opened.locator("table[data-table=numbers]").is_visible()  # opened for the paper
     assert opened.evaluate("document.documentElement.scrollWidth") <= 680
-
-
-def _contrast(page: Any, selector: str) -> float:
-    """The least of all such elements' letters with the first ground behind it that is not transparent (WCAG 2.1)."""
-    return page.eval_on_selector_all(
-        selector,
-        """(all) => Math.min(...all.map((one) => {
-          const light = (colour) => {
-            const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map((part) => part / 255)
-              .map((part) => part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
-            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-          };
-          let ground = one;
-          while (["rgba(0, 0, 0, 0)", "transparent"].includes(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
-          const pair = [light(getComputedStyle(one).color), light(getComputedStyle(ground).backgroundColor)];
-          return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
-        }))""",
-    )

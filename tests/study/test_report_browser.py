@@ -1,9 +1,7 @@
-"""The page of a report in a real browser: Debian's Chromium, driven by playwright. BROWSER_TESTS=require makes its absence a failure."""
+"""The page of a report in a real browser."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +9,9 @@ import pytest
 
 from megakd.study import found_runs
 from megakd.study.report import page as report_page
+from support.browser import contrasts, page_of
 from support.study_folders import write_study
 
-CHROMIUM = shutil.which("chromium")
 WIDTHS = (400, 900, 1400)
 
 
@@ -36,29 +34,10 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     return (folder / "report.html").as_uri()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        (pytest.fail if os.environ.get("BROWSER_TESTS") == "require" else pytest.skip)("needs Debian's package chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # CI runs as root
-        yield started
-        started.close()
-
-
 @pytest.fixture
 def opened(browser: Any, address: str) -> Iterator[Any]:
-    """The page; what the console says and what is asked for are in its lists `said` and `asked`."""
-    page = browser.new_page()
-    page.said, page.asked = [], []
-    page.on("console", lambda message: page.said.append(message.text))
-    page.on("pageerror", lambda error: page.said.append(str(error)))
-    page.on("request", lambda request: page.asked.append(request.url))
-    page.goto(address)
-    yield page
-    page.close()
+    with page_of(browser, address) as page:
+        yield page
 
 
 def test_what_is_marked_is_told_to_those_who_hear_the_page_too(opened: Any) -> None:
@@ -125,26 +104,7 @@ def test_the_page_fits_and_is_read_at_every_width(opened: Any, width: int, schem
     letters = opened.eval_on_selector_all("figure svg text", "all => all.map((one) => one.getBoundingClientRect().height)")
     assert min(letters) >= 8
     for selector in ("h1", ".question", ".answer p", ".caption", "td", "thead th", "nav a", "figure svg text"):
-        assert _contrast(opened, selector) >= 4.5, selector
-
-
-def _contrast(page: Any, selector: str) -> float:
-    """Of the first such element's letters with the first ground behind it that is not transparent (WCAG 2.1)."""
-    return page.eval_on_selector(
-        selector,
-        """(one) => {
-          const light = (colour) => {
-            const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map((part) => part / 255)
-              .map((part) => part <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
-            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-          };
-          const look = getComputedStyle(one);
-          let ground = one;
-          while (["rgba(0, 0, 0, 0)", "transparent"].includes(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
-          const pair = [light(one instanceof SVGElement ? look.fill : look.color), light(getComputedStyle(ground).backgroundColor)];
-          return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
-        }""",
-    )
+        assert contrasts(opened, selector)[0] >= 4.5, selector
 
 
 def test_paper_is_white_without_what_is_for_screens_and_with_every_table(opened: Any) -> None:
