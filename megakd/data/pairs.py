@@ -1,6 +1,6 @@
 """Image-text pairs to train on: shards -> batches of one view per tower.
 
-1. A worker decodes each image once, crops it once and resizes it for every tower.
+1. A worker decodes each image once, draws one augmentation for it, and applies that at every tower's size.
 2. Captions are tokenised as one list for every tokenizer.
 3. Where a store of teacher embeddings is given, the worker replays its augmentations and reads its rows.
 """
@@ -16,13 +16,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from megakd.data.augmentation import Augmentation, draw, draw_stored
 from megakd.data.bad_samples import BadCounter, BadSample, located
 from megakd.data.caption_tokens import Tokenize, caption
 from megakd.data.resumable import BatchSource, Loading, ResumableBatches
 from megakd.data.sampler import Order
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.store.reader import Store, StoredRows
-from megakd.data.transforms import Augmentation, TowerView, draw, draw_stored, rgb_image, train_pixels
+from megakd.data.transforms import TowerView, rgb_image, train_pixels
 from megakd.recipe import Views
 
 

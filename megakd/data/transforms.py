@@ -1,4 +1,4 @@
-"""From an image's bytes to each tower's pixels: decode, one crop box and flip per sample, one resampling per tower.
+"""From an image's bytes to each tower's pixels: decode, one augmentation per sample, one resampling per tower.
 
 Pixels stay uint8 until `normalise`, on the device: workers then send a quarter of the bytes.
 Legend: B batch, H x W a tower's input size, L its context length.
@@ -19,23 +19,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from megakd.data.augmentation import Augmentation, altered
 from megakd.data.bad_samples import BadSample
 from megakd.data.caption_tokens import PlainCaptions, Tokenize, plain_captions
-from megakd.data.sampler import uniform
-from megakd.recipe import Views
 
 if TYPE_CHECKING:
     from open_clip.transform import PreprocessCfg
-
-Box = tuple[int, int, int, int]
 
 # Only formats that shards hold: PIL would also start Ghostscript for a file that calls itself an EPS.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 # Crops of six times the target and more are first averaged over whole pixels, to three times the target at least: less than half the
 # time, for .2 levels in the mean on photo-like pictures, 1.7 on a checkerboard of 20-pixel squares (4 at a gap of 2).
 _REDUCING_GAP = 3.0
-_CROP_ATTEMPTS = 10
-_DRAWS = 1 + 4 * _CROP_ATTEMPTS
 # Resized by its shorter side, a thin image of 312 bytes would take 13 GB.
 _THINNEST = 200
 _ORIENTATION = 0x0112
@@ -48,14 +43,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """A crop (left, top, right, bottom) in pixels of the stored image, mirrored after it if `flip`."""
-
-    box: Box
-    flip: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,43 +167,13 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def draw(views: Views, seed: int, position: int, width: int, height: int) -> Augmentation:
-    """The augmentation of the sample at `position` of the order: a pure function, as resuming needs it."""
-    return _augmentation(views, uniform(seed, "view", (position, 0), _DRAWS), width, height)
-
-
-def draw_stored(views: Views, seed: int, index: int, view: int, width: int, height: int) -> Augmentation:
-    """Augmentation `view` (from 0) of the sample `index`, whatever its position: one that a store can hold."""
-    return _augmentation(views, uniform(seed, "view", (index, 1 + view), _DRAWS), width, height)
-
-
-def _augmentation(views: Views, numbers: list[float], width: int, height: int) -> Augmentation:
-    """torchvision's RandomResizedCrop: area uniform in crop_scale, ratio log-uniform in crop_ratio, ten attempts, else the largest
-    central crop within the ratios. The flip's draw comes first, whatever the number of attempts.
-    """
-    flip = numbers[0] < views.flip
-    low, high = (math.log(ratio) for ratio in views.crop_ratio)
-    for attempt in range(_CROP_ATTEMPTS):
-        for_area, for_ratio, for_top, for_left = numbers[1 + 4 * attempt : 5 + 4 * attempt]
-        area = width * height * (views.crop_scale[0] + (views.crop_scale[1] - views.crop_scale[0]) * for_area)
-        ratio = math.exp(low + (high - low) * for_ratio)
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(for_left * (width - w + 1)), int(for_top * (height - h + 1))
-            return Augmentation((left, top, left + w, top + h), flip)
-    w, h = width, height
-    if width / height < views.crop_ratio[0]:
-        h = round(width / views.crop_ratio[0])
-    elif width / height > views.crop_ratio[1]:
-        w = round(height * views.crop_ratio[1])
-    left, top = (width - w) // 2, (height - h) // 2
-    return Augmentation((left, top, left + w, top + h), flip)
-
-
 def train_pixels(image: Image.Image, augmentation: Augmentation, view: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """The crop of an RGB image at a tower's size: (3, H, W) uint8, not contiguous. view: a TowerView's `train_pixels`."""
+    """The augmented crop of an RGB image at a tower's size: (3, H, W) uint8, not contiguous. view: a TowerView's `train_pixels`."""
     height, width, resample = view
     resized = image.resize((width, height), Image.Resampling(resample), box=augmentation.box, reducing_gap=_REDUCING_GAP)
+    if not augmentation.crops_alone:
+        mirrored = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if augmentation.flip else resized
+        return altered(mirrored, augmentation).transpose(2, 0, 1)
     pixels = np.asarray(resized)
     return (pixels[:, ::-1] if augmentation.flip else pixels).transpose(2, 0, 1)
 

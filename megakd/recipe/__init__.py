@@ -12,10 +12,10 @@ from megakd.recipe.schema import (
     Kernels,
     Log,
     Recipe,
-    Views,
     Watchdog,
 )
 from megakd.recipe.section import Section
+from megakd.recipe.views import Views
 from megakd.recipe.vqa import Answers, AnswerTeacher, Decoder, LearningRates, Lora, QuestionSource
 
 __all__ = [

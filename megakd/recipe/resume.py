@@ -28,7 +28,14 @@ _FROM_HERE = "from the step that is gone on from; what was learned before stays"
 _SAME_DATA = "it has to hold the same data, which is checked by names and counts"
 
 _SOURCE = ("format", "questions", "annotations", "images", "image_name", "split", "plain")
+_VIEWS = (
+    *("crop_scale", "crop_ratio", "flip", "seed", "grayscale", *(f"blur.{key}" for key in ("probability", "sigma"))),
+    *(f"rand_augment.{key}" for key in ("magnitude", "layers", "std", "probability", "interpolation", "fill")),
+    *(f"color_jitter.{key}" for key in ("brightness", "contrast", "saturation", "hue", "probability")),
+    *(f"erase.{key}" for key in ("probability", "scale", "ratio", "value")),
+)
 _FREE = (
+    "views.preset",  # whose values are compared
     *("name", "data.workers", "data.cache", "data.max_bad_fraction", "kernels.backend", "kernels.ring"),
     *("student.recipe", "student.activation_checkpointing", "decoder.recipe", "answers.teacher.recipe"),
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_FREE),
@@ -61,7 +68,7 @@ TOLD = {
     **{f"answers.train.*.{key}": _SAME_DATA for key in ("questions", "annotations", "images", "image_name")},
 }
 _REFUSED = (
-    *("seed", "data.caption", "data.block", "data.window", "views.crop_scale", "views.crop_ratio", "views.flip", "views.seed"),
+    *("seed", "data.caption", "data.block", "data.window", *(f"views.{key}" for key in _VIEWS)),
     *(f"student.{key}" for key in ("model", "architecture", "pretrained", "tokenizer", "max_scale", *_PREPROCESS)),
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_REFUSED),
     *objectives.keys(),

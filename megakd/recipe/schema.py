@@ -2,7 +2,8 @@
 
 How a run is carried out (ZeRO stage, precision, micro-batch, monitors) is in the DeepSpeed JSON, see `runtime/ds_config.py`. Recipes are
 read and compared in `load.py`; the models are in `models.py`, the losses in `objectives.py`, what of them moves over a run in
-`schedules.py`, AdamW in `optim.py`, the sections about questions in `vqa.py`, what is scored in `evaluation.py`.
+`schedules.py`, AdamW in `optim.py`, the augmentation in `views.py`, the sections about questions in `vqa.py`, what is scored in
+`evaluation.py`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from megakd.recipe.objectives import PatchRelation, declaration
 from megakd.recipe.schedules import ScheduledSections
 from megakd.recipe.section import (
     MATCHED,
-    FloatPair,
     Fraction,
     Name,
     Positive,
     Section,
     Weight,
 )
+from megakd.recipe.views import Views
 from megakd.recipe.vqa import Answers, Decoder
 
 
@@ -55,30 +56,6 @@ class Data(Section):
         if not name or not all(letter.isalnum() or letter in "._-+" for letter in name):
             raise ValueError(f"caption = {caption!r}: give the extension of the captions' members, such as txt; patterns are not read")
         return caption
-
-
-class Views(Section):
-    """The augmentation, drawn once a sample and applied to every tower's view of it."""
-
-    crop_scale: FloatPair = Field((0.5, 1.0), description="area of the crop as a fraction of the image")
-    crop_ratio: FloatPair = Field((0.75, 4 / 3), description="width / height of the crop")
-    flip: Fraction = Field(0.5, description="probability of a horizontal flip")
-    seed: int | None = Field(
-        None, ge=0, lt=2**63 - 1, description="of the augmentation alone; default: the run's. Runs of unlike seeds share a store by it"
-    )
-
-    def seed_in(self, run_seed: int) -> int:
-        """Of the augmentation in a run of that seed."""
-        return run_seed if self.seed is None else self.seed
-
-    @model_validator(mode="after")
-    def _ranges(self) -> Views:
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale = [{low}, {high}]: give two fractions of the area with 0 < low <= high <= 1")
-        if not 0.01 <= self.crop_ratio[0] <= self.crop_ratio[1] <= 100:
-            raise ValueError(f"crop_ratio = {list(self.crop_ratio)}: give two ratios between 0.01 and 100, the smaller first")
-        return self
 
 
 class Kernels(Section):
@@ -215,6 +192,10 @@ class Recipe(ScheduledSections, Sources):
             raise ValueError(f"objectives.{next(iter(active))}: there is no [student] to learn it")
         if active and self.data.train is None:
             raise ValueError(f"data.train: missing; objectives.{next(iter(active))} learns from image-text shards")
+        if not active and self.views.operations():
+            raise ValueError(
+                f"views.{self.views.operations()[0]}: no objective learns from pairs, and questions see whole images; take it out"
+            )
         if self.export.heads and not self.in_need_of_a_teacher():
             raise ValueError("export.heads = true: no active objective reads a teacher, so no head is trained; take it out")
         return self

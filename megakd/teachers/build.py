@@ -191,8 +191,7 @@ def store_key(recipe: Recipe, description: clip.ModelSpec, shards: ShardSet) -> 
         "bytes": sum(stat.size for stat in shards.stats),
         "caption": recipe.data.caption,
     }
-    views = recipe.views.model_dump(mode="json", exclude={"seed"})  # whose own key it is, also where it is the run's
-    augmentation = {"views": views, "seed": recipe.views.seed_in(recipe.seed)}
+    augmentation = {"views": recipe.views.policy(), "seed": recipe.views.seed_in(recipe.seed)}
     key = {**fingerprint(description, recipe.seed), **augmentation, "data": data}
     return cast(dict[str, Any], json.loads(json.dumps(redacted(key))))  # as it comes back from a manifest: tuples are lists
 

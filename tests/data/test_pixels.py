@@ -8,10 +8,11 @@ import pytest
 from open_clip.transform import PreprocessCfg
 from PIL import Image
 
+from megakd.data.augmentation import Augmentation
 from megakd.data.bad_samples import BadSample
 from megakd.data.pairs import decoded
 from megakd.data.shards import Sample
-from megakd.data.transforms import Augmentation, as_rgb, decode, evaluation_pixels, rgb_image, train_pixels
+from megakd.data.transforms import as_rgb, decode, evaluation_pixels, rgb_image, train_pixels
 from megakd.vqa.loader import ImageProcessor
 from support.shards import bomb_png, png
 

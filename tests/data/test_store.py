@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megakd.data.augmentation import draw_stored
 from megakd.data.shards import ShardSet
 from megakd.data.store import writer
 from megakd.data.store.reader import Store, StoreError, content_digest, differences, map_part, part_path, read_manifest
 from megakd.data.store.views import StoredViews
-from megakd.data.transforms import decode, draw_stored, train_pixels
+from megakd.data.transforms import decode, train_pixels
 from megakd.recipe import Views
 from support import edit_json
 from support.loaders import TOWERS, take

@@ -10,8 +10,9 @@ from PIL import Image
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
+from megakd.data.augmentation import Augmentation, draw
 from megakd.data.bad_samples import BadSample
-from megakd.data.transforms import Augmentation, TowerView, decode, draw, evaluation_pixels, normalise, train_pixels
+from megakd.data.transforms import TowerView, decode, evaluation_pixels, normalise, train_pixels
 from megakd.recipe import Views
 from support.shards import ByteTokenizer, bomb_png, jpeg
 

@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megakd.data.augmentation import draw_stored
 from megakd.data.bad_samples import BadCounter, usable
 from megakd.data.pairs import decoded
 from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.stream import WorkerStream, reported
-from megakd.data.transforms import TowerView, draw_stored, train_pixels
+from megakd.data.transforms import TowerView, train_pixels
 from megakd.recipe import Views
 
 

@@ -138,8 +138,8 @@ class PairData:
         ) as batches:
             batch = next(batches)
         first = f"first batch of this rank: {len(batch)} pairs, bad: {batch.bad.by_reason() or 'none'}"
-        parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}", *self._of_texts(), *self._of_teachers()]
-        parts += self.of_sets
+        parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}", f"augmentation: {of}"]
+        parts += [*self._of_texts(), *self._of_teachers(), *self.of_sets]
         if self.store is not None:
             parts.append(self.store.outline())
         elif "teacher" in self.teachers and (layout := build.patch_store(self.recipe, self.teachers["teacher"], len(shards))) is not None:
