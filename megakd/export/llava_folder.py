@@ -35,9 +35,11 @@ from megakd.export.transformers_layers import NotMapped, Part
 from megakd.export.transformers_towers import vision_part
 from megakd.export.trial_inputs import pictures
 from megakd.models.clip import ClipModel
+from megakd.runtime.console import LongWork
 
 CLOSE = 1e-4  # of logits in float32
 _SAME_PIXELS = 1e-6
+_STAGES = ("load", "answer", "write", "compare")
 
 
 def write(source: Path, folder: Path) -> list[str]:
@@ -57,15 +59,19 @@ def write(source: Path, folder: Path) -> list[str]:
             f"{source}: its language model is quantised (decoder.quantise = {kind!r}), and a folder's weights are not: "
             f"`megakd answer {source} --merge OUT` writes it in full precision, then export OUT"
         )
-    bundle = Bundle.build(spec, torch.device("cpu"), torch.float32)
-    assert bundle.towers is not None
-    tower = _tower(source, bundle)
-    trial = trial_of(bundle)
-    processor = processor_of(source, bundle, tower, trial)
-    model = _model(source, bundle, tower, processor)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    lines = compare(folder, bundle.towers, trial)
+    with LongWork("exporting", len(_STAGES), "stages (" + ", ".join(_STAGES) + ")", coarse=True) as work:
+        bundle = Bundle.build(spec, torch.device("cpu"), torch.float32)
+        assert bundle.towers is not None
+        tower = _tower(source, bundle)
+        work.advance()
+        trial = trial_of(bundle)
+        processor = processor_of(source, bundle, tower, trial)
+        work.advance()
+        model = _model(source, bundle, tower, processor)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        work.advance()
+        lines = compare(folder, bundle.towers, trial)
     return [
         f"LlavaForConditionalGeneration: {type(model.model.vision_tower).__name__}, {type(model.model.language_model).__name__}",
         *lines,

@@ -24,6 +24,7 @@ from megakd.export import onnx_precision, onnx_run, tokenizer_file, trial_inputs
 from megakd.export.trial_inputs import CLOSE
 from megakd.models.clip import ClipModel, parameters_in
 from megakd.models.preprocessing import KEYS
+from megakd.runtime.console import LongWork
 from megakd.runtime.extras import library
 
 OPSET = 18  # read by every onnxruntime since 1.14, of February 2023
@@ -71,26 +72,29 @@ def write(built: ClipModel, folder: Path, precisions: Sequence[str] = (), *, tex
     towers: list[tuple[str, nn.Module, str, Tensor]] = [("image", _Images(built.clip), "pixels", trial_inputs.pixels(built))]
     if texts and description.has_text:
         towers.append(("text", _Texts(built.clip), "tokens", trial_inputs.tokens(description)))
-    for name, tower, given, rows in towers:
-        path = folder / f"{name}.onnx"
-        external = 4 * parameters_in(tower) > _LARGEST
-        how = export(tower.eval(), given, f"{name}_embeds", rows[:2], path, external=external)
-        with torch.no_grad():
-            expected = tower(rows)
-        found = _run(path, rows)
-        if not (gap := trial_inputs.difference(found, expected)) <= CLOSE:
-            raise ValueError(
-                f"{path.name}: onnxruntime's embeddings differ by {gap:.2g} from the model's, and {CLOSE:.0e} is allowed: this tower "
-                f"cannot be exported to ONNX by this torch and onnxruntime"
-            )
-        same = f"{len(rows)} {name}s in onnxruntime differ by {gap:.1e} at most"
-        lines.append(f"{path.name}: {_size(path)}, opset {OPSET}, {how}, batches of any size; {same}")
-        for precision in precisions:
-            smaller = folder / f"{name}.{precision}.onnx"
-            PRECISIONS_OF[precision](path, smaller, external=external)
-            cosines = trial_inputs.cosines(_run(smaller, rows), found)
-            kept = f"cosine to float32 {cosines.mean():.6f} in the mean, {cosines.min():.6f} at least"
-            lines.append(f"{smaller.name}: {_size(smaller)}; {kept}")
+    with LongWork("exporting", len(towers) * (1 + len(precisions)), "files", coarse=True) as work:
+        for name, tower, given, rows in towers:
+            path = folder / f"{name}.onnx"
+            external = 4 * parameters_in(tower) > _LARGEST
+            how = export(tower.eval(), given, f"{name}_embeds", rows[:2], path, external=external)
+            with torch.no_grad():
+                expected = tower(rows)
+            found = _run(path, rows)
+            if not (gap := trial_inputs.difference(found, expected)) <= CLOSE:
+                raise ValueError(
+                    f"{path.name}: onnxruntime's embeddings differ by {gap:.2g} from the model's, and {CLOSE:.0e} is allowed: this tower "
+                    f"cannot be exported to ONNX by this torch and onnxruntime"
+                )
+            same = f"{len(rows)} {name}s in onnxruntime differ by {gap:.1e} at most"
+            lines.append(f"{path.name}: {_size(path)}, opset {OPSET}, {how}, batches of any size; {same}")
+            work.advance()
+            for precision in precisions:
+                smaller = folder / f"{name}.{precision}.onnx"
+                PRECISIONS_OF[precision](path, smaller, external=external)
+                cosines = trial_inputs.cosines(_run(smaller, rows), found)
+                kept = f"cosine to float32 {cosines.mean():.6f} in the mean, {cosines.min():.6f} at least"
+                lines.append(f"{smaller.name}: {_size(smaller)}; {kept}")
+                work.advance()
     return [*lines, *write_description(built, folder, texts=texts)]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -100,12 +101,13 @@ class LongWork:
 
     what: what is done, as "indexing". total: in `unit`s, a plural noun; of "bytes" in MB or GB. It is said on standard error, by the main
     rank alone, and only from QUIET_SECONDS on: works whose first word is the same and that follow each other at once are one for that.
-    Where a run has its bar on the terminal, this one is drawn beside it.
+    Where a run has its bar on the terminal, this one is drawn beside it. coarse: its units take long each, so that QUIET_SECONDS are
+    told by a timer and not by the end of the unit in which they pass.
     """
 
     _latest = ("", 0.0, 0.0, 0.0)  # the work before: its first word, when it began and ended, when its next line was due
 
-    def __init__(self, what: str, total: float, unit: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, what: str, total: float, unit: str, clock: Callable[[], float] = time.monotonic, *, coarse: bool = False) -> None:
         self._what, self._total, self._unit, self._clock = what, total, unit, clock
         self._done = 0.0
         self._began = self._drawn = clock()
@@ -118,6 +120,10 @@ class LongWork:
         console = Console(stderr=True, highlight=False)
         is_drawn = self._is_said and _is_live(console)
         self._task = _screen.add(console, what, total, unit, shown=False, stays=False) if is_drawn else None
+        self._timer = threading.Timer(QUIET_SECONDS, self._say_that_it_runs) if coarse and self._is_said else None
+        if self._timer is not None:
+            self._timer.daemon = True
+            self._timer.start()
 
     def advance(self, done: float = 1) -> None:
         """So much more is done."""
@@ -132,10 +138,23 @@ class LongWork:
         elif now >= self._line and 0 < self._done < self._total:
             self._line = now + LINE_SECONDS
             left = _duration((now - self._began) * (self._total - self._done) / self._done)
-            with contextlib.suppress(OSError, ValueError):  # nobody reads, or the stream is closed: the work goes on
-                print(f"{self._what}: {amounts(self._done, self._total, self._unit)}, about {left} left", file=sys.stderr, flush=True)
+            self._print(f"{amounts(self._done, self._total, self._unit)}, about {left} left")
+
+    def _say_that_it_runs(self) -> None:
+        """On the timer's thread, before the first unit is done or between two."""
+        if self._task is not None:
+            _screen.update(self._task, self._done)
+        elif self._done == 0:
+            self._print(amounts(0, self._total, self._unit))
+
+    def _print(self, how_far: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # nobody reads, or the stream is closed: the work goes on
+            print(f"{self._what}: {how_far}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()  # or it would draw a bar that is gone
         LongWork._latest = (self._what.partition(" ")[0], self._since, self._clock(), self._line)
         if self._task is not None:
             _screen.remove(self._task)
@@ -148,12 +167,12 @@ class LongWork:
         self.close()
 
 
-def with_progress(items: Iterable[T], what: str, unit: str, total: float | None = None) -> Iterator[T]:
+def with_progress(items: Iterable[T], what: str, unit: str, total: float | None = None, *, coarse: bool = False) -> Iterator[T]:
     """The items, each of which is one `unit` of a LongWork once the next is asked for. total: how many, of items without a length."""
     if total is None:
         assert isinstance(items, Sized)
         total = len(items)
-    with LongWork(what, total, unit) as work:
+    with LongWork(what, total, unit, coarse=coarse) as work:
         for item in items:
             yield item
             work.advance()

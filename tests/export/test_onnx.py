@@ -23,15 +23,20 @@ from megakd.export.command import check
 from megakd.export.options import Options
 from megakd.models import clip
 from megakd.models.clip import ClipModel
+from megakd.runtime import console
 from support.small_towers import TOWERS, small_student
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_onnxruntime_gives_the_models_embeddings_of_any_number_of_images_and_texts(kind: str, world: Path, tmp_path: Path) -> None:
+def test_onnxruntime_gives_the_models_embeddings_of_any_number_of_images_and_texts(
+    kind: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "QUIET_SECONDS", 0.05)
     built = small_student(kind, world / "tokenizer")
     texts = kind in ("native", "siglip")  # the others have the same text tower as the first
     lines = onnx_files.write(built, tmp_path, ["fp16", "int8"] if kind == "native" else [], texts=texts)
     assert (tmp_path / "text.onnx").exists() == texts
+    assert capsys.readouterr().err.startswith(f"exporting: 0 of {6 if kind == 'native' else 1 + texts} files\n")
     model: Any = built.clip
     given = {"image": trial_inputs.pixels(built), "text": trial_inputs.tokens(built.description)}
     for name, encode in (("image", model.encode_image), ("text", model.encode_text))[: 1 + texts]:

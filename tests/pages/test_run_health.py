@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megakd.pages.page import BAD, GOOD, LOOK, Table, as_markdown
-from megakd.pages.run import contents, curves, health, reading
+from megakd.pages.run import contents, curves, health, models, reading
 from megakd.pages.run.page import compose
 from support import edit_json
 from support.run_pages import STEPS, row, write_long_run, write_rows
@@ -206,3 +206,45 @@ def test_a_value_of_another_kind_anywhere_ends_in_a_page_too(name: str, tmp_path
         lines[number] = json.dumps(content)
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
         as_markdown(compose(reading.read(folder), [], examples=False)).encode()
+
+
+def test_a_teachers_own_run_stands_beside_the_student_with_size_and_speed_and_its_scores_on_the_same_sets(tmp_path: Path) -> None:
+    teacher = write_long_run(tmp_path / "teacher")
+    edit_json(teacher / "evaluation.json", lambda found: found.update(sets="one", parameters=7000, images_per_second=50.0))
+    sections = {"teacher": {"model": f"local-dir:{teacher}/model"}, "ensemble": {"second": {"model": "ViT-L-14"}}}
+    run = write_long_run(tmp_path / "student", sections)
+
+    def measured(found: dict[str, Any]) -> None:
+        found.update(sets="one", parameters=900, images_per_second=400.0)
+        found["models"] = {"ensemble.second": {"parameters": 304, "bytes": 2e6, "images_per_second": None}}
+        found["retrieval"]["test"]["mean_R@1"] = 0.1
+
+    edit_json(run / "evaluation.json", measured)
+    table = models.table(reading.read(run))
+    assert table is not None
+    assert [row[:5] for row in cells(table)] == [
+        ["student", "ViT-S-32", "900", "–", "400"],
+        ["teacher", f"local-dir:{teacher}/model", "7,000", "–", "50"],
+        ["ensemble.second", "ViT-L-14", "304", "2.0 MB", "–"],
+    ]
+    scores = contents.scores(reading.read(run))
+    assert scores is not None
+    assert [column.title for column in scores.columns][:4] == ["score", "last, %", "highest, %", "teacher, %"]
+    assert {row[0]: (row[1], row[3]) for row in cells(scores)}["retrieval test, mean R@1"] == ("10.0", "30.0")
+
+    edit_json(teacher / "evaluation.json", lambda found: found.update(sets="other"))
+    table = models.table(reading.read(run))
+    assert table is not None
+    assert cells(table)[1][5] == "of its own run, on other sets"
+    scores = contents.scores(reading.read(run))
+    assert scores is not None
+    assert "teacher, %" not in [column.title for column in scores.columns]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"sets": "one", "retrieval": 3, "parameters": []}'])
+def test_a_teacher_whose_evaluation_is_damaged_leaves_the_page_without_its_scores(content: str, tmp_path: Path) -> None:
+    teacher = write_long_run(tmp_path / "teacher")
+    (teacher / "evaluation.json").write_text(content)
+    run = write_long_run(tmp_path / "student", {"teacher": {"model": f"local-dir:{teacher}/model"}})
+    edit_json(run / "evaluation.json", lambda found: found.update(sets="one"))
+    assert "teacher" in as_markdown(compose(reading.read(run), [], examples=False))

@@ -8,10 +8,12 @@ import re
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from megakd.runtime import console
 from megakd.runtime.console import LongWork, RunConsole, with_progress
 from support import python_path
 
@@ -54,6 +56,21 @@ def test_on_a_pipe_there_is_a_line_at_most_every_half_minute_with_the_time_left(
 
 def test_what_takes_less_than_five_seconds_is_not_mentioned(capsys: pytest.CaptureFixture[str]) -> None:
     work(Clock(), "looking", 4, 1000)
+    assert capsys.readouterr().err == ""
+
+
+def test_units_of_many_seconds_are_mentioned_before_the_first_of_them_is_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "QUIET_SECONDS", 0.02)
+    with LongWork("exporting", 3, "files", coarse=True):
+        deadline = time.monotonic() + 60
+        while not (said := capsys.readouterr().err) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert said == "exporting: 0 of 3 files\n"
+    monkeypatch.setattr(console, "QUIET_SECONDS", 60.0)
+    with LongWork("exporting", 3, "files", coarse=True):
+        pass  # the timer ends with it
     assert capsys.readouterr().err == ""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from megakd.pages.names import data_name
 from megakd.pages.records import record_of
+from megakd.pages.run import models
 from megakd.pages.run.health import time_shares
 from megakd.pages.run.reading import KINDS, RunFiles
 from megakd.pages.scores import known_scores
@@ -21,15 +22,16 @@ LONGEST_VALUE = 300  # characters
 
 
 def scores(run: RunFiles) -> Table | None:
-    """A row for each score: at the end, and where it was highest."""
-    rows = []
+    """A row for each score: at the end, where it was highest, and that of teachers whose own runs have it."""
+    rows, of_models = [], [model for model in models.rows(run) if model.scores]
     for one in known_scores({**run.scores, **run.history}):
         points = run.history.get(one.path, ())
         last = run.scores.get(one.path, points[-1][1] if points else None)
         step, best = max(points, key=lambda point: point[1], default=(None, None))
         cells = [Cell("–") if value is None else Cell(shown(value), value) for value in (last, best)]
-        rows.append((name(one.title), *cells, count(step), count(len(points)), name(one.path)))
+        rows.append((name(one.title), *cells, *models.beside(of_models, one.path), count(step), count(len(points)), name(one.path)))
     columns = [Column(title, numeric=title not in ("score", "in evaluation.json")) for title in ("score", "last, %", "highest, %")]
+    columns += [Column(f"{model.role}, %") for model in of_models]
     columns += [Column("highest at step"), Column("evaluations"), Column("in evaluation.json", numeric=False)]
     caption = "Of the student as evaluation.json has it, or else its newest evaluation; all evaluations during the run count as highest."
     return Table("scores", "Scores", caption, tuple(columns), tuple(rows))

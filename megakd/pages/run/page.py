@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megakd.pages import page
 from megakd.pages.page import Page, Section, section
-from megakd.pages.run import contents, curves, health, neighbours, questions, reading
+from megakd.pages.run import contents, curves, health, models, neighbours, questions, reading
 from megakd.pages.run.reading import RunFiles
 
 # In figures/.
@@ -35,7 +35,15 @@ def compose(run: RunFiles, command: Sequence[str], *, examples: bool) -> Page:
     verdict, tone = health.verdict(run)
     recipe, unread = contents.recipe(run)
     sections = (
-        section("scores", "Scores", contents.scores(run), curves.scores(run), contents.every_number(run), texts=(_without_scores(run),)),
+        section(
+            "scores",
+            "Scores",
+            contents.scores(run),
+            models.table(run),
+            curves.scores(run),
+            contents.every_number(run),
+            texts=(_without_scores(run),),
+        ),
         section("losses", "Losses", *curves.losses(run)),
         section("speed", "Speed", curves.speed(run), contents.split(run)),
         *(_examples(run) if examples else ()),
