@@ -54,7 +54,9 @@ def export(
     else:
         named = Teacher(model=model, pretrained=pretrained, tokenizer=tokenizer, preprocess=preprocess)
         found = source.of_settings(named, f"--model {model}")
-    for line in [found.name, *found.assumed, *command.export(found, to, out, options), f"written to {out}"]:
+    for line in (found.name, *found.assumed):  # before what may take minutes
         print(line, flush=True)
+    for line in (*command.export(found, to, out, options), f"written to {out}"):
+        print(line)
     for line in command.push(out, options):
         print(line)

@@ -60,12 +60,14 @@ class Execution:
         self.say(f"{total - len(waiting)} of {total} runs are there already" if len(waiting) < total else f"{total} runs")
         os.environ.update(launcher.environment())  # which the processes take over
         self._processes = task.processes(torch.cuda.is_available())
+        chains = self.work.longest_chains()
         before = signal.signal(signal.SIGTERM, _interrupted)
         try:
             while waiting or self._running:
                 for name in [name for name, job in waiting.items() if self._lost(job)]:
                     del waiting[name]
-                for name in [name for name, job in waiting.items() if not any(one in waiting or one in self._running for one in job.after)]:
+                ready = [name for name, job in waiting.items() if not any(one in waiting or one in self._running for one in job.after)]
+                for name in sorted(ready, key=lambda name: -chains[name]):
                     if len(self._running) < self.at_once:
                         self._start(waiting.pop(name))
                 time.sleep(POLL_SECONDS)

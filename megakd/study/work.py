@@ -104,6 +104,17 @@ class Work:
         self.jobs[job.name] = job
         return job.name
 
+    def longest_chains(self) -> dict[str, int]:
+        """Samples to train on from each job's start to the end of the last that waits for it: what starts first shortens the whole."""
+        chains: dict[str, int] = {}
+        behind = dict.fromkeys(self.jobs, 0)
+        for name, job in reversed(self.jobs.items()):  # each job is after those that it waits for
+            trains = job.kind not in ("store", "scores")
+            chains[name] = behind[name] + (job.recipe.optim.steps * job.recipe.samples_in_a_step() if trains else 0)
+            for before in job.after:
+                behind[before] = max(behind[before], chains[name])
+        return chains
+
     def seconds(self, out: Path) -> dict[Kind, list[float]]:
         """How long the runs that are done took, by their kind."""
         took: dict[Kind, list[float]] = {kind: [] for kind in KINDS}

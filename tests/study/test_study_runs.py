@@ -20,6 +20,7 @@ from megakd.recipe import load
 from megakd.study import progress, run
 from megakd.study.record import Record
 from megakd.study.results import STUDY
+from megakd.study.work import Job, Work
 from support.runs import environment
 from support.tiny_studies import CELLS, FILE, scores
 
@@ -198,6 +199,21 @@ def test_runs_that_wait_for_each_other_start_in_order(small: Path) -> None:
         assert set(job.after) <= seen
         seen.add(name)
     assert len(seen) == 2 + 2 + CELLS
+
+
+def test_what_the_longest_wait_is_for_starts_first() -> None:
+    recipe, _ = load.load("smoke", ["optim.steps=10", "optim.warmup=0", "optim.batch=8"])
+    longer, _ = load.load("smoke", ["optim.steps=100", "optim.batch=8"])
+    work = Work()
+    work.add(Job("teachers/short", "teacher", recipe))
+    work.add(Job("teachers/long", "teacher", longer))
+    work.add(Job("stores/long", "store", longer, ("teachers/long",)))
+    work.add(Job("cells/of_short", "student", recipe, ("teachers/short",)))
+    work.add(Job("cells/of_long", "student", recipe, ("stores/long",)))
+    work.add(Job("controls/blind", "readout", recipe))
+    assert work.longest_chains() == {
+        "teachers/short": 160, "teachers/long": 880, "stores/long": 80, "cells/of_short": 80, "cells/of_long": 80, "controls/blind": 80
+    }  # fmt: skip
 
 
 def test_a_full_disk_is_no_end_of_the_study(small: Path, tmp_path: Path) -> None:
