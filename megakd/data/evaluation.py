@@ -139,7 +139,7 @@ class _EvaluationSet:
         return parsed | {kind: labelled(sample, kind) for kind in ("json", "cls") if kind in needs}
 
     def _image(self, sample: Sample) -> Image.Image:
-        image = rgb_image(sample.members["image"], self.samples.data.max_pixels)
+        image = rgb_image(sample.members["image"], self.samples.data)
         return image if sample.box is None else image.crop(sample.box)
 
     def _content(self, image: Image.Image) -> tuple[int, int] | None:

@@ -24,7 +24,7 @@ from megakd.data.sampler import Order
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.store.reader import Store, StoredRows
 from megakd.data.transforms import TowerView, rgb_image, train_pixels
-from megakd.recipe import Views
+from megakd.recipe import Data, Views
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class _TrainingPairs(BatchSource[Sample, _PairRows, _PairColumns]):
         return _PairRows([torch.empty((count, 3, height, width), dtype=torch.uint8) for height, width, _ in self.sizes], [""] * count)
 
     def fill(self, rows: _PairRows, row: int, position: int, index: int, item: Sample) -> None:
-        image, rows.captions[row] = decoded(item, self.shards.data.max_pixels)
+        image, rows.captions[row] = decoded(item, self.shards.data)
         augmentation = self._augmentation(position, index, *image.size)
         for pixels, size in zip(rows.pixels, self.sizes, strict=True):
             pixels[row].numpy()[...] = train_pixels(image, augmentation, size)
@@ -164,8 +164,8 @@ class _TrainingPairs(BatchSource[Sample, _PairRows, _PairColumns]):
         return draw_stored(self.views, self.store.manifest.seed, index, view, width, height)
 
 
-def decoded(sample: Sample, max_pixels: int) -> tuple[Image.Image, str]:
+def decoded(sample: Sample, data: Data) -> tuple[Image.Image, str]:
     """The image in RGB, and its caption, "" where none was asked for. Raises BadSample, with the sample's place."""
     with located(sample.where):
         text = caption(sample.members["caption"]) if "caption" in sample.members else ""
-        return rgb_image(sample.members["image"], max_pixels), text
+        return rgb_image(sample.members["image"], data), text

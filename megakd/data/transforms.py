@@ -22,6 +22,7 @@ from PIL import Image
 from megakd.data.augmentation import Augmentation, altered
 from megakd.data.bad_samples import BadSample
 from megakd.data.caption_tokens import PlainCaptions, Tokenize, plain_captions
+from megakd.recipe import Data
 
 if TYPE_CHECKING:
     from open_clip.transform import PreprocessCfg
@@ -107,19 +108,20 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def rgb_image(data: bytes, max_pixels: int) -> Image.Image:
+def rgb_image(content: bytes, data: Data) -> Image.Image:
     """`decode`, then `as_rgb`. Raises BadSample."""
-    return as_rgb(decode(data, max_pixels))
+    return as_rgb(decode(content, data.max_pixels), data)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB, in training, evaluation and answering alike: turned by its EXIF orientation, transparency on white as in img2dataset.
+def as_rgb(image: Image.Image, data: Data) -> Image.Image:
+    """RGB, in training, stores, evaluation and answering alike: turned and laid on a colour as `data.orientation` and `data.transparency`
+    say, by default upright and on white as img2dataset does; with "ignore" and "drop" it is PIL's plain conversion, as in open_clip.
 
     16-bit grey is divided by 257, floats in [0, 1] are multiplied by 255, numbers in [0, 255] stay; palettes, CMYK and the rest become RGB
     by PIL; colour profiles are not applied. Raises BadSample, bad_pixels, for other values.
     """
     try:
-        return _on_white(_eight_bits(_upright(image)))
+        return _opaque(_eight_bits(_upright(image) if data.orientation == "exif" else image), data.transparency)
     except (BadSample, MemoryError):
         raise
     except Exception as error:  # PIL has no conversion of LAB, for example, and fails inside damaged palettes
@@ -157,13 +159,13 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values).astype(np.uint8))
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _opaque(image: Image.Image, transparency: str) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if {"A", "a"} & set(image.getbands()) or "transparency" in image.info:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema() != (255, 255):
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if transparency != "drop" and image.getchannel("A").getextrema() != (255, 255):
+            image = Image.alpha_composite(Image.new("RGBA", image.size, transparency), image)
     return image.convert("RGB")
 
 

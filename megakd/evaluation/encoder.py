@@ -29,7 +29,7 @@ from megakd.runtime import watchdog
 from megakd.runtime.run_folder import MODEL
 
 T = TypeVar("T")
-_MAX_PIXELS: int = Data.model_fields["max_pixels"].default
+_DATA = Data()  # nobody says another here
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Encoder:
         return None if bias is None else float(bias.detach())
 
     def encode_images(self, images: Sequence[Image.Image | str | Path]) -> Tensor:
-        """n images of any size, or paths of image files -> unit rows (n, D), float32 on the CPU. They are prepared as in evaluation.
+        """n images of any size, or paths of image files -> unit rows (n, D), float32 on the CPU. They are prepared as in evaluation,
+        turned upright by EXIF, transparency on white.
 
         Raises ValueError naming the file for one that is missing, damaged or too large (data.max_pixels' default).
         """
@@ -83,7 +84,7 @@ class Encoder:
     def _pixels(self, image: Image.Image | str | Path) -> Tensor:
         if isinstance(image, Image.Image):
             try:
-                rgb = as_rgb(image)
+                rgb = as_rgb(image, _DATA)
             except BadSample as bad:
                 raise ValueError(f"an image of mode {image.mode}: {bad.reason}: {bad}") from bad
         else:
@@ -135,7 +136,7 @@ def load_model(folder: str | Path, device: torch.device | str | None = None, *, 
 def read_image(path: Path) -> Image.Image:
     """The image, decoded. Raises ValueError naming the file: missing, no image, damaged, larger than data.max_pixels' default."""
     try:
-        return rgb_image(path.read_bytes(), _MAX_PIXELS)
+        return rgb_image(path.read_bytes(), _DATA)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except BadSample as bad:

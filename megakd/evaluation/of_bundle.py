@@ -97,7 +97,7 @@ def _answerer(bundle: Bundle, scored: Scored, world: World, fingerprint: dict[st
     look: Callable[[Tensor], Tensor] | None = None
     images, dtype = None, precision.dtype(precision.of(world.device))
     if bundle.towers is not None:
-        look, images = bundle.see, ImageProcessor(bundle.towers.preprocess, scored.data.max_pixels)
+        look, images = bundle.see, ImageProcessor(bundle.towers.preprocess, scored.data)
         dtype = pixel_dtype(bundle.towers.clip.visual)  # type: ignore[arg-type]
     settings = scored.evaluation
     return evaluate.Answerer(

@@ -113,7 +113,7 @@ class _Batch:
 class _Loader:
     pictures: Pictures
     preprocess: Any
-    max_pixels: int
+    data: Data
 
     def __getitems__(self, indices: list[int]) -> _Batch:
         made = usable(indices, self.pictures.read(indices), lambda _, item: self._pixels(*item))
@@ -126,7 +126,7 @@ class _Loader:
 
     def _pixels(self, where: str, image: bytes) -> Any:
         with located(where):
-            return evaluation_pixels(rgb_image(image, self.max_pixels), self.preprocess)
+            return evaluation_pixels(rgb_image(image, self.data), self.preprocess)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def features(
     count, size = len(pictures), encoder.batch
     batches = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
     mine = batches[world.rank :: world.size]
-    loader, own = _Loader(pictures, encoder.preprocess, data.max_pixels), list[tuple[Tensor, Tensor]]()
+    loader, own = _Loader(pictures, encoder.preprocess, data), list[tuple[Tensor, Tensor]]()
     unread, broken = dict[int, BadSample](), 0
     stream: Iterator[_Batch] = reported(WorkerStream(loader, mine, min(data.workers, len(mine)), world.device.type == "cuda"))
     between = interruptions.between(stream, len(batches), 1)

@@ -221,7 +221,7 @@ def _try(samples: SampleSet, needs: tuple[Slot, ...], look: Callable[[Sample], o
         try:
             sample = samples.read(index, needs)
             with located(sample.where):
-                rgb_image(sample.members["image"], samples.data.max_pixels)
+                rgb_image(sample.members["image"], samples.data)
                 if "caption" in needs:
                     caption(sample.members["caption"])
         except BadSample as error:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from megakd.models.clip import ClipModel
 from megakd.models.patches import evaluating, image_size, patch_tokens
 from megakd.models.vlm import decoder_tokenizer, lora
 from megakd.models.vlm.decoder import DecoderModel, DecoderSpec, build, resolve
-from megakd.recipe import Decoder
+from megakd.recipe import Data, Decoder
 from megakd.runtime import precision
 from megakd.runtime.files import json_sha256
 from megakd.runtime.precision import Precision
@@ -55,7 +55,7 @@ _ANSWER_TOKENS = 5
 class BundleSpec:
     """A bundle without its weights, which are on this machine and those that it was written with. tower: None where it reads none.
 
-    max_length, rules: as `Bundle` has them. sha256: of the manifest, and so of every file and reference.
+    max_length, rules, data: as `Bundle` has them. sha256: of the manifest, and so of every file and reference.
     """
 
     folder: Path
@@ -63,6 +63,7 @@ class BundleSpec:
     tower: clip.ModelSpec | None
     max_length: int
     rules: int
+    data: Data
     sha256: str
 
 
@@ -70,13 +71,14 @@ class BundleSpec:
 class Bundle:
     """A decoder with the vision tower it reads, None where it reads none. max_length: tokens of a conversation (answers.max_length).
 
-    rules: how its prompts become ids, see `prompts.RULES`.
+    rules: how its prompts become ids, see `prompts.RULES`. data: how images became RGB in training, and do for answers.
     """
 
     decoder: DecoderModel
     towers: ClipModel | None
     max_length: int
     rules: int = RULES
+    data: Data = field(default_factory=Data)
 
     @cached_property
     def prompts(self) -> PromptEncoder:
@@ -125,6 +127,7 @@ class Bundle:
             "decoder": settings.model_dump(mode="json"),
             "max_length": self.max_length,
             "prompt": self.rules,
+            **({"images": seen} if (seen := self.data.as_seen()) else {}),
             "language": None if language_inside else language_reference(settings.model or ""),
             "tower": tower,
         }
@@ -187,7 +190,7 @@ class Bundle:
         if decoder.adapted:
             lora.load_adapter(decoder.language, folder / ADAPTER)
         load_projector(folder, decoder, str(folder))
-        return cls(decoder.eval(), tower, spec.max_length, spec.rules)
+        return cls(decoder.eval(), tower, spec.max_length, spec.rules, spec.data)
 
     def answer(
         self, images: Sequence[Image.Image | None], prompts: Sequence[str], max_new_tokens: int = 10, *, short: bool = False
@@ -221,7 +224,8 @@ class Bundle:
         visual: Any = self.towers.clip.visual
         blank = torch.zeros(3, *image_size(visual), dtype=torch.uint8)
         preprocess = self.towers.preprocess
-        rows = [blank if image is None else torch.from_numpy(evaluation_pixels(as_rgb(image), preprocess).copy()) for image in images]
+        seen = [None if image is None else evaluation_pixels(as_rgb(image, self.data), preprocess) for image in images]
+        rows = [blank if pixels is None else torch.from_numpy(pixels.copy()) for pixels in seen]
         return self.see(normalise(torch.stack(rows).to(self.device), preprocess, pixel_dtype(visual)))
 
     @torch.no_grad()
@@ -250,7 +254,8 @@ def resolve_bundle(folder: Path, *, quantise: str | None = None) -> BundleSpec:
             changed["adapt"] = "none"
     settings = validated(Decoder, {**manifest["decoder"], **changed}, folder, "decoder")
     tower = None if manifest["tower"] is None else resolve_tower(folder, manifest["tower"])
-    return BundleSpec(folder, resolve(settings), tower, manifest["max_length"], manifest["prompt"], json_sha256(manifest))
+    data = validated(Data, manifest.get("images", {}), folder, "images")
+    return BundleSpec(folder, resolve(settings), tower, manifest["max_length"], manifest["prompt"], data, json_sha256(manifest))
 
 
 def load_bundle(folder: str | Path, device: torch.device | str | None = None) -> Bundle:

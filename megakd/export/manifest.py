@@ -19,6 +19,7 @@ MANIFEST, FORMAT, FORMATS = "bundle.json", 2, (1, 2)
 PROJECTOR, ADAPTER, LANGUAGE, TOWER, TOKENIZER = "projector.safetensors", "adapter", "language", "tower", "tokenizer"
 _KEYS = {"format", "versions", "decoder", "max_length", "language", "tower", "files"}
 _NEWER_KEYS = {"prompt", "sha256"}
+_WHERE_OTHERWISE = {"images"}  # how they become RGB, where that is not by default
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MOST_BYTES = 10_000_000  # of a manifest
 
@@ -93,7 +94,7 @@ def _manifest(path: Path) -> dict[str, Any]:
             f"{path}: format {version!r}, this version of megakd reads formats {' and '.join(map(str, FORMATS))}: use the one that wrote it"
         )
     expected = _KEYS | (_NEWER_KEYS if version > 1 else set())
-    if wrong := expected ^ set(manifest):
+    if wrong := expected ^ (set(manifest) - _WHERE_OTHERWISE):
         _damaged(path, f"{', '.join(sorted(map(str, wrong)))}: missing, or not known")
     if version > 1 and json_sha256({key: value for key, value in manifest.items() if key != "sha256"}) != manifest["sha256"]:
         _damaged(path, "it was changed after it was written (its sha256 differs)")
@@ -110,7 +111,9 @@ def _check_values(path: Path, manifest: dict[str, Any]) -> None:
             _damaged(path, f"{key} = {str(manifest[key])[:80]}")
     if manifest["max_length"] < 1 or not 1 <= manifest["prompt"] <= RULES:
         _damaged(path, f"max_length = {manifest['max_length']}, prompt = {manifest['prompt']}")
-    language, tower = manifest["language"], manifest["tower"]
+    images, language, tower = manifest.get("images", {}), manifest["language"], manifest["tower"]
+    if not isinstance(images, dict) or not images.keys() <= {"orientation", "transparency"}:
+        _damaged(path, f"images = {str(images)[:80]}")
     if language is not None and not (_has(language, model=str, sha256=dict) and _are_digests(language["sha256"].values())):
         _damaged(path, "language is neither null nor a model with the SHA-256 of its files")
     if tower is not None and not (tower == {"inside": True} or _has(tower, inside=bool, settings=dict, sha256=str)):

@@ -42,7 +42,17 @@ class Data(Section):
     window: Positive = Field(256, description="blocks that are mixed with each other; block * window samples are shuffled as one")
     max_bad_fraction: Fraction = Field(0.01, description="the run fails when more of the samples seen are unreadable")
     max_pixels: int = Field(50_000_000, gt=0, le=10**12, description="a larger image is refused before it is decoded")
+    orientation: Literal["exif", "ignore"] = Field(
+        "exif", description="exif: images are turned upright; ignore: left as stored, as open_clip does. In training, stores, sets, answers"
+    )
+    transparency: Literal["white", "black", "drop"] = Field(
+        "white", description="what shows through; drop: pixels keep the colour that lay hidden, as open_clip does. Where orientation counts"
+    )
     cache: str | None = Field(None, description="folder for the shards' indexes and for local copies of remote shards")
+
+    def as_seen(self) -> dict[str, str]:
+        """How images become RGB, where that is not the default: a part of what stores and bundles depend on."""
+        return self.model_dump(include={"orientation", "transparency"}, exclude_defaults=True)
 
     @field_validator("caption")
     @classmethod

@@ -44,7 +44,7 @@ from megakd.teachers.embed_request import EmbedRequest
 log = logging.getLogger("megakd.teachers")
 COMPARED = 64  # pairs that go through a teacher in 8 and in 16 bit
 # What of a store's key an image's embedding depends on and a text's does not.
-AUGMENTATION = ("views.", "seed")
+OF_PIXELS = ("views.", "seed", "data.orientation", "data.transparency")
 
 
 def live_teacher(
@@ -190,6 +190,7 @@ def store_key(recipe: Recipe, description: clip.ModelSpec, shards: ShardSet) -> 
         "samples": len(shards),
         "bytes": sum(stat.size for stat in shards.stats),
         "caption": recipe.data.caption,
+        **recipe.data.as_seen(),
     }
     augmentation = {"views": recipe.views.policy(), "seed": recipe.views.seed_in(recipe.seed)}
     key = {**fingerprint(description, recipe.seed), **augmentation, "data": data}
@@ -216,7 +217,7 @@ def open_store(
         if found.manifest.key.get("data", {}).get("signature") == shards.signature_of_names:
             key["data"]["signature"] = shards.signature_of_names  # of a store from before the content was a part of it
         made = computation(description, world.device)
-        found.check_matches(key, AUGMENTATION if text_alone else (), None if text_alone else made)
+        found.check_matches(key, OF_PIXELS if text_alone else (), None if text_alone else made)
         # The text tower is not loaded, so its texts in 16 bit beside images in 8 are a choice, and said.
         if text_alone and (otherwise := differences({"made": made_as_wanted(found.manifest.made, made)}, {"made": made})):
             log.warning("the store's texts were computed otherwise than this run computes images: %s", "; ".join(otherwise))

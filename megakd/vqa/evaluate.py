@@ -116,7 +116,7 @@ def try_images(questions: QuestionSet, key: str, data: Data) -> None:
                 raise item
             if item.image is not None:
                 with located(item.where):
-                    rgb_image(item.image, data.max_pixels)
+                    rgb_image(item.image, data)
         except BadSample as error:
             bad.add(error.reason, str(error))
             continue

@@ -21,6 +21,7 @@ from megakd.data.resumable import BatchSource, Loading, ResumableBatches
 from megakd.data.sampler import Order
 from megakd.data.stream import WorkerStream, reported
 from megakd.data.transforms import evaluation_pixels, input_size, rgb_image
+from megakd.recipe import Data
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import Encoded, PromptEncoder, stack
 from megakd.vqa.sets import Questions, QuestionWithImage
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Makes images ready for a decoder's tower: its preprocessing, and the largest image that is decoded."""
+    """Makes images ready for a decoder's tower: its preprocessing, and how `data` says that images are read."""
 
     preprocess: PreprocessCfg
-    max_pixels: int
+    data: Data
 
     def pixels(self, image: bytes) -> NDArray[np.uint8]:
         """(3, H, W). Raises BadSample: corrupt_image, too_large."""
@@ -43,7 +44,7 @@ class ImageProcessor:
 
     def decoded(self, image: bytes) -> Image.Image:
         """In RGB. Raises as `pixels` does."""
-        return rgb_image(image, self.max_pixels)
+        return rgb_image(image, self.data)
 
     def pixels_of(self, picture: Image.Image) -> NDArray[np.uint8]:
         return evaluation_pixels(picture, self.preprocess)

@@ -74,7 +74,7 @@ def test_what_is_dropped_is_what_training_drops_by_the_same_reasons(tmp_path: Pa
         try:
             if isinstance(sample, BadSample):
                 raise sample
-            decoded(sample, shards.data.max_pixels)
+            decoded(sample, shards.data)
         except BadSample as bad:
             training.add(bad.reason, str(bad))
     by_reading = found["dropped"]["by_reading"]

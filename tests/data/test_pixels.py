@@ -2,6 +2,7 @@
 
 import io
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from megakd.data.bad_samples import BadSample
 from megakd.data.pairs import decoded
 from megakd.data.shards import Sample
 from megakd.data.transforms import as_rgb, decode, evaluation_pixels, rgb_image, train_pixels
+from megakd.recipe import Data
 from megakd.vqa.loader import ImageProcessor
 from support.shards import bomb_png, png
 
-MOST = 1_000_000
+DATA = Data(max_pixels=1_000_000)
 RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
 
 
@@ -27,7 +29,7 @@ def stored(image: Image.Image, form: str, **more: object) -> bytes:
 
 
 def grey(data: bytes) -> np.ndarray:
-    image = rgb_image(data, MOST)
+    image = rgb_image(data, DATA)
     assert image.mode == "RGB"
     return np.asarray(image)[..., 0].astype(int)
 
@@ -63,7 +65,7 @@ def test_a_ramp_of_any_depth_is_the_same_ramp(data: bytes) -> None:
 )
 def test_values_of_no_known_range_are_bad_and_no_white_square(values: np.ndarray) -> None:
     with pytest.raises(BadSample, match="no known range") as caught:
-        rgb_image(stored(Image.fromarray(values.astype(values.dtype if values.dtype == np.int32 else np.float32)), "TIFF"), MOST)
+        rgb_image(stored(Image.fromarray(values.astype(values.dtype if values.dtype == np.int32 else np.float32)), "TIFF"), DATA)
     assert caught.value.reason == "bad_pixels"
 
 
@@ -86,9 +88,35 @@ def _see_through() -> list[bytes]:
 
 @pytest.mark.parametrize("data", _see_through(), ids=["rgba", "webp", "palette", "gif", "colour_key"])
 def test_what_is_transparent_lies_on_white(data: bytes) -> None:
-    pixels = np.asarray(rgb_image(data, MOST))
+    pixels = np.asarray(rgb_image(data, DATA))
     assert (pixels[:2] == (0, 200, 0)).all()
     assert (pixels[2:] == 255).all()
+
+
+@pytest.mark.parametrize("data", _see_through(), ids=["rgba", "webp", "palette", "gif", "colour_key"])
+def test_what_is_transparent_lies_on_black_or_keeps_its_hidden_colour(data: bytes) -> None:
+    black = np.asarray(rgb_image(data, Data(transparency="black")))
+    assert (black[:2] == (0, 200, 0)).all()
+    assert not black[2:].any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, of bare conversions of palettes with transparency
+        bare = np.asarray(decode(data, 10**6).convert("RGB"))
+    assert np.array_equal(rgb_image(data, Data(transparency="drop")), bare)
+
+
+def test_half_transparent_pixels_are_mixed_with_the_colour() -> None:
+    half = stored(Image.new("RGBA", (2, 2), (200, 100, 0, 51)), "PNG")  # a fifth
+    mixed = {colour: np.asarray(rgb_image(half, Data(transparency=colour)))[0, 0].tolist() for colour in ("white", "black", "drop")}
+    assert mixed == {"white": [244, 224, 204], "black": [40, 20, 0], "drop": [200, 100, 0]}
+
+
+def test_an_orientation_that_is_ignored_turns_nothing() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 9, 3), dtype=np.uint8))
+    data = stored(lying, "PNG", exif=exif)
+    assert np.array_equal(rgb_image(data, Data(orientation="ignore")), lying)
+    assert rgb_image(data, Data()).size == (4, 9)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -103,12 +131,14 @@ def test_an_exif_orientation_turns_the_image_upright_once(orientation: int, form
     exif = Image.Exif()
     exif[0x0112] = orientation
     more = {"quality": 95} if form == "JPEG" else {"lossless": True} if form == "WEBP" else {}
-    found = rgb_image(stored(as_shot, form, exif=exif, **more), MOST)
-    assert np.abs(np.asarray(as_rgb(found)).astype(int) - upright).max() < 30
+    found = rgb_image(stored(as_shot, form, exif=exif, **more), DATA)
+    assert np.abs(np.asarray(as_rgb(found, DATA)).astype(int) - upright).max() < 30
 
 
-def test_training_evaluation_and_questions_see_the_same_pixels() -> None:
-    view = PreprocessCfg(size=16, resize_mode="squash")
+@pytest.mark.parametrize("orientation", ["exif", "ignore"])
+@pytest.mark.parametrize("transparency", ["white", "black", "drop"])
+def test_training_evaluation_and_questions_see_the_same_pixels(orientation: str, transparency: str) -> None:
+    view, data_as = PreprocessCfg(size=16, resize_mode="squash"), Data(orientation=orientation, transparency=transparency)
     exif = Image.Exif()
     exif[0x0112] = 6
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
@@ -118,21 +148,21 @@ def test_training_evaluation_and_questions_see_the_same_pixels() -> None:
         stored(Image.fromarray(noise), "PNG", exif=exif),
     ]
     for data in files:
-        image, _ = decoded(Sample("here", {"image": data, "caption": b"words"}), MOST)
+        image, _ = decoded(Sample("here", {"image": data, "caption": b"words"}), data_as)
         seen = train_pixels(image, Augmentation((0, 0, *image.size), False), (16, 16, int(Image.Resampling.BICUBIC)))
-        assert np.array_equal(seen, evaluation_pixels(rgb_image(data, MOST), view))
-        assert np.array_equal(seen, ImageProcessor(view, MOST).pixels(data))
+        assert np.array_equal(seen, evaluation_pixels(rgb_image(data, data_as), view))
+        assert np.array_equal(seen, ImageProcessor(view, data_as).pixels(data))
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_of_several_frames_the_first_is_seen(form: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-    found = rgb_image(stored(frames[0], form, save_all=True, append_images=frames[1:]), MOST)
+    found = rgb_image(stored(frames[0], form, save_all=True, append_images=frames[1:]), DATA)
     assert np.abs(np.asarray(found)[0, 0].astype(int) - (255, 0, 0)).max() < 5
 
 
 def test_cmyk_becomes_rgb_by_pil() -> None:
-    found = np.asarray(rgb_image(stored(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), MOST))
+    found = np.asarray(rgb_image(stored(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), DATA))
     assert np.abs(found[0, 0].astype(int) - (255, 0, 0)).max() < 5
 
 
@@ -155,4 +185,4 @@ def test_thin_images_are_bad_before_they_are_decoded(size: tuple[int, int]) -> N
 @pytest.mark.parametrize("size", [(1, 200), (200, 1), (3, 600)])
 def test_the_thinnest_that_is_taken_passes_every_resize_mode(resize_mode, target, size) -> None:
     config = PreprocessCfg(size=target, resize_mode=resize_mode)
-    assert evaluation_pixels(rgb_image(_thin_png(*size), MOST), config).shape[0] == 3
+    assert evaluation_pixels(rgb_image(_thin_png(*size), DATA), config).shape[0] == 3

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megakd import recipe
 from megakd.cli import vqa
@@ -56,6 +60,9 @@ def changed(whole: Path, tmp_path: Path) -> Callable[..., Path]:
         (lambda content: content["files"].clear(), r"files does not list adapter/adapter_config\.json"),
         (lambda content: content["files"].pop("projector.safetensors"), r"files does not list projector\.safetensors"),
         (lambda content: content["files"].update({"../x": content["files"].pop("tower/open_clip_config.json")}), r"names '\.\./x'"),
+        (lambda content: content.update(images=["black"]), r"images = \['black'\]"),
+        (lambda content: content.update(images={"cache": "elsewhere"}), "images = {'cache'"),
+        (lambda content: content.update(images={"orientation": "up"}), "images.orientation: Input should be 'exif' or 'ignore'"),
         (lambda content: content.update(tower=None), r"files lists (projector|tower)"),
         (lambda content: content.update(max_length=True), "max_length = True"),
         (lambda content: content.update(language={"model": "x"}), "language is neither null nor a model"),
@@ -136,6 +143,26 @@ def test_a_frozen_tower_that_training_held_in_bf16_is_the_one_that_is_read_back(
     few = Bundle(module, built, module.image_tokens + 2)
     few.save(tmp_path / "short", tower_inside=True)
     assert not any(few._fits(text) for text in ("what colour is it?", "how many?"))
+
+
+def test_a_bundle_sees_images_as_its_run_did(made: Bundle, whole: Path, tmp_path: Path) -> None:
+    """One that was trained by the defaults is written as before there were others."""
+    assert "images" not in json.loads((whole / MANIFEST).read_text(encoding="utf-8"))
+    otherwise = recipe.Data(orientation="ignore", transparency="black", max_pixels=10_000)
+    dataclasses.replace(made, data=otherwise).save(tmp_path / "bundle", tower_inside=True)
+    read = Bundle.load(tmp_path / "bundle", CPU)
+    assert read.data == recipe.Data(orientation="ignore", transparency="black")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    clear, file = Image.fromarray(np.arange(0, 256, 4, dtype=np.uint8).reshape(4, 4, 4), "RGBA"), io.BytesIO()
+    clear.save(file, "PNG", exif=exif)
+    stored = Image.open(file)
+    on_black = Image.alpha_composite(Image.new("RGBA", clear.size, "black"), clear).convert("RGB")
+    seen, expected = read.look([stored]), read.look([on_black])
+    assert seen is not None
+    assert expected is not None
+    assert torch.equal(seen, expected)
+    assert not torch.equal(seen, Bundle.load(whole, CPU).look([stored]))  # type: ignore[arg-type]
 
 
 def test_a_question_may_be_longer_than_a_files_name() -> None:

@@ -94,7 +94,7 @@ def _used_and_lost(patterns: list[str], original: Original, mutation: Mutation, 
     for index in range(len(shards)):
         try:
             sample = shards.read(index, ("image", "caption"))
-            image, text = decoded(sample, 10_000)
+            image, text = decoded(sample, Data(max_pixels=10_000))
         except BadSample as bad:
             lost += bad.reason not in _KNOWN_AT_OPEN
             if bad.reason == "empty_caption" and "no bytes" not in bad.detail:

@@ -11,7 +11,7 @@ from open_clip.transform import PreprocessCfg
 from transformers import PreTrainedTokenizerBase
 
 from megakd.data.transforms import decode, evaluation_pixels
-from megakd.recipe import Decoder
+from megakd.recipe import Data, Decoder
 from megakd.vqa import loader
 from megakd.vqa.loader import ImageProcessor, PromptBatch, QuestionBatch, QuestionBatches
 from megakd.vqa.prompts import PromptEncoder
@@ -21,7 +21,7 @@ from support.questions import mixture, source, talk, write
 from support.shards import bomb_png, jpeg, write_set
 
 PREPROCESS = PreprocessCfg(size=(24, 20), resize_mode="squash")
-EYES = ImageProcessor(PREPROCESS, 50_000)
+EYES = ImageProcessor(PREPROCESS, Data(max_pixels=50_000))
 BATCH, P = 8, 4
 pytestmark = pytest.mark.usefixtures("no_process_is_left")
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.data.bad_samples import BadSample
 from megakd.data.transforms import decode, evaluation_pixels
-from megakd.recipe import Decoder
+from megakd.recipe import Data, Decoder
 from megakd.vqa import check, loader
 from megakd.vqa.loader import ImageProcessor, QuestionBatch, TeacherReader
 from megakd.vqa.prompts import PromptEncoder
@@ -23,8 +23,8 @@ from support import questions as files
 from support.questions import mixture, source
 from support.shards import write_set
 
-EYES = ImageProcessor(PreprocessCfg(size=(24, 20), resize_mode="squash"), 50_000)
-LARGER = ImageProcessor(PreprocessCfg(size=(40, 40), resize_mode="shortest"), 50_000)
+EYES = ImageProcessor(PreprocessCfg(size=(24, 20), resize_mode="squash"), Data(max_pixels=50_000))
+LARGER = ImageProcessor(PreprocessCfg(size=(40, 40), resize_mode="shortest"), Data(max_pixels=50_000))
 BATCH = 8
 pytestmark = pytest.mark.usefixtures("no_process_is_left")
 

@@ -58,7 +58,7 @@ class CardMaker:
             try:
                 sample = self.shards.read(index, needs)
                 text = caption(sample.members["caption"]) if self.captions else None
-                image = rgb_image(sample.members["image"], self.shards.data.max_pixels)
+                image = rgb_image(sample.members["image"], self.shards.data)
                 self._cards[index] = Card(sample.where, None if text is None else shown_text(text), _source(image), _size(image))
             except BadSample as bad:  # it was read a moment ago
                 self._cards[index] = Card(self.shards.where(index), None, None, shown_text(str(bad)))
@@ -70,7 +70,7 @@ class CardMaker:
         image = None
         if bad.reason in _OF_CAPTIONS:
             try:
-                image = rgb_image(self.shards.read(index, ("image",)).members["image"], self.shards.data.max_pixels)
+                image = rgb_image(self.shards.read(index, ("image",)).members["image"], self.shards.data)
             except BadSample:
                 image = None
         source, size = (None, "") if image is None else (self._with_room(_source(image)), _size(image))

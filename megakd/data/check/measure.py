@@ -114,7 +114,7 @@ class _Measurer:
                 text = caption(sample.members["caption"]).strip() if self.captions else ""
                 image = decode(sample.members["image"], self.shards.data.max_pixels)
                 stored_as = FORMATS.index({"MPO": "JPEG"}.get(image.format or "", image.format or ""))  # MPO: several JPEGs in one
-                image = as_rgb(image)
+                image = as_rgb(image, self.shards.data)
             row = rows[place]
             row["width"], row["height"], row["bytes"] = *image.size, len(sample.members["image"])
             row["format"], row["image"] = stored_as, np.frombuffer(content_digest(image), "<u8")

@@ -56,7 +56,7 @@ class StoredViews:
         texts: list[str] = []
 
         def to_row(place: int, sample: Sample) -> None:  # place: in index_N, where a sample may stand twice
-            image, text = decoded(sample, self.shards.data.max_pixels)
+            image, text = decoded(sample, self.shards.data)
             for number, view in enumerate(view_NV[place].tolist()):
                 augmentation = draw_stored(self.views, self.seed, int(index_N[place]), view, *image.size)
                 pixels[len(texts), number] = train_pixels(image, augmentation, self.tower.train_pixels)

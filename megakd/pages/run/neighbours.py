@@ -85,7 +85,7 @@ def _embedded(encoder: Encoder, recipe: Recipe, given: str | CaptionFiles, key: 
         try:
             if isinstance(sample, BadSample):
                 raise sample
-            image = rgb_image(sample.members["image"], recipe.data.max_pixels)
+            image = rgb_image(sample.members["image"], recipe.data)
             lines = caption(sample.members["caption"]).splitlines()
         except BadSample:
             continue

@@ -139,6 +139,6 @@ def _picture(questions: QuestionSet, index: int, question: Question, key: str, d
     if isinstance(item, BadSample) or item.image is None:
         return None
     try:
-        return Picture(key, small_jpeg(rgb_image(item.image, data.max_pixels)), f"the picture of: {short(question.text)}")
+        return Picture(key, small_jpeg(rgb_image(item.image, data)), f"the picture of: {short(question.text)}")
     except BadSample:
         return None

@@ -120,7 +120,7 @@ def prepare(
     visual: Any = None
     images = None
     if student is not None:
-        visual, images = clip.on_meta(student).clip.visual, ImageProcessor(preprocessing(student), recipe.data.max_pixels)
+        visual, images = clip.on_meta(student).clip.visual, ImageProcessor(preprocessing(student), recipe.data)
     outline = decoder.build(description, visual, torch.device("meta"))
     encoder = PromptEncoder(description.tokenizer, description.settings, outline.image_tokens, answers.max_length)
     _check_length(recipe, answers, description)
@@ -132,7 +132,7 @@ def prepare(
     if answers.teacher is not None and "answers.teacher" in to_come:
         notes.append(answer_teacher.check_to_come(answers.teacher, description))
     elif answers.teacher is not None:
-        teacher = answer_teacher.prepare(answers, answers.teacher, outline, recipe.data.max_pixels)
+        teacher = answer_teacher.prepare(answers, answers.teacher, outline, recipe.data)
         notes += teacher.notes
     if settings.start is not None and student is not None:
         before = chain.before(settings).model_dump() if awaited else manifest.read(Path(settings.start))["decoder"]
@@ -314,7 +314,7 @@ class Answering(Task):
             if student is not None:
                 towers = clip.ClipModel(module.clip, student, preprocessing(student))
                 loaded = weights_file(student.settings, download=False) is not None
-            made = Bundle(module.decoder, towers, self._data.settings.max_length)
+            made = Bundle(module.decoder, towers, self._data.settings.max_length, data=recipe.data)
             made.save(folder / self._data.result, tower_inside=trained or not loaded, samples=texts)
 
     @contextlib.contextmanager

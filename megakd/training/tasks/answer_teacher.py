@@ -23,7 +23,7 @@ from megakd.models.vlm import decoder, decoder_tokenizer
 from megakd.models.vlm.decoder import DecoderModel, DecoderSpec
 from megakd.objectives.answer_divergence import TokenDivergence
 from megakd.objectives.answers import DIVERGENCE
-from megakd.recipe import Answers, AnswerTeacher, chain
+from megakd.recipe import Answers, AnswerTeacher, Data, chain
 from megakd.runtime import precision
 from megakd.vqa.loader import ImageProcessor, TeacherReader, TeacherRows
 from megakd.vqa.prompts import PromptEncoder
@@ -59,8 +59,8 @@ class AnswerTeacherData:
         )
 
 
-def prepare(answers: Answers, settings: AnswerTeacher, student: DecoderModel, max_pixels: int) -> AnswerTeacherData:
-    """answers: with `settings` as its teacher. student: the decoder that learns, on torch's meta device. max_pixels: data.max_pixels.
+def prepare(answers: Answers, settings: AnswerTeacher, student: DecoderModel, data: Data) -> AnswerTeacherData:
+    """answers: with `settings` as its teacher. student: the decoder that learns, on torch's meta device. data: how images are read.
 
     Reads the bundle's files once, for their checksums. Raises ValueError for a folder that is no bundle, or one that is not whole; for a
     vocabulary that is not the student's, but for padding; and for conversations longer than the teacher takes.
@@ -82,7 +82,7 @@ def prepare(answers: Answers, settings: AnswerTeacher, student: DecoderModel, ma
         )
     limit = "max_position_embeddings of answers.teacher"
     encoder = PromptEncoder(spec.decoder.tokenizer, spec.decoder.settings, outline.image_tokens, positions or _UNLIMITED, spec.rules, limit)
-    eyes = None if spec.tower is None else ImageProcessor(preprocessing(spec.tower), max_pixels)
+    eyes = None if spec.tower is None else ImageProcessor(preprocessing(spec.tower), data)
     return AnswerTeacherData(settings, spec, outline, TeacherReader(encoder, eyes), words, notes)
 
 

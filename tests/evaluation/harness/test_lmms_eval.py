@@ -19,7 +19,7 @@ from PIL import Image
 from megakd.data.transforms import decode
 from megakd.export.bundle import Bundle
 from megakd.models.patches import patch_tokens
-from megakd.recipe import QuestionSource
+from megakd.recipe import Data, QuestionSource
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 from megakd.vqa.benchmarks.base import Question, most_frequent
@@ -104,7 +104,7 @@ def ours(world: Path, bundle: Path, documents: Path, out: Path) -> dict[str, Any
     loaded = Bundle.load(bundle, CPU)
     assert loaded.towers is not None
     look = partial(patch_tokens, loaded.towers.clip.visual, layer=loaded.decoder.settings.layer)
-    eyes = ImageProcessor(loaded.towers.preprocess, 10**6)
+    eyes = ImageProcessor(loaded.towers.preprocess, Data(max_pixels=10**6))
     questions = shapes(world, documents / "questions.json", documents / "annotations.json")
     one = Answerer(loaded.decoder, look, loaded.prompts, eyes, CPU, torch.float32, 8, LONGEST, {"bundle": str(bundle)})
     source = QuestionSource(format="vqav2", questions="unused")

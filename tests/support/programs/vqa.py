@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megakd.models import patches
 from megakd.models.vlm import decoder
-from megakd.recipe import Decoder
+from megakd.recipe import Data, Decoder
 from megakd.runtime import collectives, launch
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
@@ -62,7 +62,7 @@ def answerer(folder: Path, batch: int, seconds: float = 0.0, *, blind: bool = Fa
                 parameter.mul_(8.0)
     look: Callable[[Tensor], Tensor] | None = None if blind else partial(patches.patch_tokens, tower, layer=-1)
     conversations = PromptEncoder(description.tokenizer, settings, built.image_tokens, 64)
-    eyes = None if blind else ImageProcessor(PreprocessCfg(size=(24, 24), resize_mode="squash"), 50_000)
+    eyes = None if blind else ImageProcessor(PreprocessCfg(size=(24, 24), resize_mode="squash"), Data(max_pixels=50_000))
     asked = Slow(built, seconds)
     return Answerer(asked, look, conversations, eyes, torch.device("cpu"), torch.float32, batch, 6, {"seed": seed, "blind": blind})
 
