@@ -25,6 +25,7 @@ Reason = Literal[
     "truncated_tar",
     "unused_members",
     "read_error",
+    "bad_json",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 OF_CAPTIONS: tuple[Reason, ...] = ("missing_caption", "empty_caption")  # those that the indexes of shards know

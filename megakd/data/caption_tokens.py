@@ -23,6 +23,14 @@ _SHORT = 512  # characters; a shorter text is never measured against the longest
 
 def caption(data: bytes) -> str:
     """The text without a byte-order mark. Raises BadSample: bad_text, or empty_caption where nothing is visible."""
+    text = as_text(data)
+    if is_blank(text):
+        raise BadSample("empty_caption", "white space alone")
+    return text
+
+
+def as_text(data: bytes) -> str:
+    """The text without a byte-order mark, blank or not. Raises BadSample, bad_text, for what is none."""
     if len(data) > LONGEST_CAPTION:
         raise BadSample("bad_text", f"{len(data)} bytes, more than {LONGEST_CAPTION}: no caption")
     try:
@@ -31,9 +39,12 @@ def caption(data: bytes) -> str:
         raise BadSample("bad_text", str(error)) from error
     if "\0" in text:
         raise BadSample("bad_text", "holds a NUL: damaged, or no UTF-8")
-    if all(letter.isspace() or unicodedata.category(letter)[0] == "C" for letter in text):
-        raise BadSample("empty_caption", "white space alone")
     return text
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing in it is visible."""
+    return all(letter.isspace() or unicodedata.category(letter)[0] == "C" for letter in text)
 
 
 def plain_captions(tokenize: Tokenize) -> Tokenize:

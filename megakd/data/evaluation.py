@@ -156,11 +156,11 @@ class _EvaluationSet:
             with contextlib.suppress(BadSample, ValueError):
                 sample = self.samples.read(index, (slot,))
                 if slot == "json":
-                    parts = parts._replace(json=labelled(sample, slot))
+                    parts = parts._replace(json=labelled(sample, "json"))
                 elif slot == "caption":
                     parts = parts._replace(caption=caption(sample.members[slot]))
                 elif slot == "cls":
-                    parts = parts._replace(cls=labelled(sample, slot))
+                    parts = parts._replace(cls=labelled(sample, "cls"))
                 elif slot == "image":
                     parts = parts._replace(content=self._content(self._image(sample)))
         return parts

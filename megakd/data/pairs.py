@@ -3,6 +3,8 @@
 1. A worker decodes each image once, draws one augmentation for it, and applies that at every tower's size.
 2. Captions are tokenised as one list for every tokenizer.
 3. Where a store of teacher embeddings is given, the worker replays its augmentations and reads its rows.
+
+Where a sample has several captions, one is drawn each time: by (seed, position), or by (sample, view) where a store is replayed.
 """
 
 from __future__ import annotations
@@ -18,13 +20,21 @@ from PIL import Image
 
 from megakd.data.augmentation import Augmentation, draw, draw_stored
 from megakd.data.bad_samples import BadCounter, BadSample, located
-from megakd.data.caption_tokens import Tokenize, caption
+from megakd.data.caption_tokens import Tokenize
+from megakd.data.captions import CaptionPolicy, Captions
 from megakd.data.resumable import BatchSource, Loading, ResumableBatches
 from megakd.data.sampler import Order
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.store.reader import Store, StoredRows
 from megakd.data.transforms import TowerView, rgb_image, train_pixels
 from megakd.recipe import Data, Views
+
+
+class Drawn(NamedTuple):
+    """Of B captions: source (B,) int64, the number in the policy's sources; lacking (B,) bool, whether the sample lacks some of these."""
+
+    source: torch.Tensor
+    lacking: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Batch:
     index: (B,) int64, the samples used, replacements included. Row r was drawn at position + rank * B + r.
     pixels: tower -> (B, 3, H, W) uint8, for `transforms.normalise`; tokens: tower -> (B, L) int64.
     bad: what this rank skipped for this batch. stored: a store's rows of these samples, in the views `view`, (B,) int64; None without one.
+    drawn: where the captions are from, None where all are from one source.
     """
 
     position: int
@@ -45,6 +56,7 @@ class Batch:
     bad: BadCounter
     view: torch.Tensor | None = None
     stored: StoredRows | None = None
+    drawn: Drawn | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -54,7 +66,7 @@ class Batch:
         return self.bad.example
 
     def to(self, device: torch.device | str, non_blocking: bool) -> Batch:
-        """A copy on `device`; shared tensors are moved once and stay shared. `index`, `view` and `stored` stay on the CPU."""
+        """A copy on `device`; shared tensors are moved once and stay shared. `index`, `view`, `stored` and `drawn` stay on the CPU."""
         moved: dict[int, torch.Tensor] = {}
 
         def move(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -94,7 +106,7 @@ def train_batches(
     def to_batch(position: int, next_position: int, index: torch.Tensor, columns: _PairColumns, bad: BadCounter) -> Batch:
         pixels = {name: columns.pixels[number] for name, number in pixels_of.items()}
         tokens = {name: columns.tokens[number] for name, number in tokens_of.items()}
-        return Batch(position, next_position, index, pixels, tokens, bad, columns.view, columns.stored)
+        return Batch(position, next_position, index, pixels, tokens, bad, columns.view, columns.stored, columns.drawn)
 
     source = _TrainingPairs(shards, order, views, sizes, list(tokenizers.values()), store, replay, captions)
     return ResumableBatches(source, order, to_batch, **loading)
@@ -107,16 +119,20 @@ class _PairColumns(NamedTuple):
     tokens: list[torch.Tensor]
     view: torch.Tensor | None
     stored: StoredRows | None
+    drawn: Drawn | None
 
 
 TrainBatches = ResumableBatches[_PairColumns, Batch]
 
 
 class _PairRows(NamedTuple):
-    """(B, 3, H, W) uint8 for each distinct input size, and the B captions."""
+    """(B, 3, H, W) uint8 for each distinct input size; of the B captions the text, the number among the sample's, and `Drawn`."""
 
     pixels: list[torch.Tensor]
     captions: list[str]
+    number: NDArray[np.int64]
+    source: NDArray[np.int64]
+    lacking: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -139,23 +155,32 @@ class _TrainingPairs(BatchSource[Sample, _PairRows, _PairColumns]):
         return len(self.shards)
 
     def read(self, indices: Sequence[int]) -> Iterable[Sample | BadSample]:
-        return self.shards.read_each(list(indices), ("image", "caption") if self.captions else ("image",))
+        return self.shards.read_each(list(indices), ("image", *self.shards.captions.needs) if self.captions else ("image",))
 
     def allocate(self, count: int) -> _PairRows:
-        return _PairRows([torch.empty((count, 3, height, width), dtype=torch.uint8) for height, width, _ in self.sizes], [""] * count)
+        pixels = [torch.empty((count, 3, height, width), dtype=torch.uint8) for height, width, _ in self.sizes]
+        return _PairRows(pixels, [""] * count, np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.bool_))
 
     def fill(self, rows: _PairRows, row: int, position: int, index: int, item: Sample) -> None:
-        image, rows.captions[row] = decoded(item, self.shards.data)
+        image, captions = decoded(item, self.shards.captions if self.captions else None, self.shards.data)
+        if captions is not None:
+            policy, (seed, place) = self.shards.captions, self._caption_place(position, index)
+            rows.number[row] = number = policy.draw(captions, seed, place)
+            rows.captions[row], rows.source[row] = captions.texts[number], captions.source[number]
+            rows.lacking[row] = len(set(captions.source)) < len(policy.sources)
         augmentation = self._augmentation(position, index, *image.size)
         for pixels, size in zip(rows.pixels, self.sizes, strict=True):
             pixels[row].numpy()[...] = train_pixels(image, augmentation, size)
 
     def collate(self, rows: _PairRows, positions: range, index_B: NDArray[np.int64]) -> _PairColumns:
         tokens = [tokenize(rows.captions).long() for tokenize in self.tokenizers]
+        several = self.captions and len(self.shards.captions.sources) > 1
+        drawn = Drawn(torch.from_numpy(rows.source), torch.from_numpy(rows.lacking)) if several else None
         if self.store is None:
-            return _PairColumns(rows.pixels, tokens, None, None)
+            return _PairColumns(rows.pixels, tokens, None, None, drawn)
         view = np.array([self.store.view_at(position, self.order.epoch_length) for position in positions], np.int64)
-        return _PairColumns(rows.pixels, tokens, torch.from_numpy(view), self.store.read(index_B, view))
+        stored = self.store.read(index_B, view, rows.number)
+        return _PairColumns(rows.pixels, tokens, torch.from_numpy(view), stored, drawn)
 
     def _augmentation(self, position: int, index: int, width: int, height: int) -> Augmentation:
         if self.store is None or not self.replay:
@@ -163,9 +188,15 @@ class _TrainingPairs(BatchSource[Sample, _PairRows, _PairColumns]):
         view = self.store.view_at(position, self.order.epoch_length)
         return draw_stored(self.views, self.store.manifest.seed, index, view, width, height)
 
+    def _caption_place(self, position: int, index: int) -> tuple[int, tuple[int, int]]:
+        """The seed and the place by which a caption is drawn, as an augmentation is."""
+        if self.store is None or not self.replay:
+            return self.order.seed, (position, 0)
+        return self.store.manifest.seed, (index, 1 + self.store.view_at(position, self.order.epoch_length))
 
-def decoded(sample: Sample, data: Data) -> tuple[Image.Image, str]:
-    """The image in RGB, and its caption, "" where none was asked for. Raises BadSample, with the sample's place."""
+
+def decoded(sample: Sample, policy: CaptionPolicy | None, data: Data) -> tuple[Image.Image, Captions | None]:
+    """The image in RGB, and the sample's captions, None without a policy. Raises BadSample, with the sample's place."""
     with located(sample.where):
-        text = caption(sample.members["caption"]) if "caption" in sample.members else ""
-        return rgb_image(sample.members["image"], data), text
+        captions = None if policy is None else policy.read(sample.members)
+        return rgb_image(sample.members["image"], data), captions

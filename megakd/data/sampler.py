@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-Purpose = Literal["blocks", "window", "replacement", "view"]
-_PURPOSES: tuple[Purpose, ...] = ("blocks", "window", "replacement", "view")
+Purpose = Literal["blocks", "window", "replacement", "view", "caption"]
+_PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 @lru_cache(maxsize=64)

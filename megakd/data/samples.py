@@ -8,16 +8,21 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Literal, get_args
 
 from megakd.data.tar_members import BLOCK, Hole, Member
 
-Slot = Literal["image", "caption", "json", "cls"]
-SLOTS: tuple[Slot, ...] = get_args(Slot)
+Slot = str  # of SLOTS, or the extension of a further member that captions are read from
+SLOTS: tuple[Slot, ...] = ("image", "caption", "json", "cls")
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"})
 # webdataset's rule: the key is the folder and the base name up to its first dot, the extension is the rest
 _NAME = re.compile(r"^((?:.*/|)[^./][^./]*)\.([^/]*)$", re.DOTALL)
 _NUMBER = re.compile(r"([0-9]{1,18})[^0-9]*$")  # the last of a key
+
+
+def slots_of(captions: tuple[str, ...]) -> dict[str, Slot]:
+    """The slots of the members, by extension, that captions are read from: the first is "caption", others are called as their extension."""
+    return {captions[0]: "caption", **{extension: extension for extension in captions[1:]}}
+
 
 # Where a member's bytes are: (offset, size, sparse or not).
 BytesPlace = tuple[int, int, bool]
@@ -55,12 +60,14 @@ class SampleBuilder:
 
     The same name once more, as in shards appended to each other, begins another sample of that key. Of two images of a sample under
     different extensions the first counts. Links are followed inside the tar. A sample that damage made incomplete counts as lost.
+    captions: extensions of the members that captions are read from; a sample needs one of them.
     """
 
-    def __init__(self, caption: str) -> None:
+    def __init__(self, captions: tuple[str, ...]) -> None:
         self.rows: list[TarSample] = []
         self.losses = Losses()
-        self._caption = caption
+        self._captions = slots_of(captions)
+        self._texts = {extension.rpartition(".")[2] for extension in captions} - {"json"}  # a further .json of a sample is no lost caption
         self._row_of: dict[str, int] = {}
         self._places: dict[str, BytesPlace] = {}
         self._links: list[tuple[int, Slot, str]] = []
@@ -124,14 +131,14 @@ class SampleBuilder:
             row.slots[slot] = (member.offset, member.size, member.kind == "sparse")
 
     def _slot(self, extension: str) -> Slot | None:
-        if extension == self._caption:
-            return "caption"
+        if extension in self._captions:
+            return self._captions[extension]
         if extension in IMAGES:
             return "image"
         return "json" if extension == "json" else "cls" if extension == "cls" else None
 
     def _looks_like_data(self, extension: str) -> bool:
-        return extension.lower() in IMAGES or extension.lower() == self._caption.rpartition(".")[2]
+        return extension.lower() in IMAGES or extension.lower() in self._texts
 
     def _count_other(self, key: str, extension: str, name: str) -> None:
         """A member of another kind, or one whose key has a dot, at which webdataset ends it."""
@@ -183,7 +190,9 @@ class SampleBuilder:
         if not self._holes:
             return set()
         there = [row for number, row in enumerate(self.rows) if number not in empty]
-        expected = {slot for slot in SLOTS if there and sum(slot in row.slots for row in there) * 2 >= len(there)} or {"image", "caption"}
+        known: set[Slot] = {*SLOTS, *self._captions.values()}
+        needed = {"image", "caption"} if len(self._captions) == 1 else {"image"}
+        expected = {slot for slot in known if there and sum(slot in row.slots for row in there) * 2 >= len(there)} or needed
         partial = {number for number, row in enumerate(self.rows) if number not in empty and not expected <= set(row.slots)}
         # apart: all images come first and then all captions, and a hole's neighbours tell nothing
         apart = sum(later.start < earlier.end for earlier, later in pairwise(self.rows)) * 10 > len(self.rows)
@@ -193,7 +202,7 @@ class SampleBuilder:
         undamaged = [row for number, row in enumerate(self.rows) if number not in near | empty]
         broken = partial & near if not apart else set()
         each = max(1, round(self._members / len(self.rows)) if self.rows else len(expected))
-        wanted = expected | {"image", "caption"} if apart else expected
+        wanted = expected | needed if apart else expected
         lacking = [number for number in range(len(self.rows)) if number not in empty] if apart else broken
         missing = {number: len(wanted - set(self.rows[number].slots)) for number in lacking}
         footprint = _median(row.end - row.start for row in undamaged) or _median(row.end - row.start for row in self.rows)
@@ -207,7 +216,7 @@ class SampleBuilder:
             self.losses.open_end |= hole.cut or hole.tail
         # what the holes' neighbours lack was in the holes; the other members were whole samples
         certain += -(-max(0, members - sum(missing[number] for number in beside_known)) // each)
-        pairs = [{"image", "caption"} <= set(row.slots) for row in self.rows]
+        pairs = ["image" in row.slots and any(slot in row.slots for slot in self._captions.values()) for row in self.rows]
         shows_in_rows = (apart and not all(pairs)) or not any(pairs)
         if not certain + guessed and not shows_in_rows and any(hole.cut for hole, _, _ in self._holes):
             guessed = 1

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from megakd.data import tar_index
 from megakd.data.bad_samples import OF_CAPTIONS, BadCounter, BadSample, Reason
+from megakd.data.captions import CaptionPolicy
 from megakd.data.patterns import expand, expand_with_stats
 from megakd.data.samples import Slot
 from megakd.data.storage import Reader, Stat, shown
@@ -57,7 +58,10 @@ class Sample:
 
 @dataclass
 class ShardSet:
-    """All samples of some shards, by index. Cheap to pickle and to fork: rows of the indexes stay on disk until they are read."""
+    """All samples of some shards, by index. Cheap to pickle and to fork: rows of the indexes stay on disk until they are read.
+
+    captions: where they are; what may be read are those members and the ones of SLOTS. lacking: as `Known`'s, with the first sample.
+    """
 
     names: list[str]
     stats: list[Stat]
@@ -65,6 +69,8 @@ class ShardSet:
     starts: np.ndarray[Any, np.dtype[np.int64]]  # first sample of each shard, and the number of all samples
     known_bad: BadCounter  # by the indexes, without an image read
     digest: int  # of the samples' keys, sizes and first bytes
+    captions: CaptionPolicy
+    lacking: dict[str, tuple[int, str]]
     _reader: Reader
     _rows: OrderedDict[int, IndexRows] = field(default_factory=OrderedDict)
 
@@ -77,14 +83,15 @@ class ShardSet:
         if data.train is None:
             raise ValueError("data.train: missing; give image-text shards, such as '/data/cc12m/{00000..01242}.tar'")
         try:
-            shards = cls.open_set(data.train, data, rank, world, barrier, captions=captions)
+            shards = cls.open_set(data.train, data, rank, world, barrier, captions=captions, policy=CaptionPolicy.of(data))
         except ValueError as error:
             raise ValueError(f"data.train: {error}") from error
         if not captions:
             shards.known_bad = shards.known_bad.without(*OF_CAPTIONS)
         if shards.known_bad.total >= shards.known_bad.seen:
             needed = "both an image and a caption" if captions else "an image"
-            read_from = f"Captions are read from .{data.caption} members (data.caption). " if captions else ""
+            key = "data.caption" if data.captions is None else "data.captions"
+            read_from = f"Captions are read from {shards.captions.spelled_members} members ({key}). " if captions else ""
             raise ValueError(
                 f"data.train = {data.train!r}: none of the {len(shards)} samples has {needed} "
                 f"({shards.known_bad.by_reason() or 'the shards are empty'}). {read_from}Example: {shards.known_bad.example}"
@@ -94,21 +101,29 @@ class ShardSet:
 
     @classmethod
     def open_set(
-        cls, patterns: str | list[str], data: Data, rank: int, world: int, barrier: Callable[[], None], *, captions: bool = False
+        cls,
+        patterns: str | list[str],
+        data: Data,
+        rank: int,
+        world: int,
+        barrier: Callable[[], None],
+        *,
+        captions: bool = False,
+        policy: CaptionPolicy | None = None,
     ) -> ShardSet:
-        """Any set; `data` gives caption, cache and max_pixels. captions: missing ones are logged.
+        """Any set; `data` gives caption, cache and max_pixels. captions: missing ones are logged. policy: where they are; default: caption.
 
         Each rank indexes the shards [rank::world], waits at the barrier, then loads all, and builds those that are still missing where the
         ranks do not share a disk. Rank 0 logs what is lost or not used, at every start.
         Raises ValueError for shards that cannot be read, and where there is not one sample.
         """
-        named = expand_with_stats(patterns)
+        named, policy = expand_with_stats(patterns), policy or CaptionPolicy.member(data.caption)
         failure: ValueError | OSError | None = None
         try:
-            new = [shard for shard in named[rank::world] if tar_index.load_checked(*shard, data.caption, data.cache) is None]
+            new = [shard for shard in named[rank::world] if tar_index.load_checked(*shard, policy.members, data.cache) is None]
             with LongWork("indexing", sum(stat.size for _, stat in new), "bytes") as work:
                 for name, stat in new:
-                    tar_index.build(name, stat, data.caption, data.cache, work.advance)
+                    tar_index.build(name, stat, policy.members, data.cache, work.advance)
         except (ValueError, OSError) as error:  # raised behind the barrier, where the others wait
             failure = error
         barrier()
@@ -118,20 +133,20 @@ class ShardSet:
             raise failure
         try:
             shards = with_progress(named, "reading the indexes", "shards")
-            indexes = [tar_index.known(_index(name, stat, data, tar_index.load_checked)) for name, stat in shards]
+            indexes = [tar_index.known(_index(name, stat, policy, data.cache, tar_index.load_checked)) for name, stat in shards]
         except OSError as error:
             raise ValueError(f"a shard cannot be read: {error}; {_UNREADABLE}") from error
         names, samples = [name for name, _ in named], [known.samples for known in indexes]
-        bad = _known_bad(names, indexes)
+        bad, lacking = _known_bad(names, indexes), _lacking(names, indexes)
         if rank == 0:
-            _log_losses(patterns, bad, names, indexes, captions)
+            _log_losses(patterns, bad, names, indexes, captions, lacking)
         if sum(samples) == 0:
             lost = f"; {bad.by_reason()}, for example {bad.example}" if bad.total else ""
             raise ValueError(f"{patterns!r}: {len(named)} shards, but not one sample in them (the first is {shown(named[0][0])}){lost}")
         starts = np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
         log.info("%d samples in %d shards", starts[-1], len(named))
         digest = zlib.crc32(repr([known.digest for known in indexes]).encode())
-        return cls(names, [stat for _, stat in named], data, starts, bad, digest, Reader(data.cache))
+        return cls(names, [stat for _, stat in named], data, starts, bad, digest, policy, lacking, Reader(data.cache))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -156,7 +171,7 @@ class ShardSet:
 
     def keys(self, shard: int) -> NDArray[np.bytes_]:
         """(samples,) of a shard: their keys, of long ones the end."""
-        return np.asarray(tar_index.samples(_index(self.names[shard], self.stats[shard], self.data))["key"])
+        return np.asarray(tar_index.samples(_index(self.names[shard], self.stats[shard], self.captions, self.data.cache))["key"])
 
     def read(self, index: int, needs: tuple[Slot, ...]) -> Sample:
         """The members `needs` of sample `index`, as far as it has them.
@@ -171,10 +186,11 @@ class ShardSet:
         places = {slot: place for slot, place in places.items() if place.offset > 0}
         if "image" in needs and "image" not in places:
             raise BadSample("missing_image", "no image member", where)
-        if "caption" in needs and "caption" not in places:
-            raise BadSample("missing_caption", f"no .{self.data.caption} member", where)
-        if "caption" in places and places["caption"].size == 0:
-            raise BadSample("empty_caption", f"its .{self.data.caption} member has no bytes", where)
+        if asked := [slot for slot in self.captions.needs if slot in needs]:
+            if not any(slot in places for slot in asked):
+                raise BadSample("missing_caption", f"no {self.captions.spelled_members} member", where)
+            if not any(slot in places and places[slot].size for slot in asked):
+                raise BadSample("empty_caption", f"its {self.captions.spelled_members} member has no bytes", where)
         try:
             return Sample(where, self._fetch(shard, places))
         except FileNotFoundError as error:
@@ -221,7 +237,7 @@ class ShardSet:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         rows = self._rows.get(shard)
         if rows is None:
-            rows = tar_index.samples(_index(self.names[shard], self.stats[shard], self.data))
+            rows = tar_index.samples(_index(self.names[shard], self.stats[shard], self.captions, self.data.cache))
             while len(self._rows) >= _OPEN_INDEXES:
                 self._rows.popitem(last=False)
             self._rows[shard] = rows
@@ -257,9 +273,11 @@ def _content(place: _MemberPlace, data: bytes) -> bytes:
     return expand_sparse(data) if place.offset & SPARSE else data[HEADER:]
 
 
-def _index(name: str, stat: Stat, data: Data, load: Callable[..., IndexRows | None] | None = None) -> IndexRows:
-    rows = (load or tar_index.load)(name, stat, data.caption, data.cache)
-    return tar_index.build(name, stat, data.caption, data.cache) if rows is None else rows
+def _index(
+    name: str, stat: Stat, policy: CaptionPolicy, cache: str | None, load: Callable[..., IndexRows | None] | None = None
+) -> IndexRows:
+    rows = (load or tar_index.load)(name, stat, policy.members, cache)
+    return tar_index.build(name, stat, policy.members, cache) if rows is None else rows
 
 
 def _known_bad(names: list[str], indexes: list[Known]) -> BadCounter:
@@ -280,11 +298,30 @@ def _known_bad(names: list[str], indexes: list[Known]) -> BadCounter:
     return bad
 
 
-def _log_losses(patterns: str | list[str], bad: BadCounter, names: list[str], indexes: list[Known], captions: bool) -> None:
+def _lacking(names: list[str], indexes: list[Known]) -> dict[str, tuple[int, str]]:
+    lacking: dict[str, tuple[int, str]] = {}
+    for name, known in zip(names, indexes, strict=True):
+        for extension, (count, example) in known.lacking.items():
+            before, first = lacking.get(extension, (0, f"{shown(name)}: {shown(example)}"))
+            lacking[extension] = (before + count, first)
+    return lacking
+
+
+def _log_losses(
+    patterns: str | list[str],
+    bad: BadCounter,
+    names: list[str],
+    indexes: list[Known],
+    captions: bool,
+    lacking: dict[str, tuple[int, str]],
+) -> None:
     for reason, count in bad.counts.items():
         if reason in OF_CAPTIONS and not captions:
             continue
         log.warning("%r: %d of %d samples cannot be used, %s: %s", patterns, count, bad.seen, reason, bad.examples[reason])
+    for extension, (count, example) in lacking.items() if captions else ():
+        told = "%r: %d of %d samples have no .%s member, so that their captions are drawn from the others: %s"
+        log.warning(told, patterns, count, bad.seen, extension, example)
     unused: dict[str, tuple[int, str]] = {}
     for name, known in zip(names, indexes, strict=True):
         for kind, (count, example) in known.losses.unused.items():

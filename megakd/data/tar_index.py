@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.data import tar_members
-from megakd.data.samples import SLOTS, Losses, SampleBuilder, TarSample
+from megakd.data.samples import SLOTS, Losses, SampleBuilder, TarSample, slots_of
 from megakd.data.storage import INDEX, Stat, file_label, filesystem, is_remote, local_path, mirror, retry, shown
 from megakd.runtime.files import atomic_file
 
 IndexRows = NDArray[np.void]
 
-# Row 0 of the file is about the tar: key = magic, image = (size of the tar, checksum of the caption's extension, checksum of this file),
+# Row 0 of the file is about the tar: key = magic, image = (size of the tar, checksum of the captions' extensions, checksum of this file),
 # caption = (stamp of the tar, report's bytes, 0), json = (rows of the report, digest of the content, 0). The report's rows follow: JSON,
 # `Known` without the counts that rows tell.
 _MAGIC = b"megakd-index-2"
@@ -33,7 +33,7 @@ _LONGEST_KEY = 64
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
 SPARSE = 1 << 63  # flag of an offset: the member is sparse, and its bytes are those of its headers and packed data
 HEADER = tar_members.BLOCK  # before a member's data; `check` is its checksum, and it is read along with the data
-_DIGESTED = 4096  # bytes of each image and caption that enter the digest of the content
+_DIGESTED = 4096  # bytes of each image and each member of captions that enter the digest of the content
 
 log = logging.getLogger("megakd.data")
 
@@ -43,6 +43,7 @@ class Known:
     """What an index tells of its tar before a sample is read; counts come with an example's key.
 
     expected: samples by the shard's `_stats.json`, None without one. digest: a checksum of keys, sizes and the content's beginnings.
+    lacking: where captions are in several members, the samples with an image that have some of them and lack this one, by its extension.
     """
 
     samples: int
@@ -52,6 +53,7 @@ class Known:
     losses: Losses
     expected: int | None
     digest: int
+    lacking: dict[str, tuple[int, str]]
 
     def lost(self, elsewhere: int | None, alike: bool) -> int:
         """Samples that damage took, as far as can be told. elsewhere: mean samples of a sound shard of the set; alike: all hold as many."""
@@ -71,7 +73,8 @@ def known(rows: IndexRows) -> Known:
     losses = Losses(**report["losses"])
     for counts in (losses.dropped, losses.unused):
         counts |= {name: (int(count), str(example)) for name, (count, example) in counts.items()}
-    return Known(len(samples(rows)), **missing, losses=losses, expected=report["expected"], digest=int(head["json_size"]))
+    lacking = {name: (int(count), str(key)) for name, (count, key) in report.get("lacking", {}).items()}
+    return Known(len(samples(rows)), **missing, losses=losses, expected=report["expected"], digest=int(head["json_size"]), lacking=lacking)
 
 
 def samples(rows: IndexRows) -> IndexRows:
@@ -79,14 +82,14 @@ def samples(rows: IndexRows) -> IndexRows:
     return rows[1 + int(rows[0]["json_offset"]) :]
 
 
-def load(name: str, stat: Stat, caption: str, cache: str | None) -> IndexRows | None:
+def load(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None) -> IndexRows | None:
     """The stored index, memory-mapped, header rows included; None where none fits the tar as it is now."""
-    return next(_stored(name, stat, caption, cache, say=False), None)
+    return next(_stored(name, stat, captions, cache, say=False), None)
 
 
-def load_checked(name: str, stat: Stat, caption: str, cache: str | None) -> IndexRows | None:
+def load_checked(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None) -> IndexRows | None:
     """As `load`, with its checksum compared: a damaged index is logged and not used."""
-    for rows in _stored(name, stat, caption, cache, say=True):
+    for rows in _stored(name, stat, captions, cache, say=True):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if int(rows[0]["image_check"]) == _checksum(rows):
                 known(rows)
@@ -95,8 +98,8 @@ def load_checked(name: str, stat: Stat, caption: str, cache: str | None) -> Inde
     return None
 
 
-def _stored(name: str, stat: Stat, caption: str, cache: str | None, *, say: bool) -> Iterator[IndexRows]:
-    for path in _places(name, caption, cache):
+def _stored(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, *, say: bool) -> Iterator[IndexRows]:
+    for path in _places(name, captions, cache):
         try:
             rows: IndexRows = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
@@ -105,11 +108,11 @@ def _stored(name: str, stat: Stat, caption: str, cache: str | None, *, say: bool
             if say and path.is_file():
                 log.warning("the index of %s is damaged and is built anew", shown(name))
             continue
-        if _fits(rows, stat, caption):
+        if _fits(rows, stat, captions):
             yield rows
 
 
-def build(name: str, stat: Stat, caption: str, cache: str | None, done: Callable[[int], None] = lambda _: None) -> IndexRows:
+def build(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, done: Callable[[int], None] = lambda _: None) -> IndexRows:
     """Reads the tar from end to end, stores its index in the first place that can be written, and returns it.
 
     done: is told how many more of its bytes were passed, all of them in the end.
@@ -118,11 +121,11 @@ def build(name: str, stat: Stat, caption: str, cache: str | None, done: Callable
     """
     try:
         counted = _Passed(stat.size, done)
-        rows = retry(lambda: _scan(name, stat, caption, cache, counted), name)
+        rows = retry(lambda: _scan(name, stat, captions, cache, counted), name)
         counted.to(stat.size)
     except PermissionError as error:
         raise ValueError(f"{shown(name)} may not be read ({error.strerror}): change its permissions, or who starts the run") from error
-    for path in _places(name, caption, cache):
+    for path in _places(name, captions, cache):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as partial, partial.open("wb") as file:
@@ -130,7 +133,7 @@ def build(name: str, stat: Stat, caption: str, cache: str | None, done: Callable
         except OSError as error:
             log.debug("index of %s cannot be stored as %s: %s", shown(name), path, error)
             continue
-        stored = load(name, stat, caption, cache)
+        stored = load(name, stat, captions, cache)
         return rows if stored is None else stored
     log.warning(
         "the index of %s cannot be stored anywhere and is kept in memory: set data.cache to a folder that can be written", shown(name)
@@ -138,9 +141,9 @@ def build(name: str, stat: Stat, caption: str, cache: str | None, done: Callable
     return rows
 
 
-def _places(name: str, caption: str, cache: str | None) -> list[Path]:
+def _places(name: str, captions: tuple[str, ...], cache: str | None) -> list[Path]:
     """Where the index may be, best first: data.cache, beside the tar, the user's cache folder."""
-    suffix = f".{re.sub(r'[^A-Za-z0-9_-]', '_', caption)}{INDEX}"
+    suffix = f".{re.sub(r'[^A-Za-z0-9_-]', '_', '_'.join(captions))}{INDEX}"
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megakd" / "indexes"
     absolute = name if is_remote(name) else os.path.abspath(local_path(name))
     places = [Path(local_path(cache)) / "indexes" / (file_label(absolute) + suffix)] if cache else []
@@ -149,24 +152,21 @@ def _places(name: str, caption: str, cache: str | None) -> list[Path]:
     return [*places, user / (file_label(absolute) + suffix)]
 
 
-def _dtype(width: int) -> np.dtype[np.void]:
+def _dtype(width: int, captions: tuple[str, ...]) -> np.dtype[np.void]:
     kinds = (("offset", "<u8"), ("size", "<u4"), ("check", "<u4"))
-    return np.dtype([("key", f"S{width}"), *((f"{slot}_{what}", kind) for slot in SLOTS for what, kind in kinds)])
+    slots = dict.fromkeys((*SLOTS, *slots_of(captions).values()))
+    return np.dtype([("key", f"S{width}"), *((f"{slot}_{what}", kind) for slot in slots for what, kind in kinds)])
 
 
-def _fits(rows: Any, stat: Stat, caption: str) -> bool:
+def _fits(rows: Any, stat: Stat, captions: tuple[str, ...]) -> bool:
     if not isinstance(rows, np.ndarray) or rows.ndim != 1 or len(rows) == 0 or rows.dtype.names is None:
         return False
-    if rows.dtype != _dtype(rows.dtype["key"].itemsize if "key" in rows.dtype.names else 1) or rows[0]["key"] != _MAGIC:
+    width = rows.dtype["key"].itemsize if "key" in rows.dtype.names else 1
+    if rows.dtype != _dtype(width, captions) or rows[0]["key"] != _MAGIC:
         return False
     head = rows[0]
-    wanted = (stat.size, stat.stamp, zlib.crc32(extension(caption).encode()))
+    wanted = (stat.size, stat.stamp, zlib.crc32(",".join(captions).encode()))
     return (int(head["image_offset"]), int(head["caption_offset"]), int(head["image_size"])) == wanted
-
-
-def extension(caption: str) -> str:
-    """`data.caption` as in members' names."""
-    return caption.lower().lstrip(".")
 
 
 def _checksum(rows: IndexRows) -> int:
@@ -189,7 +189,7 @@ class _Passed:
             self.place = place
 
 
-def _scan(name: str, stat: Stat, caption: str, cache: str | None, passed: _Passed) -> IndexRows:
+def _scan(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, passed: _Passed) -> IndexRows:
     with ExitStack() as stack:
         file: IO[bytes]
         if is_remote(name) and cache is None:
@@ -199,7 +199,7 @@ def _scan(name: str, stat: Stat, caption: str, cache: str | None, passed: _Passe
             local = mirror(name, stat, cache) if is_remote(name) and cache else local_path(name)
             file = stack.enter_context(open(local, "rb"))
         _refuse_others(file, name, stat.size)
-        builder = SampleBuilder(extension(caption))
+        builder = SampleBuilder(captions)
         measured: dict[int, tuple[int, int]] = {}  # offset -> (check, checksum of the content's beginning)
         for member in tar_members.members(file, stat.size):
             passed.to(member.end)
@@ -213,7 +213,7 @@ def _scan(name: str, stat: Stat, caption: str, cache: str | None, passed: _Passe
                 measured[member.offset] = check, zlib.crc32(file.read(min(member.size - HEADER * is_sparse, _DIGESTED)))
             builder.add(member)
         builder.finish()
-        return _table(builder, measured, stat, caption, _expected(name, damaged=bool(builder.losses.why)))
+        return _table(builder, measured, stat, captions, _expected(name, damaged=bool(builder.losses.why)))
 
 
 def _refuse_others(file: IO[bytes], name: str, length: int) -> None:
@@ -251,11 +251,13 @@ def _expected(name: str, damaged: bool) -> int | None:
     return None
 
 
-def _table(builder: SampleBuilder, measured: dict[int, tuple[int, int]], stat: Stat, caption: str, expected: int | None) -> IndexRows:
+def _table(
+    builder: SampleBuilder, measured: dict[int, tuple[int, int]], stat: Stat, captions: tuple[str, ...], expected: int | None
+) -> IndexRows:
     # of a long key the end, which tells more
     keys = [row.key.encode("utf-8", "surrogateescape")[-_LONGEST_KEY:] for row in builder.rows]
-    table = np.zeros(len(keys), _dtype(max(len(_MAGIC), *map(len, keys), 1)))
-    digest = 0
+    table = np.zeros(len(keys), _dtype(max(len(_MAGIC), *map(len, keys), 1), captions))
+    digest, digested = 0, {"image", *slots_of(captions).values()}
     for number, (key, row) in enumerate(zip(keys, builder.rows, strict=True)):
         table[number]["key"] = key
         for slot, place in row.slots.items():
@@ -263,26 +265,42 @@ def _table(builder: SampleBuilder, measured: dict[int, tuple[int, int]], stat: S
             (offset, size, is_sparse), (check, content) = place, measured[place[0]]
             table[number][f"{slot}_offset"] = offset | SPARSE if is_sparse else offset
             table[number][f"{slot}_size"], table[number][f"{slot}_check"] = size, check
-            if slot in ("image", "caption"):
+            if slot in digested:
                 digest = zlib.crc32(repr((key, slot, size, content)).encode(), digest)
-    report = {"missing": _missing(table, builder.rows), "losses": dataclasses.asdict(builder.losses), "expected": expected}
+    report = {
+        "missing": _missing(table, builder.rows, captions),
+        "lacking": _lacking(table, builder.rows, captions),
+        "losses": dataclasses.asdict(builder.losses),
+        "expected": expected,
+    }
     text = json.dumps(report).encode()
     head = np.zeros(1, table.dtype)
     report_rows = np.frombuffer(text.ljust(-(-len(text) // table.dtype.itemsize) * table.dtype.itemsize), table.dtype)
     head["key"] = _MAGIC
     head["image_offset"], head["caption_offset"] = stat.size, stat.stamp
-    head["image_size"] = zlib.crc32(extension(caption).encode())
+    head["image_size"] = zlib.crc32(",".join(captions).encode())
     head["caption_size"], head["json_offset"], head["json_size"] = len(text), len(report_rows), digest
     rows = np.concatenate([head, report_rows, table])
     rows[0]["image_check"] = _checksum(rows)
     return rows
 
 
-def _missing(table: IndexRows, rows: list[TarSample]) -> dict[str, tuple[int, str]]:
-    pictured, captioned = table["image_offset"] > 0, table["caption_offset"] > 0  # offset 0 is the first header's
-    lacking = {
-        "missing_image": ~pictured,
-        "missing_caption": pictured & ~captioned,
-        "empty_caption": pictured & captioned & (table["caption_size"] == 0),
-    }
-    return {name: (int(mask.sum()), rows[int(mask.argmax())].key if mask.any() else "") for name, mask in lacking.items()}
+def _missing(table: IndexRows, rows: list[TarSample], captions: tuple[str, ...]) -> dict[str, tuple[int, str]]:
+    slots = slots_of(captions).values()
+    pictured = table["image_offset"] > 0  # offset 0 is the first header's
+    captioned = np.any([table[f"{slot}_offset"] > 0 for slot in slots], axis=0)
+    said = np.any([(table[f"{slot}_offset"] > 0) & (table[f"{slot}_size"] > 0) for slot in slots], axis=0)
+    lacking = {"missing_image": ~pictured, "missing_caption": pictured & ~captioned, "empty_caption": pictured & captioned & ~said}
+    return {name: _counted(mask, rows) for name, mask in lacking.items()}
+
+
+def _lacking(table: IndexRows, rows: list[TarSample], captions: tuple[str, ...]) -> dict[str, tuple[int, str]]:
+    there = {name: table[f"{slot}_offset"] > 0 for name, slot in slots_of(captions).items()}
+    captioned = np.any(list(there.values()), axis=0) & (table["image_offset"] > 0)
+    found = {name: _counted(captioned & ~has, rows) for name, has in there.items()}
+    return {name: counted for name, counted in found.items() if counted[0]}
+
+
+def _counted(mask: NDArray[np.bool_], rows: list[TarSample]) -> tuple[int, str]:
+    """How many samples, and the key of the first."""
+    return int(mask.sum()), rows[int(mask.argmax())].key if mask.any() else ""

@@ -68,7 +68,8 @@ TOLD = {
     **{f"answers.train.*.{key}": _SAME_DATA for key in ("questions", "annotations", "images", "image_name")},
 }
 _REFUSED = (
-    *("seed", "data.caption", "data.block", "data.window", "data.orientation", "data.transparency", *(f"views.{key}" for key in _VIEWS)),
+    *("seed", "data.caption", "data.captions", "data.clean", "data.block", "data.window", "data.orientation", "data.transparency"),
+    *(f"views.{key}" for key in _VIEWS),
     *(f"student.{key}" for key in ("model", "architecture", "pretrained", "tokenizer", "max_scale", *_PREPROCESS)),
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_REFUSED),
     *objectives.keys(),

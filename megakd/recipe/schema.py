@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from megakd.recipe.captions import CaptionSource, CaptionWeights, CleanSteps, check_member, shares
 from megakd.recipe.evaluation import Evaluation
 from megakd.recipe.models import Student, Teacher
 from megakd.recipe.objectives import PatchRelation, declaration
@@ -37,6 +38,14 @@ class Data(Section):
         None, min_length=1, description="paths or URLs; braces expand, '::' joins; the objectives need it, answers alone do not"
     )
     caption: str = Field("txt", description="extension of the caption's member in the tar")
+    captions: CaptionWeights | None = Field(
+        None,
+        description='in its place, several with weights: { txt = 0.5, "json:re_caption" = 0.5 }; one is drawn each time a pair is read, of '
+        "those that the sample has. Not for evaluation sets and answers, which read .txt",
+    )
+    clean: CleanSteps = Field(
+        [], description="of captions that are trained on: tags and urls take HTML tags and addresses out, lower writes small letters"
+    )
     workers: int = Field(2, ge=0, le=1024, description="decoding processes of each rank; 0 decodes in the trainer's own")
     block: Positive = Field(64, description="consecutive samples that the shuffle keeps together until the last stage")
     window: Positive = Field(256, description="blocks that are mixed with each other; block * window samples are shuffled as one")
@@ -57,15 +66,26 @@ class Data(Section):
     @field_validator("caption")
     @classmethod
     def _caption_is_text(cls, caption: str) -> str:
-        name = caption.lower().lstrip(".")
-        if name in ("json", "cls", "jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "npy", "npz", "pth", "parquet"):
-            raise ValueError(
-                f"caption = {caption!r} would train on what is no plain text; write the captions into .txt members (img2dataset's "
-                f"--caption_col does), or give the extension that they have"
-            )
-        if not name or not all(letter.isalnum() or letter in "._-+" for letter in name):
-            raise ValueError(f"caption = {caption!r}: give the extension of the captions' members, such as txt; patterns are not read")
-        return caption
+        try:
+            return check_member(caption)
+        except ValueError as error:
+            raise ValueError(f"caption = {error}") from None
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> Data:
+        if self.captions is not None and "caption" in self.model_fields_set:
+            raise ValueError(f"caption = {self.caption!r} and captions: both say which captions are read; keep one of them")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_other(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As a recipe gives it: with `captions` there is no `caption`."""
+        content: dict[str, Any] = plain(self)
+        return {key: value for key, value in content.items() if key != "caption" or self.captions is None}
+
+    def caption_shares(self) -> dict[CaptionSource, float]:
+        """What is drawn of each source of the captions that are trained on."""
+        return shares({self.caption: 1.0} if self.captions is None else self.captions)
 
 
 class Kernels(Section):
@@ -200,6 +220,9 @@ class Recipe(ScheduledSections, Sources):
             raise ValueError("objectives: every weight is 0 and there are no [answers]: nothing would be learned; give one a weight")
         if active and self.student is None:
             raise ValueError(f"objectives.{next(iter(active))}: there is no [student] to learn it")
+        if not active and (self.data.captions is not None or self.data.clean):
+            key = "clean" if self.data.captions is None else "captions"
+            raise ValueError(f"data.{key}: is for the pairs that objectives learn from, and no objective has a weight; take it out")
         if active and self.data.train is None:
             raise ValueError(f"data.train: missing; objectives.{next(iter(active))} learns from image-text shards")
         if not active and self.views.operations():

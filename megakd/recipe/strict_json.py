@@ -32,14 +32,15 @@ def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def loads(text: str) -> Any:
-    """The value of a JSON text.
+def loads(text: str, *, finite: bool = True) -> Any:
+    """The value of a JSON text. finite: False takes NaN and infinity, as Python and pandas write them into a field of metadata.
 
     Raises NotStrict: no JSON; a key that an object has twice; NaN and infinity; thousands of digits; nesting that is too deep for Python;
     half a surrogate pair, which could not be written again.
     """
     try:
-        value = json.loads(text, object_pairs_hook=keys_once, parse_constant=_constant, parse_float=_float)
+        constant, number = (_constant, _float) if finite else (float, float)
+        value = json.loads(text, object_pairs_hook=keys_once, parse_constant=constant, parse_float=number)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except NotStrict:

@@ -162,8 +162,10 @@ def _with_store(spec: StudySpec, cell: Cell, grid: Grid, work: Work, out: Path) 
         return cell.recipe, first
     others = [other.recipe for other in grid.cells if other.teacher == cell.teacher and other.axes["data"] == cell.axes["data"]]
     recipe = _store_recipe(cell.recipe, sorted({block for other in others if not _reads_live(other) for block in other.teacher_blocks()}))
-    shown = recipe.model_dump(mode="json", include={"data": {"train", "caption"}, "teacher": True, "patch": True})
-    shown = {**shown, "data": shown["data"] | recipe.data.as_seen(), "views": {**recipe.views.policy(), "seed": recipe.views.seed}}
+    seen = {"train": True, "caption": True, "captions": True, "clean": True}
+    shown = recipe.model_dump(mode="json", include={"data": seen, "teacher": True, "patch": True})
+    of_data = {name: value for name, value in shown["data"].items() if value} | recipe.data.as_seen()  # without choices that are not made
+    shown = {**shown, "data": of_data, "views": {**recipe.views.policy(), "seed": recipe.views.seed}}
     key = _key([shown, teacher.id, spec.store_views, spec.store_type], out)
     name = f"stores/{slug([cell.teacher, cell.axes['data']])}-{key}"
     if name not in work.jobs:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megakd.data.captions import CaptionPolicy
 from megakd.data.shards import ShardSet
 from megakd.data.store.manifest import PatchLayout
 from megakd.data.store.reader import Layout, Store, StoreError, differences, made_as_wanted
@@ -189,9 +190,11 @@ def store_key(recipe: Recipe, description: clip.ModelSpec, shards: ShardSet) -> 
         "signature": shards.signature,
         "samples": len(shards),
         "bytes": sum(stat.size for stat in shards.stats),
-        "caption": recipe.data.caption,
+        **shards.captions.to_json(),
         **recipe.data.as_seen(),
     }
+    if recipe.data.captions is None:
+        data["caption"] = recipe.data.caption  # as it is spelled, which is what older stores have
     augmentation = {"views": recipe.views.policy(), "seed": recipe.views.seed_in(recipe.seed)}
     key = {**fingerprint(description, recipe.seed), **augmentation, "data": data}
     return cast(dict[str, Any], json.loads(json.dumps(redacted(key))))  # as it comes back from a manifest: tuples are lists
@@ -248,7 +251,8 @@ def patch_layout(recipe: Recipe, description: clip.ModelSpec) -> tuple[PatchLayo
 def patch_store(recipe: Recipe, description: clip.ModelSpec, samples: int) -> Layout | None:
     """Of what `megakd embed` writes for so many samples by default; None for what has no store, or one without patch tokens."""
     patches, _ = patch_layout(recipe, description) if description.has_text and not recipe.ensemble else (None, {})
-    return None if patches is None else Layout(samples, samples, EmbedRequest.views, description.width, "bf16", patches)
+    captions = CaptionPolicy.of(recipe.data).stored
+    return None if patches is None else Layout(samples, samples, EmbedRequest.views, description.width, "bf16", patches, captions)
 
 
 def _asked(store: Store, recipe: Recipe, description: clip.ModelSpec) -> dict[int, int]:

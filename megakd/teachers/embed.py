@@ -1,4 +1,4 @@
-"""`megakd embed`: a teacher's embeddings of the training set, V views of each image and one of each caption, into a store.
+"""`megakd embed`: a teacher's embeddings of the training set, V views of each image and every caption that may be drawn, into a store.
 
 With `teacher.patch_grid` also the patch tokens of each view that the recipe's objectives read, averaged to that grid.
 
@@ -7,7 +7,7 @@ With `teacher.patch_grid` also the patch tokens of each view that the recipe's o
 2. Each rank takes every world-th of those, embeds them and renames them into place: killed at any moment, the same command goes on.
 3. Rank 0 writes the checksums. `check` reads all values again and recomputes a random sample of them.
 
-Legend: N samples of a part, n samples of a chunk, V views, D embedding width.
+Legend: N samples of a part, n samples of a chunk, T captions of them (N or n where each has one), V views, D embedding width.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import contextlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from megakd.data.caption_survey import survey
 from megakd.data.shards import ShardSet
 from megakd.data.store import reader as stores
 from megakd.data.store import writer
@@ -97,7 +99,10 @@ class EmbedJob:
         self.images = images_a_forward(self.recipe, request.ds_config, world)
         self.shards = ShardSet.open(self.recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
         self._tower = TowerView(preprocessing(self.description), self.description.tokenize)
-        self._source = StoredViews(self.shards, self.recipe.views, self.recipe.views.seed_in(self.recipe.seed), self._tower)
+        if not self.shards.captions.is_single:
+            self._say(f"captions: {self.shards.captions}; {collectives.by_main(lambda: survey(self.shards), world)}")
+        seed = self.recipe.views.seed_in(self.recipe.seed)
+        self._source = StoredViews(self.shards, self.recipe.views, seed, self._tower, every=True)
 
     def embed(self) -> Manifest:
         """Embed what the store does not have yet. Returns the manifest of the complete store."""
@@ -132,7 +137,9 @@ class EmbedJob:
 
     def _layout(self) -> Layout:
         samples, dtype = len(self.shards), cast(StoreType, self.request.dtype)
-        layout = writer.in_parts(Layout(samples, samples, self.request.views, self.description.width, dtype, self._patches))
+        layout = writer.in_parts(
+            Layout(samples, samples, self.request.views, self.description.width, dtype, self._patches, self.shards.captions.stored)
+        )
         return layout if self._part_size is None else replace(layout, part=self._part_size)
 
     def _made(self) -> dict[str, Any]:
@@ -155,11 +162,9 @@ class EmbedJob:
             for chunk, seen, found in self._run(teacher, asked, layout.views):
                 if open_part is None or open_part.number != chunk.number:
                     open_part = _Part(layout, chunk.number)
-                open_part.add(seen.index, found)
+                open_part.add(seen, found)
                 if chunk.last:
-                    writer.write_part(
-                        folder, manifest, chunk.number, open_part.image_NVD, open_part.text_ND, open_part.known_N, open_part.patches
-                    )
+                    open_part.write(folder, manifest)
                 work.advance(len(chunk.index_n))
         collectives.barrier(world)
         return manifest
@@ -183,7 +188,7 @@ class EmbedJob:
                     yield mine[place], seen, found
 
     def _forward(self, teacher: LiveTeacher, seen: Seen | None) -> Embeddings:
-        """image (n * V, D), text (n, D) and patch tokens (n * V, h, w, C) of a chunk, on the CPU; of a blank pair for no sample."""
+        """image (n * V, D), text (T, D) and patch tokens (n * V, h, w, C) of a chunk, on the CPU; of a blank pair for no sample."""
         if seen is None or len(seen.index) == 0:
             height, width, _ = self._tower.train_pixels
             pixels, tokens = torch.zeros((1, 3, height, width), dtype=torch.uint8), self._tower.tokenize([""]).long()
@@ -243,7 +248,7 @@ class EmbedJob:
         if len(rows) == 0:
             raise StoreError(f"{store.folder}: none of {samples} samples could be read to be compared; are the shards still readable?")
         index, view, block, cosine = rows[int(rows[:, 3].argmin())].tolist()
-        where = f"{self.shards.where(int(index))}, {'caption' if view < 0 else f'view {int(view)}'}"
+        where = f"{self.shards.where(int(index))}, {_spelled(int(view))}"
         where += f", patch tokens of block {int(block)}" if block >= 0 else ""
         checked = Checked(samples, float(rows[:, 3].mean()), cosine, where)
         numbers = f"cosine mean {checked.mean_cosine:.6f}, worst {cosine:.6f} ({where})"
@@ -255,6 +260,10 @@ class EmbedJob:
         self._say(f"{store.folder}: the values of all {store.layout.parts} parts are as they were written")
         self._say(f"{samples} random samples recomputed: {numbers}")
         return checked
+
+
+def _spelled(view: int) -> str:
+    return f"view {view}" if view >= 0 else "caption" if view == -1 else f"caption {-view}"
 
 
 def images_a_forward(recipe: Recipe, config: str | None, world: World) -> int:
@@ -273,32 +282,39 @@ class _Chunk:
 
 
 class _Part:
-    """A part that fills up."""
+    """A part that fills up, in the order of its samples."""
 
     def __init__(self, layout: Layout, number: int) -> None:
         shapes = layout.shapes(number)
-        self.number, self._first = number, number * layout.part
-        self.image_NVD = torch.zeros(shapes["image"], dtype=layout.torch_dtype)
-        self.text_ND = torch.zeros(shapes["text"], dtype=layout.torch_dtype)
-        self.known_N = torch.zeros(shapes["known"], dtype=torch.bool)
-        self.patches = {name: torch.zeros(shapes[name], dtype=layout.torch_dtype) for name in layout.patch_tensors}
+        self.number, self._layout, self._first = number, layout, number * layout.part
+        self._image_NVD = torch.zeros(shapes["image"], dtype=layout.torch_dtype)
+        self._texts: list[Tensor] = [torch.zeros((0, layout.width), dtype=layout.torch_dtype)]
+        self._captions_N = torch.zeros(shapes["known"], dtype=torch.int64)  # 0 of what could not be used
+        self._patches = {name: torch.zeros(shapes[name], dtype=layout.torch_dtype) for name in layout.patch_tensors}
 
-    def add(self, index_n: Tensor, found: Embeddings) -> None:
+    def add(self, seen: Seen, found: Embeddings) -> None:
         """Rows of samples that could be used; the others stay unknown."""
-        if len(index_n) == 0:
+        if len(seen.index) == 0:
             return
-        rows = index_n - self._first
-        self.image_NVD[rows] = found.image.view(len(rows), *self.image_NVD.shape[1:]).to(self.image_NVD.dtype)
-        self.text_ND[rows] = found.text.to(self.text_ND.dtype)
-        self.known_N[rows] = True
-        for name, map_NVhwC in self.patches.items():
+        rows = seen.index - self._first
+        self._image_NVD[rows] = found.image.view(len(rows), *self._image_NVD.shape[1:]).to(self._image_NVD.dtype)
+        self._texts.append(found.text.to(self._image_NVD.dtype))
+        self._captions_N[rows] = seen.captions
+        for name, map_NVhwC in self._patches.items():
             map_NVhwC[rows] = found.features[name].view(len(rows), *map_NVhwC.shape[1:]).to(map_NVhwC.dtype)
+
+    def write(self, folder: Path, manifest: Manifest) -> None:
+        text_TD, known_N, several = torch.cat(self._texts), self._captions_N > 0, self._layout.captions is not None
+        if not several:
+            text_TD = torch.zeros((len(known_N), self._layout.width), dtype=text_TD.dtype).masked_scatter(known_N[:, None], text_TD)
+        captions_N = self._captions_N if several else None
+        writer.write_part(folder, manifest, self.number, self._image_NVD, text_TD, known_N, self._patches, captions_N)
 
 
 def _compared(store: Store, seen: Seen, found: Embeddings) -> Tensor:
-    """(rows, 4) float64: sample, view (-1 for the caption), block (-1 for an embedding), cosine of what was recomputed to what is stored.
+    """(rows, 4) float64: sample, view, block (-1 for an embedding), cosine of what was recomputed to what is stored, where both are there.
 
-    Where both are there. Patch tokens of a view are compared as one vector.
+    In the place of a view stands -1 - n for the sample's caption number n. Patch tokens of a view are compared as one vector.
     """
     count, views = len(seen.index), store.layout.views
     if count == 0:
@@ -307,10 +323,13 @@ def _compared(store: Store, seen: Seen, found: Embeddings) -> Tensor:
     view_R = torch.arange(views).repeat(count)
     stored = store.read(index_R.numpy(), view_R.numpy())
     image = F.cosine_similarity(found.image.double(), stored.image.double())
-    text = F.cosine_similarity(found.text.double(), stored.text[::views].double())
-    none_R, none_B = torch.full((count * views,), -1), torch.full((count,), -1)
+    index_T = seen.index.repeat_interleave(seen.captions)
+    number_T = torch.cat([torch.arange(int(captions)) for captions in seen.captions])
+    said = store.read(index_T.numpy(), np.zeros(len(index_T), np.int64), number_T.numpy())
+    text = F.cosine_similarity(found.text.double(), said.text.double())
+    none_R, none_T = torch.full((count * views,), -1), torch.full((len(index_T),), -1)
     rows = [torch.stack([index_R, view_R, none_R, image], 1)[stored.known]]
-    rows += [torch.stack([seen.index, none_B, none_B, text], 1)[stored.known[::views]]]
+    rows += [torch.stack([index_T, -1 - number_T, none_T, text], 1)[said.known]]
     for block, map_RhwC in stored.patches.items():
         cosine = F.cosine_similarity(found.features[f"patches.{block}"].double().flatten(1), map_RhwC.double().flatten(1))
         rows.append(torch.stack([index_R, view_R, torch.full_like(none_R, block), cosine], 1)[stored.known])

@@ -74,7 +74,7 @@ def test_what_is_dropped_is_what_training_drops_by_the_same_reasons(tmp_path: Pa
         try:
             if isinstance(sample, BadSample):
                 raise sample
-            decoded(sample, shards.data)
+            decoded(sample, shards.captions, shards.data)
         except BadSample as bad:
             training.add(bad.reason, str(bad))
     by_reading = found["dropped"]["by_reading"]
@@ -103,6 +103,31 @@ def test_samples_that_a_damaged_tar_has_lost_are_counted_with_the_tar(tmp_path: 
     assert "00001.tar" in lost["example"]
     assert found["samples"] + found["lost"] == 40
     assert code == 1
+
+
+def test_captions_are_counted_by_source_and_a_field_that_is_nowhere_is_refused(tmp_path: Path) -> None:
+    def members(number: int, content: object) -> list[Member]:
+        return [*pair(f"{number}", number)[:2], (f"{number}.json", json.dumps(content).encode())]
+
+    contents = [{"re": ["long one", "long two"]}, {"re": "long three"}, {"other": 1}, {"re": 5}]
+    path = write_tar(tmp_path / "0.tar", [one for number, content in enumerate(contents * 5) for one in members(number, content)])
+    sets = ("--set", 'data.captions={ txt = 0.25, "json:re" = 0.75 }', "--set", "data.max_bad_fraction=0.5")
+    code, found = checked(path, *sets)
+    assert (code, found["usable"]) == (0, 15)
+    assert found["captions"] == {
+        "json:re": {"share": 0.75, "samples": 10, "captions": 15}, "txt": {"share": 0.25, "samples": 15, "captions": 15}
+    }  # fmt: skip
+    assert found["dropped"]["by_reading"]["bad_json"]["count"] == 5
+    assert "json:re holds a number, where a text or a list" in found["dropped"]["by_reading"]["bad_json"]["example"]
+    assert {group["text"] for group in found["repeats"]["captions"]["groups"]} <= {"long one", "long two", "long three"}
+    told = CliRunner().invoke(app, ["data", "check", str(path), *sets, "--out", str(tmp_path / "out")], catch_exceptions=False)
+    assert "Captions by source" in told.stdout
+    assert "Captions are drawn: 0.75 json:re, 0.25 txt; tokens" in told.stdout.replace("\n", " ")
+    assert "Captions by source" in (tmp_path / "out" / "check.html").read_text()
+    code, found = checked(path, "--set", 'data.captions={ txt = 1, "json:er" = 1 }')
+    assert code == 1
+    assert "'json:er': none of 20 .json members" in found["refused"][0]
+    assert checked(path)[1]["captions"] == {}
 
 
 def test_a_part_of_the_samples_is_evenly_spaced_and_said_to_be_one(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_training_evaluation_and_questions_see_the_same_pixels(orientation: str,
         stored(Image.fromarray(noise), "PNG", exif=exif),
     ]
     for data in files:
-        image, _ = decoded(Sample("here", {"image": data, "caption": b"words"}), data_as)
+        image, _ = decoded(Sample("here", {"image": data}), None, data_as)
         seen = train_pixels(image, Augmentation((0, 0, *image.size), False), (16, 16, int(Image.Resampling.BICUBIC)))
         assert np.array_equal(seen, evaluation_pixels(rgb_image(data, data_as), view))
         assert np.array_equal(seen, ImageProcessor(view, data_as).pixels(data))

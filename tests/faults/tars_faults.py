@@ -94,13 +94,13 @@ def _used_and_lost(patterns: list[str], original: Original, mutation: Mutation, 
     for index in range(len(shards)):
         try:
             sample = shards.read(index, ("image", "caption"))
-            image, text = decoded(sample, Data(max_pixels=10_000))
+            image, captions = decoded(sample, shards.captions, Data(max_pixels=10_000))
         except BadSample as bad:
             lost += bad.reason not in _KNOWN_AT_OPEN
             if bad.reason == "empty_caption" and "no bytes" not in bad.detail:
                 lost += 1
             continue
-        used += 1
+        used, text = used + 1, "" if captions is None else captions.texts[0]
         red, green, _ = image.getpixel((1, 1))  # type: ignore[misc]
         number = red * 256 + green
         said = text.rpartition(" ")[2]

@@ -22,10 +22,18 @@ TOWERS = {
 
 
 def stream(
-    shards: ShardSet, *, rank: int = 0, world: int = 1, workers: int = 0, start: int = 0, views: Views | None = None, **more: Any
+    shards: ShardSet,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    start: int = 0,
+    views: Views | None = None,
+    towers: dict[str, TowerView] = TOWERS,
+    **more: Any,
 ) -> TrainBatches:
     ranks = {"rank": rank, "world": world, "start_position": start, "workers": workers, "pin_memory": False}
-    return train_batches(shards, Order(len(shards), BATCH, seed=3, block=4, window=3), views or Views(), TOWERS, **ranks, **more)
+    return train_batches(shards, Order(len(shards), BATCH, seed=3, block=4, window=3), views or Views(), towers, **ranks, **more)
 
 
 def take(shards: ShardSet, count: int, **more: Any) -> list[Batch]:

@@ -10,9 +10,7 @@ import numpy as np
 from PIL import Image
 
 from megakd.data.bad_samples import OF_CAPTIONS, BadSample
-from megakd.data.caption_tokens import caption
-from megakd.data.check.summary import Summary
-from megakd.data.samples import Slot
+from megakd.data.check.summary import Summary, caption_at
 from megakd.data.shards import ShardSet
 from megakd.data.transforms import rgb_image
 
@@ -54,10 +52,9 @@ class CardMaker:
 
     def card(self, index: int, *notes: str) -> Card:
         if index not in self._cards:
-            needs: tuple[Slot, ...] = ("image", "caption") if self.captions else ("image",)
             try:
-                sample = self.shards.read(index, needs)
-                text = caption(sample.members["caption"]) if self.captions else None
+                sample = self.shards.read(index, ("image",))
+                text = caption_at(self.shards, index) if self.captions else None
                 image = rgb_image(sample.members["image"], self.shards.data)
                 self._cards[index] = Card(sample.where, None if text is None else shown_text(text), _source(image), _size(image))
             except BadSample as bad:  # it was read a moment ago

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.data.bad_samples import BadCounter, BadSample, Reason, located, usable
-from megakd.data.caption_tokens import PlainCaptions, Tokenize, caption, plain_captions
-from megakd.data.samples import Slot
+from megakd.data.caption_tokens import PlainCaptions, Tokenize, plain_captions
+from megakd.data.captions import CaptionPolicy, Captions
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.stream import WorkerStream
 from megakd.data.transforms import FORMATS, as_rgb, content_digest, decode
@@ -89,11 +89,15 @@ class TokenCounter:
 
 @dataclass(frozen=True)
 class Measured:
-    """rows: (n,) of ROW, of n samples; the unusable ones' are empty. unusable: (index, why) of some of each reason."""
+    """rows: (n,) of ROW, of n samples; the unusable ones' are empty. unusable: (index, why) of some of each reason.
+
+    sources: (S, 2) int64, for each source of captions the usable samples that have some there, and how many these are.
+    """
 
     rows: Rows
     bad: BadCounter
     unusable: list[tuple[int, BadSample]]
+    sources: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -105,13 +109,15 @@ class _Measurer:
     captions: bool
 
     def __getitems__(self, indices: NDArray[np.int64]) -> Measured:
-        needs: tuple[Slot, ...] = ("image", "caption") if self.captions else ("image",)
-        rows, texts = np.zeros(len(indices), ROW), list[str]()
+        policy = self.shards.captions
+        needs = ("image", *policy.needs) if self.captions else ("image",)
+        rows, texts, sources = np.zeros(len(indices), ROW), list[str](), np.zeros((len(policy.sources), 2), np.int64)
 
         def to_row(place: int, sample: Sample) -> None:
             with located(sample.where):
                 # in the order of training's own, `pairs.decoded`: the first of a sample's faults is the one that counts
-                text = caption(sample.members["caption"]).strip() if self.captions else ""
+                captions = policy.read(sample.members) if self.captions else Captions(("",), ())
+                text = captions.texts[chosen(policy, captions, int(indices[place]))].strip()
                 image = decode(sample.members["image"], self.shards.data.max_pixels)
                 stored_as = FORMATS.index({"MPO": "JPEG"}.get(image.format or "", image.format or ""))  # MPO: several JPEGs in one
                 image = as_rgb(image, self.shards.data)
@@ -123,6 +129,8 @@ class _Measurer:
             row["signals"] = sum(is_so(text) << bit for bit, is_so in enumerate(SIGNALS.values())) if self.captions else 0
             row["usable"] = True
             texts.append(text)
+            numbers, counts = np.unique(np.array(captions.source, np.int64), return_counts=True)
+            sources[numbers] += np.stack([np.ones_like(counts), counts], axis=1)
 
         made = usable(range(len(indices)), self.shards.read_each(indices.tolist(), needs), to_row)
         if self.counter is not None:
@@ -130,7 +138,12 @@ class _Measurer:
         kept: dict[Reason, list[tuple[int, BadSample]]] = {}
         for place, bad in made.unusable:
             kept.setdefault(bad.reason, []).append((int(indices[place]), bad))
-        return Measured(rows, made.bad, [one for of_reason in kept.values() for one in of_reason[:_KEPT]])
+        return Measured(rows, made.bad, [one for of_reason in kept.values() for one in of_reason[:_KEPT]], sources)
+
+
+def chosen(policy: CaptionPolicy, captions: Captions, index: int) -> int:
+    """The number of the one caption by which a check knows sample `index`, where it has several: drawn once, as training draws."""
+    return policy.draw(captions, 0, (index, 0))
 
 
 def measure(shards: ShardSet, indices: NDArray[np.int64], counter: TokenCounter | None, captions: bool) -> Measured:
@@ -139,6 +152,7 @@ def measure(shards: ShardSet, indices: NDArray[np.int64], counter: TokenCounter 
     workers = min(shards.data.workers, len(parts))
     stream: WorkerStream[Measured] = WorkerStream(_Measurer(shards, counter, captions), parts, workers, pin_memory=False)
     rows, bad, unusable, done = np.zeros(len(indices), ROW), BadCounter(), list[tuple[int, BadSample]](), 0
+    sources = np.zeros((len(shards.captions.sources), 2), np.int64)
     kept: dict[Reason, int] = {}
     try:
         with LongWork("reading", len(indices), "samples") as work:
@@ -146,6 +160,7 @@ def measure(shards: ShardSet, indices: NDArray[np.int64], counter: TokenCounter 
                 rows[done : done + len(part.rows)] = part.rows
                 done += len(part.rows)
                 bad.merge(part.bad)
+                sources += part.sources
                 for index, why in part.unusable:
                     if kept.get(why.reason, 0) < _KEPT:
                         kept[why.reason] = kept.get(why.reason, 0) + 1
@@ -153,4 +168,4 @@ def measure(shards: ShardSet, indices: NDArray[np.int64], counter: TokenCounter 
                 work.advance(len(part.rows))
     finally:
         stream.close()
-    return Measured(rows, bad, unusable)
+    return Measured(rows, bad, unusable, sources)

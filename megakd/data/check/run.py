@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megakd.data.caption_tokens import Tokenize
+from megakd.data.captions import CaptionPolicy
 from megakd.data.check import page
 from megakd.data.check.measure import TokenCounter, measure
 from megakd.data.check.summary import Summary, summarise
@@ -54,7 +55,7 @@ def check(request: CheckRequest, *, as_json: bool) -> bool:
     if request.out is not None:
         check_place(request.out, "--out")
         page.jinja()
-    shards = ShardSet.open_set(data.train, data, 0, 1, lambda: None, captions=request.captions)
+    shards = ShardSet.open_set(data.train, data, 0, 1, lambda: None, captions=request.captions, policy=CaptionPolicy.of(data))
     count = len(shards) if request.samples is None else min(request.samples, len(shards))
     index_N = np.arange(count) * len(shards) // count
     counter = None if request.tokenize is None or not request.captions else TokenCounter(request.tokenize)
@@ -108,7 +109,9 @@ def _facts(request: CheckRequest, shards: ShardSet, summary: Summary) -> list[st
         f"{share(bad.total, bad.seen)} by reading.",
     ]
     if request.captions:
-        facts.append(f"Captions are .{request.data.caption} members; tokens are counted by {request.words}.")
+        where = f"{shards.captions.spelled_members} members" if shards.captions.is_single else f"drawn: {shards.captions}"
+        clean = f", without {' and '.join(request.data.clean)} (data.clean)" if request.data.clean else ""
+        facts.append(f"Captions are {where}{clean}; tokens are counted by {request.words}.")
     else:
         facts.append("The recipe's objectives and teachers read no captions, and neither does this check.")
     return facts

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.data.bad_samples import BadCounter
-from megakd.data.caption_tokens import caption
-from megakd.data.check.measure import SIGNALS, Measured, Rows, TokenCounter
+from megakd.data.caption_survey import survey
+from megakd.data.check.measure import SIGNALS, Measured, Rows, TokenCounter, chosen
 from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
 from megakd.data.transforms import FORMATS
@@ -83,6 +83,7 @@ class Summary:
     """index_N: the samples that were read, of `samples`; usable_N: which of them a run would train on.
 
     known: by the indexes, of all samples and of those that damage took; bad: of what was read. quantiles: by name, then by QUANTILES.
+    sources: of captions, by name: (share that is drawn, usable samples that have some there, how many these are); {} without a choice.
     signals: count and an example's index. refusals: why a run would not train on this, no more than one of each kind.
     """
 
@@ -96,6 +97,7 @@ class Summary:
     formats: dict[str, int]
     context: int | None
     cut: int
+    sources: dict[str, tuple[float, int, int]]
     signals: dict[str, tuple[int, int | None]]
     repeats: dict[str, Repeats]
     extremes: dict[str, tuple[int, ...]]
@@ -141,6 +143,7 @@ class Summary:
             "histograms": {name: {"edges": one.edges, "counts": one.counts} for name, one in self.histograms.items()},
             "formats": self.formats,
             "tokens": None if self.context is None else {"context_length": self.context, "cut": self.cut},
+            "captions": {name: {"share": one, "samples": has, "captions": count} for name, (one, has, count) in self.sources.items()},
             "signals": {
                 name: {"count": count, "example": None if index is None else shards.where(index)}
                 for name, (count, index) in self.signals.items()
@@ -176,11 +179,21 @@ def summarise(
         formats={name: count for name, count in zip(FORMATS, formats, strict=True) if count},
         context=None if counter is None else counter.length,
         cut=0 if counter is None else int((rows["tokens"] > counter.length).sum()),
+        sources=_sources(shards, measured) if captions else {},
         signals=signals,
         repeats=repeats,
         extremes=extremes,
         refusals=tuple(_refusals(shards, known, measured.bad, captions, batch)),
     )
+
+
+def _sources(shards: ShardSet, measured: Measured) -> dict[str, tuple[float, int, int]]:
+    """As `Summary.sources`."""
+    policy = shards.captions
+    if policy.is_single:
+        return {}
+    rows = zip(policy.sources, policy.shares, measured.sources.tolist(), strict=True)
+    return {one.name: (share, has, count) for one, share, (has, count) in rows}
 
 
 def _sizes(
@@ -215,8 +228,12 @@ def _sizes(
 
 
 def caption_at(shards: ShardSet, index: int) -> str:
-    """A usable sample's caption, read once more, without the white space around it. Raises BadSample where it can no longer be read."""
-    return caption(shards.read(index, ("caption",)).members["caption"]).strip()
+    """The caption by which a usable sample is known, read once more, without the white space around it.
+
+    Raises BadSample where it can no longer be read.
+    """
+    captions = shards.captions.read(shards.read(index, shards.captions.needs).members)
+    return captions.texts[chosen(shards.captions, captions, index)].strip()
 
 
 def _refusals(shards: ShardSet, known: BadCounter, bad: BadCounter, captions: bool, batch: int | None) -> list[str]:
@@ -225,6 +242,11 @@ def _refusals(shards: ShardSet, known: BadCounter, bad: BadCounter, captions: bo
     data = shards.data
     if known.total >= known.seen:
         found.append(f"none of the {len(shards)} samples has {'both an image and a caption' if captions else 'an image'}")
+    elif captions and not shards.captions.is_single:
+        try:
+            survey(shards)
+        except ValueError as error:
+            found.append(str(error))
     for counter, key in ((known, "by the indexes"), (bad, "by reading")):
         try:
             counter.check(data.max_bad_fraction, at_least=1, key=key)

@@ -12,7 +12,7 @@ from megakd.data.shards import ShardSet
 
 ADVICE = {
     "missing_image": "no image under a known extension",
-    "missing_caption": "no member with the extension data.caption",
+    "missing_caption": "no member or field that data.caption or data.captions names",
     "empty_caption": "nothing visible in it",
     "corrupt_image": "it does not decode",
     "too_large": "more than data.max_pixels",
@@ -22,6 +22,7 @@ ADVICE = {
     "truncated_tar": "lost in a damaged tar",
     "unused_members": "its members are there and none can be used",
     "read_error": "the bytes cannot be read",
+    "bad_json": "a member of captions that is no JSON, or whose field holds no text",
 }
 
 
@@ -47,6 +48,7 @@ def all_tables(summary: Summary, shards: ShardSet) -> list[NumberTable]:
         _dropped(summary),
         _quantiles(summary),
         _formats(summary),
+        _sources(summary),
         _signals(summary, shards),
         _repeats(summary),
         _commonest(summary, shards),
@@ -87,6 +89,18 @@ def _formats(summary: Summary) -> NumberTable:
     count = len(summary.usable_N)
     rows = tuple((name, f"{number:,}", share(number, count)) for name, number in sorted(summary.formats.items(), key=lambda one: -one[1]))
     return NumberTable("formats", "Formats", "By the images' bytes, not by the extension.", ("format", "images", "share"), rows)
+
+
+def _sources(summary: Summary) -> NumberTable:
+    usable = len(summary.usable_N)
+    rows = tuple(
+        (name, f"{drawn:.1%}", f"{has:,}", share(has, usable), f"{count:,}") for name, (drawn, has, count) in summary.sources.items()
+    )
+    caption = (
+        "Of samples that can be used. One caption of each is drawn, by these shares of the sources that it has, of a list any alike; the "
+        "other tables know a sample by one such draw."
+    )
+    return NumberTable("sources", "Captions by source", caption, ("source", "drawn", "samples", "share", "captions"), rows)
 
 
 def _signals(summary: Summary, shards: ShardSet) -> NumberTable:

@@ -16,7 +16,7 @@ import torch
 from megakd.recipe.texts import flat
 from megakd.runtime.files import json_sha256
 
-FORMAT, WITH_PATCHES = 2, 3  # of embeddings alone, and with patch tokens
+FORMAT, WITH_PATCHES, WITH_CAPTIONS = 2, 3, 4  # of embeddings alone, with patch tokens, with several captions of a sample
 MANIFEST = "manifest.json"
 INTEGER_PRODUCTS = ("int_mm", "bitsandbytes")
 StoreType = Literal["bf16", "fp32"]
@@ -54,7 +54,10 @@ class PatchLayout:
 
 @dataclass(frozen=True)
 class Layout:
-    """Part p holds the samples [p * part, (p + 1) * part), the last one fewer."""
+    """Part p holds the samples [p * part, (p + 1) * part), the last one fewer.
+
+    captions: sources that each sample may have captions in, all of which are stored; None: it has one.
+    """
 
     samples: int
     part: int
@@ -62,6 +65,7 @@ class Layout:
     width: int
     dtype: StoreType
     patches: PatchLayout | None = None
+    captions: int | None = None
 
     @property
     def parts(self) -> int:
@@ -71,10 +75,12 @@ class Layout:
         """Samples N of a part."""
         return min(self.part, self.samples - number * self.part)
 
-    def shapes(self, number: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, number: int, texts: int = 0) -> dict[str, tuple[int, ...]]:
+        """texts: captions of the part's samples together, where a sample may have several."""
         count = self.count(number)
+        rows, several = (count, {}) if self.captions is None else (texts, {"captions": (count,)})
         patches = {name: (count, self.views, *shape) for name, shape in self.patch_tensors.items()}
-        return {"image": (count, self.views, self.width), "text": (count, self.width), "known": (count,), **patches}
+        return {"image": (count, self.views, self.width), "text": (rows, self.width), "known": (count,), **several, **patches}
 
     @property
     def patch_tensors(self) -> dict[str, tuple[int, int, int]]:
@@ -88,23 +94,26 @@ class Layout:
 
     @property
     def sample_bytes(self) -> int:
-        """Of a sample's values in a part, and of their checks in its header."""
-        numbers = self.width + self.views * (self.width + sum(map(math.prod, self.patch_tensors.values())))
-        return numbers * self.torch_dtype.itemsize + 1 + math.ceil(self.checks * 16 / 3)
+        """Of a sample's values in a part, and of their checks in its header; with a caption of each source."""
+        texts = self.captions or 1
+        numbers = self.width * texts + self.views * (self.width + sum(map(math.prod, self.patch_tensors.values())))
+        checks = self.checks + (0 if self.captions is None else texts)
+        return numbers * self.torch_dtype.itemsize + (1 if self.captions is None else 5) + math.ceil(checks * 16 / 3)
 
     def __str__(self) -> str:
         """For people: what is stored, and how much of a disk it takes."""
         patches = "" if self.patches is None else f" and {self.patches}"
         size = amount(self.samples * self.sample_bytes)
-        return f"{self.samples:,} samples, {self.views} views each, width {self.width}{patches}, {self.dtype}: {size}"
+        several = "" if self.captions is None else f" with every caption (of {self.captions} sources, counted as one of each)"
+        return f"{self.samples:,} samples, {self.views} views each, width {self.width}{patches}{several}, {self.dtype}: {size}"
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return _TORCH[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; without `patches` where there are none, as older versions wrote it."""
-        plain = {name: value for name, value in vars(self).items() if name != "patches"}
+        """Plain values; without `patches` and `captions` where there are none, as older versions wrote it."""
+        plain = {name: value for name, value in vars(self).items() if name != "patches" and (name != "captions" or value is not None)}
         if self.patches is not None:
             widths = {str(block): width for block, width in sorted(self.patches.widths.items())}
             plain["patches"] = {"grid": list(self.patches.grid), "widths": widths}
@@ -145,6 +154,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         version = FORMAT if self.layout.patches is None else WITH_PATCHES
+        version = version if self.layout.captions is None else WITH_CAPTIONS
         content = {"format": version, **vars(self), "layout": self.layout.to_json(), "parts": list(self.parts)}
         return {**content, "sha256": json_sha256(content)}
 
@@ -158,8 +168,8 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version, checksum = content["format"], content.pop("sha256", None)
-        if version not in (1, FORMAT, WITH_PATCHES):
-            raise StoreError(f"{path}: format {version}, this version reads format 1 to {WITH_PATCHES}; make the store anew")
+        if version not in (1, FORMAT, WITH_PATCHES, WITH_CAPTIONS):
+            raise StoreError(f"{path}: format {version}, this version reads format 1 to {WITH_CAPTIONS}; make the store anew")
         if (version != 1 or checksum is not None) and checksum != json_sha256(content):
             raise StoreError(f"{path}: was changed after it was written; {remedy}")
         layout = Layout.of_json(content["layout"])
@@ -180,6 +190,8 @@ def _contradiction(manifest: Manifest) -> str | None:
     for name, value in (("samples", layout.samples), ("part", layout.part), ("views", layout.views), ("width", layout.width)):
         if type(value) is not int or value < 1:
             return f"layout.{name} = {value!r}"
+    if layout.captions is not None and (type(layout.captions) is not int or not 1 <= layout.captions <= _LARGEST):
+        return f"layout.captions = {layout.captions!r}"
     if layout.dtype not in _TORCH:
         return f"layout.dtype = {layout.dtype!r}"
     patches = layout.patch_tensors.values()

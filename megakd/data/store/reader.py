@@ -3,15 +3,18 @@
     STORE/
         manifest.json               `key`: all that the embeddings depend on; `layout`; the parts with their checksums once all are there
         parts/000000.safetensors    samples [0, N): image (N, V, D), text (N, D), known (N,) of uint8, and where patch tokens are
-                                    stored patches.BLOCK (N, V, h, w, C) of each block, numbered from 0, averaged to the grid h x w
+                                    stored patches.BLOCK (N, V, h, w, C) of each block, numbered from 0, averaged to the grid h x w;
+                                    of samples with several captions text (T, D), one sample's after the other's, and captions (N,) of
+                                    int32, how many each has
         lock                        held by the job that writes, see `writer`
 
 A part is one file, complete or absent, whose header names its store. Files are mapped into memory, so that the ranks and workers of a node
 share one page cache, and rows are read alone, patch tokens where they are asked for. A part's header has the CRC-32 of each row, of the V
-images, then of the text with its byte of `known`, then of each block's V views; parts of format 1 have none and are compared with their
+images, then of the text with its byte of `known`, then of each block's V views; with several captions of the number of a sample's in the
+place of its text, and of each of the T texts. Parts of format 1 have none and are compared with their
 SHA-256 at a process's first read. A row that is not as it was written counts as damaged, and is used as if the store lacked it.
 
-Legend: N samples of a part, V views, D embedding width, B rows asked for, h x w a grid of patches, C a block's width.
+Legend: N samples of a part, T captions of them, V views, D embedding width, B rows asked for, h x w a grid of patches, C a block's width.
 """
 
 from __future__ import annotations
@@ -60,11 +63,15 @@ class StoredRows(NamedTuple):
 
 @dataclass(frozen=True)
 class PartFile:
-    """A part on disk: where its tensors begin in the file, and what its header says. known: samples it has embeddings of."""
+    """A part on disk: where its tensors begin in the file, and what its header says.
+
+    known: samples it has embeddings of; texts: captions of them, where a sample may have several.
+    """
 
     offsets: dict[str, int]
     sha256: str
     known: int
+    texts: int = 0
 
 
 def part_path(folder: Path, number: int) -> Path:
@@ -74,19 +81,22 @@ def part_path(folder: Path, number: int) -> Path:
 def read_part(folder: Path, manifest: Manifest, number: int) -> PartFile:
     """The header of a part, checked against the file's length and the manifest. Raises StoreError naming the file and its defect."""
     path, layout = part_path(folder, number), manifest.layout
-    shapes = layout.shapes(number)
-    types = {name: "U8" if name == "known" else _HEADER[layout.dtype] for name in shapes}
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             begin, header, note = _header(file)
+            texts = 0 if layout.captions is None else int(note["texts"])
+            shapes = layout.shapes(number, texts)
+            types = {name: {"known": "U8", "captions": "I32"}.get(name, _HEADER[layout.dtype]) for name in shapes}
             described = {name: (header[name]["dtype"], tuple(header[name]["shape"])) for name in shapes}
             spans = {name: (int(first), int(end)) for name in shapes for first, end in [header[name]["data_offsets"]]}
-            facts = PartFile({name: begin + span[0] for name, span in spans.items()}, str(note["sha256"]), int(note["known"]))
+            facts = PartFile({name: begin + span[0] for name, span in spans.items()}, str(note["sha256"]), int(note["known"]), texts)
             file.seek(facts.offsets["known"] if 0 <= facts.offsets["known"] <= size else 0)
             known = np.frombuffer(file.read(layout.count(number)), np.uint8)
+            several = 0 if layout.captions is None else _sum_of_captions(file, facts.offsets["captions"], layout.count(number))
         owner = (note["store"], note["number"], facts.sha256)
         _checks(note, layout, number)
+        _text_checks(note, texts)
     except FileNotFoundError as error:
         raise StoreError(f"{path}: missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
@@ -96,18 +106,18 @@ def read_part(folder: Path, manifest: Manifest, number: int) -> PartFile:
     if (expected := begin + max(end for _, end in spans.values())) != size:
         raise StoreError(f"{path}: {size} bytes instead of {expected}")
     # save_file sorts tensors of one type by name, such as image before text: swapped, they would be read as each other
-    bytes_of = {"BF16": 2, "F32": 4, "U8": 1}
+    bytes_of = {"BF16": 2, "F32": 4, "U8": 1, "I32": 4}
     lengths = {name: math.prod(shape) * bytes_of[types[name]] for name, shape in shapes.items()}
     ordered = sorted(spans.values())
     tiled = [0, *(end for _, end in ordered)] == [*(first for first, _ in ordered), size - begin]
-    valued = sorted(name for name in spans if name != "known")
+    valued = sorted(name for name in spans if types[name] == _HEADER[layout.dtype])
     swapped = sorted(valued, key=lambda name: spans[name]) != valued
     if not tiled or any(end - first != lengths[name] for name, (first, end) in spans.items()) or swapped:
         raise StoreError(f"{path}: its tensors do not lie where they were written: {spans}")
     listed = manifest.parts[number]["sha256"] if manifest.parts else facts.sha256
     if owner != (manifest.digest, number, listed):
         raise StoreError(f"{path}: a part of another store")
-    if int(known.sum()) != facts.known or int(known.max()) > 1:
+    if int(known.sum()) != facts.known or int(known.max()) > 1 or several != texts:
         raise StoreError(f"{path}: which of its samples have embeddings was changed after it was written")
     return facts
 
@@ -125,19 +135,36 @@ def _checks(note: Mapping[str, Any], layout: Layout, number: int) -> NDArray[np.
     return np.frombuffer(base64.b64decode(note["checks"], validate=True), "<i4").reshape(layout.count(number), layout.checks)
 
 
+def _sum_of_captions(file: BinaryIO, offset: int, count: int) -> int:
+    file.seek(max(0, offset))
+    return int(np.frombuffer(file.read(4 * count), "<i4").sum(dtype=np.int64))
+
+
+def _text_checks(note: Mapping[str, Any], texts: int) -> NDArray[np.int32]:
+    """(T,), of the texts of a part with several captions. Raises ValueError where they are of another number."""
+    return np.frombuffer(base64.b64decode(note.get("text_checks", ""), validate=True), "<i4").reshape(texts)
+
+
 def map_part(folder: Path, manifest: Manifest, number: int, facts: PartFile) -> dict[str, NDArray[Any]]:
     """The part's arrays by the names of `Layout.shapes`, mapped read-only: of float32 or of bf16 bits as int16, known of uint8.
 
-    And read, where the part has them, checks of int32, as `row_checks`.
+    And read, where the part has them, checks of int32, as `row_checks`, and with several captions text_checks (T,) of int32 and
+    first (N + 1,) of int64, where each sample's begin.
     """
     path, layout = part_path(folder, number), manifest.layout
     values: Any = _NUMPY[layout.dtype]
+    of_type: dict[str, Any] = {"known": np.uint8, "captions": np.int32}
     arrays: dict[str, NDArray[Any]] = {
-        name: np.memmap(path, np.uint8 if name == "known" else values, "r", offset=facts.offsets[name], shape=shape)
-        for name, shape in layout.shapes(number).items()
+        name: np.memmap(path, of_type.get(name, values), "r", offset=facts.offsets[name], shape=shape)
+        if math.prod(shape)
+        else np.zeros(shape, of_type.get(name, values))  # nothing can be mapped of a part whose samples are all unusable
+        for name, shape in layout.shapes(number, facts.texts).items()
     }
     with path.open("rb") as file:
-        checks = _checks(_header(file)[2], layout, number)
+        note = _header(file)[2]
+    checks = _checks(note, layout, number)
+    if layout.captions is not None:
+        arrays |= {"text_checks": _text_checks(note, facts.texts), "first": np.append(0, np.cumsum(arrays["captions"], dtype=np.int64))}
     return arrays if checks is None else {**arrays, "checks": checks}
 
 
@@ -146,17 +173,28 @@ def row_checks(
 ) -> NDArray[np.int32]:
     """CRC-32 of each row, (N, V + 1 + V * blocks): of the views' bytes, of the text's with its byte of `known`, of each block's views.
 
-    patches: (N, V, h, w, C) of each block.
+    patches: (N, V, h, w, C) of each block. Of a part with several captions text_ND is how many each sample has, (N, 1) int32.
     """
     texts = [[zlib.crc32(bytes([known]), zlib.crc32(row.tobytes()))] for row, known in zip(text_ND, known_N.tolist(), strict=True)]
     images, *blocks = ([[zlib.crc32(view.tobytes()) for view in views] for views in values] for values in (image_NVD, *patches))
     return np.concatenate([np.array(part, "<u4") for part in (images, texts, *blocks)], axis=1).view("<i4")
 
 
+def text_checks(text_TD: NDArray[Any]) -> NDArray[np.int32]:
+    """CRC-32 of each row, (T,)."""
+    return np.array([zlib.crc32(row.tobytes()) for row in text_TD], "<u4").view("<i4")
+
+
 def content_digest(arrays: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 of a part's values: image, text and known, one after the other, then patch tokens in the order of their names."""
+    """SHA-256 of a part's values: image, text, known and numbers of captions, then patch tokens in the order of their names."""
     digest = hashlib.sha256()
-    for name in ("image", "text", "known", *sorted(name for name in arrays if name.startswith("patches."))):
+    for name in (
+        "image",
+        "text",
+        "known",
+        *(["captions"] if "captions" in arrays else []),
+        *sorted(name for name in arrays if name.startswith("patches.")),
+    ):
         digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()
 
@@ -252,8 +290,11 @@ class Store:
         """The view of a position in the order: every epoch takes the next one, and after V epochs the first again."""
         return position // epoch_length % self.layout.views
 
-    def read(self, index_B: NDArray[np.int64], view_B: NDArray[np.int64]) -> StoredRows:
-        """The embeddings of samples `index_B` in their views `view_B`. Raises StoreError when a part vanishes while it is in use."""
+    def read(self, index_B: NDArray[np.int64], view_B: NDArray[np.int64], caption_B: NDArray[np.int64] | None = None) -> StoredRows:
+        """The embeddings of samples `index_B` in their views `view_B`. Raises StoreError when a part vanishes while it is in use.
+
+        caption_B: the numbers of the captions among the samples' own, as `data.captions` orders them; None: the first of each.
+        """
         layout, count = self.layout, len(index_B)
         image_BD = torch.zeros((count, layout.width), dtype=layout.torch_dtype)
         text_BD, known_B, damaged_B = torch.zeros_like(image_BD), torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.bool)
@@ -267,14 +308,16 @@ class Store:
             arrays = self._arrays(number)
             rows = np.flatnonzero(part_B == number)
             inside, view = index_B[rows] - number * layout.part, view_B[rows]
-            image, text, known = arrays["image"][inside, view], arrays["text"][inside], arrays["known"][inside]
+            image, known = arrays["image"][inside, view], arrays["known"][inside]
+            text, of_text, has_text = self._texts(arrays, inside, None if caption_B is None else caption_B[rows])
             maps = {key: arrays[key][inside, view] for key in patches}
             if "checks" in arrays:
                 columns: list[Any] = [view, layout.views, *(layout.views * (1 + place) + 1 + view for place, _, _ in of_blocks)]
                 checks = np.stack([arrays["checks"][inside, column] for column in columns], 1)
-                sound = (row_checks(image[:, None], text, known, [one[:, None] for one in maps.values()]) == checks).all(axis=1)
+                sound = (row_checks(image[:, None], of_text, known, [one[:, None] for one in maps.values()]) == checks).all(axis=1)
             else:
                 sound = np.full(len(rows), self._as_written(number, arrays))
+            sound &= has_text | (known == 0)
             damaged_B[torch.from_numpy(rows[~sound])] = True
             used = sound & (known == 1)
             where = torch.from_numpy(rows[used])
@@ -282,6 +325,21 @@ class Store:
             for key, map_RhwC in maps.items():
                 patches[key][where] = to_tensor(map_RhwC[used])
         return StoredRows(image_BD, text_BD, known_B, damaged_B, {block: patches[key] for block, key in named.items()})
+
+    def _texts(
+        self, arrays: Mapping[str, NDArray[Any]], inside: NDArray[np.int64], number: NDArray[np.int64] | None
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
+        """(rows of text, what of a sample's text enters `row_checks`, whether the row is there as it was written)."""
+        if "captions" not in arrays:
+            text = arrays["text"][inside]
+            return text, text, np.ones(len(inside), np.bool_)
+        number = np.zeros(len(inside), np.int64) if number is None else number
+        count, there = arrays["captions"][inside], np.flatnonzero(number < arrays["captions"][inside])
+        text, sound = np.zeros((len(inside), self.layout.width), arrays["text"].dtype), np.zeros(len(inside), np.bool_)
+        row = arrays["first"][inside[there]] + number[there]
+        text[there] = arrays["text"][row]
+        sound[there] = text_checks(text[there]) == arrays["text_checks"][row]
+        return text, count[:, None], sound
 
     def _as_written(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> bool:
         """Of a part without checks, which is read whole once a process."""

@@ -16,7 +16,6 @@ from torch import Tensor
 from megakd.data.augmentation import draw_stored
 from megakd.data.bad_samples import BadCounter, usable
 from megakd.data.pairs import decoded
-from megakd.data.samples import Slot
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.stream import WorkerStream, reported
 from megakd.data.transforms import TowerView, train_pixels
@@ -27,12 +26,14 @@ from megakd.recipe import Views
 class Seen:
     """N usable samples for a teacher, and the counts of the others.
 
-    index: (N,) int64; pixels: (N, V, 3, H, W) uint8 for `transforms.normalise`; tokens: (N, L) int64.
+    index: (N,) int64; pixels: (N, V, 3, H, W) uint8 for `transforms.normalise`; tokens: (T, L) int64, of every caption of the samples one
+    after the other; captions: (N,) int64, how many each has. With one caption of each, T is N.
     """
 
     index: Tensor
     pixels: Tensor
     tokens: Tensor
+    captions: Tensor
     bad: BadCounter
 
     def pin_memory(self) -> Seen:
@@ -41,31 +42,41 @@ class Seen:
 
 @dataclass(frozen=True)
 class StoredViews:
-    """Samples in a store's augmentations, for one tower. Pickled to workers, as their dataset. captions: False for one of images alone."""
+    """Samples in a store's augmentations, for one tower. Pickled to workers, as their dataset.
+
+    captions: False for one of images alone. every: all captions of a sample, which a store holds, not the one that is drawn in its view.
+    """
 
     shards: ShardSet
     views: Views
     seed: int
     tower: TowerView
     captions: bool = True
+    every: bool = False
 
     def see(self, index_N: NDArray[np.int64], view_NV: NDArray[np.int64]) -> Seen:
-        """The usable ones of the samples `index_N`, each in its views `view_NV`."""
+        """The usable ones of the samples `index_N`, each in its views `view_NV`, with the caption of the first of them."""
         height, width, _ = self.tower.train_pixels
         pixels = np.empty((*view_NV.shape, 3, height, width), np.uint8)
-        texts: list[str] = []
+        texts, counts = list[str](), list[int]()
+        policy = self.shards.captions if self.captions else None
 
         def to_row(place: int, sample: Sample) -> None:  # place: in index_N, where a sample may stand twice
-            image, text = decoded(sample, self.shards.data)
+            image, captions = decoded(sample, policy, self.shards.data)
             for number, view in enumerate(view_NV[place].tolist()):
                 augmentation = draw_stored(self.views, self.seed, int(index_N[place]), view, *image.size)
-                pixels[len(texts), number] = train_pixels(image, augmentation, self.tower.train_pixels)
-            texts.append(text)
+                pixels[len(counts), number] = train_pixels(image, augmentation, self.tower.train_pixels)
+            said = ("",) if captions is None else captions.texts
+            if policy is not None and captions is not None and not self.every:
+                said = (said[policy.draw(captions, self.seed, (int(index_N[place]), 1 + int(view_NV[place, 0])))],)
+            texts.extend(said)
+            counts.append(len(said))
 
-        needs: tuple[Slot, ...] = ("image", "caption") if self.captions else ("image",)
+        needs = ("image",) if policy is None else ("image", *policy.needs)
         made = usable(range(len(index_N)), self.shards.read_each(index_N.tolist(), needs), to_row)
         tokens = self.tower.tokenize(texts or [""]).long()[: len(texts)]  # a tokenizer may not take an empty list
-        return Seen(torch.from_numpy(index_N[made.index_of_row].astype(np.int64)), torch.from_numpy(pixels[: len(texts)]), tokens, made.bad)
+        index = torch.from_numpy(index_N[made.index_of_row].astype(np.int64))
+        return Seen(index, torch.from_numpy(pixels[: len(counts)]), tokens, torch.tensor(counts, dtype=torch.int64), made.bad)
 
     def see_all(self, index_M: NDArray[np.int64], view_M: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """pixels (M, 3, H, W) uint8 and tokens (M, L) of samples in one view each; one blank pair for M = 0.

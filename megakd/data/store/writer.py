@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megakd.data.store.manifest import MANIFEST, Layout, Manifest, StoreError, amount, differences, made_as_wanted, read_manifest
-from megakd.data.store.reader import NOTE, PARTS, content_digest, part_path, read_part, row_checks
+from megakd.data.store.reader import NOTE, PARTS, content_digest, part_path, read_part, row_checks, text_checks
 from megakd.runtime.files import atomic_file, clear, sync
 from megakd.runtime.locks import LOCK, FolderLock
 
@@ -123,8 +123,11 @@ def write_part(
     text_ND: Tensor,
     known_N: Tensor,
     patches: Mapping[str, Tensor] = MappingProxyType({}),
+    captions_N: Tensor | None = None,
 ) -> None:
     """Write a part to the disk, values cast to the store's type; known_N: bool. patches: (N, V, h, w, C) by `PatchLayout.tensors`.
+
+    captions_N: of a layout with several captions how many each sample has, whose rows follow one another in text_ND, (T, D) then.
 
     Raises StoreError when the disk is full or not writable; the parts written before are untouched.
     """
@@ -134,12 +137,17 @@ def write_part(
         "known": known_N.to(torch.uint8).contiguous(),
         **{name: values.to(manifest.layout.torch_dtype).contiguous() for name, values in patches.items()},
     }
+    if captions_N is not None:
+        tensors["captions"] = captions_N.to(torch.int32).contiguous()
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    assert shapes == manifest.layout.shapes(number), f"part {number}: {shapes}"
+    assert shapes == manifest.layout.shapes(number, len(text_ND)), f"part {number}: {shapes}"
     bits = {name: (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy() for name, tensor in tensors.items()}
     blocks = [bits[name] for name in manifest.layout.patch_tensors]
-    checks = base64.b64encode(row_checks(bits["image"], bits["text"], bits["known"], blocks).tobytes()).decode()
+    of_text = bits["text"] if captions_N is None else bits["captions"][:, None]
+    checks = base64.b64encode(row_checks(bits["image"], of_text, bits["known"], blocks).tobytes()).decode()
     note = {"store": manifest.digest, "number": number, "known": int(known_N.sum()), "sha256": content_digest(bits), "checks": checks}
+    if captions_N is not None:
+        note |= {"texts": len(text_ND), "text_checks": base64.b64encode(text_checks(bits["text"]).tobytes()).decode()}
     path = part_path(folder, number)
     try:
         with atomic_file(path) as partial:

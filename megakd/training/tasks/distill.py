@@ -13,6 +13,7 @@ import torch.distributed as dist
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
+from megakd.data.caption_survey import survey
 from megakd.data.pairs import Batch, TrainBatches, train_batches
 from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
@@ -52,7 +53,8 @@ class PairData:
     """Image-text pairs in their order, the models' configurations, and the sets that the student's towers are scored on.
 
     shapes: of the student and of each teacher. heads: what the objectives train beside the towers, in words. texts: whether an objective
-    reads the student's. captions: whether a teacher or an objective reads them. of_sets: what is to be known of the sets, in words.
+    reads the student's. captions: whether a teacher or an objective reads them. of_captions, of_sets: what is to be known of a choice
+    of captions and of the sets, in words.
     """
 
     recipe: Recipe
@@ -65,6 +67,7 @@ class PairData:
     heads: str
     texts: bool
     captions: bool
+    of_captions: list[str]
     store: Store | None
     sets: Sets
     of_sets: list[str]
@@ -85,7 +88,7 @@ class PairData:
             teacher += f"; {', '.join(blind)}: images alone, without a part in {', '.join(self.objectives.of_texts) or 'texts'}"
         heads = [f"heads: {self.heads}"] if self.heads else []
         first = f"data: {len(self.shards)} pairs; teacher: {teacher}; objectives: {objectives}"
-        return [first, *heads, *self._of_texts(), *self._of_teachers(), *self.of_sets]
+        return [first, *heads, *self.of_captions, *self._of_texts(), *self._of_teachers(), *self.of_sets]
 
     def _of_texts(self) -> list[str]:
         """Whether captions are left unread, and the student's text tower without a gradient."""
@@ -139,7 +142,7 @@ class PairData:
             batch = next(batches)
         first = f"first batch of this rank: {len(batch)} pairs, bad: {batch.bad.by_reason() or 'none'}"
         parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}", f"augmentation: {of}"]
-        parts += [*self._of_texts(), *self._of_teachers(), *self.of_sets]
+        parts += [*self.of_captions, *self._of_texts(), *self._of_teachers(), *self.of_sets]
         if self.store is not None:
             parts.append(self.store.outline())
         elif "teacher" in self.teachers and (layout := build.patch_store(self.recipe, self.teachers["teacher"], len(shards))) is not None:
@@ -195,12 +198,22 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
     texts = to_come or objectives.reads_texts(others)
     captions = to_come or objectives.reads_captions(others)
     shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world), captions=captions)
+    of_captions = caption_lines(recipe, shards, world) if captions else []
     order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
     store = build.open_stores(recipe, teachers, shards, world)
     collectives.by_main(lambda: clip_folder.rehearse(student), world)
     sets = open_sets(recipe, world)
     of_sets = sets.check_tower(clip.on_meta(student).clip) if sets.at_end else []
-    return PairData(recipe, student, objectives, shards, order, teachers, shapes, heads, texts, captions, store, sets, of_sets)
+    return PairData(recipe, student, objectives, shards, order, teachers, shapes, heads, texts, captions, of_captions, store, sets, of_sets)
+
+
+def caption_lines(recipe: Recipe, shards: ShardSet, world: World) -> list[str]:
+    """What is to be said of the captions where there is a choice. A collective; raises ValueError, on every rank, as `survey`."""
+    policy, clean = shards.captions, recipe.data.clean
+    lines = [f"captions: without {' and '.join(clean)} (data.clean)"] if clean else []
+    if policy.is_single:
+        return lines
+    return [f"captions: {policy}; {collectives.by_main(lambda: survey(shards), world)}", *lines]
 
 
 class Distill(Task):
@@ -214,6 +227,10 @@ class Distill(Task):
     ) -> None:
         self.weights, self.backends = data.objectives.weights, data.objectives.backends
         self.logged, self.in_a_step = ("scale", *data.objectives.logged), data.recipe.optim.batch
+        several = data.shards.captions.sources if data.captions and len(data.shards.captions.sources) > 1 else ()
+        self._drawn_from = (*(f"captions.{one.name}" for one in several), *(["captions.lacking"] if several else []))
+        self._drawn: dict[str, Tensor] = {}
+        self.logged = (*self.logged, *self._drawn_from)
         self._data, self._teachers, self._shown, self._config, self._world = data, teachers, shown, config, world
         live = {role: data.teachers[role] for role, teacher in teachers.items() if not isinstance(teacher, StoredTeacher)}
         self._seen_by = {"student": data.student, **live}  # models that are shown the pairs themselves
@@ -244,6 +261,11 @@ class Distill(Task):
         return train_batches(shards, order, of, towers, store=data.store, replay=replay, captions=data.captions, **position)
 
     def part(self, batch: Batch, clock: Stopwatch, step: int) -> StepPart:
+        if batch.drawn is not None:
+            source, lacking = batch.drawn
+            counts = torch.cat([torch.bincount(source, minlength=len(self._drawn_from) - 1), lacking.sum()[None]])
+            shares = (counts / len(source)).to(self._world.device, non_blocking=True)
+            self._drawn = dict(zip(self._drawn_from, shares, strict=True))
         with clock.part("teacher"):
             teachers = [self._teach(batch, role, teacher) for role, teacher in self._teachers.items()]
         whole = self._view(batch, "student", precision.dtype(self._config.precision))
@@ -279,7 +301,7 @@ class Distill(Task):
         return self._data.objectives.weights_at(step)
 
     def values(self) -> dict[str, Tensor]:
-        return self._data.objectives.values()
+        return {**self._data.objectives.values(), **self._drawn}
 
     def state(self) -> dict[str, Tensor]:
         return self._data.objectives.state()
