@@ -55,7 +55,7 @@ OWNERS: dict[str, dict[str, str]] = {
         "open_clip.convert.convert_state_dict": "megakd.models.matching",
         "open_clip.hf_model.HFTextEncoder": "megakd.export.transformers_towers",
         "open_clip.hf_model._POOLERS": "megakd.models.architecture",
-        "open_clip.model.resize_pos_embed": "megakd.models.matching",
+        "open_clip.model.resize_pos_embed": "megakd.models.resolution",
         "open_clip.model.resize_text_pos_embed": "megakd.models.matching",
         "open_clip.modified_resnet.AttentionPool2d": "megakd.models.int8.attention",
         "open_clip.modified_resnet.ModifiedResNet": "megakd.models.patches",

@@ -26,6 +26,9 @@ def evaluate(
     pretrained: Annotated[str | None, typer.Option(help="its weights, as teacher.pretrained: a tag, a file, random")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="its tokenizer, as teacher.tokenizer; default: the model's own")] = None,
     preprocess: Annotated[str | None, typer.Option(metavar="TAG", help="the tag whose preprocessing the weights of a file take")] = None,
+    image_size: Annotated[
+        int | None, typer.Option("--image_size", min=1, help="pixels a side that it sees, as teacher.image_size; default: the model's own")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, or int8 as a teacher of mode replicated_int8; default: fp32")] = None,
     recipe: Annotated[
         str | None, typer.Option(help="with --model or a bundle: a recipe, or run.json, with the sets; default: --set's alone")
@@ -43,7 +46,10 @@ def evaluate(
 
     Starts under torchrun as well.
     """
-    of_models = {"--pretrained": pretrained, "--tokenizer": tokenizer, "--preprocess": preprocess, "--precision": precision}
+    of_models = {
+        **{"--pretrained": pretrained, "--tokenizer": tokenizer, "--preprocess": preprocess},
+        **{"--image_size": image_size, "--precision": precision},
+    }
     of_others = {"--recipe": recipe, "--out": out}
     if (run is None) == (model is None):
         raise ValueError("give either a run folder, or a model with --model and --pretrained, not both and not neither")
@@ -77,7 +83,8 @@ def evaluate(
         from megakd.recipe import Teacher
 
         mode = "replicated_int8" if precision == "int8" else "replicated"
-        settings = Teacher(model=model, pretrained=pretrained, tokenizer=tokenizer, preprocess=preprocess, mode=mode)
+        size = None if image_size is None else (image_size, image_size)
+        settings = Teacher(model=model, pretrained=pretrained, tokenizer=tokenizer, preprocess=preprocess, image_size=size, mode=mode)
         evaluate_model(settings, recipe, overrides or [], out, chosen)
 
 

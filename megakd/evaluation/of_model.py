@@ -71,6 +71,8 @@ def evaluate_model(
         scores["parameters"] = parameters_in(outline)
         size = measured.of(built.clip, scores["images_per_second"], model=name, parameters=scores["parameters"])
         results = {"model": name, "pretrained": settings.pretrained, "sets": sets_of(scored), **scores, "models": {"model": size}}
+        if settings.image_size is not None:
+            results["image_size"] = list(settings.image_size)
         if isinstance(settings, Teacher) and settings.int8:
             results["precision"] = "int8"
         if benchmark is not None:

@@ -69,6 +69,22 @@ def check(config: Mapping[str, Any], named: str, *, written: bool) -> None:
         raise ValueError("\n".join(f"{named}.{problem}" for problem in problems[:12]) + more)
 
 
+def nearest(size: tuple[int, int], step: tuple[int, int]) -> str:
+    """For messages: the two sizes of whole steps around `size`, or the one where the smaller would be nothing. step: a patch's sides."""
+    below = tuple(side // of * of for side, of in zip(size, step, strict=True))
+    above = tuple(-(-side // of) * of for side, of in zip(size, step, strict=True))
+    return " and ".join(str(list(found)) for found in (below, above) if min(found) > 0)
+
+
+def check_whole(size: tuple[int, int], step: tuple[int, int], key: str) -> None:
+    """Raises ValueError, with the two nearest sizes, where patches do not cover the image. key: what the message begins with."""
+    if any(side % of for side, of in zip(size, step, strict=True)):
+        raise ValueError(
+            f"{key}: images of {size[0]} x {size[1]} pixels are no whole patches of {step[0]} x {step[1]}; the nearest sizes that are: "
+            f"{nearest(size, step)}"
+        )
+
+
 def _problems(config: Mapping[str, Any], written: bool) -> Iterator[str]:
     for key in REQUIRED:
         if key not in config or (config[key] is None and TOP[key] is dict):

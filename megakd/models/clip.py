@@ -22,7 +22,7 @@ from open_clip import get_model_config, list_pretrained_tags_by_model
 from open_clip.transform import PreprocessCfg
 from torch import nn
 
-from megakd.models import architecture, casts, image_only, preprocessing, pretrained
+from megakd.models import architecture, casts, image_only, preprocessing, pretrained, resolution
 from megakd.models.int8.migration import Originals
 from megakd.models.matching import Match, errors_of
 from megakd.models.pretrained import HUB, LOCAL, RANDOM, WEIGHT_SUFFIXES
@@ -93,7 +93,7 @@ def resolve(settings: Model, role: str) -> ModelSpec:
     _check_weights(settings, role)
     tokenize = tokenizer(settings, config, role) if "text_cfg" in config else image_only.no_words
     description = ModelSpec(role, settings, config, preprocess, tokenize)
-    if settings.architecture is not None or ":" in (settings.model or ""):
+    if settings.architecture is not None or settings.image_size is not None or ":" in (settings.model or ""):
         # Mistakes that `architecture.check` does not know show when the model is built, here without memory for its weights.
         with torch.random.fork_rng(devices=[]):
             on_meta(description)
@@ -107,6 +107,9 @@ def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str,
     config, stored = _configuration(settings, role)
     named = f"{role}.architecture" if settings.architecture is not None else f"{role}.model = {settings.model!r}: model_cfg"
     architecture.check(config, named, written=settings.architecture is not None)
+    if (resized := resolution.resized(config, settings, role)) is not config:
+        config = resized
+        architecture.check(config, f"{role}.image_size: model_cfg", written=False)
     pretrained.check_activation(settings, config, role)
     return config, preprocessing.chosen(settings, role, stored)
 
@@ -231,6 +234,7 @@ def _architecture(description: ModelSpec, device: torch.device) -> nn.Module:
         config = {"model_cfg": description.config, "preprocess_cfg": description.preprocess}
         (Path(folder) / CLIP_CONFIG).write_text(json.dumps(config), encoding="utf-8")
         model: nn.Module = open_clip.create_model(f"local-dir:{folder}", device=device, load_weights=False, pretrained_text=False)
+    resolution.set_size(model, description.settings)
     return model
 
 

@@ -20,6 +20,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from megakd.models import preprocessing, transformers_tower
+from megakd.models.architecture import check_whole
 from megakd.models.pretrained import OF_TRANSFORMERS, RANDOM, TIMM, WEIGHT_SUFFIXES, in_folder, is_file, tag_of
 from megakd.models.transformers_tower import TransformersTower
 from megakd.models.weight_kinds import recognise
@@ -213,8 +214,8 @@ def _resized(name: str, image_size: tuple[int, int], key: str, *, fixed: bool) -
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         own: Any = timm.create_model(name, num_classes=0)
         kind, patch = type(own).__name__, getattr(getattr(own, "patch_embed", None), "patch_size", None)
-        if isinstance(patch, tuple) and any(size % side for size, side in zip(image_size, patch, strict=True)):
-            raise ValueError(f"{key}: images of {image_size[0]} x {image_size[1]} pixels are no whole patches of {patch[0]} x {patch[1]}")
+        if isinstance(patch, tuple):
+            check_whole(image_size, patch, key)
         if not fixed or kind == "VisionTransformerSAM":
             return {}
         shapes = {name: tensor.shape for name, tensor in own.state_dict().items()}

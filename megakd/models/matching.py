@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from open_clip.convert import convert_state_dict
-from open_clip.model import resize_pos_embed, resize_text_pos_embed
+from open_clip.model import resize_text_pos_embed
 from torch import Tensor, nn
 
-from megakd.models import names, transformers_tower
+from megakd.models import names, resolution, transformers_tower
 from megakd.models.casts import SCALARS
 from megakd.models.image_only import SAVED_ONCE, ImageModel
 from megakd.models.transformers_tower import TransformersTower
@@ -25,6 +24,7 @@ from megakd.recipe import texts
 log = logging.getLogger("megakd.models")
 
 APPLE = "image_encoder.model."
+_OF_TEXT = ("positional_embedding", "text.positional_embedding")
 
 
 @contextlib.contextmanager
@@ -67,21 +67,29 @@ class Match:
             raise ValueError(f"{weights.origin}: these are not the weights of this architecture. {summary}.{others}")
         for name, shape in expected.items():
             if name in shapes and shapes[name] != shape and name not in SCALARS:
-                log.warning("%s: %s is interpolated from %s to %s positions", weights.origin, name, shapes[name][0], shape[0])
+                log.warning("%s: %s is interpolated from %s to %s positions", weights.origin, name, shapes[name][-2], shape[-2])
 
     def _fits(self, name: str) -> bool:
         have, want = self._weights.shapes[name], self._expected[name]
         if have == want or (name in SCALARS and torch.Size(have).numel() == 1):
             return True
-        if self._resizer(name) is None or not len(have) == len(want) == 2 or have[1] != want[1] or not have[0]:
-            return False
-        return name != "visual.positional_embedding" or (have[0] > 1 and math.isqrt(have[0] - 1) ** 2 == have[0] - 1)
+        if name in _OF_TEXT:
+            return len(have) == len(want) == 2 and have[1] == want[1] and have[0] > 0
+        return resolution.fits(name, have, want, self._model)
 
-    def _resizer(self, name: str) -> Callable[[dict[str, Tensor], nn.Module], None] | None:
-        """open_clip's own interpolation for a model of another resolution or context."""
-        if name == "visual.positional_embedding" and hasattr(self._model.visual, "grid_size"):
-            return resize_pos_embed  # type: ignore[no-any-return]
-        return resize_text_pos_embed if name in ("positional_embedding", "text.positional_embedding") else None
+    def _resizer(self, name: str) -> Callable[[Tensor], Tensor]:
+        """open_clip's own interpolation for a model of another context, `resolution`'s for one of another image size."""
+        resize = self._of_context(name) if name in _OF_TEXT else resolution.resizer(name, self._model)
+        assert resize is not None, f"{name}: fits"
+        return resize
+
+    def _of_context(self, name: str) -> Callable[[Tensor], Tensor]:
+        def resize(tensor: Tensor) -> Tensor:
+            state = {name: tensor.float()}
+            resize_text_pos_embed(state, self._model)
+            return state[name]
+
+        return resize
 
     def read(self, name: str) -> Tensor:
         """The file's tensor in the model's shape, in the file's type. Raises ValueError when it holds what no trained model does."""
@@ -98,13 +106,10 @@ class Match:
             check_values(name, tensor, origin)
             if tensor.shape == expected or name in SCALARS:
                 return tensor.reshape(expected)
-            resize = self._resizer(name)
-            assert resize is not None
-            resized = {name: tensor.float()}
-            resize(resized, self._model)
-            if resized[name].shape != expected:
+            resized = self._resizer(name)(tensor)
+            if resized.shape != expected:
                 raise ValueError(f"{origin}: {name} of shape {tuple(tensor.shape)} cannot be resized to {expected}")
-            return resized[name]
+            return resized
 
     def read_into(self, model: nn.Module) -> None:
         """Copy all values into a model that is in memory, in the model's types. Raises ValueError as `read` does."""

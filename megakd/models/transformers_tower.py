@@ -25,6 +25,7 @@ from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 
+from megakd.models.architecture import check_whole
 from megakd.models.names import Part, Renamed
 from megakd.models.weights import INDEX_SUFFIX, Shape, Weights
 from megakd.recipe import texts
@@ -308,8 +309,9 @@ def _check_size(vision: Mapping[str, Any], key: str) -> None:
     rows, columns = (patch, patch) if isinstance(patch, int) else (int(patch[0]), int(patch[1]))
     if kind.resizes is None and (height, width) != own:
         raise ValueError(f"{key}: {kind.model} takes images of {own[0]} x {own[1]} alone, and they are {height} x {width}")
-    if min(height, width) < 1 or height % rows or width % columns:
+    if min(height, width) < 1:
         raise ValueError(f"{key}: images of {height} x {width} pixels are no whole patches of {rows} x {columns}")
+    check_whole((height, width), (rows, columns), key)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ def model(settings: M, role: str) -> M:
         raise ValueError(f"{role}.recipe = {settings.recipe!r}: has no [student], and so trains no {role}: name another recipe")
     trained = model(first, "student")
     source = {name: getattr(trained, name) for name in ("model", "architecture", "pretrained", "recipe")}
-    kept = {name: getattr(settings, name) or getattr(trained, name) for name in ("tokenizer", "preprocess")}
+    kept = {name: getattr(settings, name) or getattr(trained, name) for name in ("tokenizer", "preprocess", "image_size")}
     return settings.model_copy(update={**source, **kept})
 
 

@@ -23,8 +23,6 @@ from megakd.recipe.section import (
     Weight,
 )
 
-OF_IMAGES = ("timm:", "transformers:")  # how the names of teachers begin that have no text tower
-
 
 class Preprocess(Section):
     """How images were prepared for a model's weights; what is left out is the tag's, the folder's or open_clip's default."""
@@ -51,12 +49,21 @@ class Model(Section):
         None,
         description="images for weights of a file: a table, or the tag they are (TAG, MODEL:TAG); default: what all tags share",
     )
+    image_size: ImageSize | None = Field(
+        None,
+        description="pixels a side, or [height, width], of the images that a named model sees; its positions are interpolated as "
+        "open_clip, timm or transformers do; default: its own. An architecture has it in vision_cfg",
+    )
     recipe: str | None = Field(None, description="recipe that trains this model first when the folder of `model` is not there yet")
 
     @model_validator(mode="after")
     def _describes_one_model(self) -> Model:
         if (self.model is None) == (self.architecture is None):
             raise ValueError("give either `model` (a name) or `architecture` (a table), not both and not neither")
+        if self.image_size is not None and self.architecture is not None:
+            raise ValueError(
+                f"image_size = {list(self.image_size)} is for named models; write it as architecture.vision_cfg.image_size, not here"
+            )
         if isinstance(self.preprocess, Preprocess) and self.preprocess.std is not None and min(self.preprocess.std) <= 0:
             raise ValueError(f"preprocess.std = {list(self.preprocess.std)}: pixels are divided by it; give numbers above 0")
         if self.recipe is not None and not (self.model or "").startswith("local-dir:"):
@@ -98,11 +105,6 @@ class Teacher(Model):
     )
     offload: bool = Field(False, description="zero3: keep this rank's part in CPU memory between uses")
     ds_config: str | None = Field(None, description="zero3: the teacher's DeepSpeed JSON; default: as ds_configs/teacher_zero3.json")
-    image_size: ImageSize | None = Field(
-        None,
-        description="timm:NAME, transformers:FOLDER: pixels a side, or [height, width], of the images that it sees; its positions are "
-        "interpolated; default: those of its tag, of its processor",
-    )
     patch_grid: GridSize | None = Field(
         None,
         description="rows and columns that its patch tokens and its attention are averaged to, by area; default: the tower's own; a store "
@@ -138,11 +140,6 @@ class Teacher(Model):
             raise ValueError(
                 f"{key} is for int8 weights, and mode is {self.mode!r}: set mode to {INT8_MODES}, or {key} to "
                 f"{type(self).model_fields[key].default}"
-            )
-        if self.image_size is not None and not (self.model or "").startswith(OF_IMAGES):
-            raise ValueError(
-                f"image_size = {list(self.image_size)} is for teachers of images alone (timm:NAME, transformers:FOLDER): the positions of "
-                f"others are of one size; take it out, and name a model of that size, such as ViT-L-14-336"
             )
         if self.entropy is not None and self.scale != MATCHED:
             raise ValueError(f"entropy = {self.entropy:g} is what a matched scale aims at: set scale to 'matched', or take entropy out")

@@ -72,6 +72,7 @@ _REFUSED = (
     *(f"views.{key}" for key in _VIEWS),
     *(f"student.{key}" for key in ("model", "architecture", "pretrained", "tokenizer", "max_scale", *_PREPROCESS)),
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_REFUSED),
+    "student.image_size",
     *objectives.keys(),
     *(f"schedules.*.{key}" for key in Schedule.model_fields),
     *(f"decoder.{key}" for key in ("model", "architecture", "tokenizer", "adapt", "quantise", "image_tokens", "layer", "template")),

@@ -86,6 +86,16 @@ def test_the_flops_of_a_vit_are_those_of_the_formula(small: planner.Plan) -> Non
     assert small.job.teachers[0].text.flops == vit_flops(512, 12, 77, 512)
 
 
+def test_a_named_model_of_another_image_size_is_counted_with_its_patches() -> None:
+    plan = planned(
+        student={"model": "ViT-S-32", "image_size": 448}, teacher={"model": "ViT-B-32", "pretrained": "random", "image_size": [64, 96]}
+    )
+    assert plan.job.teachers[0].image.flops == vit_flops(768, 12, 1 + 2 * 3, 512) + 2 * 6 * 3 * 32 * 32 * 768
+    own, text = planned().job.student, vit_flops(384, 12, 77, 384)
+    assert plan.job.student.flops - text == vit_flops(384, 12, 1 + 14 * 14, 384) + 2 * 196 * 3 * 32 * 32 * 384
+    assert plan.job.student.saved > 2 * own.saved
+
+
 def test_a_training_step_costs_three_forwards_and_one_more_where_blocks_are_computed_again(
     small: planner.Plan, checkpointed: planner.Plan
 ) -> None:

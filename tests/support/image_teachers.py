@@ -29,11 +29,15 @@ default_cfgs = generate_default_cfgs({
     "megakd_tiny_swin.first": {**_OF_IMAGES, "input_size": (3, 48, 48), "hf_hub_id": "timm/"},
     "megakd_tiny_sam.first": {**_OF_IMAGES, "input_size": (3, 48, 48), "hf_hub_id": "timm/"},
     "megakd_tiny_hiera.first": {**_OF_IMAGES, "input_size": (3, 64, 64), "hf_hub_id": "timm/"},
+    # As timm's SigLIP: a name for each size, of one model.
+    "megakd_sized_patch16_32": {**_OF_IMAGES, "input_size": (3, 32, 32)},
+    "megakd_sized_patch16_64": {**_OF_IMAGES, "input_size": (3, 64, 64)},
     # As timm's classifiers: tags with a head, and with preprocessing of their own.
     "megakd_tiny_classifier.first": {**_OF_IMAGES, **HALVES, "num_classes": 7, "input_size": (3, 32, 32), "hf_hub_id": "timm/"},
     "megakd_tiny_classifier.second": {**_OF_IMAGES, "num_classes": 7, "input_size": (3, 32, 32), "hf_hub_id": "timm/", "custom_load": "hf"},
 })  # fmt: skip
 _SHAPE = {"embed_dim": 48, "depth": 3, "num_heads": 3}
+_SIGLIP = {**_SHAPE, "patch_size": 16, "class_token": False}
 
 
 def _built(kind: Any, name: str, settings: dict[str, Any], **shape: Any) -> nn.Module:
@@ -46,6 +50,16 @@ def megakd_tiny_dino(**settings: Any) -> nn.Module:
     """As DINOv2's giant: registers, layer scales, SwiGLU, patches of 14 pixels."""
     own = {"reg_tokens": 4, "init_values": 0.5, "no_embed_class": True, "mlp_layer": SwiGLU, "mlp_ratio": 2, "patch_size": 14}
     return _built(VisionTransformer, "megakd_tiny_dino", settings, **own, **_SHAPE)
+
+
+@register_model
+def megakd_sized_patch16_32(**settings: Any) -> nn.Module:
+    return _built(VisionTransformer, "megakd_sized_patch16_32", {"global_pool": "map", **settings}, **_SIGLIP)
+
+
+@register_model
+def megakd_sized_patch16_64(**settings: Any) -> nn.Module:
+    return _built(VisionTransformer, "megakd_sized_patch16_64", {"global_pool": "map", **settings}, **_SIGLIP)
 
 
 @register_model
