@@ -97,7 +97,8 @@ def _answerer(bundle: Bundle, scored: Scored, world: World, fingerprint: dict[st
     look: Callable[[Tensor], Tensor] | None = None
     images, dtype = None, precision.dtype(precision.of(world.device))
     if bundle.towers is not None:
-        look, images = bundle.see, ImageProcessor(bundle.towers.preprocess, scored.data)
+        look = bundle.see
+        images = ImageProcessor(bundle.towers.preprocess, scored.data, bundle.decoder.settings.image_fit)
         dtype = pixel_dtype(bundle.towers.clip.visual)  # type: ignore[arg-type]
     settings = scored.evaluation
     return evaluate.Answerer(

@@ -19,14 +19,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megakd.data.bad_samples import BadSample
-from megakd.data.transforms import as_rgb, evaluation_pixels, normalise
+from megakd.data.image_fit import fitted_pixels
+from megakd.data.transforms import as_rgb, normalise
 from megakd.export import clip_folder
 from megakd.export import manifest as manifests
 from megakd.export.manifest import ADAPTER, LANGUAGE, PROJECTOR, TOKENIZER, TOWER
@@ -195,7 +198,7 @@ class Bundle:
     def answer(
         self, images: Sequence[Image.Image | None], prompts: Sequence[str], max_new_tokens: int = 10, *, short: bool = False
     ) -> list[str]:
-        """One greedy answer for each question. images: None, or an image of any size, which gets the tower's own preprocessing.
+        """One greedy answer for each question. images: None, or an image of any size, fitted as in training (`image_fit`).
 
         short: the recipe's `decoder.instruction` follows each question, as in training on sets with short answers. A decoder without a
         vision tower is asked without the images. Raises ValueError for a question that does not fit `max_length`, naming it.
@@ -223,10 +226,13 @@ class Bundle:
             return None
         visual: Any = self.towers.clip.visual
         blank = torch.zeros(3, *image_size(visual), dtype=torch.uint8)
-        preprocess = self.towers.preprocess
-        seen = [None if image is None else evaluation_pixels(as_rgb(image, self.data), preprocess) for image in images]
-        rows = [blank if pixels is None else torch.from_numpy(pixels.copy()) for pixels in seen]
-        return self.see(normalise(torch.stack(rows).to(self.device), preprocess, pixel_dtype(visual)))
+        rows = [blank if image is None else torch.from_numpy(self.pixels(image).copy()) for image in images]
+        return self.see(normalise(torch.stack(rows).to(self.device), self.towers.preprocess, pixel_dtype(visual)))
+
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """(3, H, W) uint8 of an image, as the tower is shown it."""
+        assert self.towers is not None, "a decoder with a vision tower"
+        return fitted_pixels(as_rgb(image, self.data), self.towers.preprocess, self.decoder.settings.image_fit)
 
     @torch.no_grad()
     def see(self, pixels: Tensor) -> Tensor:

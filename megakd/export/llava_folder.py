@@ -28,13 +28,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from megakd.data.transforms import evaluation_pixels, normalise
+from megakd.data.transforms import normalise
 from megakd.export.bundle import Bundle, resolve_bundle
 from megakd.export.llava_prompts import ANSWER_TOKENS, OTHERWISE, Trial, asked, processor_of, strategy, trial_of
 from megakd.export.transformers_layers import NotMapped, Part
 from megakd.export.transformers_towers import vision_part
 from megakd.export.trial_inputs import pictures
-from megakd.models.clip import ClipModel
 from megakd.runtime.console import LongWork
 
 CLOSE = 1e-4  # of logits in float32
@@ -71,7 +70,7 @@ def write(source: Path, folder: Path) -> list[str]:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         work.advance()
-        lines = compare(folder, bundle.towers, trial)
+        lines = compare(folder, bundle, trial)
     return [
         f"LlavaForConditionalGeneration: {type(model.model.vision_tower).__name__}, {type(model.model.language_model).__name__}",
         *lines,
@@ -182,7 +181,7 @@ def _with_rows(table: Tensor, rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def compare(folder: Path, towers: ClipModel, trial: Trial) -> list[str]:
+def compare(folder: Path, bundle: Bundle, trial: Trial) -> list[str]:
     """Raises ValueError with the first question of which the folder, as a user loads it, makes other ids, pixels, logits or an answer."""
     found: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     model, report = found
@@ -197,7 +196,7 @@ def compare(folder: Path, towers: ClipModel, trial: Trial) -> list[str]:
         places = int((inputs["input_ids"] == model.config.image_token_id).sum())
         if inputs["input_ids"].shape[1] != len(trial.ids[number]) or places != model.config.image_seq_length:
             raise ValueError(f"the folder's processor makes {inputs['input_ids'].shape[1]} ids of {text!r}, not {len(trial.ids[number])}")
-        gap = float((inputs["pixel_values"] - _pixels(towers, [image])).abs().max())
+        gap = float((inputs["pixel_values"] - _pixels(bundle, [image])).abs().max())
         if not gap <= _SAME_PIXELS * 100:
             raise ValueError(f"the folder's processor makes other pixels of an image that needs no resizing: they differ by {gap:.2g}")
         logits = model(**inputs).logits[0, -1, : len(expected)]
@@ -219,7 +218,7 @@ def compare(folder: Path, towers: ClipModel, trial: Trial) -> list[str]:
         )
     return [
         f"ids and {len(answers)} greedy answers are the bundle's; logits differ by {worst:.1g} of the largest at most",
-        _of_other_sizes(towers, processor),
+        _of_other_sizes(bundle, processor),
     ]
 
 
@@ -229,20 +228,22 @@ def _quietly(processor: Any, **given: Any) -> Any:
         return processor(**given, return_tensors="pt")
 
 
-def _pixels(towers: ClipModel, images: list[Image.Image]) -> Tensor:
+def _pixels(bundle: Bundle, images: list[Image.Image]) -> Tensor:
     """(B, 3, H, W) by the bundle's own preprocessing."""
-    rows = [torch.from_numpy(evaluation_pixels(image, towers.preprocess).copy()) for image in images]
-    return normalise(torch.stack(rows), towers.preprocess, torch.float32)
+    assert bundle.towers is not None
+    rows = [torch.from_numpy(bundle.pixels(image).copy()) for image in images]
+    return normalise(torch.stack(rows), bundle.towers.preprocess, torch.float32)
 
 
-def _of_other_sizes(towers: ClipModel, processor: Any) -> str:
+def _of_other_sizes(bundle: Bundle, processor: Any) -> str:
     """How far the processor's resizing is from that in training."""
     images = pictures()
-    std = torch.tensor(towers.preprocess.std).view(3, 1, 1)
+    assert bundle.towers is not None
+    std = torch.tensor(bundle.towers.preprocess.std).view(3, 1, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-    levels = ((theirs - _pixels(towers, images)) * std * 255).abs()
+    levels = ((theirs - _pixels(bundle, images)) * std * 255).abs()
     return (
         f"pixels of {len(images)} pictures of other sizes differ by {float(levels.mean()):.2f} of 255 levels in the mean, "
         f"{float(levels.max()):.0f} at most"

@@ -6,17 +6,19 @@ Legend: P image tokens, L tokens of a prompt.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from open_clip.transform import PreprocessCfg
 from PIL import Image
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import LlavaProcessor
+from transformers import LlavaImageProcessor, LlavaProcessor
 
 from megakd.data.bad_samples import BadSample
 from megakd.data.shapes.pixels import draw_picture
@@ -26,6 +28,7 @@ from megakd.data.transforms import input_size
 from megakd.export import transformers_folder
 from megakd.export.bundle import Bundle
 from megakd.export.transformers_layers import NotMapped, Part
+from megakd.recipe.vqa import ImageFit
 from megakd.vqa.prompts import stack
 
 ANSWER_TOKENS = 8
@@ -96,7 +99,7 @@ def processor_of(source: Path, bundle: Bundle, tower: Part, trial: Trial) -> Any
         tokenizer.pad_token = tokenizer.eos_token
     class_token = tower.kind == "clip"
     try:
-        images = transformers_folder.image_processor(bundle.towers.preprocess)
+        images = _image_processor(bundle.towers.preprocess, bundle.decoder.settings.image_fit)
     except NotMapped as error:
         raise ValueError(f"{source}: {error}; {OTHERWISE}") from error
     processor: Any = LlavaProcessor(
@@ -124,6 +127,21 @@ def processor_of(source: Path, bundle: Bundle, tower: Part, trial: Trial) -> Any
         f"({_after(first[0], number)[:8]} for {_after(first[1], number)[:8]}), so that no text of a processor would be what was trained: "
         f"train with a decoder.template that begins with a line break or a special token"
     )
+
+
+def _image_processor(preprocess: PreprocessCfg, fit: ImageFit) -> Any:
+    """transformers' class of a preprocessing with `decoder.image_fit`. Raises NotMapped for one that it has not."""
+    if fit == "squash":
+        return transformers_folder.image_processor(dataclasses.replace(preprocess, resize_mode="squash"))
+    processor = transformers_folder.image_processor(
+        preprocess if fit == "tower" else dataclasses.replace(preprocess, resize_mode="shortest")
+    )
+    if fit == "tower":
+        return processor
+    if processor.crop_size["height"] != processor.crop_size["width"]:
+        raise NotMapped("its pictures are padded to a tower that takes no squares (decoder.image_fit = 'pad')")
+    names = ("size", "crop_size", "image_mean", "image_std", "resample")
+    return LlavaImageProcessor(do_pad=True, **{name: getattr(processor, name) for name in names})
 
 
 def _after(ids: list[int], image: int) -> list[int]:

@@ -76,7 +76,12 @@ _REFUSED = (
     *objectives.keys(),
     *(f"schedules.*.{key}" for key in Schedule.model_fields),
     *(f"decoder.{key}" for key in ("model", "architecture", "tokenizer", "adapt", "quantise", "image_tokens", "layer", "template")),
-    *("decoder.instruction", "decoder.start", *(f"decoder.lora.{key}" for key in ("rank", "alpha", "dropout", "targets"))),
+    *(
+        "decoder.image_fit",
+        "decoder.instruction",
+        "decoder.start",
+        *(f"decoder.lora.{key}" for key in ("rank", "alpha", "dropout", "targets")),
+    ),
     *("answers.train.*.format", "answers.train.*.split", "answers.train.*.plain"),
     *("answers.weight", "answers.batch", "answers.tower"),
     *(f"answers.teacher.{key}" for key in ("weight", "divergence", "temperature", "quantise")),

@@ -284,6 +284,8 @@ class Recipe(ScheduledSections, Sources):
         sees, rates, adapt = self.student is not None, self.answers.lr, self.decoder.adapt
         if not sees and adapt == "none":
             raise ValueError("decoder.adapt = 'none' without [student]: no projector and no weights to train; set it to 'lora' or 'full'")
+        if not sees and self.decoder.image_fit != "tower":
+            raise ValueError(f"decoder.image_fit = {self.decoder.image_fit!r}: without [student] the decoder sees no picture; take it out")
         if rates.decoder is not None and adapt == "none":
             raise ValueError("answers.lr.decoder: decoder.adapt = 'none' trains nothing of the language model; take the rate out")
         if rates.projector is not None and not sees:

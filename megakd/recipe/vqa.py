@@ -21,6 +21,9 @@ else:
     Format = Literal[(*BENCHMARKS, "captions")]
 
 
+ImageFit = Literal["tower", "pad", "squash"]
+
+
 class Lora(Section):
     """Low-rank adapters on the decoder's linear layers (arXiv 2106.09685), through peft."""
 
@@ -55,6 +58,11 @@ class Decoder(Section):
         0, ge=0, le=10**6, description="tokens an image becomes: a square number, averaged over a grid; 0: every patch is one"
     )
     layer: int = Field(-2, ge=-1000, le=1000, description="the vision tower's block whose output is read; -1 is the last, LLaVA takes -2")
+    image_fit: ImageFit = Field(
+        "tower",
+        description="how a question's picture gets the tower's size. tower: as its preprocessing says, which often crops it; pad: whole, "
+        "with a border of the mean colour (LLaVA's image_aspect_ratio); squash: both sides resized",
+    )
     template: str = Field("USER: {question} ASSISTANT: ", description="what the decoder is given; the image tokens come before it")
     instruction: str = Field(
         "\nAnswer the question using a single word or phrase.", description="follows each question of a set with short answers"

@@ -1,6 +1,6 @@
 """Questions as batches: to train on, without end and resumable anywhere; and as prompts to be answered, each once.
 
-Images are resized as at test time, without crop or flip: "what is left of" and "at the edge" are answered from the whole picture.
+Images are resized as at test time (`data/image_fit.py`), without random crop or flip: "what is left of" is answered from what is there.
 
 Legend: B questions of a local batch, L tokens of a conversation, H x W the tower's input size.
 """
@@ -17,11 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from megakd.data.bad_samples import BadCounter, BadSample, located, usable
+from megakd.data.image_fit import fitted_pixels
 from megakd.data.resumable import BatchSource, Loading, ResumableBatches
 from megakd.data.sampler import Order
 from megakd.data.stream import WorkerStream, reported
-from megakd.data.transforms import evaluation_pixels, input_size, rgb_image
+from megakd.data.transforms import input_size, rgb_image
 from megakd.recipe import Data
+from megakd.recipe.vqa import ImageFit
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.prompts import Encoded, PromptEncoder, stack
 from megakd.vqa.sets import Questions, QuestionWithImage
@@ -33,10 +35,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Makes images ready for a decoder's tower: its preprocessing, and how `data` says that images are read."""
+    """Makes images ready for a decoder's tower: its preprocessing, how `data` says that images are read, and `decoder.image_fit`."""
 
     preprocess: PreprocessCfg
     data: Data
+    fit: ImageFit
 
     def pixels(self, image: bytes) -> NDArray[np.uint8]:
         """(3, H, W). Raises BadSample: corrupt_image, too_large."""
@@ -47,7 +50,7 @@ class ImageProcessor:
         return rgb_image(image, self.data)
 
     def pixels_of(self, picture: Image.Image) -> NDArray[np.uint8]:
-        return evaluation_pixels(picture, self.preprocess)
+        return fitted_pixels(picture, self.preprocess, self.fit)
 
     def blank(self) -> NDArray[np.uint8]:
         """(3, H, W) of zeros, in the place of a missing image."""

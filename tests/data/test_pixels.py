@@ -151,7 +151,7 @@ def test_training_evaluation_and_questions_see_the_same_pixels(orientation: str,
         image, _ = decoded(Sample("here", {"image": data}), None, data_as)
         seen = train_pixels(image, Augmentation((0, 0, *image.size), False), (16, 16, int(Image.Resampling.BICUBIC)))
         assert np.array_equal(seen, evaluation_pixels(rgb_image(data, data_as), view))
-        assert np.array_equal(seen, ImageProcessor(view, data_as).pixels(data))
+        assert np.array_equal(seen, ImageProcessor(view, data_as, "tower").pixels(data))
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])

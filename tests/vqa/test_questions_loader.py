@@ -21,7 +21,7 @@ from support.questions import mixture, source, talk, write
 from support.shards import bomb_png, jpeg, write_set
 
 PREPROCESS = PreprocessCfg(size=(24, 20), resize_mode="squash")
-EYES = ImageProcessor(PREPROCESS, Data(max_pixels=50_000))
+EYES = ImageProcessor(PREPROCESS, Data(max_pixels=50_000), "tower")
 BATCH, P = 8, 4
 pytestmark = pytest.mark.usefixtures("no_process_is_left")
 

@@ -23,8 +23,8 @@ from support import questions as files
 from support.questions import mixture, source
 from support.shards import write_set
 
-EYES = ImageProcessor(PreprocessCfg(size=(24, 20), resize_mode="squash"), Data(max_pixels=50_000))
-LARGER = ImageProcessor(PreprocessCfg(size=(40, 40), resize_mode="shortest"), Data(max_pixels=50_000))
+EYES = ImageProcessor(PreprocessCfg(size=(24, 20), resize_mode="squash"), Data(max_pixels=50_000), "tower")
+LARGER = ImageProcessor(PreprocessCfg(size=(40, 40), resize_mode="shortest"), Data(max_pixels=50_000), "tower")
 BATCH = 8
 pytestmark = pytest.mark.usefixtures("no_process_is_left")
 

@@ -46,6 +46,7 @@ from megakd.vqa.sets import Mixture, open_mixture, question_order
 
 _COMPARED = 20  # questions on which the bundle's tokenizer is compared with the run's
 _PARTS = {"tower": "clip.visual.", "projector": "decoder.projector.", "decoder": "decoder.language."}  # of which `answers.lr` gives rates
+_FITTED = {"tower": "", "pad": ", padded and whole,", "squash": ", squashed,"}
 _ADAPTED = {"lora": "LoRA", "none": "frozen", "full": "all weights"}
 
 
@@ -85,11 +86,12 @@ class AnswerData:
 
     def preview(self, world: World) -> list[str]:
         first, outline, longest = self.train[0], self.outline, self.settings.max_length
+        fit = self.decoder.settings.image_fit
         learned = sum(parameter.numel() for parameter in outline.parameters() if parameter.requires_grad)
         return [
             f"decoder: {self.decoder.settings.model or 'own architecture'}, {clip.parameters_in(outline.language):,} parameters with its "
-            f"adapters, {learned:,} trained with the projector; an image becomes {outline.image_tokens} tokens, which leaves "
-            f"{longest - outline.image_tokens} of {longest} to question and answer",
+            f"adapters, {learned:,} trained with the projector; an image{_FITTED[fit]} becomes {outline.image_tokens} tokens, which "
+            f"leaves {longest - outline.image_tokens} of {longest} to question and answer",
             *([] if self.teacher is None else [self.teacher.describe()]),
             *self.notes,
             f"questions to learn: {len(self.train)}, for example {first.text!r} -> {first.answer!r}",
@@ -120,7 +122,8 @@ def prepare(
     visual: Any = None
     images = None
     if student is not None:
-        visual, images = clip.on_meta(student).clip.visual, ImageProcessor(preprocessing(student), recipe.data)
+        visual = clip.on_meta(student).clip.visual
+        images = ImageProcessor(preprocessing(student), recipe.data, settings.image_fit)
     outline = decoder.build(description, visual, torch.device("meta"))
     encoder = PromptEncoder(description.tokenizer, description.settings, outline.image_tokens, answers.max_length)
     _check_length(recipe, answers, description)

@@ -82,7 +82,7 @@ def prepare(answers: Answers, settings: AnswerTeacher, student: DecoderModel, da
         )
     limit = "max_position_embeddings of answers.teacher"
     encoder = PromptEncoder(spec.decoder.tokenizer, spec.decoder.settings, outline.image_tokens, positions or _UNLIMITED, spec.rules, limit)
-    eyes = None if spec.tower is None else ImageProcessor(preprocessing(spec.tower), data)
+    eyes = None if spec.tower is None else ImageProcessor(preprocessing(spec.tower), data, spec.decoder.settings.image_fit)
     return AnswerTeacherData(settings, spec, outline, TeacherReader(encoder, eyes), words, notes)
 
 

@@ -104,7 +104,7 @@ def ours(world: Path, bundle: Path, documents: Path, out: Path) -> dict[str, Any
     loaded = Bundle.load(bundle, CPU)
     assert loaded.towers is not None
     look = partial(patch_tokens, loaded.towers.clip.visual, layer=loaded.decoder.settings.layer)
-    eyes = ImageProcessor(loaded.towers.preprocess, Data(max_pixels=10**6))
+    eyes = ImageProcessor(loaded.towers.preprocess, Data(max_pixels=10**6), loaded.decoder.settings.image_fit)
     questions = shapes(world, documents / "questions.json", documents / "annotations.json")
     one = Answerer(loaded.decoder, look, loaded.prompts, eyes, CPU, torch.float32, 8, LONGEST, {"bundle": str(bundle)})
     source = QuestionSource(format="vqav2", questions="unused")

@@ -62,7 +62,7 @@ def answerer(folder: Path, batch: int, seconds: float = 0.0, *, blind: bool = Fa
                 parameter.mul_(8.0)
     look: Callable[[Tensor], Tensor] | None = None if blind else partial(patches.patch_tokens, tower, layer=-1)
     conversations = PromptEncoder(description.tokenizer, settings, built.image_tokens, 64)
-    eyes = None if blind else ImageProcessor(PreprocessCfg(size=(24, 24), resize_mode="squash"), Data(max_pixels=50_000))
+    eyes = None if blind else ImageProcessor(PreprocessCfg(size=(24, 24), resize_mode="squash"), Data(max_pixels=50_000), "tower")
     asked = Slow(built, seconds)
     return Answerer(asked, look, conversations, eyes, torch.device("cpu"), torch.float32, batch, 6, {"seed": seed, "blind": blind})
 
