@@ -155,6 +155,8 @@ def test_noise_is_bytes_drawn_evenly_from_its_key_and_a_rectangle_never_is_the_p
         assert not first[:, 47].any()
         assert stats.chisquare(np.bincount(first[:39, :47].ravel(), minlength=256)).pvalue > 1e-3
     assert not np.array_equal(first, changed(black, erasure=Erasure(0.999, 0.999, 0.0, 0.4, 5)))
+    keys = [one.erasure.value for one in drawn(EVERYTHING, 200) if one.erasure is not None]
+    assert len(set(keys)) == len(keys) > 50
 
 
 def test_layers_and_magnitudes_come_as_asked() -> None:
