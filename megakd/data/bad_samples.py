@@ -26,6 +26,8 @@ Reason = Literal[
     "unused_members",
     "read_error",
     "bad_json",
+    "missing_embedding",
+    "bad_embedding",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 OF_CAPTIONS: tuple[Reason, ...] = ("missing_caption", "empty_caption")  # those that the indexes of shards know

@@ -9,7 +9,7 @@ Where a sample has several captions, one is drawn each time: by (seed, position)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Unpack
 
@@ -87,6 +87,7 @@ def train_batches(
     store: Store | None = None,
     replay: bool = True,
     captions: bool = True,
+    pairs: Callable[..., TrainingPairs] | None = None,
     **loading: Unpack[Loading],
 ) -> TrainBatches:
     """This rank's parts of the global batches from `start_position` on, without end. Raises what `ResumableBatches` does.
@@ -94,6 +95,7 @@ def train_batches(
     store: read its rows, and replay its augmentations instead of fresh ones, a function of (its seed, sample, epoch mod its views).
     replay: False keeps augmentations fresh, where only the store's texts are of use.
     captions: False reads none, for towers that all have `no_words` for a tokenizer.
+    pairs: makes the source of them where shards hold embeddings themselves, see `reinforced.pairs`.
     The parts of all ranks, in rank order, are the same global batch bit for bit for every number of ranks and workers.
     """
     if not towers:
@@ -108,7 +110,7 @@ def train_batches(
         tokens = {name: columns.tokens[number] for name, number in tokens_of.items()}
         return Batch(position, next_position, index, pixels, tokens, bad, columns.view, columns.stored, columns.drawn)
 
-    source = _TrainingPairs(shards, order, views, sizes, list(tokenizers.values()), store, replay, captions)
+    source = (pairs or TrainingPairs)(shards, order, views, sizes, list(tokenizers.values()), store, replay, captions)
     return ResumableBatches(source, order, to_batch, **loading)
 
 
@@ -125,18 +127,23 @@ class _PairColumns(NamedTuple):
 TrainBatches = ResumableBatches[_PairColumns, Batch]
 
 
-class _PairRows(NamedTuple):
-    """(B, 3, H, W) uint8 for each distinct input size; of the B captions the text, the number among the sample's, and `Drawn`."""
+class PairRows(NamedTuple):
+    """(B, 3, H, W) uint8 for each distinct input size; of the B captions the text, the number among the sample's, and `Drawn`.
+
+    view, stored: as in `Batch`, where shards hold embeddings themselves.
+    """
 
     pixels: list[torch.Tensor]
     captions: list[str]
     number: NDArray[np.int64]
     source: NDArray[np.int64]
     lacking: NDArray[np.bool_]
+    view: NDArray[np.int64] | None = None
+    stored: StoredRows | None = None
 
 
 @dataclass(frozen=True)
-class _TrainingPairs(BatchSource[Sample, _PairRows, _PairColumns]):
+class TrainingPairs(BatchSource[Sample, PairRows, _PairColumns]):
     shards: ShardSet
     order: Order
     views: Views
@@ -157,30 +164,38 @@ class _TrainingPairs(BatchSource[Sample, _PairRows, _PairColumns]):
     def read(self, indices: Sequence[int]) -> Iterable[Sample | BadSample]:
         return self.shards.read_each(list(indices), ("image", *self.shards.captions.needs) if self.captions else ("image",))
 
-    def allocate(self, count: int) -> _PairRows:
+    def allocate(self, count: int) -> PairRows:
         pixels = [torch.empty((count, 3, height, width), dtype=torch.uint8) for height, width, _ in self.sizes]
-        return _PairRows(pixels, [""] * count, np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.bool_))
+        return PairRows(pixels, [""] * count, np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.bool_))
 
-    def fill(self, rows: _PairRows, row: int, position: int, index: int, item: Sample) -> None:
+    def fill(self, rows: PairRows, row: int, position: int, index: int, item: Sample) -> None:
         image, captions = decoded(item, self.shards.captions if self.captions else None, self.shards.data)
         if captions is not None:
-            policy, (seed, place) = self.shards.captions, self._caption_place(position, index)
-            rows.number[row] = number = policy.draw(captions, seed, place)
-            rows.captions[row], rows.source[row] = captions.texts[number], captions.source[number]
-            rows.lacking[row] = len(set(captions.source)) < len(policy.sources)
+            self.say(rows, row, captions, *self._caption_place(position, index))
         augmentation = self._augmentation(position, index, *image.size)
         for pixels, size in zip(rows.pixels, self.sizes, strict=True):
             pixels[row].numpy()[...] = train_pixels(image, augmentation, size)
 
-    def collate(self, rows: _PairRows, positions: range, index_B: NDArray[np.int64]) -> _PairColumns:
+    def say(self, rows: PairRows, row: int, captions: Captions, seed: int, place: tuple[int, int]) -> int:
+        """Draw one of a sample's captions into its row. Returns its number among them."""
+        number = rows.number[row] = self.shards.captions.draw(captions, seed, place)
+        rows.captions[row], rows.source[row] = captions.texts[number], captions.source[number]
+        rows.lacking[row] = len(set(captions.source)) < len(self.shards.captions.sources)
+        return int(number)
+
+    def collate(self, rows: PairRows, positions: range, index_B: NDArray[np.int64]) -> _PairColumns:
         tokens = [tokenize(rows.captions).long() for tokenize in self.tokenizers]
         several = self.captions and len(self.shards.captions.sources) > 1
         drawn = Drawn(torch.from_numpy(rows.source), torch.from_numpy(rows.lacking)) if several else None
+        view, stored = self.recalled(rows, positions, index_B)
+        return _PairColumns(rows.pixels, tokens, view, stored, drawn)
+
+    def recalled(self, rows: PairRows, positions: range, index_B: NDArray[np.int64]) -> tuple[torch.Tensor | None, StoredRows | None]:
+        """The views of a store that are replayed, and its rows of them."""
         if self.store is None:
-            return _PairColumns(rows.pixels, tokens, None, None, drawn)
+            return None, None
         view = np.array([self.store.view_at(position, self.order.epoch_length) for position in positions], np.int64)
-        stored = self.store.read(index_B, view, rows.number)
-        return _PairColumns(rows.pixels, tokens, torch.from_numpy(view), stored, drawn)
+        return torch.from_numpy(view), self.store.read(index_B, view, rows.number)
 
     def _augmentation(self, position: int, index: int, width: int, height: int) -> Augmentation:
         if self.store is None or not self.replay:

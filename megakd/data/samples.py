@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from megakd.data.tar_members import BLOCK, Hole, Member
 
-Slot = str  # of SLOTS, or the extension of a further member that captions are read from
+Slot = str  # of SLOTS, or the extension of a further member
 SLOTS: tuple[Slot, ...] = ("image", "caption", "json", "cls")
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"})
 # webdataset's rule: the key is the folder and the base name up to its first dot, the extension is the rest
@@ -23,6 +23,8 @@ def slots_of(captions: tuple[str, ...]) -> dict[str, Slot]:
     """The slots of the members, by extension, that captions are read from: the first is "caption", others are called as their extension."""
     return {captions[0]: "caption", **{extension: extension for extension in captions[1:]}}
 
+
+_ADDRESS = "url.txt"  # DataComp's member, where the image was; no caption of a key with a dot
 
 # Where a member's bytes are: (offset, size, sparse or not).
 BytesPlace = tuple[int, int, bool]
@@ -60,13 +62,13 @@ class SampleBuilder:
 
     The same name once more, as in shards appended to each other, begins another sample of that key. Of two images of a sample under
     different extensions the first counts. Links are followed inside the tar. A sample that damage made incomplete counts as lost.
-    captions: extensions of the members that captions are read from; a sample needs one of them.
+    captions: extensions of the members that captions are read from; a sample needs one of them. further: of others that are kept as well.
     """
 
-    def __init__(self, captions: tuple[str, ...]) -> None:
+    def __init__(self, captions: tuple[str, ...], further: tuple[str, ...] = ()) -> None:
         self.rows: list[TarSample] = []
         self.losses = Losses()
-        self._captions = slots_of(captions)
+        self._captions, self._further = slots_of(captions), frozenset(further)
         self._texts = {extension.rpartition(".")[2] for extension in captions} - {"json"}  # a further .json of a sample is no lost caption
         self._row_of: dict[str, int] = {}
         self._places: dict[str, BytesPlace] = {}
@@ -133,6 +135,8 @@ class SampleBuilder:
     def _slot(self, extension: str) -> Slot | None:
         if extension in self._captions:
             return self._captions[extension]
+        if extension in self._further:
+            return extension
         if extension in IMAGES:
             return "image"
         return "json" if extension == "json" else "cls" if extension == "cls" else None
@@ -143,7 +147,7 @@ class SampleBuilder:
     def _count_other(self, key: str, extension: str, name: str) -> None:
         """A member of another kind, or one whose key has a dot, at which webdataset ends it."""
         more, dot, last = extension.rpartition(".")
-        if dot and self._looks_like_data(last):
+        if dot and self._looks_like_data(last) and not (self._further and extension == _ADDRESS):
             _, kinds, _ = self._dotted.setdefault(f"{key}.{more}", (key, set(), name))
             kinds.add("image" if last in IMAGES else "caption")
 
@@ -190,7 +194,7 @@ class SampleBuilder:
         if not self._holes:
             return set()
         there = [row for number, row in enumerate(self.rows) if number not in empty]
-        known: set[Slot] = {*SLOTS, *self._captions.values()}
+        known: set[Slot] = {*SLOTS, *self._captions.values(), *self._further}
         needed = {"image", "caption"} if len(self._captions) == 1 else {"image"}
         expected = {slot for slot in known if there and sum(slot in row.slots for row in there) * 2 >= len(there)} or needed
         partial = {number for number, row in enumerate(self.rows) if number not in empty and not expected <= set(row.slots)}

@@ -26,7 +26,7 @@ from megakd.data.captions import CaptionPolicy
 from megakd.data.patterns import expand, expand_with_stats
 from megakd.data.samples import Slot
 from megakd.data.storage import Reader, Stat, shown
-from megakd.data.tar_index import HEADER, SPARSE, IndexRows, Known
+from megakd.data.tar_index import HEADER, SPARSE, Further, IndexRows, Known
 from megakd.data.tar_members import expand as expand_sparse
 from megakd.recipe import Data
 from megakd.recipe.credentials import unsigned
@@ -40,6 +40,7 @@ _LARGEST_GAP = 64 << 10  # bytes between two members that are read at once
 _CHANGED = "the shard has changed since it was indexed"
 _UNREADABLE = "check the disk or the network, and its permissions"
 _REMOTE_READS = 16  # requests under way at a time
+_OF_DR = ". DataCompDR's own tars hold neither: unpack each with DataComp's tar of that number, and pack both into one"
 
 log = logging.getLogger("megakd.data")
 
@@ -72,10 +73,13 @@ class ShardSet:
     captions: CaptionPolicy
     lacking: dict[str, tuple[int, str]]
     _reader: Reader
+    further: Further = ()  # members that may be read beside those, each by its extension
     _rows: OrderedDict[int, IndexRows] = field(default_factory=OrderedDict)
 
     @classmethod
-    def open(cls, data: Data, rank: int, world: int, barrier: Callable[[], None], *, captions: bool = True) -> ShardSet:
+    def open(
+        cls, data: Data, rank: int, world: int, barrier: Callable[[], None], *, captions: bool = True, further: Further = ()
+    ) -> ShardSet:
         """The training set `data.train`, whose samples need an image and, unless `captions` is False, a caption.
 
         Raises ValueError for missing, compressed or empty shards, and when more than data.max_bad_fraction of the samples lack either.
@@ -83,7 +87,7 @@ class ShardSet:
         if data.train is None:
             raise ValueError("data.train: missing; give image-text shards, such as '/data/cc12m/{00000..01242}.tar'")
         try:
-            shards = cls.open_set(data.train, data, rank, world, barrier, captions=captions, policy=CaptionPolicy.of(data))
+            shards = cls.open_set(data.train, data, rank, world, barrier, captions=captions, policy=CaptionPolicy.of(data), further=further)
         except ValueError as error:
             raise ValueError(f"data.train: {error}") from error
         if not captions:
@@ -95,6 +99,7 @@ class ShardSet:
             raise ValueError(
                 f"data.train = {data.train!r}: none of the {len(shards)} samples has {needed} "
                 f"({shards.known_bad.by_reason() or 'the shards are empty'}). {read_from}Example: {shards.known_bad.example}"
+                f"{_OF_DR if further else ''}"
             )
         shards.known_bad.check(data.max_bad_fraction, at_least=1)
         return shards
@@ -110,6 +115,7 @@ class ShardSet:
         *,
         captions: bool = False,
         policy: CaptionPolicy | None = None,
+        further: Further = (),
     ) -> ShardSet:
         """Any set; `data` gives caption, cache and max_pixels. captions: missing ones are logged. policy: where they are; default: caption.
 
@@ -120,10 +126,10 @@ class ShardSet:
         named, policy = expand_with_stats(patterns), policy or CaptionPolicy.member(data.caption)
         failure: ValueError | OSError | None = None
         try:
-            new = [shard for shard in named[rank::world] if tar_index.load_checked(*shard, policy.members, data.cache) is None]
+            new = [shard for shard in named[rank::world] if tar_index.load_checked(*shard, policy.members, data.cache, further) is None]
             with LongWork("indexing", sum(stat.size for _, stat in new), "bytes") as work:
                 for name, stat in new:
-                    tar_index.build(name, stat, policy.members, data.cache, work.advance)
+                    tar_index.build(name, stat, policy.members, data.cache, further, work.advance)
         except (ValueError, OSError) as error:  # raised behind the barrier, where the others wait
             failure = error
         barrier()
@@ -133,7 +139,7 @@ class ShardSet:
             raise failure
         try:
             shards = with_progress(named, "reading the indexes", "shards")
-            indexes = [tar_index.known(_index(name, stat, policy, data.cache, tar_index.load_checked)) for name, stat in shards]
+            indexes = [tar_index.known(_index(name, stat, policy, data.cache, further, tar_index.load_checked)) for name, stat in shards]
         except OSError as error:
             raise ValueError(f"a shard cannot be read: {error}; {_UNREADABLE}") from error
         names, samples = [name for name, _ in named], [known.samples for known in indexes]
@@ -146,7 +152,7 @@ class ShardSet:
         starts = np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
         log.info("%d samples in %d shards", starts[-1], len(named))
         digest = zlib.crc32(repr([known.digest for known in indexes]).encode())
-        return cls(names, [stat for _, stat in named], data, starts, bad, digest, policy, lacking, Reader(data.cache))
+        return cls(names, [stat for _, stat in named], data, starts, bad, digest, policy, lacking, Reader(data.cache), further)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -171,7 +177,7 @@ class ShardSet:
 
     def keys(self, shard: int) -> NDArray[np.bytes_]:
         """(samples,) of a shard: their keys, of long ones the end."""
-        return np.asarray(tar_index.samples(_index(self.names[shard], self.stats[shard], self.captions, self.data.cache))["key"])
+        return np.asarray(self._samples_of(shard)["key"])
 
     def read(self, index: int, needs: tuple[Slot, ...]) -> Sample:
         """The members `needs` of sample `index`, as far as it has them.
@@ -237,12 +243,15 @@ class ShardSet:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
         rows = self._rows.get(shard)
         if rows is None:
-            rows = tar_index.samples(_index(self.names[shard], self.stats[shard], self.captions, self.data.cache))
+            rows = self._samples_of(shard)
             while len(self._rows) >= _OPEN_INDEXES:
                 self._rows.popitem(last=False)
             self._rows[shard] = rows
         row: np.void = rows[index - int(self.starts[shard])]
         return shard, row
+
+    def _samples_of(self, shard: int) -> IndexRows:
+        return tar_index.samples(_index(self.names[shard], self.stats[shard], self.captions, self.data.cache, self.further))
 
     def _label(self, shard: int, row: np.void) -> str:
         key = bytes(row["key"]).decode("utf-8", "backslashreplace")
@@ -274,10 +283,15 @@ def _content(place: _MemberPlace, data: bytes) -> bytes:
 
 
 def _index(
-    name: str, stat: Stat, policy: CaptionPolicy, cache: str | None, load: Callable[..., IndexRows | None] | None = None
+    name: str,
+    stat: Stat,
+    policy: CaptionPolicy,
+    cache: str | None,
+    further: Further,
+    load: Callable[..., IndexRows | None] | None = None,
 ) -> IndexRows:
-    rows = (load or tar_index.load)(name, stat, policy.members, cache)
-    return tar_index.build(name, stat, policy.members, cache) if rows is None else rows
+    rows = (load or tar_index.load)(name, stat, policy.members, cache, further)
+    return tar_index.build(name, stat, policy.members, cache, further) if rows is None else rows
 
 
 def _known_bad(names: list[str], indexes: list[Known]) -> BadCounter:

@@ -24,6 +24,7 @@ from megakd.data.storage import INDEX, Stat, file_label, filesystem, is_remote, 
 from megakd.runtime.files import atomic_file
 
 IndexRows = NDArray[np.void]
+Further = tuple[str, ...]  # extensions of members beside those of `samples.SLOTS` and the captions'
 
 # Row 0 of the file is about the tar: key = magic, image = (size of the tar, checksum of the captions' extensions, checksum of this file),
 # caption = (stamp of the tar, report's bytes, 0), json = (rows of the report, digest of the content, 0). The report's rows follow: JSON,
@@ -33,7 +34,7 @@ _LONGEST_KEY = 64
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
 SPARSE = 1 << 63  # flag of an offset: the member is sparse, and its bytes are those of its headers and packed data
 HEADER = tar_members.BLOCK  # before a member's data; `check` is its checksum, and it is read along with the data
-_DIGESTED = 4096  # bytes of each image and each member of captions that enter the digest of the content
+_DIGESTED = 4096  # bytes of each image, member of captions and further member that enter the digest of the content
 
 log = logging.getLogger("megakd.data")
 
@@ -82,14 +83,14 @@ def samples(rows: IndexRows) -> IndexRows:
     return rows[1 + int(rows[0]["json_offset"]) :]
 
 
-def load(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None) -> IndexRows | None:
+def load(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, further: Further = ()) -> IndexRows | None:
     """The stored index, memory-mapped, header rows included; None where none fits the tar as it is now."""
-    return next(_stored(name, stat, captions, cache, say=False), None)
+    return next(_stored(name, stat, captions, cache, further, say=False), None)
 
 
-def load_checked(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None) -> IndexRows | None:
+def load_checked(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, further: Further = ()) -> IndexRows | None:
     """As `load`, with its checksum compared: a damaged index is logged and not used."""
-    for rows in _stored(name, stat, captions, cache, say=True):
+    for rows in _stored(name, stat, captions, cache, further, say=True):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if int(rows[0]["image_check"]) == _checksum(rows):
                 known(rows)
@@ -98,8 +99,8 @@ def load_checked(name: str, stat: Stat, captions: tuple[str, ...], cache: str | 
     return None
 
 
-def _stored(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, *, say: bool) -> Iterator[IndexRows]:
-    for path in _places(name, captions, cache):
+def _stored(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, further: Further, *, say: bool) -> Iterator[IndexRows]:
+    for path in _places(name, captions, cache, further):
         try:
             rows: IndexRows = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
@@ -108,11 +109,18 @@ def _stored(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None,
             if say and path.is_file():
                 log.warning("the index of %s is damaged and is built anew", shown(name))
             continue
-        if _fits(rows, stat, captions):
+        if _fits(rows, stat, captions, further):
             yield rows
 
 
-def build(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, done: Callable[[int], None] = lambda _: None) -> IndexRows:
+def build(
+    name: str,
+    stat: Stat,
+    captions: tuple[str, ...],
+    cache: str | None,
+    further: Further = (),
+    done: Callable[[int], None] = lambda _: None,
+) -> IndexRows:
     """Reads the tar from end to end, stores its index in the first place that can be written, and returns it.
 
     done: is told how many more of its bytes were passed, all of them in the end.
@@ -121,11 +129,11 @@ def build(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, d
     """
     try:
         counted = _Passed(stat.size, done)
-        rows = retry(lambda: _scan(name, stat, captions, cache, counted), name)
+        rows = retry(lambda: _scan(name, stat, captions, cache, counted, further), name)
         counted.to(stat.size)
     except PermissionError as error:
         raise ValueError(f"{shown(name)} may not be read ({error.strerror}): change its permissions, or who starts the run") from error
-    for path in _places(name, captions, cache):
+    for path in _places(name, captions, cache, further):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as partial, partial.open("wb") as file:
@@ -133,7 +141,7 @@ def build(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, d
         except OSError as error:
             log.debug("index of %s cannot be stored as %s: %s", shown(name), path, error)
             continue
-        stored = load(name, stat, captions, cache)
+        stored = load(name, stat, captions, cache, further)
         return rows if stored is None else stored
     log.warning(
         "the index of %s cannot be stored anywhere and is kept in memory: set data.cache to a folder that can be written", shown(name)
@@ -141,9 +149,9 @@ def build(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, d
     return rows
 
 
-def _places(name: str, captions: tuple[str, ...], cache: str | None) -> list[Path]:
+def _places(name: str, captions: tuple[str, ...], cache: str | None, further: Further) -> list[Path]:
     """Where the index may be, best first: data.cache, beside the tar, the user's cache folder."""
-    suffix = f".{re.sub(r'[^A-Za-z0-9_-]', '_', '_'.join(captions))}{INDEX}"
+    suffix = f".{re.sub(r'[^A-Za-z0-9_-]', '_', '_'.join((*captions, *further)))}{INDEX}"
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megakd" / "indexes"
     absolute = name if is_remote(name) else os.path.abspath(local_path(name))
     places = [Path(local_path(cache)) / "indexes" / (file_label(absolute) + suffix)] if cache else []
@@ -152,17 +160,17 @@ def _places(name: str, captions: tuple[str, ...], cache: str | None) -> list[Pat
     return [*places, user / (file_label(absolute) + suffix)]
 
 
-def _dtype(width: int, captions: tuple[str, ...]) -> np.dtype[np.void]:
+def _dtype(width: int, captions: tuple[str, ...], further: Further) -> np.dtype[np.void]:
     kinds = (("offset", "<u8"), ("size", "<u4"), ("check", "<u4"))
-    slots = dict.fromkeys((*SLOTS, *slots_of(captions).values()))
+    slots = dict.fromkeys((*SLOTS, *slots_of(captions).values(), *further))
     return np.dtype([("key", f"S{width}"), *((f"{slot}_{what}", kind) for slot in slots for what, kind in kinds)])
 
 
-def _fits(rows: Any, stat: Stat, captions: tuple[str, ...]) -> bool:
+def _fits(rows: Any, stat: Stat, captions: tuple[str, ...], further: Further) -> bool:
     if not isinstance(rows, np.ndarray) or rows.ndim != 1 or len(rows) == 0 or rows.dtype.names is None:
         return False
     width = rows.dtype["key"].itemsize if "key" in rows.dtype.names else 1
-    if rows.dtype != _dtype(width, captions) or rows[0]["key"] != _MAGIC:
+    if rows.dtype != _dtype(width, captions, further) or rows[0]["key"] != _MAGIC:
         return False
     head = rows[0]
     wanted = (stat.size, stat.stamp, zlib.crc32(",".join(captions).encode()))
@@ -189,7 +197,7 @@ class _Passed:
             self.place = place
 
 
-def _scan(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, passed: _Passed) -> IndexRows:
+def _scan(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, passed: _Passed, further: Further) -> IndexRows:
     with ExitStack() as stack:
         file: IO[bytes]
         if is_remote(name) and cache is None:
@@ -199,7 +207,7 @@ def _scan(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, p
             local = mirror(name, stat, cache) if is_remote(name) and cache else local_path(name)
             file = stack.enter_context(open(local, "rb"))
         _refuse_others(file, name, stat.size)
-        builder = SampleBuilder(captions)
+        builder = SampleBuilder(captions, further)
         measured: dict[int, tuple[int, int]] = {}  # offset -> (check, checksum of the content's beginning)
         for member in tar_members.members(file, stat.size):
             passed.to(member.end)
@@ -213,7 +221,7 @@ def _scan(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, p
                 measured[member.offset] = check, zlib.crc32(file.read(min(member.size - HEADER * is_sparse, _DIGESTED)))
             builder.add(member)
         builder.finish()
-        return _table(builder, measured, stat, captions, _expected(name, damaged=bool(builder.losses.why)))
+        return _table(builder, measured, stat, captions, further, _expected(name, damaged=bool(builder.losses.why)))
 
 
 def _refuse_others(file: IO[bytes], name: str, length: int) -> None:
@@ -252,12 +260,17 @@ def _expected(name: str, damaged: bool) -> int | None:
 
 
 def _table(
-    builder: SampleBuilder, measured: dict[int, tuple[int, int]], stat: Stat, captions: tuple[str, ...], expected: int | None
+    builder: SampleBuilder,
+    measured: dict[int, tuple[int, int]],
+    stat: Stat,
+    captions: tuple[str, ...],
+    further: Further,
+    expected: int | None,
 ) -> IndexRows:
     # of a long key the end, which tells more
     keys = [row.key.encode("utf-8", "surrogateescape")[-_LONGEST_KEY:] for row in builder.rows]
-    table = np.zeros(len(keys), _dtype(max(len(_MAGIC), *map(len, keys), 1), captions))
-    digest, digested = 0, {"image", *slots_of(captions).values()}
+    table = np.zeros(len(keys), _dtype(max(len(_MAGIC), *map(len, keys), 1), captions, further))
+    digest, digested = 0, {"image", *slots_of(captions).values(), *further}
     for number, (key, row) in enumerate(zip(keys, builder.rows, strict=True)):
         table[number]["key"] = key
         for slot, place in row.slots.items():

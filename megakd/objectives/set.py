@@ -21,6 +21,7 @@ from megakd.objectives.cost import LossCost, LossShape
 from megakd.objectives.teacher_scale import NAME as SCALES
 from megakd.objectives.teacher_scale import TeacherScales
 from megakd.recipe import Recipe, Teacher
+from megakd.recipe.models import IN_SHARDS
 from megakd.recipe.objectives import declaration
 
 OfTeacher = TypeVar("OfTeacher", Embeddings, ModelShape, clip.ModelSpec)
@@ -65,6 +66,11 @@ class ObjectiveSet:
         stored = {role: one for role, one in recipe.weighted_teachers().items() if one.store is not None and one.store_of == "all"}
         without = [role for role, teacher in stored.items() if teacher.patch_grid is None]
         of_tokens = [name for read, name in self.teacher_blocks.items() if not isinstance(read, Weights)]
+        if of_tokens and without and stored[without[0]].store == IN_SHARDS:
+            raise ValueError(
+                f"objectives.{of_tokens[0]}: reads the teacher's patch tokens, and with {without[0]}.store = {IN_SHARDS!r} there are "
+                f"embeddings alone; set store_of to 'text' for every teacher, set the weight to 0, or take the stores out"
+            )
         if of_tokens and without:
             raise ValueError(
                 f"objectives.{of_tokens[0]}: reads the teacher's patch tokens, and {without[0]}.store holds "

@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from megakd.recipe import Recipe, credentials, resume, texts
+from megakd.recipe.models import IN_SHARDS
 from megakd.recipe.schema import Scored
 from megakd.recipe.section import Section, union_members
 
@@ -232,11 +233,15 @@ def refused(old: Recipe, new: Recipe) -> list[str]:
     for key, before, after in _changed(old, new):
         if resume.change(key) == "refused":
             lines.append(f"{key}: {before!r} -> {after!r}")
+        elif key.endswith(".store") and IN_SHARDS in (before, after):
+            lines.append(f"{key}: {before!r} -> {after!r} (other augmentations, and embeddings of another origin)")
         elif key == "optim.steps" and new.optim.schedule != "constant":
             lines.append(f"{key}: {before!r} -> {after!r} (with schedule = {new.optim.schedule!r} the rate of every step depends on it)")
         elif key == "optim.steps":
             open_ended = [name for name, schedule in new.schedules.items() if schedule.end is not None and schedule.to_step is None]
             lines += [f"{key}: {before!r} -> {after!r} (schedules.{name} moves until then: give it a to_step)" for name in open_ended[:1]]
+    if new.teacher is not None and new.teacher.store == IN_SHARDS and list(old.ensemble) != list(new.ensemble):
+        lines.append(f"the order of [ensemble]: {list(old.ensemble)} -> {list(new.ensemble)}, by which each teacher has its part of a row")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -22,6 +23,8 @@ from megakd.recipe.section import (
     TeacherMode,
     Weight,
 )
+
+IN_SHARDS = "data.train"  # of teacher.store
 
 
 class Preprocess(Section):
@@ -110,7 +113,11 @@ class Teacher(Model):
         description="rows and columns that its patch tokens and its attention are averaged to, by area; default: the tower's own; a store "
         "has patch tokens with it alone",
     )
-    store: str | None = Field(None, description="folder of embeddings that `megakd embed` wrote: read instead of running the teacher")
+    store: str | None = Field(
+        None,
+        description="folder of embeddings that `megakd embed` wrote: read instead of running the teacher; data.train: its shards hold them "
+        "with their augmentations, as DataCompDR's and DFNDR's do",
+    )
     store_of: Literal["all", "text"] = Field(
         "all", description="text: only texts come from the store; images are freshly augmented and the text tower is not loaded"
     )
@@ -147,8 +154,23 @@ class Teacher(Model):
             raise ValueError(
                 "int8_product = 'dequantise' multiplies all activations in 16 bit: set outlier_threshold to 0, or int8_product to int_mm"
             )
-        if self.store_of == "text" and (self.store is None or self.store_miss != "fail"):
+        if self.store == IN_SHARDS:
+            self._reads_shards(is_set)
+        elif self.store_of == "text" and (self.store is None or self.store_miss != "fail"):
             raise ValueError(
                 "store_of = 'text' drops the text tower: it needs a store, and store_miss = 'fail', as there is nothing to ask"
             )
         return self
+
+    def _reads_shards(self, is_set: Callable[[str], bool]) -> None:
+        """Raises ValueError for what the shards of data.train cannot give."""
+        if is_set("store_miss"):
+            raise ValueError(
+                f"store_miss = {self.store_miss!r}: with store = {IN_SHARDS!r} a sample without embeddings is an unusable one, counted and "
+                "replaced; take it out"
+            )
+        if is_set("patch_grid"):
+            raise ValueError(
+                f"patch_grid = {list(self.patch_grid or ())}: with store = {IN_SHARDS!r} there are embeddings alone, and no patch tokens; "
+                "take one of the two out"
+            )

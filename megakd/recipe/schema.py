@@ -16,7 +16,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 
 from megakd.recipe.captions import CaptionSource, CaptionWeights, CleanSteps, check_member, shares
 from megakd.recipe.evaluation import Evaluation
-from megakd.recipe.models import Student, Teacher
+from megakd.recipe.models import IN_SHARDS, Student, Teacher
 from megakd.recipe.objectives import PatchRelation, declaration
 from megakd.recipe.schedules import ScheduledSections
 from megakd.recipe.section import (
@@ -203,7 +203,7 @@ class Recipe(ScheduledSections, Sources):
     def _something_to_learn(self) -> Recipe:
         if self.ensemble and self.teacher is None:
             raise ValueError("[ensemble] holds teachers beside [teacher], and there is no [teacher]: name one of them so")
-        if self.ensemble and any(teacher.store is not None for teacher in self.teachers().values()):
+        if self.ensemble and any(teacher.store not in (None, IN_SHARDS) for teacher in self.teachers().values()):
             raise ValueError("a store replays one teacher's augmentations: teacher.store works without [ensemble] alone")
         if self.teacher is not None and not self.weighted_teachers():
             weights = ", ".join(f"{role}.weight = {teacher.weight:g}" for role, teacher in self.teachers().items())
@@ -255,6 +255,33 @@ class Recipe(ScheduledSections, Sources):
                     f"{role}.entropy = {teacher.entropy:g}: a row of optim.batch = {self.optim.batch} pairs has less than "
                     f"log {self.optim.batch} = {math.log(self.optim.batch):.4g} nats; lower it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _shards_hold_what_is_read(self) -> Recipe:
+        reading = {role: teacher for role, teacher in self.teachers().items() if teacher.store == IN_SHARDS}
+        if not reading:
+            return self
+        role, first = next(iter(reading.items()))
+        given = f"{role}.store = {IN_SHARDS!r}"
+        for other, teacher in self.teachers().items():
+            if teacher.store != first.store or teacher.store_of != first.store_of:
+                raise ValueError(
+                    f"{other}.store = {teacher.store!r}, {other}.store_of = {teacher.store_of!r} beside {given}, {role}.store_of = "
+                    f"{first.store_of!r}: all teachers read the shards alike, or none does; each has its part of a row"
+                )
+            if teacher.scale is None and any(declaration(name).compares_rows for name in self.in_need_of_a_teacher()):
+                raise ValueError(
+                    f"{other}.scale: missing; with store = {IN_SHARDS!r} no weights are read, and the shards hold no logit scale. "
+                    "MobileCLIP takes 100 for DataCompDR's two teachers, MobileCLIP2 70 and 60 for DFNDR's"
+                )
+        if biased := [name for name in self.in_need_of_a_teacher() if declaration(name).needs_bias]:
+            raise ValueError(f"objectives.{biased[0]}: needs the teacher's logit bias, which shards do not hold; take {role}.store out")
+        if self.data.clean:
+            raise ValueError(f"data.clean = {list(self.data.clean)}: the shards hold embeddings of the captions as they are; take it out")
+        if first.store_of == "all" and self.views.policy() != Views().policy():
+            changed = [key for key, value in self.views.policy().items() if value != Views().policy().get(key)]
+            raise ValueError(f"views.{changed[0]}: with {given} the shards' own augmentations are replayed; take it out (views.seed stays)")
         return self
 
     @model_validator(mode="after")

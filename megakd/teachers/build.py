@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from megakd.data.captions import CaptionPolicy
+from megakd.data.reinforced.shards import ReinforcedShards, needed
 from megakd.data.shards import ShardSet
 from megakd.data.store.manifest import PatchLayout
 from megakd.data.store.reader import Layout, Store, StoreError, differences, made_as_wanted
 from megakd.data.store.views import Seen, StoredViews
-from megakd.data.transforms import TowerView, normalise
+from megakd.data.transforms import TowerView, input_size, normalise
 from megakd.models import clip, streaming
 from megakd.models.fingerprint import computation, fingerprint, preprocessing
 from megakd.models.grids import averaged_shape
@@ -35,6 +36,7 @@ from megakd.models.patches import measure, number_of
 from megakd.recipe import Recipe
 from megakd.recipe import Teacher as Settings
 from megakd.recipe.credentials import redacted
+from megakd.recipe.models import IN_SHARDS
 from megakd.recipe.placements import PLACEMENTS
 from megakd.runtime import collectives, precision, watchdog, zero3
 from megakd.runtime.launch import World
@@ -270,12 +272,33 @@ def _asked(store: Store, recipe: Recipe, description: clip.ModelSpec) -> dict[in
     )
 
 
-def open_stores(recipe: Recipe, teachers: Mapping[str, clip.ModelSpec], shards: ShardSet, world: World) -> Store | None:
+def members_beside(recipe: Recipe) -> tuple[str, ...]:
+    """Extensions of what is read of a sample beside its image and caption: what holds its embeddings, where teachers read the shards."""
+    reading = [teacher for teacher in recipe.teachers().values() if teacher.store == IN_SHARDS]
+    return needed(reading[0].store_of == "all") if reading else ()
+
+
+def open_shards(recipe: Recipe, shards: ShardSet, world: World) -> ReinforcedShards:
+    """The embeddings that shards of data.train hold, for all teachers of the recipe. A collective: the first rank reads some samples.
+
+    Raises ValueError on every rank where they hold none of the teachers' widths, and where nothing of what is needed is there.
+    """
+    models = {role: clip.resolve(settings, role) for role, settings in recipe.teachers().items()}
+    sizes = [max(input_size(preprocessing(model))) for model in models.values()]
+    assert recipe.teacher is not None, "a teacher reads them"
+    replays = recipe.teacher.store_of == "all"
+    asked = ReinforcedShards(shards.captions, {role: model.width for role, model in models.items()}, max(sizes), replays)
+    return collectives.by_main(lambda: asked.looked_at(shards), world)
+
+
+def open_stores(recipe: Recipe, teachers: Mapping[str, clip.ModelSpec], shards: ShardSet, world: World) -> Store | ReinforcedShards | None:
     """The store that the recipe names for its teacher, as `open_store`; None without one, or when no objective uses the teacher.
 
     Raises StoreError also where it lacks patch tokens that objectives read.
     """
     settings, description = recipe.teacher, teachers.get("teacher")
+    if settings is not None and settings.store == IN_SHARDS and teachers:
+        return open_shards(recipe, shards, world)
     if settings is None or settings.store is None or description is None:
         return None
     text_alone = settings.store_of == "text"
@@ -284,7 +307,7 @@ def open_stores(recipe: Recipe, teachers: Mapping[str, clip.ModelSpec], shards: 
 
 
 def stored_teacher(
-    store: Store,
+    store: Store | ReinforcedShards,
     recipe: Recipe,
     description: clip.ModelSpec,
     shards: ShardSet,
@@ -297,25 +320,31 @@ def stored_teacher(
 
     say: as in `live_teacher`.
     """
-    assert recipe.teacher is not None
+    settings = settings_of(description)
+    if isinstance(store, ReinforcedShards):
+        # Objectives see the recipe's scale, as `teacher_scale` has it; one that read this would end the run as not finite.
+        scale, bias, columns, seed = math.nan, None, store.columns(description.role), recipe.views.seed_in(recipe.seed)
+    else:
+        scale, bias, columns, seed = store.manifest.scale, store.manifest.bias, slice(None), store.manifest.seed
 
     def reread(index_M: Tensor, view_M: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         pixels, tokens = source.see_all(index_M.numpy(), view_M.numpy())
         return normalise(pixels.to(world.device), source.tower.preprocess, dtype), tokens.to(world.device)
 
-    if recipe.teacher.store_of == "text":
+    if settings.store_of == "text":
         live = live_teacher(recipe, description, world, shards, without_text=True, piece=piece, say=say)
-        return TextStoredTeacher(live, store.manifest.scale, store.manifest.bias, world, shards.where)
-    source = StoredViews(shards, recipe.views, store.manifest.seed, TowerView(preprocessing(description), description.tokenize))
+        return TextStoredTeacher(live, scale, bias, world, shards.where, columns)
+    source = StoredViews(shards, recipe.views, seed, TowerView(preprocessing(description), description.tokenize))
     return StoredTeacher(
-        width=store.layout.width,
-        scale=store.manifest.scale,
-        bias=store.manifest.bias,
+        width=description.width,
+        scale=scale,
+        bias=bias,
         dtype=precision.dtype(precision.of(world.device)),
         world=world,
-        miss=recipe.teacher.store_miss,
+        miss=settings.store_miss,
         build=lambda: live_teacher(recipe, description, world, shards, piece=piece, say=say),
         reread=reread,
         where=shards.where,
         piece=piece,
+        columns=columns,
     )

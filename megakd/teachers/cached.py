@@ -30,9 +30,17 @@ log = logging.getLogger("megakd.teachers")
 class TextStoredTeacher:
     """The image tower alone, live; texts are rows of a store."""
 
-    def __init__(self, live: LiveTeacher, scale: float, bias: float | None, world: World, where: Callable[[int], str]) -> None:
-        """where: 'shard: key' of a sample, for messages."""
-        self.width, self.dtype, self.see = live.width, live.dtype, live.see
+    def __init__(
+        self,
+        live: LiveTeacher,
+        scale: float,
+        bias: float | None,
+        world: World,
+        where: Callable[[int], str],
+        columns: slice = slice(None),
+    ) -> None:
+        """where: 'shard: key' of a sample, for messages. columns: which numbers of a row are this teacher's."""
+        self.width, self.dtype, self.see, self._columns = live.width, live.dtype, live.see, columns
         self._scale, self._bias = _scalars(scale, bias, world)
         self._world, self._where = world, where
 
@@ -51,6 +59,7 @@ class TextStoredTeacher:
         missing_M = index_B[~known_B]
         if total := sum(_misses(len(missing_M), self._world)):
             raise _missing(total, _damaged(damaged_B, self._world), missing_M, self._where)
+        text_BD = text_BD[:, self._columns]
         text = text_BD.to(seen[0][0].device, seen[0][0].dtype, non_blocking=True).split([len(image_BD) for image_BD, _ in seen])
         parts = [Embeddings(image, own, self._scale, self._bias, features=more) for (image, more), own in zip(seen, text, strict=True)]
         return Embeddings.joined(parts)
@@ -76,11 +85,13 @@ class StoredTeacher:
         reread: Reread,
         where: Callable[[int], str],
         piece: int,
+        columns: slice = slice(None),
     ) -> None:
         """dtype: of the embeddings, as the live teacher gives them. piece: images in one forward of the live teacher.
 
-        where: 'shard: key' of a sample, for messages.
+        where: 'shard: key' of a sample, for messages. columns: which numbers of a stored row are this teacher's.
         """
+        self._columns = columns
         self.width, self.dtype, self.misses, self.damaged = width, dtype, 0, 0
         self._scale, self._bias = _scalars(scale, bias, world)
         self._world, self._miss, self._build, self._reread, self._where, self._piece = world, miss, build, reread, where, piece
@@ -105,6 +116,7 @@ class StoredTeacher:
         """
         missing_M = (~known_B).nonzero().flatten()
         counts = _misses(len(missing_M), self._world)
+        image_BD, text_BD = image_BD[:, self._columns], text_BD[:, self._columns]
         stored = {"image": image_BD, "text": text_BD, **{f"patches.{block}": map_BhwC for block, map_BhwC in patches.items()}}
         found = {name: rows.to(self._world.device, self.dtype, non_blocking=True) for name, rows in stored.items()}
         if any(counts):

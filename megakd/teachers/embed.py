@@ -38,14 +38,15 @@ from megakd.models.embeddings import Embeddings
 from megakd.models.fingerprint import computation, preprocessing
 from megakd.recipe import Recipe
 from megakd.recipe import load as recipes
+from megakd.recipe.models import IN_SHARDS
 from megakd.runtime import collectives, ds_config, launch, precision, shared_folder
 from megakd.runtime.console import LongWork, with_progress
 from megakd.runtime.launch import World
 from megakd.teachers.base import LiveTeacher
 from megakd.teachers.build import live_teacher, open_store, patch_layout, store_key
+from megakd.teachers.check_shards import ShardsCheck
 from megakd.teachers.embed_request import EmbedRequest
 
-SAMPLED = 256  # samples that a check recomputes: a defect of one in a hundred shows with 92 %
 # Rows of the tests' teacher, recomputed and rounded to bf16, are at .999997 and better; a flipped image's was seen at .87.
 WORST_COSINE = 0.999
 
@@ -68,9 +69,17 @@ def run(recipe: str, request: EmbedRequest, *, check: bool, overrides: list[str]
     loaded = recipes.load(recipe, overrides)[0]
     world = launch.start()
     try:
+        if str(request.out) == IN_SHARDS:
+            if not check:
+                raise ValueError(
+                    f"--out {IN_SHARDS}: the embeddings of these shards are in them, and are not written; --check compares them with the "
+                    "live teachers"
+                )
+            ShardsCheck(loaded, world, images_a_forward(loaded, request.ds_config, world)).check(request.samples)
+            return
         job = EmbedJob(loaded, request, world)
         if check:
-            job.check()
+            job.check(request.samples)
         else:
             job.embed()
     finally:
@@ -201,7 +210,7 @@ class EmbedJob:
         features = {name: rows.cpu() for name, rows in found.features.items()}
         return found._replace(image=found.image.cpu(), text=found.text.cpu(), features=features)
 
-    def check(self, sampled: int = SAMPLED) -> Checked:
+    def check(self, sampled: int = EmbedRequest.samples) -> Checked:
         """Read every value again, and recompute a random sample of them.
 
         Raises StoreError when a part is missing or damaged, or when a recomputed row is not the stored one.

@@ -378,6 +378,6 @@ def test_indexing_tells_how_many_bytes_it_has_passed_up_to_the_last(tmp_path: Pa
     path = tmp_path / "00000.tar"
     stat, told = storage.stat(str(path)), list[int]()
     assert stat is not None
-    tar_index.build(str(path), stat, "txt", None, told.append)
+    tar_index.build(str(path), stat, "txt", None, done=told.append)
     assert len(told) >= 30  # along the way
     assert sum(told) == path.stat().st_size

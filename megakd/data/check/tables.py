@@ -22,6 +22,8 @@ ADVICE = {
     "truncated_tar": "lost in a damaged tar",
     "unused_members": "its members are there and none can be used",
     "read_error": "the bytes cannot be read",
+    "missing_embedding": "no member that holds its embeddings or augmentations (teacher.store = 'data.train')",
+    "bad_embedding": "embeddings or augmentations that are damaged, or of another image, or of other teachers",
     "bad_json": "a member of captions that is no JSON, or whose field holds no text",
 }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from megakd.data.caption_survey import survey
-from megakd.data.pairs import Batch, TrainBatches, train_batches
+from megakd.data.pairs import Batch, TrainBatches, TrainingPairs, train_batches
+from megakd.data.reinforced.pairs import ReinforcedPairs
+from megakd.data.reinforced.shards import ReinforcedShards
 from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
 from megakd.data.store.reader import Store
@@ -68,7 +71,7 @@ class PairData:
     texts: bool
     captions: bool
     of_captions: list[str]
-    store: Store | None
+    store: Store | ReinforcedShards | None
     sets: Sets
     of_sets: list[str]
 
@@ -123,6 +126,16 @@ class PairData:
                 lines.append(f"logit scale of {role}: {how}")
         return lines
 
+    @property
+    def pairs(self) -> Callable[..., TrainingPairs] | None:
+        """As `train_batches` takes it: where the shards hold embeddings themselves."""
+        return functools.partial(ReinforcedPairs, reinforced=self.store) if isinstance(self.store, ReinforcedShards) else None
+
+    def _of_views(self) -> str:
+        replays = isinstance(self.store, ReinforcedShards) and self.store.replays
+        recorded = "as the shards have it, on images as stored (as data.orientation = 'ignore' and data.transparency = 'drop')"
+        return f"augmentation: {recorded if replays else self.recipe.views}"
+
     def preview(self, world: World) -> list[str]:
         built = {role: clip.on_meta(description) for role, description in {"student": self.student, **self.teachers}.items()}
         views = self.views({role: model.preprocess for role, model in built.items()}, {"student": self.student, **self.teachers})
@@ -133,6 +146,7 @@ class PairData:
             of,
             views,
             captions=self.captions,
+            pairs=self.pairs,
             rank=world.rank,
             world=world.size,
             start_position=0,
@@ -141,7 +155,7 @@ class PairData:
         ) as batches:
             batch = next(batches)
         first = f"first batch of this rank: {len(batch)} pairs, bad: {batch.bad.by_reason() or 'none'}"
-        parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}", f"augmentation: {of}"]
+        parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}", self._of_views()]
         parts += [*self.of_captions, *self._of_texts(), *self._of_teachers(), *self.of_sets]
         if self.store is not None:
             parts.append(self.store.outline())
@@ -153,13 +167,14 @@ class PairData:
         recipe, piece = self.recipe, config.micro_batch
         if recipe.teachers() and not self.teachers:
             log.say("the teacher is not loaded: no objective with a positive weight uses it")
+        if self.store is not None:
+            log.say(self.store.outline())
         teachers: dict[str, AnyTeacher] = {}
         for role, description in self.teachers.items():
             watchdog.beat(f"loading {role}")
             if self.store is None:
                 teachers[role] = build.live_teacher(recipe, description, world, self.shards, piece=piece, say=log.say)
             else:
-                log.say(self.store.outline())
                 teachers[role] = build.stored_teacher(self.store, recipe, description, self.shards, world, piece=piece, say=log.say)
         shown: dict[str, Shown] = {}
         student: Any = clip.on_meta(self.student).clip
@@ -197,7 +212,8 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
         raise ValueError(f"export.heads = true: none of objectives.{', objectives.'.join(objectives.weights)} has a head; take it out")
     texts = to_come or objectives.reads_texts(others)
     captions = to_come or objectives.reads_captions(others)
-    shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world), captions=captions)
+    further = build.members_beside(recipe)
+    shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world), captions=captions, further=further)
     of_captions = caption_lines(recipe, shards, world) if captions else []
     order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
     store = build.open_stores(recipe, teachers, shards, world)
@@ -258,7 +274,8 @@ class Distill(Task):
         replay = all(settings.store_of == "all" for settings in recipe.teachers().values())
         position = loading(recipe, self._world, progress.position)
         shards, order, of = data.shards, data.order, recipe.views
-        return train_batches(shards, order, of, towers, store=data.store, replay=replay, captions=data.captions, **position)
+        store = data.store if isinstance(data.store, Store) else None
+        return train_batches(shards, order, of, towers, store=store, replay=replay, captions=data.captions, pairs=data.pairs, **position)
 
     def part(self, batch: Batch, clock: Stopwatch, step: int) -> StepPart:
         if batch.drawn is not None:
