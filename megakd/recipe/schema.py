@@ -44,7 +44,8 @@ class Data(Section):
         "those that the sample has. Not for evaluation sets and answers, which read .txt",
     )
     clean: CleanSteps = Field(
-        [], description="of captions that are trained on: tags and urls take HTML tags and addresses out, lower writes small letters"
+        [],
+        description="of captions that objectives learn from: tags and urls take HTML tags and addresses out, lower writes small letters",
     )
     workers: int = Field(2, ge=0, le=1024, description="decoding processes of each rank; 0 decodes in the trainer's own")
     block: Positive = Field(64, description="consecutive samples that the shuffle keeps together until the last stage")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from faults.damage import VALUES, flipped
 from megakd.data.bad_samples import BadSample
 from megakd.data.caption_survey import survey
 from megakd.data.captions import CaptionPolicy, Captions
@@ -90,6 +92,23 @@ def test_a_damaged_json_and_one_without_a_caption_are_bad_samples(content: bytes
     with pytest.raises(BadSample) as caught:
         policy({"json:re": 1}).read({"caption": content})
     assert caught.value.reason == reason
+
+
+def test_whatever_a_json_holds_it_gives_texts_or_a_bad_sample() -> None:
+    one, draw = policy({"json:deep.re": 0.5, "json:deep.0.re": 0.5}), random.Random(5)
+    reasons = set[str]()
+    for number in range(1500):
+        content = {
+            "deep": draw.choice([{"re": draw.choice(VALUES)}, [{"re": draw.choice(VALUES)}, draw.choice(VALUES)], draw.choice(VALUES)])
+        }
+        written = json.dumps(content, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
+        if number % 3:
+            written = flipped(written, draw.randrange(len(written)), draw)[: draw.choice([None, draw.randrange(len(written))])]
+        try:
+            assert all(isinstance(text, str) and text.strip() for text in one.read({"caption": written}).texts)
+        except BadSample as bad:
+            reasons.add(bad.reason)
+    assert reasons == {"bad_json", "bad_text", "missing_caption", "empty_caption"}
 
 
 def test_a_sample_that_lacks_a_source_has_the_captions_of_the_others() -> None:

@@ -25,6 +25,7 @@ KEY = {"seed": 3, "weights": {"name": "x", "sha256": "1"}, "views": {"flip": 0.5
 MADE = {"precision": "fp32", "int8": False}
 SCALE, BIAS = 14.25, -10.0
 PATCHES, ASKED = PatchLayout((1, 2), {3: 4, 11: 6}), {-1: 11, 3: 3}
+CAPTIONS = np.arange(SAMPLES) % 3 + 1  # of each sample, where a store has several
 
 
 @dataclass(frozen=True)
@@ -38,26 +39,28 @@ class Original:
 
 
 def mutants(count: int, draw: random.Random, folder: Path) -> Iterator[Mutant]:
-    kinds: tuple[tuple[StoreType, bool, PatchLayout | None], ...] = (
-        *(("bf16", False, None), ("fp32", False, None), ("bf16", True, None), ("fp32", True, None)),
-        *(("bf16", False, PATCHES), ("fp32", False, PATCHES)),
+    kinds: tuple[tuple[StoreType, bool, PatchLayout | None, int | None], ...] = (
+        *(("bf16", False, None, None), ("fp32", False, None, None), ("bf16", True, None, None), ("fp32", True, None, None)),
+        *(("bf16", False, PATCHES, None), ("fp32", False, PATCHES, None), ("bf16", False, None, 2), ("fp32", False, PATCHES, 2)),
     )
     originals = [_original(folder / f"original_{number}", *kind) for number, kind in enumerate(kinds)]
     return mutants_of_copies(count, draw, folder, originals, _damaged, _attempt)
 
 
-def _original(folder: Path, dtype: StoreType, formerly: bool, patches: PatchLayout | None) -> Original:
+def _original(folder: Path, dtype: StoreType, formerly: bool, patches: PatchLayout | None, captions: int | None) -> Original:
     torch.manual_seed(7)
-    layout = Layout(SAMPLES, PART, VIEWS, WIDTH, dtype, patches)
+    layout = Layout(SAMPLES, PART, VIEWS, WIDTH, dtype, patches, captions)
     (folder / "parts").mkdir(parents=True)
     manifest = writer.start(folder, Manifest(KEY, MADE, layout, SCALE, BIAS))
     for number in range(layout.parts):
         count = layout.count(number)
         known = torch.arange(count) % 7 != 3
         image = F.normalize(torch.randn(count, VIEWS, WIDTH), dim=-1) * known[:, None, None]
-        text = F.normalize(torch.randn(count, WIDTH), dim=-1) * known[:, None]
+        each = torch.from_numpy(CAPTIONS[number * PART : number * PART + count] if captions else np.ones(count, np.int64)) * known
+        text = F.normalize(torch.randn(int(each.sum()) if captions else count, WIDTH), dim=-1)
+        text = text if captions else text * known[:, None]
         blocks = {name: torch.randn(count, VIEWS, *shape) for name, shape in layout.patch_tensors.items()}
-        writer.write_part(folder, manifest, number, image, text, known, blocks)
+        writer.write_part(folder, manifest, number, image, text, known, blocks, each if captions else None)
     writer.finish(folder, manifest)
     if formerly:
         stores.without_checks(folder)
@@ -67,7 +70,7 @@ def _original(folder: Path, dtype: StoreType, formerly: bool, patches: PatchLayo
 
 def _read(store: Store) -> list[StoredRows]:
     index = np.arange(SAMPLES)
-    return [store.read(index, np.full(SAMPLES, view)) for view in range(VIEWS)]
+    return [store.read(index, np.full(SAMPLES, view), (CAPTIONS - 1) * view) for view in range(VIEWS)]  # the first caption, the last one
 
 
 def _damaged(store: Path, draw: random.Random) -> str:

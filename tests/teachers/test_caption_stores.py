@@ -109,6 +109,20 @@ def test_a_run_from_the_store_learns_what_one_learns_whose_rows_are_all_missing(
     assert any(row["captions"]["lacking"] > 0 for row in out["stored"])
 
 
+def test_texts_alone_from_a_store_are_those_of_the_captions_that_a_run_without_one_draws(
+    recipe_file: Path, sets: tuple[str, ...], store: Path, tmp_path: Path
+) -> None:
+    texts = (f"teacher.store={store}", "teacher.store_of=text", "teacher.store_miss=fail")
+    found = []
+    for name, more in (("live", ()), ("texts", texts)):
+        run = train(recipe_file, "--out", tmp_path / name, sets=(*sets, *more))
+        assert run.code == 0, run.err
+        found.append(rows(tmp_path / name))
+    for live, stored in zip(*found, strict=True):
+        assert stored["losses"] == pytest.approx(live["losses"], abs=1e-5)
+        assert stored["captions"] == live["captions"]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
