@@ -89,18 +89,19 @@ def test_a_row_holds_what_people_ask_for(recipe_file: Path, tmp_path: Path) -> N
 
 
 def test_a_run_json_runs_again_to_the_same_losses(recipe_file: Path, tmp_path: Path) -> None:
-    assert train(recipe_file, "--out", tmp_path / "first", sets=("optim.steps=3", "seed=5")).code == 0
+    assert train(recipe_file, "--out", tmp_path / "first", sets=("optim.steps=3", "seed=5", "views.preset=timm")).code == 0
     assert train(tmp_path / "first" / "run.json", "--out", tmp_path / "second").code == 0
     assert [row["loss"] for row in rows(tmp_path / "second")] == [row["loss"] for row in rows(tmp_path / "first")]
 
 
 def test_a_dry_run_shows_everything_and_leaves_nothing(recipe_file: Path, evaluations: tuple[str, ...], tmp_path: Path) -> None:
     config = ds_config(tmp_path / "z.json", zero_optimization={"stage": 2}, train_batch_size="auto", train_micro_batch_size_per_gpu=4)
-    sets = (*evaluations, "teacher.model=ViT-B-32", "teacher.pretrained=random", "objectives.feature=1.0")
+    sets = (*evaluations, "teacher.model=ViT-B-32", "teacher.pretrained=random", "objectives.feature=1.0", "views.blur={probability=0.5}")
     finished = train(recipe_file, "--out", tmp_path / "run", "--ds_config", config, "--dry_run", sets=sets)
     assert finished.code == 0, finished.err
     for words in ('"gradient_accumulation_steps": 4', '"batch": 16', "600 samples in 3 shards", "dry run: all of this is sound"):
         assert words in finished.out
+    assert "augmentation: crop_scale [0.5, 1.0], crop_ratio [0.75, 1.3333333333333333], flip 0.5; blur: probability 0.5" in finished.out
     assert "student: " in finished.out
     assert "pixels (3, 32, 32) -> (16,), tokens (32,) -> (16,)" in finished.out
     assert "pixels (3, 224, 224) -> (512,), tokens (77,) -> (512,)" in finished.out
