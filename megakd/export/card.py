@@ -83,13 +83,20 @@ def _training(source: Source, run: Mapping[str, Any]) -> Iterator[str]:
             yield f"{role}: {name}, {teacher.get('pretrained') or 'its own weights'}"
     if not recipe.get("teacher"):
         yield "teacher: none"
-    student = recipe.get("student") or {}
-    yield f"started from: {student.get('pretrained') or student.get('model') or 'random weights'}"
+    yield f"started from: {_started_from(run, recipe.get('student') or {})}"
     shards = data.get("train")
     yield f"data: {', '.join(shards) if isinstance(shards, list) else shards}"
     versions = {name: version for name, version in (run.get("versions") or {}).items() if version}
     yield f"versions: {', '.join(f'{name} {version}' for name, version in versions.items())}"
     yield f"commit: {run.get('commit') or 'not known'}; ranks: {run.get('ranks')}; device: {run.get('device')}"
+
+
+def _started_from(run: Mapping[str, Any], student: Mapping[str, Any]) -> str:
+    begun = run.get(run_folder.START)
+    if not isinstance(begun, dict):  # of an earlier version's run
+        return str(student.get("pretrained") or student.get("model") or "random weights")
+    parts = {name: part["tensors"] for name, part in begun.items() if name != "notes"}
+    return "; ".join(f"{name}: {', '.join(of) or 'random weights'}" for name, of in parts.items() if name != run_folder.REST)
 
 
 def _short(weight: Any) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megakd.export import clip_folder
 from megakd.models import clip
 from megakd.models.clip import ClipModel
-from megakd.recipe import Recipe
+from megakd.recipe import Recipe, chain
 from megakd.recipe import load as recipes
 from megakd.runtime import checkpoint as checkpoints
 from megakd.runtime import run_folder
@@ -53,11 +53,12 @@ def newest(run: Path) -> Path:
 
 def student_of(recipe: Recipe, path: Path) -> Trained:
     """The student of a checkpoint. Raises ValueError for one that is damaged, or of another student than the recipe's."""
-    assert recipe.student is not None
+    student = chain.with_text(recipe)
+    assert student is not None
     progress, weights = checkpoints.load_weights(path)
     # The weights that the run started from may be gone, and only they tell how images are prepared.
-    _, preprocess = clip.configuration(recipe.student, "student")
-    without_weights = clip.resolve(recipe.student.model_copy(update={"pretrained": None}), "student")
+    _, preprocess = clip.configuration(student, "student")
+    without_weights = clip.resolve(student.model_copy(update={"pretrained": None}), "student")
     description = dataclasses.replace(without_weights, preprocess=preprocess)
     built = clip.build(description, torch.device("cpu"), load_weights=False)
     _check_fits(path, built.clip, weights)

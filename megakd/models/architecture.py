@@ -199,11 +199,11 @@ def _fitting(vision: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str
 def _without_effect(config: Mapping[str, Any]) -> Iterator[str]:
     """Keys that open_clip reads and does nothing with."""
     vision, text = config["vision_cfg"], config["text_cfg"]
-    remedy = "weights come from `pretrained` alone, a file for the whole model: set it to false or take it out"
+    remedy = "set it to false or take it out; a student takes its library's weights by student"
     if vision.get("timm_model_pretrained"):
-        yield f"vision_cfg.timm_model_pretrained = true: loads nothing; {remedy}"
+        yield f"vision_cfg.timm_model_pretrained = true: loads nothing; {remedy}.image_weights = 'timm'"
     if text.get("hf_model_pretrained"):
-        yield f"text_cfg.hf_model_pretrained = true: loads nothing; {remedy}"
+        yield f"text_cfg.hf_model_pretrained = true: loads nothing; {remedy}.text_weights = 'transformers'"
     if vision.get("timm_model_name"):
         for key in vision.keys() - {*OF_TIMM, "timm_model_pretrained"}:
             yield f"vision_cfg.{key}: has no effect beside timm_model_name, whose model has its own; take it out"
@@ -226,3 +226,43 @@ def _without_effect(config: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{name}.output_tokens = true: is for a CoCa model's decoder (multimodal_cfg); take it out"
         if text.get("embed_cls") and not config.get("custom_text"):
             yield "text_cfg.embed_cls = true: needs custom_text = true beside embed_dim"
+
+
+def with_text_of(config: Mapping[str, Any], teacher: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """open_clip's configuration of a student with the text tower of its teacher's: that text_cfg, embed_dim and activation.
+
+    config, teacher: open_clip's; the student's may lack embed_dim and text_cfg. key: what messages begin with.
+    Raises ValueError, naming the keys, where no model has the student's image tower and the teacher's text tower.
+    """
+    for name, one in (("the teacher", teacher), ("the student", config)):
+        if "multimodal_cfg" in one:
+            raise ValueError(f"{key}: {name} is a CoCa, whose text tower belongs to its decoder of captions; take text_from out")
+    image, width = config.get("vision_cfg") or {}, teacher["embed_dim"]
+    own = config.get("embed_dim")
+    if image.get("timm_proj") == "none" and own != width:
+        raise ValueError(
+            f"{key}: the teacher's embeddings have width {width}, and the student's image tower has no projection "
+            f"(vision_cfg.timm_proj = 'none'), so that its own are of width {own}: set timm_proj = 'linear'"
+        )
+    joined = {**config, "text_cfg": _with_effect(teacher["text_cfg"]), "embed_dim": width}
+    quick, kinds = (bool(one.get("quick_gelu")) for one in (config, teacher)), {True: "QuickGELU", False: "GELU"}
+    ours, theirs = quick
+    if not teacher["text_cfg"].get("hf_model_name") and ours != theirs:
+        if not image.get("timm_model_name") and not isinstance(image.get("layers"), (list, tuple)):
+            name = "the -quickgelu name of its model" if theirs else "the name of its model without -quickgelu"
+            raise ValueError(
+                f"{key}: the teacher's text tower has {kinds[theirs]}, the student {kinds[ours]}, and open_clip gives both towers "
+                f"one activation: set quick_gelu = {str(theirs).lower()} in student.architecture, or take {name}"
+            )
+        joined["quick_gelu"] = theirs
+    if teacher.get("custom_text"):
+        joined["custom_text"] = True
+    return joined
+
+
+def _with_effect(text: Mapping[str, Any]) -> dict[str, Any]:
+    """A text_cfg of open_clip's own without what `_without_effect` refuses in a recipe."""
+    if text.get("hf_model_name"):
+        return {key: value for key, value in text.items() if key in OF_HF and key != "output_tokens"}
+    idle = ("hf_model_name", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type", "final_ln_after_pool", "output_tokens")
+    return {key: value for key, value in text.items() if key not in idle}

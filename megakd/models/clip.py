@@ -91,9 +91,14 @@ def resolve(settings: Model, role: str) -> ModelSpec:
     """
     config, preprocess = configuration(settings, role)
     _check_weights(settings, role)
-    tokenize = tokenizer(settings, config, role) if "text_cfg" in config else image_only.no_words
+    tokenize = (
+        tokenizer(settings.speaks_as, config, role if settings.text_of is None else "teacher")
+        if "text_cfg" in config
+        else image_only.no_words
+    )
     description = ModelSpec(role, settings, config, preprocess, tokenize)
-    if settings.architecture is not None or settings.image_size is not None or ":" in (settings.model or ""):
+    remade = settings.architecture is not None or settings.image_size is not None or settings.text_of is not None
+    if remade or ":" in (settings.model or ""):
         # Mistakes that `architecture.check` does not know show when the model is built, here without memory for its weights.
         with torch.random.fork_rng(devices=[]):
             on_meta(description)
@@ -105,6 +110,8 @@ def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str,
     if image_only.names_one(settings):
         return image_only.configuration(settings, role)
     config, stored = _configuration(settings, role)
+    if settings.text_of is not None:
+        config = _with_teachers_text(config, settings, settings.text_of, role)
     named = f"{role}.architecture" if settings.architecture is not None else f"{role}.model = {settings.model!r}: model_cfg"
     architecture.check(config, named, written=settings.architecture is not None)
     if (resized := resolution.resized(config, settings, role)) is not config:
@@ -149,6 +156,21 @@ def _configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str
     if not isinstance(preprocess, dict):
         raise ValueError(f"{key}: preprocess_cfg = {texts.shown(preprocess)}: a table of mean, std, interpolation, resize_mode")
     return content["model_cfg"], preprocess
+
+
+def _with_teachers_text(config: dict[str, Any], settings: Model, teacher: Model, role: str) -> dict[str, Any]:
+    theirs, _ = configuration(teacher, "teacher")
+    key, own = f"{role}.text_from = 'teacher'", settings.architecture or {}
+    if "text_cfg" not in theirs:
+        raise ValueError(f"{key}: {teacher.model} sees images alone and has no text tower; name a CLIP as [teacher], or take text_from out")
+    if "text_cfg" in own:
+        raise ValueError(f"{role}.architecture.text_cfg: text_from takes the teacher's text tower in its place; take one of the two out")
+    if own.get("embed_dim", theirs["embed_dim"]) != theirs["embed_dim"]:
+        raise ValueError(
+            f"{role}.architecture.embed_dim = {texts.shown(own['embed_dim'])}: text_from takes the teacher's text tower, which embeds in "
+            f"width {theirs['embed_dim']}; take embed_dim out"
+        )
+    return architecture.with_text_of(config, theirs, key)
 
 
 def _of_images_alone(role: str) -> str:
@@ -226,14 +248,30 @@ def _initialise_text_projection(clip: nn.Module) -> None:
         nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
 
 
-def _architecture(description: ModelSpec, device: torch.device) -> nn.Module:
-    """As open_clip makes it from a folder without weights: one way for every source of a configuration that has a text tower."""
+def with_library_weights(description: ModelSpec, *, image: bool = False, text: bool = False) -> nn.Module:
+    """The model on the CPU, whose image tower has timm's own weights, or whose text tower has those of transformers; the rest is random.
+
+    Raises ValueError where the library gives none.
+    """
+    try:
+        return _architecture(description, torch.device("cpu"), image=image, text=text)
+    except Exception as error:  # the libraries raise whatever their layers do
+        raise ValueError(f"no weights came from {'timm' if image else 'transformers'}: {type(error).__name__}: {error}") from error
+
+
+def _architecture(description: ModelSpec, device: torch.device, *, image: bool = False, text: bool = False) -> nn.Module:
+    """As open_clip makes it from a folder without weights: one way for every source of a configuration that has a text tower.
+
+    image, text: whether that tower gets its library's weights.
+    """
     if not description.has_text:
         return image_only.ImageModel(description.config["vision_cfg"]).to(device)
     with tempfile.TemporaryDirectory() as folder, _without_warnings_of_random_weights():
         config = {"model_cfg": description.config, "preprocess_cfg": description.preprocess}
         (Path(folder) / CLIP_CONFIG).write_text(json.dumps(config), encoding="utf-8")
-        model: nn.Module = open_clip.create_model(f"local-dir:{folder}", device=device, load_weights=False, pretrained_text=False)
+        model: nn.Module = open_clip.create_model(
+            f"local-dir:{folder}", device=device, load_weights=False, pretrained_image=image, pretrained_text=text
+        )
     resolution.set_size(model, description.settings)
     return model
 
@@ -244,7 +282,8 @@ def _without_warnings_of_random_weights() -> Iterator[None]:
 
     def wanted(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        return not (record.name == "root" and ("Model initialized randomly" in text or "no CLIP weights found" in text))
+        expected = ("Model initialized randomly", "initialized partially", "no CLIP weights found")
+        return not (record.name == "root" and any(part in text for part in expected))
 
     root = logging.getLogger()
     root.addFilter(wanted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,10 @@ class Match:
         configuration names another activation than the model's.
         """
         program = names.program(weights.shapes)
-        _check_activation(config, weights, program)
+        check_activation(config, weights)
         self._floating = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
         self._model, self._expected, self._role = model, expected, role
-        self._weights = names.as_open_clips(_by_open_clips_layout(model, weights, expected), expected)
+        self._weights = names.as_open_clips(by_open_clips_layout(model, weights, expected), expected)
         shapes = self._weights.shapes
         absent = expected.keys() - shapes.keys()
         # A model for a sigmoid loss started from weights without a bias: open_clip begins at 0.
@@ -65,9 +65,8 @@ class Match:
             if isinstance(model, ImageModel) and "timm_model_name" in config["vision_cfg"]:
                 others = f" timm converts some files as it reads them: for such {SAVED_ONCE}."
             raise ValueError(f"{weights.origin}: these are not the weights of this architecture. {summary}.{others}")
-        for name, shape in expected.items():
-            if name in shapes and shapes[name] != shape and name not in SCALARS:
-                log.warning("%s: %s is interpolated from %s to %s positions", weights.origin, name, shapes[name][-2], shape[-2])
+        for name in self.resized:
+            log.warning("%s: %s is interpolated from %s to %s positions", weights.origin, name, shapes[name][-2], expected[name][-2])
 
     def _fits(self, name: str) -> bool:
         have, want = self._weights.shapes[name], self._expected[name]
@@ -77,19 +76,11 @@ class Match:
             return len(have) == len(want) == 2 and have[1] == want[1] and have[0] > 0
         return resolution.fits(name, have, want, self._model)
 
-    def _resizer(self, name: str) -> Callable[[Tensor], Tensor]:
-        """open_clip's own interpolation for a model of another context, `resolution`'s for one of another image size."""
-        resize = self._of_context(name) if name in _OF_TEXT else resolution.resizer(name, self._model)
-        assert resize is not None, f"{name}: fits"
-        return resize
-
-    def _of_context(self, name: str) -> Callable[[Tensor], Tensor]:
-        def resize(tensor: Tensor) -> Tensor:
-            state = {name: tensor.float()}
-            resize_text_pos_embed(state, self._model)
-            return state[name]
-
-        return resize
+    @property
+    def resized(self) -> list[str]:
+        """Names whose tensors are interpolated."""
+        shapes = self._weights.shapes
+        return [name for name, shape in self._expected.items() if name not in SCALARS and shapes.get(name, shape) != shape]
 
     def read(self, name: str) -> Tensor:
         """The file's tensor in the model's shape, in the file's type. Raises ValueError when it holds what no trained model does."""
@@ -106,7 +97,7 @@ class Match:
             check_values(name, tensor, origin)
             if tensor.shape == expected or name in SCALARS:
                 return tensor.reshape(expected)
-            resized = self._resizer(name)(tensor)
+            resized = interpolated(name, tensor, self._model)
             if resized.shape != expected:
                 raise ValueError(f"{origin}: {name} of shape {tuple(tensor.shape)} cannot be resized to {expected}")
             return resized
@@ -118,8 +109,20 @@ class Match:
                 tensor.copy_(self.read(name))
 
 
-def _check_activation(config: Mapping[str, Any], weights: Weights, program: str | None) -> None:
+def interpolated(name: str, tensor: Tensor, model: nn.Module) -> Tensor:
+    """Positions in the model's shape, in float32: open_clip's own interpolation for another context, `resolution`'s for another size."""
+    if name in _OF_TEXT:
+        state = {name: tensor.float()}
+        resize_text_pos_embed(state, model)
+        return state[name]
+    resize = resolution.resizer(name, model)
+    assert resize is not None, f"{name}: fits"
+    return resize(tensor)
+
+
+def check_activation(config: Mapping[str, Any], weights: Weights) -> None:
     """Raises ValueError where a file, or the config.json beside it, tells which GELU it was trained with, and the model has the other."""
+    program = names.program(weights.shapes)
     quick = bool(config.get("quick_gelu"))
     remedy = "take the model's -quickgelu name, or quick_gelu = true in its architecture"
     if program == names.OPENAI and not quick:
@@ -142,15 +145,19 @@ def _check_activation(config: Mapping[str, Any], weights: Weights, program: str 
             )
 
 
-def _by_open_clips_layout(model: nn.Module, weights: Weights, expected: Mapping[str, Shape]) -> Weights:
+def by_open_clips_layout(model: nn.Module, weights: Weights, expected: Mapping[str, Shape]) -> Weights:
     """Files that hold a model in another way than as towers of a CLIP."""
     if isinstance(model, ImageModel) and isinstance(model.visual, TransformersTower):
         return transformers_tower.renamed(weights, expected, names.TRUNK)
     if isinstance(model, ImageModel):
-        cfg: Mapping[str, Any] = model.visual.trunk.pretrained_cfg  # type: ignore[assignment]
-        classifier = cfg.get("classifier") or ()
-        return names.as_trunk(weights, expected, (classifier,) if isinstance(classifier, str) else tuple(classifier))
+        return names.as_trunk(weights, expected, classifiers(model.visual.trunk))
     return _from_apple(model, weights)
+
+
+def classifiers(trunk: Any) -> tuple[str, ...]:
+    """Names of the last layers of timm's model, which tell classes apart."""
+    named = trunk.pretrained_cfg.get("classifier") or ()
+    return (named,) if isinstance(named, str) else tuple(named)
 
 
 def _from_apple(model: nn.Module, weights: Weights) -> Weights:

@@ -77,18 +77,31 @@ def as_open_clips(weights: Weights, expected: Mapping[str, Shape]) -> Renamed:
     return Renamed(weights, {name: part for name, part in parts.items() if name in expected or not DROPPED.fullmatch(name)})
 
 
-def as_trunk(weights: Weights, expected: Mapping[str, Shape], classifiers: tuple[str, ...]) -> Weights:
-    """Weights under timm's own names as those of a model that is this trunk alone; what only training reads is left out.
+def as_part(weights: Weights, expected: Mapping[str, Shape], prefix: str, unused: Callable[[str], bool] = lambda name: False) -> Weights:
+    """Weights of a part of a model alone, under the names that the part has in it, which begin with `prefix`.
 
-    classifiers: names of its last layers. Weights without one name of the trunk are returned as they are.
+    unused: which of the part's own names are left out where the model has none of them. Weights without one name of the part are
+    returned as they are.
     """
-    bare = {name.removeprefix(TRUNK): shape for name, shape in expected.items()}
+    bare = {name.removeprefix(prefix): shape for name, shape in expected.items() if name.startswith(prefix)}
     names = _unwrapped(weights.shapes, bare)
     if not bare.keys() & set(names.values()):
         return weights
     parts = {new: Part((old,), weights.shapes[old]) for old, new in names.items()}
-    unused = {name for name in parts if name not in bare and (name == "mask_token" or name.rpartition(".")[0] in classifiers)}
-    return Renamed(weights, {f"{TRUNK}{name}": part for name, part in parts.items() if name not in unused})
+    return Renamed(weights, {f"{prefix}{name}": part for name, part in parts.items() if name in bare or not unused(name)})
+
+
+def as_trunk(weights: Weights, expected: Mapping[str, Shape], classifiers: tuple[str, ...]) -> Weights:
+    """Weights under timm's own names as those of a model that has this trunk; what only training reads is left out.
+
+    classifiers: names of its last layers. Weights without one name of the trunk are returned as they are.
+    """
+    return as_part(weights, expected, TRUNK, lambda name: only_trains(name, classifiers))
+
+
+def only_trains(name: str, classifiers: tuple[str, ...]) -> bool:
+    """Whether a tensor of timm's, by its own name, is of use in its own training alone. classifiers: names of the model's last layers."""
+    return name == "mask_token" or name.rpartition(".")[0] in classifiers
 
 
 def _unwrapped(shapes: Iterable[str], expected: Mapping[str, Shape]) -> dict[str, str]:

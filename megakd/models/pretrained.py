@@ -97,10 +97,10 @@ def tag_of_file(settings: Model) -> str | None:
     return max(named, key=len) if named else None
 
 
-def check_activation(settings: Model, config: dict[str, Any], role: str) -> None:
+def check_activation(settings: Model, config: dict[str, Any], role: str, *, key: str | None = None) -> None:
     """Raises ValueError, with the name to use, when a model has GELU and its weights were trained with QuickGELU, or the reverse.
 
-    The weights are a tag, or a file that tells its tag by its name.
+    The weights are a tag, or a file that tells its tag by its name. key: of the recipe that names them, default ROLE.pretrained.
     """
     if settings.model is None or ":" in settings.model or settings.pretrained is None:
         return
@@ -110,7 +110,8 @@ def check_activation(settings: Model, config: dict[str, Any], role: str) -> None
     if trained is None or bool(trained.get("quick_gelu")) == quick:
         return
     activation = {True: "QuickGELU", False: "GELU"}
-    subject = f"{role}.pretrained = {settings.pretrained!r}: {'by its name tag ' + repr(by_file) + ', which' if by_file else 'this tag'}"
+    told = "by its name tag " + repr(by_file) + ", which" if by_file else "this tag"
+    subject = f"{key or f'{role}.pretrained'} = {settings.pretrained!r}: {told}"
     _, twin = twins(settings.model)
     if (other := get_model_config(twin)) is not None and bool(other.get("quick_gelu")) != quick:
         remedy = f"set {role}.model = {twin!r}"

@@ -190,11 +190,14 @@ def open_weights(path: Path, cache: Path | None = None) -> SafetensorsFiles:
     return weights
 
 
-def in_memory(path: Path) -> Weights:
-    """The weights in `path`, a pickled file's all at once: for a model that will be in memory as a whole. Raises as `open_weights` does."""
+def in_memory(path: Path, *, mapped: bool = False) -> Weights:
+    """The weights in `path`, a pickled file's all at once: for a model that will be in memory as a whole. Raises as `open_weights` does.
+
+    mapped: a pickled file's from the file, when they are read: for a look at their names and shapes.
+    """
     if path.name.endswith((".safetensors", INDEX_SUFFIX)):
         return SafetensorsFiles(path)
-    return InMemory(unpickled(path, mapped=False), str(path))
+    return InMemory(unpickled(path, mapped=mapped), str(path))
 
 
 def convert(path: Path, cache: Path | None = None) -> Path:

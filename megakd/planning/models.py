@@ -192,7 +192,7 @@ def student(
     heads: on meta. drop: gradients leave as soon as they are there. captions: False where none is read, and the text tower does nothing.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
-    built = None if recipe.student is None else _build(describe(recipe.student, "student"), "fp32")
+    built = None if (settings := chain.with_text(recipe)) is None else _build(describe(settings, "student"), "fp32")
     recomputed = recipe.student is not None and recipe.student.activation_checkpointing
     width, name = 0, "no student"
     if built is not None and recipe.student is not None:

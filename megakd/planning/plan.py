@@ -25,7 +25,7 @@ from megakd.objectives.set import ObjectiveSet
 from megakd.planning import models, rates, vlm, zero
 from megakd.planning.cluster import GB, IN_PIECES, OUTSIDE, Cluster
 from megakd.planning.modes import STORE, PlannedJob, Row, modes, row
-from megakd.recipe import Recipe
+from megakd.recipe import Recipe, chain
 from megakd.runtime import ds_check, ds_config, precision, zero3
 from megakd.teachers.build import patch_store
 
@@ -92,9 +92,9 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     taught = recipe.weighted_teachers().values() if objectives.needs_teacher else ()
     heads: dict[str, ObjectiveHead] = {}
     shapes: list[ModelShape] = []
-    if recipe.student is not None:
+    if (student_settings := chain.with_text(recipe)) is not None:
         described = [models.describe(settings, role) for role, settings in recipe.weighted_teachers().items() if objectives.needs_teacher]
-        shapes = objectives.shapes(models.describe(recipe.student, "student"), described)
+        shapes = objectives.shapes(models.describe(student_settings, "student"), described)
         with models.META:
             heads = objectives.heads(shapes[0], shapes[1:])
     captions = not shapes or objectives.reads_captions(shapes[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-from megakd.recipe import AnswerTeacher, Decoder, Model
+from megakd.recipe import AnswerTeacher, Decoder, Model, Recipe, Student
 from megakd.recipe import load as recipes
 
 M = TypeVar("M", bound=Model)
@@ -21,13 +21,20 @@ def model(settings: M, role: str) -> M:
     folder = Path((settings.model or "").removeprefix("local-dir:"))
     if settings.recipe is None or (folder / CLIP_CONFIG).is_file():
         return settings
-    first = recipes.load(settings.recipe)[0].student
+    first = with_text(recipes.load(settings.recipe)[0])
     if first is None:
         raise ValueError(f"{role}.recipe = {settings.recipe!r}: has no [student], and so trains no {role}: name another recipe")
     trained = model(first, "student")
     source = {name: getattr(trained, name) for name in ("model", "architecture", "pretrained", "recipe")}
     kept = {name: getattr(settings, name) or getattr(trained, name) for name in ("tokenizer", "preprocess", "image_size")}
-    return settings.model_copy(update={**source, **kept})
+    return settings.model_copy(update={**source, **kept}).having_text_of(trained.text_of)
+
+
+def with_text(recipe: Recipe) -> Student | None:
+    """The recipe's student, which knows by its `text_of` the teacher whose text tower it has. Raises ValueError as `model` does."""
+    if recipe.student is None or recipe.student.text_from is None or recipe.teacher is None:
+        return recipe.student
+    return recipe.student.having_text_of(model(recipe.teacher, "teacher"))
 
 
 def decoder(settings: Decoder) -> Decoder:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
+from megakd.recipe import start
 from megakd.recipe.placements import INT8, INT8_MODES, MODES, PLACEMENTS
 from megakd.recipe.section import (
     MATCHED,
@@ -59,6 +60,23 @@ class Model(Section):
     )
     recipe: str | None = Field(None, description="recipe that trains this model first when the folder of `model` is not there yet")
 
+    _text_of: Model | None = PrivateAttr(None)
+
+    @property
+    def text_of(self) -> Model | None:
+        """The model whose text tower and tokenizer this one has; None: its own. `chain.with_text` sets it, by `student.text_from`."""
+        return self._text_of
+
+    @property
+    def speaks_as(self) -> Model:
+        """The model whose tokenizer this one has."""
+        return self if self._text_of is None else self._text_of.speaks_as
+
+    def having_text_of(self, other: Model | None) -> Self:
+        copy = self.model_copy()
+        copy._text_of = other
+        return copy
+
     @model_validator(mode="after")
     def _describes_one_model(self) -> Model:
         if (self.model is None) == (self.architecture is None):
@@ -76,9 +94,14 @@ class Model(Section):
         return self
 
 
-class Student(Model):
+class Student(Model, start.Start):
     activation_checkpointing: bool = Field(False, description="recompute the blocks in the backward: less memory, about a third more time")
     max_scale: PositiveFloat = Field(100.0, description="upper bound of the learned logit scale")
+
+    @model_validator(mode="after")
+    def _a_tower_has_one_start(self) -> Student:
+        start.check(self, self.model, self.pretrained, self.tokenizer, self.recipe)
+        return self
 
 
 class Teacher(Model):

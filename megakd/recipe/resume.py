@@ -14,6 +14,7 @@ from typing import Literal
 
 from megakd.recipe import objectives
 from megakd.recipe.schedules import Schedule
+from megakd.recipe.start import Inherit
 
 Change = Literal["free", "told", "refused"]
 
@@ -71,6 +72,8 @@ _REFUSED = (
     *("seed", "data.caption", "data.captions", "data.clean", "data.block", "data.window", "data.orientation", "data.transparency"),
     *(f"views.{key}" for key in _VIEWS),
     *(f"student.{key}" for key in ("model", "architecture", "pretrained", "tokenizer", "max_scale", *_PREPROCESS)),
+    *("student.image_weights", "student.text_weights", "student.text_from"),
+    *(f"student.inherit.{key}" for key in Inherit.model_fields),
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_REFUSED),
     "student.image_size",
     *objectives.keys(),

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from megakd.recipe import start
 from megakd.recipe.captions import CaptionSource, CaptionWeights, CleanSteps, check_member, shares
 from megakd.recipe.evaluation import Evaluation
 from megakd.recipe.models import IN_SHARDS, Student, Teacher
@@ -232,6 +233,13 @@ class Recipe(ScheduledSections, Sources):
             )
         if self.export.heads and not self.in_need_of_a_teacher():
             raise ValueError("export.heads = true: no active objective reads a teacher, so no head is trained; take it out")
+        return self
+
+    @model_validator(mode="after")
+    def _student_starts_from_what_is_there(self) -> Recipe:
+        if self.student is not None:
+            model, pretrained = (None, None) if self.teacher is None else (self.teacher.model, self.teacher.pretrained)
+            start.check_teacher(self.student, model, pretrained, there=self.teacher is not None)
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """A run is a folder: run.json, metrics.jsonl, checkpoints/, evaluation.json. This module writes and reads the first two.
 
-run.json         the resolved recipe and DeepSpeed configuration, command line, versions, commit: what replays the run; and `jobs`, an entry
-                 for each start, the newest last, with how it ended
+run.json         the resolved recipe and DeepSpeed configuration, command line, versions, commit: what replays the run; `student_start`,
+                 where the student's first weights came from; `jobs`, an entry for each start, the newest last, with how it ended
 metrics.jsonl    a row each `log.every` steps and one for each event; a resumed run drops the rows past its checkpoint
 """
 
@@ -24,6 +24,8 @@ from megakd.runtime.console import RunConsole
 from megakd.runtime.files import write_text
 
 RUN, METRICS, EVALUATION = "run.json", "metrics.jsonl", "evaluation.json"
+START = "student_start"  # in run.json: by part of the student how many of its tensors came from where, and which are new
+REST = "the rest"  # of the student in it, beside its towers
 MODEL, BUNDLE = "model", "bundle"  # a run's results: the student as open_clip's folder, the decoder as a bundle
 # What a run folder holds when something was trained in it.
 TRAINED = ("checkpoints/step_*", MODEL, BUNDLE)
@@ -71,8 +73,17 @@ class RunLog:
             "slurm_job_id": job["slurm_job_id"],
             "jobs": [*_earlier_jobs(self.run), {**job, "from_step": step}],
         }
+        if step and (begun := _earlier(self.run).get(START)) is not None:
+            content[START] = begun
         write_json(self.run / RUN, content)
         self._opened = content
+
+    def begins_with(self, record: dict[str, Any], lines: list[str]) -> None:
+        """Say what the student begins with, and note it in run.json; a start that goes on from a checkpoint keeps what is noted."""
+        self.say("\n".join(lines))
+        if self._opened and not self._opened["jobs"][-1]["from_step"]:
+            self._opened[START] = record
+            write_json(self.run / RUN, self._opened)
 
     def ended(self, how: str, words: str = "") -> None:
         """Note in run.json how this start ended: FINISHED, SAVED or FAILED, with its last words.
@@ -119,13 +130,18 @@ class RunLog:
         self._console.close()
 
 
-def _earlier_jobs(run: Path) -> list[dict[str, Any]]:
-    """`jobs` of the run.json that is there; empty for an earlier version's, a damaged one, or none."""
+def _earlier(run: Path) -> dict[str, Any]:
+    """The run.json that is there; empty for a damaged one, or none."""
     try:
         content = json.loads((run / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return []
-    jobs = content.get("jobs") if isinstance(content, dict) else None
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _earlier_jobs(run: Path) -> list[dict[str, Any]]:
+    """`jobs` of the run.json that is there; empty for an earlier version's, a damaged one, or none."""
+    jobs = _earlier(run).get("jobs")
     return [job for job in jobs if isinstance(job, dict)] if isinstance(jobs, list) else []
 
 

@@ -17,6 +17,7 @@ from megakd.models import image_only
 from megakd.pages.texts import json_object
 from megakd.recipe import Recipe, Student, load
 from megakd.recipe.chain import LANGUAGE
+from megakd.recipe.start import Start
 from megakd.runtime.exits import EXIT_SAVED
 from megakd.runtime.files import json_sha256
 from megakd.runtime.run_folder import BUNDLE, EVALUATION, MODEL
@@ -284,10 +285,16 @@ def _controls(spec: StudySpec, grid: Grid, work: Work, out: Path) -> None:
                 like = next(cell for cell in grid.cells if cell.axes["student"] == student)
                 recipe = changed(like.recipe, {"seed": seed})
                 name = f"{slug(['random', student, seed])}-{_tower_id(recipe)}"
+                if recipe.student is not None and recipe.student.text_from is not None:
+                    raise ValueError(
+                        f"controls.random = true: student {student!r} has its teacher's text tower (text_from), and is random nowhere "
+                        "without it; set controls.random to false"
+                    )
                 unlearned = _unlearned(recipe)
                 job = work.add(Job(f"controls/{name}", "scores", unlearned)) if is_scored(unlearned) else None
                 assert recipe.student is not None
-                tower = {**recipe.student.model_dump(mode="json", exclude_defaults=True), "pretrained": "random"}
+                keys = recipe.student.model_dump(mode="json", exclude_defaults=True, exclude=set(Start.model_fields))
+                tower = {**keys, "pretrained": "random"}
                 read = _readout(spec, work, out, name, seed, tower, ())
                 label = f"random tower, {student}" if len(spec.students) > 1 else "random tower"
                 work.controls[f"{label}, seed {seed}"] = (job, read)
@@ -301,8 +308,9 @@ def _tower_id(recipe: Recipe) -> str:
 
 
 def _unlearned(recipe: Recipe) -> Recipe:
-    """The recipe of a student that is only scored: as it starts, without a teacher."""
+    """The recipe of a student that is only scored: as it starts, without a teacher and without weights of parts of it."""
     settings = recipe.model_dump(mode="json", exclude_none=True, include={"name", "seed", "data", "student", "evaluation"})
+    settings["student"] = {key: value for key, value in settings["student"].items() if key not in Start.model_fields}
     settings["evaluation"] |= {"diagnostics": {}}
     optim = recipe.optim.model_dump(mode="json", include={"steps", "batch", "lr", "warmup"})
     return Recipe.model_validate({**settings, "objectives": {"contrastive": 1.0}, "optim": optim})

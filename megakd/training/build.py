@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -10,25 +10,31 @@ from torch import nn
 from megakd.models import casts, clip
 from megakd.models.student import Student
 from megakd.models.vlm.student import freeze_all_but
+from megakd.runtime.launch import World
 from megakd.training.optim import decay_groups
 from megakd.training.prepare import PreparedRun
 from megakd.training.tasks.base import Task
 
 
-def build_learners(plan: PreparedRun, tasks: Sequence[Task], device: torch.device) -> tuple[nn.Module, list[dict[str, object]]]:
-    """The module for the engine, with all that is trained, and its AdamW parameter groups.
+def build_learners(
+    plan: PreparedRun, tasks: Sequence[Task], world: World, have: Collection[str] = ()
+) -> tuple[nn.Module, list[dict[str, object]]]:
+    """The module for the engine, with all that is trained, and its AdamW parameter groups. A collective.
 
-    Weights are loaded, or drawn from torch's generator; on the CPU but for a quantised language model's.
+    Weights are loaded, or drawn from torch's generator; on the CPU but for a quantised language model's. have: names of the checkpoint's
+    tensors that the engine will load: what the student begins with is not read for them.
     """
     recipe, towers = plan.request.recipe, nn.Module()
     module = Student(None, {}, 1.0)
     if plan.student is not None and recipe.student is not None:
         towers = clip.build(plan.student, torch.device("cpu")).clip
+        if plan.start is not None:
+            plan.start.load(towers, have, world)
         if recipe.student.activation_checkpointing:
             towers.set_grad_checkpointing(True)  # type: ignore[operator]
         module = Student(towers, {}, recipe.student.max_scale)
     for task in tasks:
-        module = task.extend(module, device)
+        module = task.extend(module, world.device)
     freeze_all_but(module, *(prefix for task in tasks for prefix in task.learns))
     if plan.config.precision == "bf16":
         casts.for_engine(towers)

@@ -33,7 +33,9 @@ def request(shards: Sequence[str], recipe: str | None, overrides: Sequence[str],
         data, captions = loaded.data, _reads_captions(loaded)
         batch = loaded.optim.batch if loaded.active() else None
         tokenize, words = (
-            (None, "") if loaded.student is None else (_tokenizer(loaded.student), f"the tokenizer of the student of {origin}")
+            (None, "")
+            if (student := chain.with_text(loaded)) is None
+            else (_tokenizer(student), f"the tokenizer of the student of {origin}")
         )
     if shards:
         data = data.model_copy(update={"train": list(shards)})
@@ -55,4 +57,4 @@ def _reads_captions(recipe: Recipe) -> bool:
 def _tokenizer(student: Student) -> Tokenize | None:
     settings = chain.model(student, "student")
     config, _ = clip.configuration(settings, "student")
-    return tokenizer(settings, config, "student") if "text_cfg" in config else None
+    return tokenizer(settings.speaks_as, config, "student") if "text_cfg" in config else None

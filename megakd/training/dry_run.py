@@ -22,6 +22,7 @@ def show(plan: PreparedRun, world: World) -> str:
         f"run folder: {plan.request.out}",
         f"would run: {_outline(plan, world)}",
         *(f"scheduled: {line}" for line in plan.request.recipe.scheduled()),
+        *([] if plan.start is None else plan.start.describe()),
     ]
     return "\n".join([*parts, *(line for task in plan.tasks for line in task.preview(world))])
 

@@ -6,14 +6,17 @@ A recipe may name another that trains what it starts from: a teacher, a student,
 from __future__ import annotations
 
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megakd.export import manifest
 from megakd.models import clip
+from megakd.models.start.plan import Start
+from megakd.models.start.sources import start_of
 from megakd.recipe import Recipe, Student, chain, texts
 from megakd.recipe import load as recipes
-from megakd.runtime import collectives, ds_check, ds_config, files, precision, run_folder
+from megakd.runtime import checkpoint, collectives, ds_check, ds_config, files, precision, run_folder
 from megakd.runtime.ds_config import DsConfig
 from megakd.runtime.launch import World
 from megakd.teachers.build import class_of
@@ -38,6 +41,8 @@ class PreparedRun:
 
     student: None for a decoder that sees nothing. What is still to come is described as the recipe that will train it has it.
     tasks: at least one; the position of the first one's data is a checkpoint's.
+    start: what the student begins with; None without a student, for one that another recipe is about to train, and for a run that goes
+    on from a checkpoint, see `with_start`.
     """
 
     request: RunRequest
@@ -45,6 +50,7 @@ class PreparedRun:
     config_name: str
     student: clip.ModelSpec | None
     tasks: tuple[TaskData, ...]
+    start: Start | None = None
 
     @property
     def is_scored(self) -> bool:
@@ -74,13 +80,34 @@ def prepare(request: RunRequest, world: World, to_come: frozenset[str] = frozens
         class_of(teacher.placement).check(teacher)
     collectives.by_main(lambda: files.check_place(request.out, "--out"), world)
     recipe = run_folder.check_resume(request.out, request.resume, recipe)
-    student = None if recipe.student is None else _student(recipe.student, "student" in to_come)
+    settings = chain.with_text(recipe)
+    student = None if settings is None else _student(settings, "student" in to_come)
+    start = None
+    if student is not None and "student" not in to_come and not _goes_on(request):
+        start = start_of(recipe, student)
+        collectives.by_main(start.look, world)
     tasks: list[TaskData] = []
     if recipe.active() and student is not None:
         tasks.append(distill.prepare(recipe, world, student, to_come="teacher" in to_come))
     if recipe.answers is not None and recipe.decoder is not None:
         tasks.append(answer.prepare(recipe, recipe.answers, recipe.decoder, config, world, student, to_come))
-    return PreparedRun(replace(request, recipe=recipe), config, config_name, student, tuple(tasks))
+    return PreparedRun(replace(request, recipe=recipe), config, config_name, student, tuple(tasks), start)
+
+
+def _goes_on(request: RunRequest) -> bool:
+    return request.resume not in ("auto", "none") or (request.resume == "auto" and bool(checkpoint.available(request.out)))
+
+
+def with_start(plan: PreparedRun, have: Collection[str], world: World) -> PreparedRun:
+    """The plan with what the student begins with, on this machine's disk, or without it where `have` is the whole student. A collective.
+
+    have: names of a checkpoint's tensors. Raises ValueError, on every rank, naming the key, where weights do not come or do not fit.
+    """
+    if plan.student is None or {f"clip.{name}" for name in clip.on_meta(plan.student).clip.state_dict()} <= set(have):
+        return replace(plan, start=None)
+    start = plan.start or start_of(plan.request.recipe, plan.student)
+    collectives.by_main(start.fetch, world)
+    return replace(plan, start=start)
 
 
 def _student(settings: Student, is_to_come: bool) -> clip.ModelSpec:

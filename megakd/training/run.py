@@ -38,7 +38,7 @@ from megakd.runtime.preemption import StopPoller, StopRequest
 from megakd.runtime.run_folder import RunLog
 from megakd.runtime.watchdog import HUNG, HangWatchdog
 from megakd.training.build import build_learners
-from megakd.training.prepare import PreparedRun
+from megakd.training.prepare import PreparedRun, with_start
 from megakd.training.trainer import Trainer
 from megakd.vqa.evaluate import ANSWERS
 
@@ -233,11 +233,15 @@ class Run:
         return path
 
     def _build(self, state: State | None) -> None:
-        recipe, plan, world = self.recipe, self.plan, self.world
+        recipe, world, have = self.recipe, self.world, () if state is None else state.weights.keys()
+        # Before the teachers are loaded, which takes longer than to find that weights are missing.
+        self.plan = plan = with_start(self.plan, have, world)
+        if plan.start is not None and world.is_main:
+            self.log.begins_with(plan.start.record(), plan.start.describe())
         self._tasks = [task.start(plan.config, world, self.log) for task in plan.tasks]
         watchdog.beat("building the student")
         torch.manual_seed(recipe.seed)
-        self._module, groups = build_learners(plan, self._tasks, world.device)
+        self._module, groups = build_learners(plan, self._tasks, world, have)
         if state is not None:
             checkpoint.check_fits(self._resumed_from, state.weights, trained_shapes(self._module))
             for task in self._tasks:

@@ -49,6 +49,17 @@ def megakd_small_siglip(**settings: Any) -> nn.Module:
 
 
 @register_model
+def megakd_wide_vit(**settings: Any) -> nn.Module:
+    """Of which megakd_small_vit may be a part."""
+    return _vit("megakd_wide_vit", settings, embed_dim=48, depth=3, num_heads=3)
+
+
+@register_model
+def megakd_wide_siglip(**settings: Any) -> nn.Module:
+    return _vit("megakd_wide_siglip", settings, embed_dim=48, depth=3, num_heads=3, class_token=False, act_layer="gelu_tanh")
+
+
+@register_model
 def megakd_small_convnext(**settings: Any) -> nn.Module:
     shape = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
     built: nn.Module = build_model_with_cfg(
