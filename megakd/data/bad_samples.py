@@ -58,11 +58,12 @@ def located(where: str) -> Iterator[None]:
 
 @dataclass
 class BadCounter:
-    """Bad samples by reason among `seen` samples tried, with one example a reason."""
+    """Bad samples by reason among `seen` samples tried, with one example a reason. by_source: the same of each source of a mixture."""
 
     seen: int = 0
     counts: dict[Reason, int] = field(default_factory=dict)
     examples: dict[Reason, str] = field(default_factory=dict)
+    by_source: dict[str, BadCounter] = field(default_factory=dict)
 
     def add(self, reason: Reason, example: str, count: int = 1) -> None:
         """Counts bad samples; whoever tries a sample, good or bad, adds it to `seen`."""
@@ -74,11 +75,15 @@ class BadCounter:
         self.seen += other.seen
         for reason, count in other.counts.items():
             self.add(reason, other.examples.get(reason, ""), count)
+        for name, counter in other.by_source.items():
+            self.by_source.setdefault(name, BadCounter()).merge(counter)
 
     def without(self, *reasons: Reason) -> BadCounter:
         """Where what they say makes no sample unusable."""
         counts = {reason: count for reason, count in self.counts.items() if reason not in reasons}
-        return BadCounter(self.seen, counts, {reason: example for reason, example in self.examples.items() if reason in counts})
+        examples = {reason: example for reason, example in self.examples.items() if reason in counts}
+        by_source = {name: counter.without(*reasons) for name, counter in self.by_source.items()}
+        return BadCounter(self.seen, counts, examples, by_source)
 
     @property
     def total(self) -> int:
@@ -95,15 +100,19 @@ class BadCounter:
         return None if reason is None else f"{reason}: {self.examples[reason]}"
 
     def to_list(self) -> list[int]:
-        """[seen, one count for each of REASONS]: plain integers of fixed length and order, to be summed over ranks."""
-        return [self.seen, *(self.counts.get(reason, 0) for reason in REASONS)]
+        """[seen, one count for each of REASONS], then that of each source: integers of fixed length and order, to be summed over ranks."""
+        own = [self.seen, *(self.counts.get(reason, 0) for reason in REASONS)]
+        return [*own, *(value for counter in self.by_source.values() for value in counter.to_list())]
 
     @classmethod
-    def from_list(cls, values: Sequence[int], examples: dict[Reason, str]) -> BadCounter:
-        """The inverse of `to_list`, with the examples that this rank knows."""
-        assert len(values) == 1 + len(REASONS), f"{len(values)} values for {len(REASONS)} reasons"
-        counts = {reason: int(count) for reason, count in zip(REASONS, values[1:], strict=True) if count}
-        return cls(int(values[0]), counts, dict(examples))
+    def from_list(cls, values: Sequence[int], here: BadCounter) -> BadCounter:
+        """The inverse of `to_list`, with the sources and examples of this rank's counter."""
+        length = 1 + len(REASONS)
+        assert len(values) == length * (1 + len(here.by_source)), f"{len(values)} values for {len(REASONS)} reasons"
+        counts = {reason: int(count) for reason, count in zip(REASONS, values[1:length], strict=True) if count}
+        of_sources = (values[start : start + length] for start in range(length, len(values), length))
+        by_source = {name: cls.from_list(part, one) for (name, one), part in zip(here.by_source.items(), of_sources, strict=True)}
+        return cls(int(values[0]), counts, dict(here.examples), by_source)
 
     def check(self, max_bad_fraction: float, at_least: int, what: str = "samples", key: str = "") -> None:
         """Raises ValueError when `at_least` were seen and more than `max_bad_fraction` are bad. It begins with `key`, of the recipe."""
@@ -112,12 +121,18 @@ class BadCounter:
         length = self.counts.get("too_long", 0) * 2 > self.total
         raise ValueError(
             f"{key and f'{key}: '}{self.total} of {self.seen} {what} are unusable ({self.fraction:.2%}), more than data.max_bad_fraction = "
-            f"{max_bad_fraction}: {self.by_reason()}. Example: {self.example or 'on another rank'}. "
+            f"{max_bad_fraction}: {self.by_reason()}{self._worst_sources()}. Example: {self.example or 'on another rank'}. "
             f"{'Raise answers.max_length' if length else 'Repair the files'}, or raise data.max_bad_fraction"
         )
 
     def by_reason(self) -> str:
         return ", ".join(f"{reason} {count}" for reason, count in sorted(self.counts.items(), key=lambda item: -item[1]))
+
+    def _worst_sources(self) -> str:
+        """Of a mixture, which sources the bad ones are of."""
+        worst = sorted((item for item in self.by_source.items() if item[1].total), key=lambda item: -item[1].total)
+        told = ", ".join(f"{name} {counter.total} of {counter.seen}" for name, counter in worst[:4])
+        return f" (by source: {told}{f' and {len(worst) - 4} more' if len(worst) > 4 else ''})" if worst else ""
 
 
 class Usable(NamedTuple, Generic[Row]):

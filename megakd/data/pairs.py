@@ -22,8 +22,8 @@ from megakd.data.augmentation import Augmentation, draw, draw_stored
 from megakd.data.bad_samples import BadCounter, BadSample, located
 from megakd.data.caption_tokens import Tokenize
 from megakd.data.captions import CaptionPolicy, Captions
+from megakd.data.mixture import AnyOrder
 from megakd.data.resumable import BatchSource, Loading, ResumableBatches
-from megakd.data.sampler import Order
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.store.reader import Store, StoredRows
 from megakd.data.transforms import TowerView, rgb_image, train_pixels
@@ -80,7 +80,7 @@ class Batch:
 
 def train_batches(
     shards: ShardSet,
-    order: Order,
+    order: AnyOrder,
     views: Views,
     towers: dict[str, TowerView],
     *,
@@ -145,7 +145,7 @@ class PairRows(NamedTuple):
 @dataclass(frozen=True)
 class TrainingPairs(BatchSource[Sample, PairRows, _PairColumns]):
     shards: ShardSet
-    order: Order
+    order: AnyOrder
     views: Views
     sizes: list[tuple[int, int, int]]
     tokenizers: list[Tokenize]
@@ -194,20 +194,20 @@ class TrainingPairs(BatchSource[Sample, PairRows, _PairColumns]):
         """The views of a store that are replayed, and its rows of them."""
         if self.store is None:
             return None, None
-        view = np.array([self.store.view_at(position, self.order.epoch_length) for position in positions], np.int64)
+        view = np.array([self.store.view_at(self.order.epoch(position)) for position in positions], np.int64)
         return torch.from_numpy(view), self.store.read(index_B, view, rows.number)
 
     def _augmentation(self, position: int, index: int, width: int, height: int) -> Augmentation:
         if self.store is None or not self.replay:
             return draw(self.views, self.views.seed_in(self.order.seed), position, width, height)
-        view = self.store.view_at(position, self.order.epoch_length)
+        view = self.store.view_at(self.order.epoch(position))
         return draw_stored(self.views, self.store.manifest.seed, index, view, width, height)
 
     def _caption_place(self, position: int, index: int) -> tuple[int, tuple[int, int]]:
         """The seed and the place by which a caption is drawn, as an augmentation is."""
         if self.store is None or not self.replay:
             return self.order.seed, (position, 0)
-        return self.store.manifest.seed, (index, 1 + self.store.view_at(position, self.order.epoch_length))
+        return self.store.manifest.seed, (index, 1 + self.store.view_at(self.order.epoch(position)))
 
 
 def decoded(sample: Sample, policy: CaptionPolicy | None, data: Data) -> tuple[Image.Image, Captions | None]:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from megakd.data.storage import INDEX, Stat, is_remote, local_path, shown, stat_all
 
@@ -56,6 +56,18 @@ def expand_with_stats(patterns: str | list[str]) -> list[tuple[str, Stat]]:
             raise ValueError(_missing(name, pattern))
         shards.append((name, stat))
     return shards
+
+
+def expand_sources(sources: Mapping[str, str | list[str]]) -> dict[str, list[tuple[str, Stat]]]:
+    """As `expand_with_stats` of each source by its name. Raises ValueError, naming the source, also for a shard that two of them name."""
+    found = {}
+    for source, patterns in sources.items():
+        try:
+            found[source] = expand_with_stats(patterns)
+        except ValueError as error:
+            raise ValueError(f"source {source}: {error}") from error
+    _refuse_twice([(name, f"source {source}") for source, shards in found.items() for name, _ in shards])
+    return found
 
 
 def _refuse_twice(named: list[tuple[str, str]]) -> None:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from megakd.data.bad_samples import BadCounter, BadLog, BadSample
-from megakd.data.sampler import Order
+from megakd.data.mixture import AnyOrder, MixtureOrder
 from megakd.data.stream import WorkerStream
 
 Item = TypeVar("Item")  # what is read of one index
@@ -88,7 +88,7 @@ class ResumableBatches(Iterator[BatchT], Generic[Columns, BatchT]):
     def __init__(
         self,
         source: BatchSource[Item, Rows, Columns],
-        order: Order,
+        order: AnyOrder,
         to_batch: Callable[[int, int, torch.Tensor, Columns, BadCounter], BatchT],
         *,
         rank: int,
@@ -144,18 +144,20 @@ class _PositionSet(Generic[Item, Rows, Columns]):
     """The dataset in a worker: positions -> one rank's part of a batch."""
 
     source: BatchSource[Item, Rows, Columns]
-    order: Order
+    order: AnyOrder
 
     def __getitems__(self, positions: range) -> _Loaded[Columns]:
-        bad = BadCounter()
+        sources = self.order.sources if isinstance(self.order, MixtureOrder) else ()
+        bad = BadCounter(by_source={source.name: BadCounter() for source in sources})
         index_B = self.order.indices(positions.start, len(positions))
         items = self.source.read(index_B.tolist())
         rows = self.source.allocate(len(positions))
         for row, (position, item) in enumerate(zip(positions, items, strict=True)):
             used = self._fill(rows, row, position, int(index_B[row]), item, bad)
             if used is None:
+                of = f" of source {self.order.source_of(int(index_B[row]))}" if isinstance(self.order, MixtureOrder) else ""
                 failure = (
-                    f"no usable {self.source.item_name} in {_ATTEMPTS} attempts for position {position}: {bad.by_reason()}. "
+                    f"no usable {self.source.item_name}{of} in {_ATTEMPTS} attempts for position {position}: {bad.by_reason()}. "
                     f"Example: {bad.example}. {self.source.remedy}"
                 )
                 return _Loaded(torch.empty(0), None, bad, failure)
@@ -164,17 +166,22 @@ class _PositionSet(Generic[Item, Rows, Columns]):
 
     def _fill(self, rows: Rows, row: int, position: int, index: int, item: Item | BadSample, bad: BadCounter) -> int | None:
         """Fill a row; the index of the item used, a replacement's if `index` is bad, None where no attempt found a usable one."""
+        counters = [bad]
+        if isinstance(self.order, MixtureOrder):  # whose replacements are of the same source
+            counters.append(bad.by_source[self.order.source_of(index)])
         for attempt in range(_ATTEMPTS):
             if attempt:
                 index = self.order.replacement(position, attempt)
                 (item,) = self.source.read([index])
-            bad.seen += 1
+            for counter in counters:
+                counter.seen += 1
             try:
                 if isinstance(item, BadSample):
                     raise item
                 self.source.fill(rows, row, position, index, item)
             except BadSample as error:
-                bad.add(error.reason, str(error))
+                for counter in counters:
+                    counter.add(error.reason, str(error))
             else:
                 return index
         return None

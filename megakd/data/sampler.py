@@ -8,14 +8,14 @@ may change.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-Purpose = Literal["blocks", "window", "replacement", "view", "caption"]
-_PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+Purpose = Literal["blocks", "window", "replacement", "view", "caption", "mixture"]
+_PURPOSES: tuple[Purpose, ...] = get_args(Purpose)  # by place: new ones go to the end
 
 
 @lru_cache(maxsize=64)
@@ -79,11 +79,15 @@ class Order:
         while count > 0:
             epoch, place = divmod(start, self.epoch_length)
             group, first = _group_of(self, epoch, place)
-            samples = _group(self, epoch, group)
+            samples = _lately(self).group(epoch, group)
             take = min(count, len(samples) - (place - first), self.epoch_length - place)
             parts.append(samples[place - first : place - first + take])
             start, count = start + take, count - take
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def epoch(self, position: int) -> int:
+        """Which epoch a position is in, from 0."""
+        return position // self.epoch_length
 
     def replacement(self, position: int, attempt: int) -> int:
         """The sample of the same epoch that replaces a bad one at `position`: a pure function of (seed, position, attempt)."""
@@ -92,8 +96,20 @@ class Order:
         return self(epoch_start + draw % self.epoch_length)
 
 
-# Two epochs: the current one and, at its end, the next. In the module, as an Order is pickled to the workers.
-@lru_cache(maxsize=2)
+class _Lately:
+    """What an order has drawn lately: two epochs, the current one and, at its end, the next, and the groups that are read."""
+
+    def __init__(self, order: Order) -> None:
+        self.blocks = lru_cache(maxsize=2)(partial(_blocks, order))
+        self.group = lru_cache(maxsize=4)(partial(_group, order))
+
+
+# In the module, as an Order is pickled to the workers; one for each order, as those of a mixture's sources are read in turn.
+@lru_cache(maxsize=256)
+def _lately(order: Order) -> _Lately:
+    return _Lately(order)
+
+
 def _blocks(order: Order, epoch: int) -> tuple[NDArray[np.int64], int]:
     """The permuted blocks, (blocks,), and the place of the last block of the data, the only one that may be short."""
     blocks = permutation(order.seed, "blocks", (epoch, 0), -(-order.samples // order.block))
@@ -102,7 +118,7 @@ def _blocks(order: Order, epoch: int) -> tuple[NDArray[np.int64], int]:
 
 def _group_of(order: Order, epoch: int, place: int) -> tuple[int, int]:
     """(group, its first place): those behind the short block's group begin earlier, by what that block lacks."""
-    blocks, short = _blocks(order, epoch)
+    blocks, short = _lately(order).blocks(epoch)
     full = order.block * order.window
     deficit = len(blocks) * order.block - order.samples
     short_group = short // order.window
@@ -113,10 +129,9 @@ def _group_of(order: Order, epoch: int, place: int) -> tuple[int, int]:
     return group, group * full - deficit
 
 
-@lru_cache(maxsize=4)
 def _group(order: Order, epoch: int, group: int) -> NDArray[np.int64]:
     """The mixed samples of one group: (block * window,) int64, less where the short or the last blocks are."""
-    blocks = _blocks(order, epoch)[0][group * order.window : (group + 1) * order.window]
+    blocks = _lately(order).blocks(epoch)[0][group * order.window : (group + 1) * order.window]
     samples = (blocks[:, None] * order.block + np.arange(min(order.block, order.samples))).ravel()
     samples = samples[samples < order.samples]
     mixed = samples[permutation(order.seed, "window", (epoch, group), len(samples))]

@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,15 @@ from numpy.typing import NDArray
 from megakd.data import tar_index
 from megakd.data.bad_samples import OF_CAPTIONS, BadCounter, BadSample, Reason
 from megakd.data.captions import CaptionPolicy
-from megakd.data.patterns import expand, expand_with_stats
+from megakd.data.mixture import Source
+from megakd.data.patterns import expand, expand_sources, expand_with_stats
 from megakd.data.samples import Slot
 from megakd.data.storage import Reader, Stat, shown
 from megakd.data.tar_index import HEADER, SPARSE, Further, IndexRows, Known
 from megakd.data.tar_members import expand as expand_sparse
 from megakd.recipe import Data
 from megakd.recipe.credentials import unsigned
+from megakd.recipe.sources import PairSource
 from megakd.runtime.console import LongWork, with_progress
 
 __all__ = ["Sample", "ShardSet", "expand"]
@@ -72,6 +75,7 @@ class ShardSet:
     digest: int  # of the samples' keys, sizes and first bytes
     captions: CaptionPolicy
     lacking: dict[str, tuple[int, str]]
+    sources: tuple[Source, ...]  # of a mixture, whose samples follow each other in this order; weights are sizes where none is given
     _reader: Reader
     further: Further = ()  # members that may be read beside those, each by its extension
     _rows: OrderedDict[int, IndexRows] = field(default_factory=OrderedDict)
@@ -82,7 +86,8 @@ class ShardSet:
     ) -> ShardSet:
         """The training set `data.train`, whose samples need an image and, unless `captions` is False, a caption.
 
-        Raises ValueError for missing, compressed or empty shards, and when more than data.max_bad_fraction of the samples lack either.
+        Raises ValueError for missing, compressed or empty shards, when more than data.max_bad_fraction of the samples lack either, and for
+        a source of which none can be used.
         """
         if data.train is None:
             raise ValueError("data.train: missing; give image-text shards, such as '/data/cc12m/{00000..01242}.tar'")
@@ -92,22 +97,28 @@ class ShardSet:
             raise ValueError(f"data.train: {error}") from error
         if not captions:
             shards.known_bad = shards.known_bad.without(*OF_CAPTIONS)
-        if shards.known_bad.total >= shards.known_bad.seen:
-            needed = "both an image and a caption" if captions else "an image"
-            key = "data.caption" if data.captions is None else "data.captions"
-            read_from = f"Captions are read from {shards.captions.spelled_members} members ({key}). " if captions else ""
-            raise ValueError(
-                f"data.train = {data.train!r}: none of the {len(shards)} samples has {needed} "
-                f"({shards.known_bad.by_reason() or 'the shards are empty'}). {read_from}Example: {shards.known_bad.example}"
-                f"{_OF_DR if further else ''}"
-            )
+        shards._check_usable(captions)
         shards.known_bad.check(data.max_bad_fraction, at_least=1)
         return shards
+
+    def _check_usable(self, captions: bool) -> None:
+        """Raises ValueError where no sample of the set, or none of a source, can be used by the indexes."""
+        sets = [(self.data.train_in_words, len(self), self.known_bad)]
+        sets += [(f"data.train.{one.name}", one.samples, self.known_bad.by_source[one.name]) for one in self.sources]
+        for key, samples, bad in sets:
+            if bad.total >= bad.seen:
+                needed = "both an image and a caption" if captions else "an image"
+                read = "data.caption" if self.data.captions is None else "data.captions"
+                read_from = f"Captions are read from {self.captions.spelled_members} members ({read}). " if captions else ""
+                raise ValueError(
+                    f"{key}: none of the {samples} samples has {needed} ({bad.by_reason() or 'the shards are empty'}). "
+                    f"{read_from}Example: {bad.example}{_OF_DR if self.further else ''}"
+                )
 
     @classmethod
     def open_set(
         cls,
-        patterns: str | list[str],
+        patterns: str | list[str] | Mapping[str, PairSource],
         data: Data,
         rank: int,
         world: int,
@@ -121,9 +132,14 @@ class ShardSet:
 
         Each rank indexes the shards [rank::world], waits at the barrier, then loads all, and builds those that are still missing where the
         ranks do not share a disk. Rank 0 logs what is lost or not used, at every start.
-        Raises ValueError for shards that cannot be read, and where there is not one sample.
+        Raises ValueError for shards that cannot be read, and where there is not one sample, in all or in a source.
         """
-        named, policy = expand_with_stats(patterns), policy or CaptionPolicy.member(data.caption)
+        policy = policy or CaptionPolicy.member(data.caption)
+        if isinstance(patterns, Mapping):
+            by_source = expand_sources({name: one.shards for name, one in patterns.items()})
+        else:
+            by_source = {"": expand_with_stats(patterns)}
+        named = [shard for shards in by_source.values() for shard in shards]
         failure: ValueError | OSError | None = None
         try:
             new = [shard for shard in named[rank::world] if tar_index.load_checked(*shard, policy.members, data.cache, further) is None]
@@ -143,16 +159,25 @@ class ShardSet:
         except OSError as error:
             raise ValueError(f"a shard cannot be read: {error}; {_UNREADABLE}") from error
         names, samples = [name for name, _ in named], [known.samples for known in indexes]
-        bad, lacking = _known_bad(names, indexes), _lacking(names, indexes)
-        if rank == 0:
-            _log_losses(patterns, bad, names, indexes, captions, lacking)
-        if sum(samples) == 0:
-            lost = f"; {bad.by_reason()}, for example {bad.example}" if bad.total else ""
-            raise ValueError(f"{patterns!r}: {len(named)} shards, but not one sample in them (the first is {shown(named[0][0])}){lost}")
+        lacking, sources, bad, end = _lacking(names, indexes), list[Source](), BadCounter(), 0
+        for source, shards_of in by_source.items():
+            first, end = end, end + len(shards_of)
+            part = names[first:end], indexes[first:end]
+            own, count, words = _known_bad(*part, source), sum(samples[first:end]), f"source {source}" if source else repr(patterns)
+            if rank == 0:
+                _log_losses(words, own, *part, captions, _lacking(*part))
+            if count == 0:
+                lost = f"; {own.by_reason()}, for example {own.example}" if own.total else ""
+                raise ValueError(f"{words}: {len(shards_of)} shards, but not one sample in them (the first is {shown(names[first])}){lost}")
+            bad.merge(own)
+            if isinstance(patterns, Mapping):
+                weight = patterns[source].weight
+                sources.append(Source(source, count, float(count if weight is None else weight)))
         starts = np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
         log.info("%d samples in %d shards", starts[-1], len(named))
         digest = zlib.crc32(repr([known.digest for known in indexes]).encode())
-        return cls(names, [stat for _, stat in named], data, starts, bad, digest, policy, lacking, Reader(data.cache), further)
+        place = tuple(sources), Reader(data.cache), further
+        return cls(names, [stat for _, stat in named], data, starts, bad, digest, policy, lacking, *place)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -164,6 +189,11 @@ class ShardSet:
     def signature(self) -> int:
         """A checksum of the shards' base names, lengths and content, not of dates and folders. A position means nothing without it."""
         return zlib.crc32(self.digest.to_bytes(4, "little"), self.signature_of_names)
+
+    @property
+    def signature_of_order(self) -> int:
+        """The signature, with a mixture's shares, which decide as well which sample a position is."""
+        return zlib.crc32(repr(self.sources).encode(), self.signature) if self.sources else self.signature
 
     @property
     def signature_of_names(self) -> int:
@@ -255,7 +285,9 @@ class ShardSet:
 
     def _label(self, shard: int, row: np.void) -> str:
         key = bytes(row["key"]).decode("utf-8", "backslashreplace")
-        return f"{shown(self.names[shard])}: {key.encode('unicode_escape').decode()}"  # a key may hold terminal escapes
+        ends = itertools.accumulate(source.samples for source in self.sources)
+        source = next((f"{one.name}: " for one, end in zip(self.sources, ends, strict=True) if self.starts[shard] < end), "")
+        return f"{source}{shown(self.names[shard])}: {key.encode('unicode_escape').decode()}"  # a key may hold terminal escapes
 
 
 @dataclass(frozen=True)
@@ -294,8 +326,8 @@ def _index(
     return tar_index.build(name, stat, policy.members, cache, further) if rows is None else rows
 
 
-def _known_bad(names: list[str], indexes: list[Known]) -> BadCounter:
-    """Counts over the samples that the indexes have, and those that they know to be lost."""
+def _known_bad(names: list[str], indexes: list[Known], source: str) -> BadCounter:
+    """Counts over the samples that the indexes have, and those that they know to be lost. source: of a mixture, "" without one."""
     sound = [known.samples for known in indexes if not known.losses.why]
     elsewhere = round(sum(sound) / len(sound)) if sound else None
     bad = BadCounter()
@@ -307,9 +339,9 @@ def _known_bad(names: list[str], indexes: list[Known]) -> BadCounter:
         counts += [("empty_caption", *known.empty_caption)]
         counts += [("unused_members", count, f"{example}, {why}") for why, (count, example) in known.losses.dropped.items()]
         for reason, count, example in counts:
-            bad.add(reason, f"{shown(name)}: {shown(example)}", count)
+            bad.add(reason, f"{source and f'{source}: '}{shown(name)}: {shown(example)}", count)
         bad.seen += known.samples + lost + sum(count for count, _ in known.losses.dropped.values())
-    return bad
+    return replace(bad, by_source={source: bad}) if source else bad
 
 
 def _lacking(names: list[str], indexes: list[Known]) -> dict[str, tuple[int, str]]:
@@ -322,7 +354,7 @@ def _lacking(names: list[str], indexes: list[Known]) -> dict[str, tuple[int, str
 
 
 def _log_losses(
-    patterns: str | list[str],
+    words: str,
     bad: BadCounter,
     names: list[str],
     indexes: list[Known],
@@ -332,14 +364,14 @@ def _log_losses(
     for reason, count in bad.counts.items():
         if reason in OF_CAPTIONS and not captions:
             continue
-        log.warning("%r: %d of %d samples cannot be used, %s: %s", patterns, count, bad.seen, reason, bad.examples[reason])
+        log.warning("%s: %d of %d samples cannot be used, %s: %s", words, count, bad.seen, reason, bad.examples[reason])
     for extension, (count, example) in lacking.items() if captions else ():
-        told = "%r: %d of %d samples have no .%s member, so that their captions are drawn from the others: %s"
-        log.warning(told, patterns, count, bad.seen, extension, example)
+        told = "%s: %d of %d samples have no .%s member, so that their captions are drawn from the others: %s"
+        log.warning(told, words, count, bad.seen, extension, example)
     unused: dict[str, tuple[int, str]] = {}
     for name, known in zip(names, indexes, strict=True):
         for kind, (count, example) in known.losses.unused.items():
             before, first = unused.get(kind, (0, f"{shown(name)}: {shown(example)}"))
             unused[kind] = (before + count, first)
     for kind, (count, example) in unused.items():
-        log.warning("%r: %d members that look like data are not used: %s. The first: %s", patterns, count, kind, example)
+        log.warning("%s: %d members that look like data are not used: %s. The first: %s", words, count, kind, example)

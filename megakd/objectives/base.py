@@ -53,6 +53,11 @@ class StepContext:
         total = sum(self.weights)
         return torch.stack([loss * (weight / total) for loss, weight in zip(losses, self.weights, strict=True)]).sum()
 
+    def mean_of_pairs(self, values: Sequence[Tensor]) -> Tensor:
+        """(B,): the same of each pair. values: (B,) of each teacher."""
+        values_TB, weights = torch.stack(list(values)), self.weights or [1.0] * len(values)
+        return (values_TB * values_TB.new_tensor(weights)[:, None]).sum(0) / sum(weights)
+
     def kd(
         self, teachers: Sequence[Embeddings], loss: Callable[[Sequence[Embeddings], bool], SimilarityLoss], hard: bool
     ) -> SimilarityLoss:
@@ -75,6 +80,7 @@ class Objective(ABC):
     needs_text: of its teachers, a text tower; it is not called with others, has no head for them, and places count those it is called with.
     student_blocks, teacher_blocks: what it reads of the vision towers' blocks: the student's through its head, and every teacher's
     in `Embeddings.features`.
+    of_pairs: its `names` where a loss is a mean over pairs that `pairs` gives one by one; () where it does not.
     state: tensors kept from step to step under names of its own, equal on every rank. They are saved with each checkpoint, and are there
     again, on the device, before the first step of a run that goes on.
     """
@@ -82,6 +88,7 @@ class Objective(ABC):
     backend: str | None = None
     student_blocks: tuple[Read, ...] = ()
     teacher_blocks: tuple[Read, ...] = ()
+    of_pairs: tuple[str, ...] = ()
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         self.names, self.state = names, dict[str, Tensor]()
@@ -107,6 +114,13 @@ class Objective(ABC):
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
         """Each of `names` as a float32 scalar whose gradient, averaged over ranks, is that of the global batch; the teachers' mean."""
         ...
+
+    def pairs(self, context: StepContext) -> dict[str, Tensor]:
+        """Each of `of_pairs` pair by pair: (B,) of this rank's, whose mean over all ranks is the loss, but for rounding. Without gradient.
+
+        A collective, called beside the loss where the sources of a mixture are told apart, on logged steps alone.
+        """
+        return {}
 
 
 def head_name(objective: str, place: int) -> str:

@@ -26,7 +26,7 @@ class Feature(Objective):
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         super().__init__(recipe, device, names)
-        self._kind, self.reads_text = recipe.feature.head, True
+        self._kind, self.reads_text, self.of_pairs = recipe.feature.head, True, names
 
     def head(self, student: ModelShape, teacher: ModelShape) -> Head:
         return head_between(f"{self.names[0]}.head", self._kind, student, teacher)
@@ -38,9 +38,17 @@ class Feature(Objective):
         (name,), distances = self.names, []
         for place, teacher in enumerate(context.teachers):
             image_BD, text_BD = context.student.projected[head_name(name, place)]
-            distance = _square_distance(image_BD, teacher.image)
-            distances.append((distance + _square_distance(text_BD, teacher.text)) / 2 if teacher.has_text else distance)
+            distance = _square_distances(image_BD, teacher.image).mean()
+            distances.append((distance + _square_distances(text_BD, teacher.text).mean()) / 2 if teacher.has_text else distance)
         return {name: context.mean(distances)}
+
+    def pairs(self, context: StepContext) -> dict[str, Tensor]:
+        (name,), distances = self.names, []
+        for place, teacher in enumerate(context.teachers):
+            image_BD, text_BD = context.student.projected[head_name(name, place)]
+            distance_B = _square_distances(image_BD, teacher.image)
+            distances.append((distance_B + _square_distances(text_BD, teacher.text)) / 2 if teacher.has_text else distance_B)
+        return {name: context.mean_of_pairs(distances)}
 
 
 @final
@@ -61,5 +69,6 @@ class MaskedFeature(Feature):
         return head
 
 
-def _square_distance(a_BD: Tensor, b_BD: Tensor) -> Tensor:
-    return (a_BD.float() - b_BD.float()).square().sum(dim=-1).mean()
+def _square_distances(a_BD: Tensor, b_BD: Tensor) -> Tensor:
+    """(B,)"""
+    return (a_BD.float() - b_BD.float()).square().sum(dim=-1)

@@ -101,6 +101,13 @@ class Matrix(NamedTuple):
         return self._replace(rows=self.rows._replace(across_N=columns_N), columns=self.columns._replace(across_N=rows_N))
 
 
+def of_pairs(line: Callable[..., Tensor], *matrices: Matrix) -> Tensor:
+    """(B,): of each pair the mean of what `line` gives of its row and of its column. line(lines of each matrix, part) gives (c,)."""
+    sides = (tuple(matrix.rows for matrix in matrices), tuple(matrix.columns for matrix in matrices))
+    rows_B, columns_B = (by_panels(partial(line, *side), len(side[0].own_BD), side[0].chunk) for side in sides)
+    return (rows_B + columns_B) / 2
+
+
 def agreed(context: StepContext) -> tuple[Ranks, torch.dtype]:
     """The ranks of the batch, and what a loss over it is computed in: float32, float64 where an input is.
 
@@ -144,7 +151,7 @@ class LineObjective(Objective):
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         super().__init__(recipe, device, names)
-        self._recipe = recipe
+        self._recipe, self.of_pairs = recipe, names
         self._whole = kernel_options(recipe, "similarity_kd", device)["backend"] in ("eager", "compiled")
         self.backend = "eager" if self._whole else "chunked"
 
@@ -166,6 +173,17 @@ class LineObjective(Objective):
             ]
             losses.append(add_parts(sums[0] + sums[1], student.ranks) / (2 * len(student.rows.all_ND)))
         return {name: context.mean(losses)}
+
+    def pairs(self, context: StepContext) -> dict[str, Tensor]:
+        (name,) = self.names
+        options = self._recipe.section_at(name, context.step) if name in ObjectiveSections.model_fields else None
+        own, taught = matrices(context, whole=self._whole)
+        student = self.prepared(own, options)
+
+        def line(own: Lines, taught: Lines, part: slice) -> Tensor:
+            return self.compare(own, taught, options, part)
+
+        return {name: context.mean_of_pairs([of_pairs(line, student, self.prepared(teacher, options)) for teacher in taught])}
 
     def prepared(self, matrix: Matrix, options: Any) -> Matrix:
         """What `compare` needs of one model's whole matrix; nothing unless a subclass says otherwise."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -175,12 +174,27 @@ class ObjectiveSet:
     def losses(self, student: Embeddings, teachers: Sequence[Embeddings], step: int = 0) -> dict[str, Tensor]:
         """Unweighted float32 scalars by objective name, in the order of `weights`. step: optimiser steps done before this one."""
         losses = dict[str, Tensor]()
-        context = StepContext(student, teachers, self._group, step)
-        if teachers:
-            context = replace(context, teachers=self._scales(student, teachers), weights=self._recipe.teacher_weights(step))
+        context = self._context(student, self._scales(student, teachers) if teachers else [], step)
         for objective in self._objectives:
             losses |= objective(context.with_text() if objective.needs_text else context)
         return {name: losses[name] for name in self.weights}
+
+    def _context(self, student: Embeddings, teachers: Sequence[Embeddings], step: int) -> StepContext:
+        return StepContext(student, teachers, self._group, step, self._recipe.teacher_weights(step) if teachers else ())
+
+    @property
+    def of_pairs(self) -> tuple[str, ...]:
+        """The losses that are known pair by pair, in the order of `weights`."""
+        named = {name for part in self._objectives for name in part.of_pairs}
+        return tuple(name for name in self.weights if name in named)
+
+    @torch.no_grad()
+    def pairs(self, student: Embeddings, teachers: Sequence[Embeddings], step: int = 0) -> dict[str, Tensor]:
+        """(B,) by the names `of_pairs`: what each pair of this rank adds to the mean that `losses`, called before with these, has given."""
+        found, context = dict[str, Tensor](), self._context(student, self._scales.scaled(teachers) if teachers else [], step)
+        for objective in self._objectives:
+            found |= objective.pairs(context.with_text() if objective.needs_text else context)
+        return found
 
     def weights_at(self, step: int) -> dict[str, float]:
         """Of each loss in the step number `step`, from 0; `weights` has the largest over the run."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from megakd.models.embeddings import Embeddings
 from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, kernel_options
 from megakd.objectives.cost import LossCost, LossShape
+from megakd.objectives.lines import Lines, matrices, of_pairs
 from megakd.recipe import Recipe, Similarity
 from megakd.recipe.section import MATCHED
 from megakd_kernels import SimilarityLoss
@@ -33,6 +36,7 @@ class Softmax(Objective):
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         super().__init__(recipe, device, names)
         assert recipe.student is not None, "a recipe with objectives has a student"
+        self.of_pairs = names
         self._recipe, self._max_scale = recipe, recipe.student.max_scale
         self._fixed_scale = recipe.similarity.student_scale if SIMILARITY in names else None
         self._options = kernel_options(recipe, "similarity_kd" if SIMILARITY in names else "contrastive", device)
@@ -54,20 +58,25 @@ class Softmax(Objective):
             return cost.of_kernel(cost.SOFTMAX_HARD, self._options["backend"], shape)
         return (cost.of_kernel if self._weighs_alike else cost.one_by_one)(cost.SOFTMAX_KD, self._options["backend"], shape)
 
-    def __call__(self, context: StepContext) -> dict[str, Tensor]:
+    def _compared(self, context: StepContext) -> tuple[Embeddings, list[Embeddings], Similarity]:
+        """Student and teachers at the scales at which they are compared, and the options of this step."""
         student, teachers = context.student, list(context.teachers) if SIMILARITY in self.names else []
         options: Similarity = self._recipe.section_at("similarity", context.step)
-        sharpened = options.temperature / (options.teacher_temperature or options.temperature)
-        # Once: teachers are frozen, and reading a scale waits for the device. Those of matched scales differ in every step.
-        if self._largest is None and not (teachers and self._are_matched):
-            self._largest = max([0.0, *(float(teacher.scale) for teacher in teachers)])
-        limit = None
-        if self._largest is not None:  # a little more, for the rounding of exp and of the products
-            limit = 1.001 * max(self._fixed_scale or self._max_scale, sharpened * self._largest)
+        sharpened = _sharpened(options)
         if sharpened != 1:  # b / u = (t / u) b / t
             teachers = [teacher._replace(scale=teacher.scale * sharpened) for teacher in teachers]
         if self._fixed_scale is not None:
             student = student._replace(scale=student.scale.new_tensor(self._fixed_scale))
+        return student, teachers, options
+
+    def __call__(self, context: StepContext) -> dict[str, Tensor]:
+        student, teachers, options = self._compared(context)
+        # Once: teachers are frozen, and reading a scale waits for the device. Those of matched scales differ in every step.
+        if self._largest is None and not (teachers and self._are_matched):
+            self._largest = max([0.0, *(float(teacher.scale) for teacher in context.teachers if teachers)])
+        limit = None
+        if self._largest is not None:  # a little more, for the rounding of exp and of the products
+            limit = 1.001 * max(self._fixed_scale or self._max_scale, _sharpened(options) * self._largest)
 
         def loss_of(these: Sequence[Embeddings], hard: bool) -> SimilarityLoss:
             return similarity_kd(
@@ -82,3 +91,25 @@ class Softmax(Objective):
 
         loss = context.kd(teachers, loss_of, CONTRASTIVE in self.names)
         return {name: {SIMILARITY: loss.kd, CONTRASTIVE: loss.hard}[name] for name in self.names}
+
+    def pairs(self, context: StepContext) -> dict[str, Tensor]:
+        """By panels of the matrix, whatever the loss is computed by."""
+        student, teachers, options = self._compared(context)
+        own, taught = matrices(replace(context, student=student, teachers=teachers), whole=False)
+
+        def match(lines: Lines, part: slice) -> Tensor:
+            return -lines.logits(part).log_softmax(1).gather(1, lines.positives(part)).squeeze(1)
+
+        def divergence(lines: Lines, of_teacher: Lines, part: slice) -> Tensor:
+            log_p_cN, log_q_cN = (one.logits(part, options.temperature).log_softmax(1) for one in (lines, of_teacher))
+            return kl_div(log_p_cN, log_q_cN, reduction="none", log_target=True).sum(1) * options.temperature**2
+
+        found = {CONTRASTIVE: of_pairs(match, own)} if CONTRASTIVE in self.names else {}
+        if SIMILARITY in self.names:
+            found[SIMILARITY] = context.mean_of_pairs([of_pairs(divergence, own, teacher) for teacher in taught])
+        return found
+
+
+def _sharpened(options: Similarity) -> float:
+    """t / u, by which a teacher's scale is multiplied."""
+    return options.temperature / (options.teacher_temperature or options.temperature)

@@ -71,23 +71,31 @@ class TeacherScales:
         """
         if all(settings.scale is None for settings in self._settings.values()):
             return list(teachers)
-        ranks, of_student, scaled = Ranks.of(self._group), None, list[Embeddings]()
+        ranks, of_student = Ranks.of(self._group), None
         for (role, settings), teacher in zip(self._settings.items(), teachers, strict=True):
-            scale = teacher.scale
-            if isinstance(settings.scale, float):
-                scale = scale.new_full((), settings.scale)
-            elif settings.scale == MATCHED and settings.entropy is not None:
-                scale = self._match(role, teacher, scale.new_full((), settings.entropy, dtype=torch.float64), ranks)
+            if settings.scale == MATCHED and settings.entropy is not None:
+                self._match(role, teacher, teacher.scale.new_full((), settings.entropy, dtype=torch.float64), ranks)
             elif settings.scale == MATCHED:
                 if of_student is None:
                     own = student.scale.detach() if self._student_scale is None else student.scale.new_full((), self._student_scale)
                     of_student, _ = row_entropy(student, own, ranks)
-                scale = self._match(role, teacher, of_student, ranks)
+                self._match(role, teacher, of_student, ranks)
+        return self.scaled(teachers)
+
+    def scaled(self, teachers: Sequence[Embeddings]) -> list[Embeddings]:
+        """The teachers at their scales, the matched ones as the last call has left them."""
+        scaled = list[Embeddings]()
+        for (role, settings), teacher in zip(self._settings.items(), teachers, strict=True):
+            scale = teacher.scale
+            if isinstance(settings.scale, float):
+                scale = scale.new_full((), settings.scale)
+            elif settings.scale == MATCHED:
+                scale = self.state[role].exp()
             scaled.append(teacher._replace(scale=scale.to(teacher.scale.dtype)))
         return scaled
 
-    def _match(self, role: str, teacher: Embeddings, target: Tensor, ranks: Ranks) -> Tensor:
-        """The running scale at which the entropy of the teacher's rows is `target`, after this batch.
+    def _match(self, role: str, teacher: Embeddings, target: Tensor, ranks: Ranks) -> None:
+        """Move the running scale by this batch to where the entropy of the teacher's rows is `target`.
 
         The first batch is matched by bisection. Each later one takes a part of a step of Newton's method on the logarithm, of which a
         batch that is unlike the others cannot take more than one.
@@ -100,7 +108,6 @@ class TeacherScales:
             newton = (entropy - target) / variance.clamp_min(1e-12)
             moved = self.state[role] + RATE * newton.clamp(-1, 1)
             self.state[role] = moved.clamp(math.log(LOWEST), math.log(HIGHEST))
-        return self.state[role].exp()
 
     def values(self) -> dict[str, Tensor]:
         """The matched scales by role, as the last step used them."""

@@ -229,7 +229,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 def refused(old: Recipe, new: Recipe) -> list[str]:
     """The lines of `differences` for which a run of `old` must not go on as `new`, with the reason where the key alone is none."""
-    lines = []
+    lines = _other_sources(old, new)
     for key, before, after in _changed(old, new):
         if resume.change(key) == "refused":
             lines.append(f"{key}: {before!r} -> {after!r}")
@@ -243,6 +243,13 @@ def refused(old: Recipe, new: Recipe) -> list[str]:
     if new.teacher is not None and new.teacher.store == IN_SHARDS and list(old.ensemble) != list(new.ensemble):
         lines.append(f"the order of [ensemble]: {list(old.ensemble)} -> {list(new.ensemble)}, by which each teacher has its part of a row")
     return lines
+
+
+def _other_sources(old: Recipe, new: Recipe) -> list[str]:
+    """Where the names of data.train's sources change, by which each is shuffled, or where there are names on one side alone."""
+    before, after = (list(recipe.data.train) if isinstance(recipe.data.train, dict) else None for recipe in (old, new))
+    shown = [f"sources {', '.join(names)}" if names else "shards without names" for names in (before, after)]
+    return [f"data.train: {shown[0]} -> {shown[1]}"] if before != after else []
 
 
 def told(old: Recipe, new: Recipe) -> list[str]:

@@ -53,6 +53,7 @@ _FREE = (
 # With what the run says about it.
 TOLD = {
     "data.train": _SAME_DATA,
+    "data.train.*.shards": _SAME_DATA,
     "data.max_pixels": f"other images may be refused, {_FROM_HERE}",
     "teacher.store": "its embeddings are of the same teacher and data, or it would have been refused",
     "ensemble.*.store": "its embeddings are of the same teacher and data, or it would have been refused",
@@ -85,7 +86,8 @@ _REFUSED = (
         "decoder.start",
         *(f"decoder.lora.{key}" for key in ("rank", "alpha", "dropout", "targets")),
     ),
-    *("answers.train.*.format", "answers.train.*.split", "answers.train.*.plain"),
+    "data.train.*.weight",
+    *("answers.train.*.format", "answers.train.*.weight", "answers.train.*.split", "answers.train.*.plain"),
     *("answers.weight", "answers.batch", "answers.tower"),
     *(f"answers.teacher.{key}" for key in ("weight", "divergence", "temperature", "quantise")),
     *(f"optim.{key}" for key in ("batch", "warmup", "schedule", "final_lr", "betas", "eps", "weight_decay")),

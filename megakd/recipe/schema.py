@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from megakd.recipe import start
 from megakd.recipe.captions import CaptionSource, CaptionWeights, CleanSteps, check_member, shares
@@ -28,6 +28,7 @@ from megakd.recipe.section import (
     Section,
     Weight,
 )
+from megakd.recipe.sources import PairSource, patterns_or_sources
 from megakd.recipe.views import Views
 from megakd.recipe.vqa import Answers, Decoder
 
@@ -35,8 +36,11 @@ from megakd.recipe.vqa import Answers, Decoder
 class Data(Section):
     """Image-text shards: tars of `.jpg` and `.txt` members, as img2dataset writes them."""
 
-    train: str | list[str] | None = Field(
-        None, min_length=1, description="paths or URLs; braces expand, '::' joins; the objectives need it, answers alone do not"
+    train: Annotated[str | list[str] | dict[Name, PairSource] | None, BeforeValidator(patterns_or_sources)] = Field(
+        None,
+        min_length=1,
+        description="paths or URLs; braces expand, '::' joins; or a table of sources by name, mixed by their weights; the objectives need "
+        "it, answers alone do not",
     )
     caption: str = Field("txt", description="extension of the caption's member in the tar")
     captions: CaptionWeights | None = Field(
@@ -64,6 +68,11 @@ class Data(Section):
     def as_seen(self) -> dict[str, str]:
         """How images become RGB, where that is not the default: a part of what stores and bundles depend on."""
         return self.model_dump(include={"orientation", "transparency"}, exclude_defaults=True)
+
+    @property
+    def train_in_words(self) -> str:
+        """What `train` names, for messages."""
+        return ", ".join(f"data.train.{name}" for name in self.train) if isinstance(self.train, dict) else f"data.train = {self.train!r}"
 
     @field_validator("caption")
     @classmethod

@@ -7,9 +7,10 @@ import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megakd.recipe.section import SCHEDULED_WEIGHT, Fraction, Name, Positive, PositiveFloat, ScheduledTemperature, ScheduledWeight, Section
+from megakd.recipe.sources import SourceWeight, check_weights
 
 # A benchmark is one file of vqa/benchmarks: its name there is its format here. Names alone, nothing is imported.
 BENCHMARKS = tuple(
@@ -103,6 +104,12 @@ class QuestionSource(Section):
     plain: bool = Field(False, description="llava: nothing is asked, the reply is the image's caption, as in LLaVA's first stage")
 
 
+class LearnedQuestions(QuestionSource):
+    """Questions to learn, one of several sources perhaps."""
+
+    weight: SourceWeight = None
+
+
 class LearningRates(Section):
     """Peak learning rates by group; all follow optim's schedule."""
 
@@ -139,13 +146,21 @@ class AnswerTeacher(Section):
 class Answers(Section):
     """The decoder learns to answer. With active objectives alongside them, in the same step; without, alone."""
 
-    train: dict[Name, QuestionSource] = Field(min_length=1, description="by name; all are mixed in proportion to their size")
+    train: dict[Name, LearnedQuestions] = Field(
+        min_length=1, description="by name; all are shuffled together, in proportion to their size; with weights they are mixed by these"
+    )
     weight: ScheduledWeight = Field(1.0, description="of the answer loss beside the objectives; 0 learns from [answers.teacher] alone")
     batch: Positive | None = Field(None, description="questions in one step, over all ranks; default: optim.batch")
     max_length: int = Field(512, gt=0, le=10**7, description="tokens of a conversation, image tokens included; further turns are dropped")
     tower: Literal["frozen", "trained"] = Field("frozen", description="whether the answers' gradient reaches the vision tower")
     lr: LearningRates = LearningRates()
     teacher: AnswerTeacher | None = Field(None, description="a trained decoder whose answers' probabilities are learned, too")
+
+    @field_validator("train")
+    @classmethod
+    def _weights(cls, train: dict[str, LearnedQuestions]) -> dict[str, LearnedQuestions]:
+        check_weights({name: source.weight for name, source in train.items()})
+        return train
 
     @model_validator(mode="after")
     def _learns_something(self) -> Answers:

@@ -113,7 +113,7 @@ def prepare(spec: StudySpec, grid: Grid) -> dict[str, str]:
     first = {cell.axes["data"]: cell.recipe for cell in grid.cells}
     for recipe in {sets_of(cell.recipe): cell.recipe for cell in grid.cells}.values():
         open_sets(recipe, World(0, 1, torch.device("cpu")))  # what the runs need at their ends
-    return {name: f"{ShardSet.open(recipe.data, 0, 1, lambda: None).signature:08x}" for name, recipe in first.items()}
+    return {name: f"{ShardSet.open(recipe.data, 0, 1, lambda: None).signature_of_order:08x}" for name, recipe in first.items()}
 
 
 def _check_scores(spec: StudySpec, grid: Grid, work: Work) -> None:

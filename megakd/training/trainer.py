@@ -27,7 +27,9 @@ from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopRequest
 from megakd.runtime.run_folder import RunLog
 from megakd.runtime.stopwatch import Stopwatch, memory_gb
+from megakd.training import by_source
 from megakd.training.accumulation import GradCache
+from megakd.training.by_source import BySource, Means
 from megakd.training.optim import learning_rate
 from megakd.training.tasks.base import BadSamples, StepPart, Task, TaskBatch
 
@@ -52,13 +54,17 @@ class Hooks(Protocol):
 
 @dataclass(frozen=True)
 class StepSummary:
-    """What all ranks know of a step after one small all-reduce. values: means over the ranks of the losses and of what tasks log."""
+    """What all ranks know of a step after one small all-reduce. values: means over the ranks of the losses and of what tasks log.
+
+    by_source: on logged steps, of a mixture's sources.
+    """
 
     values: dict[str, float]
     finite: bool
     stop: bool
     log_failed: bool
     bad: BadSamples
+    by_source: Means
 
 
 class Trainer:
@@ -71,10 +77,12 @@ class Trainer:
         self._log, self._stop = log, stop
         self.clock = Stopwatch(world.device)
         self._bad = BadSamples({task.items: BadCounter() for task in tasks})
+        self._sources = BySource(tasks, world.device)
 
     def fit(self, batches: Iterator[Batches], start: Progress, hooks: Hooks) -> None:
         """Train from `start` to the last step. Raises Interrupted when a signal stops it, after a save."""
         recipe, step = self.recipe, start.step
+        self._sources.started_at = step
         if self._to_evaluate(step) and not hooks.evaluated(step):  # a signal came first
             hooks.evaluate(step)
         since, images = time.perf_counter(), 0
@@ -87,7 +95,7 @@ class Trainer:
                 hooks.stepped()
             step, images = step + 1, images + recipe.samples_in_a_step()
             last = step == recipe.optim.steps
-            if step % recipe.log.every == 0 or last or summary.stop:
+            if self._is_logged(step) or summary.stop:
                 now = time.perf_counter()
                 self._write_row(step, summary, images / (now - since), now - since)
                 since, images = now, 0  # what writing takes counts in the next row
@@ -105,6 +113,10 @@ class Trainer:
                         self._save(progress, hooks)
                     raise
                 since, images = time.perf_counter(), 0
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether so many steps end with a row of the log, without a signal."""
+        return step % self.recipe.log.every == 0 or step == self.recipe.optim.steps
 
     def _to_evaluate(self, step: int) -> bool:
         """During the run; the end is the job's."""
@@ -132,11 +144,12 @@ class Trainer:
             with torch.no_grad(), self.engine.unmoved_buffers():
                 cache = GradCache([self._forward(parts, step, number) for number in range(last + 1)])
             losses, total = self._losses(parts, cache.leaves, step)
-            pending = self._announce([losses], cache.leaves, batches)
+            pending = self._announce([losses], cache.leaves, batches, self._by_source(parts, [cache.leaves], batches, step))
             cache.backward(total)
 
         # Forward, losses, backward
         added: list[dict[str, Tensor]] = []
+        given: list[dict[str, Tensor]] = []
         for number in range(last + 1):
             outputs = self._forward(parts, step, number)
             if cache is not None:
@@ -144,8 +157,9 @@ class Trainer:
             else:
                 losses, total = self._losses(parts, outputs, step)
                 added.append(losses)
+                given.append(self._sources.outputs(outputs))
                 if number == last:
-                    pending = self._announce(added, outputs, batches)
+                    pending = self._announce(added, outputs, batches, self._by_source(parts, given, batches, step))
             with self.clock.part("student"):
                 self.engine.backward(total)
             if number < last:
@@ -191,7 +205,16 @@ class Trainer:
             losses = {name: loss for part in parts for name, loss in part.losses(outputs).items()}
             return losses, weighted_sum(losses, self._weights(step))
 
-    def _announce(self, added: list[dict[str, Tensor]], outputs: dict[str, Tensor], batches: Batches) -> collectives.Pending:
+    def _by_source(self, parts: list[StepPart], outputs: list[dict[str, Tensor]], batches: Batches, step: int) -> Tensor:
+        """This rank's part of what is logged of a mixture's sources; empty on a step that is not logged."""
+        if not self._is_logged(step + 1):
+            return torch.zeros(0, device=self.world.device)
+        with self.clock.part("loss"):
+            return self._sources.sums(parts, outputs, batches)
+
+    def _announce(
+        self, added: list[dict[str, Tensor]], outputs: dict[str, Tensor], batches: Batches, of_sources: Tensor
+    ) -> collectives.Pending:
         """Start telling the other ranks how this step stands; the backward runs meanwhile. added: losses that add up to the step's."""
         values = [torch.stack([losses[name].detach() for losses in added]).sum().float() for name in self._names]
         found = {**outputs, **{name: value for task in self.tasks for name, value in task.values().items()}}
@@ -199,14 +222,16 @@ class Trainer:
         wrong = (~values_V.isfinite()).any().float().reshape(1)
         flags = [float(bool(self._stop)), float(bool(self._log.failure))]
         counts = torch.tensor([*flags, *map(float, self._bad_in(batches).to_list())], device=values_V.device)
-        return collectives.start_sum(torch.cat([wrong, values_V.nan_to_num() / self.world.size, counts]), self.world)
+        return collectives.start_sum(torch.cat([wrong, values_V.nan_to_num() / self.world.size, counts, of_sources]), self.world)
 
     def _agree(self, pending: collectives.Pending, batches: Batches) -> StepSummary:
         wrong, *values = pending.read()
         names = [*self._names, *self._logged]
-        means, (stop, log_failed, *counts) = values[: len(names)], values[len(names) :]
-        bad = BadSamples.from_list([int(count) for count in counts], self._bad_in(batches))
-        return StepSummary(dict(zip(names, means, strict=True)), wrong == 0, stop > 0, log_failed > 0, bad)
+        means, (stop, log_failed, *rest) = values[: len(names)], values[len(names) :]
+        here = self._bad_in(batches)
+        end = len(here.to_list())
+        bad, of_sources = BadSamples.from_list([int(count) for count in rest[:end]], here), self._sources.means(rest[end:])
+        return StepSummary(dict(zip(names, means, strict=True)), wrong == 0, stop > 0, log_failed > 0, bad, of_sources)
 
     def _bad_in(self, batches: Batches) -> BadSamples:
         return BadSamples({task.items: batch.bad for task, batch in zip(self.tasks, batches, strict=True)})
@@ -234,9 +259,11 @@ class Trainer:
             "memory_gb": memory_gb(self.world.device),
             "seconds": {**seconds, "other": elapsed - sum(seconds.values())},
             "bad_samples": self._bad.counts,
+            **self._sources.row(self._bad, summary.by_source),
         }
         self._log.row(row, self.recipe.optim.steps)
         flat = {"loss": total, **losses, "lr": row["lr"], "images_per_second": images_per_second, **logged, **scheduled}
+        flat |= by_source.flat(summary.by_source)
         self.engine.monitor(flat, step * self.recipe.samples_in_a_step())
 
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from megakd.data.bad_samples import BadCounter, BadSample, located, usable
 from megakd.data.image_fit import fitted_pixels
+from megakd.data.mixture import AnyOrder
 from megakd.data.resumable import BatchSource, Loading, ResumableBatches
-from megakd.data.sampler import Order
 from megakd.data.stream import WorkerStream, reported
 from megakd.data.transforms import input_size, rgb_image
 from megakd.recipe import Data
@@ -143,7 +143,7 @@ class PromptBatch(EncodedBatch):
 
 def question_batches(
     questions: Questions,
-    order: Order,
+    order: AnyOrder,
     encoder: PromptEncoder,
     image_processor: ImageProcessor | None,
     teacher: TeacherReader | None = None,

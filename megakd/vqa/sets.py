@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from megakd.data.bad_samples import BadSample, located
 from megakd.data.caption_tokens import caption
+from megakd.data.mixture import AnyOrder, MixtureOrder, Source
 from megakd.data.sampler import Order
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.storage import local_path
@@ -147,7 +148,7 @@ class CaptionSet:
 
 
 class Mixture:
-    """Several sets one after the other, so that a shuffle mixes them in proportion to their sizes."""
+    """Several sets one after the other, so that a shuffle of all mixes them in proportion to their sizes."""
 
     def __init__(self, sets: Mapping[str, Questions]) -> None:
         assert sets
@@ -244,8 +245,15 @@ def _answered(questions: list[Question], source: QuestionSource, key: str | None
     return [question for question in questions if question.answer.strip()]
 
 
-def question_order(questions: Questions, batch: int, seed: int) -> Order:
-    """The order of training. Raises ValueError for fewer questions than a batch."""
+def question_order(questions: Questions, batch: int, seed: int, weights: Mapping[str, float | None] | None = None) -> AnyOrder:
+    """The order of training. weights: of a Mixture's sets, by name; without any, one shuffle over all questions.
+
+    Raises ValueError for fewer questions than a batch; with weights some are in it twice.
+    """
+    if weights is not None and any(weight is not None for weight in weights.values()):
+        assert isinstance(questions, Mixture), "weights are of the sets of a mixture"
+        sources = tuple(Source(name, len(part), float(weights[name] or 0)) for name, part in questions.sets.items())
+        return MixtureOrder(sources, batch, seed, _BLOCK, _WINDOW)
     if len(questions) < batch:
         raise ValueError(f"answers.batch = {batch}, but answers.train has {len(questions)} questions: lower it, or add a source")
     return Order(len(questions), batch, seed, _BLOCK, _WINDOW)

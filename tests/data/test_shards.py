@@ -334,8 +334,8 @@ def test_counts_travel_as_integers_and_come_back() -> None:
     values = bad.to_list()
     assert len(values) == 1 + len(REASONS)
     assert all(type(value) is int for value in values)
-    assert BadCounter.from_list(values, bad.examples) == bad
-    summed = BadCounter.from_list([2 * value for value in values], bad.examples)
+    assert BadCounter.from_list(values, bad) == bad
+    summed = BadCounter.from_list([2 * value for value in values], bad)
     assert (summed.total, summed.seen, summed.fraction) == (6, 20, 0.3)
     bad.merge(summed)
     assert bad.counts == {"corrupt_image": 6, "bad_text": 3}

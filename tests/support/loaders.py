@@ -7,8 +7,8 @@ from typing import Any
 
 from open_clip.transform import PreprocessCfg
 
+from megakd.data.mixture import AnyOrder, order_of_pairs
 from megakd.data.pairs import Batch, TrainBatches, train_batches
-from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
 from megakd.data.transforms import TowerView
 from megakd.recipe import Views
@@ -33,7 +33,11 @@ def stream(
     **more: Any,
 ) -> TrainBatches:
     ranks = {"rank": rank, "world": world, "start_position": start, "workers": workers, "pin_memory": False}
-    return train_batches(shards, Order(len(shards), BATCH, seed=3, block=4, window=3), views or Views(), towers, **ranks, **more)
+    return train_batches(shards, order_of(shards), views or Views(), towers, **ranks, **more)
+
+
+def order_of(shards: ShardSet) -> AnyOrder:
+    return order_of_pairs(len(shards), shards.sources, BATCH, 3, 4, 3)
 
 
 def take(shards: ShardSet, count: int, **more: Any) -> list[Batch]:

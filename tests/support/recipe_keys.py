@@ -26,6 +26,11 @@ def is_table(field: FieldInfo) -> bool:
     return any(get_origin(part) is dict for part in _parts(field.annotation))
 
 
+def is_text_or_table(field: FieldInfo) -> bool:
+    """Whether it may also be a text, in the place of the whole table."""
+    return is_table(field) and get_origin(field.annotation) is not dict and str in get_args(field.annotation)
+
+
 def takes_text(field: FieldInfo) -> bool:
     """Whether it is a table whose values may be texts, beside sections."""
     tables = [part for part in _parts(field.annotation) if get_origin(part) is dict]

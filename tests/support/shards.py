@@ -8,6 +8,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,11 +55,11 @@ def write_set(folder: Path, samples: int, shards: int) -> str:
     return f"{folder}/{{00000..{shards - 1:05d}}}.tar"
 
 
-def data(train: str | list[str], **more: object) -> Data:
+def data(train: str | list[str] | dict[str, Any], **more: object) -> Data:
     return Data.model_validate({"train": train, **more})
 
 
-def open_shards(train: str | list[str], **more: object) -> ShardSet:
+def open_shards(train: str | list[str] | dict[str, Any], **more: object) -> ShardSet:
     """A training set, by a single rank."""
     return ShardSet.open(data(train, **more), 0, 1, no_barrier)
 

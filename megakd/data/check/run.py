@@ -82,7 +82,7 @@ def _amount(count: int, what: str) -> str:
 
 
 def _title(data: Data) -> str:
-    named = [data.train] if isinstance(data.train, str) else data.train or []
+    named: list[str] = [data.train] if isinstance(data.train, str) else list(data.train or [])  # of a table its sources
     return "Check of " + shown(redact(", ".join(named[:3])))[:300] + (f" and {len(named) - 3} more" if len(named) > 3 else "")
 
 
@@ -105,6 +105,11 @@ def _facts(request: CheckRequest, shards: ShardSet, summary: Summary) -> list[st
     known, bad = summary.known, summary.bad
     facts = [
         f"{of} {read}.",
+        *(
+            f"{name}: {numbers['samples']:,} samples, {numbers['share']:.2%} of each batch; {numbers['usable']:,} of {numbers['read']:,} "
+            "that were read can be used."
+            for name, numbers in summary.by_source(shards).items()
+        ),
         f"data.max_bad_fraction = {limit}: {share(known.total, known.seen)} are unusable by the indexes, "
         f"{share(bad.total, bad.seen)} by reading.",
     ]

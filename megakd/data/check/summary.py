@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from megakd.data.bad_samples import BadCounter
 from megakd.data.caption_survey import survey
 from megakd.data.check.measure import SIGNALS, Measured, Rows, TokenCounter, chosen
-from megakd.data.sampler import Order
+from megakd.data.mixture import order_of_pairs
 from megakd.data.shards import ShardSet
 from megakd.data.transforms import FORMATS
 from megakd.runtime.console import with_progress
@@ -126,6 +126,7 @@ class Summary:
             return {reason: {"count": count, "example": counter.examples.get(reason)} for reason, count in counter.counts.items()}
 
         return {
+            "sources": self.by_source(shards),
             "shards": len(shards.names),
             "bytes": sum(stat.size for stat in shards.stats),
             "samples": self.samples,
@@ -149,6 +150,16 @@ class Summary:
                 for name, (count, index) in self.signals.items()
             },
             "repeats": {name: named(name, found) for name, found in self.repeats.items()},
+        }
+
+    def by_source(self, shards: ShardSet) -> dict[str, dict[str, float]]:
+        """Of each source of a mixture; {} where the shards have no names. share: by its weight, of each batch."""
+        ends = np.cumsum([source.samples for source in shards.sources], dtype=np.int64)
+        read, usable = (np.diff(np.searchsorted(index_N, ends), prepend=0).tolist() for index_N in (self.index_N, self.usable_N))
+        total = sum(source.weight for source in shards.sources)
+        return {
+            source.name: {"samples": source.samples, "share": source.weight / total, "read": read[number], "usable": usable[number]}
+            for number, source in enumerate(shards.sources)
         }
 
 
@@ -254,7 +265,7 @@ def _refusals(shards: ShardSet, known: BadCounter, bad: BadCounter, captions: bo
             found.append(str(error))
     if batch is not None:
         try:
-            Order(len(shards), batch, 0, data.block, data.window)
+            order_of_pairs(len(shards), shards.sources, batch, 0, data.block, data.window)
         except ValueError as error:
             found.append(str(error))
     return found

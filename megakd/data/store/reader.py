@@ -286,9 +286,9 @@ class Store:
                 f"them. The first:\n  " + "\n  ".join(self.defects[:4])
             )
 
-    def view_at(self, position: int, epoch_length: int) -> int:
-        """The view of a position in the order: every epoch takes the next one, and after V epochs the first again."""
-        return position // epoch_length % self.layout.views
+    def view_at(self, epoch: int) -> int:
+        """The view in an epoch: every one takes the next, and after V epochs the first comes again."""
+        return epoch % self.layout.views
 
     def read(self, index_B: NDArray[np.int64], view_B: NDArray[np.int64], caption_B: NDArray[np.int64] | None = None) -> StoredRows:
         """The embeddings of samples `index_B` in their views `view_B`. Raises StoreError when a part vanishes while it is in use.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megakd.data.sampler import Order
+from megakd.data import mixture
+from megakd.data.mixture import AnyOrder, MixtureOrder
 from megakd.data.transforms import normalise
 from megakd.export import manifest
 from megakd.export.bundle import Bundle
@@ -22,7 +24,7 @@ from megakd.models import clip
 from megakd.models.fingerprint import preprocessing
 from megakd.models.pretrained import weights_file
 from megakd.models.student import Student
-from megakd.models.vlm import decoder, decoder_check, decoder_tokenizer, lora
+from megakd.models.vlm import IGNORED, decoder, decoder_check, decoder_tokenizer, lora
 from megakd.models.vlm.decoder import DecoderModel, DecoderSpec
 from megakd.models.vlm.student import QuestionInputs, VisionLanguageStudent
 from megakd.objectives.answers import DIVERGENCE, NAME, AnswerLoss
@@ -38,7 +40,7 @@ from megakd.runtime.run_folder import BUNDLE, RunLog
 from megakd.runtime.stopwatch import Stopwatch
 from megakd.training.tasks import answer_teacher
 from megakd.training.tasks.answer_teacher import AnswerTeacherData, LanguageTeacher
-from megakd.training.tasks.base import StepPart, Task, loading
+from megakd.training.tasks.base import RowLoss, StepPart, Task, loading
 from megakd.vqa import check, evaluate
 from megakd.vqa.loader import ImageProcessor, QuestionBatch, QuestionBatches, TeacherReader, TeacherRows, question_batches
 from megakd.vqa.prompts import PromptEncoder
@@ -68,21 +70,28 @@ class AnswerData:
     encoder: PromptEncoder
     teacher: AnswerTeacherData | None
     train: Mixture
-    order: Order
+    order: AnyOrder
     sets: dict[str, evaluate.Opened]
     notes: tuple[str, ...]
 
     key, result = "answers.train", BUNDLE
 
     def signature(self, *, of_names: bool = False) -> int:
-        return self.train.signature
+        if not isinstance(self.order, MixtureOrder):
+            return self.train.signature
+        return zlib.crc32(repr(self.order.sources).encode(), self.train.signature)
+
+    def _of_sources(self) -> list[str]:
+        """Of a mixture, the share and the epochs of each source."""
+        return mixture.outline(self.order, self.key, "questions", self.recipe.optim.steps)
 
     def describe(self) -> list[str]:
         tower = "no tower" if self.student is None else f"{self.settings.tower} tower"
         batch, adapted = self.recipe.questions_in_a_step(), _ADAPTED[self.decoder.settings.adapt]
         weight = f"weight {self.settings.weight:g}"
         taught = [] if self.teacher is None else [self.teacher.describe()]
-        return [f"questions: {len(self.train)}, batch {batch}, {weight}; {tower}; decoder: {adapted}", *taught, *self.notes]
+        first = f"questions: {len(self.train)}, batch {batch}, {weight}; {tower}; decoder: {adapted}"
+        return [first, *self._of_sources(), *taught, *self.notes]
 
     def preview(self, world: World) -> list[str]:
         first, outline, longest = self.train[0], self.outline, self.settings.max_length
@@ -95,6 +104,7 @@ class AnswerData:
             *([] if self.teacher is None else [self.teacher.describe()]),
             *self.notes,
             f"questions to learn: {len(self.train)}, for example {first.text!r} -> {first.answer!r}",
+            *self._of_sources(),
             *(f"questions to be judged by: {name}, {len(opened.questions)}" for name, opened in self.sets.items()),
         ]
 
@@ -141,7 +151,8 @@ def prepare(
         before = chain.before(settings).model_dump() if awaited else manifest.read(Path(settings.start))["decoder"]
         check_same_grid(before, settings, f"decoder.start = {settings.start!r}")
     train = open_mixture(answers.train, "answers.train", recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
-    order = question_order(train, recipe.questions_in_a_step(), recipe.seed)
+    weights = {name: source.weight for name, source in answers.train.items()}
+    order = question_order(train, recipe.questions_in_a_step(), recipe.seed, weights)
     sets = evaluate.open_sets(recipe, world, sees=recipe.student is not None)
     reader = None if teacher is None else teacher.reader
     notes += collectives.by_main(lambda: _tried_questions(recipe, encoder, reader, bool(images), train, sets), world)
@@ -216,6 +227,8 @@ class Answering(Task):
             watchdog.beat("loading answers.teacher")
             self._teacher = LanguageTeacher(data.teacher, world.device)
             self.weights |= {DIVERGENCE: data.recipe.peak("answers.teacher.weight")}
+        if isinstance(data.order, MixtureOrder):
+            self.mixture, self.of_rows = data.order, tuple(self.weights)
         self.rates = {_PARTS[name]: rate for name, rate in data.settings.lr.model_dump(exclude_none=True).items()}
         self._tower_learns = data.settings.tower == "trained"
         self.learns = ("decoder.", "clip.visual.") if self._tower_learns else ("decoder.",)
@@ -258,7 +271,14 @@ class Answering(Task):
                 temperature = self._data.recipe.value_at("answers.teacher.temperature", step)
                 read = [self._teacher.read(TeacherRows(*rows), temperature) for rows in zip(*columns, strict=True)]
             micro_batches = [asked._replace(divergence=one) for asked, one in zip(micro_batches, read, strict=True)]
-        return StepPart([{"questions": asked} for asked in micro_batches], lambda outputs: self._loss.losses(outputs, answer_tokens))
+
+        def by_question(outputs: list[dict[str, Tensor]]) -> dict[str, RowLoss]:
+            tokens_B = (batch.labels_BL != IGNORED).sum(1)
+            names = {NAME: "answer_nll", DIVERGENCE: DIVERGENCE}
+            return {name: RowLoss(torch.cat([one[names[name]] for one in outputs]).detach(), tokens_B) for name in self.of_rows}
+
+        inputs = [{"questions": asked} for asked in micro_batches]
+        return StepPart(inputs, lambda outputs: self._loss.losses(outputs, answer_tokens), by_question)
 
     def state(self) -> dict[str, Tensor]:
         return {} if self._teacher is None else self._teacher.state()

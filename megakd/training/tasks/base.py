@@ -10,16 +10,18 @@ How to add one: README.md of `training/`.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from megakd.data.bad_samples import BadCounter, Reason
+from megakd.data.mixture import MixtureOrder
 from megakd.data.resumable import Loading, ResumableBatches
 from megakd.models.student import Student
 from megakd.recipe import Recipe
@@ -38,7 +40,13 @@ def loading(recipe: Recipe, world: World, start_position: int) -> Loading:
 
 
 class TaskBatch(Protocol):
-    """One rank's part of a task's global batch. bad: what this rank skipped for it; next_position: what resumes after it."""
+    """One rank's part of a task's global batch. bad: what this rank skipped for it; next_position: what resumes after it.
+
+    index: (B,) int64 on the CPU, the items that were used.
+    """
+
+    @property
+    def index(self) -> Tensor: ...
 
     @property
     def next_position(self) -> int: ...
@@ -54,10 +62,19 @@ class StepPart:
     """A task's part of one step. inputs: for each micro-batch, arguments of the module's forward by names that no other task has.
 
     losses: the module's outputs -> unweighted float32 scalars by name, in the order of the task's `weights`.
+    rows: of a mixture, the outputs that losses were given, in order -> the losses row by row, by the task's `of_rows`; a collective.
     """
 
     inputs: list[dict[str, Any]]
     losses: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    rows: Callable[[list[dict[str, Tensor]]], dict[str, RowLoss]] | None = None
+
+
+class RowLoss(NamedTuple):
+    """A loss of each of this rank's B rows, summed over what of the row it is a mean of; (B,) each, without gradient."""
+
+    sum_B: Tensor
+    count_B: Tensor
 
 
 class Task(ABC):
@@ -67,6 +84,7 @@ class Task(ABC):
     adds_up: whether the losses of micro-batches add up to those of the batch, as sums over samples do. Others take two forwards, see
     `accumulation`. logged: outputs of the module, and names in `values`, scalars, that are logged beside the losses.
     items, in_a_step: what its data are, for messages, and how many of them a step takes over all ranks.
+    mixture: the order of its data where sources are mixed by weights. of_rows: names of the losses that `StepPart.rows` then gives.
     learns: prefixes of the parameters' names that it trains. rates: learning rates other than the recipe's, by such prefixes.
     """
 
@@ -76,6 +94,8 @@ class Task(ABC):
     logged: tuple[str, ...] = ()
     items: str
     in_a_step: int
+    mixture: MixtureOrder | None = None
+    of_rows: tuple[str, ...] = ()
     learns: tuple[str, ...] = ("",)
     rates: Mapping[str, float] = {}
 
@@ -178,8 +198,9 @@ class BadSamples:
     @classmethod
     def from_list(cls, values: Sequence[int], here: BadSamples) -> BadSamples:
         """The inverse of `to_list`, with this rank's examples."""
-        parts = zip(*[iter(values)] * (len(values) // len(here.by_items)), strict=True)
-        return cls({items: BadCounter.from_list(next(parts), counter.examples) for items, counter in here.by_items.items()})
+        rest = iter(values)
+        parts = {items: list(itertools.islice(rest, len(counter.to_list()))) for items, counter in here.by_items.items()}
+        return cls({items: BadCounter.from_list(parts[items], counter) for items, counter in here.by_items.items()})
 
     def check(self, max_bad_fraction: float, in_a_step: Mapping[str, int]) -> None:
         """Raises ValueError when too many of any are bad, judged from at least a step's of them seen."""

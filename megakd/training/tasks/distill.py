@@ -14,11 +14,12 @@ import torch.distributed as dist
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
+from megakd.data import mixture
 from megakd.data.caption_survey import survey
+from megakd.data.mixture import AnyOrder, MixtureOrder
 from megakd.data.pairs import Batch, TrainBatches, TrainingPairs, train_batches
 from megakd.data.reinforced.pairs import ReinforcedPairs
 from megakd.data.reinforced.shards import ReinforcedShards
-from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
 from megakd.data.store.reader import Store
 from megakd.data.transforms import TowerView, normalise
@@ -46,7 +47,7 @@ from megakd.runtime.stopwatch import Stopwatch
 from megakd.teachers import build
 from megakd.teachers.base import LiveTeacher, Teacher, settings_of
 from megakd.teachers.cached import StoredTeacher, TextStoredTeacher
-from megakd.training.tasks.base import StepPart, Task, loading
+from megakd.training.tasks.base import RowLoss, StepPart, Task, loading
 
 AnyTeacher = Teacher | StoredTeacher | TextStoredTeacher
 
@@ -64,7 +65,7 @@ class PairData:
     student: clip.ModelSpec
     objectives: ObjectiveSet
     shards: ShardSet
-    order: Order
+    order: AnyOrder
     teachers: dict[str, clip.ModelSpec]
     shapes: list[ModelShape]
     heads: str
@@ -79,10 +80,10 @@ class PairData:
 
     @property
     def key(self) -> str:
-        return f"data.train = {self.recipe.data.train!r}"
+        return self.recipe.data.train_in_words
 
     def signature(self, *, of_names: bool = False) -> int:
-        return self.shards.signature_of_names if of_names else self.shards.signature
+        return self.shards.signature_of_names if of_names else self.shards.signature_of_order
 
     def describe(self) -> list[str]:
         teacher = ", ".join(map(_called, self.teachers.values())) or "none"
@@ -91,7 +92,11 @@ class PairData:
             teacher += f"; {', '.join(blind)}: images alone, without a part in {', '.join(self.objectives.of_texts) or 'texts'}"
         heads = [f"heads: {self.heads}"] if self.heads else []
         first = f"data: {len(self.shards)} pairs; teacher: {teacher}; objectives: {objectives}"
-        return [first, *heads, *self.of_captions, *self._of_texts(), *self._of_teachers(), *self.of_sets]
+        return [first, *self._of_sources(), *heads, *self.of_captions, *self._of_texts(), *self._of_teachers(), *self.of_sets]
+
+    def _of_sources(self) -> list[str]:
+        """Of a mixture, the share and the epochs of each source."""
+        return mixture.outline(self.order, "data.train", "pairs", self.recipe.optim.steps)
 
     def _of_texts(self) -> list[str]:
         """Whether captions are left unread, and the student's text tower without a gradient."""
@@ -155,7 +160,7 @@ class PairData:
         ) as batches:
             batch = next(batches)
         first = f"first batch of this rank: {len(batch)} pairs, bad: {batch.bad.by_reason() or 'none'}"
-        parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}", self._of_views()]
+        parts = [f"data: {len(shards)} samples in {len(shards.names)} shards; {first}", *self._of_sources(), self._of_views()]
         parts += [*self.of_captions, *self._of_texts(), *self._of_teachers(), *self.of_sets]
         if self.store is not None:
             parts.append(self.store.outline())
@@ -215,7 +220,7 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
     further = build.members_beside(recipe)
     shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world), captions=captions, further=further)
     of_captions = caption_lines(recipe, shards, world) if captions else []
-    order = Order(len(shards), recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
+    order = mixture.order_of_pairs(len(shards), shards.sources, recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
     store = build.open_stores(recipe, teachers, shards, world)
     collectives.by_main(lambda: clip_folder.rehearse(student), world)
     sets = open_sets(recipe, world)
@@ -242,6 +247,7 @@ class Distill(Task):
         self, data: PairData, teachers: Mapping[str, AnyTeacher], shown: Mapping[str, Shown], config: DsConfig, world: World
     ) -> None:
         self.weights, self.backends = data.objectives.weights, data.objectives.backends
+        self.mixture, self.of_rows = (data.order, data.objectives.of_pairs) if isinstance(data.order, MixtureOrder) else (None, ())
         self.logged, self.in_a_step = ("scale", *data.objectives.logged), data.recipe.optim.batch
         several = data.shards.captions.sources if data.captions and len(data.shards.captions.sources) > 1 else ()
         self._drawn_from = (*(f"captions.{one.name}" for one in several), *(["captions.lacking"] if several else []))
@@ -294,7 +300,13 @@ class Distill(Task):
             parts = {name: zip(one.image.split(rows), one.text.split(rows), strict=True) for name, one in of.items()}
             for given in inputs:
                 given["taught"] = {name: next(pairs) for name, pairs in parts.items()}
-        return StepPart(inputs, lambda outputs: self._data.objectives.losses(embeddings(outputs), teachers, step))
+
+        def by_pair(outputs: list[dict[str, Tensor]]) -> dict[str, RowLoss]:
+            (whole,) = outputs  # losses over pairs do not add up
+            found = self._data.objectives.pairs(embeddings(whole), teachers, step)
+            return {name: RowLoss(loss_B, torch.ones_like(loss_B)) for name, loss_B in found.items()}
+
+        return StepPart(inputs, lambda outputs: self._data.objectives.losses(embeddings(outputs), teachers, step), by_pair)
 
     def _teach(self, batch: Batch, role: str, teacher: AnyTeacher) -> Embeddings:
         """The teacher's embeddings of the batch, a micro-batch in a forward."""
