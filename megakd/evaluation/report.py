@@ -13,7 +13,9 @@ PROBED = {"pooled": "", "mean patch": "patch_"}  # features, and how their score
 def numbers(results: Mapping[str, Any]) -> dict[str, float]:
     """Every score by its path, as "retrieval/NAME/image_to_text/R@1", for a monitor: fractions and counts of unreadable samples."""
     kinds = ("zero_shot", "retrieval", "hard_negatives", "diagnostics", "reader", "probe", "vqa")
-    return {path: value for kind in kinds for path, value in _leaves(kind, results.get(kind, {}))}
+    found = {path: value for kind in kinds for path, value in _leaves(kind, results.get(kind, {}))}
+    averaged = numbers(results["ema"]) if "ema" in results else {}
+    return found | {f"ema/{path}": value for path, value in averaged.items()}
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, float]]:
@@ -27,7 +29,8 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, float]]:
 def heading(results: Mapping[str, Any]) -> str:
     """Of what the scores are: a run's step, a model without a run, a bundle."""
     if "step" in results:
-        return f"evaluation at step {results['step']}:"
+        of = " of the averaged weights (ema)" if results.get("weights") == "ema" else ""
+        return f"evaluation at step {results['step']}{of}:"
     precision = f" in {results['precision']}" if "precision" in results else ""
     return f"evaluation of {results.get('model') or results['bundle']}{precision}:"
 
@@ -69,6 +72,8 @@ def lines(results: dict[str, Any]) -> str:
         rows.append(f"  probe {name} of {scores['images']} images: {'; '.join(both)}{_lost(scores)}")
     if "vqa" in results:
         rows.append(evaluate.lines(results["vqa"]))
+    if "ema" in results:
+        rows.append(lines({**results["ema"], "step": results["step"], "weights": "ema"}))
     return "\n".join(rows)
 
 

@@ -18,6 +18,7 @@ from megakd.evaluation.suite import Suite, open_sets
 from megakd.export import trained
 from megakd.recipe import Recipe, texts
 from megakd.recipe import load as recipes
+from megakd.recipe.best import BOTH, CURRENT, EMA
 from megakd.runtime import collectives, launch, run_folder
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
@@ -101,10 +102,14 @@ def _scores(run: Path, chosen: str | Path | None, overrides: Sequence[str], worl
     sets = open_sets(recipe, world)
     if not sets:
         raise ValueError(f"{run}: its recipe names no evaluation set; add one with --set evaluation.retrieval.NAME=SHARDS")
-    step, encoder = student_of(recipe, path, world)
+    which = recipe.evaluation.weights
+    step, encoder = student_of(recipe, path, world, averaged=which == EMA)
     sets.check_tower(encoder.clip)
     scores = Suite(sets, encoder, world, recipe.data.workers, StopPoller(world)).run()
-    results = {"step": step, "sets": sets_of(recipe), **scores}
+    results = {"step": step, "sets": sets_of(recipe), **({} if which == CURRENT else {"weights": which}), **scores}
+    if which == BOTH:
+        _, averaged = student_of(recipe, path, world, averaged=True)
+        results[EMA] = Suite(sets, averaged, world, recipe.data.workers, StopPoller(world)).run()
     if benchmark is not None:
         results["suite"] = benchmark.scores(results)
     return _Scored(results, path, recipe, encoder.clip)
@@ -117,9 +122,9 @@ def recipe_of(run: Path, overrides: Sequence[str]) -> Recipe:
     return recipe
 
 
-def student_of(recipe: Recipe, path: Path, world: World) -> tuple[int, Encoder]:
-    """The student of a checkpoint, and the steps behind it."""
-    student = trained.student_of(recipe, path)
+def student_of(recipe: Recipe, path: Path, world: World, *, averaged: bool = False) -> tuple[int, Encoder]:
+    """The student of a checkpoint, of its averaged weights perhaps, and the steps behind it."""
+    student = trained.student_of(recipe, path, averaged=averaged)
     built, tokenize = student.built, student.built.description.tokenize
     encoder = Encoder(built.clip.to(world.device).eval(), built.preprocess, tokenize, world.device, recipe.evaluation.batch)
     return student.step, encoder

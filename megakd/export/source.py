@@ -15,6 +15,7 @@ from megakd.models import clip
 from megakd.models.clip import ClipModel
 from megakd.models.pretrained import LOCAL
 from megakd.recipe import Model, Recipe
+from megakd.recipe.best import EMA
 from megakd.recipe.chain import CLIP_CONFIG
 from megakd.runtime import run_folder
 
@@ -41,8 +42,10 @@ def of_run(run: Path, chosen: Path | None) -> Source:
     """The student of a run's checkpoint, the newest valid one unless another is chosen. Raises ValueError as `trained` does."""
     recipe = trained.recipe_of(run)
     path = chosen or trained.newest(run)
-    student = trained.student_of(recipe, path)
-    return Source(f"{path}, step {student.step}", student.built, student.weights, run, recipe, student.step)
+    averaged = recipe.export.weights == EMA
+    student = trained.student_of(recipe, path, averaged=averaged)
+    of = ", averaged weights (ema)" if averaged else ""
+    return Source(f"{path}, step {student.step}{of}", student.built, student.weights, run, recipe, student.step)
 
 
 def of_settings(settings: Model, named: str) -> Source:

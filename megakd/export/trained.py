@@ -51,11 +51,14 @@ def newest(run: Path) -> Path:
     raise ValueError(f"{run}: no checkpoint in it yet; train further, or give --checkpoint")
 
 
-def student_of(recipe: Recipe, path: Path) -> Trained:
-    """The student of a checkpoint. Raises ValueError for one that is damaged, or of another student than the recipe's."""
+def student_of(recipe: Recipe, path: Path, *, averaged: bool = False) -> Trained:
+    """The student of a checkpoint, of its averaged weights perhaps (optim.ema).
+
+    Raises ValueError for one that is damaged, has no averages, or is of another student than the recipe's.
+    """
     student = chain.with_text(recipe)
     assert student is not None
-    progress, weights = checkpoints.load_weights(path)
+    progress, weights = checkpoints.load_weights(path, averaged=averaged)
     # The weights that the run started from may be gone, and only they tell how images are prepared.
     _, preprocess = clip.configuration(student, "student")
     without_weights = clip.resolve(student.model_copy(update={"pretrained": None}), "student")

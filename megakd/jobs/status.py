@@ -17,10 +17,10 @@ from megakd.jobs import slurm as cluster
 from megakd.runtime.console import plain
 from megakd.runtime.environment import SUBMISSIONS
 from megakd.runtime.locks import held
-from megakd.runtime.run_folder import BUNDLE, METRICS, MODEL, RUN
+from megakd.runtime.run_folder import BEST, BUNDLE, METRICS, MODEL, RUN
 
 RESULTS = (MODEL, BUNDLE)  # one is written at a run's end
-INSIDE = {"checkpoints", *RESULTS, "previous", SUBMISSIONS, "answers", "hung"}  # folders of a run that hold no runs
+INSIDE = {"checkpoints", *RESULTS, BEST, "previous", SUBMISSIONS, "answers", "hung"}  # folders of a run that hold no runs
 TAIL = 65536  # bytes at the end of metrics.jsonl, whose rows are under 2 KB
 LEAST_WATCH_SECONDS = 15.0  # between two tables, each of which asks SLURM once or twice
 COLUMNS = ("run", "job", "state", "step", "images/s", "loss", "log")

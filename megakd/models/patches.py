@@ -113,7 +113,7 @@ class TowerReader:
         for read in self._parts:
             output = self.outputs.pop(read)
             block = blocks(self._visual, read if isinstance(read, int) else read.block)
-            learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in block.parameters())
+            learns = torch.is_grad_enabled() and (output.requires_grad or any(own.requires_grad for own in block.parameters()))
             if learns and not output.requires_grad:
                 raise ValueError(
                     "this vision tower recomputes its blocks without handing out their gradients: set student.activation_checkpointing to "
@@ -132,12 +132,13 @@ class TowerReader:
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for a block: no dropout, and batch norm goes by its running statistics without updating them."""
-    training = module.training
+    training = [part for part in module.modules() if part.training]  # of a tower that is frozen in part, some are not
     module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for part in training:
+            part.training = True
 
 
 def measure(visual: nn.Module, layer: Read, key: str = "decoder.layer") -> Patches:
@@ -174,7 +175,7 @@ def image_size(visual: nn.Module) -> tuple[int, int]:
 
 def blocks(visual: nn.Module, layer: int, key: str = "decoder.layer") -> nn.Module:
     """The block number `layer`, -1 being the last. Raises ValueError, with the recipe's `key`, without blocks or with fewer."""
-    every = _all_blocks(visual, f"{key} = {layer}")
+    every = _read_blocks(visual, f"{key} = {layer}")
     if not -len(every) <= layer < len(every):
         raise ValueError(f"{key} = {layer}: the vision tower has {len(every)} blocks, {-len(every)} to {len(every) - 1}")
     return every[layer]
@@ -183,13 +184,19 @@ def blocks(visual: nn.Module, layer: int, key: str = "decoder.layer") -> nn.Modu
 def number_of(visual: nn.Module, layer: int, key: str) -> int:
     """The block's number from 0, whichever way it was counted. Raises ValueError as `blocks` does."""
     blocks(visual, layer, key)
-    return layer % len(_all_blocks(visual, key))
+    return layer % len(_read_blocks(visual, key))
 
 
-def _all_blocks(visual: nn.Module, named: str) -> list[nn.Module]:
+def _read_blocks(visual: nn.Module, named: str) -> list[nn.Module]:
+    dropout: Any = visual.patch_dropout if isinstance(visual, VisionTransformer) else None
+    if getattr(dropout, "prob", 0.0):
+        raise ValueError("vision_cfg.patch_dropout: all patches of an image are read, in their places; set it to 0")
+    return every_block(visual, named)
+
+
+def every_block(visual: nn.Module, named: str) -> list[nn.Module]:
+    """A transformer's layers, or a convolutional tower's stages, in order. Raises ValueError, which begins with `named`, without any."""
     if isinstance(visual, VisionTransformer):
-        if getattr(visual.patch_dropout, "prob", 0.0):
-            raise ValueError("vision_cfg.patch_dropout: all patches of an image are read, in their places; set it to 0")
         return list(visual.transformer.resblocks)
     if isinstance(visual, ModifiedResNet):
         return [getattr(visual, name) for name in _STAGES]

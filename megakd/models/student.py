@@ -6,7 +6,8 @@ because ZeRO-3 gathers parameters only in hooks of `forward`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,10 @@ from megakd.runtime.precision import exact, of_towers
 
 
 class Student(nn.Module):
-    """Towers and heads, by the names of their objectives. clip: None where a decoder alone is trained, which sees nothing."""
+    """Towers and heads, by the names of their objectives. clip: None where a decoder alone is trained, which sees nothing.
+
+    frozen: names of the parameters that `student.freeze` holds; they are part of what is saved and exported all the same.
+    """
 
     def __init__(self, clip: nn.Module | None, heads: Mapping[str, ObjectiveHead], max_scale: float) -> None:
         super().__init__()
@@ -34,6 +38,28 @@ class Student(nn.Module):
                 setattr(clip, name, nn.Parameter(scalar.detach().reshape(1)))
         self.heads: Mapping[str, ObjectiveHead] = nn.ModuleDict(heads)  # type: ignore[assignment]
         self.max_scale = max_scale
+        self.frozen: frozenset[str] = frozenset()
+        self._still: list[nn.Module] = []
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Parameters, by these names, that are not trained. What holds no other stays in evaluation mode: no dropout, and batch norm goes
+        by its running statistics without moving them."""
+        self.frozen = frozenset(names)
+        for name, parameter in self.named_parameters():
+            if name in self.frozen:
+                parameter.requires_grad_(False)
+        self._still = []
+        for path, module in self.named_modules():
+            held = [f"{path}.{name}".lstrip(".") for name, _ in module.named_parameters()]
+            if held and self.frozen.issuperset(held):
+                self._still.append(module)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for module in self._still:
+            module.eval()
+        return self
 
     def forward(self, pixels: Tensor, tokens: Tensor, taught: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, Tensor]:
         """Outputs by name, a flat dict of tensors so that gradients can be cached for each; `embeddings` makes `Embeddings` of them.

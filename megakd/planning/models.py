@@ -21,6 +21,7 @@ from megakd.models.heads import ObjectiveHead
 from megakd.models.int8 import matmul
 from megakd.models.int8.convert import quantise
 from megakd.models.patches import Read, TowerReader
+from megakd.models.places import freeze
 from megakd.models.student import Student
 from megakd.planning import vlm
 from megakd.planning.memory_tracker import MemoryTracker, fused_attention
@@ -76,9 +77,11 @@ class StudentCost:
 
     sizes: elements of each trained parameter. forward: peak; saved: what the backward will need; backward: peak, with gradients that
     stay or that leave as soon as they are there, as asked for. input, raw: as in `TeacherCost`.
-    flops: of one pair's forward; recomputed: whether the backward runs the blocks once more.
+    flops: of one pair's forward; pair_backward: how often its backward costs as much, less where parts are frozen; recomputed: whether
+    the backward runs the blocks once more.
     frozen: elements of each weight that the engine holds and does not train. asked_flops: of one question's forward; asked_backward: how
-    often its backward costs as much. image_tokens: of one image in a question. features: of what heads give of patch tokens.
+    often its backward costs as much. image_tokens: of one image in a question. features: of what heads give of patch tokens. averaged:
+    whether there is an average of each trained weight.
     """
 
     name: str
@@ -97,6 +100,8 @@ class StudentCost:
     asked_backward: int
     image_tokens: int
     features: int = 0
+    pair_backward: float = BACKWARD_FLOPS
+    averaged: bool = False
 
     @property
     def numel(self) -> int:
@@ -200,6 +205,8 @@ def student(
     with META:
         student = Student(None if built is None else built.clip, heads, recipe.student.max_scale if recipe.student else 1.0)
         module = (vlm.learner(recipe, student) if recipe.decoder else student).train().to(dtype)
+    if recipe.student is not None:
+        freeze(module.answering if isinstance(module, vlm.Learner) else module, recipe.student.freeze)
 
     def inputs(pairs: int, questions: int) -> list[Any]:
         given: list[Any] = [None, None] if built is None or not pairs else [*_inputs(built, pairs, dtype, captions)]
@@ -214,6 +221,8 @@ def student(
     if batch.asked:
         asked_flops = _flops(module, inputs(0, 1))
         flops = flops - asked_flops if batch.micro else 0
+    frozen_in_part = recipe.student is not None and bool(recipe.student.freeze)
+    pair_backward = _backward_flops(module, inputs(1, 0)) if frozen_in_part and batch.micro else BACKWARD_FLOPS
     if recomputed and built is not None:
         built.clip.set_grad_checkpointing(True)  # type: ignore[operator]
     forward, saved, backward, features = _step(module, lambda: inputs(batch.micro, batch.asked), drop=drop)
@@ -228,6 +237,7 @@ def student(
         name, tuple(trained), dtype.itemsize, forward, saved, backward, made, raw, flops, recomputed, width,
         tuple(frozen), asked_flops, BACKWARD_FLOPS if full else BACKWARD_FLOPS - 1,
         module.answering.decoder.image_tokens if isinstance(module, vlm.Learner) else 0, features,
+        pair_backward, recipe.optim.ema is not None,
     )  # fmt: skip
 
 
@@ -283,6 +293,18 @@ def _step(module: nn.Module, inputs: Callable[[], Sequence[Any]], *, drop: bool)
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
+
+
+def _backward_flops(module: nn.Module, one: Sequence[Any]) -> float:
+    """Of one pair's backward, as a multiple of its forward's."""
+    with FlopCounterMode(display=False) as counter:
+        outputs = module(*one)
+        forward = int(counter.get_total_flops())
+        moved = [value for value in outputs.values() if value.requires_grad]
+        torch.autograd.backward(moved, [torch.empty_like(value) for value in moved])
+        backward = int(counter.get_total_flops()) - forward
+    module.zero_grad(set_to_none=True)
+    return backward / forward
 
 
 def _flops(call: Callable[..., object], one: Sequence[Any]) -> int:

@@ -122,7 +122,8 @@ class _Held(TeacherMemory):
 
 def row(job: PlannedJob, mode: Mode) -> Row:
     teacher = _together([_teacher(job, mode, mode.placement, cost) for cost in job.teachers if mode.placement])
-    student, of = job.student, zero.held(job.student.sizes, job.ranks, job.student_zero, job.student.frozen)
+    student = job.student
+    of = zero.held(student.sizes, job.ranks, job.student_zero, student.frozen, averages=student.averaged)
     batch = student.raw + sum(cost.raw for cost in job.teachers)
     asked = _NO_ANSWER_TEACHER if job.answer_teacher is None else job.answer_teacher
     batch += asked.raw
@@ -165,7 +166,7 @@ def row(job: PlannedJob, mode: Mode) -> Row:
         "teacher": teacher.wire * job.rounds,
         "loss": job.loss.wire,
     }
-    passes = 1 + BACKWARD_FLOPS + student.recomputed + accumulated
+    passes = 1 + student.pair_backward + student.recomputed * student.pair_backward / BACKWARD_FLOPS + accumulated
     asked_passes = 1 + student.asked_backward + accumulated
     flops = {
         "teacher": float(teacher.flops * job.local) + asked.flops * job.questions / job.ranks,

@@ -58,6 +58,7 @@ def _job(plan: MemoryPlan) -> list[str]:
         named.append(f"of answers {job.answer_teacher.name}, {_billions(job.answer_teacher.numel)}")
     teachers = "; ".join(named) or "none"
     frozen = f" trained and {_billions(sum(job.student.frozen))} not" if job.student.frozen else ""
+    frozen += ", an average of each weight" if job.student.averaged else ""
     batch = [f"batch {job.pairs} = {job.ranks} ranks x {job.rounds} x {job.local // job.rounds}"] if job.pairs else []
     if job.questions:
         batch.append(f"{job.questions} questions of answers.max_length tokens, over {job.ranks} ranks x {job.rounds}")

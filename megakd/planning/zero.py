@@ -14,6 +14,7 @@ from megakd.runtime.ds_config import DsConfig
 
 # fp32 master copy (ZeRO only) and AdamW's two moments
 MASTER, MOMENTS = 4, 8
+AVERAGE = 4  # of `optim.ema`
 # Elements: DeepSpeed's bucket for gradients, without ZeRO and by default with it
 BUCKET = 500_000_000
 
@@ -72,9 +73,16 @@ class Held:
     keeps: bool
 
 
-def held(sizes: tuple[int, ...], ranks: int, of: Settings, frozen: tuple[int, ...] = ()) -> Held:
-    """Bytes of a student whose trained parameters have these numbers of elements, and of weights beside them that are not trained."""
+def held(sizes: tuple[int, ...], ranks: int, of: Settings, frozen: tuple[int, ...] = (), *, averages: bool = False) -> Held:
+    """Bytes of a student whose trained parameters have these numbers of elements, and of weights beside them that are not trained.
+
+    averages: of the weights that are trained, which lie with the moments.
+    """
     found = _partitioned(sizes, ranks, of, frozen) if of.stage == 3 else _replicated(sizes, ranks, of)
+    if averages:
+        shares = sum(math.ceil(size / ranks) for size in sizes) if of.stage == 3 else math.ceil(sum(sizes) / (ranks if of.stage else 1))
+        where = "host" if of.offload_optimizer else "optimizer"
+        found = replace(found, **{where: getattr(found, where) + AVERAGE * shares})
     if of.stage < 3:
         found = replace(found, weights=found.weights + of.element * sum(frozen))
     return _with_sums(found, sum(sizes), ranks, of) if of.sums_in_fp32 and not of.offload_optimizer else found

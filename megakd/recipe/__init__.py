@@ -3,7 +3,7 @@
 from megakd.recipe.evaluation import Evaluation
 from megakd.recipe.models import Model, Preprocess, Student, Teacher
 from megakd.recipe.objectives import Feature, Interactive, Objectives, Similarity
-from megakd.recipe.optim import Optim
+from megakd.recipe.optim import Ema, Optim
 from megakd.recipe.schedules import Schedule
 from megakd.recipe.schema import (
     Checkpoint,
@@ -24,6 +24,7 @@ __all__ = [
     "Checkpoint",
     "Data",
     "Decoder",
+    "Ema",
     "Evaluation",
     "Export",
     "Feature",

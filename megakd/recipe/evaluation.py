@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -92,6 +92,9 @@ class Evaluation(Section):
     """Evaluation sets by name; shard patterns are written as in data.train."""
 
     every: NonNegative = Field(0, description="steps between evaluations; 0 evaluates at the end alone")
+    weights: Literal["current", "ema", "both"] = Field(
+        "current", description="what is scored: the weights of the step, their average (optim.ema), or both, the average's under `ema`"
+    )
     batch: int = Field(256, gt=0, le=10**6, description="images, or texts, that a rank encodes at once")
     zero_shot: dict[SetName, str] = Field(
         default_factory=dict,

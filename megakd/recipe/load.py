@@ -235,7 +235,7 @@ def refused(old: Recipe, new: Recipe) -> list[str]:
             lines.append(f"{key}: {before!r} -> {after!r}")
         elif key.endswith(".store") and IN_SHARDS in (before, after):
             lines.append(f"{key}: {before!r} -> {after!r} (other augmentations, and embeddings of another origin)")
-        elif key == "optim.steps" and new.optim.schedule != "constant":
+        elif key == "optim.steps" and new.optim.schedule == "cosine":
             lines.append(f"{key}: {before!r} -> {after!r} (with schedule = {new.optim.schedule!r} the rate of every step depends on it)")
         elif key == "optim.steps":
             open_ended = [name for name, schedule in new.schedules.items() if schedule.end is not None and schedule.to_step is None]

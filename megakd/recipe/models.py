@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from megakd.recipe import start
+from megakd.recipe.parts import HEADS, IMAGE, TEXT, Part
 from megakd.recipe.placements import INT8, INT8_MODES, MODES, PLACEMENTS
 from megakd.recipe.section import (
     MATCHED,
@@ -97,6 +98,21 @@ class Model(Section):
 class Student(Model, start.Start):
     activation_checkpointing: bool = Field(False, description="recompute the blocks in the backward: less memory, about a third more time")
     max_scale: PositiveFloat = Field(100.0, description="upper bound of the learned logit scale")
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="parts that are not trained: image, text, image.embeddings, image.blocks, image.blocks.0-5, image.head, text likewise, "
+        "scale; they keep their first weights, without dropout, and cost no gradient and no optimiser",
+    )
+
+    @field_validator("freeze")
+    @classmethod
+    def _freezes_parts(cls, names: list[str]) -> list[str]:
+        for part in (Part.read(repr(name), name) for name in names):
+            if part.tower == HEADS:
+                raise ValueError(f"{part.name!r}: heads have no weights of their own to keep; take it out")
+        if {IMAGE, TEXT} <= set(names):
+            raise ValueError("nothing of the student would learn; take one of its towers out")
+        return names
 
     @model_validator(mode="after")
     def _a_tower_has_one_start(self) -> Student:

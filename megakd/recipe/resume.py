@@ -42,13 +42,13 @@ _FREE = (
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_FREE),
     *(
         f"evaluation.{key}"
-        for key in ("every", "batch", "zero_shot", "retrieval", "hard_negatives", "diagnostics", "vqa_batch", "answer_tokens")
+        for key in ("every", "weights", "batch", "zero_shot", "retrieval", "hard_negatives", "diagnostics", "vqa_batch", "answer_tokens")
     ),
     *(f"evaluation.vqa.*.{key}" for key in _SOURCE),
     *(f"evaluation.reader.*.{part}.{key}" for part in ("train", "test") for key in _SOURCE),
     *(f"evaluation.probe.*.{key}" for key in ("train", "test", "layer", "neighbours", "temperature")),
     *(f"evaluation.reader.*.{key}" for key in ("answers", "layer", "image_tokens", "width", "steps", "batch", "lr", "blind", "seed")),
-    *("checkpoint.every", "checkpoint.keep", "export.heads", "log.every", "watchdog.limit"),
+    *("checkpoint.every", "checkpoint.keep", "checkpoint.best", "export.heads", "log.every", "watchdog.limit"),
 )
 # With what the run says about it.
 TOLD = {
@@ -61,7 +61,12 @@ TOLD = {
     "ensemble.*.store_miss": _FROM_HERE,
     "optim.lr": _FROM_HERE,
     "optim.clip": _FROM_HERE,
-    "optim.steps": "with a constant schedule every step is what it would have been with this number from the start",
+    "optim.rates": _FROM_HERE,
+    "optim.layer_decay": _FROM_HERE,
+    "optim.cooldown": _FROM_HERE,
+    "optim.cooldown_shape": _FROM_HERE,
+    "export.weights": "what the run writes at its end; `megakd export RUN` and `megakd evaluate RUN` read the recipe of its last start",
+    "optim.steps": "with a constant schedule, and before a cooldown, every step is what it would have been with this number from the start",
     "answers.max_length": f"other conversations fit, {_FROM_HERE}",
     "answers.teacher.bundle": "it has to be the same teacher, which is checked by its SHA-256",
     "answers.lr.tower": _FROM_HERE,
@@ -75,6 +80,7 @@ _REFUSED = (
     *(f"student.{key}" for key in ("model", "architecture", "pretrained", "tokenizer", "max_scale", *_PREPROCESS)),
     *("student.image_weights", "student.text_weights", "student.text_from"),
     *(f"student.inherit.{key}" for key in Inherit.model_fields),
+    "student.freeze",
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_REFUSED),
     "student.image_size",
     *objectives.keys(),
@@ -90,7 +96,8 @@ _REFUSED = (
     *("answers.train.*.format", "answers.train.*.weight", "answers.train.*.split", "answers.train.*.plain"),
     *("answers.weight", "answers.batch", "answers.tower"),
     *(f"answers.teacher.{key}" for key in ("weight", "divergence", "temperature", "quantise")),
-    *(f"optim.{key}" for key in ("batch", "warmup", "schedule", "final_lr", "betas", "eps", "weight_decay")),
+    *(f"optim.{key}" for key in ("batch", "warmup", "schedule", "final_lr", "betas", "eps", "weight_decay", "decays")),
+    *(f"optim.ema.{key}" for key in ("decay", "every", "warmup")),
 )
 ON_RESUME: dict[str, Change] = {
     **dict.fromkeys(_FREE, "free"),

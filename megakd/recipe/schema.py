@@ -2,8 +2,8 @@
 
 How a run is carried out (ZeRO stage, precision, micro-batch, monitors) is in the DeepSpeed JSON, see `runtime/ds_config.py`. Recipes are
 read and compared in `load.py`; the models are in `models.py`, the losses in `objectives.py`, what of them moves over a run in
-`schedules.py`, AdamW in `optim.py`, the augmentation in `views.py`, the sections about questions in `vqa.py`, what is scored in
-`evaluation.py`.
+`schedules.py`, AdamW in `optim.py`, names of a student's parts in `parts.py`, the augmentation in `views.py`, the sections about questions
+in `vqa.py`, what is scored in `evaluation.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from megakd.recipe import start
+from megakd.recipe import best, learns, start
+from megakd.recipe.best import BestScore
 from megakd.recipe.captions import CaptionSource, CaptionWeights, CleanSteps, check_member, shares
 from megakd.recipe.evaluation import Evaluation
 from megakd.recipe.models import IN_SHARDS, Student, Teacher
@@ -109,10 +110,19 @@ class Kernels(Section):
 class Checkpoint(Section):
     every: Positive = Field(500, description="steps between checkpoints; the last step is always saved")
     keep: Positive = Field(2, description="newest checkpoints that stay on disk")
+    best: str | None = Field(
+        None,
+        description="a score, such as zero_shot/NAME/top1 or retrieval/NAME/mean_R@1: the weights of the best evaluation so far make "
+        "RUN/best, as those at the end RUN/model; each evaluation then comes with a checkpoint",
+    )
 
 
 class Export(Section):
     heads: bool = Field(False, description="keep what the objectives trained beside the towers, in model/heads.safetensors")
+    weights: Literal["current", "ema"] = Field(
+        "current",
+        description="what RUN/model, RUN/bundle and `megakd export` are made of: the last step's weights, or their average (optim.ema)",
+    )
 
 
 class Log(Section):
@@ -198,6 +208,11 @@ class Recipe(ScheduledSections, Sources):
         ends = {0, *(end for one in moves for end in (one.from_step, one.to_step or self.optim.steps))}
         steps = sorted(step for step in ends if step < self.optim.steps)
         return next((step for step in steps if not any(self.value_at(f"{role}.weight", step) for role in roles)), None)
+
+    def best_score(self) -> BestScore | None:
+        """What `checkpoint.best` goes by; None without it."""
+        name = self.checkpoint.best
+        return None if name is None else best.read(name, self.evaluation, list(self.weighted_teachers()))
 
     def teacher_blocks(self) -> dict[int, str]:
         """Blocks of the teachers' vision towers whose patch tokens active objectives read, each with the name of one that does."""
@@ -320,6 +335,13 @@ class Recipe(ScheduledSections, Sources):
                 f"evaluation.{at_end[0]}: it scores students that learn from pairs, and no objective has a weight: take it out; "
                 "`megakd evaluate --model` scores a tower without a run"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_can_learn(self) -> Recipe:
+        learns.check_parts(self.optim, self.student, self.answers, pairs=bool(self.active()))
+        learns.check_ema(self.optim, self.evaluation, self.export.weights)
+        self.best_score()
         return self
 
     @model_validator(mode="after")

@@ -1,8 +1,9 @@
 """Checkpoints: one folder a step, complete or absent, readable without unpickling, independent of ZeRO stage and rank count.
 
     checkpoints/step_00000500/
-        weights.safetensors     every trained parameter, fp32
+        weights.safetensors     every trained parameter, fp32, and those that student.freeze holds
         moments.safetensors     AdamW's moments, fp32
+        averages.safetensors    averages of the weights that move and of buffers, fp32; only with optim.ema
         objectives.safetensors  what losses keep from step to step; only where one does
         state.json              step, updates, position in the data, generator seeds, sizes and SHA-256 of these files and of itself
 
@@ -31,7 +32,8 @@ from megakd.runtime.engine import State
 from megakd.runtime.exits import LossNotFinite
 
 FORMAT = 2
-WEIGHTS, MOMENTS, OBJECTIVES, STATE = "weights.safetensors", "moments.safetensors", "objectives.safetensors", "state.json"
+WEIGHTS, MOMENTS, STATE = "weights.safetensors", "moments.safetensors", "state.json"
+OBJECTIVES, AVERAGES = "objectives.safetensors", "averages.safetensors"  # where there are some
 _LARGEST_STATE = 1 << 20  # bytes; ours has under a thousand
 _NAME = re.compile(r"step_(\d{8,})")
 Log = Callable[[str], None]
@@ -64,7 +66,8 @@ def save(run: Path, progress: Progress, state: State, keep: int) -> Path:
     Raises CheckpointError when the disk is full or not writable, and LossNotFinite for a state with NaN or infinity; the earlier
     checkpoints then stay as they were.
     """
-    tensors = {WEIGHTS: state.weights, MOMENTS: state.moments} | ({OBJECTIVES: state.objectives} if state.objectives else {})
+    some = {name: content for name, content in ((OBJECTIVES, state.objectives), (AVERAGES, state.averages)) if content}
+    tensors = {WEIGHTS: state.weights, MOMENTS: state.moments} | some
     broken = [name for content in tensors.values() for name, value in content.items() if not bool(value.isfinite().all())]
     if broken:
         shown = ", ".join(broken[:3]) + f" and {len(broken) - 3} more" * (len(broken) > 3)
@@ -127,12 +130,20 @@ def load(path: Path) -> tuple[Progress, State]:
     if len(moments) != len(KINDS) * len(trained) or any(bool((moments[f"exp_avg_sq/{name}"] < 0).any()) for name in trained):
         raise CheckpointError(f"{path / MOMENTS}: moments are missing, or squares are negative; {_ELSEWHERE}")
     objectives = _tensors(path / OBJECTIVES) if OBJECTIVES in content["files"] else {}
-    return progress, State(weights, moments, content["updates"], objectives)
+    averages = _tensors(path / AVERAGES) if AVERAGES in content["files"] else {}
+    unlike = [name for name, value in averages.items() if name not in weights or value.shape != weights[name].shape]
+    if unlike or (averages and not trained <= averages.keys()):
+        raise CheckpointError(f"{path / AVERAGES}: not the averages of what moves in {WEIGHTS}; {_ELSEWHERE}")
+    return progress, State(weights, moments, content["updates"], objectives, averages)
 
 
-def load_weights(path: Path) -> tuple[Progress, dict[str, Tensor]]:
-    """As `load`, without the optimizer's moments: for evaluation and export."""
-    return _verified(path)[0], _tensors(path / WEIGHTS)
+def load_weights(path: Path, *, averaged: bool = False) -> tuple[Progress, dict[str, Tensor]]:
+    """As `load`, without the optimizer's moments: for evaluation and export. averaged: `State.averaged`."""
+    progress, content = _verified(path)
+    weights = _tensors(path / WEIGHTS)
+    if averaged and AVERAGES not in content["files"]:
+        raise CheckpointError(f"{path}: holds no averages of the weights, as its run had no optim.ema; take its current weights")
+    return progress, weights | (_tensors(path / AVERAGES) if averaged else {})
 
 
 def check_fits(path: Path, weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
@@ -201,7 +212,7 @@ def _contradiction(folder: str, content: dict[str, Any]) -> str | None:
     if content["format"] == 1 and content["step"] and content["position"] % content["step"]:
         return f"position = {content['position']} after {content['step']} steps of equal size"
     entries = content.get("files")
-    if not isinstance(entries, dict) or set(entries) - {OBJECTIVES} != {WEIGHTS, MOMENTS}:
+    if not isinstance(entries, dict) or set(entries) - {OBJECTIVES, AVERAGES} != {WEIGHTS, MOMENTS}:
         return f"files are not {WEIGHTS} and {MOMENTS}"
     if any(not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys() for facts in entries.values()):
         return "files have no size or checksum"

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,10 @@ from megakd.recipe import Optim  # noqa: E402
 from megakd.runtime import monitors, precision  # noqa: E402
 from megakd.runtime.ds_config import DsConfig  # noqa: E402
 from megakd.runtime.launch import World  # noqa: E402
+from megakd.runtime.module_state import load_weights, persistent_buffers  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "average"  # of the weights, which lies with the moments and is shared out over the ranks as they are
 # Otherwise DeepSpeed compiles a shared-memory all-reduce on a CPU at the first start, for up to a minute, that only inference calls
 # (0.19.8, comm/torch.py).
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -58,15 +60,23 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 @dataclass(frozen=True)
 class State:
-    """Everything the optimizer moves, unsharded and in fp32 on the CPU: weights by parameter name, moments by `MOMENT/name`.
+    """Everything the optimizer moves, unsharded and in fp32 on the CPU: weights by parameter name, moments by `MOMENT/name`; among the
+    weights also buffers, and parameters that `student.freeze` holds.
 
-    objectives: what losses keep from step to step, see `ObjectiveSet.state`.
+    objectives: what losses keep from step to step, see `ObjectiveSet.state`. averages: of the weights that move, by parameter name, and
+    of buffers; empty without `optim.ema`.
     """
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]
     updates: int
     objectives: dict[str, Tensor] = field(default_factory=dict)
+    averages: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def averaged(self) -> dict[str, Tensor]:
+        """All weights, with their average in the place of each that has one."""
+        return self.weights | self.averages
 
 
 def join(world: World) -> None:
@@ -77,16 +87,26 @@ def join(world: World) -> None:
 class Engine:
     """The student under DeepSpeed.
 
-    groups: AdamW parameter groups of `module`. config: of `ds_config.resolve`. start: an exported state to go on from.
+    groups: AdamW parameter groups of `module`. config: of `ds_config.resolve`. start: an exported state to go on from. frozen: names of
+    parameters that are not trained and are exported all the same, in float32 as they came, whatever the engine rounds them to.
     """
 
     def __init__(
-        self, module: nn.Module, groups: list[dict[str, object]], optim: Optim, config: dict[str, Any], world: World, start: State | None
+        self,
+        module: nn.Module,
+        groups: list[dict[str, object]],
+        optim: Optim,
+        config: dict[str, Any],
+        world: World,
+        start: State | None,
+        frozen: Collection[str] = (),
     ) -> None:
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         known = DsConfig(config)
         if start is not None:
             load_weights(module, start.weights)
+        kept = ((name, parameter) for name, parameter in module.named_parameters() if name in frozen)
+        self._frozen = {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in kept}
         join(world)
         self.dtype, self._device = precision.dtype(known.precision), world.device
         if self.dtype != torch.float32:
@@ -111,6 +131,9 @@ class Engine:
         self._persistent = list(persistent_buffers(self.module).values())
         self._statistics = [own for part in norms for own in (part.running_mean, part.running_var) if own is not None]
         self.updates = 0 if start is None else start.updates
+        self._ema = optim.ema
+        moved = persistent_buffers(self.module).items() if self._ema is not None else ()
+        self._averaged = {name: (buffer, buffer.detach().clone()) for name, buffer in moved if buffer.is_floating_point()}
         self._make_moments()
         if start is not None:
             self._restore(start)
@@ -147,6 +170,19 @@ class Engine:
         self._share_statistics()
         self._refresh_scalars()
         self.updates += 1
+        self._average()
+
+    def _average(self) -> None:
+        """Move the average of the weights: each rank that of its share, so it is the same on any number of them."""
+        decay = None if self._ema is None else self._ema.decay_after(self.updates)
+        if decay is None:
+            return
+        base = self._base_optimizer()
+        with torch.no_grad():
+            for flat in self._flat():
+                base.state[flat][AVERAGE].lerp_(flat.detach(), 1 - decay)
+            for buffer, average in self._averaged.values():
+                average.lerp_(buffer, 1 - decay)
 
     def _refresh_scalars(self) -> None:
         """Keep the optimizer's float32 value with each rounded parameter of one number, for `precision.exact`. A collective."""
@@ -179,18 +215,24 @@ class Engine:
         if self._engine.monitor.enabled:
             self._engine.monitor.write_events([(f"{group}/{name}", value, samples) for name, value in values.items()])
 
-    def export(self, *, moments: bool, everywhere: bool) -> State:
+    def export(self, *, moments: bool, everywhere: bool, averages: bool = False) -> State:
         """Full fp32 state on the CPU: on rank 0, or `everywhere`; elsewhere an empty one. A collective: every rank calls it."""
         kept = State({}, {}, self.updates)
         keep = everywhere or self._engine.global_rank == 0
+        averaging = averages and self._ema is not None
         for parameter in self._trained():
             name = self._names[id(parameter)]
-            for key in (None, *(MOMENTS if moments else ())):
+            for key in (None, *(MOMENTS if moments else ()), *((AVERAGE,) if averaging else ())):
                 full = self._full(parameter, key)
                 if keep:
-                    destination, label = (kept.weights, name) if key is None else (kept.moments, f"{key}/{name}")
+                    destination, label = (kept.moments, f"{key}/{name}") if key in MOMENTS else (kept.averages, name)
+                    if key is None:
+                        destination = kept.weights
                     destination[label] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
         if keep:
+            kept.weights.update(self._frozen)
+            if averaging:
+                kept.averages.update({name: average.cpu().clone() for name, (_, average) in self._averaged.items()})
             kept.weights.update({name: buffer.detach().cpu().clone() for name, buffer in persistent_buffers(self.module).items()})
         return kept
 
@@ -203,6 +245,24 @@ class Engine:
         finally:
             for buffer, kept in zip(self._persistent, before, strict=True):
                 buffer.copy_(kept)
+
+    @contextlib.contextmanager
+    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the module computes with these weights, of an export. A ZeRO-3 one, which has none between forwards, stays as it is."""
+        targets = dict(self.module.named_parameters()) | persistent_buffers(self.module)
+        moved = {name: targets[name] for name in weights if name not in self._frozen} if self.stage < 3 else {}
+        scalars = [parameter for name, parameter in moved.items() if hasattr(parameter, "in_float32")]
+        before = {name: own.detach().to("cpu", copy=True) for name, own in moved.items()}
+        exact: list[Any] = [parameter.in_float32 for parameter in scalars]
+        try:
+            load_weights(self.module, {name: weights[name] for name in moved})
+            for parameter in scalars:
+                parameter.in_float32 = weights[self._names[id(parameter)]].to(parameter.device)  # type: ignore[attr-defined]
+            yield
+        finally:
+            load_weights(self.module, before)
+            for parameter, own in zip(scalars, exact, strict=True):
+                parameter.in_float32 = own  # type: ignore[attr-defined]
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -224,6 +284,10 @@ class Engine:
             self._set(parameter, start.weights[name], None)
             for key in MOMENTS:
                 self._set(parameter, start.moments[f"{key}/{name}"], key)
+            if self._ema is not None:
+                self._set(parameter, start.averages[name], AVERAGE)
+        for name, (_, average) in self._averaged.items():
+            average.copy_(start.averages[name])
         base: Any = self._base_optimizer()
         if hasattr(base, "ds_opt_adam"):
             _replay_bias_correction(base, start.updates)
@@ -234,18 +298,22 @@ class Engine:
         DeepSpeed 0.19.8 would also link them to the parameters when the first of several groups has moved, and never find the others'.
         """
         base = self._base_optimizer()
-        if self.stage == 3:
-            flat = self._optimizer.fp32_partitioned_groups_flat
-        else:
-            flat = [parameter for group in base.param_groups for parameter in group["params"]]
-        for parameter in flat:
+        for parameter in self._flat():
             step: Any = self.updates
             if isinstance(base, torch.optim.AdamW):
                 step = torch.tensor(float(self.updates), device=parameter.device)
             base.state[parameter] = {"step": step, **{key: torch.zeros_like(parameter.data, dtype=torch.float32) for key in MOMENTS}}
+            if self._ema is not None:
+                base.state[parameter][AVERAGE] = parameter.detach().float().clone()
         link = getattr(self._optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
+
+    def _flat(self) -> list[Tensor]:
+        """What the optimizer moves, in float32: this rank's share."""
+        if self.stage == 3:
+            return list(self._optimizer.fp32_partitioned_groups_flat)
+        return [parameter for group in self._base_optimizer().param_groups for parameter in group["params"]]
 
     def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
         value = value.to(parameter.device)
@@ -313,23 +381,3 @@ def _replay_bias_correction(optimizer: Any, updates: int) -> None:
     nothing = [torch.zeros(1) for _ in range(4)]
     for step in range(1, updates + 1):
         optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, beta1, beta2, 1.0, 0.0, True, *nothing)
-
-
-def load_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy `weights` into the module; callers have compared names and shapes, with messages for users."""
-    targets = dict(module.named_parameters()) | persistent_buffers(module)
-    with torch.no_grad():
-        for name, value in weights.items():
-            targets[name].copy_(value)
-
-
-def trained_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a checkpoint of `module` holds: trained parameters and persistent buffers."""
-    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    return {name: tuple(value.shape) for name, value in (trained | persistent_buffers(module)).items()}
-
-
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to the model's state, such as batch norm's running statistics."""
-    stored = module.state_dict()
-    return {name: buffer for name, buffer in module.named_buffers() if name in stored}

@@ -27,6 +27,7 @@ RUN, METRICS, EVALUATION = "run.json", "metrics.jsonl", "evaluation.json"
 START = "student_start"  # in run.json: by part of the student how many of its tensors came from where, and which are new
 REST = "the rest"  # of the student in it, beside its towers
 MODEL, BUNDLE = "model", "bundle"  # a run's results: the student as open_clip's folder, the decoder as a bundle
+BEST = "best"  # a folder with the same, made of the best evaluation's weights
 # What a run folder holds when something was trained in it.
 TRAINED = ("checkpoints/step_*", MODEL, BUNDLE)
 FINISHED, SAVED, FAILED = "finished", "saved", "failed"  # how a start ended; SAVED: after a signal

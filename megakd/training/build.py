@@ -8,17 +8,19 @@ import torch
 from torch import nn
 
 from megakd.models import casts, clip
+from megakd.models.places import freeze
 from megakd.models.student import Student
 from megakd.models.vlm.student import freeze_all_but
 from megakd.runtime.launch import World
-from megakd.training.optim import decay_groups
+from megakd.training.learning import paces
+from megakd.training.optim import parameter_groups
 from megakd.training.prepare import PreparedRun
 from megakd.training.tasks.base import Task
 
 
 def build_learners(
     plan: PreparedRun, tasks: Sequence[Task], world: World, have: Collection[str] = ()
-) -> tuple[nn.Module, list[dict[str, object]]]:
+) -> tuple[Student, list[dict[str, object]]]:
     """The module for the engine, with all that is trained, and its AdamW parameter groups. A collective.
 
     Weights are loaded, or drawn from torch's generator; on the CPU but for a quantised language model's. have: names of the checkpoint's
@@ -36,9 +38,11 @@ def build_learners(
     for task in tasks:
         module = task.extend(module, world.device)
     freeze_all_but(module, *(prefix for task in tasks for prefix in task.learns))
+    if recipe.student is not None:
+        freeze(module, recipe.student.freeze)
     if plan.config.precision == "bf16":
         casts.for_engine(towers)
     for task in tasks:
         task.keep_replica()
-    rates = {prefix: rate / recipe.optim.lr for task in tasks for prefix, rate in task.rates.items()}
-    return module, decay_groups(module, recipe.optim.weight_decay, rates)
+    rates = {prefix: rate for task in tasks for prefix, rate in task.rates.items()}
+    return module, parameter_groups(module, paces(module, recipe.optim, rates))

@@ -23,6 +23,7 @@ def show(plan: PreparedRun, world: World) -> str:
         f"would run: {_outline(plan, world)}",
         *(f"scheduled: {line}" for line in plan.request.recipe.scheduled()),
         *([] if plan.start is None else plan.start.describe()),
+        *plan.learning,
     ]
     return "\n".join([*parts, *(line for task in plan.tasks for line in task.preview(world))])
 

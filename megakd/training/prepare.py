@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megakd.export import manifest
@@ -20,6 +20,7 @@ from megakd.runtime import checkpoint, collectives, ds_check, ds_config, files, 
 from megakd.runtime.ds_config import DsConfig
 from megakd.runtime.launch import World
 from megakd.teachers.build import class_of
+from megakd.training import learning
 from megakd.training.tasks import answer, distill
 from megakd.training.tasks.base import TaskData
 
@@ -43,6 +44,7 @@ class PreparedRun:
     tasks: at least one; the position of the first one's data is a checkpoint's.
     start: what the student begins with; None without a student, for one that another recipe is about to train, and for a run that goes
     on from a checkpoint, see `with_start`.
+    learning: which parts of the student learn and how fast, in words, where they do not learn alike.
     """
 
     request: RunRequest
@@ -51,6 +53,7 @@ class PreparedRun:
     student: clip.ModelSpec | None
     tasks: tuple[TaskData, ...]
     start: Start | None = None
+    learning: list[str] = field(default_factory=list)
 
     @property
     def is_scored(self) -> bool:
@@ -87,11 +90,15 @@ def prepare(request: RunRequest, world: World, to_come: frozenset[str] = frozens
         start = start_of(recipe, student)
         collectives.by_main(start.look, world)
     tasks: list[TaskData] = []
+    heads = None
     if recipe.active() and student is not None:
-        tasks.append(distill.prepare(recipe, world, student, to_come="teacher" in to_come))
+        pairs = distill.prepare(recipe, world, student, to_come="teacher" in to_come)
+        tasks.append(pairs)
+        heads = None if "teacher" in to_come else pairs.outline_heads
     if recipe.answers is not None and recipe.decoder is not None:
         tasks.append(answer.prepare(recipe, recipe.answers, recipe.decoder, config, world, student, to_come))
-    return PreparedRun(replace(request, recipe=recipe), config, config_name, student, tuple(tasks), start)
+    learns = learning.check(recipe, student, heads)
+    return PreparedRun(replace(request, recipe=recipe), config, config_name, student, tuple(tasks), start, learns)
 
 
 def _goes_on(request: RunRequest) -> bool:

@@ -6,14 +6,15 @@ import contextlib
 import dataclasses
 import gc
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megakd.evaluation import report
 from megakd.evaluation.sets import sets_of
+from megakd.recipe.best import BOTH, CURRENT, EMA
 from megakd.runtime import (
     checkpoint,
     collectives,
@@ -30,13 +31,15 @@ from megakd.runtime import (
     watchdog,
 )
 from megakd.runtime.checkpoint import Progress
-from megakd.runtime.engine import Engine, State, trained_shapes
+from megakd.runtime.engine import Engine, State
 from megakd.runtime.exits import EXIT_SAVED, Interrupted, LossNotFinite
 from megakd.runtime.launch import World
 from megakd.runtime.locks import LOCK, FolderLock
+from megakd.runtime.module_state import held_shapes
 from megakd.runtime.preemption import StopPoller, StopRequest
 from megakd.runtime.run_folder import RunLog
 from megakd.runtime.watchdog import HUNG, HangWatchdog
+from megakd.training import best
 from megakd.training.build import build_learners
 from megakd.training.prepare import PreparedRun, with_start
 from megakd.training.trainer import Trainer
@@ -147,13 +150,15 @@ class Run:
         if recipe.active():
             how += f", batch {recipe.optim.batch} = {self.world.size} ranks x {config.micro_batches} x {config.micro_batch}"
         lines = [f"scheduled: {line}" for line in recipe.scheduled()] + [line for task in self.plan.tasks for line in task.describe()]
+        lines += self.plan.learning
         return "\n".join([f"{recipe.optim.steps} steps, {how}", *lines])
 
     def _finish(self) -> None:
         """What was trained is written before it is scored: an evaluation may take hours, and fail."""
         steps = self.recipe.optim.steps
-        weights = self._engine.export(moments=False, everywhere=False).weights
-        collectives.by_main(lambda: self._write_results(weights), self.world)
+        averaged = self.recipe.export.weights == EMA
+        state = self._engine.export(moments=False, everywhere=False, averages=averaged)
+        collectives.by_main(lambda: self._write_results(state, averaged), self.world)
         try:
             if not self.evaluated(steps):
                 self.evaluate(steps)
@@ -171,16 +176,21 @@ class Run:
         results = [self.folder / task.result for task in self.plan.tasks]
         return self.evaluated(progress.step) and collectives.by_main(lambda: all(one.is_dir() for one in results), self.world)
 
-    def _write_results(self, weights: dict[str, Tensor]) -> None:
+    def _write_results(self, state: State, averaged: bool) -> None:
         if self.log.failure is not None:
             raise self.log.failure
-        for task in self._tasks:
-            task.write(weights, self.folder)
+        self._write_into(self.folder, state, averaged)
+
+    def _write_into(self, folder: Path, state: State, averaged: bool) -> None:
+        with self._engine.holding(state.averaged if averaged else {}):
+            for task in self._tasks:
+                task.write(state.averaged if averaged else state.weights, folder)
 
     def _starting_point(self) -> tuple[Progress, State | None]:
         """Where to go on. Rank 0 looks and clears the way, then all ranks read the same checkpoint."""
         path, data = collectives.by_main(self._choose_checkpoint, self.world), self.plan.signature()
         if path is None:
+            self._set_best_aside(0)
             collectives.by_main(lambda: self.log.keep_until(0), self.world)
             return Progress(0, 0, self.recipe.seed, data), None
         self._resumed_from = path
@@ -210,8 +220,13 @@ class Run:
                 f"in them means nothing; put the same shards and questions back, or start over with --resume none or another --out"
             )
         self.log.say(f"resuming from {path}: step {progress.step} of {self.recipe.optim.steps}")
+        self._set_best_aside(progress.step)
         collectives.by_main(lambda: self.log.keep_until(progress.step), self.world)
         return progress, state
+
+    def _set_best_aside(self, step: int) -> None:
+        if line := collectives.by_main(lambda: best.set_aside(self.folder, step), self.world):
+            self.log.say(line)
 
     def _choose_checkpoint(self) -> Path | None:
         resume = self.plan.request.resume
@@ -243,10 +258,12 @@ class Run:
         torch.manual_seed(recipe.seed)
         self._module, groups = build_learners(plan, self._tasks, world, have)
         if state is not None:
-            checkpoint.check_fits(self._resumed_from, state.weights, trained_shapes(self._module))
+            checkpoint.check_fits(self._resumed_from, state.weights, held_shapes(self._module, self._module.frozen))
+            if recipe.optim.ema is not None and not state.averages:
+                raise ValueError(f"optim.ema: {self._resumed_from} holds no averages; take it out, or start over with --resume none")
             for task in self._tasks:
                 task.restore(state.objectives)
-        self._engine = Engine(self._module.to(world.device), groups, recipe.optim, plan.config, world, state)
+        self._engine = Engine(self._module.to(world.device), groups, recipe.optim, plan.config, world, state, self._module.frozen)
 
     def _fit(self, progress: Progress) -> None:
         trainer = Trainer(self.recipe, self.world, self._engine, self._tasks, self.log, self._stop)
@@ -261,7 +278,7 @@ class Run:
     def save(self, progress: Progress) -> None:
         """Write a checkpoint; every rank learns whether it is there before it goes on."""
         watchdog.beat("saving a checkpoint", progress.step)
-        exported = self._engine.export(moments=True, everywhere=False)
+        exported = self._engine.export(moments=True, everywhere=False, averages=True)
         kept = {name: value for task in self._tasks for name, value in task.state().items()}
         state = dataclasses.replace(exported, objectives=kept)
         collectives.by_main(lambda: self._write_checkpoint(progress, state), self.world)
@@ -272,16 +289,29 @@ class Run:
         checkpoint.save(self.folder, progress, state, self.recipe.checkpoint.keep)
 
     def evaluate(self, step: int) -> None:
-        """Score the current weights on the recipe's sets, into metrics.jsonl, evaluation.json and the JSON's monitors."""
+        """Score what evaluation.weights says on the recipe's sets, into metrics.jsonl, evaluation.json and the JSON's monitors."""
         if self.plan.is_scored:
             watchdog.beat("evaluating", step)
-            weights = self._engine.export(moments=False, everywhere=True).weights
-            results: dict[str, Any] = {"step": step, "sets": sets_of(self.recipe)}
-            interruptions = StopPoller(self.world, self._stop)
-            for task in self._tasks:
-                results |= task.evaluate(weights, step, self.folder, interruptions)
+            which, score = self.recipe.evaluation.weights, self.recipe.best_score()
+            state = self._engine.export(moments=False, everywhere=True, averages=which != CURRENT)
+            results: dict[str, Any] = {"step": step, "sets": sets_of(self.recipe), **({} if which == CURRENT else {"weights": which})}
+            results |= self._scores(state, which == EMA, step)
+            if which == BOTH:
+                results[EMA] = self._scores(state, True, step)
+            if score is not None:
+                write = partial(self._write_into, state=state, averaged=score.averaged)
+                kept = collectives.by_main(lambda: best.keep(self.folder, score, results, write), self.world)
             collectives.by_main(lambda: self._write_evaluation(results), self.world)
+            if score is not None and kept is not None:
+                self.log.say(kept)
             self._engine.monitor(report.numbers(results), step * self.recipe.samples_in_a_step(), "Evaluation")
+
+    def _scores(self, state: State, averaged: bool, step: int) -> dict[str, Any]:
+        interruptions, found = StopPoller(self.world, self._stop), dict[str, Any]()
+        with self._engine.holding(state.averaged if averaged else {}):
+            for task in self._tasks:
+                found |= task.evaluate(state.averaged if averaged else state.weights, step, self.folder, interruptions)
+        return found
 
     def evaluated(self, step: int) -> bool:
         """Whether metrics.jsonl has the scores of this step on these sets. A collective. evaluation.json is made of them if it is gone."""
@@ -294,6 +324,7 @@ class Run:
                 for row in rows
                 if isinstance(content := row.get("content"), dict)
                 and content.get("sets") == sets_of(self.recipe)
+                and content.get("weights", CURRENT) == self.recipe.evaluation.weights
                 and compared <= content.get("diagnostics", {}).keys()
             ]
             if scores and not (self.folder / run_folder.EVALUATION).exists():

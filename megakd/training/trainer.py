@@ -100,7 +100,9 @@ class Trainer:
                 self._write_row(step, summary, images / (now - since), now - since)
                 since, images = now, 0  # what writing takes counts in the next row
             progress = replace(start, step=step, position=batch[0].next_position)
-            saved = summary.stop or last or step % recipe.checkpoint.every == 0
+            # One goes on from the best evaluation's step at the earliest, so that RUN/best is never of steps that are still to come.
+            best = recipe.checkpoint.best is not None and self._to_evaluate(step)
+            saved = summary.stop or last or best or step % recipe.checkpoint.every == 0
             if saved:
                 self._save(progress, hooks)
             if summary.stop and not last:
@@ -246,14 +248,16 @@ class Trainer:
         losses = {name: summary.values[name] for name in self._names}
         total = sum(weight * losses[name] for name, weight in self._weights(step - 1).items())
         scheduled = {f"scheduled.{key}": self.recipe.value_at(key, step - 1) for key in self.recipe.schedules}
+        lr, peak = learning_rate(self.recipe.optim, step - 1), self.recipe.optim.lr
+        rates = {f"rates.{part}": lr / peak * rate for part, rate in self.recipe.optim.rates.items()}
         seconds = self.clock.read()
         row: dict[str, Any] = {
             "step": step,
             "loss": total,
             "losses": losses,
             "backends": {name: backend for task in self.tasks for name, backend in task.backends.items()},
-            "lr": learning_rate(self.recipe.optim, step - 1),
-            **_grouped({**logged, **scheduled}),
+            "lr": lr,
+            **_grouped({**logged, **scheduled, **rates}),
             "gradient_norm": self.engine.gradient_norm,
             "images_per_second": images_per_second,
             "memory_gb": memory_gb(self.world.device),
@@ -262,7 +266,7 @@ class Trainer:
             **self._sources.row(self._bad, summary.by_source),
         }
         self._log.row(row, self.recipe.optim.steps)
-        flat = {"loss": total, **losses, "lr": row["lr"], "images_per_second": images_per_second, **logged, **scheduled}
+        flat = {"loss": total, **losses, "lr": lr, "images_per_second": images_per_second, **logged, **scheduled, **rates}
         flat |= by_source.flat(summary.by_source)
         self.engine.monitor(flat, step * self.recipe.samples_in_a_step())
 

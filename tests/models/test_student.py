@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megakd.models.heads import Head
 from megakd.models.student import Student, embeddings, normalised
-from megakd.training.optim import decay_groups
+from support.parameter_groups import decay_groups
 
 
 class Towers(nn.Module):

@@ -28,6 +28,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 CONFIGS |= {f"{name}, sums in fp32": {**CONFIGS[name], **SUMS} for name in ("zero1 bf16", "zero2 bf16", "zero3 bf16")}
 CONFIGS["zero1 bf16, sums in fp32"]["communication_data_type"] = "fp32"
+AVERAGED = ("plain", "zero2 bf16", "zero3 bf16")
+CONFIGS |= {f"{name}, averaged": {**CONFIGS[name], "ema": True} for name in AVERAGED}
 # The last, as later engines of the process would take its groups; `start` is before the first step, when the second copies are there.
 HPZ = "zero3 bf16, hpz"
 CONFIGS[HPZ] = {**BF16, "zero_optimization": {"stage": 3, **BUCKET, **STAGE_3, "zero_hpz_partition_size": RANKS}}
@@ -42,7 +44,7 @@ def measured() -> dict[str, dict[str, int]]:
 
 def planned(name: str) -> zero.Held:
     element = 2 if "bf16" in name else 4
-    return zero.held(SIZES, RANKS, zero.Settings.of(CONFIGS[name], element))
+    return zero.held(SIZES, RANKS, zero.Settings.of(CONFIGS[name], element), averages="ema" in CONFIGS[name])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -62,6 +64,13 @@ def test_gradients_gathered_weights_and_reduction_are_at_most_a_tenth_of_all_off
     """Activations are nothing here. `keeps` counts gradients in the student's own backward as well, so the larger of both is planned."""
     held = planned(name)
     assert held.gathered + held.gradients + held.reducing == pytest.approx(measured[name]["backward"], abs=0.1 * measured[name]["start"])
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_an_average_of_the_weights_takes_four_bytes_of_a_rank_for_each_of_its_share(name: str, measured: dict[str, dict[str, int]]) -> None:
+    share = sum(SIZES) if name == "plain" else sum(SIZES) // RANKS
+    assert measured[f"{name}, averaged"]["start"] - measured[name]["start"] == pytest.approx(4 * share, rel=0.01)
+    assert planned(f"{name}, averaged").optimizer - planned(name).optimizer == 4 * share
 
 
 def test_second_copies_are_planned_for_every_weight(measured: dict[str, dict[str, int]]) -> None:

@@ -10,8 +10,8 @@ import torch
 
 from megakd.runtime import launch as ranks
 from megakd.runtime.engine import State
-from megakd.training.optim import decay_groups
 from support import PROGRAMS
+from support.parameter_groups import decay_groups
 from support.programs.engine_states import ACCUMULATED, CONFIGURATIONS, OFFLOADED, OPTIM, Odd, data, measure, measure_all, why_not_compile
 from support.runs import run_ranks
 
@@ -50,13 +50,13 @@ def measured(request: pytest.FixtureRequest) -> Measured:
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    tensors = [(a[part], b[part]) for part in ("weights", "moments")]
+    tensors = [(a[part], b[part]) for part in ("weights", "moments", "averages")]
     return a["updates"] == b["updates"] and all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in tensors)
 
 
 def _assert_close(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert a["updates"] == b["updates"]
-    for part in ("weights", "moments"):
+    for part in ("weights", "moments", "averages"):
         for name, value in a[part].items():
             torch.testing.assert_close(value, b[part][name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -134,6 +134,29 @@ def test_bf16_keeps_fp32_weights_that_stay_near_the_fp32_run(name: str, measured
         torch.testing.assert_close(found[key], value, rtol=0.1, atol=0.05)
     matrix = found["first.weight"]
     assert not torch.equal(matrix, matrix.bfloat16().float()), "the master weights have more bits than bf16"
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_the_average_is_the_sum_of_all_weights_so_far_each_weighed_by_its_age(name: str, measured: Measured) -> None:
+    assert OPTIM.ema is not None
+    keeps, trail = OPTIM.ema.decay, measured[name]["trail"]
+    last = len(trail) - 1
+    weighed = [keeps**last] + [(1 - keeps) * keeps ** (last - at) for at in range(1, last + 1)]
+    assert sum(weighed) == pytest.approx(1)
+    averages = measured[name]["end"]["averages"]
+    assert averages.keys() == trail[0].keys()
+    for key, found in averages.items():
+        expected = sum(share * weights[key].double() for share, weights in zip(weighed, trail, strict=True))
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(averages["last.weight"], trail[-1]["last.weight"])
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_module_that_holds_the_average_for_a_block_has_its_own_weights_behind_it(name: str, measured: Measured) -> None:
+    found = measured[name]
+    assert _same(found["unmoved"], found["end"])
+    if not name.startswith("stage3"):
+        assert torch.equal(found["averaged_scale"], found["end"]["averages"]["log_scale"].exp())
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

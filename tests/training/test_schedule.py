@@ -32,6 +32,26 @@ def test_a_constant_schedule_stays() -> None:
     assert [learning_rate(optim, step) for step in (0, 1, 2, 19)] == [0.25, 0.5, 0.5, 0.5]
 
 
+@pytest.mark.parametrize(("shape", "quarter"), [("linear", 0.75), ("cosine", 0.5 * (1 + math.cos(math.pi / 4))), ("sqrt", 0.5)])
+def test_a_cooldown_falls_from_lr_to_the_final_rate_over_its_steps_alone(shape: str, quarter: float) -> None:
+    optim = Optim(steps=20, batch=8, lr=2.0, warmup=4, schedule="wsd", cooldown=8, cooldown_shape=shape, final_lr=0.1)  # type: ignore[arg-type]
+    rates = [learning_rate(optim, step) for step in range(21)]
+    assert rates[3:13] == [2.0] * 10, "the first update of the cooldown still has lr, as the cosine's"
+    assert rates[14] == pytest.approx(2.0 * (0.1 + 0.9 * quarter))
+    assert rates[20] == pytest.approx(0.2)
+    assert rates[12:] == sorted(rates[12:], reverse=True)
+
+
+def test_a_cooldown_may_begin_where_the_warmup_ends() -> None:
+    optim = Optim(steps=4, batch=8, lr=1.0, warmup=2, schedule="wsd", cooldown=2)
+    assert [learning_rate(optim, step) for step in range(4)] == [0.5, 1.0, 1.0, 0.5]
+
+
+def test_more_steps_leave_the_stable_part_as_it_was() -> None:
+    short, long = (Optim(steps=steps, batch=8, lr=1.0, warmup=2, schedule="wsd", cooldown=5) for steps in (20, 50))
+    assert [learning_rate(short, step) for step in range(16)] == [learning_rate(long, step) for step in range(16)]
+
+
 def test_no_warmup_starts_at_lr() -> None:
     assert learning_rate(Optim(steps=10, batch=8, lr=0.5), 0) == 0.5
 

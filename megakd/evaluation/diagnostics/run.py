@@ -19,6 +19,7 @@ from megakd.models import clip
 from megakd.models.pretrained import LOCAL
 from megakd.recipe import Recipe
 from megakd.recipe import load as recipes
+from megakd.recipe.best import EMA
 from megakd.recipe.chain import CLIP_CONFIG
 from megakd.recipe.evaluation import Evaluation
 from megakd.runtime import collectives, run_folder, watchdog
@@ -52,7 +53,7 @@ def diagnose_run(run: Path, chosen: Path | None, teacher: str | None, overrides:
         sets = open_sets(recipe.model_copy(update={"evaluation": alone}), world).diagnostics
         described = {role: clip.resolve(settings, role) for role, settings in recipe.weighted_teachers().items()}
         path = collectives.by_main(lambda: chosen or newest(run), world)
-        step, encoder = student_of(recipe, path, world)
+        step, encoder = student_of(recipe, path, world, averaged=recipe.evaluation.weights == EMA)
         visual: Any = getattr(encoder.clip, "visual", None)
         say: Callable[[str], None] = print if world.is_main else lambda _: None
         teachers = {role: Shown.beside(visual, one, _load(recipe, one, world, say), encoder.batch, say) for role, one in described.items()}

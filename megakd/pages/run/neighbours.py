@@ -22,6 +22,7 @@ from megakd.pages.page import BAD, GOOD, Card, Cards, Line, Picture
 from megakd.pages.run.pictures import short, small_jpeg, spread
 from megakd.pages.run.reading import RunFiles
 from megakd.recipe import Recipe
+from megakd.recipe.best import EMA
 from megakd.recipe.evaluation import CaptionFiles
 from megakd.recipe.load import check_given
 from megakd.runtime import checkpoint
@@ -70,7 +71,7 @@ def _student(run: RunFiles, recipe: Recipe) -> tuple[Encoder, str]:
     """The student of the newest checkpoint, else the one that the run has written, on the CPU. Raises ValueError where there is neither."""
     path = checkpoint.latest_valid(run.folder, lambda _: None)
     if path is not None:
-        step, encoder = student_of(recipe, path, _ALONE)
+        step, encoder = student_of(recipe, path, _ALONE, averaged=recipe.evaluation.weights == EMA)
         return encoder, f"step {step}"
     if (run.folder / MODEL).is_dir():
         return load_model(run.folder, _ALONE.device), f"{MODEL}/"

@@ -33,8 +33,8 @@ from megakd.recipe import Decoder as Settings
 from megakd.runtime import collectives, precision, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.ds_config import DsConfig
-from megakd.runtime.engine import load_weights
 from megakd.runtime.launch import World
+from megakd.runtime.module_state import load_weights
 from megakd.runtime.preemption import StopPoller
 from megakd.runtime.run_folder import BUNDLE, RunLog
 from megakd.runtime.stopwatch import Stopwatch

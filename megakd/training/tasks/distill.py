@@ -30,12 +30,13 @@ from megakd.export import clip_folder
 from megakd.models import clip
 from megakd.models.embeddings import Embeddings
 from megakd.models.fingerprint import computation, preprocessing
-from megakd.models.heads import ModelShape
+from megakd.models.heads import ModelShape, ObjectiveHead
 from megakd.models.image_only import no_words
 from megakd.models.student import Student, embeddings
 from megakd.objectives.answers import DIVERGENCE
 from megakd.objectives.set import ObjectiveSet
 from megakd.recipe import Recipe
+from megakd.recipe.parts import IMAGE, TEXT
 from megakd.recipe.section import MATCHED
 from megakd.runtime import collectives, precision, watchdog
 from megakd.runtime.checkpoint import Progress
@@ -103,7 +104,14 @@ class PairData:
         if self.texts:
             return []
         unread = "" if self.captions else " and captions are not read"
-        return [f"no objective reads the student's texts: nothing but weight decay moves its text tower{unread}"]
+        frozen = self.recipe.student is not None and TEXT in self.recipe.student.freeze
+        still = "its text tower is frozen" if frozen else "nothing but weight decay moves its text tower"
+        return [f"no objective reads the student's texts: {still}{unread}"]
+
+    def outline_heads(self) -> dict[str, ObjectiveHead]:
+        """What the objectives train beside the towers, by name; its weights are drawn where torch makes new tensors."""
+        student, *teachers = self.shapes
+        return self.objectives.heads(student, teachers)
 
     def views(self, preprocess: Mapping[str, PreprocessCfg], models: Mapping[str, clip.ModelSpec]) -> dict[str, TowerView]:
         """What the loader makes of a sample for each model."""
@@ -217,6 +225,9 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
         raise ValueError(f"export.heads = true: none of objectives.{', objectives.'.join(objectives.weights)} has a head; take it out")
     texts = to_come or objectives.reads_texts(others)
     captions = to_come or objectives.reads_captions(others)
+    if not texts and recipe.student is not None and IMAGE in recipe.student.freeze:
+        named = ", ".join(objectives.weights)
+        raise ValueError(f"student.freeze holds image, and objectives.{{{named}}} read no text of the student's: it would not learn at all")
     further = build.members_beside(recipe)
     shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world), captions=captions, further=further)
     of_captions = caption_lines(recipe, shards, world) if captions else []
@@ -259,8 +270,7 @@ class Distill(Task):
         self._preprocess = {role: preprocessing(model) for role, model in self._seen_by.items()}
 
     def extend(self, module: Student, device: torch.device) -> Student:
-        student, *teachers = self._data.shapes
-        heads = self._data.objectives.heads(student, teachers)
+        heads = self._data.outline_heads()
         module.heads.update(heads)  # type: ignore[attr-defined]
         self._taught = [name for name, head in heads.items() if head.teacher_width]
         self._heads = {name: head.summary for name, head in heads.items()}

@@ -18,8 +18,8 @@ from megakd.recipe import Optim
 from megakd.runtime import launch
 from megakd.runtime.engine import Engine, State
 from megakd.runtime.launch import World
-from megakd.training.optim import decay_groups
 from support.decoders import QWEN, make_decoder, make_towers, questions
+from support.parameter_groups import decay_groups
 from support.runs import zero
 
 ROWS, STEPS = 4, 3

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megakd.recipe import Optim
+from megakd.recipe import Ema, Optim
 from megakd.runtime import launch
 from megakd.runtime.engine import Engine, State, forget
 from megakd.runtime.launch import World
 from megakd.runtime.precision import exact
-from megakd.training.optim import decay_groups
+from support.parameter_groups import decay_groups
 
 
 def why_not_compile() -> str | None:
@@ -35,7 +35,7 @@ def why_not_compile() -> str | None:
 
 STAGES_FP32, STAGES_BF16 = (0, 1, 2, 3), (1, 2, 3)
 ROWS = 8  # the global batch
-OPTIM = Optim(steps=4, batch=ROWS, lr=0.05, weight_decay=0.1, clip=0.5, eps=1e-3)
+OPTIM = Optim(steps=4, batch=ROWS, lr=0.05, weight_decay=0.1, clip=0.5, eps=1e-3, ema=Ema(decay=0.75))
 OFFLOADED = "stage3_bf16_offload"
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     **{f"stage{stage}_fp32": {"zero_optimization": {"stage": stage}} for stage in STAGES_FP32},
@@ -103,26 +103,33 @@ def advance(engine: Engine, world: World, first: int, last: int) -> list[float]:
 
 def measure(name: str, world: World, foreign: State | None) -> dict[str, Any]:
     engine = make(name, world, None)
+    trail = [engine.export(moments=False, everywhere=True).weights]
     norms = advance(engine, world, 0, 1)
-    first = engine.export(moments=True, everywhere=True)
+    first = engine.export(moments=True, everywhere=True, averages=True)
     norms += advance(engine, world, 1, 2)
-    middle = engine.export(moments=True, everywhere=True)
-    norms += advance(engine, world, 2, 4)
-    end = engine.export(moments=True, everywhere=True)
+    middle = engine.export(moments=True, everywhere=True, averages=True)
+    norms += advance(engine, world, 2, 3)
+    trail += [first.weights, middle.weights, engine.export(moments=False, everywhere=True).weights]
+    norms += advance(engine, world, 3, 4)
+    end = engine.export(moments=True, everywhere=True, averages=True)
     with torch.no_grad():
         scale = engine.forward(data(0)[0].to(engine.dtype))["scale"]
+        with engine.holding(end.averaged):
+            averaged_scale = engine.forward(data(0)[0].to(engine.dtype))["scale"]
+    unmoved = engine.export(moments=True, everywhere=True, averages=True)
     engine.close()
     again = make(name, world, middle)
-    restored = again.export(moments=True, everywhere=True)
+    restored = again.export(moments=True, everywhere=True, averages=True)
     found = {"norms": norms, "middle": vars(middle), "end": vars(end), "restored": vars(restored), "scale": scale, "first": vars(first)}
+    found |= {"trail": [*trail, end.weights], "averaged_scale": averaged_scale, "unmoved": vars(unmoved)}
     found["norms_resumed"] = norms[:2] + advance(again, world, 2, 4)
-    found["end_resumed"] = vars(again.export(moments=True, everywhere=True))
+    found["end_resumed"] = vars(again.export(moments=True, everywhere=True, averages=True))
     again.close()
     if foreign is not None:
         guest = make(name, world, foreign)
-        found["foreign_restored"] = vars(guest.export(moments=True, everywhere=True))
+        found["foreign_restored"] = vars(guest.export(moments=True, everywhere=True, averages=True))
         advance(guest, world, 2, 4)
-        found["end_of_foreign"] = vars(guest.export(moments=True, everywhere=True))
+        found["end_of_foreign"] = vars(guest.export(moments=True, everywhere=True, averages=True))
         guest.close()
     return found
 

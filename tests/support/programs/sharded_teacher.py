@@ -29,7 +29,7 @@ from megakd.runtime.launch import World
 from megakd.teachers.base import Teacher
 from megakd.teachers.replicated import ReplicatedTeacher
 from megakd.teachers.sharded import ShardedTeacher
-from megakd.training.optim import decay_groups
+from support.parameter_groups import decay_groups
 from support.teachers import ARCHITECTURES, build, describe, inputs
 
 OPTIM = Optim(steps=9, batch=8, lr=1e-3, weight_decay=0.1, clip=0.5)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from megakd.planning.memory_tracker import MemoryTracker
-from megakd.recipe import Optim
+from megakd.recipe import Ema, Optim
 from megakd.runtime import launch
 from megakd.runtime.engine import Engine
-from megakd.training.optim import decay_groups
+from support.parameter_groups import decay_groups
 
 WIDTH, LAYERS = 256, 8
 
@@ -48,7 +48,8 @@ def measure(config: dict[str, Any], world: launch.World) -> dict[str, int]:
         model = Model()
         full = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4 // world.size, "gradient_accumulation_steps": 1,
                 "gradient_clipping": 1.0, "steps_per_print": 10**9, **config}  # fmt: skip
-        engine = Engine(model, decay_groups(model, 0.1), Optim(steps=9, batch=4, lr=1e-3), full, world, None)
+        optim = Optim(steps=9, batch=4, lr=1e-3, ema=Ema(decay=0.9) if full.pop("ema", False) else None)
+        engine = Engine(model, decay_groups(model, 0.1), optim, full, world, None)
         gc.collect()
         found = {"start": watch.live}
         for _ in range(2):
