@@ -108,13 +108,14 @@ class ShardsCheck:
                 captions = policy.read(sample.members)
                 held = self.store.held(sample.members, captions)
                 view, image = draws.randrange(len(held.views)), recorded_image(sample.members["image"], self.shards.data)
+                image_W, text_TW = self.store.unit(held.image[view : view + 1])[0], self.store.unit(torch.stack(held.text))
                 seen = {role: held.views[view].pixels(image, one.train_pixels, self.store.recorded) for role, one in sizes.items()}
             for role, values in seen.items():
                 pixels[role].append(torch.from_numpy(np.ascontiguousarray(values)))
             items.owner.extend([len(items.samples)] * len(captions.texts))
             items.texts.extend(captions.texts)
-            items.image.append(held.image[view])
-            items.text.append(held.text)
+            items.image.append(image_W)
+            items.text.append(text_TW)
             items.samples.append(index)
 
         needs = ("image", *policy.needs, *self.store.needs)

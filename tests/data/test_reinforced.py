@@ -27,7 +27,7 @@ from megakd.data.store.reader import StoredRows
 from megakd.data.transforms import TowerView
 from megakd.recipe import Data
 from support import loaders
-from support.reinforced import VIEWS, Written, gzipped, npz, npz_of, numbered, packed, plain_pairs, recorded, write_reinforced
+from support.reinforced import FORMS, VIEWS, Written, gzipped, npz, npz_of, numbered, packed, plain_pairs, recorded, write_reinforced
 from support.shards import ByteTokenizer, data, jpeg, no_barrier, pair, text_of, write_tar
 
 WIDTHS = {"teacher": 4, "ensemble.b": 3}
@@ -144,7 +144,7 @@ def test_a_crop_outside_of_the_image_tells_of_another_image() -> None:
         view.pixels(recorded_image(jpeg(3, (20, 20)), Data()), (8, 8, Image.Resampling.BICUBIC), 8)
 
 
-@pytest.mark.parametrize("form", ["npz", "pth.gz", "bf16", "by name"])
+@pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_the_members_has_the_same_rows(form: Any, tmp_path: Path, written: Written) -> None:
     other = write_reinforced(tmp_path, plain_pairs(24), numbered, SIZE, form=form)
     one, expected = take(opened(other.pattern), 1)[0], take(opened(written.pattern), 1)[0]

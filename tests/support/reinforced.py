@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from support.shards import Member, jpeg, write_tar
 # (pixels (V, 3, H, W) uint8, texts) -> the unit rows of both, of all teachers one after the other
 Embed = Callable[[Tensor, list[str]], tuple[Tensor, Tensor]]
 Form = Literal["npz", "pth.gz", "bf16", "by name"]
+FORMS: tuple[Form, ...] = get_args(Form)
 VIEWS, MAGNITUDE, BINS = 3, 9, 31
 # What torchvision's RandAugment draws from, in its order: the strengths, of which it takes number 9 of 31, and whether there is a sign.
 SPACE: list[tuple[Callable[[int], Tensor] | None, bool]] = [
@@ -86,26 +87,36 @@ def write_reinforced(
     written = Written(str(folder / "00000.tar"))
     members: list[Member] = []
     for number, (picture, caption) in enumerate(pairs):
-        image = Image.open(io.BytesIO(picture)).convert("RGB")
-        views = [recorded(image, size, 1000 * number + view) for view in range(VIEWS)]
-        pixels = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) for _, one in views])
-        texts = [caption, *synthetic(caption)]
-        image_VW, text_TW = embed(pixels, texts)
-        listed: Any = [augmentation for augmentation, _ in views]
-        beside = {
-            "url.txt": f"http://example.org/{number}".encode(),
-            "paug.json": json.dumps({"param_aug": json.dumps(listed) if number % 2 else listed}).encode(),
-            "syn.json": json.dumps({"syn_text": texts[1:]}).encode(),
-            **packed(image_VW, text_TW, form),
-        }
-        own = {"jpg": picture, "txt": caption.encode(), "json": json.dumps({"uid": f"{number}"}).encode(), **beside}
+        own = sample_members(picture, caption, embed, size, form=form, number=number, keep=written)
         members += [(f"{number:06d}.{name}", data) for name, data in change(number, own).items()]
-        for column, value in zip(
-            (written.pictures, written.texts, written.images, written.rows), (pixels, texts, image_VW, text_TW), strict=True
-        ):
-            column.append(value)  # type: ignore[attr-defined]
     write_tar(Path(written.pattern), members)
     return written
+
+
+def sample_members(
+    picture: bytes, caption: str, embed: Embed, size: int, *, form: Form = "npz", number: int = 0, keep: Written | None = None
+) -> dict[str, bytes]:
+    """Of one sample, by extension; every second one has its augmentations as a string. keep: where its pictures and rows are noted."""
+    image = Image.open(io.BytesIO(picture)).convert("RGB")
+    views = [recorded(image, size, 1000 * number + view) for view in range(VIEWS)]
+    pixels = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) for _, one in views])
+    texts = [caption, *synthetic(caption)]
+    image_VW, text_TW = embed(pixels, texts)
+    if keep is not None:
+        keep.pictures.append(pixels)
+        keep.texts.append(texts)
+        keep.images.append(image_VW)
+        keep.rows.append(text_TW)
+    listed: Any = [augmentation for augmentation, _ in views]
+    return {
+        "jpg": picture,
+        "txt": caption.encode(),
+        "json": json.dumps({"uid": f"{number}"}).encode(),
+        "url.txt": f"http://example.org/{number}".encode(),
+        "paug.json": json.dumps({"param_aug": json.dumps(listed) if number % 2 else listed}).encode(),
+        "syn.json": json.dumps({"syn_text": texts[1:]}).encode(),
+        **packed(image_VW, text_TW, form),
+    }
 
 
 def packed(image_VW: Tensor, text_TW: Tensor, form: Form = "npz") -> dict[str, bytes]:

@@ -16,13 +16,15 @@ from megakd.data.shards import ShardSet
 from megakd.data.transforms import TowerView, normalise
 from megakd.models import clip
 from megakd.models.fingerprint import preprocessing
+from megakd.planning import plan as planner
+from megakd.planning.cluster import Cluster
 from megakd.recipe import Recipe
 from megakd.recipe import load as recipes
 from megakd.runtime.launch import World
 from megakd.teachers import build, embed
 from megakd.teachers.embed_request import EmbedRequest
 from support.reinforced import VIEWS, Embed, Form, Written, packed, write_reinforced
-from support.runs import Finished, losses, rows, train
+from support.runs import TRAIN, Finished, losses, rows, run_ranks, settings, train
 from support.shards import data, no_barrier
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -173,6 +175,21 @@ def test_a_check_finds_teachers_of_one_width_in_the_wrong_order(recipe_file: Pat
     check(recipe_file, written, *alike)
     with pytest.raises(ValueError, match=r"teacher is the teacher whose columns ensemble\.second reads: exchange the two in the recipe"):
         check(recipe_file, written, *swapped)
+
+
+def test_a_plan_counts_no_teacher(recipe_file: Path) -> None:
+    recipe = recipes.load(str(recipe_file), (*BOTH, *LEARNED, *READ))[0]
+    assert planner.plan(recipe, "test", None, Cluster(2, 80)).asked == "store"
+    texts = recipes.load(str(recipe_file), (*BOTH, *LEARNED, *READ, "teacher.store_of=text", "ensemble.second.store_of=text"))[0]
+    assert planner.plan(texts, "test", None, Cluster(2, 80)).asked == "replicated bf16, text from store"
+
+
+def test_a_run_of_two_ranks_is_that_of_one(recipe_file: Path, whole: Written, tmp_path: Path) -> None:
+    assert go(recipe_file, tmp_path / "one", whole, "optim.steps=2").code == 0
+    sets = (*BOTH, *LEARNED, *READ, f"data.train={whole.pattern}", "optim.steps=2")
+    run_ranks(TRAIN, "--recipe", recipe_file, "--out", tmp_path / "two", *settings(*sets))
+    for row, expected in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        assert row["losses"] == pytest.approx(expected["losses"], rel=1e-4)
 
 
 def test_the_store_is_not_written(recipe_file: Path, whole: Written) -> None:

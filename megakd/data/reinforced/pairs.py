@@ -47,11 +47,12 @@ class ReinforcedPairs(TrainingPairs):
             held = self.reinforced.held(item.members, captions)
             if self.reinforced.replays:
                 rows.view[row] = view = self._replay(rows, row, position, item, held)
-                rows.stored.image[row] = held.image[view]
+                rows.stored.image[row] = self.reinforced.unit(held.image[view : view + 1])[0]
+            number = self.say(rows, row, captions, self.order.seed, (position, 0))
+            rows.stored.text[row] = self.reinforced.unit(held.text[number][None])[0]
         if not self.reinforced.replays:
             super().fill(rows, row, position, index, item)
-        number = self.say(rows, row, captions, self.order.seed, (position, 0))
-        rows.stored.text[row], rows.stored.known[row] = held.text[number], True
+        rows.stored.known[row] = True
 
     def _replay(self, rows: PairRows, row: int, position: int, item: Sample, held: Held) -> int:
         """The sample's picture in one of its views, whose number is returned."""

@@ -30,11 +30,11 @@ _UNIT = 0.05
 
 
 class Held(NamedTuple):
-    """Of a sample: its views, none where they are not asked for; image (V, W) of unit parts; text (T, W), a row of each caption."""
+    """Of a sample: views, none where they are not asked for; image (V, W) as stored, text: T rows (W,) likewise, one of each caption."""
 
     views: tuple[RecordedView, ...]
     image: Tensor
-    text: Tensor
+    text: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ class ReinforcedShards:
             raise BadSample("bad_embedding", f"rows of {image_VW.shape[1]} numbers, where {self._widths()} are {self.width}")
         if self.replays and len(image_VW) != len(views):
             raise BadSample("bad_embedding", f"{len(image_VW)} rows of {members.IMAGES} for {len(views)} augmentations")
-        text_TW = torch.stack([row.float() for row in self._texts(found, captions, arrays)])
-        return Held(views, self._unit(image_VW.float() if self.replays else image_VW[:0].float()), self._unit(text_TW))
+        return Held(views, image_VW, self._texts(found, captions, arrays))
 
     def _texts(self, found: Mapping[Slot, bytes], captions: Captions, arrays: Mapping[str, Tensor]) -> list[Tensor]:
         """The (W,) row of each caption: which places of a list are captions is what `CaptionPolicy.read` leaves of it."""
@@ -114,9 +113,9 @@ class ReinforcedShards:
             rows += [own[place] for place in places]
         return rows
 
-    def _unit(self, rows: Tensor) -> Tensor:
-        """Each teacher's part at length 1: rounding to bf16 leaves it near. Raises BadSample where it is far from it."""
-        parts = [rows[:, self.columns(role)] for role in self.widths]
+    def unit(self, rows: Tensor) -> Tensor:
+        """(rows, W) of float32, each teacher's part at length 1, near which bf16 leaves it. Raises BadSample where it is far from it."""
+        parts = [rows[:, self.columns(role)].float() for role in self.widths]
         for role, part in zip(self.widths, parts, strict=True):
             far = (part.norm(dim=1) - 1).abs()
             if not bool((far < _UNIT).all()):
@@ -144,6 +143,7 @@ class ReinforcedShards:
                     raise item
                 with located(item.where):
                     held = self.held(item.members, self.captions.read(item.members))
+                    self.unit(torch.cat([held.image, torch.stack(held.text)]))
             except BadSample as bad:
                 failures.append(bad)
                 continue
