@@ -150,7 +150,7 @@ def test_the_dry_run_tells_the_sources_and_finds_a_field_that_is_nowhere(recipe_
     told = train(recipe_file, "--dry_run", "--out", tmp_path / "a", sets=(*sets, "data.clean=['urls']"))
     assert told.code == 0, told.err
     assert "captions: 0.5 json:more, 0.5 txt; of 40 samples looked at these have captions: json:more 26 with 39, txt 40" in told.out
-    assert "captions: without urls (data.clean)" in told.out
+    assert "captions: cleaned by urls (data.clean)" in told.out
     refused = train(recipe_file, "--dry_run", "--out", tmp_path / "b", sets=(*sets, 'data.captions={ txt = 1, "json:mor" = 1 }'))
     assert refused.code == 2
     assert "data.captions: 'json:mor': none of 40 .json members" in refused.err

@@ -85,6 +85,13 @@ def test_an_objective_on_texts_refuses_them_by_name(recipe_file: Path, images: s
     assert "Captions are read from .txt members (data.caption)" in refused.err
 
 
+@pytest.mark.parametrize("key", ["captions={ txt = 1, 'json:re' = 1 }", "clean=['urls']"])
+def test_what_is_said_of_captions_that_nobody_reads_is_refused(key: str, recipe_file: Path, images: str, tmp_path: Path) -> None:
+    refused = train(recipe_file, "--dry_run", "--out", tmp_path / "run", sets=(*TAUGHT, images, f"data.{key}"))
+    assert refused.code == 2
+    assert f"data.{key.partition('=')[0]}: neither an objective nor a teacher of this recipe reads captions" in refused.err
+
+
 def test_a_text_tower_that_no_objective_reads_is_said_though_a_clip_teaches(recipe_file: Path, tmp_path: Path) -> None:
     """Its own texts are embedded, as those of a live CLIP teacher always are, so that captions are read."""
     patches = ("objectives.contrastive=0", "objectives.patch=1.0", "patch.blocks=[-1]", "patch.teacher_blocks=[-1]", *SHORT)

@@ -115,7 +115,7 @@ def _facts(request: CheckRequest, shards: ShardSet, summary: Summary) -> list[st
     ]
     if request.captions:
         where = f"{shards.captions.spelled_members} members" if shards.captions.is_single else f"drawn: {shards.captions}"
-        clean = f", without {' and '.join(request.data.clean)} (data.clean)" if request.data.clean else ""
+        clean = f", cleaned by {', '.join(request.data.clean)} (data.clean)" if request.data.clean else ""
         facts.append(f"Captions are {where}{clean}; tokens are counted by {request.words}.")
     else:
         facts.append("The recipe's objectives and teachers read no captions, and neither does this check.")
