@@ -257,6 +257,14 @@ def test_every_set_of_members_has_its_own_index_whose_rows_grow_by_further_membe
         assert [open_shards(path, captions=one, max_bad_fraction=0.5).signature for one in choices] == [one.signature for one in opened]
 
 
+def test_an_index_whose_file_is_called_alike_is_not_taken_for_other_members(tmp_path: Path) -> None:
+    path = str(write_tar(tmp_path / "0.tar", [one for number in range(3) for one in members(number)]))
+    assert open_shards(path, captions={"txt": 1, "json:syn.texts": 1}).known_bad.total == 0
+    with pytest.raises(ValueError, match=r"read from \.txt_json members"):
+        open_shards(path, caption="txt_json")
+    assert len(list(tmp_path.glob("*.npy"))) == 1
+
+
 def test_other_json_is_another_set_only_where_captions_are_read_from_it(tmp_path: Path) -> None:
     def signatures(json_of_1: bytes) -> tuple[int, int]:
         path = str(write_tar(tmp_path / "0.tar", [*pair("a", 0), ("b.jpg", jpeg(1)), ("b.txt", b"b"), ("b.json", json_of_1)]))
