@@ -13,6 +13,8 @@ from megakd.data.captions import json_of
 from megakd.data.shards import Sample, ShardSet
 from megakd.recipe import texts
 from megakd.recipe.captions import CaptionSource
+from megakd.runtime import collectives
+from megakd.runtime.launch import World
 
 LOOKED_AT = 256  # samples, evenly spaced
 
@@ -31,6 +33,19 @@ class Survey:
             f"{name} {has:,}" + (f" with {self.captions[name]:,}" if self.captions[name] > has else "") for name, has in self.has.items()
         )
         return f"of {self.samples:,} samples looked at these have captions: {', '.join(found)}"
+
+
+def captions_told(shards: ShardSet, world: World, *, read: bool) -> list[str]:
+    """What is to be said of a training set's captions, where the recipe says more than the default. A collective.
+
+    Raises ValueError, on every rank, as `survey`, and for what the recipe says of captions that are not read.
+    """
+    policy, clean = shards.captions, shards.data.clean
+    if not read and (shards.data.captions is not None or clean):
+        key = "clean" if shards.data.captions is None else "captions"
+        raise ValueError(f"data.{key}: neither an objective nor a teacher of this recipe reads captions; take it out")
+    lines = [f"captions: cleaned by {', '.join(clean)} (data.clean)"] if clean else []
+    return lines if policy.is_single else [f"captions: {policy}; {collectives.by_main(lambda: survey(shards), world)}", *lines]
 
 
 def survey(shards: ShardSet) -> Survey:

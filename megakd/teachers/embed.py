@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from megakd.data.caption_survey import survey
+from megakd.data.caption_survey import captions_told
 from megakd.data.shards import ShardSet
 from megakd.data.store import reader as stores
 from megakd.data.store import writer
@@ -108,8 +108,8 @@ class EmbedJob:
         self.images = images_a_forward(self.recipe, request.ds_config, world)
         self.shards = ShardSet.open(self.recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
         self._tower = TowerView(preprocessing(self.description), self.description.tokenize)
-        if not self.shards.captions.is_single:
-            self._say(f"captions: {self.shards.captions}; {collectives.by_main(lambda: survey(self.shards), world)}")
+        for line in captions_told(self.shards, world, read=True):
+            self._say(line)
         seed = self.recipe.views.seed_in(self.recipe.seed)
         self._source = StoredViews(self.shards, self.recipe.views, seed, self._tower, every=True)
 

@@ -15,7 +15,7 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from megakd.data import mixture
-from megakd.data.caption_survey import survey
+from megakd.data.caption_survey import captions_told
 from megakd.data.mixture import AnyOrder, MixtureOrder
 from megakd.data.pairs import Batch, TrainBatches, TrainingPairs, train_batches
 from megakd.data.reinforced.pairs import ReinforcedPairs
@@ -229,26 +229,14 @@ def prepare(recipe: Recipe, world: World, student: clip.ModelSpec, *, to_come: b
         named = ", ".join(objectives.weights)
         raise ValueError(f"student.freeze holds image, and objectives.{{{named}}} read no text of the student's: it would not learn at all")
     further = build.members_beside(recipe)
-    if not captions and (recipe.data.captions is not None or recipe.data.clean):
-        key = "clean" if recipe.data.captions is None else "captions"
-        raise ValueError(f"data.{key}: neither an objective nor a teacher of this recipe reads captions; take it out")
     shards = ShardSet.open(recipe.data, world.rank, world.size, lambda: collectives.barrier(world), captions=captions, further=further)
-    of_captions = caption_lines(recipe, shards, world) if captions else []
+    of_captions = captions_told(shards, world, read=captions)
     order = mixture.order_of_pairs(len(shards), shards.sources, recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
     store = build.open_stores(recipe, teachers, shards, world)
     collectives.by_main(lambda: clip_folder.rehearse(student), world)
     sets = open_sets(recipe, world)
     of_sets = sets.check_tower(clip.on_meta(student).clip) if sets.at_end else []
     return PairData(recipe, student, objectives, shards, order, teachers, shapes, heads, texts, captions, of_captions, store, sets, of_sets)
-
-
-def caption_lines(recipe: Recipe, shards: ShardSet, world: World) -> list[str]:
-    """What is to be said of the captions where there is a choice. A collective; raises ValueError, on every rank, as `survey`."""
-    policy, clean = shards.captions, recipe.data.clean
-    lines = [f"captions: cleaned by {', '.join(clean)} (data.clean)"] if clean else []
-    if policy.is_single:
-        return lines
-    return [f"captions: {policy}; {collectives.by_main(lambda: survey(shards), world)}", *lines]
 
 
 class Distill(Task):
