@@ -38,11 +38,14 @@ _SCENES = 6
 
 @dataclass(frozen=True)
 class Trial:
-    """What the bundle says: `prompts` about `images`, of the tower's own size; ids, logits of each prompt's last token, answers."""
+    """What the bundle says: `prompts` about `images`, of the tower's own size; ids, where the image's begin (`starts`), logits of each
+    prompt's last token, answers.
+    """
 
     images: list[Image.Image]
     prompts: list[str]
     ids: list[list[int]]
+    starts: list[int]
     logits: list[Tensor]
     answers: list[str]
 
@@ -72,7 +75,14 @@ def trial_of(bundle: Bundle) -> Trial:
         embeddings = bundle.decoder.embed(bundle.look([image]), batch.ids_BL, batch.image_mask_BL)
         output = bundle.decoder.language(inputs_embeds=embeddings, attention_mask=batch.attend_BL.long(), use_cache=False)
         logits.append(output.logits[0, -1])
-    return Trial(images, prompts, [one.ids for one in encoded], logits, bundle.answer(images, prompts, ANSWER_TOKENS))
+    return Trial(
+        images,
+        prompts,
+        [one.ids for one in encoded],
+        [one.image_start for one in encoded],
+        logits,
+        bundle.answer(images, prompts, ANSWER_TOKENS),
+    )
 
 
 def _fits(bundle: Bundle, text: str) -> bool:
@@ -110,8 +120,8 @@ def processor_of(source: Path, bundle: Bundle, tower: Part, trial: Trial) -> Any
         image_token=image,
         num_additional_image_tokens=int(class_token),
     )
-    number, places, start = tokenizer.convert_tokens_to_ids(image), bundle.decoder.image_tokens, len(bundle.prompts.start)
-    expected = [[*ids[:start], *[number] * places, *ids[start + places :]] for ids in trial.ids]
+    number, places = tokenizer.convert_tokens_to_ids(image), bundle.decoder.image_tokens
+    expected = [[*ids[:start], *[number] * places, *ids[start + places :]] for ids, start in zip(trial.ids, trial.starts, strict=True)]
     for alone in (False, True):
         if alone:  # the chat template writes the begin token, and no end token follows a prompt
             tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
@@ -151,6 +161,8 @@ def _after(ids: list[int], image: int) -> list[int]:
 def _ways(bundle: Bundle, image: str) -> list[str]:
     """Chat templates in the bundle's words, which differ in who writes the begin token and in white space at image and answer."""
     tokenizer, template = bundle.decoder.tokenizer, bundle.decoder.settings.template
+    if bundle.prompts.chat is not None:
+        return [bundle.prompts.chat.with_images(image)]
     begin = tokenizer.bos_token or ""
     bare = template.removeprefix(begin) if begin else template
     return [

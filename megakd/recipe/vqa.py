@@ -22,6 +22,7 @@ else:
     Format = Literal[(*BENCHMARKS, "captions")]
 
 
+CHAT = "chat"  # as decoder.template
 ImageFit = Literal["tower", "pad", "squash"]
 
 
@@ -64,7 +65,11 @@ class Decoder(Section):
         description="how a question's picture gets the tower's size. tower: as its preprocessing says, which often crops it; pad: whole, "
         "with a border of the mean colour (LLaVA's image_aspect_ratio); squash: both sides resized",
     )
-    template: str = Field("USER: {question} ASSISTANT: ", description="what the decoder is given; the image tokens come before it")
+    template: str = Field(
+        "USER: {question} ASSISTANT: ",
+        description="what the decoder is given; the image tokens come before it. chat: the tokenizer's own chat template, with the image "
+        "tokens at the start of the user's turn; the token by which it ends an answer is learned and ends answers",
+    )
     instruction: str = Field(
         "\nAnswer the question using a single word or phrase.", description="follows each question of a set with short answers"
     )
@@ -81,8 +86,8 @@ class Decoder(Section):
             raise ValueError(
                 f"recipe = {self.recipe!r} trains into a run folder: give start = 'RUN/bundle' or model = 'RUN/bundle/language' of that run"
             )
-        if "{question}" not in self.template:
-            raise ValueError(f"template = {self.template!r}: it must hold {{question}}")
+        if "{question}" not in self.template and self.template != CHAT:
+            raise ValueError(f"template = {self.template!r}: it must hold {{question}}, or be '{CHAT}' for the tokenizer's chat template")
         check_image_tokens(self.image_tokens)
         return self
 

@@ -225,7 +225,7 @@ def _fingerprint(opened: Opened, answerer: Answerer) -> dict[str, Any]:
         "model": dict(answerer.fingerprint),
         "questions": opened.questions.signature,
         "format": opened.source.format,
-        "prompt": [prompts.settings.template, prompts.settings.instruction, prompts.image_tokens, prompts.max_length],
+        "prompt": [prompts.written, prompts.settings.instruction, prompts.image_tokens, prompts.max_length],
         "sees": answerer.image_processor is not None and opened.questions.images is not None,
         "image_fit": prompts.settings.image_fit,
         "max_new_tokens": answerer.max_new_tokens,

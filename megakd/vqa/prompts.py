@@ -11,6 +11,13 @@ to the next word is the answer's: byte-pair vocabularies have " yes", and never 
 after "ASSISTANT:", is the prompt's. The answer's ids are those it adds to the prompt's; where they would change the prompt's, it is
 tokenised alone.
 
+With `decoder.template = "chat"` it is the tokenizer's chat template that writes turns, and the image tokens stand in the first one of the
+user, before a line break and the question:
+
+    opening of the user's turn [P image tokens] question ... answer END opening of the user's turn question ... answer END
+
+END is the token by which that template ends an answer. A caption follows its image without a template all the same.
+
 Only the template writes special tokens. In a question or an answer they are plain text, or the question is a bad sample where the tokenizer
 cannot write them so. A begin token at the template's start is the conversation's own, and there once.
 
@@ -30,9 +37,11 @@ from transformers import PreTrainedTokenizerBase
 
 from megakd.data.bad_samples import BadSample
 from megakd.models.vlm import IGNORED
+from megakd.models.vlm.chat_template import AFTER_IMAGE, ChatTemplate
 from megakd.recipe import Decoder
+from megakd.recipe.vqa import CHAT
 from megakd.vqa.benchmarks.base import Question
-from megakd.vqa.plain_text import PlainText
+from megakd.vqa.plain_text import PlainText, Span
 
 # How prompts become ids. 2: as above. 1, of bundles that say nothing else: all white space at the prompt's end is the answer's, and a begin
 # token of the template stands beside the tokenizer's own.
@@ -106,12 +115,23 @@ class PromptEncoder:
         if begin is None:
             return []
         own = self.tokenizer("a").input_ids[:1] == [begin]
-        written = self.rules > 1 and self._words.ids(self.settings.template, ())[:1] == [begin]
+        template = self.settings.template if self.chat is None else self.chat.script(1).before[0]
+        written = self.rules > 1 and self._words.ids(template, ())[:1] == [begin]
         return [begin] if own or written else []
 
     @property
     def end(self) -> int:
-        return int(self.tokenizer.eos_token_id)
+        """The token that ends an answer."""
+        return int(self.tokenizer.eos_token_id) if self.chat is None else self.chat.end
+
+    @functools.cached_property
+    def chat(self) -> ChatTemplate | None:
+        return ChatTemplate(self.tokenizer, "decoder.template") if self.settings.template == CHAT else None
+
+    @property
+    def written(self) -> str:
+        """The template, in words or as the tokenizer has it: what prompts depend on."""
+        return self.settings.template if self.chat is None else f"{CHAT}: {self.tokenizer.chat_template}"
 
     @property
     def padding(self) -> int:
@@ -125,21 +145,32 @@ class PromptEncoder:
         Raises BadSample: too_long when the first turn does not fit, as an answer that is cut off teaches to break off; bad_text for an
         answer that encodes to nothing, and for text that the tokenizer takes for a special token.
         """
-        ids, places = self._head(image)
-        labels, turns = [IGNORED] * len(ids), 0
-        for turn, (text, answer) in enumerate(question.conversation):
+        turns = len(question.conversation)
+        encoded = self._conversation(question, turns, image)
+        while encoded.turns < turns:  # a chat template may write fewer turns otherwise
+            turns = encoded.turns
+            encoded = self._conversation(question, turns, image)
+        return encoded
+
+    def _conversation(self, question: Question, turns: int, image: bool) -> Encoded:
+        """The first `turns` turns, as many as fit."""
+        opening, places = self._head(image, question.text)
+        ids, labels, kept = [*opening], [IGNORED] * len(opening), 0
+        for turn, (text, answer) in enumerate(question.conversation[:turns]):
             try:
                 self._check_characters(len(text) + len(answer))
-                prompt, answer_ids = self._turn(text, answer, question.short, first=turn == 0)
-                self._check_length(len(ids) + len(prompt) + len(answer_ids))
+                prompt, spans = self._asked(text, question.short, turn, turns, image)
+                prompt_ids, answer_ids = self._answered(prompt, spans, self._said(text, answer, turns))
+                prompt_ids = self._without_begin(prompt_ids, text) if turn == 0 else prompt_ids
+                self._check_length(len(ids) + len(prompt_ids) + len(answer_ids))
             except BadSample as bad:
                 if turn and bad.reason == "too_long":
                     break
                 raise
-            ids += prompt + answer_ids
-            labels += [IGNORED] * len(prompt) + answer_ids
-            turns += 1
-        return Encoded(ids, labels, len(self.start), places, turns)
+            ids += prompt_ids + answer_ids
+            labels += [IGNORED] * len(prompt_ids) + answer_ids
+            kept += 1
+        return Encoded(ids, labels, len(opening) - places, places, kept)
 
     def taught(self, question: Question, learned: Encoded, image: bool) -> Encoded:
         """The conversation as this decoder, a teacher, is given it: its own prompts and image places, the turns and answers of `learned`.
@@ -165,24 +196,40 @@ class PromptEncoder:
         Raises BadSample: too_long; bad_text for text that the tokenizer takes for a special token, and for an empty question without image
         and begin token.
         """
-        ids, places = self._head(image)
+        opening, places = self._head(image, text)
         self._check_characters(len(text))
-        ids += self._without_begin(self._prompt_ids(text, short))
+        ids = opening + self._without_begin(self._prompt_ids(*self._asked(text, short, 0, 1, image)), text)
         self._check_length(len(ids))
         if not ids:
             raise BadSample("bad_text", "an empty question without an image")
-        return Encoded(ids, [IGNORED] * len(ids), len(self.start), places)
+        return Encoded(ids, [IGNORED] * len(ids), len(opening) - places, places)
 
     def prompt_text(self, text: str, short: bool) -> str:
-        """The prompt in words, up to where the answer begins; "" for an empty question."""
-        if not text:
-            return ""
-        # not str.format: a question may hold braces
-        return self.settings.template.replace("{question}", text + self.settings.instruction if short else text)
+        """The prompt in words, up to where the answer begins, about no image; "" for an empty question."""
+        return self._asked(text, short, 0, 1, image=False)[0]
 
-    def _prompt_ids(self, text: str, short: bool) -> list[int]:
+    def _asked(self, text: str, short: bool, turn: int, turns: int, image: bool) -> tuple[str, tuple[Span, ...]]:
+        """(words of the turn's prompt, where the question's own stand in them). What stands before an image is `_head`'s."""
+        if not text:
+            return "", ()
+        if self.chat is None:
+            # not str.format: a question may hold braces
+            prompt = self.settings.template.replace("{question}", text + self.settings.instruction if short else text)
+            return prompt, self._spans(text, short)
+        script = self.chat.script(turns)
+        seen = image and turn == 0
+        before = AFTER_IMAGE if seen else script.before[turn]
+        words = self.chat.said("user", text + self.settings.instruction if short else text, begun=seen)
+        return before + words + script.between[turn], ((len(before), len(before) + len(words)),)
+
+    def _said(self, text: str, answer: str, turns: int) -> str:
+        """The answer as it is learned, up to the token that ends it."""
+        if self.chat is None or not text:
+            return answer
+        return self.chat.said("assistant", answer) + self.chat.script(turns).gap
+
+    def _prompt_ids(self, prompt: str, spans: tuple[Span, ...]) -> list[int]:
         """The prompt's ids, with the white space at its end that is not the answer's."""
-        prompt, spans = self.prompt_text(text, short), self._spans(text, short)
         bare = prompt.rstrip()
         spaces = prompt[len(bare) :]
         if not spaces or self.rules == 1:
@@ -200,27 +247,28 @@ class PromptEncoder:
         shared = next((place for place in range(most) if len({row[place] for row in rows}) > 1), most)
         return len(rows[0]) - shared
 
-    def _turn(self, text: str, answer: str, short: bool, *, first: bool) -> tuple[list[int], list[int]]:
+    def _answered(self, prompt: str, spans: tuple[Span, ...], answer: str) -> tuple[list[int], list[int]]:
         """(ids of the prompt, ids of the answer with its end token)"""
-        prompt, spans = self.prompt_text(text, short), self._spans(text, short)
-        prompt_ids = self._prompt_ids(text, short)
+        prompt_ids = self._prompt_ids(prompt, spans)
         with_answer = self._words.ids(prompt + answer, (*spans, (len(prompt), len(prompt) + len(answer))))
         answer_ids = with_answer[len(prompt_ids) :] if with_answer[: len(prompt_ids)] == prompt_ids else []
         if not self.says(answer_ids):  # prompt and answer became one word
             answer_ids = self._words.ids(answer, ((0, len(answer)),))
         if not answer_ids:
             raise SilentAnswer("bad_text", f"the answer {answer[:80]!r} encodes to nothing")
-        return (self._without_begin(prompt_ids) if first else prompt_ids), [*answer_ids, self.end]
+        return prompt_ids, [*answer_ids, self.end]
 
     def says(self, ids: Sequence[int]) -> bool:
         """Whether an answer's ids hold more than unknown words, which are decoded to nothing."""
         return bool(set(ids) - {self.tokenizer.unk_token_id})
 
-    def _without_begin(self, prompt_ids: list[int]) -> list[int]:
-        """The ids of a first prompt, whose begin token stands before the image."""
+    def _without_begin(self, prompt_ids: list[int], text: str) -> list[int]:
+        """The ids of a first prompt, whose begin token stands before the image, where a chat template has not written it there."""
+        if self.chat is not None and text:
+            return prompt_ids
         return prompt_ids[1:] if self.rules > 1 and self.start and prompt_ids[:1] == self.start else prompt_ids
 
-    def _spans(self, text: str, short: bool) -> tuple[tuple[int, int], ...]:
+    def _spans(self, text: str, short: bool) -> tuple[Span, ...]:
         """Where the question's own words stand in the prompt."""
         parts, at, spans = self.settings.template.split("{question}"), 0, []
         for part in parts[:-1] if text else ():
@@ -233,10 +281,12 @@ class PromptEncoder:
     def _words(self) -> PlainText:
         return PlainText(self.tokenizer)
 
-    def _head(self, image: bool) -> tuple[list[int], int]:
-        """(ids of the begin token and the image, how many of them are the image's)"""
+    def _head(self, image: bool, text: str) -> tuple[list[int], int]:
+        """(ids before and of the image, how many of them are the image's). text: of the first question."""
         places = self.image_tokens if image else 0
-        return self.start + [self.padding] * places, places
+        if self.chat is None or not text:
+            return self.start + [self.padding] * places, places
+        return (self._words.ids(self.chat.script(1).before[0], ()) if image else []) + [self.padding] * places, places
 
     def _check_characters(self, characters: int) -> None:
         """Before a text is tokenised, as megabytes take a minute."""

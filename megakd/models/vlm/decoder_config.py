@@ -22,8 +22,10 @@ from transformers import (
 )
 
 from megakd.models.vlm import decoder_tokenizer, lora
+from megakd.models.vlm.chat_template import ChatTemplate
 from megakd.recipe import Decoder
 from megakd.recipe.texts import nearest
+from megakd.recipe.vqa import CHAT
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class DecoderSpec:
     tokenizer: PreTrainedTokenizerBase
     width: int  # H, of the token embeddings; OPT-350m's blocks are wider
     positions: int | None  # the longest sequence that the language model takes; None: no limit is known
-    ends: tuple[int, ...]  # tokens that end an answer: the tokenizer's first, which is the one that is learned, then the model's own
+    ends: tuple[int, ...]  # tokens that end an answer: first the one that is learned, the tokenizer's or the chat template's, then the rest
 
     @property
     def rows(self) -> int:
@@ -85,7 +87,8 @@ def resolve(settings: Decoder) -> DecoderSpec:
 
 
 def _ends(settings: Decoder, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokenizer's end token and those of the model's generation_config.json and config.json, as Llama 3's <|eot_id|>.
+    """The chat template's end token, the tokenizer's, and those of the model's generation_config.json and config.json, as Llama 3's
+    <|eot_id|>.
 
     Where config.json names none, the configuration class has a default, which may be an ordinary word here: only special tokens count.
     """
@@ -101,7 +104,8 @@ def _ends(settings: Decoder, config: PreTrainedConfig, tokenizer: PreTrainedToke
             raise ValueError(
                 f"decoder.model = {settings.model!r}: its generation_config.json cannot be read: {first_line(error)}"
             ) from error
-    ends = [int(tokenizer.eos_token_id), *(number for number in generating if 0 <= number < len(tokenizer)), *configured]
+    chat = [ChatTemplate(tokenizer, "decoder.template").end] if settings.template == CHAT else []
+    ends = [*chat, int(tokenizer.eos_token_id), *(number for number in generating if 0 <= number < len(tokenizer)), *configured]
     return tuple(dict.fromkeys(ends))
 
 

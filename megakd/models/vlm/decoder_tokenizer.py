@@ -93,10 +93,11 @@ def check_export(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -
 
 
 def differences(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:
-    """In what two tokenizers differ, a phrase each; empty where they are the same on `texts` and in their special tokens."""
+    """In what two tokenizers differ, a phrase each; empty where they are the same on `texts`, in their special tokens and chat template."""
     both = (one, other)
     facts = {name: [getattr(each, name) for each in both] for name in ("bos_token_id", "eos_token_id")}
     facts |= {"words": [len(each) for each in both], "special tokens": [sorted(set(each.all_special_ids)) for each in both]}
+    facts |= {"chat template": [each.chat_template for each in both]}
     phrases = [f"{name} {first}, then {second}" for name, (first, second) in facts.items() if first != second]
     for text in texts:
         first, second = (each(text, verbose=False).input_ids for each in both)

@@ -95,12 +95,14 @@ class AnswerData:
 
     def preview(self, world: World) -> list[str]:
         first, outline, longest = self.train[0], self.outline, self.settings.max_length
-        fit = self.decoder.settings.image_fit
+        fit, chat = self.decoder.settings.image_fit, self.encoder.chat
+        asked = self.encoder.prompt_text(first.text, first.short)
         learned = sum(parameter.numel() for parameter in outline.parameters() if parameter.requires_grad)
         return [
             f"decoder: {self.decoder.settings.model or 'own architecture'}, {clip.parameters_in(outline.language):,} parameters with its "
             f"adapters, {learned:,} trained with the projector; an image{_FITTED[fit]} becomes {outline.image_tokens} tokens, which "
             f"leaves {longest - outline.image_tokens} of {longest} to question and answer",
+            *([] if chat is None else [f"prompts: the tokenizer's chat template, whose answers end with {chat.end_token}: {asked!r}"]),
             *([] if self.teacher is None else [self.teacher.describe()]),
             *self.notes,
             f"questions to learn: {len(self.train)}, for example {first.text!r} -> {first.answer!r}",

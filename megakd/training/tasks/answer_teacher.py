@@ -104,8 +104,8 @@ def _shared_words(student: DecoderSpec, teacher: DecoderSpec, key: str) -> tuple
         problem = (
             f"{len(differing)} words differ, for example {first!r} is {own.get(first)} for decoder and {other.get(first)} for the teacher"
         )
-    elif mine.eos_token_id != theirs.eos_token_id:
-        problem = f"answers end with token {mine.eos_token_id} for decoder and with {theirs.eos_token_id} for the teacher"
+    elif student.ends[0] != teacher.ends[0]:
+        problem = f"answers end with token {student.ends[0]} for decoder and with {teacher.ends[0]} for the teacher"
     elif text := next((text for text in decoder_tokenizer.SAMPLES if _ids(mine, text) != _ids(theirs, text)), None):
         problem = (
             f"the words are the same, but {text[:40]!r} is {_ids(mine, text)[:8]} for decoder and {_ids(theirs, text)[:8]} for the teacher"
