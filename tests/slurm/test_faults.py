@@ -20,7 +20,8 @@ from support.slurm_cluster import Cluster
 from support.slurm_jobs import job, until, wait
 from support.slurm_scripts import SMALL, Script, lost, preempted, ranks_of, scontrol, send, submit_higher
 
-pytestmark = [pytest.mark.usefixtures("no_jobs_left"), pytest.mark.timeout(1500)]
+# Minutes: test_script_runs.py has these stops one by one, of several jobs at once, among the quick tests.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_jobs_left"), pytest.mark.timeout(1500)]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,6 @@ def test_work_lost(disturbed: Disturbed) -> None:
     assert saved == sorted(saved)
 
 
-@pytest.mark.slow
 def test_the_run_goes_on_with_fewer_nodes(disturbed: Disturbed, undisturbed: Script, site: Path, arguments: list[str]) -> None:
     """The same samples in the same order; equal but for the rounding of sums in another order, in bf16 here."""
     one = Script(site, "distill_vitbigG", *arguments, "--out", disturbed.halfway, options=(*SMALL, "--nodes=1"))
@@ -126,7 +126,6 @@ def test_the_run_goes_on_with_fewer_nodes(disturbed: Disturbed, undisturbed: Scr
     assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=0.02)
 
 
-@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_same_command_goes_on(
     slurm: Cluster, undisturbed: Script, site: Path, arguments: list[str]
 ) -> None:

@@ -122,6 +122,7 @@ def test_work_lost(together: Together) -> None:
         assert steps >= 5
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_each_combination_in_its_own_folder(
     together: Together, site: Path, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,7 @@ def test_a_run_on_two_nodes_ends_and_its_folder_and_job_name_each_other(undistur
     assert all(part in row for part in (str(undisturbed), note["job"], "finished", "500/500", note["log"]))
 
 
-@pytest.mark.parametrize(("user_signal", "resume"), [(True, "none"), (False, "auto")])
+@pytest.mark.parametrize(("user_signal", "resume"), [pytest.param(True, "none", marks=pytest.mark.slow), (False, "auto")])
 def test_a_preempted_run_goes_on_with_the_same_loss_curve(
     user_signal: bool, resume: str, undisturbed: Path, slurm: Cluster, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,7 +84,7 @@ def by_torchrun(hosts: Hosts, *arguments: str) -> None:
 LAUNCHERS = {"deepspeed --hostfile": by_ssh, "deepspeed --no_ssh": without_ssh, "torchrun": by_torchrun}
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if place else []) for place, name in enumerate(LAUNCHERS)])
 def test_two_machines_train_the_curve_of_one(name: str, hosts: Hosts, one_machine: Path, recipe_file: Path, tmp_path: Path) -> None:
     """To the last bit: gloo adds up two numbers, whichever machines they come from."""
     LAUNCHERS[name](hosts, *arguments(recipe_file, tmp_path / "run"))
