@@ -63,7 +63,7 @@ def load_scored(source: str | None, overrides: Iterable[str] = ()) -> Scored:
 def _validated(section: type[Of], settings: dict[str, Any], origin: str, applied: list[str]) -> Of:
     """The section of these settings, to which the overrides `applied` are applied. Raises ValueError for what is wrong, key by key."""
     for override in applied:
-        _apply(settings, override)
+        _apply(settings, override, section)
     given = " ".join(f"--set {texts.shown(o)[1:-1] if len(o) > 400 else o}" for o in applied)
     origin_in_messages = f"{origin} with {given}" if applied else origin
     if problems := list(itertools.islice(texts.impossible(settings), MOST_PROBLEMS)):
@@ -127,16 +127,18 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     return settings
 
 
-def _apply(settings: dict[str, Any], override: str) -> None:
+def _apply(settings: dict[str, Any], override: str, root: type[BaseModel]) -> None:
     shown = override if len(override) <= 400 else texts.shown(override)[1:-1]
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ValueError(f"--set {shown}: write key=value, for example --set optim.lr=3e-4")
     *sections, last = _parts(key.strip(), shown)
-    for name in sections:
+    for place, name in enumerate(sections, 1):
         inner = settings.setdefault(name, {})
         if not isinstance(inner, dict):
-            raise ValueError(f"--set {shown}: '{name}' is a value, not a section")
+            if not _takes_a_table(sections[:place], root):
+                raise ValueError(f"--set {shown}: '{name}' is a value, not a section")
+            inner = settings[name] = {}  # shards, in whose place there are sources by name
         settings = inner
     settings[last] = _value(text.strip(), shown)
 
@@ -215,6 +217,16 @@ def _known_keys(section: list[str], root: type[BaseModel]) -> list[str]:
             annotations = [option for table in tables for option in union_members(_plain(table))]
         model = next((option for option in annotations if isinstance(option, type) and issubclass(option, BaseModel)), None)
     return [] if model is None else list(model.model_fields)
+
+
+def _takes_a_table(path: Sequence[str], root: type[BaseModel]) -> bool:
+    """Whether the key is one that has a value or a table of names, as data.train."""
+    model: type[BaseModel] | None = root
+    for name in path[:-1]:
+        options = union_members(model.model_fields[name].annotation) if model is not None and name in model.model_fields else []
+        model = next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+    field = None if model is None else model.model_fields.get(path[-1])
+    return field is not None and any(get_origin(_plain(option)) is dict for option in union_members(field.annotation))
 
 
 def _plain(annotation: Any) -> Any:

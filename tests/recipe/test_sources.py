@@ -78,3 +78,13 @@ def test_a_run_goes_on_with_other_paths_and_not_with_other_weights_or_sources(re
     assert recipes.refused(before, loaded(recipe_file, TWO, "data.train.a.weight=3")) == ["data.train.a.weight: 2.0 -> 3.0"]
     for other in (("data.train=a.tar",), (TWO.replace("b =", "c ="),), (TWO, "data.train.c={ shards = 'x', weight = 1 }")):
         assert recipes.refused(before, loaded(recipe_file, *other))[0].startswith("data.train: sources a, b -> ")
+
+
+def test_sources_are_set_one_by_one_in_the_place_of_shards() -> None:
+    given = ["data.train.clean.shards=a/*.tar", "data.train.clean.weight=2", "data.train.noisy={ shards = 'b/*.tar', weight = 1 }"]
+    assert recipes.load("smoke", given)[0].data.train == recipes.load("smoke", ["data.train={ clean = { shards = 'a/*.tar', weight = 2 }, "
+        "noisy = { shards = 'b/*.tar', weight = 1 } }"])[0].data.train  # fmt: skip
+    with pytest.raises(ValueError, match="'steps' is a value, not a section"):
+        recipes.load("smoke", ["optim.steps.more=3"])
+    with pytest.raises(ValueError, match="'kernels' is a value, not a section"):
+        recipes.load("smoke", ["kernels=3", "kernels.ring.more=true"])
