@@ -10,6 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from megakd.export import manifest
 from megakd.models import clip
 from megakd.models.start.plan import Start
@@ -110,7 +112,11 @@ def with_start(plan: PreparedRun, have: Collection[str], world: World) -> Prepar
 
     have: names of a checkpoint's tensors. Raises ValueError, on every rank, naming the key, where weights do not come or do not fit.
     """
-    if plan.student is None or {f"clip.{name}" for name in clip.on_meta(plan.student).clip.state_dict()} <= set(have):
+    if plan.student is None:
+        return plan
+    with torch.random.fork_rng(devices=[]):
+        names = {f"clip.{name}" for name in clip.on_meta(plan.student).clip.state_dict()}
+    if names <= set(have):
         return replace(plan, start=None)
     start = plan.start or start_of(plan.request.recipe, plan.student)
     collectives.by_main(start.fetch, world)

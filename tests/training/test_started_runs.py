@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.runs import ran, train
+from support.runs import TRAIN, ds_config, ran, run_ranks, settings, train
 from support.starts import built
 
 WIDER = {
@@ -90,3 +90,19 @@ def test_a_student_learns_from_the_teacher_whose_text_tower_it_has(recipe_file: 
     assert torch.equal(trained["token_embedding.weight"], source["token_embedding.weight"])
     words = [json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"] for folder in (run / "model", wider)]
     assert words[0] == words[1]
+
+
+@pytest.mark.slow
+def test_what_the_first_rank_reads_is_on_every_rank(recipe_file: Path, wider: Path, tmp_path: Path) -> None:
+    """Under ZeRO-3 each rank keeps its own part of the values that it was given."""
+    config = ds_config(tmp_path / "zero3.json", zero_optimization={"stage": 3})
+    keys = settings(f"student.inherit={{ model = 'local-dir:{wider}', widths = 'magnitude' }}", "optim.lr=1e-30")
+    models = []
+    for ranks in (1, 2):
+        run = tmp_path / str(ranks)
+        outs = run_ranks(TRAIN, "--recipe", recipe_file, "--out", run, "--ds_config", config, *keys, ranks=ranks)
+        assert sum("student begins with: image tower: 20 tensors from" in out for out in outs) == 1
+        models.append(load_file(run / "model" / "open_clip_model.safetensors"))
+    assert [name for name in models[0] if not torch.equal(models[0][name], models[1][name])] == []
+    source = load_file(wider / "open_clip_model.safetensors")
+    assert bool((models[1]["visual.conv1.weight"].flatten(1)[:, None] == source["visual.conv1.weight"].flatten(1)).all(-1).any(1).all())
