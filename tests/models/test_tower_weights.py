@@ -12,8 +12,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from megakd.models import clip
 from megakd.models.clip import ClipModel
-from support.starts import ALONE, LARGE, SMALL, TEXT, VISION, begun, built, described, drawn, saved, with_values
+from megakd.models.start.sources import start_of
+from support.starts import ALONE, LARGE, SMALL, TEXT, VISION, begun, built, described, drawn, recipe, saved, with_values
 
 TIMM = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 160}
 TIMM_STUDENT: dict[str, Any] = {"embed_dim": 16, "vision_cfg": TIMM, "text_cfg": TEXT}
@@ -144,6 +146,11 @@ def test_the_same_weights_come_from_timms_file(hub: Path, tokenizer: Path) -> No
 
 def test_weights_that_are_not_here_are_said_before_the_run_and_their_absence_is_one_message(hub: Path, tokenizer: Path) -> None:
     hub.unlink()
+    wanted = recipe(_student(tokenizer, TIMM_STUDENT, image_weights="timm"))
+    assert wanted.student is not None
+    start = start_of(wanted, clip.resolve(wanted.student, "student"))
+    start.look()
+    assert "image tower: from timm:test_vit r160_in1k (student.image_weights), which is not on this machine yet;" in start.describe()[0]
     with pytest.raises(
         ValueError, match=r"^student.image_weights = 'timm': no weights of timm:test_vit r160_in1k came .*check the network$"
     ):
@@ -188,6 +195,12 @@ def test_what_transformers_would_draw_with_a_warning_is_refused(bert: Any, token
     keys = _student(tokenizer, _with_bert(tmp_path, "cls_pooler"), text_weights="transformers")
     with pytest.raises(ValueError, match=r"student.text_weights = 'transformers': .* has no pooler.dense.bias, pooler.dense.weight"):
         begun(keys)
+
+
+def test_a_folder_of_transformers_without_weights_is_refused(bert: Any, tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "bert" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"student.text_weights = 'transformers': .* is a folder without weights"):
+        described(_student(tokenizer, _with_bert(tmp_path, "mean_pooler"), text_weights="transformers"))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.runs import TRAIN, ds_config, ran, run_ranks, settings, train
+from support.runs import TRAIN, ds_config, megakd, ran, run_ranks, settings, train
 from support.starts import built
 
 WIDER = {
@@ -82,7 +82,8 @@ def test_missing_weights_end_a_run_before_it_begins_with_one_message(recipe_file
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_student_learns_from_the_teacher_whose_text_tower_it_has(recipe_file: Path, wider: Path, tmp_path: Path) -> None:
+def test_a_student_learns_from_the_teacher_whose_text_tower_it_has(recipe_file: Path, wider: Path, world: Path, tmp_path: Path) -> None:
+    """It is evaluated and planned from its run alone, whose recipe has no text_cfg."""
     student = "{ architecture = { vision_cfg = { image_size = 32, patch_size = 8, width = 32, layers = 1, head_width = 16 } } }"
     keys = [f"student={student}", "student.text_from=teacher", f"teacher.model=local-dir:{wider}", "objectives.similarity=1.0"]
     run = ran(recipe_file, tmp_path / "run", *keys, "optim.lr=1e-30")
@@ -90,6 +91,25 @@ def test_a_student_learns_from_the_teacher_whose_text_tower_it_has(recipe_file: 
     assert torch.equal(trained["token_embedding.weight"], source["token_embedding.weight"])
     words = [json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"] for folder in (run / "model", wider)]
     assert words[0] == words[1]
+    assert megakd("evaluate", run, "--set", f"evaluation.retrieval.test={world}/test/*.tar") == 0
+    assert json.loads((run / "evaluation.json").read_text())["retrieval"]["test"]
+    assert megakd("plan", "--recipe", run / "run.json", "--gpus", 2, "--gpu_memory", 80, "--json", tmp_path / "plan.json") == 0
+
+
+def test_a_teacher_that_another_recipe_trains_first_is_known_by_that_recipe(recipe_file: Path, tmp_path: Path) -> None:
+    student = "{ architecture = { vision_cfg = { image_size = 32, patch_size = 8, width = 16, layers = 1, head_width = 16 } } }"
+    inherit = "student.inherit={ model = 'teacher', towers = 'image' }"
+    teacher = [f"teacher.model=local-dir:{tmp_path}/teacher/model", f"teacher.recipe={recipe_file}", "objectives.similarity=1.0"]
+    dry = train(recipe_file, "--dry_run", "--out", tmp_path, sets=[f"student={student}", "student.text_from=teacher", inherit, *teacher])
+    assert dry.code == 0, dry.err
+    waiting = f"from local-dir:{tmp_path}/teacher/model (student.{{}}), which is not on this machine yet"
+    assert (
+        f"image tower: {waiting.format('inherit.model')}; text tower: {waiting.format('text_from')}; the rest: 1 new (logit_scale)"
+        in dry.out
+    )
+    wide = student.replace("width = 16", "width = 64")
+    dry = train(recipe_file, "--dry_run", "--out", tmp_path, sets=[f"student={wide}", "student.text_from=teacher", inherit, *teacher])
+    assert "image width 32 there, 64 in the student" in dry.err
 
 
 @pytest.mark.slow

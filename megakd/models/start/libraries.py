@@ -10,6 +10,7 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -78,6 +79,8 @@ class TransformersTower:
 
     def open(self, student: Outline) -> Opened:
         """Weights that lack a part of the tower, which transformers would draw with a warning alone, are refused as they are read."""
+        if transformers_tower.is_folder(self.name) and pretrained.in_folder(Path(self.name)) is None:
+            raise ValueError(f"{self.key}: {self.name} is a folder without weights (model.safetensors); save the model's in it")
         given = [name for name in student.names("text") if name.startswith(TRANSFORMER)]
         pooled = any(name.startswith(f"{TRANSFORMER}pooler.") for name in given)
 

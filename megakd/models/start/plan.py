@@ -7,7 +7,7 @@ parts that are not trained.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class Start:
         self.look()
 
     def load(self, clip: nn.Module, have: Collection[str], world: World) -> None:
-        """Put the sources' values into a student that was drawn at random. A collective, after `fetch` on the first rank.
+        """Put the sources' values into a student that was drawn at random, once. A collective, after `fetch` on the first rank.
 
         have: names of a checkpoint's tensors, which are not read. Raises ValueError, on every rank, for values that no trained model has.
         """
@@ -86,6 +86,8 @@ class Start:
                 for name in (name for name in opened.names if f"clip.{name}" not in have):
                     state[name].copy_(opened.read(name).reshape(state[name].shape))
                     names.append(name)
+            # A library's weights are a second model in memory.
+            self._opened = {source: replace(opened, read=_read_once) for source, opened in self._opened.items()}
             return names
 
         with torch.no_grad():
@@ -123,6 +125,10 @@ class Start:
             name: {"tensors": part.sources, "new": part.new if part.sources else "all"} for name, part in found.items()
         }
         return parts | {"notes": {source.key: list(opened.notes) for source, opened in self._opened.items() if opened.notes}}
+
+
+def _read_once(name: str) -> Tensor:
+    raise AssertionError(f"{name}: was read before")
 
 
 def _called(source: Source) -> str:

@@ -35,13 +35,19 @@ def start_of(recipe: Recipe, student: ModelSpec) -> Start:
     if settings.text_weights is not None:
         sources.append(_tower(settings.text_weights, "text", settings, student))
     if settings.text_from is not None:
-        assert recipe.teacher is not None, "checked by the recipe"
-        assert student.settings.text_of is not None, "resolved from `chain.with_text`"
-        described = clip.resolve(student.settings.text_of, "teacher")
-        sources.append(TeachersText(Donor("student.text_from = 'teacher'", recipe.teacher, described)))
+        sources.append(TeachersText(_teacher(recipe, "student.text_from = 'teacher'")))
     if settings.inherit is not None:
         sources.append(_inherited(recipe, student))
     return Start(student, sources)
+
+
+def _teacher(recipe: Recipe, key: str) -> Donor:
+    """The recipe's teacher, also one that another recipe is about to train: its architecture is then that recipe's student's."""
+    teacher = recipe.teacher
+    assert teacher is not None, "checked by the recipe"
+    described: Model = chain.model(teacher, "teacher")
+    role = "teacher" if described.model == teacher.model else f"teacher.recipe = {teacher.recipe!r}: student"
+    return Donor(key, teacher, clip.resolve(described, role))
 
 
 def _inherited(recipe: Recipe, student: ModelSpec) -> Inherited:
@@ -49,9 +55,7 @@ def _inherited(recipe: Recipe, student: ModelSpec) -> Inherited:
     inherit = recipe.student.inherit
     assert inherit is not None
     if inherit.model == TEACHER:
-        assert recipe.teacher is not None, "checked by the recipe"
-        teacher: Model = recipe.teacher
-        donor = Donor("student.inherit.model = 'teacher'", teacher, clip.resolve(chain.model(recipe.teacher, "teacher"), "teacher"))
+        donor = _teacher(recipe, "student.inherit.model = 'teacher'")
     else:
         named = Model(model=inherit.model, architecture=inherit.architecture, pretrained=inherit.pretrained)
         if inherit.architecture is not None:
