@@ -126,3 +126,16 @@ def test_what_the_first_rank_reads_is_on_every_rank(recipe_file: Path, wider: Pa
     assert [name for name in models[0] if not torch.equal(models[0][name], models[1][name])] == []
     source = load_file(wider / "open_clip_model.safetensors")
     assert bool((models[1]["visual.conv1.weight"].flatten(1)[:, None] == source["visual.conv1.weight"].flatten(1)).all(-1).any(1).all())
+
+
+def test_a_frozen_text_tower_stays_the_teachers_and_a_resumed_run_goes_on_with_it(recipe_file: Path, wider: Path, tmp_path: Path) -> None:
+    student = "{ architecture = { vision_cfg = { image_size = 32, patch_size = 8, width = 32, layers = 1, head_width = 16 } } }"
+    optim = "optim={{ steps = {}, batch = 16, lr = 1e-2, warmup = 0, schedule = 'constant' }}"
+    keys = [f"student={student}", "student.text_from=teacher", "student.freeze=['text']", f"teacher.model=local-dir:{wider}"]
+    run = ran(recipe_file, tmp_path / "run", *keys, optim.format(3))
+    ran(recipe_file, run, *keys, optim.format(4))
+    whole = ran(recipe_file, tmp_path / "whole", *keys, optim.format(4))
+    one, other, source = (load_file(folder / "open_clip_model.safetensors") for folder in (run / "model", whole / "model", wider))
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    text = [name for name in one if not name.startswith(("visual.", "logit_scale"))]
+    assert [name for name in text if not torch.equal(one[name], source[name])] == []
