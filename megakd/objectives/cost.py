@@ -56,6 +56,7 @@ class LineFamily:
 
 STANDARDISED, DECOUPLED, DIST = LineFamily(9, 6, 6, (4, 4)), LineFamily(11, 8, 6, (4, 4)), LineFamily(23, 14, 14, (8, 8))
 GRADIENT = LineFamily(15, 8, 9, (12, 12))
+PAIR_PANELS = 9  # (c, N) of float32 that `dist` forms without a gradient; the others 2 to 7
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,12 @@ def of_kernel(of: LossFamily, backend: str, shape: LossShape) -> LossCost:
     statistics = 5 * FP32 * pairs * shape.ranks if of in (SOFTMAX_KD, SOFTMAX_HARD) else 0
     wire = round(part * (brought + home + statistics))
     return LossCost(panels + standing + own + statistics, wire, pairs * local * _weighted(of.blocked, shape.widths))
+
+
+def by_pair(shape: LossShape) -> int:
+    """Bytes of `Objective.pairs` on the steps where it is called: both models' sides in float32, and the panels of the dearest, `dist`."""
+    panels = PAIR_PANELS * chunk_rows(shape.pairs // shape.ranks, shape.pairs, torch.float32, shape.device)
+    return FP32 * shape.pairs * (panels + 2 * sum(shape.widths))
 
 
 def of_lines(of: LineFamily, whole: bool, shape: LossShape) -> LossCost:

@@ -177,7 +177,7 @@ class LineObjective(Objective):
     def pairs(self, context: StepContext) -> dict[str, Tensor]:
         (name,) = self.names
         options = self._recipe.section_at(name, context.step) if name in ObjectiveSections.model_fields else None
-        own, taught = matrices(context, whole=self._whole)
+        own, taught = matrices(context, whole=False)
         student = self.prepared(own, options)
 
         def line(own: Lines, taught: Lines, part: slice) -> Tensor:

@@ -15,6 +15,7 @@ from megakd.models.embeddings import Embeddings
 from megakd.models.grids import averaged_shape
 from megakd.models.heads import ModelShape, ObjectiveHead
 from megakd.models.patches import Weights, measure
+from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.objectives.teacher_scale import NAME as SCALES
@@ -203,7 +204,9 @@ class ObjectiveSet:
     def cost(self, shape: LossShape) -> LossCost:
         """Of all active objectives on one rank in one step. Scales are matched before a loss is computed, and keep no memory."""
         costs, scales = [part.cost(shape.with_text() if part.needs_text else shape) for part in self._objectives], self._scales.cost(shape)
-        memory = max(sum(one.memory for one in costs), scales.memory)
+        told_apart = isinstance(self._recipe.data.train, dict) and any(part.of_pairs and part.backend for part in self._objectives)
+        beside = cost.by_pair(shape) if told_apart else 0  # on logged steps, which hold their losses' memory meanwhile
+        memory = max(sum(one.memory for one in costs) + beside, scales.memory)
         return LossCost(memory, sum(one.wire for one in (*costs, scales)), sum(one.flops for one in (*costs, scales)))
 
     def values(self) -> dict[str, Tensor]:

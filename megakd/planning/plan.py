@@ -26,6 +26,7 @@ from megakd.planning import models, rates, vlm, zero
 from megakd.planning.cluster import GB, IN_PIECES, OUTSIDE, Cluster
 from megakd.planning.modes import STORE, PlannedJob, Row, modes, row
 from megakd.recipe import Recipe, chain
+from megakd.recipe.sources import shares_in_words
 from megakd.runtime import ds_check, ds_config, precision, zero3
 from megakd.teachers.build import patch_store
 
@@ -35,6 +36,7 @@ class MemoryPlan:
     """A row a teacher mode. asked: the recipe's own mode. recommended: a mode's name, or None where nothing fits; why: a sentence.
 
     stored: what a million pairs take of a disk in a store with patch tokens, in words; None where the recipe asks for none.
+    mixed: what each batch has of the sources of pairs and of questions, in words, where they have names and weights.
     beside: what a teacher takes that diagnostics load beside its store, in words; None where none does.
     """
 
@@ -46,6 +48,7 @@ class MemoryPlan:
     why: str
     stored: str | None
     beside: str | None
+    mixed: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         rows = [{**asdict(one), "mode": one.mode.name, "bytes": one.bytes, "fits": one.fits(self.cluster.usable)} for one in self.rows]
@@ -55,6 +58,7 @@ class MemoryPlan:
         return {
             "cluster": {**asdict(self.cluster), "usable_bytes": self.cluster.usable}, "job": asdict(self.job), "modes": rows,
             "asked": self.asked, "recommended": self.recommended, "why": self.why, "stored": self.stored, "beside": self.beside,
+            "mixed": self.mixed,
             "assumptions": assumptions,
         }  # fmt: skip
 
@@ -73,7 +77,15 @@ def plan(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster)
     layout = None if settings is None else patch_store(recipe, models.describe(settings, "teacher"), 10**6)
     mode = asked(recipe, rows)
     stored = None if layout is None else str(layout)
-    return MemoryPlan(job, cluster, rows, mode, recommended, why, stored, _beside_store(recipe, rows) if mode == STORE else None)
+    beside = _beside_store(recipe, rows) if mode == STORE else None
+    return MemoryPlan(job, cluster, rows, mode, recommended, why, stored, beside, _mixed(recipe))
+
+
+def _mixed(recipe: Recipe) -> tuple[str, ...]:
+    pairs = {name: one.weight for name, one in recipe.data.train.items()} if isinstance(recipe.data.train, dict) else {}
+    asked = {} if recipe.answers is None else {name: one.weight for name, one in recipe.answers.train.items()}
+    of_pairs = (shares_in_words("data.train", pairs),) if pairs and recipe.active() else ()
+    return (*of_pairs, *((shares_in_words("answers.train", asked),) if any(asked.values()) else ()))
 
 
 def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluster) -> PlannedJob:

@@ -30,7 +30,7 @@ def show(plan: MemoryPlan, file: Path | None = None) -> None:
     """Print the job, its memory, work and time in every mode, the recommendation, and what the numbers rest on; to `file`, as JSON."""
     console = plain(WIDTH)
     own = next(row for row in plan.rows if row.mode.name == plan.asked)
-    for line in (*_job(plan), *_student(own)):
+    for line in (*_job(plan), *plan.mixed, *_student(own)):
         console.print(line, markup=False)
     console.print(_memory(plan))
     console.print(_work(plan))

@@ -44,6 +44,14 @@ def patterns_or_sources(value: Any) -> Any:
     return table
 
 
+def shares_in_words(key: str, weights: Mapping[str, float | None]) -> str:
+    """What each batch has of the sources that `key` names, as far as the recipe alone tells."""
+    total = sum(weight or 0.0 for weight in weights.values())
+    if not total:
+        return f"{key}: {', '.join(weights)}, each in proportion to its size"
+    return f"{key}: " + ", ".join(f"{name} {(weight or 0.0) / total:.2%}" for name, weight in weights.items()) + " of each batch"
+
+
 def check_weights(weights: Mapping[str, float | None]) -> None:
     """Raises ValueError where some sources have a weight and others none, of which sizes are no measure, and where all sum to 0."""
     given = [name for name, weight in weights.items() if weight is not None]

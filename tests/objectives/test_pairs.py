@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from megakd.objectives import cost
 from megakd.objectives.base import StepContext
+from megakd.objectives.cost import LossShape
+from megakd.objectives.set import ObjectiveSet
+from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import Objectives
+from megakd.recipe import load as recipes
+from support import REPOSITORY
 from support.matrix_objectives import objective, pairs
 
 TOLD = (
@@ -20,7 +27,9 @@ OPTIONS = {"similarity": ("similarity.temperature=2", "similarity.teacher_temper
 
 def test_the_page_names_those_that_are_told(recipe_file: Path) -> None:
     told = [name for name in Objectives.model_fields if objective(str(recipe_file), name, *_blocks(name)).of_pairs]
-    assert sorted(told) == sorted(TOLD)
+    page = " ".join((REPOSITORY / "megakd" / "data" / "README.md").read_text(encoding="utf-8").split())
+    (listed,) = re.findall(r"losses that are a mean over pairs: (.*?), and of answers", page)
+    assert sorted(told) == sorted(TOLD) == sorted(re.findall(r"`(\w+)`", listed))
 
 
 def _blocks(name: str) -> tuple[str, ...]:
@@ -40,6 +49,20 @@ def test_the_mean_over_pairs_is_the_loss(recipe_file: Path, name: str, weights: 
     assert found_B.shape == (9,)
     assert found_B.std() > 1e-4  # not one number for all
     torch.testing.assert_close(found_B.mean(), loss.to(found_B.dtype), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", TOLD[:8])
+def test_the_plan_counts_what_it_takes_in_memory(recipe_file: Path, name: str) -> None:
+    built, (student, teacher) = objective(str(recipe_file), name), (pairs(512, 16, 20.0, seed, torch.float32) for seed in (1, 2))
+    student, teacher = (one._replace(bias=torch.tensor(-3.0)) for one in (student, teacher))
+    teachers = [] if name.endswith("contrastive") else [teacher]
+    with MemoryTracker("cpu") as tracker, torch.no_grad():
+        built.pairs(StepContext(student, teachers))
+    shape = LossShape(512, 1, (16, 16 * len(teachers)), (4, 4), len(teachers), False, torch.device("cpu"))
+    assert 0.2 * cost.by_pair(shape) < tracker.peak < 1.02 * cost.by_pair(shape)
+    recipe, mixed = (recipes.load(str(recipe_file), sets)[0] for sets in ((), ("data.train={ a = { shards = 'x' } }",)))
+    costs = [ObjectiveSet(one, torch.device("cpu"), None).cost(shape).memory for one in (recipe, mixed)]
+    assert costs[1] - costs[0] == cost.by_pair(shape)
 
 
 def test_a_pairs_part_of_contrastive_is_half_of_its_row_and_of_its_column(recipe_file: Path) -> None:

@@ -79,6 +79,12 @@ def test_diagnostics_beside_a_store_are_said_with_the_teachers_memory(
     assert planned(teacher=store).beside is planned(evaluation=sets).beside is None
 
 
+def test_the_shares_of_a_mixture_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    sources = {"web": {"shards": "w.tar", "weight": 3}, "clean": {"shards": "c.tar", "weight": 1}}
+    report.show(planned(data={"train": sources}))
+    assert "data.train: web 75.00%, clean 25.00% of each batch" in capsys.readouterr().out
+
+
 def test_the_flops_of_a_vit_are_those_of_the_formula(small: planner.Plan) -> None:
     """ViT-B-32 at 224: 49 patches and a class token; text 77 tokens of width 512. open_clip's own profile says 14.78 GFLOP (of 2)."""
     patches = 2 * 49 * 3 * 32 * 32 * 768
