@@ -28,7 +28,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 CONFIGS |= {f"{name}, sums in fp32": {**CONFIGS[name], **SUMS} for name in ("zero1 bf16", "zero2 bf16", "zero3 bf16")}
 CONFIGS["zero1 bf16, sums in fp32"]["communication_data_type"] = "fp32"
-AVERAGED = ("plain", "zero2 bf16", "zero3 bf16")
+AVERAGED = ("zero2 bf16", "zero3 bf16")
 CONFIGS |= {f"{name}, averaged": {**CONFIGS[name], "ema": True} for name in AVERAGED}
 # The last, as later engines of the process would take its groups; `start` is before the first step, when the second copies are there.
 HPZ = "zero3 bf16, hpz"
@@ -68,7 +68,7 @@ def test_gradients_gathered_weights_and_reduction_are_at_most_a_tenth_of_all_off
 
 @pytest.mark.parametrize("name", AVERAGED)
 def test_an_average_of_the_weights_takes_four_bytes_of_a_rank_for_each_of_its_share(name: str, measured: dict[str, dict[str, int]]) -> None:
-    share = sum(SIZES) if name == "plain" else sum(SIZES) // RANKS
+    share = sum(SIZES) // RANKS
     assert measured[f"{name}, averaged"]["start"] - measured[name]["start"] == pytest.approx(4 * share, rel=0.01)
     assert planned(f"{name}, averaged").optimizer - planned(name).optimizer == 4 * share
 

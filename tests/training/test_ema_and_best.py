@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megakd import evaluate
@@ -18,7 +19,8 @@ from megakd.recipe import Recipe
 from megakd.recipe import load as recipes
 from megakd.runtime import checkpoint
 from megakd.training import best
-from support.runs import TEACHER, curve, ds_config, events, finish, megakd, ran, settings, start_ranks, train, zero
+from support.decoders import evaluated_and_asked_again
+from support.runs import TEACHER, TINY_LLAMA, answering, curve, ds_config, events, finish, megakd, ran, settings, start_ranks, train, zero
 
 EMA = ("optim.ema={ decay = 0.8, every = 2, warmup = true }", "evaluation.weights=ema", "export.weights=ema")
 SCORE = "retrieval/test/mean_R@1"
@@ -94,6 +96,23 @@ def test_the_average_of_norms_statistics_is_saved_too_and_both_are_scored(
     scored = [row["content"] for row in events(run, "evaluation")]
     assert [(one["step"], one["weights"]) for one in scored] == [(3, "both"), (6, "both")]
     assert scored[0]["retrieval"].keys() == scored[0]["ema"]["retrieval"].keys()
+
+
+def test_a_decoder_answers_and_is_written_with_averaged_weights_and_learns_on_with_its_own(
+    recipe_file: Path, world: Path, tmp_path: Path
+) -> None:
+    """Below ZeRO 3 it answers where it learns, so the weights that learn are back behind each evaluation."""
+    asking = (f"decoder.architecture={TINY_LLAMA}", f"decoder.tokenizer={world}/tokenizer", *answering(world))
+    sets = (*asking, "optim.steps=4", "optim.lr=1e-2", "student.freeze=['image.embeddings']", "optim.ema={ decay = 0.5 }")
+    plain = ran(recipe_file, tmp_path / "plain", *sets)
+    run = ran(recipe_file, tmp_path / "run", *sets, "evaluation.weights=ema", "export.weights=ema", "evaluation.every=2")
+    assert curve(run) == curve(plain)
+    said, again = evaluated_and_asked_again(run)
+    assert said == again, "the bundle is of the weights that were scored"
+    projectors = [load_file(folder / "bundle" / "projector.safetensors") for folder in (plain, run)]
+    name = next(name for name in projectors[0] if name.endswith("weight"))
+    assert not torch.equal(projectors[0][name], projectors[1][name])
+    assert any(torch.equal(projectors[1][name], value) for value in averages(run).values() if value.shape == projectors[1][name].shape)
 
 
 def test_the_best_evaluation_outlives_its_checkpoint_and_an_interruption(

@@ -24,7 +24,7 @@ from megakd.training import prepare
 from megakd.training.build import build_learners
 from megakd.training.learning import paces
 from megakd.training.optim import parameter_groups
-from support.runs import TEACHER, curve, ds_config, finish, ran, rows, settings, start_ranks, train, zero
+from support.runs import EVERY_OBJECTIVE, TEACHER, curve, ds_config, finish, ran, rows, settings, start_ranks, train, zero
 
 BLOCKS = ("student.architecture.vision_cfg.layers=3", "student.architecture.text_cfg.layers=2")
 FROZEN = (*BLOCKS, "student.freeze=['text', 'image.embeddings', 'image.blocks.0-1']")
@@ -77,6 +77,21 @@ def test_a_run_with_frozen_parts_goes_on_to_the_last_bit(recipe_file: Path, tmp_
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(tmp_path / "again").items())
     other = train(recipe_file, "--out", whole, sets=(*BLOCKS, "student.freeze=['text']"))
     assert "student.freeze" in other.err, "another choice is another run"
+
+
+def test_every_objective_learns_beside_a_frozen_text_tower_in_bf16_as_well(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGAKD_PRECISION", "bf16")
+    config = ds_config(tmp_path / "ds.json", zero_optimization=zero(1), bf16={"enabled": True}, train_micro_batch_size_per_gpu=8)
+    sets = (*EVERY_OBJECTIVE, "student.freeze=['text']", "optim.steps=3", "optim.warmup=0", "checkpoint.every=1", "checkpoint.keep=3")
+    run = ran(recipe_file, tmp_path / "run", *sets, config=config)
+    first, last = weights(run, 0), weights(run)
+    moved = {name for name, value in first.items() if not torch.equal(value, last[name])}
+    assert any(name.startswith("clip.visual.") for name in moved)
+    assert all(name.startswith(("clip.visual.", "clip.logit_", "heads.")) for name in moved)
+    words = last["clip.token_embedding.weight"]
+    assert not torch.equal(words, words.bfloat16().float()), "saved as they came, not as the engine rounds them"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
