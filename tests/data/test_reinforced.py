@@ -89,13 +89,14 @@ def test_a_replayed_view_has_the_generators_pixels_to_the_last_bit() -> None:
 
 
 def test_shifts_are_the_same_part_of_the_picture_at_another_size_and_whole_pixels_stay_whole() -> None:
-    image = recorded_image(jpeg(5, (56, 56)), Data())
+    assert int(1 / 49 * 49) == 0
+    image = recorded_image(jpeg(5, (49, 49)), Data())
     for pixels in range(1, 40):
-        (view,) = members.augmentations(b'{"param_aug": [[[0, 0, 56, 56], [[3, %d.0]]]]}' % pixels)
-        small = view.pixels(image, (56, 56, Image.Resampling.BICUBIC), 56)
+        (view,) = members.augmentations(b'{"param_aug": [[[0, 0, 49, 49], [[3, %d.0]]]]}' % pixels)
+        small = view.pixels(image, (49, 49, Image.Resampling.BICUBIC), 49)
         assert (small[:, :, :pixels] == 0).all()
         assert (small[:, :, pixels] != 0).any()
-        large = view.pixels(image, (112, 112, Image.Resampling.BICUBIC), 56)
+        large = view.pixels(image, (98, 98, Image.Resampling.BICUBIC), 49)
         assert (large[:, :, : 2 * pixels] == 0).all()
         assert (large[:, :, 2 * pixels] != 0).any()
 
@@ -330,3 +331,18 @@ def test_a_view_of_a_tower_of_another_filter_is_resized_by_it() -> None:
     for name, resample in (("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)):
         size = TowerView(PreprocessCfg(size=(12, 10), interpolation=name), ByteTokenizer(4)).train_pixels
         assert np.array_equal(view.pixels(image, size, 20), np.asarray(image.resize((10, 12), resample)).transpose(2, 0, 1))
+
+
+def test_a_mixture_may_have_sources_of_several_forms(tmp_path: Path, written: Written) -> None:
+    other = write_reinforced(tmp_path, plain_pairs(16), numbered, SIZE, form="bf16")
+    train = {"twelve": {"shards": written.pattern, "weight": 1.0}, "bf16": {"shards": other.pattern, "weight": 1.0}}
+    settings = Data.model_validate({"train": train, "captions": CAPTIONS})
+    shards = ShardSet.open(settings, 0, 1, no_barrier, further=needed(replays=True))
+    both = shards, ReinforcedShards(shards.captions, WIDTHS, SIZE, replays=True).looked_at(shards)
+    assert "(.npz, .pth.gz)" in both[1].outline()
+    for batch in take(both, 3):
+        rows = stored(batch)
+        assert batch.view is not None
+        for row, (index, view) in enumerate(zip(batch.index.tolist(), batch.view.tolist(), strict=True)):
+            own = written.images[index] if index < 24 else other.images[index - 24]
+            torch.testing.assert_close(rows.image[row], own[view], atol=0.02, rtol=0)
