@@ -159,7 +159,7 @@ def smoke(
 
     With --vqa, a tiny decoder that can read is adapted to each of four towers (random, without KD, with KD, the teacher's) and to none,
     and its answers are compared. Both are shipped studies, smoke_comparison and smoke_vqa, whose page is --out/report.html. Two CPU cores
-    took ten minutes for --seeds 3, and eight for --vqa with one seed.
+    took ten minutes for --seeds 3, and as many for --vqa with one seed.
     """
     from megakd.runtime.console import quiet_libraries
     from megakd.study import launcher, run
