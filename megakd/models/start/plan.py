@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from megakd.models import pretrained
 from megakd.models.clip import ModelSpec
 from megakd.models.start.inherit import Inherited
-from megakd.models.start.parts import Opened, Outline, Source, tower_of
+from megakd.models.start.parts import Opened, Outline, Source, Tower, tower_of
 from megakd.models.weights import listed
 from megakd.runtime import collectives
 from megakd.runtime.launch import World
 from megakd.runtime.run_folder import REST
 
-PARTS = {"image": "image tower", "text": "text tower", None: REST}
+PARTS: dict[Tower | None, str] = {"image": "image tower", "text": "text tower", None: REST}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Start:
                 found[part] = PartStart({self._whole: len(names)}, [], [])
                 continue
             given = {_called(source): set(opened.names) & set(names) for source, opened in self._opened.items()}
-            waiting = [_called(one) for one in self._sources if one not in self._opened and tower in one.towers]
+            waiting = [_called(one) for one in self._sources if one not in self._opened and _is_for(one, tower)]
             new = [name for name in names if not any(name in of for of in given.values())]
             found[part] = PartStart({origin: len(of) for origin, of in given.items() if of}, waiting, new)
         return found
@@ -125,6 +125,11 @@ class Start:
             name: {"tensors": part.sources, "new": part.new if part.sources else "all"} for name, part in found.items()
         }
         return parts | {"notes": {source.key: list(opened.notes) for source, opened in self._opened.items() if opened.notes}}
+
+
+def _is_for(source: Source, tower: Tower | None) -> bool:
+    """With both towers, scale and bias are the source's, too."""
+    return tower in source.towers or (tower is None and len(source.towers) > 1)
 
 
 def _read_once(name: str) -> Tensor:
