@@ -59,7 +59,7 @@ def read(name: str, evaluation: Evaluation, roles: Sequence[str]) -> BestScore:
 
     Raises ValueError for a score that none of the evaluations gives.
     """
-    named = f"checkpoint.best = {name!r}"
+    named = f"checkpoint.best = {texts.shown(name)}"
     if not evaluation.every:
         raise ValueError(f"{named}: nothing is scored before the end of the run: set evaluation.every")
     kinds = list(_HIGHER)
