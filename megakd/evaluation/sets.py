@@ -199,7 +199,7 @@ def check_label(label: int, classes: ClassSet, where: str) -> None:
 def sets_of(recipe: Recipe | Scored) -> str:
     """A checksum of the sets that a recipe is scored on, by which scores on other sets are recognised. Diagnostics are no scores: a student
     that has a teacher to be compared with is scored on the same sets as one without."""
-    settings = recipe.evaluation.model_dump(mode="json", exclude={"every", "batch", "vqa_batch", "diagnostics"})
+    settings = recipe.evaluation.model_dump(mode="json", exclude={"every", "batch", "vqa_batch", "weights", "diagnostics"})
     settings = {key: value for key, value in settings.items() if value or key not in _ADDED}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -86,7 +86,7 @@ class Job:
 def is_scored(recipe: Recipe) -> bool:
     """Whether it names an evaluation set, so that its run writes an evaluation.json."""
     settings = recipe.evaluation.model_dump(exclude_defaults=True)
-    return bool(settings.keys() - {"every", "batch", "vqa_batch", "answer_tokens"})
+    return bool(settings.keys() - {"every", "batch", "vqa_batch", "weights", "answer_tokens"})
 
 
 @dataclass

@@ -251,6 +251,10 @@ def test_the_checksum_of_the_sets_covers_readers_and_is_what_it_was_without_them
     plain, _ = recipes.load(str(recipe_file), [f"evaluation.retrieval.test={world}/test/*.tar"])
     kinds = {"zero_shot": {}, "retrieval": {"test": f"{world}/test/*.tar"}, "hard_negatives": {}, "vqa": {}, "answer_tokens": 10}
     assert sets_of(plain) == hashlib.sha256(json.dumps(kinds, sort_keys=True).encode()).hexdigest()[:16]
+    averaged, _ = recipes.load(
+        str(recipe_file), [f"evaluation.retrieval.test={world}/test/*.tar", "optim.ema.decay=0.9", "evaluation.weights=ema"]
+    )
+    assert sets_of(averaged) == sets_of(plain)  # other weights, the same sets
     read_12, read_13 = (
         sets_of(recipes.load(str(recipe_file), [reader(world), f"evaluation.reader.test.steps={steps}"])[0]) for steps in (12, 13)
     )
