@@ -69,7 +69,7 @@ def test_captions_are_text_whatever_they_hold(opened: Any) -> None:
     assert any("<script>document.title" in text for text in said)
     assert any("{{ 7 * 7 }}" in text for text in said)
     assert any(r"\x1b[31mred\x07 \u202egnp.exe\u2066" in text for text in said)
-    assert any("… (500,000 characters)" in text for text in said)
+    assert any("… (499,999 characters)" in text for text in said)  # without white space at its end, as the histogram counts it
     assert not any(sign in opened.content() for sign in ("\x1b", "\u202e", "\x07"))
     assert opened.locator("h2").last.is_visible()
 
