@@ -245,7 +245,7 @@ def test_a_shipped_study_is_sound_and_has_a_small_part(name: str, small: bool, t
     assert folder == tmp_path / "out"
     assert work.jobs
     assert len({cell.folder for cell in grid.cells}) == len(grid.cells)
-    assert written_down.scores[0].name == ("zero-shot" if name == "smoke_comparison" else "VQA")
+    assert written_down.scores[0].name == {"smoke_comparison": "zero-shot", "ingredients": "mean R@1"}.get(name, "VQA")
     kept = {cell.id for cell in grid.cells}
     assert kept <= {cell.id for cell in run.load(name, tmp_path / "out")[1].cells}
 
