@@ -59,6 +59,8 @@ def weights_of(name: str, folder: Path) -> Path:
     model = open_clip.create_model(f"megakd-{name}")
     with torch.no_grad():
         for parameter in model.parameters():
+            if parameter.ndim > 1:  # open_clip leaves some of CoCa's as the memory was, which may hold any number
+                parameter.zero_()
             parameter.add_(0.1 * torch.randn_like(parameter))
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, folder / "weights.safetensors")
     return folder / "weights.safetensors"
