@@ -111,6 +111,9 @@ def test_no_weight_is_read(recipe_file: Path, whole: Written, tmp_path: Path, mo
     monkeypatch.setattr("megakd.teachers.replicated.ReplicatedTeacher.load", refuse)
     finished = go(recipe_file, tmp_path / "run", whole, "optim.steps=1")
     assert finished.code == 0, finished.err
+    live_images = ("teacher.store_of=text", "ensemble.second.store_of=text")
+    with pytest.raises(AssertionError, match="a teacher was built"):  # as it is where images are its own to see
+        go(recipe_file, tmp_path / "live", whole, "optim.steps=1", *live_images)
 
 
 def test_bf16_members_have_the_losses_within_rounding_and_texts_alone_leave_images_live(

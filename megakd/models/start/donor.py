@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +66,11 @@ class Donor:
         return Match(self.description.role, self.description.config, self.outline.model, self.outline.shapes, weights)
 
 
-@dataclass(frozen=True, eq=False)
-class TeachersText:
-    """The text tower of a teacher, for a student whose configuration is `architecture.with_text_of`."""
+class FromDonor:
+    """What is asked of every source of weights, and is the donor's to answer where one has them all."""
 
-    donor: Donor
-    towers: tuple[Tower, ...] = ("text",)
-
-    @property
-    def key(self) -> str:
-        return self.donor.key
+    def __init__(self, donor: Donor) -> None:
+        self.donor, self.key = donor, donor.key
 
     @property
     def origin(self) -> str:
@@ -87,6 +81,12 @@ class TeachersText:
 
     def fetch(self) -> None:
         self.donor.fetch()
+
+
+class TeachersText(FromDonor):
+    """The text tower of a teacher, for a student whose configuration is `architecture.with_text_of`."""
+
+    towers: tuple[Tower, ...] = ("text",)
 
     def open(self, student: Outline) -> Opened:
         self.donor.check()

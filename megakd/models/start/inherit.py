@@ -24,7 +24,7 @@ from megakd.models.casts import SCALARS
 from megakd.models.matching import interpolated
 from megakd.models.start import family
 from megakd.models.start.axes import Axis, Place, axes, blocks_of, head_width, place
-from megakd.models.start.donor import Donor
+from megakd.models.start.donor import Donor, FromDonor
 from megakd.models.start.parts import Opened, Outline, Tower, seen_otherwise
 
 
@@ -51,25 +51,16 @@ class _Cut:
     shape: tuple[int, ...]
 
 
-class Inherited:
+class Inherited(FromDonor):
     """See the module. towers: of the student that inherit; with both, the logit scale and bias are the donor's."""
 
     def __init__(
         self, donor: Donor, towers: tuple[Tower, ...], layers: Literal["even", "first"], widths: Literal["first", "magnitude"]
     ) -> None:
-        self.donor, self.towers, self.key = donor, towers, donor.key
+        super().__init__(donor)
+        self.towers = towers
         self._layers: Literal["even", "first"] = layers
         self._by_magnitude = widths == "magnitude"
-
-    @property
-    def origin(self) -> str:
-        return self.donor.origin
-
-    def is_here(self) -> bool:
-        return self.donor.is_here()
-
-    def fetch(self) -> None:
-        self.donor.fetch()
 
     def open(self, student: Outline) -> Opened:
         self.check(student)
