@@ -45,7 +45,7 @@ def _map(read: Read, seen_BhwC: Tensor) -> Tensor:
 
 
 def activation_map(tokens_BhwC: Tensor) -> Tensor:
-    """(B, h, w, 1) in float32: the mean of squares over channels. Its size is left to `_distance`, so the mean is as good as the sum."""
+    """(B, h, w, 1) in float32: the mean of squares over channels. Its size is left to `_distances`, so the mean is as good as the sum."""
     return tokens_BhwC.float().square().mean(-1, keepdim=True)
 
 
@@ -62,7 +62,7 @@ class AttentionTransfer(Objective):
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         super().__init__(recipe, device, names)
         settings = recipe.attention
-        self._loss = settings.loss
+        self._loss, self.of_pairs = settings.loss, names
         read: Callable[[int], Read] = Weights if settings.map == "weights" else int
         self.student_blocks = tuple(map(read, settings.blocks))
         self.teacher_blocks = tuple(map(read, settings.read_blocks))
@@ -72,17 +72,25 @@ class AttentionTransfer(Objective):
         return AttentionHead(self._pairs, student, teacher)
 
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
-        (name,), losses = self.names, []
+        return {self.names[0]: context.mean([loss_B.mean() for loss_B in self._of_images(context)])}
+
+    def pairs(self, context: StepContext) -> dict[str, Tensor]:
+        """A pair's part is that of its image."""
+        return {self.names[0]: context.mean_of_pairs(self._of_images(context))}
+
+    def _of_images(self, context: StepContext) -> list[Tensor]:
+        """(B,) of each teacher: of each image the mean over pairs of blocks."""
+        losses = []
         for place, teacher in enumerate(context.teachers):
-            head, parts = head_name(name, place), []
+            head, parts = head_name(self.names[0], place), []
             for number, block in enumerate(self.teacher_blocks):
                 student_Bhw1 = context.student.features[f"{head}.{number}"]
                 h, w = student_Bhw1.shape[1:3]
                 with torch.no_grad():
                     teacher_Bhw1 = on_grid(_map(block, teacher.features[feature_name(block)]), (h, w))
-                parts.append(_distance(student_Bhw1.flatten(1), teacher_Bhw1.flatten(1), self._loss))
-            losses.append(torch.stack(parts).mean())
-        return {name: context.mean(losses)}
+                parts.append(_distances(student_Bhw1.flatten(1), teacher_Bhw1.flatten(1), self._loss))
+            losses.append(torch.stack(parts).mean(0))
+        return losses
 
     def cost(self, shape: LossShape) -> LossCost:
         """The squares of one block's tokens at a time; tokens as they come, and what heads hold, are counted by the plan."""
@@ -95,12 +103,12 @@ class AttentionTransfer(Objective):
         return LossCost(made, 0, flops)
 
 
-def _distance(own_BV: Tensor, other_BV: Tensor, loss: str) -> Tensor:
-    """Mean over images. Of maps that are nowhere negative."""
+def _distances(own_BV: Tensor, other_BV: Tensor, loss: str) -> Tensor:
+    """(B,), of maps that are nowhere negative."""
     own_BV, other_BV = own_BV.float(), other_BV.float()
     if loss == "kl":
         own_BV, other_BV = (F.normalize(part, p=1.0, dim=1) for part in (own_BV, other_BV))
         log_own_BV = own_BV.clamp(min=torch.finfo(own_BV.dtype).tiny).log()  # a softmax may have come to 0
-        return F.kl_div(log_own_BV, other_BV, reduction="batchmean")
+        return F.kl_div(log_own_BV, other_BV, reduction="none").sum(1)
     difference_BV = F.normalize(own_BV, dim=1) - F.normalize(other_BV, dim=1)
-    return torch.linalg.vector_norm(difference_BV, dim=1).mean() if loss == "norm" else difference_BV.square().sum(1).mean()
+    return torch.linalg.vector_norm(difference_BV, dim=1) if loss == "norm" else difference_BV.square().sum(1)

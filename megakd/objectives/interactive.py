@@ -5,7 +5,10 @@ In the first two its projected embeddings are queries among the teacher's of the
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import final
 
 import torch
@@ -16,10 +19,12 @@ from megakd.models.heads import FusionHead, Head, ModelShape, head_between
 from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, head_name, kernel_options
 from megakd.objectives.cost import LossCost, LossShape
+from megakd.objectives.lines import Matrix, agreed, between, divergence, match, of_pairs
 from megakd.recipe import Recipe
 from megakd.recipe.objectives import AugmentedFeature as FusedSettings
 from megakd.recipe.objectives import Interactive as Settings
 from megakd_kernels import contrastive, interactive_kd
+from megakd_kernels.panels import chunk_rows
 from megakd_kernels.similarity import similarity_kd
 
 
@@ -35,7 +40,7 @@ class _Scaled(Objective):
         assert recipe.student is not None, "a recipe with objectives has a student"
         self.scale, self._bound = settings.scale, recipe.student.max_scale
         self.options = kernel_options(recipe, kernel, device)
-        self.backend = self.options["backend"]
+        self.backend, self.of_pairs = self.options["backend"], names
 
     @property
     def max_scale(self) -> float | None:
@@ -55,6 +60,22 @@ class _Scaled(Objective):
         if self.scale != "student":
             scale = student.features[f"{head}.scale"] if self.scale == "own" else scale.new_tensor(self.scale)
         return student._replace(image=image_BD, text=text_BD, scale=scale)
+
+    def pairs(self, context: StepContext) -> dict[str, Tensor]:
+        """By panels of the matrices, whatever the loss is computed by."""
+        losses = []
+        for place, teacher in enumerate(context.teachers):
+            queries = self.projected(context.student, place)
+            ranks, dtype = agreed(replace(context, student=queries, teachers=[teacher]))
+            rows = len(queries.image)
+            chunk = chunk_rows(rows, rows * ranks.world, dtype, queries.image.device)
+            losses.append(self._of_pairs(queries, teacher, partial(between, ranks=ranks, dtype=dtype, chunk=chunk)))
+        return {self.names[0]: context.mean_of_pairs(losses)}
+
+    @abstractmethod
+    def _of_pairs(self, queries: Embeddings, teacher: Embeddings, matrix: Callable[[Embeddings, Embeddings], Matrix]) -> Tensor:
+        """(B,), of each pair its part of the loss; matrix: `between`, with the ranks and panels of this batch."""
+        ...
 
 
 class _AmongTeachers(_Scaled):
@@ -84,6 +105,9 @@ class Interactive(_AmongTeachers):
             for place, teacher in enumerate(context.teachers)
         ]
         return {self.names[0]: context.mean(losses)}
+
+    def _of_pairs(self, queries: Embeddings, teacher: Embeddings, matrix: Callable[[Embeddings, Embeddings], Matrix]) -> Tensor:
+        return of_pairs(match, matrix(queries, teacher))
 
 
 @final
@@ -120,6 +144,9 @@ class Cross(_AmongTeachers):
             losses.append(parts[0].kd + parts[1].kd)
         return {self.names[0]: context.mean(losses)}
 
+    def _of_pairs(self, queries: Embeddings, teacher: Embeddings, matrix: Callable[[Embeddings, Embeddings], Matrix]) -> Tensor:
+        return of_pairs(divergence, matrix(queries, teacher), matrix(teacher, teacher))
+
 
 @final
 class AugmentedFeature(_Scaled):
@@ -146,3 +173,6 @@ class AugmentedFeature(_Scaled):
         fused = [self.projected(context.student, place) for place in range(len(context.teachers))]
         losses = [contrastive(one, scale_limit=self.scale_limit, group=context.group, **self.options) for one in fused]
         return {self.names[0]: context.mean(losses)}
+
+    def _of_pairs(self, queries: Embeddings, teacher: Embeddings, matrix: Callable[[Embeddings, Embeddings], Matrix]) -> Tensor:
+        return of_pairs(match, matrix(queries, queries))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
 
 from megakd.models.embeddings import Embeddings
@@ -101,6 +102,17 @@ class Matrix(NamedTuple):
         return self._replace(rows=self.rows._replace(across_N=columns_N), columns=self.columns._replace(across_N=rows_N))
 
 
+def match(lines: Lines, part: slice) -> Tensor:
+    """(c,), InfoNCE of each line."""
+    return -lines.logits(part).log_softmax(1).gather(1, lines.positives(part)).squeeze(1)
+
+
+def divergence(lines: Lines, of_teacher: Lines, part: slice, temperature: float = 1.0) -> Tensor:
+    """(c,), KL(teacher || student) of each line's softmax, times the square of the temperature."""
+    log_p_cN, log_q_cN = (one.logits(part, temperature).log_softmax(1) for one in (lines, of_teacher))
+    return kl_div(log_p_cN, log_q_cN, reduction="none", log_target=True).sum(1) * temperature**2
+
+
 def of_pairs(line: Callable[..., Tensor], *matrices: Matrix) -> Tensor:
     """(B,): of each pair the mean of what `line` gives of its row and of its column. line(lines of each matrix, part) gives (c,)."""
     sides = (tuple(matrix.rows for matrix in matrices), tuple(matrix.columns for matrix in matrices))
@@ -118,6 +130,14 @@ def agreed(context: StepContext) -> tuple[Ranks, torch.dtype]:
     return ranks, compute_dtype(*(tensor for one in (student, *teachers) for tensor in (one.image, one.text, one.scale)))
 
 
+def between(own: Embeddings, other: Embeddings, ranks: Ranks, dtype: torch.dtype, chunk: int | None) -> Matrix:
+    """Own images among the other's texts, and own texts among the other's images, at the own scale; of a model and itself its matrix."""
+    image_ND, text_ND = (gather_for_parts(side_BD, ranks, dtype) for side_BD in (other.image, other.text))
+    scale, first = own.scale.reshape(()).to(dtype), ranks.rank * len(own.image)
+    rows = Lines(own.image.to(dtype), text_ND, scale, first, chunk)
+    return Matrix(rows, rows._replace(own_BD=own.text.to(dtype), all_ND=image_ND), ranks)
+
+
 def matrices(context: StepContext, *, whole: bool) -> tuple[Matrix, list[Matrix]]:
     """Of the student, with a gradient, and of each teacher. whole: keep the matrix instead of forming panels of it twice.
 
@@ -128,10 +148,7 @@ def matrices(context: StepContext, *, whole: bool) -> tuple[Matrix, list[Matrix]
     chunk = None if whole else chunk_rows(rows, rows * ranks.world, dtype, student.image.device)
 
     def matrix(of: Embeddings) -> Matrix:
-        sides = [(side_BD.to(dtype), gather_for_parts(side_BD, ranks, dtype)) for side_BD in (of.image, of.text)]
-        (image_BD, image_ND), (text_BD, text_ND) = sides
-        scale, first = of.scale.reshape(()).to(dtype), ranks.rank * rows
-        return Matrix(Lines(image_BD, text_ND, scale, first, chunk), Lines(text_BD, image_ND, scale, first, chunk), ranks)
+        return between(of, of, ranks, dtype, chunk)
 
     with torch.no_grad():
         taught = [matrix(teacher) for teacher in context.teachers]

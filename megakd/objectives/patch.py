@@ -5,11 +5,13 @@ Legend: B local batch, h x w the smaller of the two grids, V = h * w, C the teac
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -51,6 +53,7 @@ class _OfBlocks(Objective):
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...], settings: Settings) -> None:
         super().__init__(recipe, device, names)
+        self.of_pairs = names
         self.blocks = list(zip(settings.blocks, settings.read_blocks, strict=True))
         self.student_blocks, self.teacher_blocks = tuple(settings.blocks), tuple(settings.read_blocks)
 
@@ -61,6 +64,28 @@ class _OfBlocks(Objective):
             student_BhwC = context.student.features[f"{head}.{number}"]
             teacher_BhwC = context.teachers[place].features[f"patches.{block}"]
             yield block, student_BhwC, on_grid(teacher_BhwC, (student_BhwC.shape[1], student_BhwC.shape[2]))
+
+    def __call__(self, context: StepContext) -> dict[str, Tensor]:
+        return {self.names[0]: context.mean(self._of_teachers(context, by_image=False))}
+
+    def pairs(self, context: StepContext) -> dict[str, Tensor]:
+        """A pair's part is that of its image."""
+        return {self.names[0]: context.mean_of_pairs(self._of_teachers(context, by_image=True))}
+
+    def _of_teachers(self, context: StepContext, *, by_image: bool) -> list[Tensor]:
+        losses = []
+        for place in range(len(context.teachers)):
+            maps = self.maps(context, place)
+            parts = [self._of_block(own, other, f"{place}.{block}", context.group, by_image=by_image) for block, own, other in maps]
+            losses.append(torch.stack(parts).mean(0))
+        return losses
+
+    @abstractmethod
+    def _of_block(self, own_BhwC: Tensor, other_BhwC: Tensor, name: str, group: ProcessGroup | None, *, by_image: bool) -> Tensor:
+        """(B,) by image, or () their mean, of the student's map and the teacher's. name: the teacher's place and block, for what is kept
+        of them from step to step; by image nothing is added to it.
+        """
+        ...
 
     def cost(self, shape: LossShape) -> LossCost:
         """The teacher's tokens in float32, differences and the gradient at the student's outputs; the plan counts tokens as they come."""
@@ -102,26 +127,17 @@ class Patch(_OfBlocks):
                     raise ValueError(f"patch.standardise = 'phi_s': block {other} of the teacher: {error}") from error
         return PatchHead(kind, self.blocks, student, teacher, "patch.blocks")
 
-    def __call__(self, context: StepContext) -> dict[str, Tensor]:
-        (name,), settings = self.names, self._settings
-        losses = []
-        for place in range(len(context.teachers)):
-            parts = []
-            for block, student_BhwC, teacher_BhwC in self.maps(context, place):
-                target_BhwC = teacher_BhwC.float()
-                if settings.standardise != "none":
-                    kind, name_of = settings.standardise, f"{place}.{block}"
-                    standardise = Standardiser(kind, settings.statistics, self.state, name_of, context.group)
-                    target_BhwC = standardise(target_BhwC.flatten(0, 2)).view(target_BhwC.shape)
-                parts.append(_distance(student_BhwC.float(), target_BhwC, settings.loss))
-            losses.append(torch.stack(parts).mean())
-        return {name: context.mean(losses)}
-
-
-def _distance(own_BhwC: Tensor, target_BhwC: Tensor, loss: str) -> Tensor:
-    if loss == "cosine":
-        return 1 - F.cosine_similarity(own_BhwC, target_BhwC, dim=-1).mean()
-    return F.mse_loss(own_BhwC, target_BhwC) if loss == "mse" else F.smooth_l1_loss(own_BhwC, target_BhwC)
+    def _of_block(self, own_BhwC: Tensor, other_BhwC: Tensor, name: str, group: ProcessGroup | None, *, by_image: bool) -> Tensor:
+        settings, own_BhwC, target_BhwC = self._settings, own_BhwC.float(), other_BhwC.float()
+        if settings.standardise != "none":
+            standardise = Standardiser(settings.standardise, settings.statistics, self.state, name, group)
+            target_BhwC = standardise(target_BhwC.flatten(0, 2), learn=not by_image).view(target_BhwC.shape)
+        reduction = "none" if by_image else "mean"
+        if settings.loss == "cosine":
+            found = 1 - F.cosine_similarity(own_BhwC, target_BhwC, dim=-1)
+            return found.flatten(1).mean(1) if by_image else found.mean()
+        found = (F.mse_loss if settings.loss == "mse" else F.smooth_l1_loss)(own_BhwC, target_BhwC, reduction=reduction)
+        return found.flatten(1).mean(1) if by_image else found
 
 
 @final
@@ -138,23 +154,16 @@ class PatchRelation(_OfBlocks):
     def head(self, student: ModelShape, teacher: ModelShape) -> PatchHead:
         return PatchHead("none", self.blocks, student, teacher, "patch_relation.blocks")
 
-    def __call__(self, context: StepContext) -> dict[str, Tensor]:
-        (name,), losses = self.names, []
-        for place in range(len(context.teachers)):
-            parts = [_relation(own.flatten(1, 2), other.flatten(1, 2)) for _, own, other in self.maps(context, place)]
-            losses.append(torch.stack(parts).mean())
-        return {name: context.mean(losses)}
-
-
-def _relation(own_BVC: Tensor, other_BVE: Tensor) -> Tensor:
-    batch, patches, _ = own_BVC.shape
-    rows = max(1, _RELATION_BYTES // (FP32 * patches**2))
-    sums = [
-        checkpoint(_squares, own, other, use_reentrant=False) for own, other in zip(own_BVC.split(rows), other_BVE.split(rows), strict=True)
-    ]
-    return torch.stack(sums).sum() / (batch * patches**2)
+    def _of_block(self, own_BhwC: Tensor, other_BhwC: Tensor, name: str, group: ProcessGroup | None, *, by_image: bool) -> Tensor:
+        own_BVC, other_BVE = own_BhwC.flatten(1, 2), other_BhwC.flatten(1, 2)
+        batch, patches, _ = own_BVC.shape
+        rows = max(1, _RELATION_BYTES // (FP32 * patches**2))
+        parts = zip(own_BVC.split(rows), other_BVE.split(rows), strict=True)
+        sums_B = torch.cat([checkpoint(_squares, own, other, use_reentrant=False) for own, other in parts])
+        return sums_B / patches**2 if by_image else sums_B.sum() / (batch * patches**2)
 
 
 def _squares(own_BVC: Tensor, other_BVE: Tensor) -> Tensor:
+    """(B,)"""
     own_BVC, other_BVE = F.normalize(own_BVC.float(), dim=-1), F.normalize(other_BVE.float(), dim=-1)
-    return (own_BVC @ own_BVC.transpose(1, 2) - other_BVE @ other_BVE.transpose(1, 2)).square().sum()
+    return (own_BVC @ own_BVC.transpose(1, 2) - other_BVE @ other_BVE.transpose(1, 2)).square().sum((1, 2))

@@ -39,7 +39,7 @@ class Relational(Objective):
 
     def __init__(self, recipe: Recipe, device: torch.device, names: tuple[str, ...]) -> None:
         super().__init__(recipe, device, names)
-        self._recipe = recipe
+        self._recipe, self.of_pairs = recipe, names
         self._sides = ("image", "text") if recipe.rkd.on == "both" else (recipe.rkd.on,)
         self.needs_text = self.reads_text = "text" in self._sides
 
@@ -49,7 +49,18 @@ class Relational(Objective):
 
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
         (name,) = self.names
-        options: Options = self._recipe.section_at(name, context.step)
+        ranks, losses = self._of_points(context)
+        return {name: context.mean([add_parts(loss_B.sum(), ranks) / (len(loss_B) * ranks.world) for loss_B in losses])}
+
+    def pairs(self, context: StepContext) -> dict[str, Tensor]:
+        """A pair's part is that of its own points: their distances to all, and the angles there."""
+        (name,) = self.names
+        _, losses = self._of_points(context)
+        return {name: context.mean_of_pairs(losses)}
+
+    def _of_points(self, context: StepContext) -> tuple[Ranks, list[Tensor]]:
+        """(B,) of each teacher: the mean over modalities of what this rank's points have in the loss, times N."""
+        options: Options = self._recipe.section_at(self.names[0], context.step)
         # The ranks compare the shapes of pairs, and a teacher of images alone has no texts; nothing else reads them here.
         paired = [teacher if teacher.has_text else teacher._replace(text=teacher.image) for teacher in context.teachers]
         ranks, dtype = agreed(replace(context, teachers=paired))
@@ -60,13 +71,13 @@ class Relational(Objective):
             for side, own in student.items():
                 with torch.no_grad():
                     taught = Points.of(getattr(teacher, side), ranks, dtype)
-                pairs = len(own.all_ND)
+                count = len(own.all_ND)
                 if options.distance or not options.angle:  # one of them, also in a step in which schedules have both at 0
-                    parts.append(options.distance * _of_distances(own, taught, ranks) / pairs**2)
+                    parts.append(options.distance * _of_distances(own, taught, ranks) / count)
                 if options.angle:
-                    parts.append(options.angle * _of_angles(own, taught) / pairs**3)
-            losses.append(add_parts(torch.stack(parts).sum(), ranks) / len(student))
-        return {name: context.mean(losses)}
+                    parts.append(options.angle * _of_angles(own, taught) / count**2)
+            losses.append(torch.stack(parts).sum(0) / len(student))
+        return ranks, losses
 
 
 class Points(NamedTuple):
@@ -106,7 +117,7 @@ class Points(NamedTuple):
 
 
 def _of_distances(own: Points, taught: Points, ranks: Ranks) -> Tensor:
-    """The sum over this rank's points of their distances' losses."""
+    """(B,), the sum over all points of the losses of their distances to each of this rank's."""
     rows, columns = len(own.own_BD), len(own.all_ND)
     chunk = chunk_rows(rows, columns, own.all_ND.dtype, own.all_ND.device)
     own_mean = own.mean_distance(ranks, chunk)
@@ -116,16 +127,16 @@ def _of_distances(own: Points, taught: Points, ranks: Ranks) -> Tensor:
     def losses(part: slice) -> Tensor:
         return smooth_l1_loss(own.distances(part) / own_mean, taught.distances(part) / taught_mean, reduction="none").sum(1)
 
-    return by_panels(losses, rows, chunk).sum()
+    return by_panels(losses, rows, chunk)
 
 
 def _of_angles(own: Points, taught: Points) -> Tensor:
-    """The sum over this rank's points of the losses of the angles there."""
+    """(B,), the sum of the losses of the angles at each of this rank's points."""
     dtype, device, (points, width) = own.all_ND.dtype, own.all_ND.device, own.all_ND.shape
     at_once = chunk_rows(len(own.own_BD), points * max(points, width, taught.all_ND.shape[1]), dtype, device)
     chunk = chunk_rows(points, points, dtype, device)
 
     def losses(at: slice, part: slice) -> Tensor:
-        return smooth_l1_loss(own.cosines(at, part), taught.cosines(at, part), reduction="none").sum((0, 2))
+        return smooth_l1_loss(own.cosines(at, part), taught.cosines(at, part), reduction="none").sum(2).T
 
-    return torch.stack([by_panels(partial(losses, at), points, chunk).sum() for at in chunks(len(own.own_BD), at_once)]).sum()
+    return torch.cat([by_panels(partial(losses, at), points, chunk).sum(0) for at in chunks(len(own.own_BD), at_once)])

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
 
 from megakd.models.embeddings import Embeddings
 from megakd.objectives import cost
 from megakd.objectives.base import Objective, StepContext, kernel_options
 from megakd.objectives.cost import LossCost, LossShape
-from megakd.objectives.lines import Lines, matrices, of_pairs
+from megakd.objectives.lines import divergence, match, matrices, of_pairs
 from megakd.recipe import Recipe, Similarity
 from megakd.recipe.section import MATCHED
 from megakd_kernels import SimilarityLoss
@@ -97,16 +97,10 @@ class Softmax(Objective):
         student, teachers, options = self._compared(context)
         own, taught = matrices(replace(context, student=student, teachers=teachers), whole=False)
 
-        def match(lines: Lines, part: slice) -> Tensor:
-            return -lines.logits(part).log_softmax(1).gather(1, lines.positives(part)).squeeze(1)
-
-        def divergence(lines: Lines, of_teacher: Lines, part: slice) -> Tensor:
-            log_p_cN, log_q_cN = (one.logits(part, options.temperature).log_softmax(1) for one in (lines, of_teacher))
-            return kl_div(log_p_cN, log_q_cN, reduction="none", log_target=True).sum(1) * options.temperature**2
-
         found = {CONTRASTIVE: of_pairs(match, own)} if CONTRASTIVE in self.names else {}
         if SIMILARITY in self.names:
-            found[SIMILARITY] = context.mean_of_pairs([of_pairs(divergence, own, teacher) for teacher in taught])
+            line = partial(divergence, temperature=options.temperature)
+            found[SIMILARITY] = context.mean_of_pairs([of_pairs(line, own, teacher) for teacher in taught])
         return found
 
 

@@ -28,11 +28,13 @@ class Standardiser:
     def __init__(self, kind: Kind, batches: int, state: dict[str, Tensor], name: str, group: ProcessGroup | None) -> None:
         self._kind, self._batches, self._state, self._name, self._group = kind, batches, state, name, group
 
-    def __call__(self, tokens_TC: Tensor) -> Tensor:
-        """(T, C) float32, without gradient. A collective while statistics are taken."""
+    def __call__(self, tokens_TC: Tensor, *, learn: bool = True) -> Tensor:
+        """(T, C) float32, without gradient. A collective while statistics are taken. learn: count these tokens; without it a call with
+        `learn` came before.
+        """
         tokens_TC = tokens_TC.detach().float()
         seen = int(self._get("batches", torch.zeros((), dtype=torch.int64)))
-        if seen < self._batches:
+        if learn and seen < self._batches:
             self._learn(tokens_TC, seen)
         centred_TC = tokens_TC - self._state[f"{self._name}.mean"]
         matrix = self._state[f"{self._name}.map"]
