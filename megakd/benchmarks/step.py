@@ -1,38 +1,45 @@
-"""Training images/s against open_clip's own distillation loop: the same shards, models, batch and precision, one process each.
+"""Training steps against open_clip's own distillation loop: the same shards, models and batch, one process each.
 
-1. `environment` holds open_clip's training program, `material` the shards and the teacher's weights of both.
-2. Each round starts `megakd/train.py` and `open_clip_train.main`, lets each make its warm-up and timed steps, and kills it.
-3. `logs` reads the times from what each wrote itself; `comparison` takes medians.
+1. `environment` holds open_clip's training program, `material` the shards and the teacher's weights of both; a store is embedded once.
+2. Each round starts every side once, in turn: `open_clip_train.main`, and `megakd/train.py` with a teacher in float32, in 8 bit, and
+   from the store. Each makes its warm-up and timed steps and is killed.
+3. `logs` reads the times from what each wrote itself; `step_rows` compares two sides a row, and says which targets were reached.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megakd.benchmarks.common import comparison, environment, material, side_by_side
+from megakd.benchmarks import step_rows
+from megakd.benchmarks.common import comparison, environment, material, side_by_side, teacher_quality
 from megakd.benchmarks.common.children import ended_by_sigterm, running
 from megakd.benchmarks.common.comparison import OURS, THEIRS
 from megakd.benchmarks.common.logs import open_clip_steps, our_steps, share_beside_towers
 from megakd.benchmarks.common.material import Shards
-from megakd.benchmarks.common.side_by_side import UNREACHED, WARM_UP, Timed, timed
+from megakd.benchmarks.common.side_by_side import PAIR_SECONDS, START_SECONDS, UNREACHED, WARM_UP, Timed, timed
+from megakd.models.int8.agreement import Agreement
+from megakd.runtime.console import plain
 
 TEACHER, STUDENT = "ViT-B-32", "ViT-S-32"
+SPARE = 2  # steps that a side may make before it is killed
 NOTES = [
-    "same on both sides: tar shards, ViT-B-32 teacher (one file of random weights), ViT-S-32 student from scratch, 224 px, random resized "
-    "crop of .9 to 1 without flip, contrastive + similarity-matrix KD at weight 1, AdamW, gradient clipping at 1, fp32, threads, workers, "
-    "one process",
-    f"left out on both sides: start-up and {WARM_UP} warm-up steps; counted on both: waiting for data and writing one log line a step",
+    "same on all sides: tar shards, ViT-B-32 teacher (one file of random weights), ViT-S-32 student from scratch, 224 px, random resized "
+    "crop of .9 to 1 without flip, contrastive + similarity-matrix KD at weight 1, AdamW, gradient clipping at 1, float32, threads, "
+    "workers, one process",
+    f"left out on all sides: start-up and {WARM_UP} warm-up steps; counted on all: waiting for data and writing one log line a step",
     f"{OURS} alone: DeepSpeed's engine, a check for non-finite losses before each update, fused AdamW, exact sample order, uint8 pixels "
     "from the workers normalised in the trainer, once a tower",
     f"{THEIRS} alone: float pixels from the workers, AdamW unfused (its default), a clamp of the logit scale, a streaming shuffle",
     f"the losses have equal gradients ({THEIRS} reports the cross-entropy to the teacher, {OURS} the KL divergence); {THEIRS}'s global "
     "loss and --local-loss differ with several ranks alone, and this is one",
-    "random weights: speed alone is compared; on a CPU the models take nearly all of a step, so the ratio is near 1",
+    "processor seconds: of the program and its workers, without waiting for a processor that others use; the targets are of these",
+    "random weights: values do not change the speed. They are hard for 8 bit: no pair stands out in a row of similarities",
 ]
 
 
@@ -48,57 +55,74 @@ class StepBenchmark:
     workers: int
     threads: int
 
-    def recipe(self) -> dict[str, Any]:
-        """Our side's, as a run.json holds it."""
-        made = side_by_side.recipe("bench-step", self.shards.pattern, self.student, self.teacher, self.batch, self.workers)
+    def recipe(self, **teacher: Any) -> dict[str, Any]:
+        """Our side's, as a run.json holds it. teacher: keys of one side beside those of all."""
+        made = side_by_side.recipe("bench-step", self.shards.pattern, self.student, {**self.teacher, **teacher}, self.batch, self.workers)
         return {**made, "optim": {**made["optim"], "weight_decay": 0.2, "clip": 1.0}}
 
+    def recipes(self, store: Path) -> dict[str, dict[str, Any]]:
+        """Of our sides, by name. store: where the side of that name reads embeddings."""
+        return {
+            "float32": self.recipe(),
+            "int8": self.recipe(mode="replicated_int8"),
+            "store": self.recipe(store=str(store)),
+        }
 
-def run(rounds: int, batch: int, steps: int, workers: int = 1, threads: int = 1, file: Path | None = None) -> None:
-    """Compare and print: each round, the medians, their ratio, our step's share beside the towers, and a line of JSON.
 
-    batch: pairs a step; steps: timed steps a side and round; workers: decoding processes; threads: OpenMP threads of each side.
-    Raises ValueError when open_clip's environment cannot be set up and when a side fails, with its last lines.
+def run(
+    rounds: int, batch: int, steps: int, workers: int = 1, threads: int = 1, file: Path | None = None, rows: list[str] | None = None
+) -> None:
+    """Compare and print: a table with a line a row, each row's verdict, where our steps' time goes, and a line of JSON.
+
+    batch: pairs a step; steps: timed steps a side and round; workers: decoding processes; threads: OpenMP threads of each side;
+    rows: of `step_rows.ROWS`; default: all. Raises ValueError when open_clip's environment cannot be set up and when a side fails, with
+    its last lines.
     """
+    asked = step_rows.chosen(rows or [])
+    names = list(dict.fromkeys(name for row in asked for name in (row.other, row.side)))
+    measured: dict[str, list[Timed]] = {name: [] for name in names}
     with ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="megakd-bench-") as name:
-        env, shards = environment.set_up(), material.shards(environment.cache())
+        folder, env = Path(name), environment.set_up() if THEIRS in names else None
+        material.check_workers(workers)
+        shards = material.shards(environment.cache(), max(workers, material.shards_of(batch * (WARM_UP + steps + SPARE))))
         if batch > shards.samples:
             raise ValueError(f"--batch {batch}: the benchmark's shards hold {shards.samples} pairs; ask for less")
-        material.check_workers(workers)
         weights = str(material.teacher_weights(environment.cache(), TEACHER))
         job = StepBenchmark(shards, {"model": TEACHER, "pretrained": weights}, {"model": STUDENT}, batch, steps, workers, threads)
-        our_rounds: list[Timed] = []
-        their_rounds: list[Timed] = []
-
-        def ours(number: int) -> list[float]:
-            our_rounds.append(measure_ours(job, Path(name) / f"ours-{number}"))
-            return our_rounds[-1].rates
-
-        def theirs(number: int) -> list[float]:
-            their_rounds.append(measure_theirs(job, env.python, Path(name) / f"theirs-{number}"))
-            return their_rounds[-1].rates
-
-        result = comparison.alternate(rounds, ours, theirs)
-    measured = [step for each in our_rounds for step in each.steps]
-    parts = {part: median(step.seconds.get(part, 0.0) for step in measured) for part in measured[0].seconds}
-    beside = share_beside_towers(measured)
-    shown = ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items())
-    busy = {side: median(each.processor_seconds for each in done) for side, done in ((OURS, our_rounds), (THEIRS, their_rounds))}
-    notes = [
-        f"processor seconds a step, without waiting for a processor that others use: {OURS} {busy[OURS]:.2f}, {THEIRS} {busy[THEIRS]:.2f}, "
-        f"{THEIRS} / {OURS} {busy[THEIRS] / busy[OURS]:.3f}",
-        f"{beside:.1%} of our step is neither teacher forward nor student forward and backward; median seconds: {shown}",
-        *NOTES,
-    ]
-    models = {"teacher": TEACHER, "student": STUDENT, "precision": "fp32"}
-    settings = {**models, "batch": batch, "steps": steps, "warm_up": WARM_UP, "workers": workers}
-    more = {"share_beside_towers": beside, "seconds": parts, "processor_seconds": busy}
-    comparison.report("bench step", "images/s", result, settings, comparison.conditions(env.versions, threads), notes, more, file)
+        recipes = job.recipes(folder / "store")
+        if "store" in names:
+            embed(job, folder)
+        quality: Agreement | None = None
+        if "int8" in names:
+            quality, product = teacher_quality.on_first_batch(recipes["int8"])
+            print(f"8 bit beside float32, products by {product}: {quality}", flush=True)
+        for number in range(rounds):
+            turn = number % len(names)  # who goes first changes from round to round
+            for side in names[turn:] + names[:turn]:
+                place = folder / f"{side}-{number}"
+                if side == THEIRS:
+                    assert env is not None
+                    measured[side].append(measure_theirs(job, env.python, place))
+                else:
+                    measured[side].append(measure_ours(job, place, recipes[side]))
+            print(f"round {number + 1}/{rounds}, processor seconds a step: {_latest(measured)}", flush=True)
+    outcomes = [step_rows.outcome(row, measured, quality if row.side == "int8" else None) for row in asked]
+    versions = {} if env is None else env.versions
+    _report(outcomes, measured, job, comparison.conditions(versions, threads), file)
 
 
-def measure_ours(job: StepBenchmark, folder: Path) -> Timed:
-    """The timed steps of megakd/train.py."""
-    with side_by_side.training(job.recipe(), folder, job.threads) as child:
+def embed(job: StepBenchmark, folder: Path) -> None:
+    """The teacher's embeddings of all shards into FOLDER/store, by `megakd embed`."""
+    print(f"embedding {job.shards.samples} pairs once", flush=True)
+    path = side_by_side.write_recipe(job.recipe(), folder / "embed.json")
+    command = [sys.executable, "-P", "-m", "megakd.cli", "embed", "--recipe", str(path), "--views", "1", "--out", str(folder / "store")]
+    with running(command, folder, "embed", job.threads) as child:
+        child.wait_for(lambda: True if ": complete, " in child.text() else None, START_SECONDS + job.shards.samples * PAIR_SECONDS)
+
+
+def measure_ours(job: StepBenchmark, folder: Path, recipe: dict[str, Any] | None = None) -> Timed:
+    """The timed steps of megakd/train.py; recipe: default: the job's own."""
+    with side_by_side.training(recipe or job.recipe(), folder, job.threads) as child:
         return timed(child, lambda: our_steps(folder / "run"), job.steps, job.batch)
 
 
@@ -118,3 +142,38 @@ def open_clip_command(job: StepBenchmark, python: Path, folder: Path) -> list[st
     }  # fmt: skip
     flags = itertools.chain.from_iterable((f"--{flag}", str(value)) for flag, value in settings.items())
     return [str(python), "-P", "-m", "open_clip_train.main", *flags]
+
+
+def _latest(measured: dict[str, list[Timed]]) -> str:
+    return ", ".join(f"{side} {done[-1].processor_seconds:.2f}" for side, done in measured.items())
+
+
+def _report(
+    outcomes: list[step_rows.Outcome], measured: dict[str, list[Timed]], job: StepBenchmark, where: dict[str, Any], file: Path | None
+) -> None:
+    console = plain()
+    console.print(step_rows.table(outcomes, measured))
+    for found in outcomes:
+        console.print(f"- {found.row.name}: {found.verdict}", markup=False)
+    sides: dict[str, Any] = {}
+    for name, done in measured.items():
+        steps = [step for each in done for step in each.steps]
+        parts = {part: median(step.seconds.get(part, 0.0) for step in steps) for part in steps[0].seconds}
+        sides[name] = {
+            "images_per_second": [median(each.rates) for each in done],
+            "processor_seconds": [each.processor_seconds for each in done],
+            "seconds": parts,
+        }
+        if name != THEIRS:
+            sides[name]["share_beside_towers"] = beside = share_beside_towers(steps)
+            shown = ", ".join(f"{part} {seconds:.3f}" for part, seconds in parts.items())
+            console.print(f"- {name}: {beside:.1%} of a step is neither of the models'; median seconds: {shown}", markup=False)
+    for note in NOTES:
+        console.print(f"- {note}", markup=False)
+    comparison.say_where(where)
+    settings = {
+        "teacher": TEACHER, "student": STUDENT, "precision": "fp32", "batch": job.batch, "steps": job.steps, "warm_up": WARM_UP,
+        "workers": job.workers, "pairs": job.shards.samples, "rounds": len(next(iter(measured.values()))),
+    }  # fmt: skip
+    made = {found.row.name: found.to_json() for found in outcomes}
+    comparison.record({"benchmark": "bench step", "rows": made, "sides": sides, "settings": settings, **where}, file)

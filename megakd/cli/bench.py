@@ -16,12 +16,16 @@ def step(
     steps: Steps = 6,
     workers: Workers = 1,
     threads: Threads = 1,
+    rows: Annotated[list[str] | None, typer.Option(help="float32, int8 or store; repeatable; default: all")] = None,
     json: Json = None,
 ) -> None:
-    """Training images/s against open_clip's own distillation loop, on the same shards and models."""
+    """Processor and wall time of a step against open_clip's own distillation loop, on the same shards and models.
+
+    Our teacher is in float32, in 8 bit with the agreement of its embeddings beside, or a store.
+    """
     from megakd.benchmarks import step as benchmark
 
-    benchmark.run(rounds, batch, steps, workers, threads, json)
+    benchmark.run(rounds, batch, steps, workers, threads, json, rows)
 
 
 def loader(

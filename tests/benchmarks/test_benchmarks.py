@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import multiprocessing
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +22,17 @@ from open_clip.loss import DistillClipLoss
 from PIL import Image
 from torch.nn import functional as F
 
-from megakd.benchmarks import loader, loader_side, objectives, teacher_speed
+from megakd.benchmarks import loader, loader_side, objectives, step_rows, teacher_speed
 from megakd.benchmarks import step as benchmark
-from megakd.benchmarks.common import comparison, environment, material, side_by_side
+from megakd.benchmarks.common import comparison, environment, material, side_by_side, teacher_quality
 from megakd.benchmarks.common.children import environ, running
-from megakd.benchmarks.common.comparison import Comparison, Round
+from megakd.benchmarks.common.comparison import THEIRS, Comparison, Round
 from megakd.benchmarks.common.logs import Step, open_clip_steps, our_steps, share_beside_towers
 from megakd.benchmarks.common.material import Shards
+from megakd.benchmarks.common.side_by_side import Timed
 from megakd.models.embeddings import Embeddings
 from megakd.models.int8 import matmul
+from megakd.models.int8.agreement import Agreement
 from megakd.models.patches import Patches
 from megakd.objectives.set import ObjectiveSet
 from megakd.recipe import Objectives, Recipe
@@ -152,6 +156,54 @@ def test_open_clips_command_has_flags_that_it_knows(tmp_path: Path) -> None:
     assert (args.log_every_n_steps, args.precision, args.grad_clip_norm, args.workers) == (1, "fp32", 1.0, 1)
 
 
+def _timed(processor_seconds: float, rate: float) -> Timed:
+    return Timed([Step(rate, {})], processor_seconds)
+
+
+def test_a_row_is_judged_by_its_least_round_or_by_its_median() -> None:
+    sides = {
+        "float32": [_timed(10.0, 2.0), _timed(8.0, 2.0), _timed(5.0, 2.0)],
+        "int8": [_timed(4.0, 4.0), _timed(8.0, 4.0), _timed(5.0, 4.0)],
+        THEIRS: [_timed(10.4, 1.0), _timed(12.0, 1.0), _timed(10.0, 4.0)],
+    }
+    each = step_rows.outcome(step_rows.ROWS["float32"], sides, None)
+    assert each.processor == pytest.approx([1.04, 1.5, 2.0])
+    assert each.wall == [2.0, 2.0, 0.5]
+    assert not each.reached
+    assert each.verdict == "missed: least round 1.040, asked for 1.05"
+    agreeing = Agreement(32, cosine=0.9995, worst_cosine=0.9, centred=0.9, top1=1.0, divergence=0.0)
+    assert step_rows.outcome(step_rows.ROWS["int8"], sides, agreeing).verdict.startswith("reached: median 2.000, asked for 1.50")
+    for worse in (replace(agreeing, top1=0.98), replace(agreeing, cosine=0.9989), replace(agreeing, cosine=math.nan)):
+        fast = step_rows.outcome(step_rows.ROWS["int8"], sides, worse)
+        assert not fast.reached  # however fast
+        assert "does not agree" in fast.verdict
+
+
+def test_rows_are_chosen_by_name() -> None:
+    assert [row.name for row in step_rows.chosen(["store", "float32"])] == ["float32", "store"]
+    assert len(step_rows.chosen([])) == len(step_rows.ROWS)
+    with pytest.raises(ValueError, match="--rows int4: one of float32, int8, store"):
+        step_rows.chosen(["int4"])
+
+
+def test_each_of_our_sides_has_a_valid_recipe(tmp_path: Path) -> None:
+    teacher = {"architecture": TINY, "pretrained": "random"}
+    job = benchmark.StepBenchmark(Shards(tmp_path, 64), teacher, {"architecture": TINY}, 8, 2, 1, 1)
+    sides = {name: Recipe.model_validate(content) for name, content in job.recipes(tmp_path / "store").items()}
+    assert {row.side for row in step_rows.ROWS.values()} == sides.keys()
+    assert {name: (side.teacher.mode, side.teacher.store) for name, side in sides.items() if side.teacher} == {
+        "float32": ("replicated", None), "int8": ("replicated_int8", None), "store": ("replicated", str(tmp_path / "store")),
+    }  # fmt: skip
+
+
+def test_an_8_bit_teacher_is_compared_on_the_first_batch(world: Path) -> None:
+    teacher = {"architecture": TINY, "pretrained": "random", "mode": "replicated_int8", "int8_product": "dequantise"}
+    content = side_by_side.recipe("quality", str(world / "train" / "*.tar"), {"architecture": TINY}, teacher, 8, 1)
+    told, product = teacher_quality.on_first_batch(content)
+    assert (told.pairs, product) == (8, "dequantise")
+    assert 0.999 < told.worst_cosine < told.cosine < 1  # weights alone are rounded, and they are
+
+
 def test_our_side_is_timed_end_to_end(world: Path, tmp_path: Path) -> None:
     """The training program itself, with workers; it is killed after the timed steps, and so are they."""
     teacher, student = {"architecture": TINY, "pretrained": "random"}, {"architecture": TINY}
@@ -265,9 +317,13 @@ def test_pictures_weigh_what_photographs_do() -> None:
 def test_the_real_comparisons_run(capsys: pytest.CaptureFixture[str]) -> None:
     if environment.ready() is None:
         pytest.skip(f"no environment for open_clip in {environment.place()}: `megakd bench loader` sets it up, with a network")
-    for run in (lambda: benchmark.run(1, 2, 2), lambda: loader.run(1, 1, batch=16, batches=2)):
-        run()
-        assert json.loads(capsys.readouterr().out.splitlines()[-1])["ratio"] > 0
+    benchmark.run(1, 2, 2, rows=["float32", "int8"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert rows.keys() == {"float32", "int8"}
+    assert all(ratio > 0 for row in rows.values() for ratio in (*row["processor"], *row["wall"]))
+    assert rows["int8"]["quality"]["pairs"] == 2
+    loader.run(1, 1, batch=16, batches=2)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["ratio"] > 0
 
 
 def test_int8_speed_compares_every_way_to_multiply_on_one_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,16 +117,22 @@ def report(
     console.print(f"ratio of the medians {ratios}")
     for note in notes:
         console.print(f"- {note}", markup=False)
-    machine = f"{where['processor']}, {where['cores']} cores, load {where['load_average']}"
-    console.print(f"{machine}, {where['threads']} thread(s) a process | commit {where['commit']}", markup=False)
-    console.print(" ".join(f"{package} {version}" for package, version in where["versions"].items()), markup=False)
-    console.print(where["command"], markup=False)
+    say_where(where)
     row = {
         "benchmark": name, "unit": unit, "ours": comparison.ours, "theirs": comparison.theirs, "ratio": comparison.ratio,
         "ratio_paired": comparison.paired, "ratio_fastest": comparison.best, **more, "settings": settings, **where,
         "sides": comparison.names, "rounds": [{"ours": each.ours, "theirs": each.theirs} for each in comparison.rounds],
     }  # fmt: skip
     record(row, file)
+
+
+def say_where(where: dict[str, Any]) -> None:
+    """What `conditions` found, for people."""
+    console = plain()
+    machine = f"{where['processor']}, {where['cores']} cores, load {where['load_average']}"
+    console.print(f"{machine}, {where['threads']} thread(s) a process | commit {where['commit']}", markup=False)
+    console.print(" ".join(f"{package} {version}" for package, version in where["versions"].items()), markup=False)
+    console.print(where["command"], markup=False)
 
 
 def record(row: dict[str, Any], file: Path | None) -> None:

@@ -32,29 +32,35 @@ _WORDS = _TEXT.split()
 
 @dataclass(frozen=True)
 class Shards:
-    """folder: the tars; pattern: the same for this program; braces: the same for webdataset."""
+    """folder: the tars; first: how many of them are read; None: all; pattern: the same for this program; braces: for webdataset."""
 
     folder: Path
     samples: int
+    first: int | None = None
 
     @property
     def pattern(self) -> str:
-        return str(self.folder / "*.tar")
+        return str(self.folder / "*.tar") if self.first is None else self.braces
 
     @property
     def braces(self) -> str:
-        return str(self.folder / f"{{00000..{SHARDS - 1:05d}}}.tar")
+        return str(self.folder / f"{{00000..{(self.first or SHARDS) - 1:05d}}}.tar")
 
 
-def shards(cache: Path) -> Shards:
-    """4096 pairs in 16 tars, about 170 MB, written on the first call with all cores (a minute on two)."""
+def shards(cache: Path, first: int | None = None) -> Shards:
+    """4096 pairs in 16 tars, about 170 MB, written on the first call with all cores (a minute on two). first: read so many of them."""
     folder = cache / "bench-shards-1"
     missing = [number for number in range(SHARDS) if not (folder / f"{number:05d}.tar").exists()]
     if missing:
         print(f"writing {len(missing) * SAMPLES_A_SHARD} pairs to {folder}, once", flush=True)
         with multiprocessing.get_context("spawn").Pool(min(len(missing), os.cpu_count() or 1)) as pool:
             pool.map(partial(_write, folder), missing)
-    return Shards(folder, SHARDS * SAMPLES_A_SHARD)
+    return Shards(folder, (first or SHARDS) * SAMPLES_A_SHARD, first)
+
+
+def shards_of(pairs: int) -> int:
+    """The fewest whole shards that hold so many pairs; all where there are not so many."""
+    return min(SHARDS, -(-pairs // SAMPLES_A_SHARD))
 
 
 def check_workers(workers: int) -> None:
