@@ -29,6 +29,8 @@ OWNERS: dict[str, dict[str, str]] = {
         "_shutdown_workers": "megakd.data.stream",
         "_workers": "megakd.data.stream",
         "_world": "megakd.runtime.launch",
+        "torch._dynamo.callback.on_compile_end": "megakd.runtime.compiler",
+        "torch._dynamo.callback.on_compile_start": "megakd.runtime.compiler",
         "torch.utils._python_dispatch.TorchDispatchMode": "megakd.planning.memory_tracker",
         "torch.utils._pytree.tree_flatten": "megakd_kernels.precision",
         "torch.utils._pytree.tree_unflatten": "megakd_kernels.precision",

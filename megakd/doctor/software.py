@@ -6,8 +6,6 @@ import platform
 import re
 import shlex
 import shutil
-import subprocess
-import sysconfig
 import time
 import tomllib
 from collections.abc import Iterator
@@ -22,14 +20,12 @@ from megakd.runtime import environment
 from megakd.version import __version__
 
 SLOW_IMPORTS = 20.0  # seconds: from a local disk everything is there in about ten
-COMPILER_SECONDS = 60.0
 # What for, of pyproject.toml's extras; dev is for who works on megakd.
 EXTRAS = {
     "vlm": "language decoders, which answer questions",
     "monitors": "TensorBoard",
     "study": "`megakd report` and the statistics of studies",
 }
-INCLUDED = "#include <Python.h>\n#include <omp.h>\n"
 
 
 def python(_: Place) -> Iterator[Finding]:
@@ -139,42 +135,23 @@ def _passed(seconds: dict[str, float], name: str, since: float) -> float:
 
 
 def compiler(_: Place) -> Iterator[Finding]:
-    """What DeepSpeed compiles its CPU optimizer with, at the first run that offloads it; kernels.backend = "compiled" needs it too."""
+    """What DeepSpeed compiles its CPU optimizer with, at the first run that offloads it; compiled losses and towers need it too."""
     import torch
     from torch.utils import cpp_extension
 
     import megakd.runtime.engine  # noqa: F401 - it puts this environment's programs, ninja among them, on PATH
+    from megakd.runtime import compiler as compilers
 
     command = shlex.split(cpp_extension.get_cxx_compiler())
     there = shutil.which(command[0])
     facts = {"compiler": there, "ninja": shutil.which("ninja"), "cuda_home": cpp_extension.CUDA_HOME}
-    what = "the optimizer cannot be offloaded (offload_optimizer) nor a loss compiled (kernels.backend = 'compiled')"
-    problem = None
-    if there is None:
-        problem = (
-            f"no C++ compiler ({command[0]})",
-            "apt-get install g++ (dnf install gcc-c++, on a cluster module load gcc), or name one: export CXX=...",
-        )
-    elif why := _cannot_compile([there, *command[1:]]):
-        header = (
-            "apt-get install python3-dev (dnf install python3-devel)" if "Python.h" in why else "install a whole g++, or export CXX=..."
-        )
-        problem = (f"{there}: {why}", header)
-    elif not cpp_extension.is_ninja_available():
+    what = "the optimizer cannot be offloaded (offload_optimizer) nor losses (kernels.backend) and towers (student.compile) be compiled"
+    problem = compilers.of_cpp(command)
+    if problem is None and not cpp_extension.is_ninja_available():
         problem = ("no ninja, which torch compiles with", "pip install ninja")
-    elif torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
+    elif problem is None and torch.cuda.is_available() and cpp_extension.CUDA_HOME is None:
         problem = ("no CUDA compiler (nvcc)", "on a cluster module load cuda; or install the CUDA toolkit and export CUDA_HOME=...")
     if problem is None:
         yield Finding("compiler", "ok", f"{there} and ninja", facts=facts)
     else:
         yield Finding("compiler", "partly", f"{problem[0]}: {what}", problem[1], facts)
-
-
-def _cannot_compile(command: list[str]) -> str | None:
-    """The compiler's first error on the headers of Python and OpenMP; None where it takes them. Writes nothing."""
-    flags = ["-x", "c++", "-fsyntax-only", "-fopenmp", "-I", sysconfig.get_paths()["include"], "-"]
-    done = subprocess.run([*command, *flags], input=INCLUDED, capture_output=True, text=True, timeout=COMPILER_SECONDS, check=False)
-    if done.returncode == 0:
-        return None
-    lines = done.stderr.strip().splitlines()
-    return next((line for line in lines if "error" in line), f"exit code {done.returncode}")

@@ -40,14 +40,14 @@ def places(module: Student, parts: Iterable[tuple[str, Part]], decayed: Mapping[
     return found
 
 
-def text_blocks(clip: Any, key: str) -> list[nn.Module]:
-    """The layers of a text tower, open_clip's own or transformers'. Raises ValueError, which begins with `key`, for another kind."""
+def text_blocks(clip: Any, key: str, remedy: str = "name the tower as a whole") -> list[nn.Module]:
+    """The layers of a text tower, open_clip's own or transformers'. Raises ValueError, `key` first and `remedy` last, for another kind."""
     text = getattr(clip, "text", clip)
     transformer: Any = getattr(text, "transformer", None)
     encoder = getattr(transformer, "encoder", transformer)
     blocks = next((getattr(encoder, name) for name in _LAYERS if hasattr(encoder, name)), None)
     if not isinstance(blocks, nn.ModuleList | nn.Sequential):
-        raise ValueError(f"{key}: a text tower of class {type(text).__name__} has no blocks that are known here; name the tower as a whole")
+        raise ValueError(f"{key}: a text tower of class {type(text).__name__} has no blocks that are known here; {remedy}")
     return list(blocks)
 
 

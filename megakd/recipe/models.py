@@ -97,6 +97,11 @@ class Model(Section):
 
 class Student(Model, start.Start):
     activation_checkpointing: bool = Field(False, description="recompute the blocks in the backward: less memory, about a third more time")
+    compile: bool = Field(
+        False,
+        description="torch.compile of the towers' blocks, at each start anew: rounding alone changes; where no compiler is, the run says "
+        "so and is a plain one",
+    )
     max_scale: PositiveFloat = Field(100.0, description="upper bound of the learned logit scale")
     freeze: list[str] = Field(
         default_factory=list,
@@ -145,6 +150,9 @@ class Teacher(Model):
     int8_agreement: Fraction = Field(
         0.98, description="int8: least centred cosine to the teacher in 16 bit, of a batch compared at start; 0 compares nothing"
     )
+    compile: bool = Field(
+        False, description="replicated: torch.compile of its towers' blocks, as student.compile; its rows in a store change by rounding"
+    )
     offload: bool = Field(False, description="zero3: keep this rank's part in CPU memory between uses")
     ds_config: str | None = Field(None, description="zero3: the teacher's DeepSpeed JSON; default: as ds_configs/teacher_zero3.json")
     patch_grid: GridSize | None = Field(
@@ -192,6 +200,11 @@ class Teacher(Model):
         if self.int8_product == "dequantise" and self.outlier_threshold:
             raise ValueError(
                 "int8_product = 'dequantise' multiplies all activations in 16 bit: set outlier_threshold to 0, or int8_product to int_mm"
+            )
+        if self.compile and self.store is not None and self.store_of == "all":
+            raise ValueError(
+                f"compile = true: with store = {self.store!r} the teacher runs only for what the store lacks; take compile out, or set "
+                "store_of to 'text' so that its images are computed"
             )
         if self.store == IN_SHARDS:
             self._reads_shards(is_set)

@@ -24,7 +24,7 @@ class Placement:
 
 
 PLACEMENTS = {
-    "replicated": Placement("megakd.teachers.replicated:ReplicatedTeacher", "whole on every rank"),
+    "replicated": Placement("megakd.teachers.replicated:ReplicatedTeacher", "whole on every rank", ("compile",)),
     "zero3": Placement("megakd.teachers.sharded:ShardedTeacher", "partitioned over the ranks", ("offload", "ds_config")),
 }
 INT8 = "_int8"

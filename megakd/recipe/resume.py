@@ -19,7 +19,7 @@ from megakd.recipe.start import Inherit
 Change = Literal["free", "told", "refused"]
 
 _PREPROCESS = tuple(f"preprocess.{key}" for key in ("mean", "std", "interpolation", "resize_mode"))
-_TEACHER_FREE = ("offload", "ds_config", "recipe", "int8_agreement")
+_TEACHER_FREE = ("offload", "ds_config", "recipe", "int8_agreement", "compile")
 _TEACHER_REFUSED = (
     *("model", "architecture", "pretrained", "tokenizer", *_PREPROCESS),
     *("scale", "entropy", "weight", "mode", "outlier_threshold", "int8_product", "calibration", "image_size", "patch_grid"),
@@ -38,7 +38,7 @@ _VIEWS = (
 _FREE = (
     "views.preset",  # whose values are compared
     *("name", "data.workers", "data.cache", "data.max_bad_fraction", "kernels.backend", "kernels.ring"),
-    *("student.recipe", "student.activation_checkpointing", "decoder.recipe", "answers.teacher.recipe"),
+    *("student.recipe", "student.activation_checkpointing", "student.compile", "decoder.recipe", "answers.teacher.recipe"),
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_FREE),
     *(
         f"evaluation.{key}"

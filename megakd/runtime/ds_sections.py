@@ -53,7 +53,7 @@ REFUSED = {
     "checkpoint": _RESUMES,
     "nebula": _RESUMES,
     "datastates": _RESUMES,
-    "compile": "the losses are compiled by kernels.backend; models are not",
+    "compile": "the recipe has it: student.compile, teacher.compile, and kernels.backend for the losses",
     "data_efficiency": "the order of the data is the recipe's (data.block, data.window)",
     "data_sampling": "the order of the data is the recipe's (data.block, data.window)",
     "curriculum_learning": "the order of the data is the recipe's (data.block, data.window)",

@@ -79,6 +79,11 @@ KNOWN = (
         "slurm/env.sh is the place; or leave out the offload that asks for it",
     ),
     (
+        r"torchinductor.*(file too short|invalid ELF header)",
+        "a process that was killed has left half a file in torch's cache of compiled code: remove that file's folder, or all of "
+        "TORCHINDUCTOR_CACHE_DIR, which is made anew, and start again",
+    ),
+    (
         LOST_PEER,
         "another rank has ended or cannot be reached: its own last lines say why; it may have been killed for memory",
     ),

@@ -86,6 +86,13 @@ class RunLog:
             self._opened[START] = record
             write_json(self.run / RUN, self._opened)
 
+    def has_compiled(self, record: dict[str, Any]) -> None:
+        """Say in how many seconds the first step of this start compiled the towers' blocks, and note in run.json what they are."""
+        self.say(f"compiled in {record['seconds']:.0f} s, which images/s does not count: {', '.join(record['what'])}")
+        if self._opened:
+            self._opened["jobs"][-1]["compiled"] = record
+            write_json(self.run / RUN, self._opened)
+
     def ended(self, how: str, words: str = "") -> None:
         """Note in run.json how this start ended: FINISHED, SAVED or FAILED, with its last words.
 

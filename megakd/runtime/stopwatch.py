@@ -1,4 +1,7 @@
-"""What a step costs: seconds of its named parts, by host time on a CPU and by events on a GPU, and memory."""
+"""What a step costs: seconds of its named parts, by host time on a CPU and by events on a GPU, and memory.
+
+What torch.compile takes meanwhile, while the device waits, is in none of them: it is a part of its own, "compile", where there is some.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+
+from megakd.runtime import compiler
+
+COMPILE = "compile"
 
 
 class Stopwatch:
@@ -27,17 +34,25 @@ class Stopwatch:
                 yield
             return
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        compiled = compiler.seconds()
         before.record()
         yield
         after.record()
         self._events.append((name, before, after))
+        self._take_out(name, compiler.seconds() - compiled)
 
     @contextmanager
     def host(self, name: str) -> Iterator[None]:
         """Count host time, whatever the device."""
-        start = time.perf_counter()
+        start, compiled = time.perf_counter(), compiler.seconds()
         yield
         self._seconds[name] += time.perf_counter() - start
+        self._take_out(name, compiler.seconds() - compiled)
+
+    def _take_out(self, name: str, compiling: float) -> None:
+        if compiling:
+            self._seconds[name] -= compiling
+            self._seconds[COMPILE] += compiling
 
     def read(self) -> dict[str, float]:
         """Seconds by name since the last reading; waits for the device when there are events."""

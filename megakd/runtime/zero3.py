@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -105,6 +106,14 @@ def overwrite(parameter: nn.Parameter, value: Tensor) -> None:
             parameter.data.copy_(value)
 
 
+def gather_whole(modules: Iterable[nn.Module]) -> None:
+    """Have an engine of stage 3 gather all weights of each of these before its forward and its backward, and look inside at none: hooks
+    on its layers would cut what is compiled of it into pieces. Before the engine is made.
+    """
+    for module in modules:
+        deepspeed.utils.set_z3_leaf_module(module, True)
+
+
 def _return_freed_memory() -> None:
     """Have the C library give gathered blocks back to the system when they are freed, of which it keeps those below 32 MB.
 
@@ -124,8 +133,7 @@ class Partitioned:
     def __init__(self, module: nn.Module, config: dict[str, Any]) -> None:
         self.module = module.eval().requires_grad_(False)
         assert all(map(engine.is_partitioned, module.parameters())), "a parameter was never partitioned"
-        for leaf in gathered_together(module, int(config["zero_optimization"].get("stage3_max_live_parameters", 10**9)) // 2):
-            deepspeed.utils.set_z3_leaf_module(leaf, True)
+        gather_whole(gathered_together(module, int(config["zero_optimization"].get("stage3_max_live_parameters", 10**9)) // 2))
         self._engine, _, _, _ = deepspeed.initialize(model=module, config=config)
         self._engine.eval()
 

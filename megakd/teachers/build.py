@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,13 +26,13 @@ from megakd.data.store.manifest import PatchLayout
 from megakd.data.store.reader import Layout, Store, StoreError, differences, made_as_wanted
 from megakd.data.store.views import Seen, StoredViews
 from megakd.data.transforms import TowerView, input_size, normalise
-from megakd.models import clip, streaming
+from megakd.models import clip, compiled, streaming
 from megakd.models.fingerprint import computation, fingerprint, preprocessing
 from megakd.models.grids import averaged_shape
 from megakd.models.int8 import matmul
 from megakd.models.int8.agreement import Agreement, agreement
 from megakd.models.int8.migration import METHOD, Reference, migrate
-from megakd.models.patches import measure, number_of
+from megakd.models.patches import Read, measure, number_of
 from megakd.recipe import Recipe
 from megakd.recipe import Teacher as Settings
 from megakd.recipe.credentials import redacted
@@ -59,25 +59,30 @@ def live_teacher(
     piece: int,
     say: Callable[[str], None] = log.info,
     without_text: bool = False,
+    reads: Collection[Read] = (),
 ) -> LiveTeacher:
     """The teacher of `description`, loaded as its `mode` says; in 8 bit, calibrated and compared with 16 bit. A collective.
 
     shards: of the recipe's data. piece: images in one forward of the comparison. say: where its outcome is told.
-    without_text: its images alone; no weight of the text tower is read.
+    without_text: its images alone; no weight of the text tower is read. reads: what objectives read of its image tower's blocks.
     pretrained = "random" draws the same weights on every rank and at every start. Raises ValueError, on every rank, for weights that
     do not fit or cannot be read, for a DeepSpeed JSON that a partitioned teacher cannot use, and for 8 bit that lose too much.
     """
     settings = settings_of(description)
     images_alone = without_text or not description.has_text
     torch.manual_seed(recipe.seed + 1)
-    if not settings.int8:
-        return load(description, world, without_text=without_text)
-    product = matmul.resolved(settings.int8_product, world.device)
-    int8 = streaming.Int8(settings.outlier_threshold, product, migrated=settings.calibration > 0)
-    teacher = load(description, world, int8, without_text=without_text)
-    tower = TowerView(preprocessing(description), description.tokenize)
-    source = StoredViews(shards, recipe.views, recipe.views.seed_in(recipe.seed), tower, captions=description.has_text)
-    _Comparison(teacher, description.role, settings, source, world, piece, images_alone).settle(say)
+    if settings.int8:
+        product = matmul.resolved(settings.int8_product, world.device)
+        int8 = streaming.Int8(settings.outlier_threshold, product, migrated=settings.calibration > 0)
+        teacher = load(description, world, int8, without_text=without_text)
+        tower = TowerView(preprocessing(description), description.tokenize)
+        source = StoredViews(shards, recipe.views, recipe.views.seed_in(recipe.seed), tower, captions=description.has_text)
+        _Comparison(teacher, description.role, settings, source, world, piece, images_alone).settle(say)
+    else:
+        teacher = load(description, world, without_text=without_text)
+    if settings.compile:
+        line, _ = compiled.compile_towers(teacher.towers.clip, description.role, world, reads, texts=not images_alone)
+        say(line)
     return teacher
 
 
@@ -315,10 +320,11 @@ def stored_teacher(
     *,
     piece: int,
     say: Callable[[str], None] = log.info,
+    reads: Collection[Read] = (),
 ) -> StoredTeacher | TextStoredTeacher:
     """The store as the run's teacher, or as its text tower. piece: images in one forward of the live teacher, where it is needed.
 
-    say: as in `live_teacher`.
+    say, reads: as in `live_teacher`.
     """
     settings = settings_of(description)
     if isinstance(store, ReinforcedShards):
@@ -332,7 +338,7 @@ def stored_teacher(
         return normalise(pixels.to(world.device), source.tower.preprocess, dtype), tokens.to(world.device)
 
     if settings.store_of == "text":
-        live = live_teacher(recipe, description, world, shards, without_text=True, piece=piece, say=say)
+        live = live_teacher(recipe, description, world, shards, without_text=True, piece=piece, say=say, reads=reads)
         return TextStoredTeacher(live, scale, bias, world, shards.where, columns)
     source = StoredViews(shards, recipe.views, seed, TowerView(preprocessing(description), description.tokenize))
     return StoredTeacher(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from megakd.models import clip, compiled
 from megakd.runtime.launch import World
 from megakd.training.prepare import PreparedRun
+from megakd.training.tasks.distill import PairData
 
 
 def show(plan: PreparedRun, world: World) -> str:
@@ -24,8 +26,25 @@ def show(plan: PreparedRun, world: World) -> str:
         *(f"scheduled: {line}" for line in plan.request.recipe.scheduled()),
         *([] if plan.start is None else plan.start.describe()),
         *plan.learning,
+        *_compiled(plan, world),
     ]
     return "\n".join([*parts, *(line for task in plan.tasks for line in task.preview(world))])
+
+
+def _compiled(plan: PreparedRun, world: World) -> list[str]:
+    """What becomes of the keys `compile`, where they are set."""
+    recipe, lines = plan.request.recipe, []
+    pairs = next((task for task in plan.tasks if isinstance(task, PairData)), None)
+    if plan.student is not None and recipe.student is not None and recipe.student.compile:
+        reads = () if pairs is None else pairs.objectives.student_blocks
+        lines.append(compiled.outline(clip.on_meta(plan.student).clip, "student", world, reads))
+    if pairs is not None:
+        for role, teacher in pairs.teachers.items():
+            settings, reads = recipe.teachers()[role], pairs.objectives.teacher_blocks
+            if settings.compile:
+                model, texts = clip.on_meta(teacher).clip, settings.store_of == "all"
+                lines.append(compiled.outline(model, role, world, reads, texts=texts))
+    return lines
 
 
 def _outline(plan: PreparedRun, world: World) -> str:

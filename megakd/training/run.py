@@ -18,6 +18,7 @@ from megakd.recipe.best import BOTH, CURRENT, EMA
 from megakd.runtime import (
     checkpoint,
     collectives,
+    compiler,
     engine,
     environment,
     failures,
@@ -84,6 +85,7 @@ class Run:
         """Make room for the run that may follow in this process. After an error none does, and this could wait for a device that hangs."""
         self._engine.close()
         engine.forget()
+        compiler.forget()
         del self._engine, self._tasks, self._module
         gc.collect()
         if self.world.device.type == "cuda":
@@ -256,7 +258,7 @@ class Run:
         self._tasks = [task.start(plan.config, world, self.log) for task in plan.tasks]
         watchdog.beat("building the student")
         torch.manual_seed(recipe.seed)
-        self._module, groups = build_learners(plan, self._tasks, world, have)
+        self._module, groups = build_learners(plan, self._tasks, world, self.log.say, have)
         if state is not None:
             checkpoint.check_fits(self._resumed_from, state.weights, held_shapes(self._module, self._module.frozen))
             if recipe.optim.ema is not None and not state.averages:
@@ -272,6 +274,8 @@ class Run:
             trainer.fit(zip(*batches, strict=True), progress, self)
 
     def stepped(self) -> None:
+        if (record := compiler.record()) is not None and self.world.is_main:
+            self.log.has_compiled(record)
         for task in self._tasks:
             task.stepped()
 

@@ -26,7 +26,7 @@ from megakd.runtime.exits import Interrupted, LossNotFinite
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopRequest
 from megakd.runtime.run_folder import RunLog
-from megakd.runtime.stopwatch import Stopwatch, memory_gb
+from megakd.runtime.stopwatch import COMPILE, Stopwatch, memory_gb
 from megakd.training import by_source
 from megakd.training.accumulation import GradCache
 from megakd.training.by_source import BySource, Means
@@ -97,7 +97,7 @@ class Trainer:
             last = step == recipe.optim.steps
             if self._is_logged(step) or summary.stop:
                 now = time.perf_counter()
-                self._write_row(step, summary, images / (now - since), now - since)
+                self._write_row(step, summary, images, now - since)
                 since, images = now, 0  # what writing takes counts in the next row
             progress = replace(start, step=step, position=batch[0].next_position)
             # One goes on from the best evaluation's step at the earliest, so that RUN/best is never of steps that are still to come.
@@ -243,7 +243,7 @@ class Trainer:
         self._bad.merge(bad)
         self._bad.check(self.recipe.data.max_bad_fraction, {task.items: task.in_a_step for task in self.tasks})
 
-    def _write_row(self, step: int, summary: StepSummary, images_per_second: float, elapsed: float) -> None:
+    def _write_row(self, step: int, summary: StepSummary, images: int, elapsed: float) -> None:
         logged = {name: summary.values[name] for name in self._logged}
         losses = {name: summary.values[name] for name in self._names}
         total = sum(weight * losses[name] for name, weight in self._weights(step - 1).items())
@@ -251,6 +251,7 @@ class Trainer:
         lr, peak = learning_rate(self.recipe.optim, step - 1), self.recipe.optim.lr
         rates = {f"rates.{part}": lr / peak * rate for part, rate in self.recipe.optim.rates.items()}
         seconds = self.clock.read()
+        images_per_second = images / (elapsed - seconds.get(COMPILE, 0.0))
         row: dict[str, Any] = {
             "step": step,
             "loss": total,

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from megakd.doctor import places, ranks, software
+from megakd.doctor import places, ranks
 from megakd.doctor.examine import PROBES, _examined
 from megakd.doctor.finding import Finding, Place
+from megakd.runtime import compiler as compilers
 from support.processes import files_at_most, python, start
 from support.runs import REPOSITORY, environment
 
@@ -137,7 +138,7 @@ def test_a_compiler_without_headers_says_which(tmp_path: Path) -> None:
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no compiler here")
-    reason = software._cannot_compile([compiler, "-include", "not_there.h"])
+    reason = compilers.refusal([compiler, "-x", "c++", "-include", "not_there.h"])
     assert reason is not None
     assert "not_there.h" in reason
 

@@ -183,12 +183,13 @@ class PairData:
         if self.store is not None:
             log.say(self.store.outline())
         teachers: dict[str, AnyTeacher] = {}
+        how: Any = {"piece": piece, "say": log.say, "reads": self.objectives.teacher_blocks}
         for role, description in self.teachers.items():
             watchdog.beat(f"loading {role}")
             if self.store is None:
-                teachers[role] = build.live_teacher(recipe, description, world, self.shards, piece=piece, say=log.say)
+                teachers[role] = build.live_teacher(recipe, description, world, self.shards, **how)
             else:
-                teachers[role] = build.stored_teacher(self.store, recipe, description, self.shards, world, piece=piece, say=log.say)
+                teachers[role] = build.stored_teacher(self.store, recipe, description, self.shards, world, **how)
         shown: dict[str, Shown] = {}
         student: Any = clip.on_meta(self.student).clip
         for role, teacher in teachers.items() if self.sets.diagnostics else ():
