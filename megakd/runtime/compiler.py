@@ -104,11 +104,11 @@ def record() -> dict[str, Any] | None:
 
 def forget() -> None:
     """Drop what was compiled, with the weights that it holds, for the next run in this process."""
-    global _spent
+    global _spent, _listens
     if _made:
-        torch.compiler.reset()
+        torch.compiler.reset()  # which forgets who listens as well
         _made.clear()
-        _spent = 0.0
+        _spent, _listens = 0.0, False
 
 
 def _listen() -> None:
