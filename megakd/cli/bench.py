@@ -33,12 +33,15 @@ def loader(
     workers: Workers = 2,
     batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 64,
     batches: Annotated[int, typer.Option(min=1, help="timed batches a round, rounded up to whole turns of the workers")] = 32,
+    sources: Annotated[
+        str, typer.Option(help="pictures: set (256 px and more, synthetic), or photographs of 256, 512, 1024 px; with commas")
+    ] = "set,256,512,1024",
     json: Json = None,
 ) -> None:
     """Samples/s of the training loader against open_clip's webdataset loader, on the same shards."""
     from megakd.benchmarks import loader as benchmark
 
-    benchmark.run(rounds, workers, batch, batches, json)
+    benchmark.run(rounds, workers, batch, batches, sources, json)
 
 
 def teacher_load(

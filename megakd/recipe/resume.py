@@ -76,6 +76,7 @@ TOLD = {
 }
 _REFUSED = (
     *("seed", "data.caption", "data.captions", "data.clean", "data.block", "data.window", "data.orientation", "data.transparency"),
+    *("data.decode", "data.resampling"),
     *(f"views.{key}" for key in _VIEWS),
     *(f"student.{key}" for key in ("model", "architecture", "pretrained", "tokenizer", "max_scale", *_PREPROCESS)),
     *("student.image_weights", "student.text_weights", "student.text_from"),

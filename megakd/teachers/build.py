@@ -47,7 +47,7 @@ from megakd.teachers.embed_request import EmbedRequest
 log = logging.getLogger("megakd.teachers")
 COMPARED = 64  # pairs that go through a teacher in 8 and in 16 bit
 # What of a store's key an image's embedding depends on and a text's does not.
-OF_PIXELS = ("views.", "seed", "data.orientation", "data.transparency")
+OF_PIXELS = ("views.", "seed", "data.orientation", "data.transparency", "data.decode", "data.resampling")
 
 
 def live_teacher(
@@ -198,7 +198,7 @@ def store_key(recipe: Recipe, description: clip.ModelSpec, shards: ShardSet) -> 
         "samples": len(shards),
         "bytes": sum(stat.size for stat in shards.stats),
         **shards.captions.to_json(),
-        **recipe.data.as_seen(),
+        **recipe.data.as_trained(),
     }
     if recipe.data.captions is None:
         data["caption"] = recipe.data.caption  # as it is spelled, which is what older stores have

@@ -147,7 +147,8 @@ class PairData:
     def _of_views(self) -> str:
         replays = isinstance(self.store, ReinforcedShards) and self.store.replays
         recorded = "as the shards have it, on images as stored (as data.orientation = 'ignore' and data.transparency = 'drop')"
-        return f"augmentation: {recorded if replays else self.recipe.views}"
+        made = "".join(f"; {key} {value}" for key, value in self.recipe.data.as_trained().items())
+        return f"augmentation: {recorded if replays else f'{self.recipe.views}{made}'}"
 
     def preview(self, world: World) -> list[str]:
         built = {role: clip.on_meta(description) for role, description in {"student": self.student, **self.teachers}.items()}
