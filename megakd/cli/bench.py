@@ -101,6 +101,17 @@ def objectives(
     benchmark.run(pairs or [1024, 8192], rounds, only or [], json)
 
 
+def start(
+    rounds: Rounds = 5,
+    shards: Annotated[list[int] | None, typer.Option(min=1, help="shards of a set; repeatable; default: 1, 10, 100, 1000, 10000")] = None,
+    json: Json = None,
+) -> None:
+    """Processor seconds of a dry run of smoke beside its libraries' imports, and of reading a set's indexes at a resume."""
+    from megakd.benchmarks import start as benchmark
+
+    benchmark.run(rounds, shards or [1, 10, 100, 1000, 10000], json)
+
+
 def plan_check(json: Json = None) -> None:
     """What `megakd plan` predicts against what runs on this machine take."""
     from megakd.benchmarks import plan_check as benchmark
