@@ -60,11 +60,12 @@ def known(
             rows = tar_index.load_checked(*named[number], members, cache, further)
             if rows is None:
                 new.append(number)
-            elif not told[number]:  # else every rank goes by the entry
-                kept[number] = tar_index.known(rows)
+            else:
+                kept[number] = kept[number] or tar_index.known(rows)  # an entry is what all ranks go by
         with LongWork("indexing", sum(named[number][1].size for number in new), "bytes") as work:
             for number in new:
-                tar_index.build(*named[number], members, cache, further, work.advance)
+                rows = tar_index.build(*named[number], members, cache, further, work.advance)
+                kept[number] = kept[number] or tar_index.known(rows)
     except (ValueError, OSError) as error:  # raised behind the barrier, where the others wait
         failure = error
     barrier()
