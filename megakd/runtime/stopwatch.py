@@ -1,6 +1,8 @@
-"""What a step costs: seconds of its named parts, by host time on a CPU and by events on a GPU, and memory.
+"""What a step costs: seconds of its named parts, by host time on a CPU and by events on a GPU, processor time of the same parts, memory.
 
 What torch.compile takes meanwhile, while the device waits, is in none of them: it is a part of its own, "compile", where there is some.
+Processor time is that of this process's threads, in which waiting for data, for other ranks and for a busy core is not: on a machine that
+others use it is the number that repeats. The loader's workers are processes of their own and are not in it; compiling is, in its part.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
+        self._processor: dict[str, float] = defaultdict(float)
+        self._since = time.process_time()
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -34,25 +38,31 @@ class Stopwatch:
                 yield
             return
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        compiled = compiler.seconds()
+        compiled, busy = compiler.seconds(), time.process_time()
         before.record()
         yield
         after.record()
+        self._processor[name] += time.process_time() - busy
         self._events.append((name, before, after))
         self._take_out(name, compiler.seconds() - compiled)
 
     @contextmanager
     def host(self, name: str) -> Iterator[None]:
         """Count host time, whatever the device."""
-        start, compiled = time.perf_counter(), compiler.seconds()
+        start, compiled, busy = time.perf_counter(), compiler.seconds(), time.process_time()
         yield
         self._seconds[name] += time.perf_counter() - start
+        self._processor[name] += time.process_time() - busy
         self._take_out(name, compiler.seconds() - compiled)
 
     def _take_out(self, name: str, compiling: float) -> None:
         if compiling:
             self._seconds[name] -= compiling
             self._seconds[COMPILE] += compiling
+
+    def restart(self) -> None:
+        """What this process has done since the last reading was no step, as an evaluation is none."""
+        self._since = time.process_time()
 
     def read(self) -> dict[str, float]:
         """Seconds by name since the last reading; waits for the device when there are events."""
@@ -62,6 +72,12 @@ class Stopwatch:
         self._events.clear()
         seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds
+
+    def read_processor(self) -> dict[str, float]:
+        """Processor seconds by name since the last reading or restart; "other" is what this process did outside of the parts."""
+        now, parts = time.process_time(), dict(self._processor)
+        spent, self._since, self._processor = now - self._since, now, defaultdict(float)
+        return {**parts, "other": spent - sum(parts.values())}
 
 
 def memory_gb(device: torch.device) -> float:

@@ -86,6 +86,7 @@ class Trainer:
         if self._to_evaluate(step) and not hooks.evaluated(step):  # a signal came first
             hooks.evaluate(step)
         since, images = time.perf_counter(), 0
+        self.clock.restart()
         while step < recipe.optim.steps:
             watchdog.beat("waiting for data", step)
             with self.clock.host("data"):
@@ -115,6 +116,7 @@ class Trainer:
                         self._save(progress, hooks)
                     raise
                 since, images = time.perf_counter(), 0
+                self.clock.restart()
 
     def _is_logged(self, step: int) -> bool:
         """Whether so many steps end with a row of the log, without a signal."""
@@ -147,7 +149,8 @@ class Trainer:
                 cache = GradCache([self._forward(parts, step, number) for number in range(last + 1)])
             losses, total = self._losses(parts, cache.leaves, step)
             pending = self._announce([losses], cache.leaves, batches, self._by_source(parts, [cache.leaves], batches, step))
-            cache.backward(total)
+            with self.clock.part("loss"):
+                cache.backward(total)
 
         # Forward, losses, backward
         added: list[dict[str, Tensor]] = []
@@ -166,6 +169,8 @@ class Trainer:
                 self.engine.backward(total)
             if number < last:
                 self.engine.accumulated()
+        with self.clock.part("reduce"):
+            self.engine.reduce()
 
         # Agree
         summary = self._agree(pending, batches)
@@ -263,6 +268,7 @@ class Trainer:
             "images_per_second": images_per_second,
             "memory_gb": memory_gb(self.world.device),
             "seconds": {**seconds, "other": elapsed - sum(seconds.values())},
+            "processor_seconds": self.clock.read_processor(),
             "bad_samples": self._bad.counts,
             **self._sources.row(self._bad, summary.by_source),
         }
