@@ -224,7 +224,8 @@ def normalise(pixels: torch.Tensor, preprocess: PreprocessCfg, dtype: torch.dtyp
     """(pixels / 255 - mean) / std: (B, 3, H, W) of uint8 -> the same of `dtype`, on the pixels' device, computed in float32."""
     mean = torch.tensor(preprocess.mean, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
     std = torch.tensor(preprocess.std, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
-    return torch.addcmul(-mean / std, pixels.float(), 1 / (255 * std)).to(dtype)
+    values = pixels.to(torch.float32, copy=True)  # into which the result is written: of 1,024 images at 224 px each copy is 600 MB
+    return torch.addcmul(-mean / std, values, 1 / (255 * std), out=values).to(dtype)
 
 
 def input_size(preprocess: PreprocessCfg) -> tuple[int, int]:
