@@ -117,3 +117,32 @@ def plan_check(json: Json = None) -> None:
     from megakd.benchmarks import plan_check as benchmark
 
     benchmark.run(json)
+
+
+def growth(
+    axis: Annotated[list[str] | None, typer.Option(help="shards, questions, ranks or batch; repeatable; default: all")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="runs of each point")] = 2,
+    threads: Threads = 1,
+    out: Annotated[Path | None, typer.Option(help="folder for growth.csv, growth.svg and growth.png")] = None,
+    json: Json = None,
+) -> None:
+    """How a step's processor time grows with shards, questions, ranks and batch, and a start's time and memory with the first two."""
+    from megakd.benchmarks import growth as benchmark
+
+    benchmark.run(axis or [], rounds, threads, out, json)
+
+
+def share(
+    rounds: Rounds = 3,
+    batch: Annotated[int, typer.Option(min=4, help="pairs a step, of both ranks")] = 2048,
+    steps: Steps = 5,
+    micro_batch: Annotated[int, typer.Option(min=1, help="pairs of a rank that go through the student at once")] = 64,
+    workers: Workers = 1,
+    threads: Threads = 1,
+    student: Annotated[str | None, typer.Option(help="open_clip name; default: 12 layers of width 192, 224 px, 32-pixel patches")] = None,
+    json: Json = None,
+) -> None:
+    """The share of a step outside the towers: two ranks, a teacher from a store."""
+    from megakd.benchmarks import share as benchmark
+
+    benchmark.run(rounds, batch, steps, micro_batch, workers, threads, student, json)
