@@ -37,7 +37,7 @@ _VIEWS = (
 )
 _FREE = (
     "views.preset",  # whose values are compared
-    *("name", "data.workers", "data.cache", "data.max_bad_fraction", "kernels.backend", "kernels.ring"),
+    *("name", "data.workers", "data.prefetch", "data.cache", "data.max_bad_fraction", "kernels.backend", "kernels.ring"),
     *("student.recipe", "student.activation_checkpointing", "student.compile", "decoder.recipe", "answers.teacher.recipe"),
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_FREE),
     *(

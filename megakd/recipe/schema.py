@@ -56,6 +56,11 @@ class Data(Section):
         description="of captions that objectives learn from: tags and urls take HTML tags and addresses out, lower writes small letters",
     )
     workers: int = Field(2, ge=0, le=1024, description="decoding processes of each rank; 0 decodes in the trainer's own")
+    prefetch: bool = Field(
+        False,
+        description="prepare the next batch while the device works on a step, on a stream of its own: moved, and with what teachers say of "
+        "it. Off, as that takes its memory beside the student's: `megakd plan` counts it",
+    )
     block: Positive = Field(64, description="consecutive samples that the shuffle keeps together until the last stage")
     window: Positive = Field(256, description="blocks that are mixed with each other; block * window samples are shuffled as one")
     max_bad_fraction: Fraction = Field(0.01, description="the run fails when more of the samples seen are unreadable")

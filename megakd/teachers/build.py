@@ -96,6 +96,16 @@ def class_of(placement: str) -> type[LiveTeacher]:
     return cast(type[LiveTeacher], pkgutil.resolve_name(PLACEMENTS[placement].where))
 
 
+def communicates(settings: Settings, world: World) -> bool:
+    """Whether ranks talk over their devices where this teacher of a recipe is asked: a partitioned one gathers, and one is loaded for what
+    its store lacks."""
+    if world.size == 1:
+        return False
+    if settings.store is None or settings.store_of == "text":
+        return class_of(settings.placement).gathers
+    return settings.store != IN_SHARDS and settings.store_miss == "teacher"
+
+
 @dataclass(frozen=True)
 class _Comparison:
     """A teacher in 8 bit beside the same one with its original matrices in 16 bit, which are read again layer by layer.
