@@ -1,8 +1,8 @@
-"""Training steps against open_clip's own distillation loop: the same shards, models and batch, one process each.
+"""Training steps against open_clip's own distillation loop, and compiled towers against plain ones: same shards, models and batch.
 
 1. `environment` holds open_clip's training program, `material` the shards and the teacher's weights of both; a store is embedded once.
-2. Each round starts every side once, in turn: `open_clip_train.main`, and `megakd/train.py` with a teacher in float32, in 8 bit, and
-   from the store. Each makes its warm-up and timed steps and is killed.
+2. Each round starts every side once, in turn: `open_clip_train.main`, and `megakd/train.py` with a teacher in float32, in 8 bit, from the
+   store, and with compiled towers. Each makes its warm-up and timed steps and is killed.
 3. `logs` reads the times from what each wrote itself; `step_rows` compares two sides a row, and says which targets were reached.
 """
 
@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from megakd.benchmarks import step_rows
 from megakd.benchmarks.common import comparison, environment, material, side_by_side, teacher_quality
 from megakd.benchmarks.common.children import ended_by_sigterm, running
@@ -23,16 +25,21 @@ from megakd.benchmarks.common.comparison import OURS, THEIRS
 from megakd.benchmarks.common.logs import open_clip_steps, our_steps, share_beside_towers
 from megakd.benchmarks.common.material import Shards
 from megakd.benchmarks.common.side_by_side import PAIR_SECONDS, START_SECONDS, UNREACHED, WARM_UP, Timed, timed
+from megakd.models.int8 import matmul
 from megakd.models.int8.agreement import Agreement
 from megakd.runtime.console import plain
 
 TEACHER, STUDENT = "ViT-B-32", "ViT-S-32"
-SPARE = 2  # steps that a side may make before it is killed
+LONGEST = {"text_padding": "longest"}  # equal embeddings up to rounding; open_clip pads to 77 tokens always
+COMPILING = 4  # warm-up steps of compiled towers: a second length of texts compiles once more, for all lengths
+SPARE = 4  # steps that a side may make beside warm-up and timed ones
 NOTES = [
     "same on all sides: tar shards, ViT-B-32 teacher (one file of random weights), ViT-S-32 student from scratch, 224 px, random resized "
     "crop of .9 to 1 without flip, contrastive + similarity-matrix KD at weight 1, AdamW, gradient clipping at 1, float32, threads, "
     "workers, one process",
-    f"left out on all sides: start-up and {WARM_UP} warm-up steps; counted on all: waiting for data and writing one log line a step",
+    f"left out on all sides: start-up and {WARM_UP} warm-up steps ({COMPILING} of compiled towers); counted on all: waiting for data and "
+    "writing one log line a step",
+    f"{OURS} alone: texts padded to the longest of a batch (text_padding): a causal tower's embeddings in less time",
     f"{OURS} alone: DeepSpeed's engine, a check for non-finite losses before each update, fused AdamW, exact sample order, uint8 pixels "
     "from the workers normalised in the trainer, once a tower",
     f"{THEIRS} alone: float pixels from the workers, AdamW unfused (its default), a clamp of the logit scale, a streaming shuffle",
@@ -55,17 +62,20 @@ class StepBenchmark:
     workers: int
     threads: int
 
-    def recipe(self, **teacher: Any) -> dict[str, Any]:
-        """Our side's, as a run.json holds it. teacher: keys of one side beside those of all."""
-        made = side_by_side.recipe("bench-step", self.shards.pattern, self.student, {**self.teacher, **teacher}, self.batch, self.workers)
+    def recipe(self, *, compiled: bool = False, **teacher: Any) -> dict[str, Any]:
+        """Our side's, as a run.json holds it. teacher: keys of one side beside those of all; compiled: both towers are."""
+        of_both = {**LONGEST, **({"compile": True} if compiled else {})}
+        models = ({**of_both, **self.student}, {**of_both, **self.teacher, **teacher})
+        made = side_by_side.recipe("bench-step", self.shards.pattern, *models, self.batch, self.workers)
         return {**made, "optim": {**made["optim"], "weight_decay": 0.2, "clip": 1.0}}
 
     def recipes(self, store: Path) -> dict[str, dict[str, Any]]:
         """Of our sides, by name. store: where the side of that name reads embeddings."""
         return {
             "float32": self.recipe(),
-            "int8": self.recipe(mode="replicated_int8"),
+            "int8": self.recipe(mode="replicated_int8", int8_product=fastest_product()),
             "store": self.recipe(store=str(store)),
+            "compiled": self.recipe(compiled=True),
         }
 
 
@@ -111,6 +121,11 @@ def run(
     _report(outcomes, measured, job, comparison.conditions(versions, threads), file)
 
 
+def fastest_product() -> str:
+    """Of int8 on this machine's CPU: with VNNI the one that a recipe takes by itself, else oneDNN's."""
+    return "auto" if matmul.choose(torch.device("cpu")) == "int_mm" else "onednn"
+
+
 def embed(job: StepBenchmark, folder: Path) -> None:
     """The teacher's embeddings of all shards into FOLDER/store, by `megakd embed`."""
     print(f"embedding {job.shards.samples} pairs once", flush=True)
@@ -122,8 +137,10 @@ def embed(job: StepBenchmark, folder: Path) -> None:
 
 def measure_ours(job: StepBenchmark, folder: Path, recipe: dict[str, Any] | None = None) -> Timed:
     """The timed steps of megakd/train.py; recipe: default: the job's own."""
-    with side_by_side.training(recipe or job.recipe(), folder, job.threads) as child:
-        return timed(child, lambda: our_steps(folder / "run"), job.steps, job.batch)
+    content = recipe or job.recipe()
+    warm_up = COMPILING if content["student"].get("compile") else WARM_UP
+    with side_by_side.training(content, folder, job.threads) as child:
+        return timed(child, lambda: our_steps(folder / "run"), job.steps, job.batch, warm_up)
 
 
 def measure_theirs(job: StepBenchmark, python: Path, folder: Path) -> Timed:

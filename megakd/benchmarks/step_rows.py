@@ -34,6 +34,7 @@ ROWS = {
         Row("float32", "float32", THEIRS, 1.05, every_round=True),
         Row("int8", "int8", THEIRS, 1.5),
         Row("store", "store", THEIRS, 2.0),
+        Row("compiled", "compiled", "float32", 1.1),
     )
 }
 

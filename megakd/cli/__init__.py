@@ -45,8 +45,7 @@ for verb in VERBS:
 for verb in (data.check, data.tokenizer):
     helpers.command()(verb)
 app.add_typer(helpers, name="data")
-sides = (bench.step, bench.loader, bench.teacher_load, bench.teacher_speed, bench.cached, bench.objectives)
-for verb in (*sides, bench.start, bench.growth, bench.share):
+for verb in (bench.step, bench.loader, bench.teacher_load, bench.teacher_speed, bench.cached, bench.objectives):
     benchmarks.command(verb.__name__.replace("_", "-"))(verb)
 benchmarks.command("plan")(bench.plan_check)
 app.add_typer(benchmarks, name="bench")

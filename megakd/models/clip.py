@@ -22,7 +22,7 @@ from open_clip import get_model_config, list_pretrained_tags_by_model
 from open_clip.transform import PreprocessCfg
 from torch import nn
 
-from megakd.models import architecture, casts, image_only, preprocessing, pretrained, resolution
+from megakd.models import architecture, casts, image_only, preprocessing, pretrained, resolution, text_padding
 from megakd.models.int8.migration import Originals
 from megakd.models.matching import Match, errors_of
 from megakd.models.pretrained import HUB, LOCAL, RANDOM, WEIGHT_SUFFIXES
@@ -62,6 +62,10 @@ class ModelSpec:
         """Whether it has a text tower: timm's and transformers' models see images alone."""
         return "text_cfg" in self.config
 
+    def padded(self, tokenize: Tokenize) -> Tokenize:
+        """`tokenize`, its texts padded as `text_padding` says."""
+        return tokenize if self.settings.text_padding == "max_length" else text_padding.ToLongest.of(tokenize, self.config)
+
     @property
     def context_length(self) -> int:
         """Tokens of a text, 0 without a text tower."""
@@ -91,6 +95,8 @@ def resolve(settings: Model, role: str) -> ModelSpec:
     """
     config, preprocess = configuration(settings, role)
     _check_weights(settings, role)
+    if settings.text_padding != "max_length" and (why := text_padding.refused(config)) is not None:
+        raise ValueError(f"{role}.text_padding = {settings.text_padding!r}: {why}, so its embeddings would change; take it out")
     tokenize = (
         tokenizer(settings.speaks_as, config, role if settings.text_of is None else "teacher")
         if "text_cfg" in config
@@ -273,6 +279,8 @@ def _architecture(description: ModelSpec, device: torch.device, *, image: bool =
             f"local-dir:{folder}", device=device, load_weights=False, pretrained_image=image, pretrained_text=text
         )
     resolution.set_size(model, description.settings)
+    if description.settings.text_padding != "max_length":
+        text_padding.accept(model)
     return model
 
 

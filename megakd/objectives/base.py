@@ -18,7 +18,6 @@ from megakd.objectives import cost
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
 from megakd.recipe.objectives import declaration
-from megakd.runtime import precision
 from megakd_kernels import SimilarityLoss, choose
 
 
@@ -143,8 +142,6 @@ def kernel_options(recipe: Recipe, loss: str, device: torch.device) -> KernelOpt
     """
     options: dict[str, Any] = {"backend": recipe.kernels.backend, "ring": recipe.kernels.ring}
     try:
-        halves = precision.of(device) == "bf16"
-        chosen = choose(loss, recipe.optim.batch, device, torch.float32, halves=halves, **options)
-        return KernelOptions(backend=chosen, ring=recipe.kernels.ring)
+        return KernelOptions(backend=choose(loss, recipe.optim.batch, device, torch.float32, **options), ring=recipe.kernels.ring)
     except ValueError as error:
         raise ValueError(f"kernels.backend = {recipe.kernels.backend!r}: {error}") from error

@@ -122,13 +122,12 @@ class Cross(_AmongTeachers):
         super().__init__(recipe, device, names, recipe.cross, "similarity_kd")
 
     def cost(self, shape: LossShape) -> LossCost:
-        """Two calls for each teacher; of each further one four matrices of eager wait for the backward, or what the kernel keeps."""
+        """Two calls for each teacher; of eager four matrices of each further one wait for the backward."""
         backend, count = self.options["backend"], max(1, shape.teachers)
         width = shape.widths[1] // count
-        alone = replace(shape, teachers=1, widths=(width, width))
-        one = cost.of_kernel(cost.SOFTMAX_KD, backend, alone)
-        each = 4 * cost.FP32 * shape.pairs**2 if backend in ("eager", "compiled") else cost.kept(cost.SOFTMAX_KD, backend, alone)
-        return LossCost(one.memory + (2 * count - 1) * each, 2 * count * one.wire, 2 * count * one.flops)
+        one = cost.of_kernel(cost.SOFTMAX_KD, backend, replace(shape, teachers=1, widths=(width, width)))
+        waiting = 4 * (2 * count - 1) * cost.FP32 * shape.pairs**2 if backend in ("eager", "compiled") else 0
+        return LossCost(one.memory + waiting, 2 * count * one.wire, 2 * count * one.flops)
 
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
         losses = []
@@ -164,12 +163,11 @@ class AugmentedFeature(_Scaled):
         return FusionHead(student.width, teacher.width, self.max_scale)
 
     def cost(self, shape: LossShape) -> LossCost:
-        """A call for each teacher; of each further one two matrices of eager wait for the backward, or what the kernel keeps."""
+        """A call for each teacher; of eager two matrices of each further one wait for the backward."""
         backend, count = self.options["backend"], max(1, shape.teachers)
-        alone = replace(shape, teachers=1, widths=(shape.widths[0], 0))
-        one = cost.of_kernel(cost.SOFTMAX_HARD, backend, alone)
-        each = 2 * cost.FP32 * shape.pairs**2 if backend in ("eager", "compiled") else cost.kept(cost.SOFTMAX_HARD, backend, alone)
-        return LossCost(one.memory + (count - 1) * each, count * one.wire, count * one.flops)
+        one = cost.of_kernel(cost.SOFTMAX_HARD, backend, replace(shape, teachers=1, widths=(shape.widths[0], 0)))
+        waiting = 2 * (count - 1) * cost.FP32 * shape.pairs**2 if backend in ("eager", "compiled") else 0
+        return LossCost(one.memory + waiting, count * one.wire, count * one.flops)
 
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
         fused = [self.projected(context.student, place) for place in range(len(context.teachers))]

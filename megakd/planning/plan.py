@@ -130,7 +130,7 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     )
     return PlannedJob(
         student, teachers, objectives.cost(shape), objectives.backends, student_zero, teacher_settings,
-        pairs, cluster.gpus, questions, rounds, rates.gpu(cluster.kind), cluster.per_node, answer_teacher, kept, recipe.data.prefetch,
+        pairs, cluster.gpus, questions, rounds, rates.gpu(cluster.kind), cluster.per_node, answer_teacher, kept,
     )  # fmt: skip
 
 

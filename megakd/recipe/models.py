@@ -59,6 +59,11 @@ class Model(Section):
         description="pixels a side, or [height, width], of the images that a named model sees; its positions are interpolated as "
         "open_clip, timm or transformers do; default: its own. An architecture has it in vision_cfg",
     )
+    text_padding: Literal["max_length", "longest"] = Field(
+        "max_length",
+        description="what training and stores pad texts to: max_length: the tower's context length; longest: the batch's longest text, in "
+        "steps of 8 tokens; a causal tower that pools at a text's end gives the same embeddings up to rounding, in less time",
+    )
     recipe: str | None = Field(None, description="recipe that trains this model first when the folder of `model` is not there yet")
 
     _text_of: Model | None = PrivateAttr(None)
@@ -143,7 +148,11 @@ class Teacher(Model):
         + "; _int8: in 8 bit (else bf16, on a CPU fp32)",
     )
     outlier_threshold: Weight = Field(0.0, description="int8: activations above it are multiplied in 16 bit; 0 multiplies all in 8 bit")
-    int8_product: Int8Product = Field("auto", description="how int8 weights are multiplied; auto: the fastest way of the device")
+    int8_product: Int8Product = Field(
+        "auto",
+        description="how int8 weights are multiplied; auto: the fastest way of the device that keeps their 8 bits; onednn: 7 of "
+        "them, for x86 CPUs without VNNI, where it alone is faster than float32",
+    )
     calibration: NonNegative = Field(
         0, description="int8: pairs of the training set that show which activations are outliers, which move into the weights; 0: none do"
     )

@@ -19,7 +19,7 @@ from megakd.recipe.start import Inherit
 Change = Literal["free", "told", "refused"]
 
 _PREPROCESS = tuple(f"preprocess.{key}" for key in ("mean", "std", "interpolation", "resize_mode"))
-_TEACHER_FREE = ("offload", "ds_config", "recipe", "int8_agreement", "compile")
+_TEACHER_FREE = ("offload", "ds_config", "recipe", "int8_agreement", "compile", "text_padding")
 _TEACHER_REFUSED = (
     *("model", "architecture", "pretrained", "tokenizer", *_PREPROCESS),
     *("scale", "entropy", "weight", "mode", "outlier_threshold", "int8_product", "calibration", "image_size", "patch_grid"),
@@ -37,8 +37,15 @@ _VIEWS = (
 )
 _FREE = (
     "views.preset",  # whose values are compared
-    *("name", "data.workers", "data.prefetch", "data.cache", "data.max_bad_fraction", "kernels.backend", "kernels.ring"),
-    *("student.recipe", "student.activation_checkpointing", "student.compile", "decoder.recipe", "answers.teacher.recipe"),
+    *("name", "data.workers", "data.cache", "data.max_bad_fraction", "kernels.backend", "kernels.ring"),
+    *(
+        "student.recipe",
+        "student.activation_checkpointing",
+        "student.compile",
+        "student.text_padding",
+        "decoder.recipe",
+        "answers.teacher.recipe",
+    ),
     *(f"{role}.{key}" for role in ("teacher", "ensemble.*") for key in _TEACHER_FREE),
     *(
         f"evaluation.{key}"
@@ -48,7 +55,7 @@ _FREE = (
     *(f"evaluation.reader.*.{part}.{key}" for part in ("train", "test") for key in _SOURCE),
     *(f"evaluation.probe.*.{key}" for key in ("train", "test", "layer", "neighbours", "temperature")),
     *(f"evaluation.reader.*.{key}" for key in ("answers", "layer", "image_tokens", "width", "steps", "batch", "lr", "blind", "seed")),
-    *("checkpoint.every", "checkpoint.keep", "checkpoint.best", "export.heads", "log.every", "watchdog.limit"),
+    *("checkpoint.every", "checkpoint.keep", "checkpoint.best", "export.heads", "log.every", "log.profile", "watchdog.limit"),
 )
 # With what the run says about it.
 TOLD = {
@@ -76,7 +83,6 @@ TOLD = {
 }
 _REFUSED = (
     *("seed", "data.caption", "data.captions", "data.clean", "data.block", "data.window", "data.orientation", "data.transparency"),
-    *("data.decode", "data.resampling"),
     *(f"views.{key}" for key in _VIEWS),
     *(f"student.{key}" for key in ("model", "architecture", "pretrained", "tokenizer", "max_scale", *_PREPROCESS)),
     *("student.image_weights", "student.text_weights", "student.text_from"),

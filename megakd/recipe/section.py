@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     TeacherMode = str
 else:
     TeacherMode = Literal[MODES]
-Int8Product = Literal["auto", "dequantise", "bitsandbytes", "int_mm"]
+Int8Product = Literal["auto", "dequantise", "bitsandbytes", "int_mm", "onednn"]
 # Names become parts of file names, which end at 255 bytes.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=100)]
 SetName = Annotated[str, Field(min_length=1, max_length=100)]

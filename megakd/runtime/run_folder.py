@@ -3,6 +3,7 @@
 run.json         the resolved recipe and DeepSpeed configuration, command line, versions, commit: what replays the run; `student_start`,
                  where the student's first weights came from; `jobs`, an entry for each start, the newest last, with how it ended
 metrics.jsonl    a row each `log.every` steps and one for each event; a resumed run drops the rows past its checkpoint
+profile/         with `log.profile`: trace.json.gz and operators.txt of the last start's first steps
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ RUN, METRICS, EVALUATION = "run.json", "metrics.jsonl", "evaluation.json"
 START = "student_start"  # in run.json: by part of the student how many of its tensors came from where, and which are new
 REST = "the rest"  # of the student in it, beside its towers
 MODEL, BUNDLE = "model", "bundle"  # a run's results: the student as open_clip's folder, the decoder as a bundle
+PROFILE = "profile"
 BEST = "best"  # a folder with the same, made of the best evaluation's weights
 # What a run folder holds when something was trained in it.
 TRAINED = ("checkpoints/step_*", MODEL, BUNDLE)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megakd.data.caption_survey import captions_told
+from megakd.data.caption_tokens import plain_captions
 from megakd.data.shards import ShardSet
 from megakd.data.store import reader as stores
 from megakd.data.store import writer
@@ -107,7 +108,7 @@ class EmbedJob:
             self._say(f"objectives.{readers[0]} reads patch tokens, which this store will not hold: that needs teacher.patch_grid")
         self.images = images_a_forward(self.recipe, request.ds_config, world)
         self.shards = ShardSet.open(self.recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
-        self._tower = TowerView(preprocessing(self.description), self.description.tokenize)
+        self._tower = TowerView(preprocessing(self.description), self.description.padded(plain_captions(self.description.tokenize)))
         for line in captions_told(self.shards, world, read=True):
             self._say(line)
         seed = self.recipe.views.seed_in(self.recipe.seed)

@@ -38,9 +38,10 @@ from megakd.runtime.launch import World
 from megakd.runtime.locks import LOCK, FolderLock
 from megakd.runtime.module_state import held_shapes
 from megakd.runtime.preemption import StopPoller, StopRequest
+from megakd.runtime.profiler import recorded
 from megakd.runtime.run_folder import RunLog
 from megakd.runtime.watchdog import HUNG, HangWatchdog
-from megakd.training import best, feed
+from megakd.training import best
 from megakd.training.build import build_learners
 from megakd.training.prepare import PreparedRun, with_start
 from megakd.training.trainer import Trainer
@@ -152,7 +153,7 @@ class Run:
         if recipe.active():
             how += f", batch {recipe.optim.batch} = {self.world.size} ranks x {config.micro_batches} x {config.micro_batch}"
         lines = [f"scheduled: {line}" for line in recipe.scheduled()] + [line for task in self.plan.tasks for line in task.describe()]
-        lines += [*self.plan.learning, *feed.outline(recipe, self.world)]
+        lines += self.plan.learning
         return "\n".join([f"{recipe.optim.steps} steps, {how}", *lines])
 
     def _finish(self) -> None:
@@ -271,7 +272,9 @@ class Run:
         trainer = Trainer(self.recipe, self.world, self._engine, self._tasks, self.log, self._stop)
         with contextlib.ExitStack() as opened:
             batches = [opened.enter_context(task.open(progress)) for task in self._tasks]
-            trainer.fit(zip(*batches, strict=True), progress, self)
+            steps = self.recipe.log.profile if self.world.is_main else 0
+            profiled = recorded(zip(*batches, strict=True), steps, self.folder / run_folder.PROFILE, self.world.device)
+            trainer.fit(opened.enter_context(contextlib.closing(profiled)), progress, self)
 
     def stepped(self) -> None:
         if (record := compiler.record()) is not None and self.world.is_main:

@@ -48,9 +48,9 @@ class Shards:
 
 
 def shards(cache: Path, first: int | None = None) -> Shards:
-    """4096 pairs in 16 tars, about 170 MB, written on the first call with all cores (a minute on two). first: read so many of them."""
+    """4096 pairs in 16 tars, about 170 MB, written on the first call with all cores (a minute on two). first: only so many of them."""
     folder = cache / "bench-shards-1"
-    missing = [number for number in range(SHARDS) if not (folder / f"{number:05d}.tar").exists()]
+    missing = [number for number in range(first or SHARDS) if not (folder / f"{number:05d}.tar").exists()]
     if missing:
         print(f"writing {len(missing) * SAMPLES_A_SHARD} pairs to {folder}, once", flush=True)
         with multiprocessing.get_context("spawn").Pool(min(len(missing), os.cpu_count() or 1)) as pool:
@@ -85,7 +85,7 @@ def photograph(rng: np.random.Generator) -> bytes:
         width, height = height, width
     picture = np.full((height, width, 3), rng.uniform(60, 190, 3), np.float32)
     for octave in _OCTAVES:
-        picture += noise(rng, octave, width, height) * (130 / octave**0.4)
+        picture += _noise(rng, octave, width, height) * (130 / octave**0.4)
     image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(2, 7))):
@@ -97,7 +97,7 @@ def photograph(rng: np.random.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def noise(rng: np.random.Generator, cells: int, width: int, height: int) -> NDArray[np.float32]:
+def _noise(rng: np.random.Generator, cells: int, width: int, height: int) -> NDArray[np.float32]:
     """Smooth noise of `cells` cells a side in [-.5, .5], (height, width, 3); half of it common to the channels."""
     grid = (rng.random((cells, cells, 1)) + rng.random((cells, cells, 3))) * 127.5
     smooth = Image.fromarray(grid.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megakd.data import mixture
+from megakd.data.caption_tokens import plain_captions
 from megakd.data.pairs import train_batches
 from megakd.data.shards import ShardSet
 from megakd.data.transforms import TowerView, normalise
@@ -31,7 +32,7 @@ def on_first_batch(content: dict[str, Any]) -> tuple[Agreement, str]:
     description = clip.resolve(recipe.teacher, "teacher")
     shards = ShardSet.open(recipe.data, 0, 1, lambda: None)
     order = mixture.order_of_pairs(len(shards), shards.sources, recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
-    view = TowerView(preprocessing(description), description.tokenize)
+    view = TowerView(preprocessing(description), description.padded(plain_captions(description.tokenize)))
     with train_batches(
         shards, order, recipe.views, {"teacher": view}, rank=0, world=1, start_position=0, workers=0, pin_memory=False
     ) as batches:

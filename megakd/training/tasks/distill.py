@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megakd.data import mixture
 from megakd.data.caption_survey import captions_told
+from megakd.data.caption_tokens import plain_captions
 from megakd.data.mixture import AnyOrder, MixtureOrder
 from megakd.data.pairs import Batch, TrainBatches, TrainingPairs, train_batches
 from megakd.data.reinforced.pairs import ReinforcedPairs
@@ -41,10 +42,10 @@ from megakd.recipe.section import MATCHED
 from megakd.runtime import collectives, precision, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.ds_config import DsConfig
-from megakd.runtime.gathered import Gathered
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 from megakd.runtime.run_folder import MODEL, RunLog
+from megakd.runtime.stopwatch import Stopwatch
 from megakd.teachers import build
 from megakd.teachers.base import LiveTeacher, Teacher, settings_of
 from megakd.teachers.cached import StoredTeacher, TextStoredTeacher
@@ -100,13 +101,16 @@ class PairData:
         return mixture.outline(self.order, "data.train", "pairs", self.recipe.optim.steps)
 
     def _of_texts(self) -> list[str]:
-        """Whether captions are left unread, and the student's text tower without a gradient."""
+        """Whose texts are cut; whether captions are left unread, and the student's text tower without a gradient."""
+        models = {"student": self.student, **self.teachers}
+        shorter = [role for role, model in models.items() if self.captions and model.settings.text_padding == "longest"]
+        lines = [f"texts of {', '.join(shorter)} are padded to the longest of a batch"] if shorter else []
         if self.texts:
-            return []
+            return lines
         unread = "" if self.captions else " and captions are not read"
         frozen = self.recipe.student is not None and TEXT in self.recipe.student.freeze
         still = "its text tower is frozen" if frozen else "nothing but weight decay moves its text tower"
-        return [f"no objective reads the student's texts: {still}{unread}"]
+        return [*lines, f"no objective reads the student's texts: {still}{unread}"]
 
     def outline_heads(self) -> dict[str, ObjectiveHead]:
         """What the objectives train beside the towers, by name; its weights are drawn where torch makes new tensors."""
@@ -115,7 +119,8 @@ class PairData:
 
     def views(self, preprocess: Mapping[str, PreprocessCfg], models: Mapping[str, clip.ModelSpec]) -> dict[str, TowerView]:
         """What the loader makes of a sample for each model."""
-        return {role: TowerView(preprocess[role], model.tokenize if self.captions else no_words) for role, model in models.items()}
+        tokenize = {role: model.padded(plain_captions(model.tokenize)) if self.captions else no_words for role, model in models.items()}
+        return {role: TowerView(preprocess[role], tokenize[role]) for role in models}
 
     def _of_teachers(self) -> list[str]:
         """Which teachers are left out, what those count for that are not, how transformers' give embeddings, and scales not their own."""
@@ -147,8 +152,7 @@ class PairData:
     def _of_views(self) -> str:
         replays = isinstance(self.store, ReinforcedShards) and self.store.replays
         recorded = "as the shards have it, on images as stored (as data.orientation = 'ignore' and data.transparency = 'drop')"
-        made = "".join(f"; {key} {value}" for key, value in self.recipe.data.as_trained().items())
-        return f"augmentation: {recorded if replays else f'{self.recipe.views}{made}'}"
+        return f"augmentation: {recorded if replays else self.recipe.views}"
 
     def preview(self, world: World) -> list[str]:
         built = {role: clip.on_meta(description) for role, description in {"student": self.student, **self.teachers}.items()}
@@ -261,8 +265,6 @@ class Distill(Task):
         live = {role: data.teachers[role] for role, teacher in teachers.items() if not isinstance(teacher, StoredTeacher)}
         self._seen_by = {"student": data.student, **live}  # models that are shown the pairs themselves
         self._preprocess = {role: preprocessing(model) for role, model in self._seen_by.items()}
-        self.roles = tuple(teachers)
-        self.in_step = frozenset(role for role in teachers if build.communicates(settings_of(data.teachers[role]), world))
 
     def extend(self, module: Student, device: torch.device) -> Student:
         heads = self._data.outline_heads()
@@ -288,13 +290,14 @@ class Distill(Task):
         store = data.store if isinstance(data.store, Store) else None
         return train_batches(shards, order, of, towers, store=store, replay=replay, captions=data.captions, pairs=data.pairs, **position)
 
-    def part(self, batch: Batch, taught: Mapping[str, Embeddings], step: int) -> StepPart:
+    def part(self, batch: Batch, clock: Stopwatch, step: int) -> StepPart:
         if batch.drawn is not None:
             source, lacking = batch.drawn
             counts = torch.cat([torch.bincount(source, minlength=len(self._drawn_from) - 1), lacking.sum()[None]])
             shares = (counts / len(source)).to(self._world.device, non_blocking=True)
             self._drawn = dict(zip(self._drawn_from, shares, strict=True))
-        teachers = [taught[role] for role in self.roles]
+        with clock.part("teacher"):
+            teachers = [self._teach(batch, role, teacher) for role, teacher in self._teachers.items()]
         whole = self._view(batch, "student", precision.dtype(self._config.precision))
         views = [tensor.tensor_split(self._config.micro_batches) for tensor in whole]
         inputs: list[dict[str, Any]] = [{"pixels": pixels, "tokens": tokens} for pixels, tokens in zip(*views, strict=True)]
@@ -312,9 +315,8 @@ class Distill(Task):
 
         return StepPart(inputs, lambda outputs: self._data.objectives.losses(embeddings(outputs), teachers, step), by_pair)
 
-    def teach(self, batch: Batch, role: str, step: int) -> Embeddings:
+    def _teach(self, batch: Batch, role: str, teacher: AnyTeacher) -> Embeddings:
         """The teacher's embeddings of the batch, a micro-batch in a forward."""
-        teacher = self._teachers[role]
         if isinstance(teacher, StoredTeacher):
             assert batch.stored is not None, "the loader was given the store"
             assert batch.view is not None
@@ -333,10 +335,6 @@ class Distill(Task):
 
     def weights_at(self, step: int) -> dict[str, float]:
         return self._data.objectives.weights_at(step)
-
-    def gathered(self) -> Gathered | None:
-        found = [counts for teacher in self._teachers.values() if (counts := teacher.gathered()) is not None]
-        return Gathered.of(found) if found else None
 
     def values(self) -> dict[str, Tensor]:
         return {**self._data.objectives.values(), **self._drawn}

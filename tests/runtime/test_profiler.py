@@ -1,0 +1,56 @@
+"""`log.profile`: what torch's profiler records of a run's steps, and what it writes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from contextlib import closing
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from megakd.recipe.load import load
+from megakd.runtime.profiler import BEFORE, TABLE, TRACE, recorded
+
+CPU = torch.device("cpu")
+
+
+def steps(folder: Path, profiled: int, made: int) -> list[int]:
+    """As a trainer takes batches; each step is one product, of matrices of as many rows as its number."""
+    taken = []
+    with closing(recorded(count(1), profiled, folder, CPU)) as batches:
+        for _ in range(made):
+            number = next(batches)
+            torch.ones(number, 4) @ torch.ones(4, 4)
+            taken.append(number)
+    return taken
+
+
+def products(folder: Path) -> list[int]:
+    """Rows of the recorded products."""
+    events = json.loads(gzip.decompress((folder / TRACE).read_bytes()))["traceEvents"]
+    return [event["args"]["Input Dims"][0][0] for event in events if event.get("name") == "aten::mm"]
+
+
+def test_the_steps_behind_the_first_two_are_recorded_and_no_later_one(tmp_path: Path) -> None:
+    assert steps(tmp_path / "profile", 3, 9) == list(range(1, 10))
+    assert products(tmp_path / "profile") == [BEFORE + 1, BEFORE + 2, BEFORE + 3]
+    assert "aten::mm" in (tmp_path / "profile" / TABLE).read_text(encoding="utf-8")
+
+
+def test_a_run_that_ends_before_leaves_what_was_recorded(tmp_path: Path) -> None:
+    steps(tmp_path, 5, 4)
+    assert products(tmp_path) == [3, 4]
+
+
+def test_without_the_key_nothing_is_written(tmp_path: Path) -> None:
+    assert steps(tmp_path / "profile", 0, 4) == [1, 2, 3, 4]
+    assert not (tmp_path / "profile").exists()
+
+
+def test_more_steps_than_the_run_has_are_refused() -> None:
+    with pytest.raises((ValueError, ValidationError), match=r"log\.profile = 9: .*optim\.steps = 10 .*set it to 8 at most"):
+        load("smoke", ["optim.steps=10", "optim.warmup=2", "log.profile=9"])
