@@ -76,7 +76,7 @@ class ToLongest:
         return tokens_BL[:, : -(-needed // STEP) * STEP].contiguous()
 
 
-class _ShorterClip(CLIP):
+class _ShorterClip(CLIP):  # type: ignore[misc]
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         embedded_BD = _embedded(self, text, self.text_pool_type, self.text_eos_id)
         return nn.functional.normalize(embedded_BD, dim=-1) if normalize else embedded_BD
