@@ -31,6 +31,7 @@ OWNERS: dict[str, dict[str, str]] = {
         "_world": "megakd.runtime.launch",
         "torch._dynamo.callback.on_compile_end": "megakd.runtime.compiler",
         "torch._dynamo.callback.on_compile_start": "megakd.runtime.compiler",
+        "torch.ops.onednn": "megakd.models.int8.matmul",
         "torch.utils._python_dispatch.TorchDispatchMode": "megakd.planning.memory_tracker",
         "torch.utils._pytree.tree_flatten": "megakd_kernels.precision",
         "torch.utils._pytree.tree_unflatten": "megakd_kernels.precision",
