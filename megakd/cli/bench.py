@@ -103,3 +103,13 @@ def plan_check(json: Json = None) -> None:
     from megakd.benchmarks import plan_check as benchmark
 
     benchmark.run(json)
+
+
+def traffic(
+    ranks: Annotated[list[int] | None, typer.Option(min=2, help="of the cases to run, 2 or 4; repeatable; default: both")] = None,
+    json: Json = None,
+) -> None:
+    """What `megakd plan` says of traffic against DeepSpeed's comms logger and every collective of real runs on this machine."""
+    from megakd.benchmarks import traffic as benchmark
+
+    benchmark.run(ranks or [2, 4], json)

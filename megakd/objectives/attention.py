@@ -18,6 +18,7 @@ from megakd.models.patches import Read, Weights, feature_name
 from megakd.objectives.base import Objective, StepContext, head_name
 from megakd.objectives.cost import FP32, LossCost, LossShape
 from megakd.recipe import Recipe
+from megakd.runtime.wire import Wire
 
 
 class AttentionHead(ObjectiveHead):
@@ -100,7 +101,7 @@ class AttentionTransfer(Objective):
                 numbers = local * teacher.patches[other].count * teacher.patches[other].width
                 made = max(made, numbers * FP32 * (1 + (shape.elements[1] < FP32)))
                 flops += 2 * numbers
-        return LossCost(made, 0, flops)
+        return LossCost(made, Wire(), flops)
 
 
 def _distances(own_BV: Tensor, other_BV: Tensor, loss: str) -> Tensor:

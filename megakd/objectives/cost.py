@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from megakd.models.heads import ModelShape
+from megakd.runtime import wire
+from megakd.runtime.wire import Wire
 from megakd_kernels.panels import chunk_rows
 
 FP32 = 4
@@ -61,10 +63,10 @@ PAIR_PANELS = 9  # (c, N) of float32 that `dist` forms without a gradient; the o
 
 @dataclass(frozen=True)
 class LossCost:
-    """Of one rank and step: bytes at the peak beside the embeddings, bytes sent, FLOPs."""
+    """Of one rank and step: bytes at the peak beside the embeddings, what is sent, FLOPs."""
 
     memory: int
-    wire: int
+    wire: Wire
     flops: int
 
 
@@ -101,23 +103,24 @@ def eager(shape: LossShape) -> LossCost:
 def rowwise(shape: LossShape) -> LossCost:
     """A loss that compares each embedding with its own teacher's, counted on `feature`: differences and gradients; nothing is sent."""
     local, width = shape.pairs // shape.ranks, shape.widths[1]
-    return LossCost(FP32 * local * (2 * width + 3 * width // max(1, shape.teachers)), 0, 12 * local * width)
+    return LossCost(FP32 * local * (2 * width + 3 * width // max(1, shape.teachers)), Wire(), 12 * local * width)
 
 
 def of_kernel(of: LossFamily, backend: str, shape: LossShape) -> LossCost:
     """A call of `megakd_kernels` with the backend that was chosen for it."""
-    pairs, local, part = shape.pairs, shape.pairs // shape.ranks, (shape.ranks - 1) / shape.ranks
+    pairs, local, ranks = shape.pairs, shape.pairs // shape.ranks, shape.ranks
     both_widths = sum(shape.widths)
     if backend in ("eager", "compiled"):
         matrices = of.matrices + of.further * max(0, shape.teachers - 1) if backend == "eager" else 4 * max(1, shape.teachers)
         # image and text of both models in float32, gathered, and the student's gradients
         sides = 2 * FP32 * pairs * (both_widths + shape.widths[0])
         flops = pairs**2 * _weighted(of.eager, shape.widths)
-        return LossCost(matrices * FP32 * pairs**2 + sides, round(part * 2 * FP32 * pairs * both_widths), flops)
+        sent = wire.gathered(2 * FP32 * pairs * both_widths, ranks, 2 * (1 + shape.teachers))
+        return LossCost(matrices * FP32 * pairs**2 + sides, sent, flops)
     brought = pairs * sum(count * width * element for count, width, element in zip(of.columns, shape.widths, shape.elements, strict=True))
     home = FP32 * pairs * of.home * shape.widths[0]
     # A ring holds two blocks of columns and three of gradients in place of all; a single rank has its columns already.
-    standing = (2 * brought + 3 * home) // shape.ranks if shape.ring else brought * (shape.ranks > 1) + home
+    standing = (2 * brought + 3 * home) // ranks if shape.ring else brought * (ranks > 1) + home
     own = 2 * FP32 * local * max(shape.widths)
     if backend == "triton":
         columns = local if shape.ring else pairs
@@ -126,10 +129,17 @@ def of_kernel(of: LossFamily, backend: str, shape: LossShape) -> LossCost:
     else:
         columns = local if shape.ring else pairs
         panels = of.panels * chunk_rows(local, columns, torch.float32, shape.device) * columns * FP32
-    # Statistics of the columns, five numbers each, are gathered from all ranks; elementwise losses have none.
-    statistics = 5 * FP32 * pairs * shape.ranks if of in (SOFTMAX_KD, SOFTMAX_HARD) else 0
-    wire = round(part * (brought + home + statistics))
-    return LossCost(panels + standing + own + statistics, wire, pairs * local * _weighted(of.blocked, shape.widths))
+    # Each rank tells all columns' statistics over its own rows: two numbers, and three for each teacher; elementwise losses have none.
+    two_passes = of in (SOFTMAX_KD, SOFTMAX_HARD)
+    statistics = (2 + 3 * shape.teachers * (of is SOFTMAX_KD)) * FP32 * pairs * ranks if two_passes else 0
+    sent = wire.gathered(statistics, ranks, int(two_passes))
+    if shape.ring and ranks > 1:
+        # Each pass brings the columns anew; their gradients make one hop more than they, to come home.
+        rounds = 2 if two_passes else 1
+        sent += Wire(sent=round(rounds * brought * (ranks - 1) / ranks) + home, calls=rounds * ranks)
+    else:
+        sent += wire.gathered(brought, ranks, sum(of.columns)) + wire.scattered(home, ranks, of.home)
+    return LossCost(panels + standing + own + statistics, sent, pairs * local * _weighted(of.blocked, shape.widths))
 
 
 def by_pair(shape: LossShape) -> int:
@@ -140,7 +150,7 @@ def by_pair(shape: LossShape) -> int:
 
 def of_lines(of: LineFamily, whole: bool, shape: LossShape) -> LossCost:
     """A loss that forms all lines of its own pairs, kept whole or in panels that the backward pass forms again."""
-    pairs, local, part = shape.pairs, shape.pairs // shape.ranks, (shape.ranks - 1) / shape.ranks
+    pairs, local = shape.pairs, shape.pairs // shape.ranks
     student, teachers = shape.widths
     if whole:
         panels = (of.whole + of.further * max(0, shape.teachers - 1)) * local
@@ -148,15 +158,14 @@ def of_lines(of: LineFamily, whole: bool, shape: LossShape) -> LossCost:
         panels = of.panels * chunk_rows(local, pairs, torch.float32, shape.device)
     # image and text of all models in float32, the student's gradients, and what one panel adds to them
     sides = 2 * FP32 * pairs * (student + teachers + student) + FP32 * pairs * student
-    wire = 2 * pairs * (FP32 * student + sum(width * element for width, element in zip(shape.widths, shape.elements, strict=True)))
     forward, backward = _weighted(of.forward, shape.widths), 2 * of.forward[0] * student
     flops = pairs * local * (forward * (1 if whole else 2) + backward)
-    return LossCost(panels * FP32 * pairs + sides, round(part * wire), flops)
+    return LossCost(panels * FP32 * pairs + sides, _sides(2, shape), flops)
 
 
 def relational(shape: LossShape, *, modalities: int, distance: bool, angle: bool) -> LossCost:
     """`rkd`, always in panels that the backward pass forms again; distances are formed for their mean too."""
-    pairs, local, part, student = shape.pairs, shape.pairs // shape.ranks, (shape.ranks - 1) / shape.ranks, shape.widths[0]
+    pairs, local, student = shape.pairs, shape.pairs // shape.ranks, shape.widths[0]
     teacher = shape.widths[1] // max(1, shape.teachers)
     distances = 8 * chunk_rows(local, pairs, torch.float32, shape.device) * pairs
     points = chunk_rows(local, pairs * max(pairs, student, teacher), torch.float32, shape.device)
@@ -166,8 +175,7 @@ def relational(shape: LossShape, *, modalities: int, distance: bool, angle: bool
     sides = modalities * ((pairs + local) * sum(shape.widths) + 3 * pairs * student)
     forward, backward = 2 * sum(shape.widths), 4 * student
     flops = modalities * local * pairs * (distance * 2 * (2 * forward + backward) + angle * pairs * (2 * forward + backward))
-    wire = modalities * pairs * (FP32 * student + sum(width * element for width, element in zip(shape.widths, shape.elements, strict=True)))
-    return LossCost(FP32 * (max(distances * distance, angles * angle) + sides), round(part * wire), flops)
+    return LossCost(FP32 * (max(distances * distance, angles * angle) + sides), _sides(modalities, shape), flops)
 
 
 def one_by_one(of: LossFamily, backend: str, shape: LossShape) -> LossCost:
@@ -179,7 +187,14 @@ def one_by_one(of: LossFamily, backend: str, shape: LossShape) -> LossCost:
     each, further = of_kernel(of, backend, alone), shape.teachers - 1
     by_panels = further * of.home * FP32 * shape.pairs * shape.widths[0]
     waiting = 5 * further * FP32 * shape.pairs**2 if backend in ("eager", "compiled") else by_panels
-    return LossCost(each.memory + waiting, shape.teachers * each.wire, shape.teachers * each.flops)
+    return LossCost(each.memory + waiting, each.wire.times(shape.teachers), shape.teachers * each.flops)
+
+
+def _sides(modalities: int, shape: LossShape) -> Wire:
+    """Of each modality the embeddings of all models, gathered as they are, and the student's gradients in float32 on their way home."""
+    embeddings = shape.pairs * sum(width * element for width, element in zip(shape.widths, shape.elements, strict=True))
+    home = wire.scattered(modalities * FP32 * shape.pairs * shape.widths[0], shape.ranks, modalities)
+    return wire.gathered(modalities * embeddings, shape.ranks, modalities * (1 + shape.teachers)) + home
 
 
 def _weighted(counts: tuple[int, int], widths: tuple[int, int]) -> int:

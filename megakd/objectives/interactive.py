@@ -127,7 +127,7 @@ class Cross(_AmongTeachers):
         width = shape.widths[1] // count
         one = cost.of_kernel(cost.SOFTMAX_KD, backend, replace(shape, teachers=1, widths=(width, width)))
         waiting = 4 * (2 * count - 1) * cost.FP32 * shape.pairs**2 if backend in ("eager", "compiled") else 0
-        return LossCost(one.memory + waiting, 2 * count * one.wire, 2 * count * one.flops)
+        return LossCost(one.memory + waiting, one.wire.times(2 * count), 2 * count * one.flops)
 
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
         losses = []
@@ -167,7 +167,7 @@ class AugmentedFeature(_Scaled):
         backend, count = self.options["backend"], max(1, shape.teachers)
         one = cost.of_kernel(cost.SOFTMAX_HARD, backend, replace(shape, teachers=1, widths=(shape.widths[0], 0)))
         waiting = 2 * (count - 1) * cost.FP32 * shape.pairs**2 if backend in ("eager", "compiled") else 0
-        return LossCost(one.memory + waiting, count * one.wire, count * one.flops)
+        return LossCost(one.memory + waiting, one.wire.times(count), count * one.flops)
 
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
         fused = [self.projected(context.student, place) for place in range(len(context.teachers))]

@@ -23,6 +23,7 @@ from megakd.objectives.cost import FP32, LossCost, LossShape
 from megakd.objectives.standardise import Standardiser, hadamard
 from megakd.recipe import Recipe
 from megakd.recipe.objectives import PatchRelation as Settings
+from megakd.runtime.wire import Wire
 
 _RELATION_BYTES = 64 << 20  # of token-token matrices that are held at a time
 
@@ -96,7 +97,7 @@ class _OfBlocks(Objective):
                 numbers = min(mine.count, theirs.count) * theirs.width
                 memory += local * 4 * FP32 * numbers
                 flops += 20 * local * numbers
-        return LossCost(memory, 0, flops)
+        return LossCost(memory, Wire(), flops)
 
 
 @final

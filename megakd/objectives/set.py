@@ -23,6 +23,7 @@ from megakd.objectives.teacher_scale import TeacherScales
 from megakd.recipe import Recipe, Teacher
 from megakd.recipe.models import IN_SHARDS
 from megakd.recipe.objectives import declaration
+from megakd.runtime.wire import Wire
 
 OfTeacher = TypeVar("OfTeacher", Embeddings, ModelShape, clip.ModelSpec)
 
@@ -207,7 +208,7 @@ class ObjectiveSet:
         told_apart = isinstance(self._recipe.data.train, dict) and any(part.of_pairs and part.backend for part in self._objectives)
         beside = cost.by_pair(shape) if told_apart else 0  # on logged steps, which hold their losses' memory meanwhile
         memory = max(sum(one.memory for one in costs) + beside, scales.memory)
-        return LossCost(memory, sum(one.wire for one in (*costs, scales)), sum(one.flops for one in (*costs, scales)))
+        return LossCost(memory, sum((one.wire for one in (*costs, scales)), Wire()), sum(one.flops for one in (*costs, scales)))
 
     def values(self) -> dict[str, Tensor]:
         """Scalars by the names in `logged`: what the last step's losses went by, equal on every rank."""

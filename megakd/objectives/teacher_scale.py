@@ -17,6 +17,8 @@ from megakd.models.embeddings import Embeddings
 from megakd.objectives.cost import FP32, LossCost, LossShape
 from megakd.recipe import Recipe
 from megakd.recipe.section import MATCHED
+from megakd.runtime import wire
+from megakd.runtime.wire import Wire
 from megakd_kernels.distributed import Ranks
 from megakd_kernels.panels import Logits, chunk_rows, chunks, scratch_panels
 from megakd_kernels.precision import full_precision
@@ -116,16 +118,17 @@ class TeacherScales:
     def cost(self, shape: LossShape) -> LossCost:
         """Of a step: a pass over the rows of each matched teacher, and one over the student's where they follow it."""
         if not self.matched:
-            return LossCost(0, 0, 0)
+            return LossCost(0, Wire(), 0)
         follows = any(self._settings[role].entropy is None for role in self.matched)
         widths = (shape.widths[0] * follows, shape.widths[1] * len(self.matched) // max(1, shape.teachers))
-        local, part = shape.pairs // shape.ranks, (shape.ranks - 1) / shape.ranks
+        local = shape.pairs // shape.ranks
         panels = PANELS * chunk_rows(local, shape.pairs, torch.float32, shape.device) * shape.pairs * FP32
         # texts of all ranks, and in float32 where they are not
         sides = zip(widths, shape.elements, strict=True)
         gathered = shape.pairs * max(width * (element * (shape.ranks > 1) + FP32 * (element < FP32)) for width, element in sides)
-        wire = round(part * shape.pairs * sum(width * element for width, element in zip(widths, shape.elements, strict=True)))
-        return LossCost(panels + gathered, wire, 2 * shape.pairs * local * sum(widths))
+        texts = shape.pairs * sum(width * element for width, element in zip(widths, shape.elements, strict=True))
+        sent = wire.gathered(texts, shape.ranks, len(self.matched) + follows)
+        return LossCost(panels + gathered, sent, 2 * shape.pairs * local * sum(widths))
 
 
 def bisected(teacher: Embeddings, target: Tensor, ranks: Ranks) -> Tensor:

@@ -24,7 +24,20 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class MemoryTracker(TorchDispatchMode):
+class OperatorTracker(TorchDispatchMode):
+    """Sees each operator that runs inside the `with`, collectives among them, whoever calls it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.saw(func, args, out)
+        return out
+
+    def saw(self, operator: Any, given: tuple[Any, ...], result: Any) -> None:
+        """After each call."""
+        raise NotImplementedError
+
+
+class MemoryTracker(OperatorTracker):
     """`live`: bytes of the storages made inside the `with` on `device` that are still held; `peak`: the most since `restart`."""
 
     def __init__(self, device: str) -> None:
@@ -42,12 +55,10 @@ class MemoryTracker(TorchDispatchMode):
         for tensor in tensors:
             self._known.add(tensor.untyped_storage())
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in _tensors(out):
+    def saw(self, operator: Any, given: tuple[Any, ...], result: Any) -> None:
+        for leaf in _tensors(result):
             if leaf.device.type == self._device and leaf.untyped_storage() not in self._known:
                 self._add(leaf.untyped_storage())
-        return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()

@@ -270,6 +270,7 @@ def _form(tower: nn.Module, activations: int, partition: Settings) -> TowerForm:
         max((sum(parameter.nbytes for parameter in group) for group in several), default=0),
         max((group[0].nbytes for group in groups if len(group) == 1), default=0),
         max((parameter.numel() for group in several for parameter in group), default=0),
+        sum(any(parameter.numel() >= partition.persistence for parameter in group) for group in groups),
     )
 
 

@@ -12,6 +12,7 @@ from megakd.planning import rates, zero
 from megakd.planning.models import BACKWARD_FLOPS, StudentCost, TeacherCost
 from megakd.planning.vlm import AnswerTeacherCost
 from megakd.recipe.placements import PLACEMENTS
+from megakd.runtime.wire import Wire
 from megakd.teachers.base import TeacherMemory, TeacherShape
 from megakd.teachers.build import class_of
 
@@ -77,16 +78,23 @@ class PlannedJob:
 class Row:
     """One mode. parts: bytes by what they are for, at their own largest; places: bytes held at each place in the step.
 
-    wire: bytes by who sends them. flops: of one rank and step. host: bytes of CPU memory that offloading takes.
+    sent: by whose it is. near: of the student's, what stays in a group of hpZ. flops: of one rank and step. host: bytes of CPU memory that
+    offloading takes.
     """
 
     mode: Mode
     parts: dict[str, int]
     places: dict[str, int]
     host: int
-    wire: dict[str, int]
+    sent: dict[str, Wire]
+    near: Wire
     flops: dict[str, float]
     seconds: rates.Seconds
+
+    @property
+    def wire(self) -> dict[str, int]:
+        """Bytes that one rank sends, of all kinds."""
+        return {whose: wire.bytes for whose, wire in self.sent.items()}
 
     @property
     def bytes(self) -> int:
@@ -161,11 +169,8 @@ def row(job: PlannedJob, mode: Mode) -> Row:
         "loss": job.loss.memory + kept + cached, "batch": batch,
     }  # fmt: skip
     forwards, backwards = (2 * job.rounds if accumulated else job.rounds), job.rounds
-    wire = {
-        "student": zero.wire(student.numel, job.ranks, job.student_zero, forwards, backwards, sum(student.frozen)),
-        "teacher": teacher.wire * job.rounds,
-        "loss": job.loss.wire,
-    }
+    far, near = zero.traffic(student.sizes, job.ranks, job.student_zero, forwards, backwards, student.frozen, traced=not accumulated)
+    sent = {"student": far + near, "teacher": teacher.wire.times(job.rounds), "loss": job.loss.wire}
     passes = 1 + student.pair_backward + student.recomputed * student.pair_backward / BACKWARD_FLOPS + accumulated
     asked_passes = 1 + student.asked_backward + accumulated
     flops = {
@@ -173,8 +178,8 @@ def row(job: PlannedJob, mode: Mode) -> Row:
         "student": float(student.flops * passes * job.local + student.asked_flops * asked_passes * job.questions / job.ranks),
         "loss": float(job.loss.flops),
     }
-    near = zero.regathered(student.numel + sum(student.frozen), job.ranks, job.student_zero, backwards) if job.student_zero.group > 1 else 0
-    return Row(mode, parts, places, of.host + teacher.host, wire, flops, _seconds(job, mode, flops, wire, near, teacher))
+    seconds = _seconds(job, mode, flops, sum(one.bytes for one in sent.values()), near.bytes, teacher)
+    return Row(mode, parts, places, of.host + teacher.host, sent, near, flops, seconds)
 
 
 def _together(held: list[_Held]) -> _Held:
@@ -182,8 +187,8 @@ def _together(held: list[_Held]) -> _Held:
     if not held:
         return _Held()
     busiest = max(held, key=lambda one: one.gathered + one.activations + one.input)
-    added = {name: sum(getattr(one, name) for one in held) for name in ("weights", "host", "wire", "flops")}
-    return replace(busiest, **added)
+    added = {name: sum(getattr(one, name) for one in held) for name in ("weights", "host", "flops")}
+    return replace(busiest, **added, wire=sum((one.wire for one in held), Wire()))
 
 
 def _teacher(job: PlannedJob, mode: Mode, placement: str, cost: TeacherCost) -> _Held:
@@ -194,8 +199,8 @@ def _teacher(job: PlannedJob, mode: Mode, placement: str, cost: TeacherCost) -> 
     return _Held(**vars(memory), input=cost.input, flops=sum(tower.flops for tower in towers))
 
 
-def _seconds(job: PlannedJob, mode: Mode, flops: dict[str, float], wire: dict[str, int], near: int, teacher: _Held) -> rates.Seconds:
-    """near: of the bytes on the wire, those that stay in a group of hpZ."""
+def _seconds(job: PlannedJob, mode: Mode, flops: dict[str, float], wire: int, near: int, teacher: _Held) -> rates.Seconds:
+    """wire: bytes sent; near: of them, those that stay in a group of hpZ."""
     peak, speedup = job.gpu.flops, rates.INT8_SPEEDUP if mode.int8 else 1.0
     fetched = teacher.host * job.rounds / rates.HOST_LINK
     numel = job.student.numel / (job.ranks if job.student_zero.stage else 1)
@@ -204,7 +209,6 @@ def _seconds(job: PlannedJob, mode: Mode, flops: dict[str, float], wire: dict[st
         flops["teacher"] / (peak * rates.FORWARD_SHARE * speedup) + fetched,
         flops["student"] / (peak * rates.TRAINING_SHARE),
         flops["loss"] / (peak * rates.LOSS_SHARE),
-        (sum(wire.values()) - near) / rates.link(job.gpu, job.ranks, job.per_node)
-        + near / rates.link(job.gpu, job.student_zero.group, job.per_node),
+        (wire - near) / rates.link(job.gpu, job.ranks, job.per_node) + near / rates.link(job.gpu, job.student_zero.group, job.per_node),
         numel * rates.ADAMW_BYTES / memory,
     )

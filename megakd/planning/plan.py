@@ -51,7 +51,10 @@ class MemoryPlan:
     mixed: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        rows = [{**asdict(one), "mode": one.mode.name, "bytes": one.bytes, "fits": one.fits(self.cluster.usable)} for one in self.rows]
+        rows = [
+            {**asdict(one), "mode": one.mode.name, "wire": one.wire, "bytes": one.bytes, "fits": one.fits(self.cluster.usable)}
+            for one in self.rows
+        ]
         assumptions = {
             name: getattr(rates, name) for name in dir(rates) if name.endswith(("_SHARE", "_SPEEDUP", "HOST_LINK", "HOST_MEMORY"))
         }

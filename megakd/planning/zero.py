@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megakd.runtime.ds_config import DsConfig
+from megakd.runtime.wire import Wire, gathered, reduced, scattered
 
 # fp32 master copy (ZeRO only) and AdamW's two moments
 MASTER, MOMENTS = 4, 8
@@ -45,7 +46,8 @@ class Settings:
         config = DsConfig(raw)
         zero, stage = config.zero, config.stage
         return cls(
-            stage, element, int(zero.get("reduce_bucket_size", BUCKET)), int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
+            stage, element, int(zero.get("reduce_bucket_size", BUCKET)),
+            int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
             int(zero.get("stage3_param_persistence_threshold", 100_000)), int(zero.get("stage3_max_reuse_distance", 1_000_000_000)),
             int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
             bool(zero.get("overlap_comm", stage == 3)), config.offloads_optimizer, config.offloads_weights,
@@ -130,8 +132,7 @@ def _partitioned(sizes: tuple[int, ...], ranks: int, of: Settings, frozen: tuple
     # hpZ: what a rank keeps of its group's own copy, of which each part is ranks / group of the shares
     second = every * ranks // of.group if of.group > 1 else 0
     weights, optimizer, gradients = e * (every + second), (MASTER + MOMENTS) * share, e * share
-    # A weight stays gathered after the forward when the backward comes to it within the reuse distance, which counts it twice.
-    gathered = e * min(gatherable, of.reuse // 2 + of.prefetch) + e * persistent
+    gathered = e * kept(gatherable, of) + e * persistent
     updating = MASTER * share if e == MASTER else (e + MASTER) * share
     standing = gradients + bucket
     host = 0
@@ -144,26 +145,56 @@ def _partitioned(sizes: tuple[int, ...], ranks: int, of: Settings, frozen: tuple
     return Held(weights, optimizer, standing, gathered, 0, 2 * bucket, updating, host, False)
 
 
-def wire(numel: int, ranks: int, of: Settings, forwards: int, backwards: int, frozen: int = 0) -> int:
-    """Bytes that one rank sends in a step (and receives), by ring collectives: 2 (W - 1) / W of an all-reduce, half of that otherwise.
+def traffic(
+    sizes: tuple[int, ...],
+    ranks: int,
+    of: Settings,
+    forwards: int,
+    backwards: int,
+    frozen: tuple[int, ...] = (),
+    *,
+    traced: bool = True,
+) -> tuple[Wire, Wire]:
+    """What one rank sends in a step: among all ranks, and in its group of hpZ alone.
 
     Stage 0: gradients all-reduced. 1, 2: all-reduced by bucket (DeepSpeed's default), then updated weights gathered; stage 2 in every
     backward. 3: weights gathered in every forward and, where they were released, every backward (`regathered`); gradients scattered in
-    every backward. frozen: elements that are not trained, which are gathered alone.
+    every backward. Its small weights stay on every rank and are gathered once, each by itself, after the update. frozen: sizes of what is
+    not trained, which is gathered alone. traced: as for `regathered`.
     """
-    part, one = (ranks - 1) / ranks, of.element * numel
+    numel, e = sum(sizes), of.element
     if of.stage == 0:
-        return round(2 * part * one)
+        return reduced(e * numel, ranks, math.ceil(numel / BUCKET)), Wire()
     if of.stage < 3:
-        gradients = MASTER * numel if of.stage == 1 and of.sums_in_fp32 else one * (backwards if of.stage == 2 else 1)
-        return round(2 * part * gradients + part * one)
-    every = numel + frozen
-    return round(part * (of.element * every * forwards + one * backwards)) + regathered(every, ranks, of, backwards)
+        rounds, kind = (1, MASTER if of.sums_in_fp32 else e) if of.stage == 1 else (backwards, e)
+        # a gather for each group of AdamW, with weight decay and without
+        return reduced(kind * numel * rounds, ranks, math.ceil(numel / of.reduce_bucket) * rounds) + gathered(e * numel, ranks, 2), Wire()
+    small = [size for size in (*sizes, *frozen) if size < of.persistence]
+    large = numel + sum(frozen) - sum(small)
+    sent = gathered(e * sum(small), ranks, len(small)) + gathered(e * large * forwards, ranks, _fetches(large, of) * forwards)
+    sent += scattered(e * numel * backwards, ranks, math.ceil(numel / of.reduce_bucket) * backwards)
+    again = regathered(large, of, traced=traced)
+    near = gathered(e * again * backwards, of.group if of.group > 1 else ranks, _fetches(again, of) * backwards)
+    return (sent, near) if of.group > 1 else (sent + near, Wire())
 
 
-def regathered(every: int, ranks: int, of: Settings, backwards: int) -> int:
-    """Of `wire`, bytes for weights that ZeRO-3 gathers once more in the backwards; with hpZ none of them leaves the group."""
-    if of.stage < 3 or every <= (kept := of.reuse // 2 + of.prefetch):
-        return 0
-    among = of.group if of.group > 1 else ranks
-    return round((among - 1) / among * of.element * (every - kept) * backwards)
+def _fetches(elements: int, of: Settings) -> int:
+    return math.ceil(elements / max(1, of.prefetch))
+
+
+def kept(large: int, of: Settings) -> int:
+    """Elements that ZeRO-3 keeps gathered from the forward to the backward, of those that it partitions.
+
+    Those to which the backward comes within the reuse distance, which counts each twice. And what has been fetched ahead when the queue
+    turns into the backward: every module that starts fetches a bucket more, so that is soon all that may live at once.
+    """
+    return min(large, max(of.reuse // 2 + of.prefetch, of.live if of.prefetch else 0))
+
+
+def regathered(large: int, of: Settings, *, traced: bool) -> int:
+    """Elements that ZeRO-3 gathers once more in a backward, of those that it partitions.
+
+    traced: whether DeepSpeed knows the order of modules. Forwards without a backward, as those that come first where losses need all
+    micro-batches at once, make it forget: then nothing is fetched ahead, and nothing stays.
+    """
+    return large - kept(large, of) if traced else large

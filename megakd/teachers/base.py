@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import torch
@@ -21,6 +21,7 @@ from megakd.models.grids import averaged
 from megakd.models.patches import Read, TowerReader, feature_name
 from megakd.recipe import Teacher as Settings
 from megakd.runtime.launch import World
+from megakd.runtime.wire import Wire
 
 
 class Teacher(Protocol):
@@ -50,7 +51,7 @@ class TowerForm:
 
     kept: bytes that ZeRO-3 does not partition: buffers, the scales of int8 rows among them, and small parameters.
     block: bytes of the largest set of several parameters that ZeRO-3 gathers together; single: of the largest gathered alone.
-    largest: elements of the largest parameter in such a set.
+    largest: elements of the largest parameter in such a set. sets: how many there are that it gathers.
     """
 
     numel: int
@@ -60,6 +61,7 @@ class TowerForm:
     block: int
     single: int
     largest: int
+    sets: int
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,14 @@ class TeacherShape:
 class TeacherMemory:
     """Bytes of one rank. weights: on the device between steps; host: in the CPU's memory, read in each forward.
 
-    gathered: weights that are on the device while it runs alone; activations: most of a forward. wire: sent in a forward.
+    gathered: weights that are on the device while it runs alone; activations: most of a forward. wire: what is sent in a forward.
     """
 
     weights: int = 0
     host: int = 0
     gathered: int = 0
     activations: int = 0
-    wire: int = 0
+    wire: Wire = field(default_factory=Wire)
 
 
 class LiveTeacher(ABC):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megakd.models import clip, streaming
 from megakd.models.heads import normalised
 from megakd.recipe import Teacher as Settings
-from megakd.runtime import precision, zero3
+from megakd.runtime import precision, wire, zero3
 from megakd.runtime.launch import World
 from megakd.runtime.zero3 import Partitioned, Partitioner
 from megakd.teachers.base import LiveTeacher, TeacherMemory, TeacherShape, TowerForm, settings_of
@@ -102,7 +102,7 @@ class ShardedTeacher(LiveTeacher):
             host=share if shape.offload else 0,
             gathered=min(2 * total, max(map(gathered, shape.towers))),
             activations=max(one.activations for one in shape.towers),
-            wire=round((total - kept) * (shape.ranks - 1) / shape.ranks),
+            wire=wire.gathered(total - kept, shape.ranks, sum(one.sets for one in shape.towers)),
         )
 
     @property

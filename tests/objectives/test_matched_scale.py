@@ -193,7 +193,7 @@ def test_panels_are_all_that_is_held_and_the_planner_counts_them(recipe_file: Pa
     assert watch.peak == pytest.approx(cost.memory, rel=0.2)
     assert cost.memory < number**2 * 4
     assert cost.flops == 2 * number**2 * (64 + 96)
-    assert cost.wire == 0
+    assert cost.wire.bytes == 0
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_what_is_frozen_takes_its_weights_and_nothing_else() -> None:
         assert beside.weights - alone.weights == (500 if stage == 3 else 2000)
         assert beside.gathered - alone.gathered == (2000 if stage == 3 else 0)
         assert (beside.optimizer, beside.gradients, beside.updating) == (alone.optimizer, alone.gradients, alone.updating)
-        sent = [zero.wire(400, 4, of, 1, 1, frozen) for frozen in (0, 1000)]
+        sent = [zero.traffic((400,), 4, of, 1, 1, frozen)[0].bytes for frozen in ((), (1000,))]
         assert sent[1] - sent[0] == (1500 if stage == 3 else 0)
 
 

@@ -21,6 +21,7 @@ from megakd.planning import models, rates, report, zero
 from megakd.planning import plan as planner
 from megakd.planning.memory_tracker import MemoryTracker
 from megakd.recipe import Recipe, Teacher
+from megakd.runtime.wire import Wire
 from support.runs import REPOSITORY, environment
 
 ZERO1 = str(REPOSITORY / "ds_configs" / "zero1_bf16.json")
@@ -249,7 +250,8 @@ def test_traffic_of_each_zero_stage() -> None:
     """1000 bf16 parameters on 4 ranks: 2000 bytes, of which a ring sends 3/4 in a gather and 3/2 in an all-reduce."""
 
     def sent(stage: int, forwards: int = 1, backwards: int = 1, **more: object) -> int:
-        return zero.wire(1000, 4, zero.Settings.of({"zero_optimization": {"stage": stage, **more}}, 2), forwards, backwards)
+        keys = {"stage": stage, "stage3_param_persistence_threshold": 0, **more}
+        return sum(wire.bytes for wire in zero.traffic((1000,), 4, zero.Settings.of({"zero_optimization": keys}, 2), forwards, backwards))
 
     assert [sent(stage) for stage in (0, 1, 2, 3)] == [3000, 4500, 4500, 3000]
     assert sent(1, 8, 4) == 4500  # gradients of all micro-batches are reduced once
@@ -258,17 +260,18 @@ def test_traffic_of_each_zero_stage() -> None:
     assert sent(3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0) == 4500  # weights gathered again in the backward
     # from the group's own copy: half of it comes from the neighbour
     assert sent(3, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0, zero_hpz_partition_size=2) == 3000 + 1000
-    assert zero.wire(1000, 1, zero.Settings.of({}, 2), 1, 1) == 0
+    assert sent(3, 8, 4, stage3_param_persistence_threshold=1001) == (1 + 4) * 1500  # on every rank, and gathered once, after the update
+    assert zero.traffic((1000,), 1, zero.Settings.of({}, 2), 1, 1) == (Wire(), Wire())
     sums = zero.Settings.of({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}, 2)
-    assert zero.wire(1000, 4, sums, 1, 4) == 2 * 3000 + 1500  # float32 gradients once, then weights in bf16
+    assert zero.traffic((1000,), 4, sums, 1, 4)[0].bytes == 2 * 3000 + 1500  # float32 gradients once, then weights in bf16
 
 
 def test_traffic_of_the_losses() -> None:
     """32 pairs on 4 ranks, widths 8 and 16, bf16: a rank brings in 3/4 of all texts and sends as much."""
     shape = LossShape(32, 4, (8, 16), (2, 2), 1, False, torch.device("cpu"))
     by_blocks, whole = (ObjectiveSet(recipe(kernels={"backend": name}), shape.device, None).cost(shape) for name in ("chunked", "eager"))
-    assert by_blocks.wire == 0.75 * (32 * (8 * 2 + 16 * 2) + 32 * 8 * 4 + 5 * 4 * 32 * 4)
-    assert whole.wire == 0.75 * 2 * 32 * (8 + 16) * 4
+    assert by_blocks.wire.bytes == 0.75 * (32 * (8 * 2 + 16 * 2) + 32 * 8 * 4 + 5 * 4 * 32 * 4)
+    assert whole.wire.bytes == 0.75 * 2 * 32 * (8 + 16) * 4
     assert whole.flops == 32 * 32 * (6 * 8 + 2 * 16)
     assert by_blocks.flops == 32 * 8 * (8 * 8 + 4 * 16)
 
