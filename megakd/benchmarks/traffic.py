@@ -196,7 +196,7 @@ def _check(case: Case, shards: Path, folder: Path) -> Check:
 def planned(row: Row) -> dict[str, int]:
     """By "whose kind". A store's teacher sends nothing."""
     assert row.mode.name != STORE
-    kinds = {whose: {kind: size for kind, size in asdict(wire).items() if kind != "calls"} for whose, wire in row.sent.items()}
+    kinds = {whose: {kind: size for kind, size in asdict(wire).items() if kind in SENT} for whose, wire in row.sent.items()}
     return {f"{whose} {kind}": size for whose, sizes in kinds.items() for kind, size in sizes.items() if size}
 
 

@@ -70,13 +70,13 @@ def main(file: Path, step: int, program: str, arguments: list[str]) -> None:
     seen, before = Collectives(), Counter[str]()
     update = Engine.update
 
-    def updated(engine: Engine, lr: float) -> None:
+    def updated(self: Engine, lr: float) -> None:
         nonlocal before
-        update(engine, lr)
+        update(self, lr)
         found = seen.bytes + Counter({f"calls {name}": times for name, times in seen.calls.items()})
         for name, sizes in deepspeed.comm.comms_logger.get_raw_data().items():
             found[f"logger {name}"] = sum(size * times for size, (times, *_) in sizes.items())
-        if engine.updates == step and deepspeed.comm.get_rank() == 0:
+        if self.updates == step and deepspeed.comm.get_rank() == 0:
             whole = file.with_suffix(".part")  # whoever waits for the file finds all of it
             whole.write_text(json.dumps(dict(found - before)), encoding="utf-8")
             whole.replace(file)

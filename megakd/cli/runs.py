@@ -12,6 +12,7 @@ import typer
 from megakd.cli.options import Overrides, Recipe, from_fields
 from megakd.jobs.resources import Resources
 from megakd.planning.cluster import Cluster
+from megakd.planning.scaling import Scaling
 
 
 def evaluate(
@@ -92,17 +93,24 @@ def evaluate(
 def plan(
     recipe: Recipe,
     cluster: Cluster,
+    assumed: Scaling,
     ds_config: Annotated[str | None, typer.Option("--ds_config", metavar="JSON", help="DeepSpeed configuration of the student")] = None,
     overrides: Overrides = None,
     json: Annotated[Path | None, typer.Option(help="write the plan to this file as well")] = None,
 ) -> None:
-    """What a job will need, before it queues: memory, traffic, FLOPs and time for each way to hold the teacher, and which ways fit."""
+    """What a job will need, before it queues: memory, traffic, FLOPs and time for each way to hold the teacher, and which ways fit; with
+    --sweep, how they change with the number of GPUs.
+    """
+    counts = assumed.check(cluster)
     from megakd.planning import plan as planner
-    from megakd.planning import report
+    from megakd.planning import report, sweep, sweep_report
     from megakd.recipe import load as recipes
 
     loaded, name = recipes.load(recipe, overrides or [])
-    report.show(planner.plan(loaded, name, ds_config, cluster), json)
+    if counts:
+        sweep_report.show(sweep.sweep(loaded, name, ds_config, cluster, assumed), json)
+    else:
+        report.show(planner.plan(loaded, name, ds_config, cluster), json)
 
 
 @from_fields

@@ -136,7 +136,7 @@ def of_kernel(of: LossFamily, backend: str, shape: LossShape) -> LossCost:
     if shape.ring and ranks > 1:
         # Each pass brings the columns anew; their gradients make one hop more than they, to come home.
         rounds = 2 if two_passes else 1
-        sent += Wire(sent=round(rounds * brought * (ranks - 1) / ranks) + home, calls=rounds * ranks)
+        sent += Wire(sent=round(rounds * brought * (ranks - 1) / ranks) + home, calls=rounds)
     else:
         sent += wire.gathered(brought, ranks, sum(of.columns)) + wire.scattered(home, ranks, of.home)
     return LossCost(panels + standing + own + statistics, sent, pairs * local * _weighted(of.blocked, shape.widths))

@@ -16,8 +16,8 @@ OUTSIDE, IN_PIECES = 2 * GB, 0.05
 class Cluster:
     """gpus: ranks. memory: GB of one. kind: a name of `rates.GPUS`; "cpu" plans fp32 teachers on CPU ranks."""
 
-    gpus: int = field(metadata={"help": "ranks of the job"})
-    memory: float = field(metadata={"flag": "--gpu_memory", "help": "GB of one GPU"})
+    gpus: int = field(default=0, metadata={"help": "ranks of the job; several are compared by --sweep"})
+    memory: float = field(default=0, metadata={"flag": "--gpu_memory", "help": "GB of one GPU"})
     per_node: int = field(default=8, metadata={"flag": "--gpus_per_node", "help": "GPUs that share fast links"})
     kind: str = field(default="h100", metadata={"flag": "--gpu", "help": f"whose speeds the times assume: {', '.join(rates.GPUS)}"})
 

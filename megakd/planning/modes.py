@@ -79,7 +79,7 @@ class Row:
     """One mode. parts: bytes by what they are for, at their own largest; places: bytes held at each place in the step.
 
     sent: by whose it is. near: of the student's, what stays in a group of hpZ. flops: of one rank and step. host: bytes of CPU memory that
-    offloading takes.
+    offloading takes. fetched: of them, what the teacher's forwards bring to the device.
     """
 
     mode: Mode
@@ -88,6 +88,7 @@ class Row:
     host: int
     sent: dict[str, Wire]
     near: Wire
+    fetched: int
     flops: dict[str, float]
     seconds: rates.Seconds
 
@@ -179,7 +180,7 @@ def row(job: PlannedJob, mode: Mode) -> Row:
         "loss": float(job.loss.flops),
     }
     seconds = _seconds(job, mode, flops, sum(one.bytes for one in sent.values()), near.bytes, teacher)
-    return Row(mode, parts, places, of.host + teacher.host, sent, near, flops, seconds)
+    return Row(mode, parts, places, of.host + teacher.host, sent, near, teacher.host * job.rounds, flops, seconds)
 
 
 def _together(held: list[_Held]) -> _Held:

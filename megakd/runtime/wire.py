@@ -12,13 +12,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Wire:
-    """Bytes that one rank sends, by kind of collective; sent: from neighbour to neighbour, around a ring of our own. calls: collectives."""
+    """Bytes that one rank sends, by kind of collective; sent: from neighbour to neighbour, around a ring of our own.
+
+    calls: how many start, or times that columns go around; reductions: all-reduces alone, which do not go around.
+    """
 
     all_gather: int = 0
     reduce_scatter: int = 0
     all_reduce: int = 0
     sent: int = 0
     calls: int = 0
+    reductions: int = 0
 
     @property
     def bytes(self) -> int:
@@ -31,7 +35,7 @@ class Wire:
         return Wire(*(count * one for one in self._fields()))
 
     def _fields(self) -> tuple[int, ...]:
-        return self.all_gather, self.reduce_scatter, self.all_reduce, self.sent, self.calls
+        return self.all_gather, self.reduce_scatter, self.all_reduce, self.sent, self.calls, self.reductions
 
 
 def gathered(size: float, ranks: int, calls: int = 1) -> Wire:
@@ -46,4 +50,4 @@ def scattered(size: float, ranks: int, calls: int = 1) -> Wire:
 
 def reduced(size: float, ranks: int, calls: int = 1) -> Wire:
     """size: bytes of what each rank adds to the sum, all of which comes back."""
-    return Wire(all_reduce=round(2 * (ranks - 1) / ranks * size), calls=calls if ranks > 1 else 0)
+    return Wire(all_reduce=round(2 * (ranks - 1) / ranks * size), reductions=calls if ranks > 1 else 0)

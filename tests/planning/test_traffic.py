@@ -26,15 +26,15 @@ def sent(stage: int, *, forwards: int = 1, backwards: int = 1, traced: bool = Tr
 def test_a_ring_of_each_kind_sends_its_share_and_a_single_rank_nothing() -> None:
     assert gathered(1000, 4, 3) == Wire(all_gather=750, calls=3)
     assert scattered(1000, 4) == Wire(reduce_scatter=750, calls=1)
-    assert reduced(1000, 4) == Wire(all_reduce=1500, calls=1)
+    assert reduced(1000, 4) == Wire(all_reduce=1500, reductions=1)
     assert gathered(1000, 1) + scattered(1000, 1) + reduced(1000, 1) == Wire()
-    assert (gathered(1000, 4) + reduced(1000, 4)).times(2) == Wire(all_gather=1500, all_reduce=3000, calls=4)
+    assert (gathered(1000, 4) + reduced(1000, 4)).times(2) == Wire(all_gather=1500, all_reduce=3000, calls=2, reductions=2)
     assert (gathered(1000, 4) + Wire(sent=5)).bytes == 755
 
 
 def test_stages_without_partitioned_weights_reduce_gradients_and_gather_what_was_updated() -> None:
-    assert sent(1, forwards=8, backwards=4)[0] == Wire(all_gather=930, all_reduce=1860, calls=3 + 2)
-    assert sent(2, forwards=8, backwards=4)[0] == Wire(all_gather=930, all_reduce=4 * 1860, calls=4 * 3 + 2)
+    assert sent(1, forwards=8, backwards=4)[0] == Wire(all_gather=930, all_reduce=1860, calls=2, reductions=3)
+    assert sent(2, forwards=8, backwards=4)[0] == Wire(all_gather=930, all_reduce=4 * 1860, calls=2, reductions=4 * 3)
 
 
 def test_stage_3_gathers_large_weights_in_every_forward_small_ones_once_and_scatters_gradients_in_every_backward() -> None:
