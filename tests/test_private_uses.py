@@ -42,6 +42,7 @@ OWNERS: dict[str, dict[str, str]] = {
         "deepspeed.ops.__compatible_ops__": "megakd.runtime.engine",
         "_lazy_init_hp_params_optimizer_state": "megakd.runtime.engine",
         "_ZERO_PARAM_INTRA_PARALLEL_GROUP": "megakd.runtime.engine",
+        "deepspeed.comm.comms_logger": "megakd.benchmarks.traffic_side",
         "deepspeed.runtime.config": "megakd.runtime.ds_check",
         "deepspeed.runtime.zero": "megakd.runtime.ds_check",
         "deepspeed.runtime.zero.parameter_offload": "megakd.runtime.engine",

@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megakd.planning.memory_tracker import OperatorTracker
@@ -76,7 +77,7 @@ def main(file: Path, step: int, program: str, arguments: list[str]) -> None:
         found = seen.bytes + Counter({f"calls {name}": times for name, times in seen.calls.items()})
         for name, sizes in deepspeed.comm.comms_logger.get_raw_data().items():
             found[f"logger {name}"] = sum(size * times for size, (times, *_) in sizes.items())
-        if self.updates == step and deepspeed.comm.get_rank() == 0:
+        if self.updates == step and dist.get_rank() == 0:
             whole = file.with_suffix(".part")  # whoever waits for the file finds all of it
             whole.write_text(json.dumps(dict(found - before)), encoding="utf-8")
             whole.replace(file)

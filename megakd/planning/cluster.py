@@ -26,7 +26,8 @@ class Cluster:
         rates.gpu(self.kind)
         for flag, value in (("--gpus", self.gpus), ("--gpu_memory", self.memory), ("--gpus_per_node", self.per_node)):
             if not value > 0:
-                raise ValueError(f"{flag} {value}: give a positive number")
+                several = ", or compare several by --sweep 8,64" if flag == "--gpus" else ""
+                raise ValueError(f"{flag} {value:g}: give a positive number{several}")
 
     @property
     def usable(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from megakd.planning import rates
@@ -40,6 +40,7 @@ class Scaling:
         if self.sweep is None:
             if given := [flags[one.name] for one in fields(self) if getattr(self, one.name) != one.default]:
                 raise ValueError(f"{given[0]}: goes with --sweep, which compares numbers of GPUs; add --sweep 8,64 or remove it")
+            cluster.check()
             return ()
         if cluster.gpus:
             raise ValueError(f"--gpus {cluster.gpus}: --sweep {self.sweep} says how many; remove one of the two")
@@ -56,6 +57,7 @@ class Scaling:
         for name in ("start_us", "hop_us", "network_hop_us", "images"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{flags[name]} {getattr(self, name)}: give a number from 0 on")
+        replace(cluster, gpus=1).check()
         return _counts(self.sweep, cluster.per_node)
 
 

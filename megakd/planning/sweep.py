@@ -111,24 +111,36 @@ def sweep(recipe: Recipe, name: str, config: str | None, cluster: Cluster, assum
         kind.name, kind.flops, kind.memory, (assumed.node_link or kind.node / rates.GIGA) * rates.GIGA,
         (assumed.network or kind.network / rates.GIGA) * rates.GIGA,
     )  # fmt: skip
-    return Sweep([_point(recipe, name, config, cluster, assumed, gpu, counts[0], count) for count in counts], assumed, gpu)
+    scaled = {count: _scaled(recipe, assumed.scaling, counts[0], count) for count in counts}
+    points = []
+    for count, recipe_there in scaled.items():
+        plan = planner.plan(recipe_there, name, config, Cluster(count, cluster.memory, cluster.per_node, cluster.kind))
+        points.append(_point(plan, assumed, gpu, recipe.data.workers))
+    return Sweep(points, assumed, gpu)
 
 
-def _point(
-    recipe: Recipe, name: str, config: str | None, cluster: Cluster, assumed: Scaling, gpu: rates.Gpu, smallest: int, count: int
-) -> Point:
-    if assumed.scaling == "weak":
-        grown = recipe.optim.batch * count
-        if grown % smallest:
-            raise ValueError(f"optim.batch = {recipe.optim.batch}: does not divide over the smallest count of --sweep, {smallest} GPUs")
-        recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"batch": grown // smallest})})
-    if recipe.active() and recipe.optim.batch < count:
-        raise ValueError(
-            f"--sweep: optim.batch = {recipe.optim.batch} leaves less than a pair to each of {count} GPUs; use fewer, a larger "
-            f"optim.batch, or --scaling weak"
-        )
-    plan = planner.plan(recipe, name, config, Cluster(count, cluster.memory, cluster.per_node, cluster.kind))
-    steps = {row.mode.name: _step(plan.job, row, assumed, gpu, recipe.data.workers) for row in plan.rows}
+def _scaled(recipe: Recipe, scaling: str, smallest: int, count: int) -> Recipe:
+    """At so many GPUs."""
+    answers, batches = recipe.answers, {"optim.batch": recipe.optim.batch}
+    if answers is not None and answers.batch is not None:
+        batches["answers.batch"] = answers.batch
+    for key, batch in batches.items():
+        if scaling == "weak" and batch % smallest:
+            raise ValueError(f"{key} = {batch}: does not divide over the smallest count of --sweep, {smallest} GPUs")
+        if scaling == "strong" and batch < count:
+            raise ValueError(
+                f"--sweep: {key} = {batch} leaves less than one to each of {count} GPUs; use fewer, a larger {key}, or --scaling weak"
+            )
+    if scaling == "strong":
+        return recipe
+    optim = recipe.optim.model_copy(update={"batch": recipe.optim.batch // smallest * count})
+    if answers is not None and answers.batch is not None:
+        answers = answers.model_copy(update={"batch": answers.batch // smallest * count})
+    return recipe.model_copy(update={"optim": optim, "answers": answers})
+
+
+def _point(plan: MemoryPlan, assumed: Scaling, gpu: rates.Gpu, workers: int) -> Point:
+    steps = {row.mode.name: _step(plan.job, row, assumed, gpu, workers) for row in plan.rows}
     fitting = [row.mode for row in plan.rows if row.fits(plan.cluster.usable)]
     ready = [mode.name for mode in fitting if not mode.prepared] or [mode.name for mode in fitting]
     return Point(plan, steps, min(ready, key=lambda mode: round(steps[mode].total, 4), default=None))

@@ -83,7 +83,8 @@ def test_options_of_a_dataclass_have_its_defaults_and_their_own_names() -> None:
         setup=("module load cuda", "ulimit -n 99")
     )
     assert _given(Cluster, "--gpus", "2", "--gpu_memory", "64", "--gpu", "cpu") == Cluster(2, 64.0, kind="cpu")
-    assert "Missing option '--gpus'" in CliRunner().invoke(app, ["plan", "--recipe", "smoke", "--gpu_memory", "80"]).output
+    with pytest.raises(ValueError, match="--gpus 0: give a positive number, or compare several by --sweep"):
+        CliRunner().invoke(app, ["plan", "--recipe", "smoke", "--gpu_memory", "80"], catch_exceptions=False)
 
 
 def test_the_shapes_options_reach_the_world(tmp_path: Path) -> None:
