@@ -83,11 +83,12 @@ gpu:  ## on a machine with a CUDA device: gpu tests, benchmarks and whole runs, 
 	@test ! -d .gpu-wheels || $(GPU_PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target .gpu-site .gpu-wheels/*.whl
 	@status=0; parallel=$$($(GPU_PYTHON) -c 'import xdist; print("-n 6")' 2>/dev/null); \
 	timeout 150 $(GPU_PYTHON) -m pytest tests/kernels -m gpu --noconftest --continue-on-collection-errors -p no:cacheprovider --timeout 120 -q $$parallel || status=$$?; \
-	timeout 180 $(GPU_PYTHON) kernels/benchmarks/run.py --device cuda --budget 140 $(if $(OUT),--copy-to $(OUT)) $(BENCH) || status=$$?; \
+	timeout 160 $(GPU_PYTHON) kernels/benchmarks/run.py --device cuda --budget 140 $(if $(OUT),--copy-to $(OUT)) $(BENCH) || status=$$?; \
 	timeout 20 $(GPU_PYTHON) kernels/benchmarks/run.py --device cuda --check || true; \
 	if $(GPU_PYTHON) -c 'import bitsandbytes, deepspeed, open_clip, pydantic, submitit, typer'; then \
 	timeout 120 $(GPU_PYTHON) -m pytest tests/training/test_gpu_runs.py -m gpu -p no:cacheprovider --durations 0 -q $$parallel || status=$$?; \
-	timeout 60 $(GPU_PYTHON) -m megakd.cli bench teacher-speed $(if $(OUT),--json $(OUT)/teacher-speed.json) || status=$$?; \
+	timeout 50 $(GPU_PYTHON) -m megakd.cli bench teacher-speed $(if $(OUT),--json $(OUT)/teacher-speed.json) || status=$$?; \
+	timeout 38 $(GPU_PYTHON) -m pytest tests/training/test_gpu_prefetch.py -m gpu -p no:cacheprovider -q || status=$$?; \
 	else echo 'whole runs and int8 teachers: not run, this python lacks what the line above names; `make gpu-wheels` elsewhere fetches it'; fi; \
 	exit $$status
 

@@ -10,10 +10,12 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from megakd.runtime.preemption import ignore_from_here, note_early  # noqa: E402
+from megakd.runtime.starting import without_garbage_collection  # noqa: E402
 
 note_early()  # before the imports below, which take ten seconds
 
-from megakd.training.command import run_command  # noqa: E402
+with without_garbage_collection():
+    from megakd.training.command import run_command
 
 
 def main() -> int:

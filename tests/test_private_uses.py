@@ -50,7 +50,9 @@ OWNERS: dict[str, dict[str, str]] = {
         "deepspeed.runtime.zero.partitioned_param_coordinator.PartitionedParameterCoordinator": "megakd.runtime.engine",
         "ds_id": "megakd.runtime.engine",
         "ds_opt_adam": "megakd.runtime.engine",
+        "ds_persist": "megakd.runtime.zero3",
         "ds_shape": "megakd.runtime.engine",
+        "ds_status": "megakd.runtime.zero3",
         "ds_tensor": "megakd.runtime.engine",
     },
     "open_clip_torch": {

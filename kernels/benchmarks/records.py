@@ -96,8 +96,8 @@ def place(row: Row) -> Place:
 
 
 def alike(rows: list[Row]) -> list[Row]:
-    """The rows with dtype and threads of the last one."""
-    return [row for row in rows if all(row[name] == rows[-1][name] for name in ("dtype", "threads"))]
+    """The rows with the last one's device, dtype and threads."""
+    return [row for row in rows if all(row[name] == rows[-1][name] for name in ("device", "dtype", "threads"))]
 
 
 def together(rows: list[Row], passes: str, wanted: Iterable[str] = ()) -> dict[Place, dict[str, Row]]:

@@ -65,7 +65,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--copy-to", type=Path, help="a second folder that receives both at the end")
     parser.add_argument("--csv", type=Path, help="with --check, --dispatch, --plot: this file instead of this device's")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--check", action="store_true", help="measure nothing; say whether each target holds (exit code 1: one fails)")
+    instead.add_argument(
+        "--check",
+        action="store_true",
+        help="measure nothing; of each target, an H200's and a CPU's (--device: one's), whether the rows reach it (exit code 1: one not)",
+    )
     instead.add_argument("--dispatch", action="store_true", help="measure nothing; JSON lines with the fastest backend for each loss and N")
     instead.add_argument("--plot", action="store_true", help="measure nothing; draw the plots again")
     return parser.parse_args(argv)
@@ -165,12 +169,15 @@ def _draw(csv: Path) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 1 where --check found a target that fails, 2 for a request that cannot be met."""
+    """The exit code: 1 where --check found a target that is missed, 2 for a request that cannot be met."""
     args = _arguments(argv)
     try:
         csv = args.csv or args.out / f"{slug(device_name(_device(args.device)))}.csv"
         if args.check:
-            judged = verdicts(read(csv))
+            recorded = [args.csv] if args.csv else sorted(args.out.glob("*.csv"))
+            if not recorded:
+                raise ValueError(f"{args.out}: no results yet; run `python kernels/benchmarks/run.py` first")
+            judged = verdicts([row for path in recorded for row in read(path)], args.device)
             print("\n".join(map(str, judged)))
             return int(any(verdict.holds is False for verdict in judged))
         if args.dispatch:

@@ -1,6 +1,6 @@
-"""What the recorded numbers say: whether the targets hold, and which implementation is the fastest at which N.
+"""What the recorded numbers say: whether the targets are reached, and which implementation is the fastest at which N.
 
-The targets are those of KD and InfoNCE in one pass, forward and backward, with backend "auto".
+All targets are of both passes with backend "auto". An H200's are those of KD and InfoNCE in one pass; a CPU's are of every loss.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ FASTER_THAN_COMPILED = 1.0
 LESS_MEMORY, LESS_MEMORY_PAIRS = 25.0, 32768
 LARGEST_PAIRS, LARGEST_MB, LARGEST_MS = 131072, 3000.0, 500.0
 OF_MATRIX_RATE, MATRIX_PAIRS = 55.0, 32768
+# On a CPU, of the fastest backend that was measured beside it; the sizes that always get a line.
+OF_FASTEST, CPU_PAIRS = 0.9, (256, 512, 1024, 2048, 4096, 8192)
 
 
 class Verdict(NamedTuple):
-    """A target, whether it holds (None: not measured), and the number at each size."""
+    """A target, whether it is reached (None: not measured), and the numbers by which."""
 
     target: str
     holds: bool | None
     numbers: list[str]
 
     def __str__(self) -> str:
-        word = {True: "holds", False: "FAILS", None: "not measured"}[self.holds]
+        word = {True: "reached", False: "MISSED", None: "not measured"}[self.holds]
         return f"{word:12}  {self.target}" + (f": {'; '.join(self.numbers)}" if self.numbers else "")
 
 
@@ -42,16 +44,37 @@ class _Number(NamedTuple):
     enough: bool
 
     def __str__(self) -> str:
-        _, pairs, student, teacher = self.where
-        return f"N {pairs} ({student}/{teacher}) {self.value:.4g}{self.unit}" + ("" if self.enough else " (!)")
+        loss, pairs, student, teacher = self.where
+        return f"{loss} N {pairs} ({student}/{teacher}) {self.value:.4g}{self.unit}" + ("" if self.enough else " (!)")
 
 
 def _verdict(target: str, numbers: list[_Number]) -> Verdict:
     return Verdict(target, all(number.enough for number in numbers) if numbers else None, [str(number) for number in sorted(numbers)])
 
 
-def verdicts(rows: list[Row]) -> list[Verdict]:
-    """Of the last run that measured what a target compares."""
+def verdicts(rows: list[Row], device: str | None = None) -> list[Verdict]:
+    """Every target of an H200 ("cuda") and of a CPU ("cpu"), or of one of them, by the rows of such a device.
+
+    Each of the last run that measured what it compares.
+    """
+    of_h200 = [] if device == "cpu" else _of_h200([row for row in rows if "H200" in row["device"]])
+    of_cpu = [] if device == "cuda" else _of_cpu([row for row in rows if row["device"].startswith("CPU")])
+    return [*(verdict._replace(target=f"H200: {verdict.target}") for verdict in of_h200), *of_cpu]
+
+
+def _of_cpu(rows: list[Row]) -> list[Verdict]:
+    """The rows of one dtype and number of threads: those of the last row."""
+    shares: dict[int, list[_Number]] = {pairs: [] for pairs in CPU_PAIRS}
+    for where, by_name in together(rows, "both", (OURS, "compiled")).items():
+        times = {name: float(by_name[name]["median_ms"]) for name in (OURS, *CHOICES) if name in by_name}
+        fastest = min(times, key=times.__getitem__)
+        share = times[fastest] / times[OURS]
+        shares.setdefault(where[1], []).append(_Number(where, share, f" of {fastest}", share >= OF_FASTEST))
+    target = "CPU: auto at least at {share} of the fastest backend at N {pairs}"
+    return [_verdict(target.format(share=OF_FASTEST, pairs=pairs), numbers) for pairs, numbers in sorted(shares.items())]
+
+
+def _of_h200(rows: list[Row]) -> list[Verdict]:
     ours = {where: by_name[OURS] for where, by_name in _places(rows, OURS).items()}
     large = {where: row for where, row in ours.items() if where[1] >= MATRIX_PAIRS}
     shares = [

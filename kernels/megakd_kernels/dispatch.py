@@ -10,19 +10,20 @@ import torch
 
 from megakd_kernels.one_pass import OnePassKernels, TorchOnePass
 from megakd_kernels.panels import chunk_rows
-from megakd_kernels.two_pass import TorchTwoPass, TwoPassKernels
+from megakd_kernels.two_pass import TwoPassKernels
+from megakd_kernels.two_pass_torch import TorchTwoPass
 
 BACKENDS = ("auto", "eager", "compiled", "chunked", "triton")
 
 # "auto": device type -> loss -> (largest N, backend), in order; beyond the last N the backend of `BEYOND`.
-# CPU: measured, kernels/benchmarks/results/cpu-amd-epyc.csv; interactive and sigmoid from 512 on chunked is the faster one. "compiled" is
-# the fastest at most sizes there (0.61 of chunked's time at 2048), but it needs a C++ compiler, tens of seconds for each new shape, and the
-# whole matrix: it runs only by name.
+# CPU: measured, kernels/benchmarks/results/cpu-amd-epyc.csv, and for the softmax losses in README.md: from 512 pairs on, InfoNCE alone from
+# 1024, tiles are 1.1 to 1.5 times as fast as eager, and level with "compiled", which needs a C++ compiler, tens of seconds for each new
+# shape and the whole matrix, and so runs only by name.
 # CUDA: NOT measured yet. At 2048 eager holds ten matrices of 16 MB and launches outweigh the work.
 TABLE: dict[str, dict[str, list[tuple[int, str]]]] = {
     "cpu": {
-        "similarity_kd": [(2048, "eager")],
-        "contrastive": [(2048, "eager")],
+        "similarity_kd": [(256, "eager")],
+        "contrastive": [(512, "eager")],
         "interactive_kd": [(256, "eager")],
         "sigmoid_kd": [(256, "eager")],
     },
@@ -34,6 +35,9 @@ TABLE: dict[str, dict[str, list[tuple[int, str]]]] = {
     },
 }
 BEYOND = {"cpu": "chunked", "cuda": "triton"}
+# Their Triton kernels form the logits themselves. Exact products of float32 do not run on the matrix units (`triton.tiles.tiles_for`), and
+# cuBLAS, which the panels of "chunked" use, has better ones than a tile of 64 x 64. A reason, NOT a measurement.
+HALVES_ONLY = ("similarity_kd", "contrastive")
 
 
 @cache
@@ -59,13 +63,15 @@ def choose(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    halves: bool = True,
     backend: str = "auto",
     ring: bool = False,
     chunk: int | None = None,
 ) -> str:
     """The backend that will compute `loss` over `pairs` pairs of all ranks: `backend` itself, or what "auto" stands for there.
 
-    dtype: what logits are computed in, float32 or float64. Raises ValueError where the request contradicts itself or cannot run.
+    dtype: what logits are computed in, float32 or float64. halves: whether all embeddings are float16 or bfloat16.
+    Raises ValueError where the request contradicts itself or cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
@@ -85,7 +91,9 @@ def choose(
             if pairs <= largest:
                 return name
     beyond = BEYOND.get(device.type, "chunked")
-    return "chunked" if beyond == "triton" and why_not_triton(device, dtype) else beyond
+    if beyond == "triton" and (why_not_triton(device, dtype) or (loss in HALVES_ONLY and not halves)):
+        return "chunked"
+    return beyond
 
 
 def two_pass_kernels(
@@ -96,7 +104,7 @@ def two_pass_kernels(
         from megakd_kernels.triton.two_pass import TritonTwoPass  # here: it imports triton
 
         return TritonTwoPass.of(rows, columns, chunk, bound)
-    return TorchTwoPass(chunk or chunk_rows(rows, columns, dtype, device))
+    return TorchTwoPass.of(rows, columns, dtype, device, chunk)
 
 
 def one_pass_kernels(backend: str, rows: int, columns: int, device: torch.device, dtype: torch.dtype, chunk: int | None) -> OnePassKernels:

@@ -30,13 +30,13 @@ def chunks(rows: int, chunk: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk))
 
 
-def scratch_panels(count: int, chunk: int, like: Logits) -> list[Tensor]:
-    """(c, N) panels for one pass, reused from chunk to chunk.
+def scratch_panels(count: int, chunk: int, like: Logits, columns: int | None = None) -> list[Tensor]:
+    """(c, N) panels for one pass, or (c, columns), reused from chunk to chunk.
 
     Not allocated for each chunk: glibc 2.36 does not reuse freed aligned blocks of one size reliably, and the peak at N = 6144 varied
     between 150 and 640 MB.
     """
-    shape = (min(chunk, like.left_BD.shape[0]), like.right_ND.shape[0])
+    shape = (min(chunk, like.left_BD.shape[0]), columns or like.right_ND.shape[0])
     return [like.gain.new_empty(shape) for _ in range(count)]
 
 
@@ -84,8 +84,17 @@ class Logits(NamedTuple):
 
     def rows(self, selected: slice, out: Tensor) -> Tensor:
         """(c, N), in the first c rows of `out`."""
+        left_cD = self.scaled_rows(selected)
+        return self.times(left_cD, slice(None), out[: len(left_cD)])
+
+    def scaled_rows(self, selected: slice) -> Tensor:
+        """(c, D), as `times` takes them: multiplied by the gain already, unless they are multiplied as halves."""
         left_cD = self.left_BD[selected]
-        panel_cN = out[: left_cD.shape[0]]
-        if self.right_ND.dtype == self.gain.dtype:
-            return torch.mm(left_cD.to(self.gain.dtype) * self.gain, self.right_ND.T, out=panel_cN)
-        return torch.mm(left_cD, self.right_ND.T, out_dtype=self.gain.dtype, out=panel_cN).mul_(self.gain)
+        return left_cD.to(self.gain.dtype) * self.gain if self.right_ND.dtype == self.gain.dtype else left_cD
+
+    def times(self, left_cD: Tensor, columns: slice, out_cC: Tensor) -> Tensor:
+        """The logits of the rows that `scaled_rows` gave and of some columns, in `out_cC`."""
+        right_CD = self.right_ND[columns]
+        if right_CD.dtype == self.gain.dtype:
+            return torch.mm(left_cD, right_CD.T, out=out_cC)
+        return torch.mm(left_cD, right_CD.T, out_dtype=self.gain.dtype, out=out_cC).mul_(self.gain)

@@ -76,8 +76,8 @@ def similarity_kd(
     embeddings and their gradients, N (2 D + D_teacher) numbers, do not fit beside the rest, or for slow links.
 
     backend: one of `dispatch.BACKENDS`. "eager" is plain autograd over N x N logits, "compiled" the same under torch.compile,
-    "chunked" panels of `chunk` rows by N columns, never N x N, "triton" the fused CUDA kernels; "auto" follows `dispatch.TABLE`.
-    chunk: rows of a panel; None fills the device's `panels.PANEL_BYTES`.
+    "chunked" panels of `chunk` rows (tiles on a CPU), never N x N, "triton" the fused CUDA kernels; "auto" follows `dispatch.TABLE`.
+    chunk: rows of a panel or tile; None for those of the device, `panels.PANEL_BYTES` or `two_pass_torch.CPU_ROWS`.
     scale_limit: a number that the caller knows no scale of student or teacher to exceed (CLIP clamps its own at 100). Where
     scale_limit / temperature is small enough, Triton needs no running maxima. A broken promise gives inf or nan, not a wrong number.
 
@@ -93,8 +93,10 @@ def similarity_kd(
         _check_arguments(temperature, directions, scale_limit)
         facts = check_pairs(student, given)
         loss, pairs = "similarity_kd" if given else "contrastive", len(student.image) * ranks.world
-        dtype = compute_dtype(*(tensor for pair in (student, *given) for tensor in (pair.image, pair.text, pair.scale)))
-        chosen = choose(loss, pairs, student.image.device, dtype, backend=backend, ring=ring, chunk=chunk)
+        sides = [side for pair in (student, *given) for side in (pair.image, pair.text)]
+        dtype = compute_dtype(*sides, *(pair.scale for pair in (student, *given)))
+        halves = all(side.dtype.itemsize == 2 for side in sides)
+        chosen = choose(loss, pairs, student.image.device, dtype, halves=halves, backend=backend, ring=ring, chunk=chunk)
         options = {"temperature": temperature, "hard": hard, "directions": directions, "scale_limit": scale_limit, "ring": ring}
         return {**facts, **options, "backend": chosen}
 

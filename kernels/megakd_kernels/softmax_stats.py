@@ -1,7 +1,7 @@
 """Online softmax statistics of student and teacher logits along the rows or the columns of the similarity matrix, and the weights of the
 softmaxes in the gradient that follow from them.
 
-Legend: c rows of a chunk, M columns, n lines (c rows or M columns), K teachers.
+Legend: c rows of a chunk, M columns, n lines (c rows or M columns), K teachers, P parts of the logits.
 a student logits, b_k teacher logits, both already divided by the temperature. m maximum, l sum of exp(logit - m).
 The hard part (InfoNCE at temperature 1) needs a sum of its own where the temperature is not 1: its logits are hard_temperature * a.
 """
@@ -96,26 +96,30 @@ def join(parts: Sequence[SoftmaxStats]) -> SoftmaxStats:
     return SoftmaxStats(*(None if fields[0] is None else torch.cat(fields, -1) for fields in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 
-def merge(left: SoftmaxStats, right: SoftmaxStats, hard_temperature: float | None) -> SoftmaxStats:
-    """The statistics of the same lines over the union of two disjoint sets of logits. O(n)."""
-    sides = (left, right)
-    m_a = torch.maximum(left.m_a, right.m_a)
-    deltas_a = [side.m_a - m_a for side in sides]
-    l_a = left.l_a * deltas_a[0].exp() + right.l_a * deltas_a[1].exp()
+def merge(parts: Sequence[SoftmaxStats], hard_temperature: float | None) -> SoftmaxStats:
+    """The statistics of the same lines over the union of disjoint sets of logits, summed in their order. O(n) each."""
+    if len(parts) == 1:
+        return parts[0]
+    m_a_Pn = torch.stack([part.m_a for part in parts])
+    m_a = m_a_Pn.amax(0)
+    deltas_a_Pn = m_a_Pn - m_a
+    l_a = _sum([part.l_a for part in parts], deltas_a_Pn.exp())
     l_hard = None
     if hard_temperature is not None:
-        alphas = [(delta_a * hard_temperature).exp() for delta_a in deltas_a]
-        l_hard = _present(left.l_hard) * alphas[0] + _present(right.l_hard) * alphas[1]
-    if left.m_b is None or right.m_b is None:
+        l_hard = _sum([_present(part.l_hard) for part in parts], (deltas_a_Pn * hard_temperature).exp())
+    if parts[0].m_b is None:
         return SoftmaxStats(m_a, l_a, l_hard, None, None, None)
-    m_b = torch.maximum(left.m_b, right.m_b)
-    l_b, cross_term = torch.zeros_like(m_b), torch.zeros_like(m_b)
-    for side, delta_a in zip(sides, deltas_a, strict=True):
-        delta_b = _present(side.m_b) - m_b
-        alpha_b = delta_b.exp()
-        l_b = l_b + _present(side.l_b) * alpha_b
-        cross_term = cross_term + (_present(side.cross_term) + _present(side.l_b) * (delta_b - delta_a)) * alpha_b
-    return SoftmaxStats(m_a, l_a, l_hard, m_b, l_b, cross_term)
+    m_b_PKn = torch.stack([_present(part.m_b) for part in parts])
+    m_b = m_b_PKn.amax(0)
+    deltas_b_PKn = m_b_PKn - m_b
+    alphas_b_PKn = deltas_b_PKn.exp()
+    l_b_PKn = torch.stack([_present(part.l_b) for part in parts])
+    cross_term_PKn = torch.stack([_present(part.cross_term) for part in parts]) + l_b_PKn * (deltas_b_PKn - deltas_a_Pn[:, None])
+    return SoftmaxStats(m_a, l_a, l_hard, m_b, (l_b_PKn * alphas_b_PKn).sum(0), (cross_term_PKn * alphas_b_PKn).sum(0))
+
+
+def _sum(parts: Sequence[Tensor], weights_Pn: Tensor) -> Tensor:
+    return (torch.stack(list(parts)) * weights_Pn).sum(0)
 
 
 def merge_over_ranks(local: SoftmaxStats, ranks: Ranks, hard_temperature: float | None) -> SoftmaxStats:
@@ -124,13 +128,11 @@ def merge_over_ranks(local: SoftmaxStats, ranks: Ranks, hard_temperature: float 
         return local
     shapes = [None if field is None else field.shape for field in local]
     flat_1F = torch.cat([field.flatten() for field in local if field is not None])[None]
-    merged: SoftmaxStats | None = None
+    parts: list[SoftmaxStats] = []
     for flat_F in ranks.gather(flat_1F).unbind(0):
         fields = iter(flat_F.split([shape.numel() for shape in shapes if shape is not None]))
-        of_rank = SoftmaxStats(*(None if shape is None else next(fields).view(shape) for shape in shapes))  # type: ignore[arg-type]
-        merged = of_rank if merged is None else merge(merged, of_rank, hard_temperature)
-    assert merged is not None
-    return merged
+        parts.append(SoftmaxStats(*(None if shape is None else next(fields).view(shape) for shape in shapes)))  # type: ignore[arg-type]
+    return merge(parts, hard_temperature)
 
 
 class UpstreamGradients(NamedTuple):
@@ -173,3 +175,13 @@ class SlopeWeights(NamedTuple):
 
     def lines(self, selected: slice) -> SlopeWeights:
         return SlopeWeights(*(None if field is None else field[..., selected] for field in self))  # type: ignore[arg-type]
+
+    def moved(self, m_a: Tensor, m_b: Tensor | None, hard_temperature: float | None) -> SlopeWeights:
+        """The same terms written with one reference for all lines in place of each one's own. m_a: (); m_b: (K,)."""
+        by_a = m_a - self.m_a
+        hard = None if self.hard is None or hard_temperature is None else self.hard * (by_a * hard_temperature).exp()
+        student = self.student * by_a.exp()
+        if self.m_b is None or self.teacher is None or m_b is None:
+            return SlopeWeights(m_a.expand_as(self.m_a), student, hard, None, None)
+        m_b_Kn = m_b[:, None].expand_as(self.m_b)
+        return SlopeWeights(m_a.expand_as(self.m_a), student, hard, m_b_Kn, self.teacher * (m_b_Kn - self.m_b).exp())

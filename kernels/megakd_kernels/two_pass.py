@@ -2,9 +2,9 @@
 
 The forward pass computes the statistics of the own rows, and its rows' part of those of the columns. The backward pass forms each panel
 of logits again, turns it into the slope (d loss / d logits, differences of softmaxes) and multiplies it with the embeddings at once.
-What works on the logits themselves is a `TwoPassKernels`: plain torch (`TorchTwoPass`) or Triton (`triton.two_pass`).
+What works on the logits themselves is a `TwoPassKernels`: plain torch (`two_pass_torch`) or Triton (`triton.two_pass`).
 
-Legend: B rows of this rank, N columns (rows of all ranks), M columns of a block, D width, c rows of a panel, W ranks.
+Legend: B rows of this rank, N columns (rows of all ranks), M columns of a block, D width, c rows and C columns of a tile, W ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megakd_kernels.distributed import Block, Ranks, Sweep
-from megakd_kernels.panels import Logits, add_product, chunks, scratch_panels
+from megakd_kernels.panels import Logits, add_product
 from megakd_kernels.precision import full_precision, save, saved_once
 from megakd_kernels.softmax_stats import (
     SLOPE_GAIN,
@@ -26,9 +26,11 @@ from megakd_kernels.softmax_stats import (
     join,
     merge,
     merge_over_ranks,
-    panel_stats,
 )
-from megakd_kernels.types import CheckedPair, SimilarityLoss, compute_dtype
+from megakd_kernels.types import CheckedPair, SimilarityLoss, compute_dtype, needs_grad
+
+Kept = tuple[Tensor, ...]
+"""Logits of a forward pass for the backward pass, which leaves them as they are; () where all are formed again."""
 
 
 class StripeLogits(NamedTuple):
@@ -45,80 +47,26 @@ class TwoPassKernels(Protocol):
     def logits(self, left_BD: Tensor, right_MD: Tensor, gain: Tensor) -> Logits:
         """gain * left @ right.T, in the form that the other two methods take."""
 
-    def statistics(self, logits: StripeLogits, hard_temperature: float | None) -> tuple[SoftmaxStats, SoftmaxStats, Tensor | None]:
-        """Of the rows and of the columns over these logits alone, and the student's logits on the diagonal, (B,), if it is there."""
+    def statistics(
+        self, logits: StripeLogits, hard_temperature: float | None, keep: bool
+    ) -> tuple[SoftmaxStats, SoftmaxStats, Tensor | None, Kept]:
+        """Of the rows and of the columns over these logits alone, and the student's logits on the diagonal, (B,), if it is there.
 
-    def slopes(
-        self, logits: StripeLogits, sides: tuple[SlopeWeights, SlopeWeights], hard_temperature: float | None, diagonal_weight: Tensor
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """The rows and the panel (c, M) of SLOPE_GAIN * slope, in a dtype that the products take; each may reuse the one before.
-
-        sides: weights of the rows and of the columns. diagonal_weight: () to be subtracted on the diagonal.
+        keep: whether logits may be kept for `slopes`, as many as take no more memory than the embeddings.
         """
 
-
-class TorchTwoPass(NamedTuple):
-    """`TwoPassKernels` on any device. chunk: rows of logits held at a time."""
-
-    chunk: int
-
-    def logits(self, left_BD: Tensor, right_MD: Tensor, gain: Tensor) -> Logits:
-        return Logits.of(left_BD, right_MD, gain)
-
-    def statistics(self, logits: StripeLogits, hard_temperature: float | None) -> tuple[SoftmaxStats, SoftmaxStats, Tensor | None]:
-        row_parts: list[SoftmaxStats] = []
-        diagonal_parts: list[Tensor] = []
-        columns: SoftmaxStats | None = None
-        scratch = scratch_panels(5 if logits.teachers else 3, self.chunk, logits.student)
-        for rows in chunks(len(logits.student.left_BD), self.chunk):
-            a_cM = logits.student.rows(rows, scratch[-1])
-            if logits.diagonal is not None:
-                diagonal_parts.append(a_cM.diagonal(logits.diagonal + rows.start).clone())
-            teacher_panels = (teacher.rows(rows, scratch[-2]) for teacher in logits.teachers)
-            of_rows, of_columns = panel_stats(a_cM, teacher_panels, hard_temperature, scratch)
-            row_parts.append(of_rows)
-            columns = of_columns if columns is None else merge(columns, of_columns, hard_temperature)
-        assert columns is not None
-        return join(row_parts), columns, torch.cat(diagonal_parts) if diagonal_parts else None
-
     def slopes(
-        self, logits: StripeLogits, sides: tuple[SlopeWeights, SlopeWeights], hard_temperature: float | None, diagonal_weight: Tensor
-    ) -> Iterator[tuple[slice, Tensor]]:
-        rows, columns = sides
-        scratch = scratch_panels(3, self.chunk, logits.student)
-        for panel in chunks(len(logits.student.left_BD), self.chunk):
-            slope_cM = _slope(logits, panel, (rows.lines(panel), columns), hard_temperature, scratch)
-            if logits.diagonal is not None:
-                slope_cM.diagonal(logits.diagonal + panel.start).sub_(diagonal_weight)
-            yield panel, slope_cM.to(logits.student.right_ND.dtype)
+        self,
+        logits: StripeLogits,
+        sides: tuple[SlopeWeights, SlopeWeights],
+        hard_temperature: float | None,
+        diagonal_weight: Tensor,
+        kept: Kept,
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows, columns and there SLOPE_GAIN * slope, (c, C), in a dtype that the products take; each may reuse the one before.
 
-
-def _slope(
-    logits: StripeLogits, rows: slice, sides: tuple[SlopeWeights, SlopeWeights], hard_temperature: float | None, scratch: Sequence[Tensor]
-) -> Tensor:
-    """The softmaxes of both sides, summed, in the first of three scratch panels."""
-    slope_cM, work_cM = (panel[: rows.stop - rows.start] for panel in scratch[:2])
-    slope_cM.zero_()
-    a_cM = logits.student.rows(rows, scratch[2])
-    for side, dim in zip(sides, (1, 0), strict=True):
-        _add_softmax(slope_cM, a_cM, side.m_a, side.student, dim, 1.0, work_cM)
-        if side.hard is not None and hard_temperature is not None:
-            _add_softmax(slope_cM, a_cM, side.m_a, side.hard, dim, hard_temperature, work_cM)
-    for number, teacher in enumerate(logits.teachers):
-        b_cM = teacher.rows(rows, scratch[2])
-        for side, dim in zip(sides, (1, 0), strict=True):
-            assert side.m_b is not None
-            assert side.teacher is not None
-            _add_softmax(slope_cM, b_cM, side.m_b[number], side.teacher[number], dim, 1.0, work_cM)
-    return slope_cM
-
-
-def _add_softmax(slope_cM: Tensor, logits_cM: Tensor, m: Tensor, weight: Tensor, dim: int, temperature: float, work_cM: Tensor) -> None:
-    """slope += weight * exp(temperature * (logits - m)); m and weight hold a number a line, rows at dim 1, columns at dim 0."""
-    shifted_cM = torch.sub(logits_cM, m.unsqueeze(dim), out=work_cM)
-    if temperature != 1:
-        shifted_cM.mul_(temperature)
-    slope_cM.addcmul_(shifted_cM.exp_(), weight.unsqueeze(dim))
+        sides: weights of the rows and of the columns. diagonal_weight: () to be subtracted on the diagonal. kept: of `statistics`.
+        """
 
 
 class TwoPass(NamedTuple):
@@ -146,26 +94,30 @@ class TwoPass(NamedTuple):
 
 
 class _Statistics(NamedTuple):
-    """Of the own rows, of all N columns over the rows of all ranks, and the own diagonal of the student's logits."""
+    """Of the own rows, of all N columns over the rows of all ranks, the own diagonal of the student's logits, and what was kept of them."""
 
     rows: SoftmaxStats
     columns: SoftmaxStats
     diagonal_B: Tensor
+    kept: Kept
 
 
-def _statistics(student: CheckedPair, teachers: Sequence[CheckedPair], sweep: Sweep, dtype: torch.dtype, plan: TwoPass) -> _Statistics:
+def _statistics(
+    student: CheckedPair, teachers: Sequence[CheckedPair], sweep: Sweep, dtype: torch.dtype, plan: TwoPass, keep: bool
+) -> _Statistics:
     rows: SoftmaxStats | None = None
+    kept: Kept = ()
     columns: dict[int, SoftmaxStats] = {}
     diagonal_B: Tensor | None = None
     for block in sweep:
         logits = plan.logits(student, teachers, block, dtype)
-        of_rows, columns[block.first], diagonal = plan.kernels.statistics(logits, plan.hard_temperature)
-        rows = of_rows if rows is None else merge(rows, of_rows, plan.hard_temperature)
+        of_rows, columns[block.first], diagonal, kept = plan.kernels.statistics(logits, plan.hard_temperature, keep)
+        rows = of_rows if rows is None else merge([rows, of_rows], plan.hard_temperature)
         diagonal_B = diagonal if diagonal_B is None else diagonal_B
     assert rows is not None
     assert diagonal_B is not None
     joined = join([columns[first] for first in sorted(columns)])
-    return _Statistics(rows, merge_over_ranks(joined, plan.ranks, plan.hard_temperature), diagonal_B)
+    return _Statistics(rows, merge_over_ranks(joined, plan.ranks, plan.hard_temperature), diagonal_B, kept)
 
 
 def _losses(stats: _Statistics, plan: TwoPass) -> tuple[Tensor, Tensor]:
@@ -212,12 +164,13 @@ def _gradients(saved: _Saved, sweep: Sweep, upstream: UpstreamGradients, plan: T
     for block in sweep:
         logits = plan.logits(student, teachers, block, dtype)
         right_MD = logits.student.right_ND
+        left_BD = student.image.to(right_MD.dtype)
         sides = (rows, columns.lines(slice(block.first, block.first + len(right_MD))))
-        for panel, slope_cM in plan.kernels.slopes(logits, sides, plan.hard_temperature, diagonal_weight):
+        for of_rows, of_columns, slope_cC in plan.kernels.slopes(logits, sides, plan.hard_temperature, diagonal_weight, stats.kept):
             if image_BD is not None:
-                add_product(image_BD[panel], slope_cM, right_MD)
+                add_product(image_BD[of_rows], slope_cC, right_MD[of_columns])
             if block.grad is not None:
-                add_product(block.grad, slope_cM.T, student.image[panel])
+                add_product(block.grad[of_columns], slope_cC.T, left_BD[of_rows])
     scale = (image_BD * student.image).sum(1).sum() if need_scale and image_BD is not None else None
     return _Gradients(image_BD if need_image else None, sweep.own_grad() if need_text else None, scale)
 
@@ -231,12 +184,12 @@ def _sweep(
 class _TwoPassLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, teachers: tuple[CheckedPair, ...], plan: TwoPass
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, teachers: tuple[CheckedPair, ...], plan: TwoPass, keep: bool
     ) -> tuple[Tensor, Tensor]:
         student = CheckedPair(image, text, scale)
         dtype = compute_dtype(*student, *(tensor for pair in teachers for tensor in pair))
         sweep = _sweep(student, teachers, plan, None)
-        stats = _statistics(student, teachers, sweep, dtype, plan)
+        stats = _statistics(student, teachers, sweep, dtype, plan, keep)
         save(ctx, _Saved(student, teachers, stats, sweep.gathered))
         ctx.plan = plan
         kd, hard = _losses(stats, plan)
@@ -260,11 +213,13 @@ class _TwoPassLoss(torch.autograd.Function):
             image = None if gradients.image_BD is None else gradients.image_BD.mul_(scaled).to(student.image.dtype)
             text = None if gradients.text_BD is None else gradients.text_BD.mul_(scaled).to(student.text.dtype)
             scale = None if gradients.scale is None else (gradients.scale * factor).to(student.scale.dtype)
-        return image, text, scale, None, None
+        return image, text, scale, None, None, None
 
 
 def two_pass(student: CheckedPair, teachers: tuple[CheckedPair, ...], plan: TwoPass) -> SimilarityLoss:
     """See `similarity_kd`."""
     if not teachers:
         plan = plan._replace(temperature=1.0)  # only the hard part is left, and its own temperature is 1
-    return SimilarityLoss(*_TwoPassLoss.apply(*student, teachers, plan))
+    # A ring is for memory that is short; and its blocks of columns pass by one at a time.
+    keep = any(needs_grad(*student)) and not plan.ring
+    return SimilarityLoss(*_TwoPassLoss.apply(*student, teachers, plan, keep))

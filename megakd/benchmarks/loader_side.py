@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 
-def ours(shards: str, batch: int, workers: int, warm_up: int, batches: int, sizes: list[int]) -> dict[str, float]:
-    """megakd's loader on a glob pattern; sizes: a tower's input in pixels, for each tower, whose `normalise` is part of the work."""
+def ours(shards: str, batch: int, workers: int, warm_up: int, batches: int, sizes: list[int], data: dict[str, str]) -> dict[str, float]:
+    """megakd's loader on a glob pattern; sizes: a tower's input in pixels, for each tower, whose `normalise` is part of the work.
+
+    data: keys of the recipe's section beside `train` and `workers`.
+    """
     import open_clip
     import torch
     from open_clip.transform import PreprocessCfg
@@ -28,9 +31,9 @@ def ours(shards: str, batch: int, workers: int, warm_up: int, batches: int, size
     from megakd.data.transforms import TowerView, normalise
     from megakd.recipe import Data, Views
 
-    data = Data.model_validate({"train": shards, "workers": workers})
-    opened = ShardSet.open(data, rank=0, world=1, barrier=lambda: None)
-    order = Order(len(opened), batch, 0, data.block, data.window)
+    settings = Data.model_validate({"train": shards, "workers": workers, **data})
+    opened = ShardSet.open(settings, rank=0, world=1, barrier=lambda: None)
+    order = Order(len(opened), batch, 0, settings.block, settings.window)
     views = Views.model_validate({"crop_scale": [0.9, 1.0], "flip": 0.0})
     tokenize = open_clip.SimpleTokenizer()
     towers = {f"tower{number}": TowerView(PreprocessCfg(size=size), tokenize) for number, size in enumerate(sizes)}

@@ -45,7 +45,8 @@ for verb in VERBS:
 for verb in (data.check, data.tokenizer):
     helpers.command()(verb)
 app.add_typer(helpers, name="data")
-for verb in (bench.step, bench.loader, bench.teacher_load, bench.teacher_speed, bench.cached, bench.objectives, bench.traffic):
+sides = (bench.step, bench.loader, bench.teacher_load, bench.teacher_speed, bench.cached, bench.objectives, bench.traffic)
+for verb in (*sides, bench.start, bench.growth, bench.share):
     benchmarks.command(verb.__name__.replace("_", "-"))(verb)
 benchmarks.command("plan")(bench.plan_check)
 app.add_typer(benchmarks, name="bench")

@@ -33,12 +33,15 @@ def loader(
     workers: Workers = 2,
     batch: Annotated[int, typer.Option(min=1, help="samples a batch")] = 64,
     batches: Annotated[int, typer.Option(min=1, help="timed batches a round, rounded up to whole turns of the workers")] = 32,
+    sources: Annotated[
+        str, typer.Option(help="pictures: set (256 px and more, synthetic), or photographs of 256, 512, 1024 px; with commas")
+    ] = "set,256,512,1024",
     json: Json = None,
 ) -> None:
     """Samples/s of the training loader against open_clip's webdataset loader, on the same shards."""
     from megakd.benchmarks import loader as benchmark
 
-    benchmark.run(rounds, workers, batch, batches, json)
+    benchmark.run(rounds, workers, batch, batches, sources, json)
 
 
 def teacher_load(
@@ -98,6 +101,17 @@ def objectives(
     benchmark.run(pairs or [1024, 8192], rounds, only or [], json)
 
 
+def start(
+    rounds: Rounds = 5,
+    shards: Annotated[list[int] | None, typer.Option(min=1, help="shards of a set; repeatable; default: 1, 10, 100, 1000, 10000")] = None,
+    json: Json = None,
+) -> None:
+    """Processor seconds of a dry run of smoke beside its libraries' imports, and of reading a set's indexes at a resume."""
+    from megakd.benchmarks import start as benchmark
+
+    benchmark.run(rounds, shards or [1, 10, 100, 1000, 10000], json)
+
+
 def plan_check(json: Json = None) -> None:
     """What `megakd plan` predicts against what runs on this machine take."""
     from megakd.benchmarks import plan_check as benchmark
@@ -113,3 +127,32 @@ def traffic(
     from megakd.benchmarks import traffic as benchmark
 
     benchmark.run(ranks or [2, 4], json)
+
+
+def growth(
+    axis: Annotated[list[str] | None, typer.Option(help="shards, questions, ranks or batch; repeatable; default: all")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="runs of each point")] = 2,
+    threads: Threads = 1,
+    out: Annotated[Path | None, typer.Option(help="folder for growth.csv, growth.svg and growth.png")] = None,
+    json: Json = None,
+) -> None:
+    """How a step's processor time grows with shards, questions, ranks and batch, and a start's time and memory with the first two."""
+    from megakd.benchmarks import growth as benchmark
+
+    benchmark.run(axis or [], rounds, threads, out, json)
+
+
+def share(
+    rounds: Rounds = 3,
+    batch: Annotated[int, typer.Option(min=4, help="pairs a step, of both ranks")] = 2048,
+    steps: Steps = 5,
+    micro_batch: Annotated[int, typer.Option(min=1, help="pairs of a rank that go through the student at once")] = 64,
+    workers: Workers = 1,
+    threads: Threads = 1,
+    student: Annotated[str | None, typer.Option(help="open_clip name; default: 12 layers of width 192, 224 px, 32-pixel patches")] = None,
+    json: Json = None,
+) -> None:
+    """The share of a step outside the towers: two ranks, a teacher from a store."""
+    from megakd.benchmarks import share as benchmark
+
+    benchmark.run(rounds, batch, steps, micro_batch, workers, threads, student, json)

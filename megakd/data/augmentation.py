@@ -25,7 +25,7 @@ from megakd.data.sampler import uniform
 from megakd.recipe import Views
 from megakd.recipe.views import MOST_MAGNITUDE, Blur, ColorJitter, Erase, RandAugment
 
-Box = tuple[int, int, int, int]
+Box = tuple[float, float, float, float]
 Color = tuple[int, int, int]
 
 _ATTEMPTS = 10  # torchvision's, to find a rectangle
@@ -64,8 +64,9 @@ class Erasure:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A crop (left, top, right, bottom) in pixels of the stored image, mirrored after it if `flip`; then the operations, and the erasure.
+    """A crop (left, top, right, bottom), mirrored after it if `flip`; then the operations, and the erasure.
 
+    box: in pixels of the stored image, whole ones as drawn; of one that was decoded smaller, fractions too.
     interpolation, fill: of operations that move pixels, and the colour of what they leave empty.
     """
 

@@ -1,6 +1,6 @@
 """Image-text pairs to train on: shards -> batches of one view per tower.
 
-1. A worker decodes each image once, draws one augmentation for it, and applies that at every tower's size.
+1. A worker draws one augmentation for each image and applies it at every tower's size, decoding as `pictures.py` says.
 2. Captions are tokenised as one list for every tokenizer.
 3. Where a store of teacher embeddings is given, the worker replays its augmentations and reads its rows.
 
@@ -16,17 +16,17 @@ from typing import NamedTuple, Unpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from megakd.data.augmentation import Augmentation, draw, draw_stored
 from megakd.data.bad_samples import BadCounter, BadSample, located
 from megakd.data.caption_tokens import Tokenize
 from megakd.data.captions import CaptionPolicy, Captions
 from megakd.data.mixture import AnyOrder
+from megakd.data.pictures import Picture
 from megakd.data.resumable import BatchSource, Loading, ResumableBatches
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.store.reader import Store, StoredRows
-from megakd.data.transforms import TowerView, rgb_image, train_pixels
+from megakd.data.transforms import TowerView
 from megakd.recipe import Data, Views
 
 
@@ -169,12 +169,13 @@ class TrainingPairs(BatchSource[Sample, PairRows, _PairColumns]):
         return PairRows(pixels, [""] * count, np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, np.bool_))
 
     def fill(self, rows: PairRows, row: int, position: int, index: int, item: Sample) -> None:
-        image, captions = decoded(item, self.shards.captions if self.captions else None, self.shards.data)
-        if captions is not None:
-            self.say(rows, row, captions, *self._caption_place(position, index))
-        augmentation = self._augmentation(position, index, *image.size)
-        for pixels, size in zip(rows.pixels, self.sizes, strict=True):
-            pixels[row].numpy()[...] = train_pixels(image, augmentation, size)
+        with located(item.where):
+            picture, captions = opened_pair(item, self.shards.captions if self.captions else None, self.shards.data)
+            if captions is not None:
+                self.say(rows, row, captions, *self._caption_place(position, index))
+            augmentation = self._augmentation(position, index, *picture.size)
+            for pixels, size in zip(rows.pixels, self.sizes, strict=True):
+                pixels[row].numpy()[...] = picture.pixels(augmentation, size)
 
     def say(self, rows: PairRows, row: int, captions: Captions, seed: int, place: tuple[int, int]) -> int:
         """Draw one of a sample's captions into its row. Returns its number among them."""
@@ -210,8 +211,7 @@ class TrainingPairs(BatchSource[Sample, PairRows, _PairColumns]):
         return self.store.manifest.seed, (index, 1 + self.store.view_at(self.order.epoch(position)))
 
 
-def decoded(sample: Sample, policy: CaptionPolicy | None, data: Data) -> tuple[Image.Image, Captions | None]:
-    """The image in RGB, and the sample's captions, None without a policy. Raises BadSample, with the sample's place."""
-    with located(sample.where):
-        captions = None if policy is None else policy.read(sample.members)
-        return rgb_image(sample.members["image"], data), captions
+def opened_pair(sample: Sample, policy: CaptionPolicy | None, data: Data) -> tuple[Picture, Captions | None]:
+    """The image, and the sample's captions, None without a policy. Raises BadSample, as the picture's pixels do."""
+    captions = None if policy is None else policy.read(sample.members)
+    return Picture(sample.members["image"], data), captions

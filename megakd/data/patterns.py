@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 
-from megakd.data.storage import INDEX, Stat, is_remote, local_path, shown, stat_all
+from megakd.data.storage import INDEX, SET_INDEX, Stat, is_remote, local_path, shown, stat_all
 
 # {00000..01243}, {10..1}, {0..90..10}, {a..e}
 _NUMBERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
@@ -103,7 +103,7 @@ def _matches(name: str, pattern: str) -> list[str]:
         raise ValueError(
             f"{pattern!r}: '**' stands for folders at any depth and has to be a whole part of the path, as in 'shards/**/*.tar'"
         )
-    matches = [match for match in sorted(glob.glob(name, recursive=True)) if not match.endswith(INDEX)]
+    matches = [match for match in sorted(glob.glob(name, recursive=True)) if not match.endswith((INDEX, SET_INDEX))]
     if packed := [match for match in matches if _COMPRESSED.search(match.lower())]:
         raise ValueError(
             f"{pattern!r} finds {len(packed)} compressed tars ({shown(packed[0])}), samples of which cannot be read out of order: "

@@ -1,7 +1,7 @@
 """A set of shards as one long array of samples, each read by its index.
 
 1. `patterns` turns the recipe's patterns into shards that exist.
-2. `tar_index` knows where the members of each sample lie in its tar.
+2. `tar_index` knows where the members of each sample lie in its tar, `set_index` what the indexes of all shards tell.
 3. `ShardSet` maps a sample's index to its shard and row, and `storage.Reader` fetches its bytes in one read.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.data import tar_index
+from megakd.data import set_index, tar_index
 from megakd.data.bad_samples import OF_CAPTIONS, BadCounter, BadSample, Reason
 from megakd.data.captions import CaptionPolicy
 from megakd.data.mixture import Source
@@ -33,7 +33,6 @@ from megakd.data.tar_members import expand as expand_sparse
 from megakd.recipe import Data
 from megakd.recipe.credentials import unsigned
 from megakd.recipe.sources import PairSource
-from megakd.runtime.console import LongWork, with_progress
 
 __all__ = ["Sample", "ShardSet", "expand"]
 
@@ -41,7 +40,6 @@ __all__ = ["Sample", "ShardSet", "expand"]
 _OPEN_INDEXES = 1024
 _LARGEST_GAP = 64 << 10  # bytes between two members that are read at once
 _CHANGED = "the shard has changed since it was indexed"
-_UNREADABLE = "check the disk or the network, and its permissions"
 _REMOTE_READS = 16  # requests under way at a time
 _OF_DR = ". DataCompDR's own tars hold neither: unpack each with DataComp's tar of that number, and pack both into one"
 
@@ -77,6 +75,7 @@ class ShardSet:
     lacking: dict[str, tuple[int, str]]
     sources: tuple[Source, ...]  # of a mixture, whose samples follow each other in this order; weights are sizes where none is given
     _reader: Reader
+    _unchecked: NDArray[np.bool_]  # (shards,) whose index's checksum has not been compared yet
     further: Further = ()  # members that may be read beside those, each by its extension
     _rows: OrderedDict[int, IndexRows] = field(default_factory=OrderedDict)
 
@@ -140,24 +139,7 @@ class ShardSet:
         else:
             by_source = {"": expand_with_stats(patterns)}
         named = [shard for shards in by_source.values() for shard in shards]
-        failure: ValueError | OSError | None = None
-        try:
-            new = [shard for shard in named[rank::world] if tar_index.load_checked(*shard, policy.members, data.cache, further) is None]
-            with LongWork("indexing", sum(stat.size for _, stat in new), "bytes") as work:
-                for name, stat in new:
-                    tar_index.build(name, stat, policy.members, data.cache, further, work.advance)
-        except (ValueError, OSError) as error:  # raised behind the barrier, where the others wait
-            failure = error
-        barrier()
-        if isinstance(failure, OSError):
-            raise ValueError(f"a shard cannot be read: {failure}; {_UNREADABLE}") from failure
-        if failure is not None:
-            raise failure
-        try:
-            shards = with_progress(named, "reading the indexes", "shards")
-            indexes = [tar_index.known(_index(name, stat, policy, data.cache, further, tar_index.load_checked)) for name, stat in shards]
-        except OSError as error:
-            raise ValueError(f"a shard cannot be read: {error}; {_UNREADABLE}") from error
+        indexes, unchecked = set_index.known(named, policy.members, data.cache, further, rank, world, barrier)
         names, samples = [name for name, _ in named], [known.samples for known in indexes]
         lacking, sources, bad, end = _lacking(names, indexes), list[Source](), BadCounter(), 0
         for source, shards_of in by_source.items():
@@ -176,7 +158,7 @@ class ShardSet:
         starts = np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
         log.info("%d samples in %d shards", starts[-1], len(named))
         digest = zlib.crc32(repr([known.digest for known in indexes]).encode())
-        place = tuple(sources), Reader(data.cache), further
+        place = tuple(sources), Reader(data.cache), unchecked, further
         return cls(names, [stat for _, stat in named], data, starts, bad, digest, policy, lacking, *place)
 
     def __len__(self) -> int:
@@ -281,7 +263,15 @@ class ShardSet:
         return shard, row
 
     def _samples_of(self, shard: int) -> IndexRows:
-        return tar_index.samples(_index(self.names[shard], self.stats[shard], self.captions, self.data.cache, self.further))
+        name, members = self.names[shard], self.captions.members
+        index = tar_index.load_or_build(
+            name, self.stats[shard], members, self.data.cache, self.further, checked=bool(self._unchecked[shard])
+        )
+        self._unchecked[shard] = False
+        rows = tar_index.samples(index)
+        if len(rows) != int(self.starts[shard + 1] - self.starts[shard]):
+            raise ValueError(f"{shown(name)} has {len(rows)} samples now, other than when the run began: {_CHANGED}; start it again")
+        return rows
 
     def _label(self, shard: int, row: np.void) -> str:
         key = bytes(row["key"]).decode("utf-8", "backslashreplace")
@@ -314,25 +304,13 @@ def _content(place: _MemberPlace, data: bytes) -> bytes:
     return expand_sparse(data) if place.offset & SPARSE else data[HEADER:]
 
 
-def _index(
-    name: str,
-    stat: Stat,
-    policy: CaptionPolicy,
-    cache: str | None,
-    further: Further,
-    load: Callable[..., IndexRows | None] | None = None,
-) -> IndexRows:
-    rows = (load or tar_index.load)(name, stat, policy.members, cache, further)
-    return tar_index.build(name, stat, policy.members, cache, further) if rows is None else rows
-
-
 def _known_bad(names: list[str], indexes: list[Known], source: str) -> BadCounter:
     """Counts over the samples that the indexes have, and those that they know to be lost. source: of a mixture, "" without one."""
     sound = [known.samples for known in indexes if not known.losses.why]
-    elsewhere = round(sum(sound) / len(sound)) if sound else None
+    elsewhere, alike = round(sum(sound) / len(sound)) if sound else None, len(set(sound)) == 1
     bad = BadCounter()
     for name, known in zip(names, indexes, strict=True):
-        lost = known.lost(elsewhere, alike=len(set(sound)) == 1)
+        lost = known.lost(elsewhere, alike=alike)
         fewer = "its _stats.json tells of more samples; remove that file if some were taken out on purpose"
         counts: list[tuple[Reason, int, str]] = [("truncated_tar", lost, known.losses.why or fewer)]
         counts += [("missing_image", *known.missing_image), ("missing_caption", *known.missing_caption)]

@@ -32,6 +32,7 @@ OPEN_FILES = 256
 _STAT_THREADS = 32
 _STAMP = (1 << 63) - 1
 INDEX = ".index.npy"  # suffix of a shard's index
+SET_INDEX = ".set-index.json"  # and of the file with what the indexes of a whole set tell
 # Errors that another attempt cannot change.
 _PERMANENT = (
     *(FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
 import re
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +34,7 @@ Further = tuple[str, ...]  # extensions of members beside those of `samples.SLOT
 # `Known` without the counts that rows tell.
 _MAGIC = b"megakd-index-2"
 _LONGEST_KEY = 64
+_NPY_1_0, _START = b"\x93NUMPY\x01\x00", struct.Struct("<8sH")  # what a .npy begins with, and the length of its header
 _COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
 SPARSE = 1 << 63  # flag of an offset: the member is sparse, and its bytes are those of its headers and packed data
 HEADER = tar_members.BLOCK  # before a member's data; `check` is its checksum, and it is read along with the data
@@ -56,6 +60,22 @@ class Known:
     digest: int
     lacking: dict[str, tuple[int, str]]
 
+    @classmethod
+    def of_report(cls, report: dict[str, Any], samples: int, digest: int) -> Known:
+        """Of the JSON that `report` gives. Raises what damaged JSON makes Python raise: ValueError, KeyError, TypeError, AttributeError."""
+        missing = {name: (int(count), str(key)) for name, (count, key) in report["missing"].items()}
+        losses = Losses(**report["losses"])
+        for counts in (losses.dropped, losses.unused):
+            counts |= {name: (int(count), str(example)) for name, (count, example) in counts.items()}
+        lacking = {name: (int(count), str(key)) for name, (count, key) in report.get("lacking", {}).items()}
+        return cls(samples, **missing, losses=losses, expected=report["expected"], digest=digest, lacking=lacking)
+
+    def report(self) -> dict[str, Any]:
+        """As JSON, without what rows tell: the number of samples and the digest."""
+        missing = {name: getattr(self, name) for name in ("missing_image", "missing_caption", "empty_caption")}
+        losses = {field.name: getattr(self.losses, field.name) for field in dataclasses.fields(Losses)}
+        return {"missing": missing, "lacking": self.lacking, "losses": losses, "expected": self.expected}
+
     def lost(self, elsewhere: int | None, alike: bool) -> int:
         """Samples that damage took, as far as can be told. elsewhere: mean samples of a sound shard of the set; alike: all hold as many."""
         dropped = sum(count for count, _ in self.losses.dropped.values())
@@ -70,12 +90,7 @@ class Known:
 def known(rows: IndexRows) -> Known:
     head = rows[0]
     report = json.loads(np.ascontiguousarray(rows[1 : 1 + int(head["json_offset"])]).tobytes()[: int(head["caption_size"])])
-    missing = {name: (int(count), str(key)) for name, (count, key) in report.pop("missing").items()}
-    losses = Losses(**report["losses"])
-    for counts in (losses.dropped, losses.unused):
-        counts |= {name: (int(count), str(example)) for name, (count, example) in counts.items()}
-    lacking = {name: (int(count), str(key)) for name, (count, key) in report.get("lacking", {}).items()}
-    return Known(len(samples(rows)), **missing, losses=losses, expected=report["expected"], digest=int(head["json_size"]), lacking=lacking)
+    return Known.of_report(report, len(samples(rows)), int(head["json_size"]))
 
 
 def samples(rows: IndexRows) -> IndexRows:
@@ -100,9 +115,9 @@ def load_checked(name: str, stat: Stat, captions: tuple[str, ...], cache: str | 
 
 
 def _stored(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, further: Further, *, say: bool) -> Iterator[IndexRows]:
-    for path in _places(name, captions, cache, further):
+    for path in map(Path, _places(name, captions, cache, further)):
         try:
-            rows: IndexRows = np.load(path, mmap_mode="r", allow_pickle=False)
+            rows = _mapped(path)
         except FileNotFoundError:
             continue
         except Exception:  # cut short, or no .npy, whose header np.load reads as Python
@@ -111,6 +126,38 @@ def _stored(name: str, stat: Stat, captions: tuple[str, ...], cache: str | None,
             continue
         if _fits(rows, stat, captions, further):
             yield rows
+
+
+def _mapped(path: Path) -> IndexRows:
+    """As `np.load`, which parses each header anew: a run opens one index after the other, and most have equal headers."""
+    with path.open("rb") as file:
+        start = file.read(_START.size)
+        magic, length = _START.unpack(start) if len(start) == _START.size else (b"", 0)
+        if magic != _NPY_1_0:  # a later version, where a member's name is not Latin; or no .npy
+            return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+        shape, dtype = _header(file.read(length))
+        return np.memmap(file, dtype, "r", _START.size + length, shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def _header(text: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    shape, _, dtype = np.lib.format.read_array_header_1_0(BytesIO(len(text).to_bytes(2, "little") + text))
+    if dtype.hasobject:
+        raise ValueError("an array of objects, which are pickles")
+    return shape, dtype
+
+
+def is_stored(name: str, captions: tuple[str, ...], cache: str | None, further: Further) -> bool:
+    """Whether there is an index, of whatever tar of that name."""
+    return any(map(os.path.isfile, _places(name, captions, cache, further)))
+
+
+def load_or_build(
+    name: str, stat: Stat, captions: tuple[str, ...], cache: str | None, further: Further, *, checked: bool = False
+) -> IndexRows:
+    """The stored index, or a new one. checked: its checksum is compared. Raises as `build`."""
+    rows = (load_checked if checked else load)(name, stat, captions, cache, further)
+    return build(name, stat, captions, cache, further) if rows is None else rows
 
 
 def build(
@@ -133,7 +180,7 @@ def build(
         counted.to(stat.size)
     except PermissionError as error:
         raise ValueError(f"{shown(name)} may not be read ({error.strerror}): change its permissions, or who starts the run") from error
-    for path in _places(name, captions, cache, further):
+    for path in map(Path, _places(name, captions, cache, further)):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as partial, partial.open("wb") as file:
@@ -149,17 +196,20 @@ def build(
     return rows
 
 
-def _places(name: str, captions: tuple[str, ...], cache: str | None, further: Further) -> list[Path]:
-    """Where the index may be, best first: data.cache, beside the tar, the user's cache folder."""
+def _places(name: str, captions: tuple[str, ...], cache: str | None, further: Further) -> list[str]:
     suffix = f".{re.sub(r'[^A-Za-z0-9_-]', '_', '_'.join((*captions, *further)))}{INDEX}"
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megakd" / "indexes"
     absolute = name if is_remote(name) else os.path.abspath(local_path(name))
-    places = [Path(local_path(cache)) / "indexes" / (file_label(absolute) + suffix)] if cache else []
-    if not is_remote(name):
-        places.append(Path(absolute + suffix))
-    return [*places, user / (file_label(absolute) + suffix)]
+    return places(file_label(absolute) + suffix, None if is_remote(name) else absolute + suffix, cache)
 
 
+def places(label: str, beside: str | None, cache: str | None) -> list[str]:
+    """Where an index may be, best first: in data.cache as `label`, at the path `beside`, in the user's cache folder as `label`."""
+    user = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "megakd", "indexes", label)
+    own = [os.path.join(local_path(cache), "indexes", label)] if cache else []
+    return [*own, *([] if beside is None else [beside]), user]
+
+
+@functools.cache
 def _dtype(width: int, captions: tuple[str, ...], further: Further) -> np.dtype[np.void]:
     kinds = (("offset", "<u8"), ("size", "<u4"), ("check", "<u4"))
     slots = dict.fromkeys((*SLOTS, *slots_of(captions).values(), *further))

@@ -28,11 +28,12 @@ def losses(_: Place) -> Iterator[Finding]:
     """The distillation loss of image-text similarities with its gradient, at a small and a large batch."""
     import torch
 
+    from megakd.runtime import precision
     from megakd_kernels import choose, dispatch
 
     device = _device()
     for pairs in PAIRS:
-        backend = choose("similarity_kd", pairs, device, torch.float32)
+        backend = choose("similarity_kd", pairs, device, torch.float32, halves=precision.of(device) == "bf16")
         student, teacher = _embeddings(pairs, device, learned=True), _embeddings(pairs, device, learned=False)
         seconds = _best({"loss": functools.partial(_distil, student, teacher)}, device, rounds=2)["loss"]
         facts = {"backend": backend, "pairs": pairs, "width": WIDTH, "seconds": seconds, "device": device.type}
@@ -55,7 +56,10 @@ def _embeddings(pairs: int, device: torch.device, *, learned: bool) -> _Embeddin
     import torch
     from torch.nn import functional as F
 
-    image, text = (F.normalize(torch.randn(pairs, WIDTH, device=device), dim=-1).requires_grad_(learned) for _ in range(2))
+    from megakd.runtime import precision
+
+    dtype = precision.dtype(precision.of(device))
+    image, text = (F.normalize(torch.randn(pairs, WIDTH, device=device), dim=-1).to(dtype).requires_grad_(learned) for _ in range(2))
     return _Embeddings(image, text, torch.tensor(20.0, device=device))
 
 

@@ -20,6 +20,7 @@ import submitit
 from megakd.runtime.environment import LOG_VARIABLE
 from megakd.runtime.exits import EXIT_SAVED
 from megakd.runtime.preemption import ignore_from_here, note_early
+from megakd.runtime.starting import without_garbage_collection
 
 
 class RunFailed(RuntimeError):
@@ -45,7 +46,8 @@ class Training:
         note_early()  # in place of submitit's own handler, which would requeue from here
         # run.json and error messages show the command without submitit
         sys.argv = ["megakd/train.py", *self.arguments, "--out", self.out, "--resume", self.resume]
-        from megakd.training.command import run_command
+        with without_garbage_collection():
+            from megakd.training.command import run_command
 
         errors = _LastMessage(sys.stderr)
         with contextlib.redirect_stderr(errors):

@@ -18,6 +18,7 @@ from megakd.objectives import cost
 from megakd.objectives.cost import LossCost, LossShape
 from megakd.recipe import Recipe
 from megakd.recipe.objectives import declaration
+from megakd.runtime import precision
 from megakd_kernels import SimilarityLoss, choose
 
 
@@ -142,6 +143,8 @@ def kernel_options(recipe: Recipe, loss: str, device: torch.device) -> KernelOpt
     """
     options: dict[str, Any] = {"backend": recipe.kernels.backend, "ring": recipe.kernels.ring}
     try:
-        return KernelOptions(backend=choose(loss, recipe.optim.batch, device, torch.float32, **options), ring=recipe.kernels.ring)
+        halves = precision.of(device) == "bf16"
+        chosen = choose(loss, recipe.optim.batch, device, torch.float32, halves=halves, **options)
+        return KernelOptions(backend=chosen, ring=recipe.kernels.ring)
     except ValueError as error:
         raise ValueError(f"kernels.backend = {recipe.kernels.backend!r}: {error}") from error

@@ -14,6 +14,7 @@ from megakd.models.heads import ModelShape
 from megakd.runtime import wire
 from megakd.runtime.wire import Wire
 from megakd_kernels.panels import chunk_rows
+from megakd_kernels.two_pass_torch import TorchTwoPass
 
 FP32 = 4
 # `PANEL_BYTES` of `megakd_kernels.triton.two_pass` and `SLAB_BYTES` of `megakd_kernels.triton.statistics`, modules that import triton
@@ -42,6 +43,7 @@ SOFTMAX_KD, SOFTMAX_HARD = LossFamily(10, 4, 5, (6, 2), (8, 4), (1, 1), 1), Loss
 SIGMOID_KD, SIGMOID_HARD = LossFamily(11, 3, 8, (6, 2), (6, 2), (1, 1), 1), LossFamily(5, 0, 4, (6, 0), (6, 0), (1, 0), 1)
 SIGMOID_BOTH = LossFamily(11, 3, 8, (6, 2), (10, 2), (1, 1), 2)
 INTERACTIVE = LossFamily(4, 2, 1, (0, 8), (0, 8), (0, 2), 0)
+TILES = {SOFTMAX_KD: 5, SOFTMAX_HARD: 4}  # of chunked on a CPU, in place of panels
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,10 @@ def of_kernel(of: LossFamily, backend: str, shape: LossShape) -> LossCost:
     else:
         columns = local if shape.ring else pairs
         panels = of.panels * chunk_rows(local, columns, torch.float32, shape.device) * columns * FP32
+        if of in TILES and shape.device.type == "cpu":
+            tiles = TorchTwoPass.of(local, columns, torch.float32, shape.device, None)
+            panels = TILES[of] * tiles.rows * tiles.columns * FP32 + kept(of, backend, shape)
+            own = 2 * FP32 * local * shape.widths[0]
     # Each rank tells all columns' statistics over its own rows: two numbers, and three for each teacher; elementwise losses have none.
     two_passes = of in (SOFTMAX_KD, SOFTMAX_HARD)
     statistics = (2 + 3 * shape.teachers * (of is SOFTMAX_KD)) * FP32 * pairs * ranks if two_passes else 0
@@ -140,6 +146,16 @@ def of_kernel(of: LossFamily, backend: str, shape: LossShape) -> LossCost:
     else:
         sent += wire.gathered(brought, ranks, sum(of.columns)) + wire.scattered(home, ranks, of.home)
     return LossCost(panels + standing + own + statistics, sent, pairs * local * _weighted(of.blocked, shape.widths))
+
+
+def kept(of: LossFamily, backend: str, shape: LossShape) -> int:
+    """Bytes of logits that a call keeps for its backward pass: of the softmax losses on a CPU."""
+    if backend != "chunked" or shape.ring or of not in TILES:
+        return 0
+    local, teachers = shape.pairs // shape.ranks, shape.teachers if of is SOFTMAX_KD else 0
+    tiles = TorchTwoPass.of(local, shape.pairs, torch.float32, shape.device, None)
+    widths = [shape.widths[0], *(shape.widths[1] // teachers for _ in range(teachers))]
+    return FP32 * tiles.rows * tiles.columns * sum(tiles.kept_tiles(local, shape.pairs, widths))
 
 
 def by_pair(shape: LossShape) -> int:
@@ -181,11 +197,12 @@ def relational(shape: LossShape, *, modalities: int, distance: bool, angle: bool
 def one_by_one(of: LossFamily, backend: str, shape: LossShape) -> LossCost:
     """A call of `megakd_kernels` for each teacher, as where their weights differ: the student's product is formed in each.
 
-    Beside the memory of one call: of eager five matrices for each further teacher wait for the backward; else the student's gradients.
+    Beside the memory of one call: of eager five matrices for each further teacher wait for the backward; else the student's gradients and
+    what a softmax loss keeps.
     """
     alone = replace(shape, teachers=1, widths=(shape.widths[0], shape.widths[1] // shape.teachers))
     each, further = of_kernel(of, backend, alone), shape.teachers - 1
-    by_panels = further * of.home * FP32 * shape.pairs * shape.widths[0]
+    by_panels = further * (of.home * FP32 * shape.pairs * shape.widths[0] + kept(of, backend, alone))
     waiting = 5 * further * FP32 * shape.pairs**2 if backend in ("eager", "compiled") else by_panels
     return LossCost(each.memory + waiting, each.wire.times(shape.teachers), shape.teachers * each.flops)
 

@@ -122,12 +122,13 @@ class Cross(_AmongTeachers):
         super().__init__(recipe, device, names, recipe.cross, "similarity_kd")
 
     def cost(self, shape: LossShape) -> LossCost:
-        """Two calls for each teacher; of eager four matrices of each further one wait for the backward."""
+        """Two calls for each teacher; of each further one four matrices of eager wait for the backward, or what the kernel keeps."""
         backend, count = self.options["backend"], max(1, shape.teachers)
         width = shape.widths[1] // count
-        one = cost.of_kernel(cost.SOFTMAX_KD, backend, replace(shape, teachers=1, widths=(width, width)))
-        waiting = 4 * (2 * count - 1) * cost.FP32 * shape.pairs**2 if backend in ("eager", "compiled") else 0
-        return LossCost(one.memory + waiting, one.wire.times(2 * count), 2 * count * one.flops)
+        alone = replace(shape, teachers=1, widths=(width, width))
+        one = cost.of_kernel(cost.SOFTMAX_KD, backend, alone)
+        each = 4 * cost.FP32 * shape.pairs**2 if backend in ("eager", "compiled") else cost.kept(cost.SOFTMAX_KD, backend, alone)
+        return LossCost(one.memory + (2 * count - 1) * each, one.wire.times(2 * count), 2 * count * one.flops)
 
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
         losses = []
@@ -163,11 +164,12 @@ class AugmentedFeature(_Scaled):
         return FusionHead(student.width, teacher.width, self.max_scale)
 
     def cost(self, shape: LossShape) -> LossCost:
-        """A call for each teacher; of eager two matrices of each further one wait for the backward."""
+        """A call for each teacher; of each further one two matrices of eager wait for the backward, or what the kernel keeps."""
         backend, count = self.options["backend"], max(1, shape.teachers)
-        one = cost.of_kernel(cost.SOFTMAX_HARD, backend, replace(shape, teachers=1, widths=(shape.widths[0], 0)))
-        waiting = 2 * (count - 1) * cost.FP32 * shape.pairs**2 if backend in ("eager", "compiled") else 0
-        return LossCost(one.memory + waiting, one.wire.times(count), count * one.flops)
+        alone = replace(shape, teachers=1, widths=(shape.widths[0], 0))
+        one = cost.of_kernel(cost.SOFTMAX_HARD, backend, alone)
+        each = 2 * cost.FP32 * shape.pairs**2 if backend in ("eager", "compiled") else cost.kept(cost.SOFTMAX_HARD, backend, alone)
+        return LossCost(one.memory + (count - 1) * each, one.wire.times(count), count * one.flops)
 
     def __call__(self, context: StepContext) -> dict[str, Tensor]:
         fused = [self.projected(context.student, place) for place in range(len(context.teachers))]

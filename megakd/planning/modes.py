@@ -51,7 +51,7 @@ class PlannedJob:
     """What of a run is the same in every mode. student_zero and teacher_zero: how DeepSpeed is set for each.
 
     pairs, questions: of a step, over all ranks; 0 where there are none. rounds: micro-batches of a step. answer_teacher: of a decoder.
-    kept: bytes of what losses read of each teacher's blocks, for the pairs of a rank.
+    kept: bytes of what losses read of each teacher's blocks, for the pairs of a rank. prefetch: as in `data.prefetch`.
     """
 
     student: StudentCost
@@ -68,6 +68,7 @@ class PlannedJob:
     per_node: int
     answer_teacher: AnswerTeacherCost | None = None
     kept: tuple[int, ...] = ()
+    prefetch: bool = False
 
     @property
     def local(self) -> int:
@@ -143,6 +144,11 @@ def row(job: PlannedJob, mode: Mode) -> Row:
     joined = kept + (most if mode.placement else 0)
     reading = max(teacher.activations + teacher.gathered + kept - most // job.rounds, joined)
     at_reading = max(teacher.input + reading, kept + read)
+    ahead = 0
+    if job.prefetch:  # beside any place in the step: the next batch, and the teachers at it that are not asked in their own step
+        in_step = mode.placement is not None and job.ranks > 1 and class_of(mode.placement).gathers
+        said = kept + asked.logits + sum(2 * job.local * cost.width * cost.element for cost in job.teachers)
+        ahead = batch + (read if in_step else max(at_reading, said))
     # Only losses over pairs need all micro-batches at once; those of answers add up.
     accumulated = job.rounds > 1 and job.pairs > 0
     backward = student.backward + (0 if of.keeps else of.gradients)
@@ -157,17 +163,17 @@ def row(job: PlannedJob, mode: Mode) -> Row:
     cached = 3 * features if accumulated else 0
     places = {
         "teacher": standing + at_reading,
-        "student forward": after + cached + of.gathered + inputs + max(forward, student.input),
-        "loss": after + of.gathered + inputs + at_loss + job.loss.memory + (2 * features if accumulated else 0),
-        "backward": after + cached + of.gathered + inputs + max(forward, backward, of.gradients + of.reducing),
-        "update": after + max(cached, features) + of.updating,
+        "student forward": after + ahead + cached + of.gathered + inputs + max(forward, student.input),
+        "loss": after + ahead + of.gathered + inputs + at_loss + job.loss.memory + (2 * features if accumulated else 0),
+        "backward": after + ahead + cached + of.gathered + inputs + max(forward, backward, of.gradients + of.reducing),
+        "update": after + ahead + max(cached, features) + of.updating,
     }
     parts = {
         "student weights": of.weights, "gradients": max(of.gradients, of.standing), "optimizer": of.optimizer,
         "student activations": max(student.forward, student.saved), "student gathered": of.gathered,
         "teacher weights": teacher.weights + asked.weights, "teacher gathered": teacher.gathered,
         "teacher activations": max(teacher.activations + teacher.input, read),
-        "loss": job.loss.memory + kept + cached, "batch": batch,
+        "loss": job.loss.memory + kept + cached, "batch": batch + ahead,
     }  # fmt: skip
     forwards, backwards = (2 * job.rounds if accumulated else job.rounds), job.rounds
     far, near = zero.traffic(student.sizes, job.ranks, job.student_zero, forwards, backwards, student.frozen, traced=not accumulated)

@@ -133,7 +133,7 @@ def job_of(recipe: Recipe, recipe_name: str, config: str | None, cluster: Cluste
     )
     return PlannedJob(
         student, teachers, objectives.cost(shape), objectives.backends, student_zero, teacher_settings,
-        pairs, cluster.gpus, questions, rounds, rates.gpu(cluster.kind), cluster.per_node, answer_teacher, kept,
+        pairs, cluster.gpus, questions, rounds, rates.gpu(cluster.kind), cluster.per_node, answer_teacher, kept, recipe.data.prefetch,
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ _VIEWS = (
 )
 _FREE = (
     "views.preset",  # whose values are compared
-    *("name", "data.workers", "data.cache", "data.max_bad_fraction", "kernels.backend", "kernels.ring"),
+    *("name", "data.workers", "data.prefetch", "data.cache", "data.max_bad_fraction", "kernels.backend", "kernels.ring"),
     *(
         "student.recipe",
         "student.activation_checkpointing",
@@ -83,6 +83,7 @@ TOLD = {
 }
 _REFUSED = (
     *("seed", "data.caption", "data.captions", "data.clean", "data.block", "data.window", "data.orientation", "data.transparency"),
+    *("data.decode", "data.resampling"),
     *(f"views.{key}" for key in _VIEWS),
     *(f"student.{key}" for key in ("model", "architecture", "pretrained", "tokenizer", "max_scale", *_PREPROCESS)),
     *("student.image_weights", "student.text_weights", "student.text_from"),

@@ -34,6 +34,8 @@ from megakd.recipe.sources import PairSource, patterns_or_sources
 from megakd.recipe.views import Views
 from megakd.recipe.vqa import Answers, Decoder
 
+Resampling = Literal["pillow", "torch"]
+
 
 class Data(Section):
     """Image-text shards: tars of `.jpg` and `.txt` members, as img2dataset writes them."""
@@ -55,6 +57,11 @@ class Data(Section):
         description="of captions that objectives learn from: tags and urls take HTML tags and addresses out, lower writes small letters",
     )
     workers: int = Field(2, ge=0, le=1024, description="decoding processes of each rank; 0 decodes in the trainer's own")
+    prefetch: bool = Field(
+        False,
+        description="prepare the next batch while the device works on a step, on a stream of its own: moved, and with what teachers say of "
+        "it. Off, as that takes its memory beside the student's: `megakd plan` counts it",
+    )
     block: Positive = Field(64, description="consecutive samples that the shuffle keeps together until the last stage")
     window: Positive = Field(256, description="blocks that are mixed with each other; block * window samples are shuffled as one")
     max_bad_fraction: Fraction = Field(0.01, description="the run fails when more of the samples seen are unreadable")
@@ -65,11 +72,25 @@ class Data(Section):
     transparency: Literal["white", "black", "drop"] = Field(
         "white", description="what shows through; drop: pixels keep the colour that lay hidden, as open_clip does. Where orientation counts"
     )
+    decode: Literal["full", "scaled"] = Field(
+        "full",
+        description="of pairs, not of evaluation and answers; scaled: a JPEG is decoded at 1/2, 1/4 or 1/8 of its sides where its crop is "
+        "larger than a tower's input by that, which changes pixels",
+    )
+    resampling: Resampling = Field(
+        "pillow",
+        description="what resizes crops of pairs; torch: two to five times as fast with vector instructions, within a level of 255 of "
+        "torchvision's crop and resize of a PIL image (two where it enlarges)",
+    )
     cache: str | None = Field(None, description="folder for the shards' indexes and for local copies of remote shards")
 
     def as_seen(self) -> dict[str, str]:
         """How images become RGB, where that is not the default: a part of what stores and bundles depend on."""
         return self.model_dump(include={"orientation", "transparency"}, exclude_defaults=True)
+
+    def as_trained(self) -> dict[str, str]:
+        """`as_seen`, and how pairs come from there to a tower's size, where that is not the default."""
+        return self.as_seen() | self.model_dump(include={"decode", "resampling"}, exclude_defaults=True)
 
     @property
     def train_in_words(self) -> str:
@@ -255,6 +276,9 @@ class Recipe(ScheduledSections, Sources):
         if not active and (self.data.captions is not None or self.data.clean):
             key = "clean" if self.data.captions is None else "captions"
             raise ValueError(f"data.{key}: is for the pairs that objectives learn from, and no objective has a weight; take it out")
+        of_pairs = [key for key in ("decode", "resampling") if key in self.data.as_trained()]
+        if not active and of_pairs:
+            raise ValueError(f"data.{of_pairs[0]}: is for pairs that objectives learn from, and no objective has a weight; take it out")
         if active and self.data.train is None:
             raise ValueError(f"data.train: missing; objectives.{next(iter(active))} learns from image-text shards")
         if not active and self.views.operations():
@@ -327,6 +351,11 @@ class Recipe(ScheduledSections, Sources):
             raise ValueError(f"objectives.{biased[0]}: needs the teacher's logit bias, which shards do not hold; take {role}.store out")
         if self.data.clean:
             raise ValueError(f"data.clean = {list(self.data.clean)}: the shards hold embeddings of the captions as they are; take it out")
+        if first.store_of == "all" and (made := [key for key in ("decode", "resampling") if key in self.data.as_trained()]):
+            raise ValueError(
+                f"data.{made[0]} = {getattr(self.data, made[0])!r}: with {given} the very pixels are replayed that the shards' generator "
+                "saw, of images decoded in full and resized by Pillow; take it out"
+            )
         if first.store_of == "all" and self.views.policy() != Views().policy():
             changed = [key for key, value in self.views.policy().items() if value != Views().policy().get(key)]
             raise ValueError(f"views.{changed[0]}: with {given} the shards' own augmentations are replayed; take it out (views.seed stays)")

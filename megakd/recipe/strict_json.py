@@ -24,11 +24,13 @@ class KeyTwice(ValueError):
 
 def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of these pairs, for json.loads (`object_pairs_hook`). Raises KeyTwice."""
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise KeyTwice(key)
-        content[key] = value
+    content = dict(pairs)
+    if len(content) < len(pairs):  # looked for only then: files of questions have millions of objects
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise KeyTwice(key)
+            seen.add(key)
     return content
 
 

@@ -150,9 +150,18 @@ class Engine:
             return self._engine(*inputs, **named)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`, whose mean over ranks and sum over accumulation steps is the global batch's."""
-        with precision.of_towers(self._device), self.unmoved_buffers():  # activation checkpointing repeats forwards in here
+        """Add the gradient of `loss`, whose mean over ranks and sum over accumulation steps is the global batch's.
+
+        That mean is taken here with ZeRO, and without it by `reduce`.
+        """
+        alone = self._engine.no_sync() if self.stage == 0 else contextlib.nullcontext()
+        with precision.of_towers(self._device), self.unmoved_buffers(), alone:  # activation checkpointing repeats forwards in here
             self._engine.backward(loss * self.accumulation)
+
+    def reduce(self) -> None:
+        """Without ZeRO, average the gradients over the ranks, after the last backward: a time of its own, which is not the towers'."""
+        if self.stage == 0 and self._engine.world_size > 1:  # of one rank DeepSpeed would copy them all, to and fro
+            self._engine.allreduce_gradients()
 
     def accumulated(self) -> None:
         """Close one accumulation step that is not the last: DeepSpeed counts them in `step`."""

@@ -1,6 +1,8 @@
-"""What a step costs: seconds of its named parts, by host time on a CPU and by events on a GPU, and memory.
+"""What a step costs: seconds of its named parts, by host time on a CPU and by events on a GPU, processor time of the same parts, memory.
 
 What torch.compile takes meanwhile, while the device waits, is in none of them: it is a part of its own, "compile", where there is some.
+Processor time is that of this process's threads, in which waiting for data, for other ranks and for a busy core is not: on a machine that
+others use it is the number that repeats. The loader's workers are processes of their own and are not in it; compiling is, in its part.
 """
 
 from __future__ import annotations
@@ -24,44 +26,76 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._processor: dict[str, float] = defaultdict(float)
+        self._since = time.process_time()
+        self._beside: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[dict[str, float], str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Count the work issued inside as `name`."""
+    def part(self, name: str, *, beside: bool = False) -> Iterator[None]:
+        """Count what the current stream takes for what is issued inside, and what it waits there, as `name`.
+
+        beside: on a stream beside that of the other parts, which the time is not added to; a CPU has one after the other.
+        """
         if not self._cuda:
             with self.host(name):
                 yield
             return
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        compiled = compiler.seconds()
+        seconds = self._beside if beside else self._seconds
+        compiled, busy = compiler.seconds(), time.process_time()
         before.record()
         yield
         after.record()
-        self._events.append((name, before, after))
-        self._take_out(name, compiler.seconds() - compiled)
+        self._processor[name] += time.process_time() - busy
+        self._events.append((seconds, name, before, after))
+        self._take_out(seconds, name, compiler.seconds() - compiled)
 
     @contextmanager
     def host(self, name: str) -> Iterator[None]:
         """Count host time, whatever the device."""
-        start, compiled = time.perf_counter(), compiler.seconds()
+        start, compiled, busy = time.perf_counter(), compiler.seconds(), time.process_time()
         yield
         self._seconds[name] += time.perf_counter() - start
-        self._take_out(name, compiler.seconds() - compiled)
+        self._processor[name] += time.process_time() - busy
+        self._take_out(self._seconds, name, compiler.seconds() - compiled)
 
-    def _take_out(self, name: str, compiling: float) -> None:
+    def _take_out(self, seconds: dict[str, float], name: str, compiling: float) -> None:
         if compiling:
-            self._seconds[name] -= compiling
+            seconds[name] -= compiling
             self._seconds[COMPILE] += compiling
+
+    def restart(self) -> None:
+        """What this process has done since the last reading was no step, as an evaluation is none."""
+        self._since = time.process_time()
 
     def read(self) -> dict[str, float]:
         """Seconds by name since the last reading; waits for the device when there are events."""
-        for name, before, after in self._events:
+        self._settle()
+        return _taken(self._seconds)
+
+    def read_beside(self) -> dict[str, float]:
+        """Likewise, of what was beside the other parts."""
+        self._settle()
+        return _taken(self._beside)
+
+    def read_processor(self) -> dict[str, float]:
+        """Processor seconds by name since the last reading or restart; "other" is what this process did outside of the parts."""
+        now, parts = time.process_time(), dict(self._processor)
+        spent, self._since, self._processor = now - self._since, now, defaultdict(float)
+        return {**parts, "other": spent - sum(parts.values())}
+
+    def _settle(self) -> None:
+        for seconds, name, before, after in self._events:
             after.synchronize()
-            self._seconds[name] += before.elapsed_time(after) / 1000
+            seconds[name] += before.elapsed_time(after) / 1000
         self._events.clear()
-        seconds, self._seconds = dict(self._seconds), defaultdict(float)
-        return seconds
+
+
+def _taken(seconds: dict[str, float]) -> dict[str, float]:
+    taken = dict(seconds)
+    seconds.clear()
+    return taken
 
 
 def memory_gb(device: torch.device) -> float:

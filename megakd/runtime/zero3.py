@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from megakd.runtime import ds_check, ds_config, ds_sections, engine, precision
 from megakd.runtime.engine import deepspeed, join
+from megakd.runtime.gathered import Gathered
 from megakd.runtime.launch import World
 
 BUILT_IN: dict[str, Any] = {
@@ -133,13 +134,31 @@ class Partitioned:
     def __init__(self, module: nn.Module, config: dict[str, Any]) -> None:
         self.module = module.eval().requires_grad_(False)
         assert all(map(engine.is_partitioned, module.parameters())), "a parameter was never partitioned"
-        gather_whole(gathered_together(module, int(config["zero_optimization"].get("stage3_max_live_parameters", 10**9)) // 2))
+        leaves = gathered_together(module, int(config["zero_optimization"].get("stage3_max_live_parameters", 10**9)) // 2)
+        gather_whole(leaves)
+        self.gathered = Gathered()
+        self._count_gathers(module, set(leaves))
         self._engine, _, _, _ = deepspeed.initialize(model=module, config=config)
         self._engine.eval()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         with torch.no_grad(), precision.of_towers(inputs[0].device):
             return self._engine(*inputs)  # type: ignore[no-any-return]
+
+    def _count_gathers(self, module: nn.Module, leaves: set[nn.Module]) -> None:
+        """Look at what each part needs just before DeepSpeed does, whose hooks come later; one of `leaves` needs all that is below it."""
+        group = list(module.parameters(recurse=module in leaves))
+        if group:
+            module.register_forward_pre_hook(lambda *_: self._count(group))
+        for child in () if module in leaves else module.children():
+            self._count_gathers(child, leaves)
+
+    def _count(self, group: list[Any]) -> None:
+        gathered: list[Any] = [parameter for parameter in group if not parameter.ds_persist]  # small ones are gathered once and kept
+        if gathered:
+            ahead = all(parameter.ds_status.name != "NOT_AVAILABLE" for parameter in gathered)  # there, or in flight
+            self.gathered.gathers_ahead += ahead
+            self.gathered.gathers_late += not ahead
 
     @property
     def resident_bytes(self) -> int:

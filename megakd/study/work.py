@@ -165,7 +165,9 @@ def _with_store(spec: StudySpec, cell: Cell, grid: Grid, work: Work, out: Path) 
     recipe = _store_recipe(cell.recipe, sorted({block for other in others if not _reads_live(other) for block in other.teacher_blocks()}))
     seen = {"train": True, "caption": True, "captions": True, "clean": True}
     shown = recipe.model_dump(mode="json", include={"data": seen, "teacher": True, "patch": True})
-    of_data = {name: value for name, value in shown["data"].items() if value} | recipe.data.as_seen()  # without choices that are not made
+    of_data = {
+        name: value for name, value in shown["data"].items() if value
+    } | recipe.data.as_trained()  # without choices that are not made
     shown = {**shown, "data": of_data, "views": {**recipe.views.policy(), "seed": recipe.views.seed}}
     key = _key([shown, teacher.id, spec.store_views, spec.store_type], out)
     name = f"stores/{slug([cell.teacher, cell.axes['data']])}-{key}"

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from megakd.models.embeddings import Embeddings
 from megakd.models.grids import averaged
 from megakd.models.patches import Read, TowerReader, feature_name
 from megakd.recipe import Teacher as Settings
+from megakd.runtime.gathered import Gathered
 from megakd.runtime.launch import World
 from megakd.runtime.wire import Wire
 
@@ -42,6 +43,10 @@ class Teacher(Protocol):
 
         blocks: of the vision tower, whose patch tokens or attention are among the features; nothing else is kept.
         """
+        ...
+
+    def gathered(self) -> Gathered | None:
+        """What forwards have gathered since the last call; None where nothing is partitioned."""
         ...
 
 
@@ -96,8 +101,10 @@ class TeacherMemory:
 class LiveTeacher(ABC):
     """A frozen model in evaluation mode, its weights placed in one way. Implements `Teacher`; a placement is a subclass.
 
-    Every rank calls its methods equally often, with batches of any size.
+    Every rank calls its methods equally often, with batches of any size. gathers: whether ranks talk in them.
     """
+
+    gathers: ClassVar[bool] = False
 
     def __init__(self, built: clip.ClipModel) -> None:
         self.towers, self.dtype = built, built.dtype
@@ -130,6 +137,9 @@ class LiveTeacher(ABC):
     @property
     def width(self) -> int:
         return self.towers.description.width
+
+    def gathered(self) -> Gathered | None:
+        return None
 
     @abstractmethod
     def embed_images(self, pixels: Tensor) -> Tensor:

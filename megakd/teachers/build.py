@@ -47,7 +47,7 @@ from megakd.teachers.embed_request import EmbedRequest
 log = logging.getLogger("megakd.teachers")
 COMPARED = 64  # pairs that go through a teacher in 8 and in 16 bit
 # What of a store's key an image's embedding depends on and a text's does not.
-OF_PIXELS = ("views.", "seed", "data.orientation", "data.transparency")
+OF_PIXELS = ("views.", "seed", "data.orientation", "data.transparency", "data.decode", "data.resampling")
 
 
 def live_teacher(
@@ -94,6 +94,16 @@ def load(description: clip.ModelSpec, world: World, int8: streaming.Int8 | None 
 def class_of(placement: str) -> type[LiveTeacher]:
     """As `recipe/placements.py` declares: `ReplicatedTeacher` of replicated.py, or for "zero3" `ShardedTeacher` of sharded.py."""
     return cast(type[LiveTeacher], pkgutil.resolve_name(PLACEMENTS[placement].where))
+
+
+def communicates(settings: Settings, world: World) -> bool:
+    """Whether ranks talk over their devices where this teacher of a recipe is asked: a partitioned one gathers, and one is loaded for what
+    its store lacks."""
+    if world.size == 1:
+        return False
+    if settings.store is None or settings.store_of == "text":
+        return class_of(settings.placement).gathers
+    return settings.store != IN_SHARDS and settings.store_miss == "teacher"
 
 
 @dataclass(frozen=True)
@@ -198,7 +208,7 @@ def store_key(recipe: Recipe, description: clip.ModelSpec, shards: ShardSet) -> 
         "samples": len(shards),
         "bytes": sum(stat.size for stat in shards.stats),
         **shards.captions.to_json(),
-        **recipe.data.as_seen(),
+        **recipe.data.as_trained(),
     }
     if recipe.data.captions is None:
         data["caption"] = recipe.data.caption  # as it is spelled, which is what older stores have

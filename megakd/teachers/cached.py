@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megakd.models.embeddings import Embeddings
 from megakd.runtime import collectives
+from megakd.runtime.gathered import Gathered
 from megakd.runtime.launch import World
 from megakd.teachers.base import LiveTeacher
 
@@ -40,7 +41,7 @@ class TextStoredTeacher:
         columns: slice = slice(None),
     ) -> None:
         """where: 'shard: key' of a sample, for messages. columns: which numbers of a row are this teacher's."""
-        self.width, self.dtype, self.see, self._columns = live.width, live.dtype, live.see, columns
+        self.width, self.dtype, self.see, self.gathered, self._columns = live.width, live.dtype, live.see, live.gathered, columns
         self._scale, self._bias = _scalars(scale, bias, world)
         self._world, self._where = world, where
 
@@ -138,6 +139,10 @@ class StoredTeacher:
             log.warning("%d of them are in the store, but not as they were written: %s", damaged, _REPAIR)
         self.misses += total
         self.damaged += damaged
+
+    def gathered(self) -> Gathered | None:
+        """As `LiveTeacher.gathered`, once it was asked."""
+        return None if self._live is None else self._live.gathered()
 
     def live(self) -> LiveTeacher:
         """The model itself, loaded at the first call. A collective."""

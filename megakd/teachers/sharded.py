@@ -16,6 +16,7 @@ from megakd.models import clip, streaming
 from megakd.models.heads import normalised
 from megakd.recipe import Teacher as Settings
 from megakd.runtime import precision, wire, zero3
+from megakd.runtime.gathered import Gathered
 from megakd.runtime.launch import World
 from megakd.runtime.zero3 import Partitioned, Partitioner
 from megakd.teachers.base import LiveTeacher, TeacherMemory, TeacherShape, TowerForm, settings_of
@@ -49,6 +50,8 @@ class TextTower(nn.Module):
 @final
 class ShardedTeacher(LiveTeacher):
     """Each rank holds its share of both towers, or of the image tower alone, and gathers block by block."""
+
+    gathers = True
 
     def __init__(self, built: clip.ClipModel, image: Partitioned, text: Partitioned | None) -> None:
         super().__init__(built)
@@ -109,6 +112,9 @@ class ShardedTeacher(LiveTeacher):
     def resident_bytes(self) -> int:
         """Bytes of parameters that this rank holds between two steps."""
         return sum(tower.resident_bytes for tower in (self._image, self._text) if tower is not None)
+
+    def gathered(self) -> Gathered:
+        return Gathered.of(tower.gathered.taken() for tower in (self._image, self._text) if tower is not None)
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         return normalised(self._image(pixels))

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from megakd.recipe import load as recipes
@@ -23,6 +21,7 @@ from megakd.runtime.console import quiet_libraries
 from megakd.runtime.exits import EXIT_INTERRUPTED, EXIT_LOST_PEER, EXIT_NOT_FINITE, EXIT_USER_ERROR, LossNotFinite
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopRequest
+from megakd.runtime.starting import without_garbage_collection
 
 DEFAULT_RECIPE = "smoke"
 
@@ -112,40 +111,32 @@ def _end(world: World | None, text: str, code: int) -> int:
     return code
 
 
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Around imports: what they make stays, and to look through it again and again takes a second of five."""
-    collected = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collected:
-            gc.enable()
-
-
 def _run(flags: argparse.Namespace, world: World, until_stopped: contextlib.ExitStack) -> int:
     name = flags.recipe or DEFAULT_RECIPE
     recipe, origin = recipes.load(name, flags.overrides)
     if flags.recipe is None and world.is_main:
         print(f"no --recipe given: running the shipped recipe '{name}' ({origin})", flush=True)
-    # Heavy imports come after the recipe was read, so that a typo is answered at once.
-    with _no_garbage_collection():
-        from megakd.training import dry_run, prepare, run
+    with without_garbage_collection():
+        # Heavy imports come after the recipe was read, so that a typo is answered at once.
+        from megakd.training import prepare
 
-    out = flags.out or Path("runs") / recipe.name
-    request = prepare.RunRequest(recipe, origin, flags.ds_config, out, _resume(flags.resume, out))
-    before = prepare.prerequisites(request)
-    plan = prepare.prepare(request, world, prepare.to_come(request))
-    if flags.dry_run:
-        text = dry_run.show(plan, world)
-        if world.is_main:
-            print(
-                redact(text)
-                + "".join(f"\nwould run first: {first.recipe_name} into {first.out}" for first in before)
-                + "\ndry run: all of this is sound"
-            )
-        return 0
+        out = flags.out or Path("runs") / recipe.name
+        request = prepare.RunRequest(recipe, origin, flags.ds_config, out, _resume(flags.resume, out))
+        before = prepare.prerequisites(request)
+        plan = prepare.prepare(request, world, prepare.to_come(request))
+        if flags.dry_run:
+            from megakd.training import dry_run
+
+            text = dry_run.show(plan, world)
+            if world.is_main:
+                print(
+                    redact(text)
+                    + "".join(f"\nwould run first: {first.recipe_name} into {first.out}" for first in before)
+                    + "\ndry run: all of this is sound"
+                )
+            return 0
+        from megakd.training import run  # a dry run has no use for the fit loop
+
     stop = until_stopped.enter_context(StopRequest())
     for first in before:
         if world.is_main:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from megakd.models import clip, compiled
 from megakd.runtime.launch import World
+from megakd.training import feed
 from megakd.training.prepare import PreparedRun
 from megakd.training.tasks.distill import PairData
 
@@ -27,6 +28,7 @@ def show(plan: PreparedRun, world: World) -> str:
         *([] if plan.start is None else plan.start.describe()),
         *plan.learning,
         *_compiled(plan, world),
+        *feed.outline(plan.request.recipe, world),
     ]
     return "\n".join([*parts, *(line for task in plan.tasks for line in task.preview(world))])
 

@@ -23,7 +23,7 @@ from megakd.runtime.ds_config import DsConfig
 from megakd.runtime.launch import World
 from megakd.teachers.build import class_of
 from megakd.training import learning
-from megakd.training.tasks import answer, distill
+from megakd.training.tasks import distill
 from megakd.training.tasks.base import TaskData
 
 
@@ -98,6 +98,8 @@ def prepare(request: RunRequest, world: World, to_come: frozenset[str] = frozens
         tasks.append(pairs)
         heads = None if "teacher" in to_come else pairs.outline_heads
     if recipe.answers is not None and recipe.decoder is not None:
+        from megakd.training.tasks import answer  # with transformers' models, a second that a run without a decoder need not wait
+
         tasks.append(answer.prepare(recipe, recipe.answers, recipe.decoder, config, world, student, to_come))
     learns = learning.check(recipe, student, heads)
     return PreparedRun(replace(request, recipe=recipe), config, config_name, student, tuple(tasks), start, learns)

@@ -41,7 +41,7 @@ from megakd.runtime.preemption import StopPoller, StopRequest
 from megakd.runtime.profiler import recorded
 from megakd.runtime.run_folder import RunLog
 from megakd.runtime.watchdog import HUNG, HangWatchdog
-from megakd.training import best
+from megakd.training import best, feed
 from megakd.training.build import build_learners
 from megakd.training.prepare import PreparedRun, with_start
 from megakd.training.trainer import Trainer
@@ -153,7 +153,7 @@ class Run:
         if recipe.active():
             how += f", batch {recipe.optim.batch} = {self.world.size} ranks x {config.micro_batches} x {config.micro_batch}"
         lines = [f"scheduled: {line}" for line in recipe.scheduled()] + [line for task in self.plan.tasks for line in task.describe()]
-        lines += self.plan.learning
+        lines += [*self.plan.learning, *feed.outline(recipe, self.world)]
         return "\n".join([f"{recipe.optim.steps} steps, {how}", *lines])
 
     def _finish(self) -> None:

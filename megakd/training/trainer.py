@@ -23,6 +23,7 @@ from megakd.runtime import collectives, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.engine import Engine
 from megakd.runtime.exits import Interrupted, LossNotFinite
+from megakd.runtime.gathered import Gathered
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopRequest
 from megakd.runtime.run_folder import RunLog
@@ -30,11 +31,9 @@ from megakd.runtime.stopwatch import COMPILE, Stopwatch, memory_gb
 from megakd.training import by_source
 from megakd.training.accumulation import GradCache
 from megakd.training.by_source import BySource, Means
+from megakd.training.feed import Batches, Feed
 from megakd.training.optim import learning_rate
-from megakd.training.tasks.base import BadSamples, StepPart, Task, TaskBatch
-
-# One rank's part of a step: of each task, in the order of the tasks.
-Batches = tuple[TaskBatch, ...]
+from megakd.training.tasks.base import BadSamples, StepPart, Task
 
 
 class Hooks(Protocol):
@@ -56,7 +55,7 @@ class Hooks(Protocol):
 class StepSummary:
     """What all ranks know of a step after one small all-reduce. values: means over the ranks of the losses and of what tasks log.
 
-    by_source: on logged steps, of a mixture's sources.
+    by_source: on logged steps, of a mixture's sources. position: what the next step begins with in the first task's data.
     """
 
     values: dict[str, float]
@@ -65,6 +64,7 @@ class StepSummary:
     log_failed: bool
     bad: BadSamples
     by_source: Means
+    position: int
 
 
 class Trainer:
@@ -82,30 +82,27 @@ class Trainer:
     def fit(self, batches: Iterator[Batches], start: Progress, hooks: Hooks) -> None:
         """Train from `start` to the last step. Raises Interrupted when a signal stops it, after a save."""
         recipe, step = self.recipe, start.step
+        self._feed = Feed(batches, self.tasks, self.world, self.clock, ahead=recipe.data.prefetch)
+        self._row_of_ahead()  # what teachers gathered while they were loaded is of no step
         self._sources.started_at = step
         if self._to_evaluate(step) and not hooks.evaluated(step):  # a signal came first
             hooks.evaluate(step)
         since, images = time.perf_counter(), 0
+        self.clock.restart()
         while step < recipe.optim.steps:
-            watchdog.beat("waiting for data", step)
-            with self.clock.host("data"):
-                batch = next(batches)
-            summary = self.step(batch, step)
+            summary = self.step(step)
             if step == start.step:
                 hooks.stepped()
             step, images = step + 1, images + recipe.samples_in_a_step()
-            last = step == recipe.optim.steps
             if self._is_logged(step) or summary.stop:
                 now = time.perf_counter()
                 self._write_row(step, summary, images, now - since)
                 since, images = now, 0  # what writing takes counts in the next row
-            progress = replace(start, step=step, position=batch[0].next_position)
-            # One goes on from the best evaluation's step at the earliest, so that RUN/best is never of steps that are still to come.
-            best = recipe.checkpoint.best is not None and self._to_evaluate(step)
-            saved = summary.stop or last or best or step % recipe.checkpoint.every == 0
+            progress = replace(start, step=step, position=summary.position)
+            saved = summary.stop or self._to_save(step)
             if saved:
                 self._save(progress, hooks)
-            if summary.stop and not last:
+            if summary.stop and step < recipe.optim.steps:
                 raise Interrupted
             if self._to_evaluate(step):
                 try:
@@ -115,6 +112,7 @@ class Trainer:
                         self._save(progress, hooks)
                     raise
                 since, images = time.perf_counter(), 0
+                self.clock.restart()
 
     def _is_logged(self, step: int) -> bool:
         """Whether so many steps end with a row of the log, without a signal."""
@@ -125,18 +123,23 @@ class Trainer:
         every = self.recipe.evaluation.every
         return every > 0 and 0 < step < self.recipe.optim.steps and step % every == 0
 
+    def _to_save(self, step: int) -> bool:
+        """Without a signal."""
+        # One goes on from the best evaluation's step at the earliest, so that RUN/best is never of steps that are still to come.
+        best = self.recipe.checkpoint.best is not None and self._to_evaluate(step)
+        return step == self.recipe.optim.steps or best or step % self.recipe.checkpoint.every == 0
+
     def _save(self, progress: Progress, hooks: Hooks) -> None:
         """A finite loss may have a gradient that is not, which shows in the loss one step later: too late for this checkpoint."""
         if not math.isfinite(self.engine.gradient_norm):
             raise LossNotFinite(f"step {progress.step}: the gradient norm is {self.engine.gradient_norm}; this step was not saved")
         hooks.save(progress)
 
-    def step(self, batches: Batches, step: int) -> StepSummary:
+    def step(self, step: int) -> StepSummary:
         """One update on one global batch. Raises on every rank, before any weight moves, LossNotFinite or what the log met with."""
-        # Data and teachers: what each task gives the module, and its losses as a function of the outputs (`part` in tasks/distill.py)
-        watchdog.beat("teacher", step)
-        batches = tuple(batch.to(self.world.device, non_blocking=True) for batch in batches)
-        parts = [task.part(batch, self.clock, step) for task, batch in zip(self.tasks, batches, strict=True)]
+        # Data and teachers (feed.py): what each task gives the module, its losses as a function of the outputs (`part` in tasks/distill.py)
+        batches, taught = self._feed.take(step)
+        parts = [task.part(batch, known, step) for task, batch, known in zip(self.tasks, batches, taught, strict=True)]
         last = self.engine.accumulation - 1
 
         # Losses that do not add up over micro-batches: those of the whole batch, and their gradient at the outputs, come before the
@@ -147,7 +150,8 @@ class Trainer:
                 cache = GradCache([self._forward(parts, step, number) for number in range(last + 1)])
             losses, total = self._losses(parts, cache.leaves, step)
             pending = self._announce([losses], cache.leaves, batches, self._by_source(parts, [cache.leaves], batches, step))
-            cache.backward(total)
+            with self.clock.part("loss"):
+                cache.backward(total)
 
         # Forward, losses, backward
         added: list[dict[str, Tensor]] = []
@@ -166,6 +170,12 @@ class Trainer:
                 self.engine.backward(total)
             if number < last:
                 self.engine.accumulated()
+        with self.clock.part("reduce"):
+            self.engine.reduce()
+
+        # The next step's data and teachers, beside what the device still has to do of this one
+        if not (self._to_save(step + 1) or self._to_evaluate(step + 1)):
+            self._feed.fetch(step + 1)
 
         # Agree
         summary = self._agree(pending, batches)
@@ -233,7 +243,8 @@ class Trainer:
         here = self._bad_in(batches)
         end = len(here.to_list())
         bad, of_sources = BadSamples.from_list([int(count) for count in rest[:end]], here), self._sources.means(rest[end:])
-        return StepSummary(dict(zip(names, means, strict=True)), wrong == 0, stop > 0, log_failed > 0, bad, of_sources)
+        shown = dict(zip(names, means, strict=True))
+        return StepSummary(shown, wrong == 0, stop > 0, log_failed > 0, bad, of_sources, batches[0].next_position)
 
     def _bad_in(self, batches: Batches) -> BadSamples:
         return BadSamples({task.items: batch.bad for task, batch in zip(self.tasks, batches, strict=True)})
@@ -242,6 +253,12 @@ class Trainer:
         """The same numbers on every rank, so every rank stops or none."""
         self._bad.merge(bad)
         self._bad.check(self.recipe.data.max_bad_fraction, {task.items: task.in_a_step for task in self.tasks})
+
+    def _row_of_ahead(self) -> dict[str, Any]:
+        """What was asked for ahead of its use: batches by the feed, weights by partitioned teachers."""
+        gathered = [found for task in self.tasks if (found := task.gathered()) is not None]
+        counts = self._feed.counts() | (vars(Gathered.of(gathered)) if gathered else {})
+        return {"ahead": counts} if counts else {}
 
     def _write_row(self, step: int, summary: StepSummary, images: int, elapsed: float) -> None:
         logged = {name: summary.values[name] for name in self._logged}
@@ -263,7 +280,9 @@ class Trainer:
             "images_per_second": images_per_second,
             "memory_gb": memory_gb(self.world.device),
             "seconds": {**seconds, "other": elapsed - sum(seconds.values())},
+            "processor_seconds": self.clock.read_processor(),
             "bad_samples": self._bad.counts,
+            **self._row_of_ahead(),
             **self._sources.row(self._bad, summary.by_source),
         }
         self._log.row(row, self.recipe.optim.steps)

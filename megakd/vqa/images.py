@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megakd.data.bad_samples import BadSample
 from megakd.data.shards import Sample, ShardSet
@@ -84,10 +85,11 @@ class ImageShards:
     def __init__(self, shards: ShardSet, names: Iterable[str], where: str) -> None:
         """Raises ValueError when keys are missing, and for one of several samples."""
         self.shards = shards
-        self._sample_of = _samples(shards, list(dict.fromkeys(names)), where)
+        self._keys, self._sample_of_key = _samples(shards, list(dict.fromkeys(names)), where)
 
     def read(self, names: Sequence[str]) -> Iterator[ImageBytes]:
-        for sample in self.shards.read_each([self._sample_of[name] for name in names], ("image",)):
+        places = np.searchsorted(self._keys, _wanted(names))
+        for sample in self.shards.read_each(self._sample_of_key[places].tolist(), ("image",)):
             yield (sample.where, sample.members["image"]) if isinstance(sample, Sample) else sample
 
 
@@ -116,20 +118,29 @@ def shard_key(name: str) -> str:
     return folder + slash + base.split(".")[0]
 
 
-def _samples(shards: ShardSet, names: list[str], where: str) -> dict[str, int]:
-    """Name -> sample. Keys are compared as sorted arrays: a dict of millions would take gigabytes."""
+def _wanted(names: Sequence[str]) -> NDArray[np.bytes_]:
+    """(names,): their keys as an index has them."""
+    return np.array([shard_key(name).encode("utf-8", "surrogateescape")[-_KEY_BYTES:] for name in names], dtype=f"S{_KEY_BYTES}")
+
+
+def _samples(shards: ShardSet, names: list[str], where: str) -> tuple[NDArray[np.bytes_], NDArray[np.int64]]:
+    """The names' keys, sorted, each once, and the sample of each.
+
+    As arrays: a dict of millions takes gigabytes, and a forked worker copies what it looks up in one.
+    """
     keys = np.concatenate([shards.keys(number).astype(f"S{_KEY_BYTES}") for number in range(len(shards.names))])
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
-    wanted = np.array([shard_key(name).encode("utf-8", "surrogateescape")[-_KEY_BYTES:] for name in names], dtype=f"S{_KEY_BYTES}")
+    wanted = _wanted(names)
     left, right = np.searchsorted(keys, wanted, "left"), np.searchsorted(keys, wanted, "right")
     if missing := [names[place] for place in np.flatnonzero(left == right)]:
         raise MissingImages(missing, where, [key.decode("utf-8", "replace") for key in keys[:_SHOWN].tolist()])
-    if len(np.unique(wanted)) < len({shard_key(name) for name in names}):
+    distinct, first = np.unique(wanted, return_index=True)
+    if len(distinct) < len({shard_key(name) for name in names}):
         raise ValueError(f"images = {where!r}: several names have the same last {_KEY_BYTES} bytes, of which an index keeps no more")
     if several := np.flatnonzero(right - left > 1).tolist():
         example = names[several[0]]
         raise ValueError(
             f"images = {where!r}: the key of {example!r} is in the shards {right[several[0]] - left[several[0]]} times: name one set"
         )
-    return dict(zip(names, order[left].tolist(), strict=True))
+    return distinct, order[left][first]

@@ -30,10 +30,9 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from megakd.data.bad_samples import BadSample
 from megakd.models.vlm import IGNORED
@@ -42,6 +41,9 @@ from megakd.recipe import Decoder
 from megakd.recipe.vqa import CHAT
 from megakd.vqa.benchmarks.base import Question
 from megakd.vqa.plain_text import PlainText, Span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # How prompts become ids. 2: as above. 1, of bundles that say nothing else: all white space at the prompt's end is the answer's, and a begin
 # token of the template stands beside the tokenizer's own.

@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -66,17 +67,21 @@ class QuestionSet:
     """Questions of one source. images None: text alone."""
 
     name: str
-    packed: bytes
+    packed: bytes | bytearray
     ends: NDArray[np.int64]  # (len,), the end of each question in `packed`
     images: Images | None
 
     @classmethod
     def of(cls, name: str, questions: Iterable[Question], images: Images | None) -> QuestionSet:
+        """questions: packed one by one, so that an iterator's million are never there together as Python objects."""
+        packed, ends = bytearray(), array("q")
         try:
-            rows = [_ENCODE([getattr(question, field) for field in _FIELDS]).encode() for question in questions]
+            for question in questions:
+                packed += _ENCODE([getattr(question, field) for field in _FIELDS]).encode()
+                ends.append(len(packed))
         except RecursionError as error:
             raise ValueError("a question has a field that is nested too deeply: take it out") from error
-        return cls(name, b"".join(rows), np.cumsum([len(row) for row in rows], dtype=np.int64), images)
+        return cls(name, packed, np.array(ends, np.int64), images)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -195,23 +200,53 @@ def open_questions(
         if source.format == "captions":
             return _open_captions(source, key, data, rank, world, barrier)
         questions, file = parse(source)
-        if not questions:
+        reading = _Reading(to_learn)
+        made = QuestionSet.of(key, reading.kept(questions), None)
+        if not reading.seen:
             raise ValueError(f"questions = {source.questions!r} has not one question")
         for note in file.notes if rank == 0 else ():
             log.warning("%s: %s", key, note)
-        if to_learn:
-            questions = _answered(questions, source, key if rank == 0 else None)
-        return QuestionSet.of(key, questions, _found_images(source, file, questions, data, rank, world, barrier))
+        reading.check(source, key if rank == 0 else None)
+        return replace(made, images=_found_images(source, file, reading.images, data, rank, world, barrier))
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
 
 
+class _Reading:
+    """What is to be known of a file's questions when all have passed: how many, their images' names, each once, and who has no answer."""
+
+    def __init__(self, to_learn: bool) -> None:
+        self.seen, self.images, self._to_learn = 0, dict[str, None](), to_learn
+        self._lacking: list[str | int] = []
+
+    def kept(self, questions: Iterable[Question]) -> Iterator[Question]:
+        """Of those to learn, the ones with an answer."""
+        for question in questions:
+            self.seen += 1
+            if self._to_learn and not question.answer.strip():
+                self._lacking.append(question.question_id)
+                continue
+            if question.image is not None:
+                self.images[question.image] = None
+            yield question
+
+    def check(self, source: QuestionSource, key: str | None) -> None:
+        """Raises ValueError for questions without an answer where the format does not allow them. key: to warn with; None warns nobody."""
+        if not self._lacking:
+            return
+        problem = f"{len(self._lacking)} of {self.seen} questions have no answer to learn ({some(self._lacking)})"
+        of_format = benchmark(source.format)
+        if not of_format.skips_unanswered or len(self._lacking) == self.seen:
+            raise ValueError(f"{problem}: {of_format.without_answers(source)}")
+        if key is not None:
+            log.warning("%s: %s: they are left out", key, problem)
+
+
 def _found_images(
-    source: QuestionSource, file: QuestionFile, questions: list[Question], data: Data, rank: int, world: int, barrier: Callable[[], None]
+    source: QuestionSource, file: QuestionFile, names: Iterable[str], data: Data, rank: int, world: int, barrier: Callable[[], None]
 ) -> Images | None:
     if source.images is None:
         return None
-    names = [question.image for question in questions if question.image is not None]
     try:
         if is_shards(source.images):
             return ImageShards(ShardSet.open_set(source.images, data, rank, world, barrier), names, source.images)
@@ -229,20 +264,6 @@ def open_mixture(
 ) -> Mixture:
     """All sources to train on, by name. Raises as `open_questions`, and for questions without an answer."""
     return Mixture({name: open_questions(one, f"{key}.{name}", data, rank, world, barrier, to_learn=True) for name, one in sources.items()})
-
-
-def _answered(questions: list[Question], source: QuestionSource, key: str | None) -> list[Question]:
-    """Those with an answer. Raises ValueError where the format does not allow others. key: to warn with; None warns nobody."""
-    lacking = [question.question_id for question in questions if not question.answer.strip()]
-    if not lacking:
-        return questions
-    problem = f"{len(lacking)} of {len(questions)} questions have no answer to learn ({some(lacking)})"
-    of_format = benchmark(source.format)
-    if not of_format.skips_unanswered or len(lacking) == len(questions):
-        raise ValueError(f"{problem}: {of_format.without_answers(source)}")
-    if key is not None:
-        log.warning("%s: %s: they are left out", key, problem)
-    return [question for question in questions if question.answer.strip()]
 
 
 def question_order(questions: Questions, batch: int, seed: int, weights: Mapping[str, float | None] | None = None) -> AnyOrder:

@@ -223,7 +223,7 @@ def test_our_side_is_timed_end_to_end(world: Path, tmp_path: Path) -> None:
 
 def test_our_loader_is_timed_for_one_and_two_towers(world: Path) -> None:
     for sizes in ([32], [32, 48]):
-        found = loader_side.ours(str(world / "train" / "*.tar"), batch=8, workers=1, warm_up=1, batches=40, sizes=sizes)
+        found = loader_side.ours(str(world / "train" / "*.tar"), batch=8, workers=1, warm_up=1, batches=40, sizes=sizes, data={})
         assert found["samples_per_second"] > 0
         assert found["processor_ms"] > 0
 
@@ -326,8 +326,11 @@ def test_the_real_comparisons_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows.keys() == {"float32", "int8"}
     assert all(ratio > 0 for row in rows.values() for ratio in (*row["processor"], *row["wall"]))
     assert rows["int8"]["quality"]["pairs"] == 2
-    loader.run(1, 1, batch=16, batches=2)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["ratio"] > 0
+    loader.run(1, 1, batch=16, batches=2, sources="set,1024")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    ways = [("set", "default"), ("set", "torch"), *(("1024", way) for way in loader.WAYS)]
+    assert [(row["source"], row["way"]) for row in found] == ways
+    assert all(row["ratio"] > 0 and row["processor_ratio"] > 0 for row in found)
 
 
 def test_int8_speed_compares_every_way_to_multiply_on_one_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,11 @@ from torchvision.transforms import Grayscale, InterpolationMode, RandomErasing, 
 from torchvision.transforms.autoaugment import _apply_op
 
 from megakd.data.augmentation import OPERATIONS, RAND_AUGMENT, Augmentation, Erasure, Operation, altered, draw, draw_stored
+from megakd.data.pictures import train_pixels
 from megakd.data.shards import ShardSet
 from megakd.data.store.reader import Store
 from megakd.data.store.views import StoredViews
-from megakd.data.transforms import decode, train_pixels
+from megakd.data.transforms import decode
 from megakd.recipe import Views
 from support.loaders import TOWERS, take
 from support.stores import write
@@ -194,11 +195,11 @@ def test_nobodys_random_state_is_asked_or_moved() -> None:
         return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
 
     image, before = picture(50, 60), states()
-    seen = [train_pixels(image, augmentation, TOWERS["student"].train_pixels) for augmentation in drawn(EVERYTHING, 40)]
+    seen = [train_pixels(image, augmentation, TOWERS["student"].train_pixels, "pillow") for augmentation in drawn(EVERYTHING, 40)]
     assert states() == before
     torch.manual_seed(99)
     random.seed(99)
-    again = [train_pixels(image, augmentation, TOWERS["student"].train_pixels) for augmentation in drawn(EVERYTHING, 40)]
+    again = [train_pixels(image, augmentation, TOWERS["student"].train_pixels, "pillow") for augmentation in drawn(EVERYTHING, 40)]
     assert all(np.array_equal(one, other) for one, other in zip(seen, again, strict=True))
 
 
@@ -206,7 +207,7 @@ def test_the_flip_comes_before_the_operations() -> None:
     image, shift = picture(16, 16), (Operation("TranslateX", 0.25),)
     mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     view = (16, 16, int(Image.Resampling.BICUBIC))
-    found = train_pixels(image, Augmentation((0, 0, 16, 16), True, shift), view)
+    found = train_pixels(image, Augmentation((0, 0, 16, 16), True, shift), view, "pillow")
     assert np.array_equal(found.transpose(1, 2, 0), changed(mirrored, *shift))
     assert not found[:, :, :4].any()
 
@@ -218,7 +219,7 @@ def test_towers_of_other_sizes_get_the_same_augmentation(clean: ShardSet) -> Non
             image = decode(clean.read(index, ("image",)).members["image"], 10**7).convert("RGB")
             augmentation = draw(EVERYTHING, 3, batch.position + row, *image.size)
             for name, tower in TOWERS.items():
-                expected = train_pixels(image, augmentation, tower.train_pixels)
+                expected = train_pixels(image, augmentation, tower.train_pixels, "pillow")
                 assert torch.equal(batch.pixels[name][row], torch.from_numpy(expected.copy()))
 
 

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from megakd.cli import app
 from megakd.data import own_tokenizer
-from megakd.data.bad_samples import BadCounter, BadSample
+from megakd.data.bad_samples import BadCounter, BadSample, located
 from megakd.data.check.measure import SIGNALS, TokenCounter, measure
 from megakd.data.check.summary import Repeats
-from megakd.data.pairs import decoded
+from megakd.data.pairs import opened_pair
 from megakd.data.shards import ShardSet
 from megakd.training import checked_data
 from support.shards import Member, bomb_png, data, jpeg, no_barrier, pair, write_set, write_tar
@@ -74,7 +74,8 @@ def test_what_is_dropped_is_what_training_drops_by_the_same_reasons(tmp_path: Pa
         try:
             if isinstance(sample, BadSample):
                 raise sample
-            decoded(sample, shards.captions, shards.data)
+            with located(sample.where):
+                opened_pair(sample, shards.captions, shards.data)
         except BadSample as bad:
             training.add(bad.reason, str(bad))
     by_reading = found["dropped"]["by_reading"]

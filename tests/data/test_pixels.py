@@ -11,9 +11,8 @@ from PIL import Image
 
 from megakd.data.augmentation import Augmentation
 from megakd.data.bad_samples import BadSample
-from megakd.data.pairs import decoded
-from megakd.data.shards import Sample
-from megakd.data.transforms import as_rgb, decode, evaluation_pixels, rgb_image, train_pixels
+from megakd.data.pictures import Picture
+from megakd.data.transforms import as_rgb, decode, evaluation_pixels, rgb_image
 from megakd.recipe import Data
 from megakd.vqa.loader import ImageProcessor
 from support.shards import bomb_png, png
@@ -148,8 +147,8 @@ def test_training_evaluation_and_questions_see_the_same_pixels(orientation: str,
         stored(Image.fromarray(noise), "PNG", exif=exif),
     ]
     for data in files:
-        image, _ = decoded(Sample("here", {"image": data}), None, data_as)
-        seen = train_pixels(image, Augmentation((0, 0, *image.size), False), (16, 16, int(Image.Resampling.BICUBIC)))
+        picture = Picture(data, data_as)
+        seen = picture.pixels(Augmentation((0, 0, *picture.size), False), (16, 16, int(Image.Resampling.BICUBIC)))
         assert np.array_equal(seen, evaluation_pixels(rgb_image(data, data_as), view))
         assert np.array_equal(seen, ImageProcessor(view, data_as, "tower").pixels(data))
 

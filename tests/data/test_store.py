@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from megakd.data.augmentation import draw_stored
+from megakd.data.pictures import train_pixels
 from megakd.data.shards import ShardSet
 from megakd.data.store import writer
 from megakd.data.store.reader import Store, StoreError, content_digest, differences, map_part, part_path, read_manifest
 from megakd.data.store.views import StoredViews
-from megakd.data.transforms import decode, train_pixels
+from megakd.data.transforms import decode
 from megakd.recipe import Views
 from support import edit_json
 from support.loaders import TOWERS, take
@@ -237,7 +238,7 @@ def test_the_augmentation_of_a_stored_view_is_a_function_of_seed_sample_and_numb
     (batch,) = take(clean, 1, store=Store.open(folder))
     index = int(batch.index[3])
     picture = decode(clean.read(index, ("image",)).members["image"], 10**7).convert("RGB")
-    expected = train_pixels(picture, draw_stored(Views(), 7, index, 0, *picture.size), TOWERS["student"].train_pixels)
+    expected = train_pixels(picture, draw_stored(Views(), 7, index, 0, *picture.size), TOWERS["student"].train_pixels, "pillow")
     assert torch.equal(batch.pixels["student"][3], torch.from_numpy(expected.copy()))
 
 

@@ -12,7 +12,8 @@ from torchvision.transforms import RandomResizedCrop
 
 from megakd.data.augmentation import Augmentation, draw
 from megakd.data.bad_samples import BadSample
-from megakd.data.transforms import TowerView, decode, evaluation_pixels, normalise, train_pixels
+from megakd.data.pictures import train_pixels
+from megakd.data.transforms import TowerView, decode, evaluation_pixels, normalise
 from megakd.recipe import Views
 from support.shards import ByteTokenizer, bomb_png, jpeg
 
@@ -104,16 +105,16 @@ def test_flips_come_as_often_as_asked() -> None:
 def test_train_pixels_are_the_crop_resized_once_and_mirrored_after() -> None:
     image = picture("RGB", (90, 70))
     view = TowerView(PreprocessCfg(size=(16, 24)), ByteTokenizer(4)).train_pixels
-    plain = train_pixels(image, Augmentation((5, 6, 75, 66), False), view)
+    plain = train_pixels(image, Augmentation((5, 6, 75, 66), False), view, "pillow")
     expected = np.asarray(image.resize((24, 16), Image.Resampling.BICUBIC, box=(5, 6, 75, 66)))
     assert np.abs(plain.astype(int) - expected.transpose(2, 0, 1)).max() <= 1
-    assert np.array_equal(train_pixels(image, Augmentation((5, 6, 75, 66), True), view), plain[:, :, ::-1])
+    assert np.array_equal(train_pixels(image, Augmentation((5, 6, 75, 66), True), view, "pillow"), plain[:, :, ::-1])
 
 
 def test_the_reducing_gap_moves_large_crops_little_and_small_ones_not_at_all() -> None:
     image, view = picture("RGB", (900, 800)), (32, 32, int(Image.Resampling.BICUBIC))
     for box, most, mean in (((0, 0, 900, 800), 8, 0.5), ((10, 10, 190, 190), 0, 0.0)):
-        pixels = train_pixels(image, Augmentation(box, False), view)
+        pixels = train_pixels(image, Augmentation(box, False), view, "pillow")
         expected = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC, box=box)).transpose(2, 0, 1)
         difference = np.abs(pixels.astype(int) - expected)
         assert difference.max() <= most

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from faults.campaign import Mutant, SilentFault
 from megakd.data.bad_samples import BadSample
-from megakd.data.pairs import decoded
+from megakd.data.pairs import opened_pair
 from megakd.data.shards import ShardSet
 from megakd.recipe import Data
 from support.shards import png
@@ -94,14 +94,14 @@ def _used_and_lost(patterns: list[str], original: Original, mutation: Mutation, 
     for index in range(len(shards)):
         try:
             sample = shards.read(index, ("image", "caption"))
-            image, captions = decoded(sample, shards.captions, Data(max_pixels=10_000))
+            picture, captions = opened_pair(sample, shards.captions, Data(max_pixels=10_000))
         except BadSample as bad:
             lost += bad.reason not in _KNOWN_AT_OPEN
             if bad.reason == "empty_caption" and "no bytes" not in bad.detail:
                 lost += 1
             continue
         used, text = used + 1, "" if captions is None else captions.texts[0]
-        red, green, _ = image.getpixel((1, 1))  # type: ignore[misc]
+        red, green, _ = picture.rgb().getpixel((1, 1))  # type: ignore[misc]
         number = red * 256 + green
         said = text.rpartition(" ")[2]
         if said != str(number) and number not in mutation.changed and not (said.isdigit() and int(said) in mutation.changed):

@@ -1,10 +1,9 @@
-"""The kernel benchmarks: what they write, what becomes of a case that cannot be measured, and the arithmetic of their verdicts."""
+"""The kernel benchmarks: what they write, and what becomes of a case that cannot be measured."""
 
 from __future__ import annotations
 
 import ast
 import csv
-import json
 import sys
 import time
 from graphlib import TopologicalSorter
@@ -14,19 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
+from support.kernel_benchmarks import BENCHMARKS, GOOD, made
+
 sys.path.insert(0, str(BENCHMARKS))
-import measure  # noqa: E402
-import plot  # noqa: E402
-import run  # noqa: E402
-from cases import LOSSES, LossCase  # noqa: E402
-from measure import Meter, Timing, gradients  # noqa: E402
-from memory import Watcher  # noqa: E402
-from peers import Unavailable  # noqa: E402
-from records import FIELDS, append, read, together  # noqa: E402
-from rounds import Limits, Result, Runner  # noqa: E402
-from rounds import rows as rows_of  # noqa: E402
-from verdicts import dispatch, verdicts  # noqa: E402
+import measure
+import plot
+import run
+from cases import LOSSES, LossCase
+from measure import Meter, Timing, gradients
+from memory import Watcher
+from peers import Unavailable
+from records import FIELDS, append, read
+from rounds import Limits, Result, Runner
+from rounds import rows as rows_of
 
 sys.path.remove(str(BENCHMARKS))
 
@@ -233,81 +232,6 @@ def test_every_loss_can_be_differentiated_by_the_student(loss):
     gradients(total, student)
 
 
-# A hand-made file: one run that reaches all targets, and its spoiled copies.
-
-
-def made(name, pairs, *, ms, mb="100", percent="60", date="2030-01-01", status="ok", one="both"):
-    case = {"loss": "similarity", "pairs": str(pairs), "student_width": "512", "teacher_width": "1024", "implementation": name, "pass": one}
-    numbers = {"median_ms": ms, "p10_ms": ms, "p90_ms": ms, "peak_mb": mb, "percent_of_matrix": percent}
-    shared = {"date": date, "device": "Made", "dtype": "bfloat16", "threads": "1", "status": status, "torch": "2", "triton": "3"}
-    return {**dict.fromkeys(FIELDS, ""), **case, **numbers, **shared}
-
-
-GOOD = [
-    *(made("eager", pairs, ms="20", mb="5000") for pairs in (8192, 32768)),
-    *(made("compiled", pairs, ms="11") for pairs in (1024, 8192, 32768)),
-    *(made("auto", pairs, ms="10") for pairs in (1024, 8192, 32768)),
-    made("auto", 131072, ms="499", mb="2999"),
-    made("eager", 131072, ms="", mb="", status="out of memory"),
-]
-
-
-def spoiled(name, pairs, **numbers):
-    return [row | numbers if (row["implementation"], row["pairs"]) == (name, str(pairs)) else row for row in GOOD]
-
-
-def test_all_targets_hold_on_good_numbers():
-    assert [verdict.holds for verdict in verdicts(GOOD)] == [True] * 6
-    assert str(verdicts(GOOD)[0]) == "holds         at least 2.0 x eager from N 8192 on: N 8192 (512/1024) 2 x; N 32768 (512/1024) 2 x"
-
-
-@pytest.mark.parametrize(
-    ("rows", "failing"),
-    [
-        (spoiled("eager", 8192, median_ms="19.9"), 0),
-        (spoiled("compiled", 1024, median_ms="9.9", p90_ms="9.95"), 1),
-        (spoiled("auto", 32768, peak_mb="201"), 2),
-        (spoiled("auto", 131072, peak_mb="3000"), 3),
-        (spoiled("auto", 131072, median_ms="500"), 4),
-        (spoiled("auto", 131072, percent_of_matrix="54.9"), 5),
-    ],
-)
-def test_each_target_can_fail_alone(rows, failing):
-    assert [verdict.holds for verdict in verdicts(rows)] == [number != failing for number in range(6)]
-
-
-def test_as_fast_as_compiled_allows_for_compileds_own_spread():
-    assert verdicts(spoiled("compiled", 1024, median_ms="9.9", p90_ms="10.1"))[1].holds
-
-
-def test_what_was_not_measured_neither_holds_nor_fails():
-    assert [verdict.holds for verdict in verdicts([row for row in GOOD if row["pairs"] == "1024"])] == [None, True, None, None, None, None]
-
-
-def test_only_rows_of_one_run_are_compared():
-    """A later run of `auto` alone does not meet the eager of a run before it."""
-    rows = [*GOOD, made("auto", 8192, ms="30", date="2030-01-02")]
-    assert verdicts(rows)[0].holds
-    found = together(rows, "both")
-    assert found["similarity", 8192, 512, 1024]["auto"]["median_ms"] == "30"
-    assert "eager" not in found["similarity", 8192, 512, 1024]
-
-
-def test_check_says_which_target_fails_and_exits_with_1(tmp_path, capsys):
-    path = tmp_path / "made.csv"
-    append(path, spoiled("eager", 8192, median_ms="15"))
-    assert run.main(["--check", "--csv", str(path)]) == 1
-    said = capsys.readouterr().out
-    assert "FAILS         at least 2.0 x eager from N 8192 on: N 8192 (512/1024) 1.5 x (!)" in said
-    assert said.count("FAILS") == 1
-
-
-def test_dispatch_lists_the_fastest_backend_of_each_size():
-    lines = [json.loads(line) for line in dispatch([*GOOD, made("chunked", 8192, ms="9"), made("open_clip", 8192, ms="1")])]
-    assert [(line["pairs"], line["fastest"]) for line in lines] == [(1024, "compiled"), (8192, "chunked"), (32768, "compiled")]
-    assert lines[1]["ms"] == {"eager": 20.0, "compiled": 11.0, "chunked": 9.0}
-
-
 def test_a_plot_is_drawn_from_a_file_with_gaps(tmp_path):
     path = tmp_path / "made.csv"
     append(path, [row for row in GOOD if row["pairs"] != "32768"] + [made("triton", 1024, ms="", mb="", status="failed: x", one="forward")])
@@ -367,6 +291,8 @@ def test_a_device_or_file_that_is_not_there_is_named(tmp_path, capsys, monkeypat
     assert "no CUDA device" in capsys.readouterr().err
     assert run.main(["--check", "--csv", str(tmp_path / "none.csv")]) == 2
     assert "none.csv: no results yet" in capsys.readouterr().err
+    assert run.main(["--check", "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path}: no results yet" in capsys.readouterr().err
 
 
 def test_a_file_with_other_columns_is_left_alone(tmp_path, capsys):

@@ -51,6 +51,14 @@ def test_one_very_large_logit_neither_overflows_nor_drowns_the_rest(loss):
     judge_chunked(case, 10)
 
 
+@pytest.mark.parametrize(
+    ("loss", "shape"),
+    [("interactive", (129, 48, 1500)), ("interactive", (37, 64, 3000)), ("sigmoid", (129, 48, 2000, -10, [(64, 1500, 100)]))],
+)
+def test_logits_of_thousands_match_float64(loss, shape):
+    judge_chunked(case_of(loss, shape), 50)
+
+
 def test_a_well_matched_batch_keeps_its_small_loss_and_gradient():
     """Positives at cosine 1 and all others near 0: an interactive loss of 3e-17, which 1 - softmax in float32 would call 0."""
     matched = torch.eye(8)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megakd_kernels import two_pass_torch
+from megakd_kernels.two_pass_torch import TorchTwoPass
 from support.loss_cases import Batch, Outcome, batch, errors
 from support.similarity_cases import RIVALS, Teacher, measure, measure_reference, rounding
 
@@ -204,3 +206,33 @@ def test_gradients_match_finite_differences(options, temperature, hard):
         return 1.5 * kd + 0.5 * infonce
 
     assert torch.autograd.gradcheck(total, tuple(leaves))
+
+
+LARGE = [(2000, 1500, 1.0), (50, 3000, 1.0), (3000, 50, 0.5), (1200, 1200, 2.0)]  # the scales of student and teacher, and the temperature
+
+
+@pytest.mark.parametrize(("scale", "teacher_scale", "temperature"), LARGE)
+@pytest.mark.parametrize(*RIVAL)
+def test_logits_of_thousands_match_float64(backend, device, scale, teacher_scale, temperature):
+    _judge((backend, device), batch(129, 48, scale, seed=1), batch(129, 64, teacher_scale, seed=2), temperature, chunk=50)
+
+
+SMALL = pytest.mark.parametrize("case", [case for case in CASES if case[0] in (37, 129)], ids=str)
+
+
+@SMALL
+def test_panels_of_whole_rows_as_a_gpu_takes_them_match_float64(case, monkeypatch):
+    """There the host does not read values: every line has its own exponential, and no logits are kept."""
+    monkeypatch.setattr(TorchTwoPass, "of", lambda rows, columns, dtype, device, chunk: TorchTwoPass(chunk, columns, on_cpu=False))
+    pairs, width, teacher_width, temperature, scale, teacher_scale, chunk = case
+    _judge(("chunked", "cpu"), batch(pairs, width, scale, seed=1), batch(pairs, teacher_width, teacher_scale, seed=2), temperature, chunk)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@SMALL
+def test_tiles_that_do_not_divide_the_stripe_match_float64(case, dtype, monkeypatch):
+    """Rows and columns of tiles are unlike each other, so the diagonal goes through them askew; a part of the logits is kept."""
+    monkeypatch.setattr(two_pass_torch, "CPU_COLUMNS", 24)
+    pairs, width, teacher_width, temperature, scale, teacher_scale, _ = case
+    student, teacher = batch(pairs, width, scale, dtype=dtype, seed=1), batch(pairs, teacher_width, teacher_scale, dtype=dtype, seed=2)
+    _judge(("chunked", "cpu"), student, teacher, temperature, chunk=16)

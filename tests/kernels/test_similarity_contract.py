@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from megakd_kernels import contrastive, contrastive_reference, dispatch, similarity_kd
+from megakd_kernels import contrastive, contrastive_reference, dispatch, similarity, similarity_kd
 from support.loss_cases import INTERPRETED, Batch, batch
 from support.similarity_cases import measure
 
@@ -135,6 +135,24 @@ def test_every_choice_of_auto_is_a_backend_and_large_batches_never_form_the_matr
     assert chosen[-1] in ("chunked", "triton")
     assert "triton" not in chosen or device == "cuda"
     assert all(dispatch.choose(loss, 2**power, torch.device(device), torch.float64) != "triton" for power in range(24))
+
+
+@pytest.mark.parametrize("loss", ["similarity_kd", "contrastive", "interactive_kd", "sigmoid_kd"])
+def test_embeddings_of_float32_on_a_gpu_are_multiplied_by_its_library(loss, monkeypatch):
+    """Only the kernels that form logits themselves care: their exact products do not run on the matrix units."""
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device, dtype: None)
+    chosen = {halves: dispatch.choose(loss, 2**15, torch.device("cuda"), torch.float32, halves=halves) for halves in (True, False)}
+    assert chosen == {True: "triton", False: "chunked" if loss in ("similarity_kd", "contrastive") else "triton"}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "halves"), [("bfloat16", "float16", True), ("float32", "bfloat16", False), ("bfloat16", "float32", False)]
+)
+def test_the_choice_is_told_whether_all_embeddings_are_halves(student, teacher, halves, monkeypatch):
+    told = []
+    monkeypatch.setattr(similarity, "choose", lambda *_, **options: told.append(options["halves"]) or "eager")
+    similarity_kd(batch(4, 8, 5, dtype=getattr(torch, student)), batch(4, 8, 5, dtype=getattr(torch, teacher)))
+    assert told == [halves]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="under the interpreter Triton does run on the CPU")

@@ -174,7 +174,7 @@ def test_statistics_of_two_halves_merge_into_those_of_the_whole(device: str, sta
     for part in (slice(16), slice(16, 40)):
         student, teacher = (logits._replace(right_ND=logits.right_ND[part]) for logits in (case.student, case.teachers[0]))
         halves.append(found(Stripe(student, [teacher], None), static=static)[0])
-    merged = merge(halves[0], halves[1], None)
+    merged = merge([halves[0], halves[1]], None)
     torch.testing.assert_close(merged.divergence(), whole.divergence(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(merged.m_a + merged.l_a.log(), whole.m_a + whole.l_a.log(), rtol=1e-6, atol=1e-6)
 

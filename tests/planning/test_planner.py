@@ -209,6 +209,23 @@ def test_teachers_of_an_ensemble_lie_side_by_side_and_run_one_after_the_other(sm
     assert two.flops["teacher"] == 2 * one.flops["teacher"]
 
 
+def test_a_batch_ahead_takes_its_memory_beside_the_student_and_a_partitioned_teacher_waits_for_its_step(small: planner.Plan) -> None:
+    """Worked by hand: 256 pairs a GPU, two models of 224 pixels and 77 tokens of 8 bytes; embeddings of 512 in bf16."""
+    ahead = by_name(planned(data={"train": "none.tar", "prefetch": True}))
+    batch = 2 * 256 * (3 * 224 * 224 + 77 * 8)
+    for name, alone in by_name(small).items():
+        grown = {place: size - alone.places[place] for place, size in ahead[name].places.items()}
+        assert grown.pop("teacher") == 0
+        (extra,) = set(grown.values())
+        if name.startswith("zero3"):
+            assert extra == batch
+        elif name == "store":
+            assert extra == batch + 2 * 256 * 512 * 2
+        else:
+            assert extra > batch + ahead[name].parts["teacher activations"] * 0.9
+        assert ahead[name].parts["batch"] - alone.parts["batch"] == extra
+
+
 def test_a_recipe_without_a_teacher_is_planned_too() -> None:
     plan = planned(teacher=None, objectives={"contrastive": 1.0})
     assert [row.mode.name for row in plan.rows] == ["no teacher"]

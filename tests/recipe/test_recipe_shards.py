@@ -38,6 +38,8 @@ def test_both_teachers_of_one_store_are_a_recipe(tiny: str) -> None:
         (("objectives.sigmoid_similarity=1",), r"objectives\.sigmoid_similarity: needs the teacher's logit bias"),
         (('data.clean=["lower"]',), r"data\.clean = \['lower'\]: .*take it out"),
         (("views.flip=0.0",), r"views\.flip: .*the shards' own augmentations are replayed; take it out"),
+        (("data.decode=scaled",), r"data\.decode = 'scaled': .*decoded in full and resized by Pillow; take it out"),
+        (("data.resampling=torch",), r"data\.resampling = 'torch': .*take it out"),
         (("views.preset=mobileclip",), r"views\.(crop_scale|flip): .*replayed; take it out"),
     ],
 )
@@ -55,7 +57,7 @@ def test_a_scale_is_asked_for_where_an_objective_reads_it(tiny: str) -> None:
 
 
 def test_texts_alone_are_freshly_augmented(tiny: str) -> None:
-    texts = ("teacher.store_of=text", "ensemble.b.store_of=text", "views.flip=0.0")
+    texts = ("teacher.store_of=text", "ensemble.b.store_of=text", "views.flip=0.0", "data.resampling=torch")
     assert recipes.load(tiny, (*LEARNED, *BOTH, *texts))[0].views.flip == 0
 
 

@@ -152,6 +152,8 @@ def test_a_second_job_is_refused_and_changes_nothing(recipe: Recipe, recipe_file
         ("views.crop_scale=[0.9, 1.0]", "views.crop_scale: [0.5, 1.0] in the store, [0.9, 1.0] in the recipe"),
         ("data.transparency=black", "data.transparency: None in the store, 'black' in the recipe"),
         ("data.orientation=ignore", "data.orientation: None in the store, 'ignore' in the recipe"),
+        ("data.decode=scaled", "data.decode: None in the store, 'scaled' in the recipe"),
+        ("data.resampling=torch", "data.resampling: None in the store, 'torch' in the recipe"),
         ("views.erase={probability = 0.5}", "views.erase.probability: None in the store, 0.5 in the recipe"),
         ("teacher.architecture.vision_cfg.layers=2", "teacher.vision_cfg.layers: 1 in the store, 2 in the recipe"),
         ("teacher.architecture.vision_cfg.image_size=32", "preprocess.size: [48, 48] in the store, [32, 32] in the recipe"),

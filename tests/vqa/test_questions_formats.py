@@ -20,7 +20,7 @@ from support.questions import source, talk, vqav2_entries, write
 
 
 def read(source: QuestionSource) -> list[Question]:
-    return parse(source)[0]
+    return list(parse(source)[0])
 
 
 def test_vqav2_joins_questions_and_annotations(tmp_path: Path) -> None:

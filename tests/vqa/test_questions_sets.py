@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,20 @@ def test_fewer_questions_than_a_batch_and_an_empty_file_are_refused(tmp_path: Pa
     assert question_order(opened(files.vqav2(tmp_path)), 30, seed=0).epoch_length == 30
     with pytest.raises(ValueError, match=r"^answers\.train\.mine: questions = .* has not one question"):
         opened(source("llava", questions=write(tmp_path / "none.json", [])))
+
+
+def test_a_files_questions_are_packed_one_by_one(tmp_path: Path) -> None:
+    """A reply that makes up its entry is packed three times: as a turn, an answer, and the one to learn. The file's values go meanwhile.
+
+    With all questions at once, and a packed form of each before they are joined, there would be seven of them.
+    """
+    said = [{"id": str(number), "conversations": talk("What is it?", f"{number} " * 4000)} for number in range(200)]
+    path = write(tmp_path / "long.json", said)
+    given = source("llava", questions=path)
+    opened(given)  # what is imported on the way is not counted
+    tracemalloc.start()
+    questions = opened(given)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(questions) == 200
+    assert peak < 4 * path.stat().st_size

@@ -36,7 +36,7 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
 
 
 def written(kind: str, folder: Path, make: Callable[..., Any]) -> Path | None:
-    questions = parse(make(folder / "set"))[0][:2]
+    questions = list(parse(make(folder / "set"))[0])[:2]
     answered = [Answered(*pair) for pair in zip(questions, (" A Bus.\n", ""), strict=False)]
     return benchmark(kind).write_submission(answered, folder, "test")
 

@@ -15,7 +15,7 @@ from megakd_kernels.panels import Logits, chunks
 from megakd_kernels.softmax_stats import SlopeWeights, SoftmaxStats
 from megakd_kernels.triton.slope import slope_panel
 from megakd_kernels.triton.statistics import STATIC_LIMIT, stripe_statistics
-from megakd_kernels.two_pass import StripeLogits
+from megakd_kernels.two_pass import Kept, StripeLogits
 
 # Bytes of a slope panel. NOT measured on a GPU yet: 256 MB are 4096 rows of bfloat16 at N = 32768, enough to fill the matrix units.
 PANEL_BYTES = 256 << 20
@@ -36,14 +36,22 @@ class TritonTwoPass(NamedTuple):
     def logits(self, left_BD: Tensor, right_MD: Tensor, gain: Tensor) -> Logits:
         return Logits(left_BD, right_MD, gain)
 
-    def statistics(self, logits: StripeLogits, hard_temperature: float | None) -> tuple[SoftmaxStats, SoftmaxStats, Tensor | None]:
+    def statistics(
+        self, logits: StripeLogits, hard_temperature: float | None, keep: bool
+    ) -> tuple[SoftmaxStats, SoftmaxStats, Tensor | None, Kept]:
+        del keep  # no logits are ever in memory
         # The sum at temperature 1 spans `hard_temperature` times the range: one offset cannot serve both.
         static = self.static and hard_temperature is None
-        return stripe_statistics(logits.student, logits.teachers, hard_temperature, diagonal=logits.diagonal, static=static)
+        return *stripe_statistics(logits.student, logits.teachers, hard_temperature, diagonal=logits.diagonal, static=static), ()
 
     def slopes(
-        self, logits: StripeLogits, sides: tuple[SlopeWeights, SlopeWeights], hard_temperature: float | None, diagonal_weight: Tensor
-    ) -> Iterator[tuple[slice, Tensor]]:
+        self,
+        logits: StripeLogits,
+        sides: tuple[SlopeWeights, SlopeWeights],
+        hard_temperature: float | None,
+        diagonal_weight: Tensor,
+        kept: Kept,
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
         rows, columns = sides
         left_BD, right_MD, _ = logits.student
         panel_cM = right_MD.new_empty((min(self.chunk, len(left_BD)), len(right_MD)))
@@ -59,4 +67,4 @@ class TritonTwoPass(NamedTuple):
                 diagonal_weight=diagonal_weight,
                 out_cM=slope_cM,
             )
-            yield panel, slope_cM
+            yield panel, slice(len(right_MD)), slope_cM

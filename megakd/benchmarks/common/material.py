@@ -85,7 +85,7 @@ def photograph(rng: np.random.Generator) -> bytes:
         width, height = height, width
     picture = np.full((height, width, 3), rng.uniform(60, 190, 3), np.float32)
     for octave in _OCTAVES:
-        picture += _noise(rng, octave, width, height) * (130 / octave**0.4)
+        picture += noise(rng, octave, width, height) * (130 / octave**0.4)
     image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(2, 7))):
@@ -97,7 +97,7 @@ def photograph(rng: np.random.Generator) -> bytes:
     return buffer.getvalue()
 
 
-def _noise(rng: np.random.Generator, cells: int, width: int, height: int) -> NDArray[np.float32]:
+def noise(rng: np.random.Generator, cells: int, width: int, height: int) -> NDArray[np.float32]:
     """Smooth noise of `cells` cells a side in [-.5, .5], (height, width, 3); half of it common to the channels."""
     grid = (rng.random((cells, cells, 1)) + rng.random((cells, cells, 3))) * 127.5
     smooth = Image.fromarray(grid.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)

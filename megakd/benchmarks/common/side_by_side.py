@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,14 +57,29 @@ def write_recipe(content: dict[str, Any], path: Path) -> Path:
 
 
 @contextmanager
-def training(content: dict[str, Any], folder: Path, threads: int) -> Iterator[Child]:
-    """megakd/train.py on this recipe into FOLDER/run, in float32 without ZeRO on a GPU as well; killed at the end of the block."""
-    recipe_file, config = write_recipe(content, folder / "recipe.json"), folder / "ds_config.json"
-    config.write_text("{}", encoding="utf-8")
+def training(
+    content: dict[str, Any], folder: Path, threads: int, *, ranks: int = 1, config: dict[str, Any] | None = None
+) -> Iterator[Child]:
+    """megakd/train.py on this recipe into FOLDER/run, in float32 without ZeRO on a GPU as well; killed at the end of the block.
+
+    config: the DeepSpeed JSON. Several ranks share this machine's cores, in one process group, which `running` ends as a whole.
+    """
+    recipe_file, json_file = write_recipe(content, folder / "recipe.json"), folder / "ds_config.json"
+    json_file.write_text(json.dumps(config or {}), encoding="utf-8")
     program = Path(__file__).parents[2] / "train.py"
-    command = [sys.executable, str(program), "--recipe", str(recipe_file), "--ds_config", str(config), "--out", str(folder / "run")]
-    with running(command, folder, folder.name, threads) as child:
+    command = [sys.executable, str(program), "--recipe", str(recipe_file), "--ds_config", str(json_file), "--out", str(folder / "run")]
+    with running(command if ranks == 1 else _each_rank(command, ranks), folder, folder.name, threads) as child:
         yield child
+
+
+def _each_rank(command: list[str], ranks: int) -> list[str]:
+    """A shell that starts all ranks. torchrun would give each a session of its own, which outlives a killed launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = f"WORLD_SIZE={ranks} LOCAL_WORLD_SIZE={ranks} MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
+    started = (f"RANK={rank} LOCAL_RANK={rank} {meeting} {shlex.join(command)} &" for rank in range(ranks))
+    return ["sh", "-c", " ".join([*started, "wait"])]
 
 
 def timed(child: Child, steps: Callable[[], list[Step]], count: int, batch: int, warm_up: int = WARM_UP) -> Timed:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megakd.data.augmentation import draw_stored
-from megakd.data.bad_samples import BadCounter, usable
-from megakd.data.pairs import decoded
+from megakd.data.bad_samples import BadCounter, located, usable
+from megakd.data.pairs import opened_pair
 from megakd.data.shards import Sample, ShardSet
 from megakd.data.stream import WorkerStream, reported
-from megakd.data.transforms import TowerView, train_pixels
+from megakd.data.transforms import TowerView
 from megakd.recipe import Views
 
 
@@ -62,10 +62,11 @@ class StoredViews:
         policy = self.shards.captions if self.captions else None
 
         def to_row(place: int, sample: Sample) -> None:  # place: in index_N, where a sample may stand twice
-            image, captions = decoded(sample, policy, self.shards.data)
-            for number, view in enumerate(view_NV[place].tolist()):
-                augmentation = draw_stored(self.views, self.seed, int(index_N[place]), view, *image.size)
-                pixels[len(counts), number] = train_pixels(image, augmentation, self.tower.train_pixels)
+            with located(sample.where):
+                picture, captions = opened_pair(sample, policy, self.shards.data)
+                for number, view in enumerate(view_NV[place].tolist()):
+                    augmentation = draw_stored(self.views, self.seed, int(index_N[place]), view, *picture.size)
+                    pixels[len(counts), number] = picture.pixels(augmentation, self.tower.train_pixels)
             said = ("",) if captions is None else captions.texts
             if policy is not None and captions is not None and not self.every:
                 said = (said[policy.draw(captions, self.seed, (int(index_N[place]), 1 + int(view_NV[place, 0])))],)

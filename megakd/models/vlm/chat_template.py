@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import NoReturn
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, NoReturn
 
 from megakd.recipe.vqa import CHAT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Of templates that write the day, as Llama 3.2's: what a decoder is asked must not depend on it. Qwen3's begins answers with its thoughts.
 VARIABLES: dict[str, str | bool] = {"date_string": "26 Jul 2024", "enable_thinking": False}

@@ -19,9 +19,10 @@ MOST_POINTS = 240  # of a curve; of longer ones each point is the median of its 
 MOST_SCORES = 12
 MOST_LOGGED = 12
 LOW = 2.5  # inches: of panels that stand in rows
-_NAMED = frozenset(
-    ("step", "loss", "losses", "backends", "lr", "scale", "gradient_norm", "images_per_second", "memory_gb", "seconds", "bad_samples")
-)
+_NAMED = frozenset((
+    *("step", "loss", "losses", "backends", "lr", "scale", "gradient_norm", "images_per_second", "memory_gb", "seconds"),
+    *("processor_seconds", "bad_samples"),
+))  # fmt: skip
 
 Points = Sequence[tuple[float, float]]
 Series = tuple[str, int, Points]  # (label, place of its colour or ALONE, points)

@@ -27,6 +27,7 @@ from megakd.models.student import Student
 from megakd.models.vlm import IGNORED, decoder, decoder_check, decoder_tokenizer, lora
 from megakd.models.vlm.decoder import DecoderModel, DecoderSpec
 from megakd.models.vlm.student import QuestionInputs, VisionLanguageStudent
+from megakd.objectives.answer_divergence import TokenDivergence
 from megakd.objectives.answers import DIVERGENCE, NAME, AnswerLoss
 from megakd.recipe import Answers, Recipe, chain
 from megakd.recipe import Decoder as Settings
@@ -37,7 +38,6 @@ from megakd.runtime.launch import World
 from megakd.runtime.module_state import load_weights
 from megakd.runtime.preemption import StopPoller
 from megakd.runtime.run_folder import BUNDLE, RunLog
-from megakd.runtime.stopwatch import Stopwatch
 from megakd.training.tasks import answer_teacher
 from megakd.training.tasks.answer_teacher import AnswerTeacherData, LanguageTeacher
 from megakd.training.tasks.base import RowLoss, StepPart, Task, loading
@@ -227,7 +227,7 @@ class Answering(Task):
         self.weights, self.in_a_step = {NAME: data.recipe.peak("answers.weight")}, data.recipe.questions_in_a_step()
         if data.teacher is not None:
             watchdog.beat("loading answers.teacher")
-            self._teacher = LanguageTeacher(data.teacher, world.device)
+            self._teacher, self.roles = LanguageTeacher(data.teacher, world.device), ("answers.teacher",)
             self.weights |= {DIVERGENCE: data.recipe.peak("answers.teacher.weight")}
         if isinstance(data.order, MixtureOrder):
             self.mixture, self.of_rows = data.order, tuple(self.weights)
@@ -260,18 +260,23 @@ class Answering(Task):
         teacher = None if data.teacher is None else data.teacher.reader
         return question_batches(data.train, data.order, data.encoder, data.image_processor, teacher, **position)
 
-    def part(self, batch: QuestionBatch, clock: Stopwatch, step: int) -> StepPart:
+    def teach(self, batch: QuestionBatch, role: str, step: int) -> list[TokenDivergence]:
+        """Of each micro-batch, what the teacher says of its answers."""
+        assert self._teacher is not None, role
+        assert batch.teacher is not None, "the loader was given its reader"
+        pieces = self._config.micro_batches
+        columns = [[None] * pieces if one is None else one.tensor_split(pieces) for one in batch.teacher]
+        temperature = self._data.recipe.value_at("answers.teacher.temperature", step)
+        return [self._teacher.read(TeacherRows(*rows), temperature) for rows in zip(*columns, strict=True)]
+
+    def part(self, batch: QuestionBatch, taught: Mapping[str, list[TokenDivergence]], step: int) -> StepPart:
         pixels = batch.pixels
         if pixels is not None and self._data.image_processor is not None:
             pixels = normalise(pixels, self._data.image_processor.preprocess, self._dtype)
         questions = QuestionInputs(pixels, batch.ids_BL, batch.attend_BL, batch.image_mask_BL, batch.labels_BL)
         answer_tokens = self._loss.answer_tokens(batch.labels_BL)
         micro_batches = questions.split(self._config.micro_batches)
-        if self._teacher is not None and batch.teacher is not None:
-            with clock.part("teacher"):
-                columns = [[None] * len(micro_batches) if one is None else one.tensor_split(len(micro_batches)) for one in batch.teacher]
-                temperature = self._data.recipe.value_at("answers.teacher.temperature", step)
-                read = [self._teacher.read(TeacherRows(*rows), temperature) for rows in zip(*columns, strict=True)]
+        for read in taught.values():
             micro_batches = [asked._replace(divergence=one) for asked, one in zip(micro_batches, read, strict=True)]
 
         def by_question(outputs: list[dict[str, Tensor]]) -> dict[str, RowLoss]:

@@ -27,10 +27,10 @@ from megakd.models.student import Student
 from megakd.recipe import Recipe
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.ds_config import DsConfig
+from megakd.runtime.gathered import Gathered
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 from megakd.runtime.run_folder import RunLog
-from megakd.runtime.stopwatch import Stopwatch
 
 
 def loading(recipe: Recipe, world: World, start_position: int) -> Loading:
@@ -86,6 +86,7 @@ class Task(ABC):
     items, in_a_step: what its data are, for messages, and how many of them a step takes over all ranks.
     mixture: the order of its data where sources are mixed by weights. of_rows: names of the losses that `StepPart.rows` then gives.
     learns: prefixes of the parameters' names that it trains. rates: learning rates other than the recipe's, by such prefixes.
+    roles: its teachers. in_step: of them, those whose forward is a collective on the device, see `feed`.
     """
 
     weights: Mapping[str, float]
@@ -98,6 +99,8 @@ class Task(ABC):
     of_rows: tuple[str, ...] = ()
     learns: tuple[str, ...] = ("",)
     rates: Mapping[str, float] = {}
+    roles: tuple[str, ...] = ()
+    in_step: frozenset[str] = frozenset()
 
     @abstractmethod
     def extend(self, module: Student, device: torch.device) -> Student:
@@ -111,13 +114,24 @@ class Task(ABC):
     def open(self, progress: Progress) -> ResumableBatches[Any, Any]:
         """Its batches from where `progress` stands; called once, before the first step of this start."""
 
+    def teach(self, batch: Any, role: str, step: int) -> Any:
+        """What the teacher `role` says of `batch`, which the step number `step` learns from: tensors on the device, or what holds them.
+
+        It may be asked while the step before is at work (`feed`), so it reads nothing that a step moves. A collective.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no teacher {role}")
+
     @abstractmethod
-    def part(self, batch: Any, clock: Stopwatch, step: int) -> StepPart:
-        """What the step number `step` (from 0) makes of `batch`, which is on the device. A collective."""
+    def part(self, batch: Any, taught: Mapping[str, Any], step: int) -> StepPart:
+        """What the step number `step` (from 0) makes of `batch`, which is on the device. taught: by role, what `teach` gave."""
 
     def weights_at(self, step: int) -> Mapping[str, float]:
         """Of its losses in the step number `step`, from 0."""
         return self.weights
+
+    def gathered(self) -> Gathered | None:
+        """Of partitioned teachers, since the last call; None without one."""
+        return None
 
     def values(self) -> dict[str, Tensor]:
         """Scalars that the last losses went by, on the device and equal on every rank, for `logged`; GROUP.NAME is logged in a group."""

@@ -42,10 +42,10 @@ from megakd.recipe.section import MATCHED
 from megakd.runtime import collectives, precision, watchdog
 from megakd.runtime.checkpoint import Progress
 from megakd.runtime.ds_config import DsConfig
+from megakd.runtime.gathered import Gathered
 from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 from megakd.runtime.run_folder import MODEL, RunLog
-from megakd.runtime.stopwatch import Stopwatch
 from megakd.teachers import build
 from megakd.teachers.base import LiveTeacher, Teacher, settings_of
 from megakd.teachers.cached import StoredTeacher, TextStoredTeacher
@@ -152,7 +152,8 @@ class PairData:
     def _of_views(self) -> str:
         replays = isinstance(self.store, ReinforcedShards) and self.store.replays
         recorded = "as the shards have it, on images as stored (as data.orientation = 'ignore' and data.transparency = 'drop')"
-        return f"augmentation: {recorded if replays else self.recipe.views}"
+        made = "".join(f"; {key} {value}" for key, value in self.recipe.data.as_trained().items())
+        return f"augmentation: {recorded if replays else f'{self.recipe.views}{made}'}"
 
     def preview(self, world: World) -> list[str]:
         built = {role: clip.on_meta(description) for role, description in {"student": self.student, **self.teachers}.items()}
@@ -265,6 +266,8 @@ class Distill(Task):
         live = {role: data.teachers[role] for role, teacher in teachers.items() if not isinstance(teacher, StoredTeacher)}
         self._seen_by = {"student": data.student, **live}  # models that are shown the pairs themselves
         self._preprocess = {role: preprocessing(model) for role, model in self._seen_by.items()}
+        self.roles = tuple(teachers)
+        self.in_step = frozenset(role for role in teachers if build.communicates(settings_of(data.teachers[role]), world))
 
     def extend(self, module: Student, device: torch.device) -> Student:
         heads = self._data.outline_heads()
@@ -290,14 +293,13 @@ class Distill(Task):
         store = data.store if isinstance(data.store, Store) else None
         return train_batches(shards, order, of, towers, store=store, replay=replay, captions=data.captions, pairs=data.pairs, **position)
 
-    def part(self, batch: Batch, clock: Stopwatch, step: int) -> StepPart:
+    def part(self, batch: Batch, taught: Mapping[str, Embeddings], step: int) -> StepPart:
         if batch.drawn is not None:
             source, lacking = batch.drawn
             counts = torch.cat([torch.bincount(source, minlength=len(self._drawn_from) - 1), lacking.sum()[None]])
             shares = (counts / len(source)).to(self._world.device, non_blocking=True)
             self._drawn = dict(zip(self._drawn_from, shares, strict=True))
-        with clock.part("teacher"):
-            teachers = [self._teach(batch, role, teacher) for role, teacher in self._teachers.items()]
+        teachers = [taught[role] for role in self.roles]
         whole = self._view(batch, "student", precision.dtype(self._config.precision))
         views = [tensor.tensor_split(self._config.micro_batches) for tensor in whole]
         inputs: list[dict[str, Any]] = [{"pixels": pixels, "tokens": tokens} for pixels, tokens in zip(*views, strict=True)]
@@ -315,8 +317,9 @@ class Distill(Task):
 
         return StepPart(inputs, lambda outputs: self._data.objectives.losses(embeddings(outputs), teachers, step), by_pair)
 
-    def _teach(self, batch: Batch, role: str, teacher: AnyTeacher) -> Embeddings:
+    def teach(self, batch: Batch, role: str, step: int) -> Embeddings:
         """The teacher's embeddings of the batch, a micro-batch in a forward."""
+        teacher = self._teachers[role]
         if isinstance(teacher, StoredTeacher):
             assert batch.stored is not None, "the loader was given the store"
             assert batch.view is not None
@@ -335,6 +338,10 @@ class Distill(Task):
 
     def weights_at(self, step: int) -> dict[str, float]:
         return self._data.objectives.weights_at(step)
+
+    def gathered(self) -> Gathered | None:
+        found = [counts for teacher in self._teachers.values() if (counts := teacher.gathered()) is not None]
+        return Gathered.of(found) if found else None
 
     def values(self) -> dict[str, Tensor]:
         return {**self._data.objectives.values(), **self._drawn}

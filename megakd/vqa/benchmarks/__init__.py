@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 
 from megakd.recipe import QuestionSource
 from megakd.recipe.vqa import BENCHMARKS
@@ -16,10 +17,11 @@ def benchmark(name: str) -> Benchmark:
     return instance
 
 
-def parse(source: QuestionSource) -> tuple[list[Question], QuestionFile]:
-    """The questions of every format but captions, in the file's order, and the file with what was noted while it was read.
+def parse(source: QuestionSource) -> tuple[Iterator[Question], QuestionFile]:
+    """The questions of every format but captions, in the file's order, made one by one, and the file with what is noted meanwhile.
 
-    Raises ValueError for a file that is missing, or is not what `format` says; it then names the format that the file looks like.
+    Raises ValueError, before the first question or at any, for a file that is missing, or is not what `format` says; it then names the
+    format that the file looks like.
     """
     here = benchmark(source.format)
     every = [benchmark(name) for name in BENCHMARKS]
@@ -43,11 +45,15 @@ def parse(source: QuestionSource) -> tuple[list[Question], QuestionFile]:
         )
     file = QuestionFile(source, source.image_name or here.image_name)
     check_pattern(file.pattern)
+    return _hinted(here, file), file
+
+
+def _hinted(here: Benchmark, file: QuestionFile) -> Iterator[Question]:
     try:
-        return list(here.questions(file)), file
+        yield from here.questions(file)
     except Misfit as error:
         hint = f"format = {here.name!r} does not fit it"
-        for one in every:
+        for one in map(benchmark, BENCHMARKS):
             if one.looks_like(error.value):
                 hint = hint if one is here else f"it looks like {one.name}: set format = {one.name!r} instead of {here.name!r}"
                 break

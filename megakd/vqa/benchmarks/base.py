@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -70,7 +71,7 @@ class QuestionFile:
     notes: list[str] = field(default_factory=list)
     fields: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def path(self) -> Path:
         return Path(str(self.source.questions))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from megakd.recipe import QuestionSource
 from megakd.vqa.benchmarks.base import Answered, Benchmark, Question, QuestionFile, first_of
-from megakd.vqa.json_files import Entry, is_id, items, object_of, read_list, shown, text_of
+from megakd.vqa.json_files import Entry, is_id, items, object_of, read_list, released, shown, text_of
 from megakd.vqa.normalise import trimmed
 
 
@@ -30,7 +30,7 @@ class Llava(Benchmark):
         are captions: LLaVA's preprocess_plain drops what the human says, and takes one turn with an image alone.
         """
         changes = Counter[str]()
-        for number, entry in enumerate(read_list(file.path, "conversations")):
+        for number, entry in enumerate(released(read_list(file.path, "conversations"))):
             where = f"{file.path}: entry {number}"
             image = entry.get("image")
             turns, marks = _turns(entry, where, changes)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from megakd.vqa.benchmarks.base import Answered, Benchmark, Question, QuestionFile, first_of, most_frequent
-from megakd.vqa.json_files import Entry, human_answers, question_text, read_list, text_of, text_or
+from megakd.vqa.json_files import Entry, human_answers, question_text, read_list, released, text_of, text_or
 from megakd.vqa.normalise import trimmed, vizwiz_normalised
 from megakd.vqa.scores import VQA_ACCURACY, confusion, leave_one_out, precision_recall
 
@@ -27,7 +27,7 @@ class VizWiz(Benchmark):
     def questions(self, file: QuestionFile) -> Iterator[Question]:
         """Family: `answer_type`."""
         seen: set[str] = set()
-        for number, entry in enumerate(read_list(file.path, "image", "question")):
+        for number, entry in enumerate(released(read_list(file.path, "image", "question"))):
             where = f"{file.path}: entry {number}"
             question_id = text_of(entry, "image", where)
             if question_id in seen:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megakd.recipe import QuestionSource
 from megakd.vqa.benchmarks.base import Answered, Benchmark, Question, QuestionFile, first_of, most_frequent
-from megakd.vqa.json_files import Entry, Misfit, by_id, human_answers, items, question_text, read_object, same_ids, text_or
+from megakd.vqa.json_files import Entry, Misfit, by_id, human_answers, items, question_text, read_object, released, same_ids, text_or
 from megakd.vqa.normalise import trimmed
 from megakd.vqa.scores import VQA_ACCURACY, vqa_accuracy
 
@@ -36,13 +36,14 @@ class VQAv2(Benchmark):
         annotations: dict[Any, Entry] = {}
         if file.source.annotations is not None:
             annotations_path = Path(file.source.annotations)
-            entries = items(read_object(annotations_path, "annotations"), "annotations", str(annotations_path))
-            annotations = by_id(entries, annotations_path)
+            # in no variable: the annotations of a question, ten answers each, go when it is made
+            listed = items(read_object(annotations_path, "annotations"), "annotations", str(annotations_path))
+            annotations = by_id(released(listed), annotations_path)
             same_ids(by_question, annotations, path, annotations_path)
         subtype = text_or(content, "data_subtype", str(path)).replace("-dev", "")
         for question_id, entry in by_question.items():
             where = f"{path}: question {question_id}"
-            annotation = annotations.get(question_id, {})
+            annotation = annotations.pop(question_id, {})
             if annotation and annotation.get("image_id", entry.get("image_id")) != entry.get("image_id"):
                 raise ValueError(
                     f"{where} is about image {entry.get('image_id')}, but its annotation about {annotation['image_id']}: not one release"

@@ -1,0 +1,141 @@
+"""What the indexes of a set's shards tell of them, kept in one file: a start reads it in the place of a file a shard.
+
+Its entries are those shards' reports, each with the size and date of the tar that it is of; another size or date, and that shard's own
+index is read. The indexes themselves are opened when samples of their shards are read. The file is JSON behind its checksum; which set it
+is of, its name says: a digest of the shards' names and of the members that are indexed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data import tar_index
+from megakd.data.storage import SET_INDEX, Stat, is_remote, local_path, shown
+from megakd.data.tar_index import Further, Known
+from megakd.recipe.credentials import unsigned
+from megakd.runtime.console import LongWork, with_progress
+from megakd.runtime.files import atomic_file
+
+SMALLEST = 32  # shards of a set that has such a file; fewer indexes are read as fast
+_FORMAT = "megakd-set-1"
+_UNREADABLE = "check the disk or the network, and its permissions"
+
+log = logging.getLogger("megakd.data")
+
+
+def known(
+    named: list[tuple[str, Stat]],
+    members: tuple[str, ...],
+    cache: str | None,
+    further: Further,
+    rank: int,
+    world: int,
+    barrier: Callable[[], None],
+) -> tuple[list[Known], NDArray[np.bool_]]:
+    """What is known of each shard, and (shards,) of whose index the checksum was not compared, as it was not opened.
+
+    Each rank sees to it that the shards [rank::world] have an index, waits at the barrier, then builds those that are still missing where
+    the ranks do not share a disk. Raises ValueError for shards that cannot be read.
+    """
+    stored, kept = _File.of([name for name, _ in named], members, cache, further), list[Known | None]([None]) * len(named)
+    if stored is not None:
+        kept = stored.read(named)
+    told = np.array([entry is not None for entry in kept])
+    failure: ValueError | OSError | None = None
+    try:
+        new = []
+        for number in with_progress(range(rank, len(named), world), "reading the indexes", "shards"):
+            if told[number] and tar_index.is_stored(named[number][0], members, cache, further):
+                continue
+            rows = tar_index.load_checked(*named[number], members, cache, further)
+            if rows is None:
+                new.append(number)
+            else:
+                kept[number] = kept[number] or tar_index.known(rows)  # an entry is what all ranks go by
+        with LongWork("indexing", sum(named[number][1].size for number in new), "bytes") as work:
+            for number in new:
+                rows = tar_index.build(*named[number], members, cache, further, work.advance)
+                kept[number] = kept[number] or tar_index.known(rows)
+    except (ValueError, OSError) as error:  # raised behind the barrier, where the others wait
+        failure = error
+    barrier()
+    if isinstance(failure, OSError):
+        raise ValueError(f"a shard cannot be read: {failure}; {_UNREADABLE}") from failure
+    if failure is not None:
+        raise failure
+    try:
+        left = [number for number, entry in enumerate(kept) if entry is None]
+        for number in with_progress(left, "reading the indexes", "shards"):
+            kept[number] = tar_index.known(tar_index.load_or_build(*named[number], members, cache, further, checked=True))
+    except OSError as error:
+        raise ValueError(f"a shard cannot be read: {error}; {_UNREADABLE}") from error
+    found = [entry for entry in kept if entry is not None]
+    if stored is not None and not told.all():
+        stored.write(named, found, replace=rank == 0)
+    return found, told
+
+
+class _File:
+    """The file of one set. places: where it may be, best first, as a tar's own index."""
+
+    def __init__(self, places: list[Path], first: str) -> None:
+        self._places, self._first = places, first
+
+    @classmethod
+    def of(cls, names: list[str], members: tuple[str, ...], cache: str | None, further: Further) -> _File | None:
+        """None for a set of a few shards."""
+        if len(names) < SMALLEST:
+            return None
+        absolute = [unsigned(name) if is_remote(name) else os.path.abspath(local_path(name)) for name in names]
+        text = json.dumps([_FORMAT, members, further, absolute])
+        name = hashlib.sha256(text.encode()).hexdigest()[:24] + SET_INDEX
+        beside = None if is_remote(names[0]) else os.path.join(os.path.dirname(absolute[0]), name)
+        return cls([Path(place) for place in tar_index.places(name, beside, cache)], names[0])
+
+    def read(self, named: list[tuple[str, Stat]]) -> list[Known | None]:
+        """What is known of each shard, None where no entry fits it as it is now. A damaged file is logged and not used."""
+        for path in self._places:
+            try:
+                head, _, body = path.read_bytes().partition(b"\n")
+            except OSError:
+                continue
+            try:
+                if json.loads(head) != zlib.crc32(body):
+                    raise ValueError("another checksum")
+                entries = json.loads(body)
+                return [_known(entry, stat) for entry, (_, stat) in zip(entries, named, strict=True)]
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                log.warning("the index of the set that begins with %s is damaged and is written anew", shown(self._first))
+        return [None] * len(named)
+
+    def write(self, named: list[tuple[str, Stat]], found: list[Known], *, replace: bool) -> None:
+        """To the first place that can be written, if any. replace: also where such a file is there, which another rank has written."""
+        entries = [
+            [stat.size, stat.stamp, known.samples, known.digest, known.report()] for (_, stat), known in zip(named, found, strict=True)
+        ]
+        body = json.dumps(entries, separators=(",", ":")).encode()
+        for path in self._places:
+            try:
+                if not replace and path.is_file():
+                    return
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_file(path) as partial:
+                    partial.write_bytes(b"%d\n%s" % (zlib.crc32(body), body))
+                return
+            except OSError as error:
+                log.debug("the index of a set cannot be stored as %s: %s", path, error)
+
+
+def _known(entry: list[Any], stat: Stat) -> Known | None:
+    size, stamp, samples, digest, report = entry
+    return Known.of_report(report, samples, digest) if (size, stamp) == (stat.size, stat.stamp) else None
