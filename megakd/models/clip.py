@@ -11,7 +11,7 @@ import copy
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,13 @@ class ModelSpec:
         """Whether it has a text tower: timm's and transformers' models see images alone."""
         return "text_cfg" in self.config
 
+    @property
+    def cuts_texts(self) -> bool:
+        return self.settings.text_padding != "max_length"
+
     def padded(self, tokenize: Tokenize) -> Tokenize:
         """`tokenize`, its texts padded as `text_padding` says."""
-        return tokenize if self.settings.text_padding == "max_length" else text_padding.ToLongest.of(tokenize, self.config)
+        return text_padding.ToLongest.of(tokenize, self.config) if self.cuts_texts else tokenize
 
     @property
     def context_length(self) -> int:
@@ -109,6 +113,12 @@ def resolve(settings: Model, role: str) -> ModelSpec:
         with torch.random.fork_rng(devices=[]):
             on_meta(description)
     return description
+
+
+def of_padding(models: Mapping[str, ModelSpec]) -> list[str]:
+    """A line, where texts of some of these models, by role, are not padded to their context."""
+    shorter = [role for role, model in models.items() if model.cuts_texts]
+    return [f"texts of {', '.join(shorter)} are padded to the longest of a batch"] if shorter else []
 
 
 def configuration(settings: Model, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -279,7 +289,7 @@ def _architecture(description: ModelSpec, device: torch.device, *, image: bool =
             f"local-dir:{folder}", device=device, load_weights=False, pretrained_image=image, pretrained_text=text
         )
     resolution.set_size(model, description.settings)
-    if description.settings.text_padding != "max_length":
+    if description.cuts_texts:
         text_padding.accept(model)
     return model
 

@@ -1,4 +1,4 @@
-"""Whether what a recipe says of learning fits its other sections: `freeze`, `rates`, `decays` and `layer_decay` of parts, and `ema`.
+"""Whether what a recipe says of learning fits its other sections: `freeze`, `rates`, `decays`, `layer_decay` of parts, `ema`, `log.profile`.
 
 Whether the student has these parts is found where it is built, see `training/learning.py`.
 """
@@ -52,3 +52,12 @@ def check_ema(optim: Optim, evaluation: Evaluation, exported: str) -> None:
         raise ValueError(f"optim.ema.every = {ema.every} is more than optim.steps = {optim.steps}: the average would never move")
     if evaluation.weights == "both" and evaluation.vqa:
         raise ValueError("evaluation.weights = 'both': a run keeps one set of answers to evaluation.vqa; set it to 'current' or to 'ema'")
+
+
+def check_profile(profile: int, steps: int) -> None:
+    """Raises ValueError where a run of so many steps ends before those that are to be recorded."""
+    if profile and profile + 2 > steps:
+        raise ValueError(
+            f"log.profile = {profile}: the first two steps are not recorded, and optim.steps = {steps} ends before that many more; set it "
+            f"to {max(0, steps - 2)} at most"
+        )

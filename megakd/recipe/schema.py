@@ -290,15 +290,6 @@ class Recipe(ScheduledSections, Sources):
         return self
 
     @model_validator(mode="after")
-    def _the_profiled_steps_come(self) -> Recipe:
-        if self.log.profile and self.log.profile + 2 > self.optim.steps:
-            raise ValueError(
-                f"log.profile = {self.log.profile}: the first two steps are not recorded, and optim.steps = {self.optim.steps} ends before "
-                f"that many more; set it to {max(0, self.optim.steps - 2)} at most"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _student_starts_from_what_is_there(self) -> Recipe:
         if self.student is not None:
             model, pretrained = (None, None) if self.teacher is None else (self.teacher.model, self.teacher.pretrained)
@@ -383,6 +374,7 @@ class Recipe(ScheduledSections, Sources):
 
     @model_validator(mode="after")
     def _parts_can_learn(self) -> Recipe:
+        learns.check_profile(self.log.profile, self.optim.steps)
         learns.check_parts(self.optim, self.student, self.answers, pairs=bool(self.active()))
         learns.check_ema(self.optim, self.evaluation, self.export.weights)
         self.best_score()

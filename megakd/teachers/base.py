@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
+from megakd.data.caption_tokens import Tokenize, plain_captions
 from megakd.models import clip, streaming
 from megakd.models.embeddings import Embeddings
 from megakd.models.grids import averaged
@@ -160,6 +161,11 @@ class LiveTeacher(ABC):
             image_BD = self.embed_images(pixels)
         grid = settings_of(self.towers.description).patch_grid if blocks else None
         return image_BD, {feature_name(block): averaged(map_BhwC, grid) for block, map_BhwC in reader.maps(image_BD).items()}
+
+
+def padded(description: clip.ModelSpec) -> Tokenize:
+    """A model's tokenizer as batches are read with it: special tokens in a caption are words, and texts end as `text_padding` says."""
+    return description.padded(plain_captions(description.tokenize))
 
 
 def settings_of(description: clip.ModelSpec) -> Settings:

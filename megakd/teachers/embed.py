@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megakd.data.caption_survey import captions_told
-from megakd.data.caption_tokens import plain_captions
 from megakd.data.shards import ShardSet
 from megakd.data.store import reader as stores
 from megakd.data.store import writer
@@ -43,7 +42,7 @@ from megakd.recipe.models import IN_SHARDS
 from megakd.runtime import collectives, ds_config, launch, precision, shared_folder
 from megakd.runtime.console import LongWork, with_progress
 from megakd.runtime.launch import World
-from megakd.teachers.base import LiveTeacher
+from megakd.teachers.base import LiveTeacher, padded
 from megakd.teachers.build import live_teacher, open_store, patch_layout, store_key
 from megakd.teachers.check_shards import ShardsCheck
 from megakd.teachers.embed_request import EmbedRequest
@@ -108,7 +107,7 @@ class EmbedJob:
             self._say(f"objectives.{readers[0]} reads patch tokens, which this store will not hold: that needs teacher.patch_grid")
         self.images = images_a_forward(self.recipe, request.ds_config, world)
         self.shards = ShardSet.open(self.recipe.data, world.rank, world.size, lambda: collectives.barrier(world))
-        self._tower = TowerView(preprocessing(self.description), self.description.padded(plain_captions(self.description.tokenize)))
+        self._tower = TowerView(preprocessing(self.description), padded(self.description))
         for line in captions_told(self.shards, world, read=True):
             self._say(line)
         seed = self.recipe.views.seed_in(self.recipe.seed)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from megakd.data import mixture
-from megakd.data.caption_tokens import plain_captions
 from megakd.data.pairs import train_batches
 from megakd.data.shards import ShardSet
 from megakd.data.transforms import TowerView, normalise
@@ -19,6 +18,7 @@ from megakd.models.int8.agreement import Agreement, agreement
 from megakd.recipe import Recipe
 from megakd.runtime.launch import World
 from megakd.teachers import build
+from megakd.teachers.base import padded
 
 
 def on_first_batch(content: dict[str, Any]) -> tuple[Agreement, str]:
@@ -32,7 +32,7 @@ def on_first_batch(content: dict[str, Any]) -> tuple[Agreement, str]:
     description = clip.resolve(recipe.teacher, "teacher")
     shards = ShardSet.open(recipe.data, 0, 1, lambda: None)
     order = mixture.order_of_pairs(len(shards), shards.sources, recipe.optim.batch, recipe.seed, recipe.data.block, recipe.data.window)
-    view = TowerView(preprocessing(description), description.padded(plain_captions(description.tokenize)))
+    view = TowerView(preprocessing(description), padded(description))
     with train_batches(
         shards, order, recipe.views, {"teacher": view}, rank=0, world=1, start_position=0, workers=0, pin_memory=False
     ) as batches:

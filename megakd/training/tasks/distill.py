@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megakd.data import mixture
 from megakd.data.caption_survey import captions_told
-from megakd.data.caption_tokens import plain_captions
 from megakd.data.mixture import AnyOrder, MixtureOrder
 from megakd.data.pairs import Batch, TrainBatches, TrainingPairs, train_batches
 from megakd.data.reinforced.pairs import ReinforcedPairs
@@ -47,7 +46,7 @@ from megakd.runtime.launch import World
 from megakd.runtime.preemption import StopPoller
 from megakd.runtime.run_folder import MODEL, RunLog
 from megakd.teachers import build
-from megakd.teachers.base import LiveTeacher, Teacher, settings_of
+from megakd.teachers.base import LiveTeacher, Teacher, padded, settings_of
 from megakd.teachers.cached import StoredTeacher, TextStoredTeacher
 from megakd.training.tasks.base import RowLoss, StepPart, Task, loading
 
@@ -102,9 +101,7 @@ class PairData:
 
     def _of_texts(self) -> list[str]:
         """Whose texts are cut; whether captions are left unread, and the student's text tower without a gradient."""
-        models = {"student": self.student, **self.teachers}
-        shorter = [role for role, model in models.items() if self.captions and model.settings.text_padding == "longest"]
-        lines = [f"texts of {', '.join(shorter)} are padded to the longest of a batch"] if shorter else []
+        lines = clip.of_padding({"student": self.student, **self.teachers}) if self.captions else []
         if self.texts:
             return lines
         unread = "" if self.captions else " and captions are not read"
@@ -119,8 +116,7 @@ class PairData:
 
     def views(self, preprocess: Mapping[str, PreprocessCfg], models: Mapping[str, clip.ModelSpec]) -> dict[str, TowerView]:
         """What the loader makes of a sample for each model."""
-        tokenize = {role: model.padded(plain_captions(model.tokenize)) if self.captions else no_words for role, model in models.items()}
-        return {role: TowerView(preprocess[role], tokenize[role]) for role in models}
+        return {role: TowerView(preprocess[role], padded(model) if self.captions else no_words) for role, model in models.items()}
 
     def _of_teachers(self) -> list[str]:
         """Which teachers are left out, what those count for that are not, how transformers' give embeddings, and scales not their own."""
