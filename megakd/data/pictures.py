@@ -28,12 +28,17 @@ View = tuple[int, int, int]  # a TowerView's `train_pixels`
 _REDUCING_GAP = 3.0
 _SHRINKS = (8, 4, 2)  # libjpeg decodes to 1/8, 1/4 and 1/2 of the sides
 _JPEG = ("JPEG", "MPO")  # MPO: a JPEG that holds further pictures, as telephones write it
-_ON_ITS_SIDE = (
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-)
+# Of what turns an image upright: whether its sides change places, and whether it runs backwards across and down then.
+_TURNED = {
+    None: (False, False, False),
+    Image.Transpose.FLIP_LEFT_RIGHT: (False, True, False),
+    Image.Transpose.ROTATE_180: (False, True, True),
+    Image.Transpose.FLIP_TOP_BOTTOM: (False, False, True),
+    Image.Transpose.TRANSPOSE: (True, False, False),
+    Image.Transpose.ROTATE_270: (True, True, False),
+    Image.Transpose.TRANSVERSE: (True, True, True),
+    Image.Transpose.ROTATE_90: (True, False, True),
+}
 _TORCH_MODES = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}
 
 
@@ -46,7 +51,8 @@ class Picture:
     def __init__(self, content: bytes, data: Data) -> None:
         self._content, self._data = content, data
         self._decoded: dict[int, Image.Image] = {}
-        size = self._scalable_size() if data.decode == "scaled" else None
+        self._backwards = (False, False)
+        size = self._size_before_decoding() if data.decode == "scaled" else None
         self._scales = size is not None
         self.size = size or self.rgb().size
 
@@ -58,19 +64,25 @@ class Picture:
 
     def pixels(self, augmentation: Augmentation, view: View) -> NDArray[np.uint8]:
         """The augmented crop at a tower's size: (3, H, W) uint8, not contiguous."""
-        image = self.rgb(self._shrink(augmentation.box, view))
-        if image.size != self.size:
-            across, down = (decoded / stored for decoded, stored in zip(image.size, self.size, strict=True))
+        shrink = self._shrink(augmentation.box, view)
+        image = self.rgb(shrink)
+        if shrink > 1:
+            # the last pixel, which may be of fewer stored ones, is the first where the image runs backwards
+            sides = zip(image.size, self.size, self._backwards, strict=True)
+            x, y = (decoded * shrink - stored if backwards else 0 for decoded, stored, backwards in sides)
             left, top, right, bottom = augmentation.box
-            augmentation = replace(augmentation, box=(left * across, top * down, right * across, bottom * down))
+            box = ((left + x) / shrink, (top + y) / shrink, (right + x) / shrink, (bottom + y) / shrink)
+            augmentation = replace(augmentation, box=box)
         return train_pixels(image, augmentation, view, self._data.resampling)
 
-    def _scalable_size(self) -> tuple[int, int] | None:
+    def _size_before_decoding(self) -> tuple[int, int] | None:
         """As the header has it; None where the format has one size alone, and all of it is decoded."""
         image = opened(self._content, self._data.max_pixels)
         if image.format not in _JPEG:
             return None
-        return image.size[::-1] if self._data.orientation == "exif" and turn_of(image) in _ON_ITS_SIDE else image.size
+        swapped, *backwards = _TURNED[turn_of(image) if self._data.orientation == "exif" else None]
+        self._backwards = (backwards[0], backwards[1])
+        return image.size[::-1] if swapped else image.size
 
     def _shrink(self, box: Box, view: View) -> int:
         if not self._scales:

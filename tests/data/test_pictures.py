@@ -137,19 +137,19 @@ def test_each_tower_gets_what_it_would_get_alone_and_an_image_is_decoded_once_fo
         assert all(np.array_equal(one, other) for one, other in zip(together, alone, strict=True))
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 5, 8])
+@pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("resampling", ["pillow", "torch"])
 def test_a_scaled_picture_is_the_same_picture(orientation: int, resampling: str) -> None:
     """Of odd sides, turned by EXIF in every way. torch's crop moves by up to half a decoded pixel, Pillow's stays in its place."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = stored(photographs()[0].crop((0, 0, 637, 419)), quality=88, exif=exif)
+    data = stored(photographs()[0].crop((0, 0, 633, 417)), quality=88, exif=exif)  # a quarter of a pixel is left over at 1/4
     whole, scaled = (Picture(data, Data.model_validate({"decode": kind, "resampling": resampling})) for kind in ("full", "scaled"))
-    assert whole.size == scaled.size == ((419, 637) if orientation > 4 else (637, 419))
-    for position in range(3):
+    assert whole.size == scaled.size == ((417, 633) if orientation > 4 else (633, 417))
+    for position in range(2):
         augmentation = draw(Views(crop_scale=(0.8, 1.0)), 0, position, *whole.size)
         mean, _ = change(whole.pixels(augmentation, (96, 96, 3)), scaled.pixels(augmentation, (96, 96, 3)))
-        assert 0 < mean < (4 if resampling == "pillow" else 8)
+        assert 0 < mean < (3 if resampling == "pillow" else 8)
         mirrored, _ = change(whole.pixels(augmentation, (96, 96, 3)), scaled.pixels(augmentation, (96, 96, 3))[:, :, ::-1])
         assert mirrored > 20
 
