@@ -138,4 +138,6 @@ class _File:
 
 def _known(entry: list[Any], stat: Stat) -> Known | None:
     size, stamp, samples, digest, report = entry
+    if type(samples) is not int or type(digest) is not int or samples < 0:
+        raise ValueError("no count, or no digest")
     return Known.of_report(report, samples, digest) if (size, stamp) == (stat.size, stat.stamp) else None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
+import zlib
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megakd.data import set_index, tar_index
+from megakd.data import tar_index
 from megakd.data.patterns import expand
 from megakd.data.set_index import SMALLEST
 from megakd.data.shards import ShardSet
@@ -92,7 +94,7 @@ def test_of_a_shard_that_changed_the_own_index_is_read_and_of_no_other(
     assert after.names == expand(pattern)
 
 
-@pytest.mark.parametrize("damage", ["cut", "bit", "empty", "other_json", "deep", "too_few", "binary"])
+@pytest.mark.parametrize("damage", ["cut", "bit", "empty", "other_json", "deep", "too_few", "binary", "no_counts"])
 def test_a_damaged_file_is_said_and_written_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
     pattern = many(tmp_path)
     whole, path = facts(opened(pattern)), stored(tmp_path)
@@ -103,8 +105,10 @@ def test_a_damaged_file_is_said_and_written_anew(tmp_path: Path, caplog: pytest.
     put = {
         **{"cut": content[:-9], "bit": bytes(bit), "empty": b"", "binary": os.urandom(400), "deep": b"[" * 100_000},
         "other_json": b'{"a": 1}\n' + body,
-        "too_few": b"%d\n[]" % set_index.zlib.crc32(b"[]"),
+        "too_few": b"%d\n[]" % zlib.crc32(b"[]"),
     }
+    uncounted = json.dumps([[*entry[:2], "2", *entry[3:]] for entry in json.loads(body)]).encode()
+    put["no_counts"] = b"%d\n%s" % (zlib.crc32(uncounted), uncounted)
     path.write_bytes(put[damage])
     assert facts(opened(pattern)) == whole
     assert "is damaged and is written anew" in caplog.text
