@@ -89,7 +89,7 @@ def _names(pattern: str) -> Iterator[str]:
             yield name
             continue
         name = local_path(name)
-        if os.path.isdir(name):
+        if not name.endswith(".tar") and os.path.isdir(name):  # a folder that is called so is refused by `stat`, without asking twice
             raise ValueError(f"{name} (of {pattern!r}) is a folder: name its shards, for example {os.path.join(name, '*.tar')}")
         if not glob.has_magic(name) or os.path.exists(name):
             yield name

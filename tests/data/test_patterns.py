@@ -113,3 +113,18 @@ def test_a_folder_without_permission_and_odd_names_are_told_in_one_line(folder: 
 def test_a_caption_that_is_no_text_is_refused(caption: str) -> None:
     with pytest.raises(ValidationError, match="caption = "):
         data("a.tar", caption=caption)
+
+
+def test_each_shard_is_looked_at_once_as_a_metadata_server_answers_for_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.tar").write_bytes(b"")
+    looked, stat = list[str](), os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **more: (looked.append(os.path.basename(path)), stat(path, **more))[1])
+    assert len(expand(f"{tmp_path}/{{0..2}}.tar")) == 3
+    assert sorted(name for name in looked if name.endswith(".tar")) == ["0.tar", "1.tar", "2.tar"]
+
+
+def test_a_folder_that_is_called_as_a_shard_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").mkdir()
+    with pytest.raises(ValueError, match=r"0\.tar is no file but a folder"):
+        expand(str(tmp_path / "0.tar"))
