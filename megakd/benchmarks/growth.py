@@ -5,7 +5,9 @@
 3. An exponent is fitted to all points of all rounds in the logarithms, with its interval, and compared with what is expected.
 
 The measure is the processor time of rank 0: cores may be shared, by ranks among themselves too, and waiting is not growth. Loaders have no
-workers, so that reading counts in it.
+workers, so that reading counts in it. A loss over all pairs of a batch grows with its square by what it is, so the batch's exponent is that
+of a step without it; it is told beside, and for that a batch goes through the student in two micro-batches: otherwise the loss's backward
+would count as the student's.
 """
 
 from __future__ import annotations
@@ -56,13 +58,26 @@ class Axis:
         batch = value if self.name == "batch" else PAIRS * value
         return material.of_pairs(max(1, 2 * batch // PAIRS_A_SHARD), batch)
 
+    def config(self, value: int) -> dict[str, Any]:
+        """The DeepSpeed JSON."""
+        return {"train_micro_batch_size_per_gpu": value // 2} if self.name == "batch" else {}
+
+    def seconds(self, point: Point) -> float:
+        """What the exponent is of."""
+        return point.processor - point.loss if self.name == "batch" else point.processor
+
 
 # Behind 30 steps the shuffle's window of 512 shards is open, as it is in the middle of an epoch.
 AXES = (
     Axis("shards", tuple((10**power, 30, 60) for power in range(5)), "flat", f"{PAIRS} pairs a step", starts=True),
     Axis("questions", tuple((10**power, 10, 60) for power in (0, 2, 4, 5, 6)), "flat", f"{QUESTIONS} questions a step", starts=True),
     Axis("ranks", tuple((ranks, 10, 60) for ranks in (1, 2, 4)), "flat", f"{PAIRS} pairs a rank"),
-    Axis("batch", ((64, 10, 60), (256, 5, 25), (1024, 2, 8), (2048, 2, 6), (4096, 1, 4), (8192, 1, 3)), "linear", "one rank"),
+    Axis(
+        "batch",
+        ((64, 10, 60), (256, 5, 25), (1024, 2, 8), (2048, 2, 6), (4096, 1, 4), (8192, 1, 3)),
+        "linear",
+        "one rank, without the loss",
+    ),
 )
 
 
@@ -130,7 +145,7 @@ def measure(axes: Sequence[Axis], rounds: int, material: Material, folder: Path,
             for value, warm_up, timed in axis.points:
                 recipe, place = axis.recipe(material, value), folder / f"{axis.name}-{value}-{number}"
                 ranks = value if axis.name == "ranks" else 1
-                with side_by_side.training(recipe, place, threads, ranks=ranks) as child:
+                with side_by_side.training(recipe, place, threads, ranks=ranks, config=axis.config(value)) as child:
                     limit = START_SECONDS + _STEP_SECONDS * (warm_up + timed)
                     # the processor time is read while a run goes on: of a run that has ended nothing is left to read
                     first, busy = child.wait_for(lambda place=place: _first(place / "run", child.processor_seconds()), limit)  # type: ignore[misc]
@@ -170,9 +185,8 @@ def of(axis: Axis, points: Sequence[Point]) -> list[Point]:
 
 
 def fitted(axis: Axis, points: Sequence[Point]) -> Power:
-    """Of a step's processor time."""
     own = of(axis, points)
-    return growth_fit.power([each.value for each in own], [each.processor for each in own])
+    return growth_fit.power([each.value for each in own], [axis.seconds(each) for each in own])
 
 
 def table(points: Sequence[Point]) -> Table:
@@ -195,19 +209,25 @@ def said(axis: Axis, points: Sequence[Point], fit: Power) -> list[str]:
     """The verdict of an axis, what of a batch's time is quadratic, and what a start costs more for more shards or questions."""
     own, found = of(axis, points), "as expected" if fit.is_as(axis.expected) else "NOT as expected"
     values = sorted({each.value for each in own})
-    middle = {value: median(each.processor for each in own if each.value == value) for value in values}
+    middle = {value: median(axis.seconds(each) for each in own if each.value == value) for value in values}
     allowed = f"|exponent| <= {growth_fit.FLAT}" if axis.expected == "flat" else f"|exponent - 1| <= {growth_fit.LINEAR}"
     lines = [
         f"{axis.name} {values[0]:,} to {values[-1]:,} ({axis.holds}): a step grows as {axis.name} ^ {fit}, {axis.expected} ({allowed}) "
         f"{found}; {middle[values[-1]] / middle[values[0]]:.2f} times the time at {values[-1] / values[0]:,.0f} times the {axis.name}"
     ]
     if axis.name == "batch":
-        for name, seconds in (("step", [each.processor for each in own]), ("loss", [each.loss for each in own])):
-            parts = growth_fit.parts([each.value for each in own], seconds)
+        numbers = [each.value for each in own]
+        kinds = {
+            "all but the loss": map(axis.seconds, own),
+            "the loss": (each.loss for each in own),
+            "a step": (each.processor for each in own),
+        }
+        for name, seconds in ((name, list(kind)) for name, kind in kinds.items()):
+            power, parts = growth_fit.power(numbers, seconds), growth_fit.parts(numbers, seconds)
             terms = f"{1000 * parts.fixed:.1f} ms + {1e6 * parts.linear:.1f} us N + {1e9 * parts.quadratic:.2f} ns N^2"
-            share = f"{parts.quadratic_share(values[-1]):.0%} of it"
-            lines.append(f"{name} = {terms}; at N = {values[-1]:,} the square is {share}, and as much as N at {parts.crossing:,.0f}")
-        lines.append("without micro-batches the loss's backward runs in the student's: the square of a step is more than that of its loss")
+            crossing = f", and as much as N at {parts.crossing:,.0f}" if parts.quadratic else ""
+            share = f"{parts.quadratic_share(values[-1]):.0%} of it{crossing}"
+            lines.append(f"{name} = {terms}; at N = {values[-1]:,} the square is {share}; N ^ {power} as a whole")
     if axis.starts:
         before, last = values[-2:]
         for name, unit, scale in (("start", "ms of a start's processor time", 1e3), ("memory", "MB of its peak", 1e3)):

@@ -43,13 +43,14 @@ def draw(axes: Mapping[str, tuple[growth_fit.Kind, str]], points: Sequence[Measu
 
 
 def _panel(panel: Any, name: str, expected: growth_fit.Kind, holds: str, points: Sequence[Measured]) -> None:
-    values, seconds = [point.value for point in points], [point.processor for point in points]
+    is_batch = name == "batch"
+    values, seconds = [point.value for point in points], [point.processor - is_batch * point.loss for point in points]
     fit = growth_fit.power(values, seconds)
-    panel.loglog(values, [1000 * one for one in seconds], "o", color=_INK, markersize=3.5, label="step")
+    panel.loglog(values, [1000 * one for one in seconds], "o", color=_INK, markersize=3.5, label="all else" if is_batch else "step")
     ends = [min(values), max(values)]
     panel.loglog(ends, [1000 * fit.at(end) for end in ends], "-", color=_LINE, linewidth=1.2, label=f"N ^ {fit.exponent:.3f}")
-    if name == "batch":
-        panel.loglog(values, [1000 * point.loss for point in points], "s", color=_LOSS, markersize=3, label="loss, forward")
+    if is_batch:
+        panel.loglog(values, [1000 * point.loss for point in points], "s", color=_LOSS, markersize=3, label="loss")
     panel.set_title(f"{name} ({holds}): {expected}\nexponent {fit}", fontsize=7)
     panel.set_xlabel(name, fontsize=7)
     panel.set_ylabel("ms", fontsize=7)

@@ -78,6 +78,7 @@ def test_the_recipes_name_as_many_shards_and_questions(tmp_path: Path) -> None:
     assert (shards.optim.batch, shards.data.workers) == (32, 0)
     assert loaded(axes["ranks"].recipe(material, 4)).optim.batch == 128
     assert loaded(axes["batch"].recipe(material, 256)).optim.batch == 256
+    assert axes["batch"].config(256) == {"train_micro_batch_size_per_gpu": 128}  # so that the loss's backward is told apart
 
     asking = loaded(axes["questions"].recipe(material, 40))
     assert asking.active() == {}
@@ -97,7 +98,17 @@ def test_a_point_is_the_median_of_its_rows_by_part() -> None:
 def points(name: str = "shards", exponent: float = 0.0) -> list[Point]:
     parts = dict.fromkeys(growth.PARTS, 0.001)
     return [
-        Point(name, value, number, 0.25 * value**exponent, 0.5, **parts, start=8 + value / 500, memory=0.5 + value / 4000, commit="abc")
+        Point(
+            name,
+            value,
+            number,
+            0.25 * value**exponent,
+            0.5,
+            **{**parts, "loss": 0.02 * value**exponent},
+            start=8 + value / 500,
+            memory=0.5 + value / 4000,
+            commit="abc",
+        )
         for number in range(2)
         for value in VALUES
     ]
@@ -110,6 +121,23 @@ def test_verdicts_and_the_cost_of_a_start() -> None:
     assert "shards: 1,000 more cost 2e+03 ms of a start's processor time between 100 and 1,000, 2e+03 below: as many for each" in start
     assert "1,000 more cost 250 MB" in memory
     assert "NOT as expected" in growth.said(axis, points(exponent=0.2), growth.fitted(axis, points(exponent=0.2)))[0]
+
+
+def test_a_batchs_exponent_is_that_of_all_but_the_loss_whose_square_is_told_beside() -> None:
+    axis = Axis("batch", tuple((value, 1, 1) for value in VALUES), "linear", "one rank, without the loss")
+    parts = dict.fromkeys(growth.PARTS, 0.0)
+    square = {value: 1e-6 * value**2 for value in VALUES}
+    runs = [
+        Point("batch", value, 0, 2e-3 * value + loss, 1.0, **{**parts, "loss": loss}, start=9, memory=1, commit="")
+        for value, loss in square.items()
+    ]
+    verdict, rest, loss, step = growth.said(axis, runs, growth.fitted(axis, runs))
+    assert "a step grows as batch ^ +1.000" in verdict
+    assert "as expected" in verdict
+    assert "NOT" not in verdict
+    assert rest.startswith("all but the loss = 0.0 ms + 2000.0 us N + 0.00 ns N^2")
+    assert "the loss = 0.0 ms + 0.0 us N + 1000.00 ns N^2; at N = 1,000 the square is 100% of it" in loss
+    assert "the square is 33% of it, and as much as N at 2,000" in step
 
 
 def test_the_table_on_disk_comes_back_and_is_drawn(tmp_path: Path) -> None:
