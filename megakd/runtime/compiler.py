@@ -7,13 +7,13 @@ of the user's below the temporary one, on each machine its own: the next start r
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
 import shlex
 import shutil
 import subprocess
 import sysconfig
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +26,6 @@ SECONDS = 60.0  # in which a compiler has looked at the headers
 INCLUDED = "#include <Python.h>\n#include <omp.h>\n"
 INSTALL = "apt-get install g++ (dnf install gcc-c++, on a cluster module load gcc), or name one: export CXX=..."
 Problem = tuple[str, str]  # what is wrong, and the remedy
-# Each tower has so many graphs of a block to itself, where torch knows these arguments (2.14 does): batches, texts and masked images of
-# several sizes, with a gradient and without. Beyond its limit torch runs a block as it is.
-_ROOM = {"isolate_recompiles": True, "recompile_limit": 32}
 
 _spent = 0.0
 _since: float | None = None
@@ -81,15 +78,24 @@ def refusal(command: list[str], included: str = INCLUDED) -> str | None:
 
 
 def compiled(function: Callable[..., torch.Tensor], what: str) -> Callable[..., torch.Tensor]:
-    """`function` by torch.compile, with its own room for shapes; its first calls compile it. what: it is, for `record`.
+    """`function` by torch.compile; its first calls compile it. what: it is, for `record`.
 
-    Random numbers are torch's own, so that dropout draws what it draws without compilation.
+    Each call of this gives another function to torch, which remembers shapes and graphs by the code object: a tower with texts of 77 tokens
+    would otherwise be compiled for any number of them, because images of 50 were seen by the same class of blocks. Random numbers are
+    torch's own, so that dropout draws what it draws without compilation.
     """
     _listen()
     _made.append(what)
-    known = inspect.signature(torch.compile).parameters
-    options: Any = {"options": {"fallback_random": True}, **{name: value for name, value in _ROOM.items() if name in known}}
-    return torch.compile(function, **options)  # type: ignore[no-any-return]
+    return torch.compile(_copied(function, what), options={"fallback_random": True})
+
+
+def _copied(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    if not isinstance(function, types.FunctionType):
+        return function
+    code = function.__code__.replace(co_name=f"{function.__name__} ({what})")
+    copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def seconds() -> float:
