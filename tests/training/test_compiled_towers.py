@@ -20,6 +20,8 @@ from megakd.runtime.run_folder import RUN
 from support.runs import KD, ds_config, ran, rows, run_ranks, settings, train, zero
 from support.runs import TRAIN as PROGRAM
 
+pytestmark = pytest.mark.timeout(1800)  # a block is compiled in ten seconds of a processor, which is minutes on a machine that is busy
+
 # Two blocks a tower, of one graph.
 BLOCKS = ("student.architecture.vision_cfg.layers=2", "student.architecture.text_cfg.layers=2")
 BOTH = ("student.compile=true", "teacher.compile=true")
@@ -81,7 +83,6 @@ def test_no_name_of_a_tower_changes(recipe_file: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_a_compiled_student_learns_the_same_under_the_same_names_and_a_plain_run_goes_on_from_it(recipe_file: Path, tmp_path: Path) -> None:
     sets = (*IMAGES, *KEPT, "optim.schedule=constant")
     plain, out = ran(recipe_file, tmp_path / "plain", *sets), tmp_path / "compiled"
@@ -143,7 +144,6 @@ def test_a_teacher_that_cannot_be_compiled_is_refused_by_name(recipe_file: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "sets",
     [
@@ -160,7 +160,6 @@ def test_what_is_compiled_changes_rounding_alone(recipe_file: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_the_rehearsal_of_a_gpu_compiles_in_bf16(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGAKD_PRECISION", "bf16")
     plain = ran(recipe_file, tmp_path / "plain", *KD, *BLOCKS, *KEPT)
@@ -169,7 +168,6 @@ def test_the_rehearsal_of_a_gpu_compiles_in_bf16(recipe_file: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("recomputed", ["false", "true"])
 def test_two_ranks_train_compiled_as_one_does_plain(recipe_file: Path, tmp_path: Path, stage: int, recomputed: str) -> None:
