@@ -1,4 +1,4 @@
-"""The step with `data.prefetch` and without, on a CUDA device: the same run in turns, in one process, alone on the device."""
+"""The step with `data.prefetch`, without, and with a teacher in 8 bit, on a CUDA device: in turns, in one process, alone on the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from support.runs import losses, ran, rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(60)]
-SECONDS = 20.0  # after which no further round begins; `make gpu` has 38 for all of it
+SECONDS = 15.0  # after which no further round begins; `make gpu` has 48 for all of it
 EVERY, STEPS = 4, 20  # the device is waited for where a row is written
 
 
@@ -27,21 +27,32 @@ log = {{ every = {every} }}
 """
 
 
-def test_the_step_is_timed_with_and_without_a_batch_ahead(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A replica in bf16 that costs about as much as the student. Both give the same losses to what a device's own order of sums changes."""
+SIDES = {
+    "plain": ("data.prefetch=false",),
+    "prefetch": ("data.prefetch=true",),
+    "int8": ("data.prefetch=false", "teacher.mode=replicated_int8"),
+}
+
+
+def test_the_step_is_timed_with_and_without_a_batch_ahead_and_with_a_teacher_in_8_bit(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A replica in bf16 that costs about as much as the student. What is prefetched changes losses by a device's order of sums alone."""
     recipe = tmp_path / "timed.toml"
     recipe.write_text(RECIPE.format(world=world, steps=STEPS, every=EVERY), encoding="utf-8")
-    rates: dict[bool, list[float]] = {False: [], True: []}
+    rates: dict[str, list[float]] = {name: [] for name in SIDES}
     start, number = time.perf_counter(), 0
     while number < 1 or time.perf_counter() - start < SECONDS:
-        runs = {ahead: ran(recipe, tmp_path / f"{ahead}-{number}", f"data.prefetch={ahead}".lower()) for ahead in rates}
-        for ahead, run in runs.items():
-            rates[ahead] += [row["images_per_second"] for row in rows(run)[1:]]
-        assert losses(runs[True]) == pytest.approx(losses(runs[False]), rel=0.02)
+        runs = {name: ran(recipe, tmp_path / f"{name}-{number}", *sets) for name, sets in SIDES.items()}
+        for name, run in runs.items():
+            rates[name] += [row["images_per_second"] for row in rows(run)[1:]]
+        assert losses(runs["prefetch"]) == pytest.approx(losses(runs["plain"]), rel=0.02)
         number += 1
-    last = rows(runs[True])[-1]
-    assert sum(row["ahead"]["batches"] for row in rows(runs[True])) == STEPS - 1
-    before, after = (median(rates[ahead]) for ahead in rates)
+    assert sum(row["ahead"]["batches"] for row in rows(runs["prefetch"])) == STEPS - 1
+    medians = {name: median(found) for name, found in rates.items()}
     with capsys.disabled():
-        print(f"\ndata.prefetch on {number} rounds: {after:.0f} images/s, without {before:.0f}: {after / before:.2f}x")
-        print(f"seconds of the last {EVERY} steps: {last['seconds']}; ahead: {last['ahead']}; without: {rows(runs[False])[-1]['seconds']}")
+        print(f"\nsteps of {number} rounds, images/s, and against a plain step with a teacher in bf16:")
+        for name, run in runs.items():
+            last, ratio = rows(run)[-1], medians[name] / medians["plain"]
+            ahead = f"; ahead: {last['ahead']}" if "ahead" in last else ""
+            print(f"  {name}: {medians[name]:.0f}, {ratio:.2f}x; seconds of {EVERY} steps: {last['seconds']}{ahead}")
