@@ -156,3 +156,18 @@ def test_on_two_ranks_a_partitioned_teacher_is_asked_in_its_own_step_and_gathers
     # DeepSpeed saw the order of blocks when 8 bit were compared with 16. The first of each tower is late, and one more of so small ones.
     for row in rows(tmp_path / "ahead"):
         assert row["ahead"]["gathers_ahead"] == 2 * row["ahead"]["gathers_late"] == 12
+
+
+def test_nothing_is_taken_ahead_of_a_save_an_evaluation_or_the_end(
+    recipe_file: Path, evaluations: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, taken = Feed.fetch, list[int]()
+
+    def noted(feed: Feed, step: int) -> None:
+        taken.append(step)
+        fetch(feed, step)
+
+    monkeypatch.setattr(Feed, "fetch", noted)
+    run = ran(recipe_file, tmp_path / "run", *TAUGHT, AHEAD, evaluations[0], "evaluation.every=3")
+    assert taken == [1, 2, 5]  # 4 steps lie before a save, 3 and 6 before an evaluation, 7 before the end
+    assert _ahead(run) == 3
