@@ -17,6 +17,8 @@ from megakd_kernels.panels import chunk_rows
 from megakd_kernels.two_pass_torch import TorchTwoPass
 
 FP32 = 4
+# Of each rank, to all: three integers by which a call of the kernels agrees on what is computed, and the two losses that were added up
+AGREED, ADDED = 3 * 8, 2 * FP32
 # `PANEL_BYTES` of `megakd_kernels.triton.two_pass` and `SLAB_BYTES` of `megakd_kernels.triton.statistics`, modules that import triton
 TRITON_PANEL, TRITON_SCRATCH = 256 << 20, 128 << 20
 
@@ -117,7 +119,7 @@ def of_kernel(of: LossFamily, backend: str, shape: LossShape) -> LossCost:
         # image and text of both models in float32, gathered, and the student's gradients
         sides = 2 * FP32 * pairs * (both_widths + shape.widths[0])
         flops = pairs**2 * _weighted(of.eager, shape.widths)
-        sent = wire.gathered(2 * FP32 * pairs * both_widths, ranks, 2 * (1 + shape.teachers))
+        sent = wire.gathered(2 * FP32 * pairs * both_widths + AGREED * ranks, ranks, 1 + 2 * (1 + shape.teachers))
         return LossCost(matrices * FP32 * pairs**2 + sides, sent, flops)
     brought = pairs * sum(count * width * element for count, width, element in zip(of.columns, shape.widths, shape.elements, strict=True))
     home = FP32 * pairs * of.home * shape.widths[0]
@@ -138,7 +140,7 @@ def of_kernel(of: LossFamily, backend: str, shape: LossShape) -> LossCost:
     # Each rank tells all columns' statistics over its own rows: two numbers, and three for each teacher; elementwise losses have none.
     two_passes = of in (SOFTMAX_KD, SOFTMAX_HARD)
     statistics = (2 + 3 * shape.teachers * (of is SOFTMAX_KD)) * FP32 * pairs * ranks if two_passes else 0
-    sent = wire.gathered(statistics, ranks, int(two_passes))
+    sent = wire.gathered(statistics + (AGREED + ADDED) * ranks, ranks, 2 + two_passes)
     if shape.ring and ranks > 1:
         # Each pass brings the columns anew; their gradients make one hop more than they, to come home.
         rounds = 2 if two_passes else 1

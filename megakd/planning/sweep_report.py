@@ -124,6 +124,7 @@ def _notes(sweep: Sweep) -> list[str]:
         f"losses at {last.samples:,} pairs on {last.gpus:,} GPUs: {loss.flops / 1e12:.1f} TFLOP a GPU, {mine:.0%} of the step, "
         f"{loss.memory / GB:.1f} GB; the whole N x N in float32 would take {4 * last.samples**2 / GB:,.0f} GB",
     ]
+    lines += [f"on {point.gpus:,} GPUs {point.plan.why}" for point in sweep.points if point.best is None]
     if last.samples > LARGEST_TRAINED:
         lines.append(
             f"on paper alone: nobody has published a run with {last.samples:,} pairs a step; the largest open one has {LARGEST_TRAINED:,}"

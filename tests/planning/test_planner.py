@@ -287,8 +287,10 @@ def test_traffic_of_the_losses() -> None:
     """32 pairs on 4 ranks, widths 8 and 16, bf16: a rank brings in 3/4 of all texts and sends as much."""
     shape = LossShape(32, 4, (8, 16), (2, 2), 1, False, torch.device("cpu"))
     by_blocks, whole = (ObjectiveSet(recipe(kernels={"backend": name}), shape.device, None).cost(shape) for name in ("chunked", "eager"))
-    assert by_blocks.wire.bytes == 0.75 * (32 * (8 * 2 + 16 * 2) + 32 * 8 * 4 + 5 * 4 * 32 * 4)
-    assert whole.wire.bytes == 0.75 * 2 * 32 * (8 + 16) * 4
+    assert by_blocks.wire.all_gather == 0.75 * (32 * (8 * 2 + 16 * 2) + 5 * 4 * 32 * 4) + 3 * (24 + 8)
+    assert by_blocks.wire.reduce_scatter == 0.75 * 32 * 8 * 4
+    assert (by_blocks.wire.calls, whole.wire.calls) == (3 + 2 + 1, 4 + 1)
+    assert whole.wire == Wire(all_gather=int(0.75 * 2 * 32 * (8 + 16) * 4) + 3 * 24, calls=5)
     assert whole.flops == 32 * 32 * (6 * 8 + 2 * 16)
     assert by_blocks.flops == 32 * 8 * (8 * 8 + 4 * 16)
 

@@ -120,6 +120,8 @@ def test_the_tables_name_what_was_assumed_and_the_json_has_every_mode(
     assert [len(point["modes"]) for point in stored["points"]] == [len(point.steps) for point in strong.points]
     assert stored["points"][0]["modes"][0]["efficiency"] == 1
     assert math.isclose(stored["points"][1]["modes"][0]["step"]["total"], strong.points[1].steps["replicated bf16"].total)
+    sweep_report.show(sweep.sweep(tiny(), "test", ZERO1, Cluster(memory=2.1), Scaling(sweep="8")))
+    assert "on 8 GPUs nothing fits: even" in capsys.readouterr().out
     sweep_report.show(weak)
     assert "the loader is never waited for" in capsys.readouterr().out
 
