@@ -22,6 +22,9 @@ from megakd_kernels.two_pass import Kept, StripeLogits
 # Rows and columns of a tile on a CPU: five of float32 live at once, 1 MB each.
 CPU_ROWS, CPU_COLUMNS = 512, 512
 
+# Logits that are kept for the backward pass where the embeddings are fewer numbers: 64 MB of float32, less than long panels would take.
+LEAST_KEPT = 16 << 20
+
 # exp(-60). Where a line's sum over a tile, relative to the tile's largest term, is no less, no term that counts was lost below float32's
 # smallest number, exp(-87), and the sum has all its digits.
 LEAST_SUM = 1e-26
@@ -116,11 +119,11 @@ class TorchTwoPass(NamedTuple):
         return join(of_rows), of_columns, torch.cat(diagonal_parts) if diagonal_parts else None, kept
 
     def kept_tiles(self, rows: int, columns: int, widths: Sequence[int]) -> list[int]:
-        """Of each model, given by its width, how many tiles of the stripe are kept: in all no more than the embeddings take memory.
+        """Of each model, given by its width, how many tiles of the stripe are kept: in all as many as the embeddings take memory, or 64 MB.
 
         Those of the widest model first, whose products are the dearest; the first of the stripe.
         """
-        left = (rows + columns) * sum(widths) // (self.rows * self.columns) if self.on_cpu else 0
+        left = max((rows + columns) * sum(widths), LEAST_KEPT) // (self.rows * self.columns) if self.on_cpu else 0
         tiles, counts = -(-rows // self.rows) * -(-columns // self.columns), [0] * len(widths)
         for model in sorted(range(len(widths)), key=lambda model: -widths[model]):
             counts[model] = min(tiles, left)

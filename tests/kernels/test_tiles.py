@@ -18,6 +18,7 @@ def small_tiles(monkeypatch):
     """3 x 3 of them."""
     monkeypatch.setattr(two_pass_torch, "CPU_ROWS", TILE)
     monkeypatch.setattr(two_pass_torch, "CPU_COLUMNS", TILE)
+    monkeypatch.setattr(two_pass_torch, "LEAST_KEPT", 0)
 
 
 def _gradients(student: Batch, teacher: Batch | None, **options) -> list[torch.Tensor]:
@@ -57,13 +58,15 @@ def test_a_temperature_below_one_counts_in_the_range_of_the_hard_part(monkeypatc
     assert _exponentials(monkeypatch, batch(PAIRS, 64, 900, seed=1), batch(PAIRS, 64, 900, seed=2), temperature=30.0) == 9
 
 
-def test_what_is_kept_takes_no_more_memory_than_the_embeddings_and_the_widest_model_comes_first():
+def test_what_is_kept_takes_no_more_memory_than_the_embeddings_or_64_mb_and_the_widest_model_comes_first(monkeypatch):
     kernels = TorchTwoPass.of(8192, 8192, torch.float32, torch.device("cpu"), 512)._replace(columns=512)
     student, teacher = kernels.kept_tiles(8192, 8192, (512, 1024))
     assert (student, teacher) == (0, 96)
     assert teacher * 512 * 512 == 2 * 8192 * (512 + 1024)
     assert kernels.kept_tiles(1024, 1024, (512, 1024)) == [4, 4]  # all there are
     assert kernels.kept_tiles(2048, 2048, (512, 1024)) == [8, 16]
+    monkeypatch.setattr(two_pass_torch, "LEAST_KEPT", 16 << 20)
+    assert kernels.kept_tiles(8192, 8192, (512,)) == [64]  # 64 MB
     on_a_gpu = TorchTwoPass.of(8192, 8192, torch.float32, torch.device("cuda"), None)
     assert on_a_gpu.kept_tiles(8192, 8192, (512, 1024)) == [0, 0]
 
