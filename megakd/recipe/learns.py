@@ -1,4 +1,4 @@
-"""Whether what a recipe says of learning fits its other sections: `freeze`, `rates`, `decays`, `layer_decay` of parts, `ema`, `log.profile`.
+"""Whether what a recipe says of learning fits its other sections: `freeze`, parts' `rates`, `decays`, `layer_decay`, `ema`, `log.profile`.
 
 Whether the student has these parts is found where it is built, see `training/learning.py`.
 """
