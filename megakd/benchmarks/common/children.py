@@ -1,4 +1,4 @@
-"""Programs that a benchmark starts: each in a process group of its own, which ends with the block that started it."""
+"""Programs that a benchmark starts: each in a process group of its own, which ends, with all it started, with the block that started it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
+
+import psutil
 
 T = TypeVar("T")
 
@@ -54,9 +56,17 @@ class Child:
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def end(self) -> None:
-        """Kill the whole group: the program is measured, what it would still write is of no use."""
+        """Kill the whole group, and what left it (torchrun starts each rank in a session of its own): the program is measured, what it
+        would still write is of no use.
+        """
+        below: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            below = psutil.Process(self._process.pid).children(recursive=True)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         self._process.wait()
 
     def _name(self) -> str:
