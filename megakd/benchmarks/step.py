@@ -34,7 +34,7 @@ LONGEST = {"text_padding": "longest"}  # equal embeddings up to rounding; open_c
 COMPILING = 4  # warm-up steps of compiled towers: a second length of texts compiles once more, for all lengths
 SPARE = 4  # steps that a side may make beside warm-up and timed ones
 NOTES = [
-    "same on all sides: tar shards, ViT-B-32 teacher (one file of random weights), ViT-S-32 student from scratch, 224 px, random resized "
+    "same on all sides: tar shards, ViT-B-32 teacher (one file of weights), ViT-S-32 student from scratch, 224 px, random resized "
     "crop of .9 to 1 without flip, contrastive + similarity-matrix KD at weight 1, AdamW, gradient clipping at 1, float32, threads, "
     "workers, one process",
     f"left out on all sides: start-up and {WARM_UP} warm-up steps ({COMPILING} of compiled towers); counted on all: waiting for data and "
@@ -46,7 +46,8 @@ NOTES = [
     f"the losses have equal gradients ({THEIRS} reports the cross-entropy to the teacher, {OURS} the KL divergence); {THEIRS}'s global "
     "loss and --local-loss differ with several ranks alone, and this is one",
     "processor seconds: of the program and its workers, without waiting for a processor that others use; the targets are of these",
-    "random weights: values do not change the speed. They are hard for 8 bit: no pair stands out in a row of similarities",
+    "random weights: values do not change the speed. The teacher's projection of texts is fitted to the first shard's pairs, so that "
+    "they stand out in the similarities that 8 bit has to keep, as a trained teacher's do",
 ]
 
 

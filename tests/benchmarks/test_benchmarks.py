@@ -261,7 +261,7 @@ def test_sigterm_ends_the_children_with_their_workers(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from megakd.benchmarks.common.children import ended_by_sigterm, running\n"
         f"folder = Path({str(tmp_path)!r})\n"
-        "with ended_by_sigterm(), running(['sh', '-c', 'sleep 61.25 & setsid sleep 61.75 & echo ready; wait'], folder, 'child', 1) as child:\n"
+        "with ended_by_sigterm(), running(['sh', '-c', 'sleep 61.25 & setsid sleep 61.75 & echo up; wait'], folder, 'child', 1) as child:\n"
         "    child.wait_for(lambda: child.text() or None, 120); print('up', flush=True); time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environ(1)) as process:

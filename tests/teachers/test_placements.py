@@ -68,7 +68,7 @@ def test_blocks_are_read_alike_wherever_weights_lie(kind: str, alone: World, tmp
 
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name, placement in PLACEMENTS.items() for key in placement.options])
 def test_a_key_of_one_placement_is_refused_beside_another(name: str, key: str) -> None:
-    value = {"offload": True, "ds_config": "some.json"}[key]
+    value = {"offload": True, "ds_config": "some.json", "compile": True}[key]
     for mode in MODES:
         if key in PLACEMENTS[mode.removesuffix(INT8)].options:
             assert getattr(Teacher(model="ViT-B-32", mode=mode, **{key: value}), key) == value

@@ -6,13 +6,16 @@ import io
 import json
 import multiprocessing
 import os
+import tarfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from megakd.data.shapes.shards import sample_key, write_atomically, write_tar
 from megakd.runtime.files import atomic_file
@@ -109,14 +112,41 @@ def caption(rng: np.random.Generator) -> bytes:
 
 
 def teacher_weights(cache: Path, model: str) -> Path:
-    """A state dict of random weights for an open_clip model, in a file that both sides load. About 600 MB for ViT-B-32."""
-    path = cache / f"bench-{model}-random.pt"
+    """A state dict for an open_clip model, in a file that both sides load. About 600 MB for ViT-B-32.
+
+    Random weights, but for the projection of texts, by which each picture of the first shard and its caption find each other, as a trained
+    model's do: in the similarities of random weights no pair stands out, and rounding alone decides which is the largest.
+    """
+    path = cache / f"bench-{model}-fitted.pt"
     if not path.exists():
         import open_clip
-        import torch
 
-        print(f"writing random weights of {model} to {path}, once", flush=True)
+        print(f"writing weights of {model} to {path}, once", flush=True)
         torch.manual_seed(0)
+        clip, _, preprocess = open_clip.create_model_and_transforms(model)
+        with tarfile.open(shards(cache, 1).folder / "00000.tar") as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        images = torch.stack([preprocess(Image.open(io.BytesIO(files[name]))) for name in files if name.endswith(".jpg")])
+        texts = open_clip.get_tokenizer(model)([files[name].decode() for name in files if name.endswith(".txt")])
+        with torch.inference_mode():
+            clip.eval().text_projection.copy_(torch.eye(*clip.text_projection.shape))
+            parts = zip(images.split(32), texts.split(32), strict=True)
+            embedded = [(clip.encode_image(image), clip.encode_text(text)) for image, text in parts]
+            clip.text_projection.copy_(fitted_projection(*map(torch.cat, zip(*embedded, strict=True))))
         with atomic_file(path) as unfinished:
-            torch.save(open_clip.create_model(model).state_dict(), unfinished)
+            torch.save(clip.state_dict(), unfinished)
     return path
+
+
+def fitted_projection(image_ND: Tensor, feature_NW: Tensor) -> Tensor:
+    """(W, D): the ridge regression of whitened images, less what all images share, on the features of their texts; no more than W pairs."""
+
+    def with_ridge(products_NN: Tensor, ridge: float) -> Tensor:
+        return products_NN + ridge * products_NN.diagonal().mean() * torch.eye(len(products_NN), dtype=products_NN.dtype)
+
+    unit_ND, wide_NW = torch.nn.functional.normalize(image_ND.double(), dim=1), feature_NW.double()
+    mean_D = unit_ND.mean(0)
+    centred_ND = unit_ND - mean_D
+    white_ND = torch.linalg.solve(with_ridge(centred_ND @ centred_ND.T, 0.01), centred_ND)
+    white_ND = torch.nn.functional.normalize(white_ND - torch.outer(white_ND @ mean_D, mean_D) / mean_D.square().sum(), dim=1)
+    return (wide_NW.T @ torch.linalg.solve(with_ridge(wide_NW @ wide_NW.T, 0.001), white_ND)).to(feature_NW.dtype)
