@@ -11,7 +11,6 @@ import multiprocessing
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from PIL import Image
 from megakd.benchmarks.common import material
 from megakd.benchmarks.common.material import SHARDS, Shards
 from megakd.data.shapes.shards import sample_key, write_tar
+from megakd.runtime.extras import library
 
 SET = "set"  # `material.shards`: 256 px and more, synthetic
 SIZES = (256, 512, 1024)  # a photograph's longer side
@@ -63,11 +63,7 @@ def short_side(source: str) -> int:
 
 def shipped() -> list[NDArray[np.uint8]]:
     """scikit-learn's photographs, (427, 640, 3) each."""
-    try:
-        from sklearn.datasets import load_sample_images
-    except ImportError as error:
-        raise ValueError(f"--sources {SIZES[0]}: the photographs are scikit-learn's: pip install 'megakd[study]'") from error
-    found: Any = load_sample_images()
+    found = library("sklearn.datasets", f"photographs (--sources {SIZES[0]}) need", "study", "scikit-learn").load_sample_images()
     return list(found.images)
 
 

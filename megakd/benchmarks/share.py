@@ -60,7 +60,7 @@ def run(
     Raises ValueError for a batch that does not divide, and when a run fails, with its last lines.
     """
     if batch % (RANKS * micro_batch):
-        raise ValueError(f"--batch {batch}: a multiple of {RANKS} ranks x --micro-batch {micro_batch}")
+        raise ValueError(f"--batch {batch}: a multiple of {RANKS} ranks x --micro_batch {micro_batch}")
     chosen: dict[str, Any] = {"architecture": SMALL} if student is None else {"model": student}
     found: list[list[Row]] = []
     loading: list[float] = []

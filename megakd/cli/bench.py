@@ -146,7 +146,7 @@ def share(
     rounds: Rounds = 3,
     batch: Annotated[int, typer.Option(min=4, help="pairs a step, of both ranks")] = 2048,
     steps: Steps = 5,
-    micro_batch: Annotated[int, typer.Option(min=1, help="pairs of a rank that go through the student at once")] = 64,
+    micro_batch: Annotated[int, typer.Option("--micro_batch", min=1, help="pairs of a rank that go through the student at once")] = 64,
     workers: Workers = 1,
     threads: Threads = 1,
     student: Annotated[str | None, typer.Option(help="open_clip name; default: 12 layers of width 192, 224 px, 32-pixel patches")] = None,

@@ -76,11 +76,10 @@ def int8(_: Place) -> Iterator[Finding]:
     dtype = precision.dtype(precision.of(device))
     x_MI = torch.randn(ROWS, INPUTS, device=device, dtype=dtype)
     weight_OI = torch.randn(OUTPUTS, INPUTS, device=device, dtype=dtype)
-    levels_OI, scale_O = matmul.quantise_rows(weight_OI)
     ways: dict[str, Callable[[], object]] = {"plain": functools.partial(F.linear, x_MI, weight_OI)}
     broken: dict[str, str] = {}
     for product in get_args(matmul.Product):
-        way = functools.partial(matmul.linear, x_MI, levels_OI, scale_O, None, 0.0, product)
+        way = functools.partial(matmul.linear, x_MI, *matmul.quantise_rows(weight_OI, matmul.levels_of(product)), None, 0.0, product)
         try:
             way()
         except Exception as error:  # of bitsandbytes' libraries, which have kernels for some GPUs and CUDA versions

@@ -104,7 +104,7 @@ def load(
     for name, source in int8_towers.sources(clip).items():
         if name in unique and not (without_text and name.startswith(TEXT)):
             conversions.setdefault(source.tensor, {})[name] = source.part
-    fill(clip, conversions, match, world, place)
+    fill(clip, conversions, match, world, place, None if int8 is None else int8.product)
     originals = None
     if int8 is not None:
         made_of = int8_towers.matrices(clip)
@@ -167,18 +167,25 @@ class _Slots:
         return new
 
 
-def fill(model: nn.Module, conversions: Conversions, match: Match | None, world: World, place: Place | None = None) -> None:
+def fill(
+    model: nn.Module,
+    conversions: Conversions,
+    match: Match | None,
+    world: World,
+    place: Place | None = None,
+    product: matmul.Product | None = None,
+) -> None:
     """Give an empty model its values. A collective: every rank calls it with the same model and conversions.
 
     match: on the first rank, which alone reads; None on the others. place: what to do with parameters that have their values on the
     first rank, such as `Partitioner.partition`; default: copy them to every rank. Scale, bias, other parameters without a dimension
-    and buffers are always copied to every rank.
+    and buffers are always copied to every rank. product: of int8 matrices, see `convert.quantise`.
     Raises ValueError or OSError on every rank when the first cannot read on; the model is then of no use.
     """
     slots = _Slots(model)
     for batch in _batches(conversions, slots.tensors):
         values: dict[str, Tensor] = {}
-        collectives.by_main(functools.partial(_read, batch, match, slots, world, values), world)
+        collectives.by_main(functools.partial(_read, batch, match, slots, world, values, product), world)
         to_place: list[nn.Parameter] = []
         for name in (name for parts in batch.values() for name in parts):
             old = slots.tensors[name]
@@ -222,11 +229,13 @@ def _batches(conversions: Conversions, empty: Mapping[str, Tensor]) -> Iterator[
         yield batch
 
 
-def _read(batch: Conversions, match: Match | None, slots: _Slots, world: World, values: dict[str, Tensor]) -> None:
+def _read(
+    batch: Conversions, match: Match | None, slots: _Slots, world: World, values: dict[str, Tensor], product: matmul.Product | None
+) -> None:
     """Put the batch's values into `values`, in the model's types, on the device."""
     assert match is not None
     for source, parts in batch.items():
-        made = int8_towers.parts_of(match.read(source).to(world.device), parts.values())
+        made = int8_towers.parts_of(match.read(source).to(world.device), parts.values(), product)
         for name, part in parts.items():
             old = slots.tensors[name]
             assert made[part].shape == old.shape, f"{name}: {tuple(made[part].shape)} made for {tuple(old.shape)}"

@@ -150,8 +150,8 @@ class Teacher(Model):
     outlier_threshold: Weight = Field(0.0, description="int8: activations above it are multiplied in 16 bit; 0 multiplies all in 8 bit")
     int8_product: Int8Product = Field(
         "auto",
-        description="how int8 weights are multiplied; auto: the fastest way of the device that keeps their 8 bits; onednn: 7 of "
-        "them, for x86 CPUs without VNNI, where it alone is faster than float32",
+        description="how int8 weights are multiplied; auto: the fastest way of the device that keeps their 8 bits; onednn: 64 "
+        "levels, for x86 CPUs without VNNI, where it alone is faster than float32",
     )
     calibration: NonNegative = Field(
         0, description="int8: pairs of the training set that show which activations are outliers, which move into the weights; 0: none do"

@@ -158,7 +158,7 @@ def test_the_share_is_what_no_tower_takes() -> None:
     assert share.share([rows[:1]], "seconds") == pytest.approx(0.2)
     assert share.share([rows[:2], rows[2:]], "processor_seconds") == pytest.approx(0.2)
     assert share.share([rows[1:2]], "seconds", student=0.75) == pytest.approx(1 / 7.75)
-    with pytest.raises(ValueError, match=r"--batch 100: a multiple of 2 ranks x --micro-batch 64"):
+    with pytest.raises(ValueError, match=r"--batch 100: a multiple of 2 ranks x --micro_batch 64"):
         share.run(1, 100, 1, 64)
 
 

@@ -57,7 +57,7 @@ def test_every_way_gives_the_linear_layer_within_a_hundredth_and_its_type(way: m
     exact = F.linear(x.double(), layer.weight.double(), layer.bias.double()).detach()
     found = Int8Linear(layer.weight, layer.bias, product=way)(x)
     assert (found.shape, found.dtype) == ((3, 7, 40), dtype)
-    assert _error(found.detach(), exact) < (0.02 if way == "onednn" else 0.012)  # which has 7 bits of the weights
+    assert _error(found.detach(), exact) < (0.016 if way == "onednn" else 0.012)  # which has 64 levels of the weights
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -73,7 +73,7 @@ def test_a_threshold_saves_the_other_columns_from_an_outlier(way: matmul.Product
     x, weight = _random(32, 64), _random(48, 64, seed=1)
     x[:, 5] *= 60
     given = x.clone()
-    codes, scale = quantise_weight(weight)
+    codes, scale = quantise_weight(weight, way)
     # Against the widened matrix: what is left is the error of the activations, of the columns that are no outliers.
     exact = F.linear(x.double(), codes.double() * scale.double()[:, None])
     without = matmul.linear(x, codes, scale, None, 0.0, way)
@@ -86,7 +86,7 @@ def test_a_threshold_saves_the_other_columns_from_an_outlier(way: matmul.Product
 @pytest.mark.parametrize("way", ["int_mm", "bitsandbytes", "onednn"])
 def test_a_threshold_that_nothing_reaches_changes_nothing(way: matmul.Product) -> None:
     x = _random(32, 64)
-    codes, scale = quantise_weight(_random(48, 64, seed=1))
+    codes, scale = quantise_weight(_random(48, 64, seed=1), way)
     assert torch.equal(matmul.linear(x, codes, scale, None, 100.0, way), matmul.linear(x, codes, scale, None, 0.0, way))
 
 
@@ -96,7 +96,7 @@ def test_a_row_does_not_depend_on_its_neighbours(way: matmul.Product, threshold:
     x = _random(40, 64)
     x[::3, 5] *= 60
     x[7, 9] = 200.0
-    codes, scale = quantise_weight(_random(48, 64, seed=1))
+    codes, scale = quantise_weight(_random(48, 64, seed=1), way)
     together = matmul.linear(x, codes, scale, None, threshold, way)
     for row in range(len(x)):
         alone = matmul.linear(x[row : row + 1], codes, scale, None, threshold, way)
@@ -109,7 +109,7 @@ def test_a_row_does_not_depend_on_its_neighbours(way: matmul.Product, threshold:
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_not_finite_spoils_its_row_and_no_other(way: matmul.Product, threshold: float, bad: float, dtype: torch.dtype) -> None:
     x = _random(20, 64).to(dtype)
-    codes, scale = quantise_weight(_random(48, 64, seed=1))
+    codes, scale = quantise_weight(_random(48, 64, seed=1), way)
     clean = matmul.linear(x, codes, scale, None, threshold, way)
     x[3, 5] = bad
     found = matmul.linear(x, codes, scale, None, threshold, way)
@@ -121,9 +121,10 @@ def test_what_is_not_finite_spoils_its_row_and_no_other(way: matmul.Product, thr
 def test_onednn_never_cuts_a_sum_off() -> None:
     """The largest sums of two products that there are: without VNNI an instruction adds them in 16 bits."""
     for sign in (1.0, -1.0):
-        x, codes = torch.full((64, 128), 3.0), torch.full((16, 128), 127, dtype=torch.int8)
-        found = matmul.linear(x, (codes * sign).to(torch.int8), torch.ones(16), None, 0.0, "onednn")
-        torch.testing.assert_close(found, torch.full((64, 16), sign * 3 * 128 * 128.0), rtol=1e-5, atol=0.0)  # 127 became 2 * 64
+        x, (codes, scale) = torch.full((64, 128), 3.0), quantise_weight(torch.full((16, 128), sign), "onednn")
+        assert codes.unique().tolist() == [sign * 64]
+        found = matmul.linear(x, codes, scale, None, 0.0, "onednn")
+        torch.testing.assert_close(found, torch.full((64, 16), sign * 3 * 128), rtol=1e-5, atol=0.0)
 
 
 def test_onednn_is_never_chosen_by_itself_and_for_a_cpu_alone() -> None:
@@ -137,7 +138,7 @@ def test_onednn_is_never_chosen_by_itself_and_for_a_cpu_alone() -> None:
 def test_rows_of_zeros_stay_zeros(way: matmul.Product) -> None:
     x = _random(3, 64)
     x[1] = 0
-    codes, scale = quantise_weight(_random(48, 64, seed=1))
+    codes, scale = quantise_weight(_random(48, 64, seed=1), way)
     found = matmul.linear(x, codes, scale, None, 0.0, way)
     assert not found[1].any()
     assert found[0].all()
@@ -147,7 +148,7 @@ def test_rows_of_zeros_stay_zeros(way: matmul.Product) -> None:
 def test_many_rows_go_through_in_pieces_and_come_out_the_same(way: matmul.Product, monkeypatch: pytest.MonkeyPatch) -> None:
     x = _random(333, 64)
     x[5, 5] *= 60
-    codes, scale = quantise_weight(_random(48, 64, seed=1))
+    codes, scale = quantise_weight(_random(48, 64, seed=1), way)
     whole = matmul.linear(x, codes, scale, None, 6.0, way)
     monkeypatch.setattr(matmul, "CHUNK_ELEMENTS", 64 * 50)
     torch.testing.assert_close(matmul.linear(x, codes, scale, None, 6.0, way), whole, rtol=1e-6, atol=1e-5)

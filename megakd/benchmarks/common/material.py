@@ -139,14 +139,18 @@ def teacher_weights(cache: Path, model: str) -> Path:
 
 
 def fitted_projection(image_ND: Tensor, feature_NW: Tensor) -> Tensor:
-    """(W, D): the ridge regression of whitened images, less what all images share, on the features of their texts; no more than W pairs."""
+    """(W, D): the ridge regression of whitened images, less what all images share, on what the features of their texts do not share.
 
-    def with_ridge(products_NN: Tensor, ridge: float) -> Tensor:
+    The ridge is as large as the features' spread: without it the projection would read directions that are all rounding.
+    """
+
+    def with_ridge(centred_NX: Tensor, ridge: float) -> Tensor:
+        products_NN = centred_NX @ centred_NX.T
         return products_NN + ridge * products_NN.diagonal().mean() * torch.eye(len(products_NN), dtype=products_NN.dtype)
 
     unit_ND, wide_NW = torch.nn.functional.normalize(image_ND.double(), dim=1), feature_NW.double()
     mean_D = unit_ND.mean(0)
-    centred_ND = unit_ND - mean_D
-    white_ND = torch.linalg.solve(with_ridge(centred_ND @ centred_ND.T, 0.01), centred_ND)
+    centred_ND, centred_NW = unit_ND - mean_D, wide_NW - wide_NW.mean(0)
+    white_ND = torch.linalg.solve(with_ridge(centred_ND, 0.01), centred_ND)
     white_ND = torch.nn.functional.normalize(white_ND - torch.outer(white_ND @ mean_D, mean_D) / mean_D.square().sum(), dim=1)
-    return (wide_NW.T @ torch.linalg.solve(with_ridge(wide_NW @ wide_NW.T, 0.001), white_ND)).to(feature_NW.dtype)
+    return (centred_NW.T @ torch.linalg.solve(with_ridge(centred_NW, 1.0), white_ND)).to(feature_NW.dtype)

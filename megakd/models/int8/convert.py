@@ -42,11 +42,14 @@ class Source:
     part: Part
 
 
-def parts_of(original: Tensor, wanted: Iterable[Part]) -> dict[Part, Tensor]:
-    """Of a tensor of the original: "weight" int8 (O, I), "scale" float32 (O,), "as it is" the tensor itself. It is quantised if wanted."""
+def parts_of(original: Tensor, wanted: Iterable[Part], product: matmul.Product | None = None) -> dict[Part, Tensor]:
+    """Of a tensor of the original: "weight" int8 (O, I), "scale" float32 (O,), "as it is" the tensor itself. It is quantised if wanted.
+
+    product: as for `quantise`.
+    """
     if set(wanted) == {"as it is"}:
         return {"as it is": original}
-    weight_OI, scale_O = quantise_weight(original)
+    weight_OI, scale_O = quantise_weight(original, product)
     return {"weight": weight_OI, "scale": scale_O, "as it is": original}
 
 

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from megakd.models.int8 import matmul
 
 
-def quantise_weight(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 (O, I) and float32 scale (O,) of a matrix, or of a convolution's (O, I, 1, 1): the only way that weights become int8."""
-    return matmul.quantise_rows(weight_OI.detach().flatten(1))
+def quantise_weight(weight_OI: Tensor, product: matmul.Product | None = None) -> tuple[Tensor, Tensor]:
+    """int8 (O, I) and float32 scale (O,) of a matrix, or of a convolution's (O, I, 1, 1): the only way that weights become int8.
+
+    product: how it will be multiplied.
+    """
+    return matmul.quantise_rows(weight_OI.detach().flatten(1), matmul.levels_of(product))
 
 
 # (layer, activations (..., I), rows of the matrix) -> (..., O)
@@ -45,7 +48,7 @@ class Int8Linear(nn.Module):
         migrated: whether there is a factor, of ones to begin with.
         """
         super().__init__()
-        weight_OI, scale_O = quantise_weight(weight)
+        weight_OI, scale_O = quantise_weight(weight, product)
         self.out_features, self.in_features = weight_OI.shape
         self.weight = nn.Parameter(weight_OI, requires_grad=False)
         # A buffer: DeepSpeed rounds floating parameters to its own type when it partitions, and leaves buffers alone.

@@ -1,11 +1,11 @@
 """The product of activations with an int8 matrix, and the choice of how it is computed on which device.
 
-Four ways, all with weights of 8 bits and a float32 scale a row:
+Four ways, all with int8 weights and a float32 scale a row, `quantise_rows` to `levels_of` the way:
 - "dequantise": the matrix is cast to the activations' type for an ordinary product. Activations keep their precision.
 - "bitsandbytes": activations are quantised row by row, the product is of integers; bitsandbytes' kernels (LLM.int8, arXiv 2208.07339).
 - "int_mm": the same with torch's own `_int_mm` and plain torch operations around it.
 - "onednn": the same on an x86 CPU by the quantised product that torch compiles models in 8 bit to. Without VNNI its instruction adds two
-  products in 16 bits and cuts the sum off, so weights go in with 7 bits, where that cannot happen: 255 * 64 * 2 < 2^15.
+  products in 16 bits and cuts the sum off, so its weights are rounded to 64 levels, where that cannot happen: 255 * 64 * 2 < 2^15.
 
 A row's result does not depend on the rest of the batch: each row has its own scale, and outliers are elements, not columns of the batch.
 Infinite and NaN activations make their row not finite in all three.
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 Product = Literal["dequantise", "bitsandbytes", "int_mm", "onednn"]
 
 LEVELS = 127  # symmetric: -128 is not used
+ONEDNN_LEVELS = 64
 # Of a chunk's integer product: its 32 bits and the float32 beside them would take several times the memory of the product in x's type.
 CHUNK_ELEMENTS = 1 << 25
 ZERO = 128  # of activations as unsigned integers
@@ -72,13 +73,18 @@ def resolved(setting: str, device: torch.device) -> Product:
     return product
 
 
+def levels_of(product: Product | None) -> int:
+    """What a row's largest weight becomes for this way to multiply; None: for any that `choose` gives."""
+    return ONEDNN_LEVELS if product == "onednn" else LEVELS
+
+
 def linear(
     x: Tensor, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None, threshold: float = 0.0, product: Product | None = None
 ) -> Tensor:
     """x (..., I) times the transposed matrix plus bias: (..., O) in x's type.
 
     threshold: activations with a magnitude of at least this are not quantised but multiplied in x's type; 0 quantises all. "dequantise"
-    quantises none. product: default `choose(x.device)`.
+    quantises none. product: default `choose(x.device)`; of a matrix with more than `levels_of(product)` "onednn" may cut sums off.
     """
     chosen = product or choose(x.device)
     x_MI = x.reshape(-1, x.shape[-1])
@@ -91,12 +97,12 @@ def linear(
     return product_MO.reshape(*x.shape[:-1], len(weight_OI))
 
 
-def quantise_rows(values_MI: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 (M, I) and float32 scale (M,) with values ~ int8 * scale: a row's largest magnitude becomes 127. Zeros get scale 1.
+def quantise_rows(values_MI: Tensor, levels: int = LEVELS) -> tuple[Tensor, Tensor]:
+    """int8 (M, I) and float32 scale (M,) with values ~ int8 * scale: a row's largest magnitude becomes `levels`. Zeros get scale 1.
 
-    The error of an element is at most half of its row's scale, so 0.4 % of the row's largest. Works on the meta device.
+    The error of an element is at most half of its row's scale, so of 127 levels 0.4 % of the row's largest. Works on the meta device.
     """
-    scale_M = values_MI.abs().amax(dim=1).float() / LEVELS
+    scale_M = values_MI.abs().amax(dim=1).float() / levels
     scale_M = torch.where(scale_M == 0, 1.0, scale_M)
     return (values_MI / scale_M[:, None]).round_().to(torch.int8), scale_M
 
@@ -176,11 +182,9 @@ def _onednn(x_MI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
     """The weights are packed at every product, 1 ms beside 50: they may be gathered ones, or overwritten by a calibration."""
     x8_MI, x_scale_M = quantise_rows(x_MI)
     unsigned_MI = x8_MI.view(torch.uint8).bitwise_xor_(ZERO)  # x + 128, as two's complement has it
-    half_OI = weight_OI >> 1
-    half_OI = half_OI + (half_OI & weight_OI & 1)  # halves to the even integer; in floats it takes five times as long
-    packed = torch.ops.onednn.qlinear_prepack(half_OI, list(x_MI.shape))
+    packed = torch.ops.onednn.qlinear_prepack(weight_OI, list(x_MI.shape))
     none_O = torch.zeros(len(scale_O), dtype=torch.int64)
     product_MO: Tensor = torch.ops.onednn.qlinear_pointwise(
-        unsigned_MI, 1.0, ZERO, packed, scale_O * 2, none_O, None, 1.0, 0, torch.float32, "none", [], ""
+        unsigned_MI, 1.0, ZERO, packed, scale_O, none_O, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return product_MO.mul_(x_scale_M[:, None]).to(x_MI.dtype)

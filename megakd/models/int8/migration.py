@@ -120,7 +120,7 @@ def migrate(originals: Originals, largest: dict[Int8Linear, Tensor], overwrite: 
         factor_I = factors(largest[layer], weight_OI.abs().amax(dim=0))
         if originals.world.size > 1:
             dist.broadcast(factor_I, 0)
-        int8_OI, scale_O = quantise_weight(weight_OI * factor_I)
+        int8_OI, scale_O = quantise_weight(weight_OI * factor_I, layer.product)
         overwrite(layer.weight, int8_OI)
         layer.scale.copy_(scale_O)
         layer.factor = factor_I
