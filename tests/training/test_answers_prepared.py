@@ -142,7 +142,7 @@ def test_what_is_foreseen_is_what_is_built(recipe_file: Path, asking: tuple[str,
     plan = prepare.prepare(prepare.RunRequest(recipe, origin, None, tmp_path / "run"), world)
     (questions,) = plan.tasks
     shapes = {name: value.shape for name, value in questions.outline.named_parameters() if value.requires_grad}
-    module, _ = build_learners(plan, [questions.start(plan.config, world, None)], world)
+    module, _ = build_learners(plan, [questions.start(plan.config, world, None)], world, print)
     learned = {name.removeprefix("decoder."): value.shape for name, value in module.named_parameters() if value.requires_grad}
     assert shapes == learned
     assert shapes

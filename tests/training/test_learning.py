@@ -102,7 +102,7 @@ def test_the_engine_has_no_gradient_and_no_state_of_what_is_frozen(stage: int, r
     try:
         plan = prepare.prepare(prepare.RunRequest(recipe, origin, str(config), tmp_path / "run"), world)
         tasks = [task.start(plan.config, world, None) for task in plan.tasks]  # type: ignore[arg-type]
-        module, groups = build_learners(plan, tasks, world)
+        module, groups = build_learners(plan, tasks, world, print)
         learned = sum(parameter.numel() for name, parameter in module.named_parameters() if not is_frozen(name))
         engine = Engine(module, groups, recipe.optim, plan.config, world, None, module.frozen)
         pixels, tokens = torch.randn(4, 3, 32, 32), torch.randint(1, 100, (4, 32))

@@ -153,4 +153,5 @@ def fitted_projection(image_ND: Tensor, feature_NW: Tensor) -> Tensor:
     centred_ND, centred_NW = unit_ND - mean_D, wide_NW - wide_NW.mean(0)
     white_ND = torch.linalg.solve(with_ridge(centred_ND, 0.01), centred_ND)
     white_ND = torch.nn.functional.normalize(white_ND - torch.outer(white_ND @ mean_D, mean_D) / mean_D.square().sum(), dim=1)
-    return (centred_NW.T @ torch.linalg.solve(with_ridge(centred_NW, 1.0), white_ND)).to(feature_NW.dtype)
+    fitted_WD: Tensor = centred_NW.T @ torch.linalg.solve(with_ridge(centred_NW, 1.0), white_ND)
+    return fitted_WD.to(feature_NW.dtype)
