@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,7 +102,7 @@ def test_the_engine_has_no_gradient_and_no_state_of_what_is_frozen(stage: int, r
     world = launch.start()
     try:
         plan = prepare.prepare(prepare.RunRequest(recipe, origin, str(config), tmp_path / "run"), world)
-        tasks = [task.start(plan.config, world, None) for task in plan.tasks]  # type: ignore[arg-type]
+        tasks = [task.start(plan.config, world, SimpleNamespace(say=print)) for task in plan.tasks]  # type: ignore[arg-type]
         module, groups = build_learners(plan, tasks, world, print)
         learned = sum(parameter.numel() for name, parameter in module.named_parameters() if not is_frozen(name))
         engine = Engine(module, groups, recipe.optim, plan.config, world, None, module.frozen)
