@@ -35,7 +35,7 @@ class Peaks:
 
     def __init__(self, watch: MemoryTracker, patch: pytest.MonkeyPatch) -> None:
         self.watch, self.bytes = watch, dict[str, int]()
-        for owner, method, place in ((Distill, "_teach", "teacher"), (LanguageTeacher, "read", "teacher"),
+        for owner, method, place in ((Distill, "teach", "teacher"), (LanguageTeacher, "read", "teacher"),
                                      (Trainer, "_forward", "student forward"), (Trainer, "_losses", "loss"),
                                      (Engine, "backward", "backward"), (Engine, "update", "update")):  # fmt: skip
             patch.setattr(owner, method, self._counted(getattr(owner, method), place))
