@@ -37,7 +37,7 @@ from megakd.models.patches import Patches
 from megakd.objectives.set import ObjectiveSet
 from megakd.recipe import Objectives, Recipe
 from megakd.recipe.load import load
-from megakd_kernels import panels
+from megakd_kernels import panels, two_pass_torch
 
 # Two lines of open_clip 3.3.0, joined from pieces: as in the file, each is one line.
 OPEN_CLIP_LOG = (
@@ -384,6 +384,8 @@ def test_no_objective_stores_the_matrix_of_a_large_batch(monkeypatch: pytest.Mon
     """At widths that are small beside it, in panels of a sixty-fourth of it."""
     pairs, narrow = 512, {-2: Patches(1, 16, (1, 1))}
     monkeypatch.setitem(panels.PANEL_BYTES, "cpu", 4 * pairs**2 // 64)
+    for name, value in {"LEAST_KEPT": 0, "CPU_ROWS": 64, "CPU_COLUMNS": 64}.items():
+        monkeypatch.setattr(two_pass_torch, name, value)
     monkeypatch.setattr(objectives, "WIDTHS", (16, 24))
     monkeypatch.setattr(objectives, "BLOCKS", (narrow, narrow))
     rows = objectives.measure(pairs, 1, [name for name in Objectives.model_fields if name != "rkd"], torch.device("cpu"))
