@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 import torch
 
+from support.triton_programs import OPTIONS, compile_for
+
 KERNELS = Path(__file__).parents[1]
 REPOSITORY = KERNELS.parent
 SAMPLED = 3
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 Program = tuple[tuple[str, object], ...]
 
 
@@ -53,23 +53,8 @@ class Recorder:
 
     def seconds(self, arguments: dict[str, Any]) -> float:
         """To compile one program for sm_90, ptxas and all."""
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        signature, constants, attributes = {}, {}, {}
-        for place, parameter in enumerate(self.kernel.params):
-            name, value = parameter.name, arguments[parameter.name]
-            if parameter.is_constexpr or (type(value) is int and value == 1):
-                signature[name], constants[(place,)] = "constexpr", value
-                continue
-            signature[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-                attributes[(place,)] = [["tt.divisibility", 16]]
-        options = {name: arguments[name] for name in OPTIONS if name in arguments}
-        source = ASTSource(self.kernel, signature, constants, attributes)
         began = _processor_seconds()
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        compile_for(90, self.kernel, arguments)
         return _processor_seconds() - began
 
 

@@ -139,6 +139,7 @@ class Engine:
             self._restore(start)
         self._scalars = [parameter for parameter in self._trained() if hasattr(parameter, "in_float32")]
         self._refresh_scalars()
+        self._is_reduced = False
 
     @property
     def module(self) -> nn.Module:
@@ -159,9 +160,13 @@ class Engine:
             self._engine.backward(loss * self.accumulation)
 
     def reduce(self) -> None:
-        """Without ZeRO, average the gradients over the ranks, after the last backward: a time of its own, which is not the towers'."""
-        if self.stage == 0 and self._engine.world_size > 1:  # of one rank DeepSpeed would copy them all, to and fro
+        """Without ZeRO, average the gradients over the ranks, after the last backward: a time of its own, which is not the towers'.
+
+        `update` does it where nobody has. Of one rank DeepSpeed would copy them all, to and fro.
+        """
+        if self.stage == 0 and self._engine.world_size > 1 and not self._is_reduced:
             self._engine.allreduce_gradients()
+            self._is_reduced = True
 
     def accumulated(self) -> None:
         """Close one accumulation step that is not the last: DeepSpeed counts them in `step`."""
@@ -169,6 +174,7 @@ class Engine:
 
     def update(self, lr: float) -> None:
         """Clip, move the weights with this learning rate (times a group's own `lr_factor`), and clear the gradients."""
+        self.reduce()
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
         if self.stage == 0:
@@ -176,6 +182,7 @@ class Engine:
         self._engine.step()
         if self.stage > 0:
             self._norm = self._engine.get_global_grad_norm()
+        self._is_reduced = False
         self._share_statistics()
         self._refresh_scalars()
         self.updates += 1

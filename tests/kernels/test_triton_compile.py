@@ -16,6 +16,7 @@ import torch
 
 from megakd_kernels.panels import Logits
 from megakd_kernels.softmax_stats import SlopeWeights
+from support.triton_programs import compile_for
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
@@ -23,9 +24,6 @@ if triton.knobs.runtime.interpret:
 
 from megakd_kernels.triton import slope as triton_slope  # noqa: E402
 from megakd_kernels.triton import statistics as triton_statistics  # noqa: E402
-
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 class Recorder:
@@ -57,21 +55,7 @@ class Compiled(NamedTuple):
 
 
 def compiled(kernel: Any, launch: dict[str, Any], capability: int, where: Path) -> Compiled:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    options = {name: launch[name] for name in OPTIONS if name in launch}
-    signature, constants, attributes = {}, {}, {}
-    for place, parameter in enumerate(kernel.params):
-        name, value = parameter.name, launch[parameter.name]
-        if parameter.is_constexpr or (type(value) is int and value == 1):
-            signature[name], constants[(place,)] = "constexpr", value
-            continue
-        signature[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    made = compile_for(capability, kernel, launch)
     ptx = where / "kernel.ptx"
     ptx.write_text(made.asm["ptx"])
     arch = re.search(r"\.target (sm_\w+)", made.asm["ptx"])

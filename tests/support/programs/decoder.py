@@ -66,7 +66,6 @@ def measure(tokenizer: Path, case: str, configuration: str, world: World) -> dic
         learned = (asked.labels_BL != -100).sum()
         found = engine.forward(pixels[own].to(engine.dtype), *(part[own] for part in asked))
         engine.backward(found["answer_nll"].sum() * world.size / learned)
-        engine.reduce()
         engine.update(OPTIM.lr)
         norms.append(engine.gradient_norm)
     state: State = engine.export(moments=True, everywhere=True)

@@ -96,7 +96,6 @@ def advance(engine: Engine, world: World, first: int, last: int) -> list[float]:
             engine.backward((engine.forward(x.to(engine.dtype))["y"].float() - y).square().mean() / len(pieces))
             if number < len(pieces):
                 engine.accumulated()
-        engine.reduce()
         engine.update(OPTIM.lr)
         norms.append(engine.gradient_norm)
     return norms

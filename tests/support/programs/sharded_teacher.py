@@ -150,7 +150,6 @@ def step(engine: Engine, teacher: Teacher, world: World, number: int) -> float:
         total += loss.item()
         if piece + 1 < engine.accumulation:
             engine.accumulated()
-    engine.reduce()
     engine.update(OPTIM.lr)
     return total
 
