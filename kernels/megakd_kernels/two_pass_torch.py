@@ -133,7 +133,7 @@ class TorchTwoPass(NamedTuple):
     def _room(self, models: Sequence[Logits]) -> Kept:
         student = models[0]
         counts = self.kept_tiles(len(student.left_BD), len(student.right_ND), [model.left_BD.shape[1] for model in models])
-        return tuple(student.gain.new_empty((count, self.rows, self.columns)) for count in counts)
+        return tuple(student.gain.new_empty((count, self.rows, self.columns)) for count in counts) if any(counts) else ()
 
     def slopes(
         self,
@@ -222,6 +222,8 @@ def _one_reference_stats(
     sums = [_sums(torch.exp(shifted_a_cC, out=scratch[1]))]
     if hard_temperature is not None:
         sums.append(_sums(torch.mul(shifted_a_cC, hard_temperature, out=scratch[1]).exp_()))
+    if _have_lost_digits(sums):  # before the teachers' products
+        return None
     m_b: list[Tensor] = []
     cross_terms: list[tuple[Tensor, Tensor]] = []
     for formed in teachers:
@@ -231,9 +233,9 @@ def _one_reference_stats(
         exp_b_cC = torch.exp(shifted_b_cC, out=scratch[2])
         sums.append(_sums(exp_b_cC))
         cross_terms.append(_sums(shifted_b_cC.sub_(shifted_a_cC).mul_(exp_b_cC)))
-    if any(bool(of_lines.min() < LEAST_SUM) for both in sums for of_lines in both):
-        return None
     of_teachers = sums[2 if hard_temperature is not None else 1 :]
+    if _have_lost_digits(of_teachers):
+        return None
     stats = []
     for side in (0, 1):
         l_a = sums[0][side]
@@ -244,6 +246,10 @@ def _one_reference_stats(
             of_b = [torch.stack(m_b)[:, None].expand_as(l_b), l_b, torch.stack([both[side] for both in cross_terms])]
         stats.append(SoftmaxStats(m_a.expand_as(l_a), l_a, l_hard, *of_b))
     return stats[0], stats[1]
+
+
+def _have_lost_digits(sums: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    return any(bool(of_lines.min() < LEAST_SUM) for both in sums for of_lines in both)
 
 
 def _sums(terms_cC: Tensor) -> tuple[Tensor, Tensor]:

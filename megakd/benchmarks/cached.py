@@ -6,7 +6,6 @@ ViT-B/16 student. Then 11 is the most that a store can bring; what it brings les
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megakd.benchmarks.common import comparison, environment, material, side_by_side
-from megakd.benchmarks.common.children import ended_by_sigterm, running
+from megakd.benchmarks.common.children import ended_by_sigterm
 from megakd.benchmarks.common.logs import Step, our_steps
-from megakd.benchmarks.common.side_by_side import PAIR_SECONDS, START_SECONDS, WARM_UP, timed
+from megakd.benchmarks.common.side_by_side import WARM_UP, timed
 from megakd.models import clip
 from megakd.recipe import Student
 
@@ -50,16 +49,14 @@ def run(rounds: int, batch: int, steps: int, workers: int = 1, threads: int = 1,
     """
     measured: dict[str, list[Step]] = {STORED: [], LIVE: []}
     with ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="megakd-bench-") as name:
-        shards, folder = material.shards(environment.cache()), Path(name)
         # an epoch of the fewest whole shards that one round's steps fill: all of them is ten minutes of teacher on a CPU
-        count = min(material.SHARDS, -(-batch * (WARM_UP + steps) // material.SAMPLES_A_SHARD))
-        if batch > count * material.SAMPLES_A_SHARD:
+        shards, folder = material.shards(environment.cache(), material.shards_of(batch * (WARM_UP + steps))), Path(name)
+        if batch > shards.samples:
             raise ValueError(f"--batch {batch}: the benchmark's shards hold {shards.samples} pairs; ask for less")
-        pattern = f"{shards.folder}/{{00000..{count - 1:05d}}}.tar"
 
         def recipe(**store: str) -> dict[str, Any]:
             teacher = {"architecture": TEACHER, "pretrained": clip.RANDOM, **store}
-            return side_by_side.recipe("bench-cached", pattern, {"architecture": STUDENT}, teacher, batch, workers)
+            return side_by_side.recipe("bench-cached", shards.pattern, {"architecture": STUDENT}, teacher, batch, workers)
 
         def side(name: str, recipe: dict[str, Any]) -> Callable[[int], list[float]]:
             def rates(number: int) -> list[float]:
@@ -71,13 +68,9 @@ def run(rounds: int, batch: int, steps: int, workers: int = 1, threads: int = 1,
 
             return rates
 
-        samples, store = count * material.SAMPLES_A_SHARD, str(folder / "store")
-        print(f"embedding {samples} pairs once", flush=True)
-        path = side_by_side.write_recipe(recipe(), folder / "embed.json")
-        command = [sys.executable, "-P", "-m", "megakd.cli", "embed", "--recipe", str(path), "--views", "1", "--out", store]
-        with running(command, folder, "embed", threads) as child:
-            child.wait_for(lambda: True if ": complete, " in child.text() else None, START_SECONDS + samples * PAIR_SECONDS)
-        result = comparison.alternate(rounds, side(STORED, recipe(store=store)), side(LIVE, recipe()), (STORED, LIVE))
+        store = folder / "store"
+        side_by_side.embed(recipe(), store, folder, shards.samples, threads)
+        result = comparison.alternate(rounds, side(STORED, recipe(store=str(store))), side(LIVE, recipe()), (STORED, LIVE))
     teacher, student = cost(TEACHER, training=False), cost(STUDENT, training=True)
     parts = {
         side: {part: median(step.seconds.get(part, 0.0) for step in done) for part in done[0].seconds} for side, done in measured.items()

@@ -128,8 +128,7 @@ def _report(found: list[dict[str, Any]], two: Measured, settings: dict[str, Any]
     for note in (f"{two_towers}: {median(two.rates):.1f} samples/s", *NOTES):
         console.print(f"- {note}", markup=False)
     where = comparison.conditions(versions, threads=1)
-    console.print(f"{where['processor']}, {where['cores']} cores, load {where['load_average']} | commit {where['commit']}", markup=False)
-    console.print(where["command"], markup=False)
+    comparison.say_where(where)
     comparison.record(
         {"benchmark": "bench loader", "unit": "samples/s", "rows": found, "two_towers": two.rates, "settings": settings, **where}, file
     )

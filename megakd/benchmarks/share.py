@@ -10,7 +10,6 @@ micro-batch is encoded twice (GradCache); without that the student would cost th
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from rich.table import Table
 
 from megakd.benchmarks.common import comparison, environment, material, side_by_side
-from megakd.benchmarks.common.children import Child, ended_by_sigterm, running
+from megakd.benchmarks.common.children import Child, ended_by_sigterm
 from megakd.benchmarks.common.logs import TOWERS
 from megakd.benchmarks.common.side_by_side import PAIR_SECONDS, START_SECONDS
 from megakd.runtime.console import plain
@@ -65,13 +64,11 @@ def run(
     found: list[list[Row]] = []
     loading: list[float] = []
     with ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="megakd-share-") as name:
-        folder, shards = Path(name), material.shards(environment.cache())
+        folder, shards = Path(name), material.shards(environment.cache(), material.shards_of(batch))  # one epoch is one step
         if batch > shards.samples:
             raise ValueError(f"--batch {batch}: the benchmark's shards hold {shards.samples} pairs; ask for less")
-        count = -(-batch // material.SAMPLES_A_SHARD)  # one epoch is one step, so that the store is made in a minute
-        pattern = f"{shards.folder}/{{00000..{count - 1:05d}}}.tar"
-        recipe = stored_recipe(pattern, chosen, folder / "store", batch, workers)
-        _embed(recipe, folder, count * material.SAMPLES_A_SHARD, threads)
+        recipe = stored_recipe(shards.pattern, chosen, folder / "store", batch, workers)
+        side_by_side.embed(recipe, folder / "store", folder, shards.samples, threads)
         config = {"train_micro_batch_size_per_gpu": micro_batch}
         for number in range(rounds):
             with side_by_side.training(recipe, folder / f"round-{number}", threads, ranks=RANKS, config=config) as child:
@@ -88,26 +85,6 @@ def stored_recipe(pattern: str, student: dict[str, Any], store: Path, batch: int
     """Contrastive and similarity loss on a stored teacher."""
     teacher = {"architecture": STORED, "pretrained": "random", "store": str(store)}
     return side_by_side.recipe("bench-share", pattern, student, teacher, batch, workers)
-
-
-def _embed(recipe: dict[str, Any], folder: Path, samples: int, threads: int) -> None:
-    teacher = {key: value for key, value in recipe["teacher"].items() if key != "store"}
-    path = side_by_side.write_recipe({**recipe, "teacher": teacher}, folder / "embed.json")
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "megakd.cli",
-        "embed",
-        "--recipe",
-        str(path),
-        "--views",
-        "1",
-        "--out",
-        recipe["teacher"]["store"],
-    ]
-    with running(command, folder, "embed", threads) as child:
-        child.wait_for(lambda: True if ": complete, " in child.text() else None, START_SECONDS + samples * PAIR_SECONDS)
 
 
 def _measured(child: Child, run: Path, steps: int, batch: int) -> tuple[list[Row], float]:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from megakd.benchmarks.common.children import ended_by_sigterm, running
 from megakd.benchmarks.common.comparison import OURS, THEIRS
 from megakd.benchmarks.common.logs import open_clip_steps, our_steps, share_beside_towers
 from megakd.benchmarks.common.material import Shards
-from megakd.benchmarks.common.side_by_side import PAIR_SECONDS, START_SECONDS, UNREACHED, WARM_UP, Timed, timed
+from megakd.benchmarks.common.side_by_side import UNREACHED, WARM_UP, Timed, timed
 from megakd.models.int8 import matmul
 from megakd.models.int8.agreement import Agreement
 from megakd.runtime.console import plain
@@ -102,7 +101,7 @@ def run(
         job = StepBenchmark(shards, {"model": TEACHER, "pretrained": weights}, {"model": STUDENT}, batch, steps, workers, threads)
         recipes = job.recipes(folder / "store")
         if "store" in names:
-            embed(job, folder)
+            side_by_side.embed(job.recipe(), folder / "store", folder, job.shards.samples, job.threads)
         quality: Agreement | None = None
         if "int8" in names:
             quality, product = teacher_quality.on_first_batch(recipes["int8"])
@@ -125,15 +124,6 @@ def run(
 def fastest_product() -> str:
     """Of int8 on this machine's CPU: with VNNI the one that a recipe takes by itself, else oneDNN's."""
     return "auto" if matmul.choose(torch.device("cpu")) == "int_mm" else "onednn"
-
-
-def embed(job: StepBenchmark, folder: Path) -> None:
-    """The teacher's embeddings of all shards into FOLDER/store, by `megakd embed`."""
-    print(f"embedding {job.shards.samples} pairs once", flush=True)
-    path = side_by_side.write_recipe(job.recipe(), folder / "embed.json")
-    command = [sys.executable, "-P", "-m", "megakd.cli", "embed", "--recipe", str(path), "--views", "1", "--out", str(folder / "store")]
-    with running(command, folder, "embed", job.threads) as child:
-        child.wait_for(lambda: True if ": complete, " in child.text() else None, START_SECONDS + job.shards.samples * PAIR_SECONDS)
 
 
 def measure_ours(job: StepBenchmark, folder: Path, recipe: dict[str, Any] | None = None) -> Timed:

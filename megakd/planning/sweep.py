@@ -128,9 +128,8 @@ def _scaled(recipe: Recipe, scaling: str, smallest: int, count: int) -> Recipe:
         if scaling == "weak" and batch % smallest:
             raise ValueError(f"{key} = {batch}: does not divide over the smallest count of --sweep, {smallest} GPUs")
         if scaling == "strong" and batch < count:
-            raise ValueError(
-                f"--sweep: {key} = {batch} leaves less than one to each of {count} GPUs; use fewer, a larger {key}, or --scaling weak"
-            )
+            grown = "" if batch % smallest else ", or --scaling weak"
+            raise ValueError(f"--sweep: {key} = {batch} leaves less than one to each of {count} GPUs; use fewer, a larger {key}{grown}")
     if scaling == "strong":
         return recipe
     optim = recipe.optim.model_copy(update={"batch": recipe.optim.batch // smallest * count})
@@ -163,7 +162,7 @@ def _step(job: PlannedJob, row: Row, assumed: Scaling, gpu: rates.Gpu, workers: 
     else:
         reducing = among(Wire(all_reduce=own.all_reduce, reductions=own.reductions), job.ranks)
         gathering = among(Wire(all_gather=own.all_gather, calls=own.calls), job.ranks)
-        beside, after = (reducing, gathering) if zero.overlap else (0.0, reducing + gathering)
+        beside, after = (reducing, gathering) if zero.stage and zero.overlap else (0.0, reducing + gathering)
     around = row.sent["loss"].sent
     ring = among(Wire(sent=around, calls=1), job.ranks) if around else 0.0
     losses = among(row.sent["loss"], job.ranks) - ring

@@ -115,19 +115,22 @@ def _time(sweep: Sweep) -> Table:
 
 def _notes(sweep: Sweep) -> list[str]:
     first, last = sweep.points[0], sweep.points[-1]
-    asked = last.plan.asked
+    asked, pairs = last.plan.asked, last.plan.job.pairs
     loss = last.plan.job.loss
     mine = last.steps[asked].loss / last.steps[asked].total
     lines = [
         f"* the recipe's own mode; best: the fastest that fits and needs nothing prepared. efficiency: images/s a GPU against {first.gpus} "
         f"GPUs in the same mode",
-        f"losses at {last.samples:,} pairs on {last.gpus:,} GPUs: {loss.flops / 1e12:.1f} TFLOP a GPU, {mine:.0%} of the step, "
-        f"{loss.memory / GB:.1f} GB; the whole N x N in float32 would take {4 * last.samples**2 / GB:,.0f} GB",
     ]
-    lines += [f"on {point.gpus:,} GPUs {point.plan.why}" for point in sweep.points if point.best is None]
-    if last.samples > LARGEST_TRAINED:
+    if pairs:
         lines.append(
-            f"on paper alone: nobody has published a run with {last.samples:,} pairs a step; the largest open one has {LARGEST_TRAINED:,}"
+            f"losses at {pairs:,} pairs on {last.gpus:,} GPUs: {loss.flops / 1e12:.1f} TFLOP a GPU, {mine:.0%} of the step, "
+            f"{loss.memory / GB:.1f} GB; the whole N x N in float32 would take {4 * pairs**2 / GB:,.0f} GB"
+        )
+    lines += [f"on {point.gpus:,} GPUs {point.plan.why}" for point in sweep.points if point.best is None]
+    if pairs > LARGEST_TRAINED:
+        lines.append(
+            f"on paper alone: nobody has published a run with {pairs:,} pairs a step; the largest open one has {LARGEST_TRAINED:,}"
         )
     flags = ", ".join(one.metadata.get("flag", f"--{one.name}") for one in fields(Scaling) if one.name not in ("sweep", "scaling"))
     return [*lines, f"times are ESTIMATES, checked against published runs in planning/README.md; to assume otherwise: --gpu, {flags}"]

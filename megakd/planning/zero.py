@@ -104,8 +104,9 @@ def _with_sums(found: Held, whole: int, ranks: int, of: Settings) -> Held:
 def _replicated(sizes: tuple[int, ...], ranks: int, of: Settings) -> Held:
     whole, e = sum(sizes), of.element
     if of.stage == 0:
-        # DeepSpeed averages through a flat copy, which it makes of up to 500 million gradients at a time.
-        return Held(e * whole, MOMENTS * whole, 0, 0, e * whole, e * min(whole, BUCKET), e * whole, 0, True)
+        # DeepSpeed averages over several ranks through a flat copy, which it makes of up to 500 million gradients at a time.
+        copied = e * min(whole, BUCKET) if ranks > 1 else 0
+        return Held(e * whole, MOMENTS * whole, 0, 0, e * whole, copied, e * whole, 0, True)
     share = math.ceil(whole / ranks)
     bucket = e * min(of.reduce_bucket, whole)
     optimizer = (MASTER + MOMENTS) * share

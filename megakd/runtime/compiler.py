@@ -50,7 +50,7 @@ def missing(device: torch.device) -> Problem | None:
     found = next(filter(None, map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))), None)
     if found is None:
         return "no C compiler (gcc), which Triton links with", INSTALL.replace("CXX", "CC").replace("g++", "gcc")
-    return _headers([found, "-x", "c"], INCLUDED.splitlines(keepends=True)[0])
+    return _headers([found, "-x", "c"], INCLUDED.splitlines(keepends=True)[0], variable="CC")
 
 
 def of_cpp(command: list[str]) -> Problem | None:
@@ -59,18 +59,21 @@ def of_cpp(command: list[str]) -> Problem | None:
     return (f"no C++ compiler ({command[0]})", INSTALL) if there is None else _headers([there, *command[1:], "-x", "c++", "-fopenmp"])
 
 
-def _headers(command: list[str], included: str = INCLUDED) -> Problem | None:
+def _headers(command: list[str], included: str = INCLUDED, variable: str = "CXX") -> Problem | None:
     reason = refusal(command, included)
     if reason is None:
         return None
     python = "apt-get install python3-dev (dnf install python3-devel)"
-    return f"{command[0]}: {reason}", python if "Python.h" in reason else "install a whole g++, or export CXX=..."
+    return f"{command[0]}: {reason}", python if "Python.h" in reason else f"install a whole compiler, or export {variable}=..."
 
 
 def refusal(command: list[str], included: str = INCLUDED) -> str | None:
     """The compiler's first error on these headers; None where it takes them. Writes nothing."""
     flags = ["-fsyntax-only", "-I", sysconfig.get_paths()["include"], "-"]
-    done = subprocess.run([*command, *flags], input=included, capture_output=True, text=True, timeout=SECONDS, check=False)
+    try:
+        done = subprocess.run([*command, *flags], input=included, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"did not answer in {SECONDS:.0f} s"
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines()

@@ -139,7 +139,6 @@ class Engine:
             self._restore(start)
         self._scalars = [parameter for parameter in self._trained() if hasattr(parameter, "in_float32")]
         self._refresh_scalars()
-        self._is_reduced = False
 
     @property
     def module(self) -> nn.Module:
@@ -158,15 +157,17 @@ class Engine:
         alone = self._engine.no_sync() if self.stage == 0 else contextlib.nullcontext()
         with precision.of_towers(self._device), self.unmoved_buffers(), alone:  # activation checkpointing repeats forwards in here
             self._engine.backward(loss * self.accumulation)
+        self._is_reduced = False
 
     def reduce(self) -> None:
-        """Without ZeRO, average the gradients over the ranks, after the last backward: a time of its own, which is not the towers'.
-
-        `update` does it where nobody has. Of one rank DeepSpeed would copy them all, to and fro.
-        """
-        if self.stage == 0 and self._engine.world_size > 1 and not self._is_reduced:
-            self._engine.allreduce_gradients()
-            self._is_reduced = True
+        """Without ZeRO, average the gradients over the ranks, after the last backward: a time of its own, which is not the towers'. What
+        has none gets zeros, as with ZeRO: AdamW would leave its weight decay out. `update` does this where nobody has."""
+        if self.stage == 0 and not self._is_reduced:
+            for parameter in (one for one in self._trained() if one.grad is None):
+                parameter.grad = torch.zeros_like(parameter)
+            if self._engine.world_size > 1:  # of one rank DeepSpeed would copy them all, to and fro
+                self._engine.allreduce_gradients()
+        self._is_reduced = True
 
     def accumulated(self) -> None:
         """Close one accumulation step that is not the last: DeepSpeed counts them in `step`."""
@@ -182,7 +183,6 @@ class Engine:
         self._engine.step()
         if self.stage > 0:
             self._norm = self._engine.get_global_grad_norm()
-        self._is_reduced = False
         self._share_statistics()
         self._refresh_scalars()
         self.updates += 1

@@ -79,7 +79,7 @@ KNOWN = (
         "slurm/env.sh is the place; or leave out the offload that asks for it",
     ),
     (
-        r"torchinductor.*(file too short|invalid ELF header)",
+        r"/c[a-z2-7]{40,}[\w.]*\.so: (file too short|invalid ELF header)",  # names that torch's compiler gives, wherever its cache lies
         "a process that was killed has left half a file in torch's cache of compiled code: remove that file's folder, or all of "
         "TORCHINDUCTOR_CACHE_DIR, which is made anew, and start again",
     ),

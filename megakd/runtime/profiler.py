@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity
-
-T = TypeVar("T")
 
 BEFORE = 2  # steps of a start that are not recorded: they fill allocators and queues, and the profiler's own first one is slow
 TRACE, TABLE = "trace.json.gz", "operators.txt"
 ROWS = 40  # of the table
 
 
-def recorded(batches: Iterator[T], steps: int, folder: Path, device: torch.device) -> Generator[T, None, None]:
-    """The batches as they are; torch's profiler records what is done with `steps` of them, the third and those behind it.
+@contextmanager
+def recording(steps: int, folder: Path, device: torch.device) -> Iterator[Callable[[], None]]:
+    """What is to be called after each step of a run; torch's profiler records `steps` of them, the third and those behind it.
 
-    A step goes from the wait for its batch to the wait for the next. `folder` then holds both files; of a run that ends before, what it
-    recorded, if anything. 0 steps: nothing is recorded.
+    `folder` then holds both files; of a run that ends before, what it recorded, if anything. 0 steps: nothing is recorded.
     """
     if not steps:
-        yield from batches
+        yield lambda: None
         return
 
     def write(profiler: torch.profiler.profile) -> None:
@@ -36,6 +34,4 @@ def recorded(batches: Iterator[T], steps: int, folder: Path, device: torch.devic
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     schedule = torch.profiler.schedule(wait=BEFORE - 1, warmup=1, active=steps, repeat=1)
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=write, record_shapes=True) as profiler:
-        for batch in batches:
-            yield batch
-            profiler.step()
+        yield profiler.step

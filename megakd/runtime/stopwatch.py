@@ -66,8 +66,15 @@ class Stopwatch:
             self._seconds[COMPILE] += compiling
 
     def restart(self) -> None:
-        """What this process has done since the last reading was no step, as an evaluation is none."""
+        """What this process has done until now was no step."""
         self._since = time.process_time()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done inside is no step, as an evaluation is none; the steps before it stay counted."""
+        busy = time.process_time()
+        yield
+        self._since += time.process_time() - busy
 
     def read(self) -> dict[str, float]:
         """Seconds by name since the last reading; waits for the device when there are events."""

@@ -38,7 +38,7 @@ from megakd.runtime.launch import World
 from megakd.runtime.locks import LOCK, FolderLock
 from megakd.runtime.module_state import held_shapes
 from megakd.runtime.preemption import StopPoller, StopRequest
-from megakd.runtime.profiler import recorded
+from megakd.runtime.profiler import recording
 from megakd.runtime.run_folder import RunLog
 from megakd.runtime.watchdog import HUNG, HangWatchdog
 from megakd.training import best, feed
@@ -273,14 +273,17 @@ class Run:
         with contextlib.ExitStack() as opened:
             batches = [opened.enter_context(task.open(progress)) for task in self._tasks]
             steps = self.recipe.log.profile if self.world.is_main else 0
-            profiled = recorded(zip(*batches, strict=True), steps, self.folder / run_folder.PROFILE, self.world.device)
-            trainer.fit(opened.enter_context(contextlib.closing(profiled)), progress, self)
+            self._record = opened.enter_context(recording(steps, self.folder / run_folder.PROFILE, self.world.device))
+            trainer.fit(zip(*batches, strict=True), progress, self)
 
     def stepped(self) -> None:
         if (record := compiler.record()) is not None and self.world.is_main:
             self.log.has_compiled(record)
         for task in self._tasks:
             task.stepped()
+
+    def profiled(self) -> None:
+        self._record()
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint; every rank learns whether it is there before it goes on."""

@@ -42,6 +42,9 @@ class Hooks(Protocol):
     def stepped(self) -> None:
         """After the first step of this start."""
 
+    def profiled(self) -> None:
+        """After each step and its row."""
+
     def save(self, progress: Progress) -> None: ...
 
     def evaluate(self, step: int) -> None:
@@ -98,6 +101,10 @@ class Trainer:
                 now = time.perf_counter()
                 self._write_row(step, summary, images, now - since)
                 since, images = now, 0  # what writing takes counts in the next row
+            away = time.perf_counter()
+            with self.clock.aside():
+                hooks.profiled()
+            since += time.perf_counter() - away
             progress = replace(start, step=step, position=summary.position)
             saved = summary.stop or self._to_save(step)
             if saved:
@@ -105,14 +112,15 @@ class Trainer:
             if summary.stop and step < recipe.optim.steps:
                 raise Interrupted
             if self._to_evaluate(step):
+                away = time.perf_counter()
                 try:
-                    hooks.evaluate(step)
+                    with self.clock.aside():
+                        hooks.evaluate(step)
                 except (Interrupted, ValueError):  # of an evaluation set, on every rank: the steps behind it are kept
                     if not saved:
                         self._save(progress, hooks)
                     raise
-                since, images = time.perf_counter(), 0
-                self.clock.restart()
+                since += time.perf_counter() - away
 
     def _is_logged(self, step: int) -> bool:
         """Whether so many steps end with a row of the log, without a signal."""
@@ -178,6 +186,7 @@ class Trainer:
             self._feed.fetch(step + 1)
 
         # Agree
+        watchdog.beat("agreeing", step)
         summary = self._agree(pending, batches)
         self._refuse(summary, step)
 

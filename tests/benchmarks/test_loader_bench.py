@@ -14,8 +14,7 @@ from megakd.benchmarks.loader import Measured
 
 
 @pytest.mark.parametrize("longer", loader_material.SIZES)
-def test_photographs_have_their_size_and_the_bytes_of_real_ones(longer: int) -> None:
-    """Beside the shipped ones brought to the size without texture, which are real up to 512 px."""
+def test_photographs_have_their_size_and_bytes_a_pixel_as_photographs_have(longer: int) -> None:
     pictures = loader_material.shipped()
     made = [loader_material.photograph(np.random.default_rng(seed), pictures, longer) for seed in range(4)]
     for data in made:

@@ -37,7 +37,8 @@ class Peaks:
         self.watch, self.bytes = watch, dict[str, int]()
         for owner, method, place in ((Distill, "teach", "teacher"), (LanguageTeacher, "read", "teacher"),
                                      (Trainer, "_forward", "student forward"), (Trainer, "_losses", "loss"),
-                                     (Engine, "backward", "backward"), (Engine, "update", "update")):  # fmt: skip
+                                     (Engine, "backward", "backward"), (Engine, "reduce", "backward"),
+                                     (Engine, "update", "update")):  # fmt: skip
             patch.setattr(owner, method, self._counted(getattr(owner, method), place))
 
     def _counted(self, method: Any, place: str) -> Any:

@@ -122,6 +122,7 @@ def _os_error(number: int, path: str | None = None) -> OSError:
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), ["ended from outside", "--mem"]),
         (RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), ["--shm-size"]),
         (RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:1"), ["another rank has ended"]),
+        (RuntimeError(f"ImportError: /scratch/me/6v/c{'6vq7' * 13}.main.so: file too short"), ["TORCHINDUCTOR_CACHE_DIR"]),
         (RuntimeError("Error building extension 'cpu_adam'"), ["compiler"]),
         (ModuleNotFoundError("No module named 'wandb'", name="wandb"), ["wandb", "pip install wandb"]),
         (ImportError("libcudart.so.11: cannot open shared object file", name="bitsandbytes.cextension"), ["bitsandbytes", "libcudart"]),

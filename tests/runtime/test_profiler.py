@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-from contextlib import closing
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -13,20 +11,19 @@ import torch
 from pydantic import ValidationError
 
 from megakd.recipe.load import load
-from megakd.runtime.profiler import BEFORE, TABLE, TRACE, recorded
+from megakd.runtime.profiler import BEFORE, TABLE, TRACE, recording
 
 CPU = torch.device("cpu")
 
 
 def steps(folder: Path, profiled: int, made: int) -> list[int]:
-    """As a trainer takes batches; each step is one product, of matrices of as many rows as its number."""
-    taken = []
-    with closing(recorded(count(1), profiled, folder, CPU)) as batches:
-        for _ in range(made):
-            number = next(batches)
+    """As a trainer's; each is one product, of matrices of as many rows as its number."""
+    numbers = list(range(1, made + 1))
+    with recording(profiled, folder, CPU) as after_step:
+        for number in numbers:
             torch.ones(number, 4) @ torch.ones(4, 4)
-            taken.append(number)
-    return taken
+            after_step()
+    return numbers
 
 
 def products(folder: Path) -> list[int]:

@@ -38,6 +38,18 @@ def test_processor_time_is_told_by_part_and_waiting_is_not_in_it() -> None:
     assert watch.read_processor() == {"other": pytest.approx(0, abs=0.05)}
 
 
+def test_what_is_done_aside_is_no_part_and_the_steps_before_it_stay_counted() -> None:
+    watch = Stopwatch(torch.device("cpu"))
+    with watch.part("student"):
+        _work(0.1)
+    with watch.aside():
+        _work(0.3)
+    assert watch.read().keys() == {"student"}
+    busy = watch.read_processor()
+    assert 0.1 <= busy["student"] < 0.3
+    assert -0.01 < busy["other"] < 0.1
+
+
 def _work(seconds: float) -> None:
     end = time.process_time() + seconds
     while time.process_time() < end:

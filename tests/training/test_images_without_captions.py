@@ -102,6 +102,27 @@ def test_a_text_tower_that_no_objective_reads_is_said_though_a_clip_teaches(reci
     assert UNREAD not in paired.out
 
 
+def test_without_zero_on_one_rank_weight_decay_moves_what_no_objective_reads_as_with_zero(
+    recipe_file: Path, images: str, tmp_path: Path
+) -> None:
+    """Its gradient is zero and not missing, for which AdamW would leave the decay out."""
+    from safetensors.torch import load_file
+
+    config = tmp_path / "zero.json"
+    config.write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
+    found = {}
+    for name, more in (("none", ()), ("zero", ("--ds_config", config))):
+        sets = (*TAUGHT, *SHORT, images, "optim.weight_decay=0.5", "optim.steps=3")
+        run = train(recipe_file, "--out", tmp_path / name, *more, sets=sets)
+        assert run.code == 0, run.err
+        found[name] = load_file(tmp_path / name / "model" / "open_clip_model.safetensors")["text_projection"]
+    still = train(recipe_file, "--out", tmp_path / "still", sets=(*TAUGHT, *SHORT, images, "optim.weight_decay=0.0", "optim.steps=3"))
+    assert still.code == 0, still.err
+    undecayed = load_file(tmp_path / "still" / "model" / "open_clip_model.safetensors")["text_projection"]
+    assert found["none"].norm() < 0.9999 * undecayed.norm()
+    torch.testing.assert_close(found["none"], found["zero"], rtol=1e-6, atol=1e-7)
+
+
 def test_the_text_tower_stays_but_for_weight_decay(recipe_file: Path, images: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from megakd.recipe import Student as Settings
 from megakd.recipe import load as recipes
 from megakd.runtime import checkpoint, launch
 from megakd.runtime.engine import Engine
+from megakd.runtime.run_folder import RunLog
 from megakd.training import prepare
 from megakd.training.build import build_learners
 from megakd.training.learning import paces
@@ -102,8 +102,9 @@ def test_the_engine_has_no_gradient_and_no_state_of_what_is_frozen(stage: int, r
     world = launch.start()
     try:
         plan = prepare.prepare(prepare.RunRequest(recipe, origin, str(config), tmp_path / "run"), world)
-        tasks = [task.start(plan.config, world, SimpleNamespace(say=print)) for task in plan.tasks]  # type: ignore[arg-type]
-        module, groups = build_learners(plan, tasks, world, print)
+        log = RunLog(tmp_path / "run", main=True)
+        tasks = [task.start(plan.config, world, log) for task in plan.tasks]
+        module, groups = build_learners(plan, tasks, world, log.say)
         learned = sum(parameter.numel() for name, parameter in module.named_parameters() if not is_frozen(name))
         engine = Engine(module, groups, recipe.optim, plan.config, world, None, module.frozen)
         pixels, tokens = torch.randn(4, 3, 32, 32), torch.randint(1, 100, (4, 32))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 from megakd.benchmarks.common.children import Child, running
 from megakd.benchmarks.common.logs import Step
+from megakd.runtime import launch
 
 WARM_UP = 2  # the first steps fill the allocators and the loaders' queues
 # Programs are stopped long before: none ends its epoch, drains its loader or writes a checkpoint inside the timed steps.
@@ -56,6 +56,16 @@ def write_recipe(content: dict[str, Any], path: Path) -> Path:
     return path
 
 
+def embed(content: dict[str, Any], store: Path, folder: Path, samples: int, threads: int) -> None:
+    """The teacher's embeddings of all shards of this recipe into `store`, by `megakd embed`."""
+    print(f"embedding {samples} pairs once", flush=True)
+    teacher = {key: value for key, value in content["teacher"].items() if key != "store"}
+    path = write_recipe({**content, "teacher": teacher}, folder / "embed.json")
+    command = [sys.executable, "-P", "-m", "megakd.cli", "embed", "--recipe", str(path), "--views", "1", "--out", str(store)]
+    with running(command, folder, "embed", threads) as child:
+        child.wait_for(lambda: True if ": complete, " in child.text() else None, START_SECONDS + samples * PAIR_SECONDS)
+
+
 @contextmanager
 def training(
     content: dict[str, Any], folder: Path, threads: int, *, ranks: int = 1, config: dict[str, Any] | None = None
@@ -73,13 +83,10 @@ def training(
 
 
 def _each_rank(command: list[str], ranks: int) -> list[str]:
-    """A shell that starts all ranks. torchrun would give each a session of its own, which outlives a killed launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = f"WORLD_SIZE={ranks} LOCAL_WORLD_SIZE={ranks} MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
-    started = (f"RANK={rank} LOCAL_RANK={rank} {meeting} {shlex.join(command)} &" for rank in range(ranks))
-    return ["sh", "-c", " ".join([*started, "wait"])]
+    """A shell that starts all ranks. torchrun would give each a session of its own, whose processor time `Child` would not count."""
+    meeting = f"WORLD_SIZE={ranks} LOCAL_WORLD_SIZE={ranks} MASTER_ADDR=127.0.0.1 MASTER_PORT={launch.free_port()}"
+    started = (f'RANK={rank} LOCAL_RANK={rank} {meeting} {shlex.join(command)} & ids="$ids $!";' for rank in range(ranks))
+    return ["sh", "-c", " ".join([*started, "for id in $ids; do wait $id || exit $?; done"])]
 
 
 def timed(child: Child, steps: Callable[[], list[Step]], count: int, batch: int, warm_up: int = WARM_UP) -> Timed:

@@ -60,6 +60,7 @@ def measure(config: dict[str, Any], world: launch.World) -> dict[str, int]:
                     out = engine.forward(torch.ones(2, WIDTH, dtype=engine.dtype))["out"].float().sum()
                 elif place == "backward":
                     engine.backward(out)
+                    engine.reduce()
                     del out
                 else:
                     engine.update(1e-3)
