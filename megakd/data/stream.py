@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import functools
+import gc
 import os
 import signal
 import warnings
@@ -140,8 +142,13 @@ def _quiet_worker(worker: int) -> None:
     """Signals are the main process's to answer: Slurm and a terminal send them to every process of the job.
 
     A worker that died of one would fail the run while the trainer is writing its last checkpoint. `close` ends workers, and
-    torch's watchdog does when the main process is killed.
+    torch's watchdog does when the main process is killed. One that dies of its own fault, in a decoder for instance, says in which line.
     """
+    # What the fork brought along stays as it is: a worker has no use for the ends of the trainer's models, process groups and open files,
+    # some of which join threads that it does not have; and what is never looked at is never copied.
+    gc.freeze()
+    faulthandler.disable()  # where the trainer has it on, torch's handler has come before it, and names the signal alone
+    faulthandler.enable(2)  # where the process was started; sys.stderr may be something else
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

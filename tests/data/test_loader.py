@@ -1,5 +1,7 @@
 """The training loader: the same global batches for any number of ranks and workers, exact resume, bad samples, clean ends."""
 
+import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -13,6 +15,7 @@ from open_clip.transform import PreprocessCfg
 from megakd.data.pairs import Batch, train_batches
 from megakd.data.sampler import Order
 from megakd.data.shards import ShardSet
+from megakd.data.stream import WorkerStream
 from megakd.data.transforms import TowerView
 from megakd.recipe import Views
 from megakd.runtime import failures
@@ -198,6 +201,38 @@ def test_workers_share_the_loaded_libraries_however_their_process_was_started(tm
     process = python(tmp_path / "program.py")
     out, err = process.communicate(timeout=120)
     assert out == "True\n", err
+
+
+class Remains:
+    """In a cycle, which only the garbage collector ends: it notes in which process."""
+
+    def __init__(self, note: Path) -> None:
+        self.note, self.itself = note, self
+
+    def __del__(self) -> None:
+        self.note.write_text(str(os.getpid()))
+
+
+class Collecting:
+    """A dataset whose worker collects its garbage, and then breaks as a faulty decoder does."""
+
+    def __getitems__(self, sampled: range) -> int:
+        gc.collect()
+        return os.getpid() if sampled.start < 4 else len(ctypes.string_at(0))
+
+
+def test_a_worker_leaves_the_trainers_garbage_alone_and_one_that_crashes_says_where(tmp_path: Path, capfd) -> None:
+    gc.disable()
+    Remains(tmp_path / "ended")
+    batches = WorkerStream(Collecting(), [range(start, start + 1) for start in range(8)], 1, False)
+    assert next(batches) != os.getpid()
+    assert not (tmp_path / "ended").exists()
+    gc.enable()
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.*(Segmentation fault|exited unexpectedly)"):
+        list(batches)
+    assert "in __getitems__" in capfd.readouterr().err
+    gc.collect()
+    assert (tmp_path / "ended").read_text() == str(os.getpid())
 
 
 def test_an_exception_of_the_trainer_ends_the_workers(clean: ShardSet) -> None:

@@ -129,7 +129,8 @@ def test_texts_from_a_store_and_images_live_train_on_fresh_augmentations_as_the_
     run, stores: Stores, mode: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The text tower is not loaded. int8 images beside exact texts are within quantisation error, which training adds up."""
-    whole, _ = run(f"whole_{mode}", (*KD, *LONG, f"teacher.mode={mode}"))
+    whole, by_whole = run(f"whole_{mode}", (*KD, *LONG, f"teacher.mode={mode}"))
+    assert by_whole.code == 0, by_whole.err
     out, finished = run(f"text_{mode}", stores("fp32", *TEXT, f"teacher.mode={mode}"))
     assert finished.code == 0, finished.err
     assert ("made.int8: False in the store, True in the recipe" in caplog.text) == mode.endswith("int8")
