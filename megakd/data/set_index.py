@@ -47,7 +47,8 @@ def known(
     Each rank sees to it that the shards [rank::world] have an index, waits at the barrier, then builds those that are still missing where
     the ranks do not share a disk. Raises ValueError for shards that cannot be read.
     """
-    stored, kept = _File.of([name for name, _ in named], members, cache, further), list[Known | None]([None]) * len(named)
+    names, kept = [name for name, _ in named], list[Known | None]([None]) * len(named)
+    stored = _File.of(names, members, cache, further)
     if stored is not None:
         kept = stored.read(named)
     told = np.array([entry is not None for entry in kept])
@@ -61,11 +62,11 @@ def known(
             if rows is None:
                 new.append(number)
             else:
-                kept[number] = kept[number] or tar_index.known(rows)  # an entry is what all ranks go by
+                kept[number] = _agreed(kept[number], tar_index.known(rows), names[number], stored)
         with LongWork("indexing", sum(named[number][1].size for number in new), "bytes") as work:
             for number in new:
                 rows = tar_index.build(*named[number], members, cache, further, work.advance)
-                kept[number] = kept[number] or tar_index.known(rows)
+                kept[number] = _agreed(kept[number], tar_index.known(rows), names[number], stored)
     except (ValueError, OSError) as error:  # raised behind the barrier, where the others wait
         failure = error
     barrier()
@@ -79,10 +80,28 @@ def known(
             kept[number] = tar_index.known(tar_index.load_or_build(*named[number], members, cache, further, checked=True))
     except OSError as error:
         raise ValueError(f"a shard cannot be read: {error}; {_UNREADABLE}") from error
-    found = [entry for entry in kept if entry is not None]
-    if stored is not None and not told.all():
+    found = [tar_index.with_stats_of_today(entry, name) for entry, name in zip(kept, names, strict=True) if entry is not None]
+    if stored is not None and (stored.outdated or not told.all()):
         stored.write(named, found, replace=rank == 0)
     return found, told
+
+
+def forget(names: list[str], members: tuple[str, ...], cache: str | None, further: Further) -> None:
+    """Remove the file of a set, as it tells of other shards than there are. The next start reads their own indexes, and writes it anew."""
+    if (stored := _File.of(names, members, cache, further)) is not None:
+        stored.remove()
+
+
+def _agreed(entry: Known | None, own: Known, name: str, stored: _File | None) -> Known:
+    """What both say of a shard. All ranks go by the entry: ValueError, and the file goes, where its own index says otherwise."""
+    if entry is None or (entry.samples, entry.digest) == (own.samples, own.digest):
+        return entry or own
+    assert stored is not None, "it gave the entry"
+    stored.remove()
+    raise ValueError(
+        f"{shown(name)} has {own.samples} samples, and the index of its set says {entry.samples} of another content: it was written "
+        f"anew at the same size and date. That index ({SET_INDEX}) is removed; start again, and the shards' own are read"
+    )
 
 
 class _File:
@@ -90,6 +109,7 @@ class _File:
 
     def __init__(self, places: list[Path], first: str) -> None:
         self._places, self._first = places, first
+        self._outdated: dict[Path, int] = {}  # of files that do not tell of every shard as it is now, when they were written
 
     @classmethod
     def of(cls, names: list[str], members: tuple[str, ...], cache: str | None, further: Further) -> _File | None:
@@ -107,26 +127,44 @@ class _File:
         for path in self._places:
             try:
                 head, _, body = path.read_bytes().partition(b"\n")
+                written = path.stat().st_mtime_ns
             except OSError:
                 continue
             try:
                 if json.loads(head) != zlib.crc32(body):
                     raise ValueError("another checksum")
                 entries = json.loads(body)
-                return [_known(entry, stat) for entry, (_, stat) in zip(entries, named, strict=True)]
+                told = [_known(entry, stat) for entry, (_, stat) in zip(entries, named, strict=True)]
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 log.warning("the index of the set that begins with %s is damaged and is written anew", shown(self._first))
+                self._outdated[path] = written
+            else:
+                if None in told:
+                    self._outdated[path] = written
+                return told
         return [None] * len(named)
 
+    @property
+    def outdated(self) -> bool:
+        return bool(self._outdated)
+
+    def remove(self) -> None:
+        """From every place; one that cannot be removed is logged."""
+        for path in self._places:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("the index of the set that begins with %s cannot be removed: %s", shown(self._first), error)
+
     def write(self, named: list[tuple[str, Stat]], found: list[Known], *, replace: bool) -> None:
-        """To the first place that can be written, if any. replace: also where such a file is there, which another rank has written."""
+        """To the first place that can be written, if any. replace: also where another rank has written one since this rank has read it."""
         entries = [
             [stat.size, stat.stamp, known.samples, known.digest, known.report()] for (_, stat), known in zip(named, found, strict=True)
         ]
         body = json.dumps(entries, separators=(",", ":")).encode()
         for path in self._places:
             try:
-                if not replace and path.is_file():
+                if not replace and path.is_file() and path.stat().st_mtime_ns != self._outdated.get(path):
                     return
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_file(path) as partial:

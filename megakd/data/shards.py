@@ -270,6 +270,7 @@ class ShardSet:
         self._unchecked[shard] = False
         rows = tar_index.samples(index)
         if len(rows) != int(self.starts[shard + 1] - self.starts[shard]):
+            set_index.forget(self.names, members, self.data.cache, self.further)  # which the start after this one would believe again
             raise ValueError(f"{shown(name)} has {len(rows)} samples now, other than when the run began: {_CHANGED}; start it again")
         return rows
 

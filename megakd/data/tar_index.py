@@ -93,6 +93,13 @@ def known(rows: IndexRows) -> Known:
     return Known.of_report(report, len(samples(rows)), int(head["json_size"]))
 
 
+def with_stats_of_today(told: Known, name: str) -> Known:
+    """Without the count of a `_stats.json` by which samples would be lost and which was removed since, as its message advises."""
+    if told.expected is None or is_remote(name) or told.expected <= told.samples or os.path.exists(local_path(_stats_of(name))):
+        return told
+    return dataclasses.replace(told, expected=None)
+
+
 def samples(rows: IndexRows) -> IndexRows:
     """The rows of samples."""
     return rows[1 + int(rows[0]["json_offset"]) :]
@@ -204,9 +211,11 @@ def _places(name: str, captions: tuple[str, ...], cache: str | None, further: Fu
 
 def places(label: str, beside: str | None, cache: str | None) -> list[str]:
     """Where an index may be, best first: in data.cache as `label`, at the path `beside`, in the user's cache folder as `label`."""
-    user = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "megakd", "indexes", label)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     own = [os.path.join(local_path(cache), "indexes", label)] if cache else []
-    return [*own, *([] if beside is None else [beside]), user]
+    # a process of a user without a home has no such folder, and "~" would be one of the working directory's
+    users = [os.path.join(home, "megakd", "indexes", label)] if os.path.isabs(home) else []
+    return [*own, *([] if beside is None else [beside]), *users]
 
 
 @functools.cache
@@ -288,9 +297,13 @@ def _refuse_others(file: IO[bytes], name: str, length: int) -> None:
         raise ValueError(f"{shown(name)} is no tar file: was its download cut short or answered with an error page?")
 
 
+def _stats_of(name: str) -> str:
+    return re.sub(r"\.tar$", "_stats.json", name)
+
+
 def _expected(name: str, damaged: bool) -> int | None:
     """The samples that img2dataset wrote, by the `_stats.json` beside the shard; of remote shards only damaged ones' is read."""
-    beside = re.sub(r"\.tar$", "_stats.json", name)
+    beside = _stats_of(name)
     if beside == name or (is_remote(name) and not damaged):
         return None
     try:

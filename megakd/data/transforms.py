@@ -7,6 +7,7 @@ Legend: B batch, H x W a tower's input size, L its context length.
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import functools
 import hashlib
 import io
@@ -44,6 +45,20 @@ _TURNS = {
 }
 
 
+def _remembering_nothing(tokenizer: object) -> dict[str, Any]:
+    """What it holds; not `cache`, in which open_clip's tokenizer remembers the words that it has split."""
+    return {name: value for name, value in vars(tokenizer).items() if name != "cache"}
+
+
+class _TokenizerPickler(pickle.Pickler):
+    """For digests, which nobody unpickles: a tokenizer that another holds remembers nothing either."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(getattr(obj, "__dict__", None), dict) and isinstance(vars(obj).get("cache"), dict):
+            return copyreg.__newobj__, (type(obj),), _remembering_nothing(obj)  # type: ignore[attr-defined]
+        return NotImplemented
+
+
 @dataclass(frozen=True, eq=False)
 class TowerView:
     """How a tower sees a sample: its preprocessing and its tokenizer, `tokenize(texts) -> LongTensor (n, L)`. Equal by content.
@@ -71,10 +86,11 @@ class TowerView:
         """A digest of the tokenizer's content; its identity where it cannot be pickled, by which nothing is shared wrongly."""
         state: Any = self.tokenize.wrapped if isinstance(self.tokenize, PlainCaptions) else self.tokenize
         if hasattr(state, "__dict__") and not isinstance(state, type) and not hasattr(state, "__code__"):
-            # in `cache` open_clip's tokenizer remembers the words it has split
-            state = (type(state), {name: value for name, value in vars(state).items() if name != "cache"})
+            state = (type(state), _remembering_nothing(state))
         try:
-            return hashlib.sha256(pickle.dumps(state)).hexdigest()
+            content = io.BytesIO()
+            _TokenizerPickler(content).dump(state)
+            return hashlib.sha256(content.getvalue()).hexdigest()
         except Exception:  # pickling runs any tokenizer's code
             return f"id {id(self.tokenize)}"
 
@@ -222,10 +238,19 @@ def evaluation_pixels(image: Image.Image, preprocess: PreprocessCfg) -> NDArray[
 
 def normalise(pixels: torch.Tensor, preprocess: PreprocessCfg, dtype: torch.dtype) -> torch.Tensor:
     """(pixels / 255 - mean) / std: (B, 3, H, W) of uint8 -> the same of `dtype`, on the pixels' device, computed in float32."""
-    mean = torch.tensor(preprocess.mean, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(preprocess.std, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+    # what a plan counts on the meta device is the same every time
+    affine = _affine.__wrapped__ if pixels.is_meta else _affine
+    shift, gain = affine(tuple(preprocess.mean), tuple(preprocess.std), pixels.device)
     values = pixels.to(torch.float32, copy=True)  # into which the result is written: of 1,024 images at 224 px each copy is 600 MB
-    return torch.addcmul(-mean / std, values, 1 / (255 * std), out=values).to(dtype)
+    return torch.addcmul(shift, values, gain, out=values).to(dtype)
+
+
+@functools.cache
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """-mean / std and 1 / (255 std), (3, 1, 1). Copied once: numbers of the host's wait for the device's stream at every copy."""
+    with torch.inference_mode(False):  # kept for callers of other modes
+        of_mean, of_std = (torch.tensor(each, dtype=torch.float32, device="cpu").view(3, 1, 1) for each in (mean, std))
+        return (-of_mean / of_std).to(device), (1 / (255 * of_std)).to(device)
 
 
 def input_size(preprocess: PreprocessCfg) -> tuple[int, int]:

@@ -116,8 +116,8 @@ def resolve(settings: Model, role: str) -> ModelSpec:
 
 
 def of_padding(models: Mapping[str, ModelSpec]) -> list[str]:
-    """A line, where texts of some of these models, by role, are not padded to their context."""
-    shorter = [role for role, model in models.items() if model.cuts_texts]
+    """A line, where texts of some of these models, by role, are not padded to their context; a teacher in a store reads none."""
+    shorter = [role for role, model in models.items() if model.cuts_texts and getattr(model.settings, "store", None) is None]
     return [f"texts of {', '.join(shorter)} are padded to the longest of a batch"] if shorter else []
 
 

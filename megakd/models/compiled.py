@@ -1,4 +1,4 @@
-"""Towers whose blocks torch compiles: one graph for all blocks of a tower, which differ in their weights alone.
+"""Towers whose blocks torch compiles: one graph for all blocks that differ in their weights alone, of a ViT all of a tower.
 
 Blocks and not whole towers, because a graph of one block is compiled in seconds whatever the depth, and because what happens between
 blocks stays as it is: activation checkpointing calls a compiled block again, objectives read a block's output. A block's `forward` is

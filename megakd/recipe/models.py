@@ -210,6 +210,11 @@ class Teacher(Model):
             raise ValueError(
                 "int8_product = 'dequantise' multiplies all activations in 16 bit: set outlier_threshold to 0, or int8_product to int_mm"
             )
+        if self.compile and self.int8_product == "onednn":
+            raise ValueError(
+                "compile = true: torch compiles no product of int8_product = 'onednn', which packs its weights anew each time; take "
+                "compile out, or set int8_product to auto"
+            )
         if self.compile and self.store is not None and self.store_of == "all":
             raise ValueError(
                 f"compile = true: with store = {self.store!r} the teacher runs only for what the store lacks; take compile out, or set "
@@ -234,4 +239,8 @@ class Teacher(Model):
             raise ValueError(
                 f"patch_grid = {list(self.patch_grid or ())}: with store = {IN_SHARDS!r} there are embeddings alone, and no patch tokens; "
                 "take one of the two out"
+            )
+        if is_set("text_padding"):
+            raise ValueError(
+                f"text_padding = {self.text_padding!r}: with store = {IN_SHARDS!r} the teacher's text tower reads nothing; take it out"
             )

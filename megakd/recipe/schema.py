@@ -276,9 +276,11 @@ class Recipe(ScheduledSections, Sources):
         if not active and (self.data.captions is not None or self.data.clean):
             key = "clean" if self.data.captions is None else "captions"
             raise ValueError(f"data.{key}: is for the pairs that objectives learn from, and no objective has a weight; take it out")
-        of_pairs = [key for key in ("decode", "resampling") if key in self.data.as_trained()]
+        of_pairs = [f"data.{key}" for key in ("decode", "resampling") if key in self.data.as_trained()]
+        if self.student is not None and self.student.text_padding != "max_length":
+            of_pairs.append("student.text_padding")
         if not active and of_pairs:
-            raise ValueError(f"data.{of_pairs[0]}: is for pairs that objectives learn from, and no objective has a weight; take it out")
+            raise ValueError(f"{of_pairs[0]}: is for pairs that objectives learn from, and no objective has a weight; take it out")
         if active and self.data.train is None:
             raise ValueError(f"data.train: missing; objectives.{next(iter(active))} learns from image-text shards")
         if not active and self.views.operations():

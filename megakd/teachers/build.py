@@ -40,7 +40,7 @@ from megakd.recipe.models import IN_SHARDS
 from megakd.recipe.placements import PLACEMENTS
 from megakd.runtime import collectives, precision, watchdog, zero3
 from megakd.runtime.launch import World
-from megakd.teachers.base import LiveTeacher, settings_of
+from megakd.teachers.base import LiveTeacher, padded, settings_of
 from megakd.teachers.cached import StoredTeacher, StoreMiss, TextStoredTeacher
 from megakd.teachers.embed_request import EmbedRequest
 
@@ -350,7 +350,7 @@ def stored_teacher(
     if settings.store_of == "text":
         live = live_teacher(recipe, description, world, shards, without_text=True, piece=piece, say=say, reads=reads)
         return TextStoredTeacher(live, scale, bias, world, shards.where, columns)
-    source = StoredViews(shards, recipe.views, seed, TowerView(preprocessing(description), description.tokenize))
+    source = StoredViews(shards, recipe.views, seed, TowerView(preprocessing(description), padded(description)))
     return StoredTeacher(
         width=description.width,
         scale=scale,

@@ -38,7 +38,7 @@ from megakd.runtime.launch import World
 from megakd.runtime.locks import LOCK, FolderLock
 from megakd.runtime.module_state import held_shapes
 from megakd.runtime.preemption import StopPoller, StopRequest
-from megakd.runtime.profiler import recording
+from megakd.runtime.profiler import BEFORE, recording
 from megakd.runtime.run_folder import RunLog
 from megakd.runtime.watchdog import HUNG, HangWatchdog
 from megakd.training import best, feed
@@ -273,6 +273,8 @@ class Run:
         with contextlib.ExitStack() as opened:
             batches = [opened.enter_context(task.open(progress)) for task in self._tasks]
             steps = self.recipe.log.profile if self.world.is_main else 0
+            if steps and (left := self.recipe.optim.steps - progress.step) <= BEFORE:
+                self.log.say(f"log.profile = {steps}: this start has {left} steps left, and the first {BEFORE} are not recorded: none is")
             self._record = opened.enter_context(recording(steps, self.folder / run_folder.PROFILE, self.world.device))
             trainer.fit(zip(*batches, strict=True), progress, self)
 

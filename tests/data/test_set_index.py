@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import zlib
 from dataclasses import fields
@@ -197,8 +198,55 @@ def test_a_shard_of_another_length_than_at_the_start_ends_the_reading(tmp_path: 
     shards = opened(pattern)
     other = open_one(tmp_path / "other/00008.tar")
     (tmp_path / "00008.tar.txt.index.npy").write_bytes(other.read_bytes())
-    with pytest.raises(ValueError, match=r"00008\.tar has 3 samples now, other than when the run began"):
+    with pytest.raises(ValueError, match=r"00008\.tar has 3 samples now, other than when the run began.*start it again"):
         shards.keys(8)
+    assert len(opened(pattern).keys(8)) == 3  # which helps
+
+
+def test_a_shard_written_anew_at_its_size_and_date_is_read_once_its_index_is_gone(tmp_path: Path) -> None:
+    pattern = many(tmp_path)
+    before = opened(pattern)
+    path = tmp_path / "00008.tar"
+    size, date = path.stat().st_size, path.stat().st_mtime_ns
+    write_tar(path, [member for key in "ab" for member in pair(key, 60)])
+    path.write_bytes(path.read_bytes()[:size].ljust(size, b"\0"))
+    os.utime(path, ns=(date, date))
+    (tmp_path / "00008.tar.txt.index.npy").unlink()
+    with pytest.raises(ValueError, match=r"00008\.tar has 2 samples, and the index of its set says 1 of another content.*start again"):
+        opened(pattern)
+    after = opened(pattern)
+    assert len(after) == len(before) + 1
+    assert len(after.keys(8)) == 2
+
+
+def test_samples_that_a_removed_stats_json_told_of_are_lost_no_more(tmp_path: Path) -> None:
+    pattern = many(tmp_path)
+    assert opened(pattern).known_bad.counts["truncated_tar"] == 1
+    (tmp_path / "00006_stats.json").unlink()
+    for _ in range(2):
+        assert "truncated_tar" not in opened(pattern).known_bad.counts
+
+
+@pytest.mark.parametrize("found", ["damaged", "outdated", "damaged before a sound one"])
+def test_a_rank_with_a_disk_of_its_own_replaces_what_it_has_found(tmp_path: Path, caplog: pytest.LogCaptureFixture, found: str) -> None:
+    """A rank other than the first, which replaces files in any case."""
+    pattern, more = many(tmp_path / "tars"), {"cache": str(tmp_path / "cache")}
+    opened(pattern, **more)
+    path = stored(tmp_path / "cache/indexes")
+    if found == "damaged before a sound one":
+        shutil.copy(path, tmp_path / "tars")
+    if found == "outdated":
+        os.utime(tmp_path / "tars/00007.tar", ns=(5, 5))
+    else:
+        path.write_bytes(b"1\n[]")
+    changed = path.read_bytes()
+    opened(pattern, 1, 2, **more)
+    assert path.read_bytes() != changed
+    caplog.clear()
+    kept = path.stat().st_mtime_ns
+    opened(pattern, 1, 2, **more)
+    assert "damaged" not in caplog.text
+    assert path.stat().st_mtime_ns == kept
 
 
 def open_one(path: Path) -> Path:

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import math
 
@@ -14,6 +15,7 @@ from megakd.data.augmentation import Augmentation, draw
 from megakd.data.bad_samples import BadSample
 from megakd.data.pictures import train_pixels
 from megakd.data.transforms import TowerView, decode, evaluation_pixels, normalise
+from megakd.models.text_padding import ToLongest
 from megakd.recipe import Views
 from support.shards import ByteTokenizer, bomb_png, jpeg
 
@@ -126,6 +128,8 @@ def test_towers_are_equal_by_content() -> None:
     one.tokenize(["words that fill the tokenizer's cache"])
     assert one == other
     assert hash(one) == hash(other)
+    cut, other_cut = (dataclasses.replace(view, tokenize=ToLongest(view.tokenize, "argmax", 0)) for view in (one, other))
+    assert cut.tokens == other_cut.tokens != one.tokens
     shifted = TowerView(PreprocessCfg(size=(224, 224), mean=(0.5, 0.5, 0.5)), one.tokenize)
     assert shifted != one
     assert shifted.train_pixels == one.train_pixels

@@ -78,6 +78,7 @@ SEEING = BLIND + "student.model = 'ViT-S-32'"
     ("text", "overrides", "message"),
     [
         (BLIND, ["decoder.adapt=none"], "no projector and no weights to train"),
+        (SEEING, ["student.text_padding=longest"], "student.text_padding: is for pairs that objectives learn from"),
         (BLIND, ["answers.weight=0"], "answers: weight = 0 without [answers.teacher]: nothing would be learned"),
         (BLIND, ["answers.lr.tower=1e-3"], "answers.lr.tower: nothing trains the vision tower"),
         (BLIND, ["answers.lr.projector=1e-3"], "answers.lr.projector: without [student]"),

@@ -34,6 +34,7 @@ def test_both_teachers_of_one_store_are_a_recipe(tiny: str) -> None:
         (("ensemble.b.store=folder",), r"a store replays one teacher's augmentations"),
         (("ensemble.b.store_of=text",), r"ensemble\.b\.store_of = 'text' beside teacher\.store .*all teachers read the shards alike"),
         (("teacher.store_miss=fail",), r"store_miss = 'fail': .*counted and replaced; take it out"),
+        (("teacher.text_padding=longest",), r"text_padding = 'longest': with store = 'data.train' .*reads nothing; take it out"),
         (("teacher.patch_grid=[2, 2]",), r"patch_grid = \[2, 2\]: .*embeddings alone"),
         (("objectives.sigmoid_similarity=1",), r"objectives\.sigmoid_similarity: needs the teacher's logit bias"),
         (('data.clean=["lower"]',), r"data\.clean = \['lower'\]: .*take it out"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from pydantic import ValidationError
 
 from megakd.recipe.load import load
 from megakd.runtime.profiler import BEFORE, TABLE, TRACE, recording
+from megakd.runtime.run_folder import PROFILE
+from support.runs import train
 
 CPU = torch.device("cpu")
 
@@ -51,3 +54,14 @@ def test_without_the_key_nothing_is_written(tmp_path: Path) -> None:
 def test_more_steps_than_the_run_has_are_refused() -> None:
     with pytest.raises((ValueError, ValidationError), match=r"log\.profile = 9: .*optim\.steps = 10 .*set it to 8 at most"):
         load("smoke", ["optim.steps=10", "optim.warmup=2", "log.profile=9"])
+
+
+def test_a_start_with_too_few_steps_left_says_that_it_records_none(recipe_file: Path, tmp_path: Path) -> None:
+    constant = ("optim.schedule=constant", "optim.warmup=0", "checkpoint.every=2", "log.profile=1")
+    run = train(recipe_file, "--out", tmp_path, sets=("optim.steps=3", *constant))
+    assert (tmp_path / PROFILE / TABLE).is_file(), run.err
+    assert "log.profile" not in run.out
+    shutil.rmtree(tmp_path / PROFILE)
+    again = train(recipe_file, "--out", tmp_path, sets=("optim.steps=4", *constant))
+    assert "log.profile = 1: this start has 1 steps left, and the first 2 are not recorded: none is" in again.out, again.err
+    assert not (tmp_path / PROFILE).exists()

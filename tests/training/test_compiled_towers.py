@@ -95,7 +95,7 @@ def test_a_compiled_student_learns_the_same_under_the_same_names_and_a_plain_run
     gone_on = train(recipe_file, "--out", out, sets=(*sets, "optim.steps=4"))
     assert gone_on.code == 0, gone_on.err
     assert "step 3 of 4" in gone_on.out
-    assert "compile" not in gone_on.out
+    assert "torch.compile" not in gone_on.out
     assert "compiled" not in json.loads((out / RUN).read_text(encoding="utf-8"))["jobs"][-1]
 
 
@@ -134,6 +134,10 @@ def test_a_block_whose_attention_is_read_stays_as_it_is(recipe_file: Path) -> No
     ("sets", "said"),
     [
         (("teacher.mode=zero3",), "compile is for a teacher whole on every rank: set mode to replicated"),
+        (
+            ("teacher.mode=replicated_int8", "teacher.int8_product=onednn"),
+            "compile = true: torch compiles no product of int8_product = 'onednn'",
+        ),
         (("teacher.store=somewhere",), "compile = true: with store = 'somewhere' the teacher runs only for what the store lacks"),
     ],
 )
@@ -150,6 +154,7 @@ def test_a_teacher_that_cannot_be_compiled_is_refused_by_name(recipe_file: Path,
         BOTH,
         ("student.compile=true", "student.activation_checkpointing=true"),
         ("teacher.compile=true", "teacher.mode=replicated_int8", "teacher.int8_product=dequantise"),
+        ("teacher.compile=true", "teacher.mode=replicated_int8", "teacher.int8_product=int_mm"),
         ("student.compile=true", "objectives.masked_feature=1.0"),
     ],
 )

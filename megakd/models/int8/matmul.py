@@ -8,7 +8,7 @@ Four ways, all with int8 weights and a float32 scale a row, `quantise_rows` to `
   products in 16 bits and cuts the sum off, so its weights are rounded to 64 levels, where that cannot happen: 255 * 64 * 2 < 2^15.
 
 A row's result does not depend on the rest of the batch: each row has its own scale, and outliers are elements, not columns of the batch.
-Infinite and NaN activations make their row not finite in all three.
+Infinite and NaN activations make their row not finite in all of them.
 
 Legend: M rows of activations (batch x tokens), I inputs, O outputs, C columns with outliers. A chunk: rows that are multiplied at once.
 """
