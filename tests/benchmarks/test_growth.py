@@ -164,7 +164,7 @@ def test_the_share_is_what_no_tower_takes() -> None:
 
 @pytest.mark.slow
 def test_growth_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    smallest = {"shards": (1, 3), "questions": (1, 50), "ranks": (1, 2), "batch": (64, 128)}
+    smallest = {"shards": (1, 2, 3), "questions": (1, 25, 50), "ranks": (1, 2), "batch": (64, 128)}
     axes = [
         Axis(axis.name, tuple((value, 1, 3) for value in smallest[axis.name]), axis.expected, axis.holds, axis.starts)
         for axis in growth.AXES
