@@ -57,5 +57,8 @@ def _panel(panel: Any, name: str, expected: growth_fit.Kind, holds: str, points:
     # a decade at least, or a flat line would fill the panel with noise
     low, high = panel.get_ylim()
     panel.set_ylim(min(low, high / 30), max(high, 3 * max(seconds) * 1000))
+    if max(values) < 10 * min(values):  # too few powers of ten to name
+        panel.set_xticks(sorted(set(values)), map(str, sorted(set(values))))
+        panel.set_xticks([], minor=True)
     panel.tick_params(labelsize=6)
     panel.legend(fontsize=6, loc="upper left")
