@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from megakd.data import tar_members
 from megakd.data.samples import SLOTS, Losses, SampleBuilder, TarSample, slots_of
 from megakd.data.storage import INDEX, Stat, file_label, filesystem, is_remote, local_path, mirror, retry, shown
-from megakd.runtime.files import atomic_file
+from megakd.runtime.files import atomic_file, users_cache
 
 IndexRows = NDArray[np.void]
 Further = tuple[str, ...]  # extensions of members beside those of `samples.SLOTS` and the captions'
@@ -211,10 +211,8 @@ def _places(name: str, captions: tuple[str, ...], cache: str | None, further: Fu
 
 def places(label: str, beside: str | None, cache: str | None) -> list[str]:
     """Where an index may be, best first: in data.cache as `label`, at the path `beside`, in the user's cache folder as `label`."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    own = [os.path.join(local_path(cache), "indexes", label)] if cache else []
-    # a process of a user without a home has no such folder, and "~" would be one of the working directory's
-    users = [os.path.join(home, "megakd", "indexes", label)] if os.path.isabs(home) else []
+    own, home = [os.path.join(local_path(cache), "indexes", label)] if cache else [], users_cache()
+    users = [] if home is None else [os.path.join(home, "megakd", "indexes", label)]
     return [*own, *([] if beside is None else [beside]), *users]
 
 

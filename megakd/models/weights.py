@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megakd.models.weight_kinds import recognise, unpickled
 from megakd.recipe import texts
-from megakd.runtime.files import atomic_file, partials, safetensors_header, sync
+from megakd.runtime.files import atomic_file, partials, safetensors_header, sync, users_cache
 
 Shape = tuple[int, ...]
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -208,9 +208,9 @@ def convert(path: Path, cache: Path | None = None) -> Path:
     """
     status = path.stat()
     name = f"{path.stem}-{status.st_size}-{status.st_mtime_ns}.safetensors"
-    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    by_path = users / "megakd" / "weights" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    folders = [cache] if cache is not None else [path.parent, by_path]
+    by_path = Path("megakd", "weights", hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16])
+    beside = [path.parent, *([] if (users := users_cache()) is None else [users / by_path])]
+    folders = beside if cache is None else [cache]
     for folder in folders:
         if (folder / name).is_file():
             return folder / name

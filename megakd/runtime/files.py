@@ -27,6 +27,15 @@ _HASHED = 1 << 22  # bytes at a time
 _FORMERLY = (".partial_*", ".removed_*", "metrics.partial")
 
 
+def users_cache() -> Path | None:
+    """The folder of caches of who runs this: $XDG_CACHE_HOME or ~/.cache; None for a user without a home, whose "~" is no folder.
+
+    Relative ones are ignored, as the XDG base directory specification has it: each working directory would have its own.
+    """
+    folders = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")
+    return next((Path(folder) for folder in folders if os.path.isabs(folder)), None)
+
+
 def check_place(folder: Path, option: str) -> None:
     """Raise ValueError naming `option` where `folder` is not there and cannot be made, or cannot be written to. Leaves nothing behind."""
     try:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from megakd.benchmarks.common import environment
+from megakd.data import tar_index
+from megakd.models import weights
 from megakd.runtime import files
 
 
@@ -83,3 +88,33 @@ def test_a_folder_that_is_removed_is_never_half_there(tmp_path: Path, monkeypatc
     monkeypatch.undo()
     files.clear(tmp_path)
     assert _names(tmp_path) in ([], ["step_00000001"])
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({"XDG_CACHE_HOME": "/caches", "HOME": "/home/a"}, "/caches"),
+        ({"HOME": "/home/a"}, "/home/a/.cache"),
+        ({"XDG_CACHE_HOME": "", "HOME": "/home/a"}, "/home/a/.cache"),
+        ({"XDG_CACHE_HOME": "caches", "HOME": "/home/a"}, "/home/a/.cache"),
+    ],
+)
+def test_the_users_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], found: str) -> None:
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert files.users_cache() == Path(found)
+
+
+def test_a_user_without_a_home_has_no_cache_and_no_folder_of_that_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container that is run under a number that no one has: `~` stays what it is."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert files.users_cache() is None
+    assert tar_index.places("a.index.npy", "/shards/a.index.npy", None) == ["/shards/a.index.npy"]
+    source = tmp_path / "a.pt"
+    torch.save({"a": torch.ones(2)}, source)
+    assert weights.convert(source).parent == tmp_path
+    with pytest.raises(ValueError, match=r"no home directory: export XDG_CACHE_HOME"):
+        environment.cache()

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from megakd.benchmarks.common.children import environ
+from megakd.runtime.files import users_cache
 
 VARIABLE = "MEGAKD_BENCH_ENV"
 STAMP = "megakd-bench.json"
@@ -42,8 +43,10 @@ class Environment:
 
 
 def cache() -> Path:
-    """Where environment, shards and weights stay between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megakd"
+    """Where environment, shards and weights stay between runs. Raises ValueError for a user without a home directory."""
+    if (users := users_cache()) is None:
+        raise ValueError("this user has no home directory: export XDG_CACHE_HOME=FOLDER, where shards and weights stay between runs")
+    return users / "megakd"
 
 
 def place() -> Path:
