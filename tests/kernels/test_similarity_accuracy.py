@@ -53,7 +53,9 @@ def _judge(rival: tuple[str, str], student: Batch, teacher: Teacher, temperature
             f"eager {part}: off by {theirs:.3g}, unit {one:.3g}, norm {true.norm():.3g}"
         )
         cast = 0.0 if (backend, device) == ("chunked", "cpu") else _slope_rounding(part, student, truth)
-        assert ours <= theirs + cast + more * one, f"{backend} {part}: off by {ours:.3g}, eager by {theirs:.3g}, unit {one:.3g}"
+        # Of a loss, eager's last bit may have been rounded towards the truth and ours away from it, otherwise on other processors.
+        returned = torch.finfo(torch.float32).eps / 2 * abs(true) if part in ("kd", "hard") else 0.0
+        assert ours <= theirs + cast + more * one + returned, f"{backend} {part}: off by {ours:.3g}, eager by {theirs:.3g}, unit {one:.3g}"
 
 
 def _slope_rounding(part: str, student: Batch, truth: Outcome) -> float | torch.Tensor:
