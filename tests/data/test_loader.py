@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -221,13 +222,20 @@ class Collecting:
         return os.getpid() if sampled.start < 4 else len(ctypes.string_at(0))
 
 
-def test_a_worker_leaves_the_trainers_garbage_alone_and_one_that_crashes_says_where(tmp_path: Path, capfd) -> None:
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Of garbage in this process by itself."""
     gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_a_worker_leaves_the_trainers_garbage_alone_and_one_that_crashes_says_where(tmp_path: Path, capfd) -> None:
     Remains(tmp_path / "ended")
     batches = WorkerStream(Collecting(), [range(start, start + 1) for start in range(8)], 1, False)
     assert next(batches) != os.getpid()
     assert not (tmp_path / "ended").exists()
-    gc.enable()
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.*(Segmentation fault|exited unexpectedly)"):
         list(batches)
     assert "in __getitems__" in capfd.readouterr().err

@@ -108,9 +108,10 @@ def test_the_users_cache_is_where_the_environment_says(monkeypatch: pytest.Monke
 
 
 def test_a_user_without_a_home_has_no_cache_and_no_folder_of_that_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As in a container that is run under a number that no one has: `~` stays what it is."""
+    """`~` stays what it is, as in a container that is run under a number that no one has."""
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setenv("HOME", "~")
+    assert os.path.expanduser("~/.cache") == "~/.cache"
     assert files.users_cache() is None
     assert tar_index.places("a.index.npy", "/shards/a.index.npy", None) == ["/shards/a.index.npy"]
     source = tmp_path / "a.pt"
